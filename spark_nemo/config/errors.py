@@ -1,0 +1,32 @@
+"""The one exception for bad configuration, and small checks that name the field and the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+
+class ConfigError(ValueError):
+    """A configuration that must not run. The message is one line that names the field and the fix."""
+
+
+def one_of(name: str, value: str, allowed: Collection[str]) -> None:
+    """Raise ``ConfigError`` unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r}: choose one of {', '.join(sorted(allowed))}")
+
+
+def at_least(name: str, value: float, bound: float) -> None:
+    """Raise ``ConfigError`` unless ``value >= bound``."""
+    if value < bound:
+        raise ConfigError(f"{name}={value}: must be at least {bound}")
+
+
+def in_unit_interval(name: str, value: float) -> None:
+    """Raise ``ConfigError`` unless ``0 <= value <= 1``."""
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{name}={value}: must lie between 0 and 1")
+
+
+def without_effect(name: str, value: object, because: str) -> ConfigError:
+    """The error for a knob that would be read by nobody."""
+    return ConfigError(f"{name}={value} has no effect {because}: remove it or change the other setting")

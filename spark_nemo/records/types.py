@@ -1,0 +1,136 @@
+"""The records of stages I to III. None of them has a field that could hold a reference answer.
+
+Answer keys live in ``spark_nemo.evaluation.answers`` only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+
+from .verdict import Outcome, outcome_from_json, outcome_to_json
+
+
+def content_key(*parts: object) -> str:
+    """16 hex digits that depend on every part and on nothing else; the identity of a stored result."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def derive_seed(*parts: object) -> int:
+    """A 63-bit seed from the parts, so that a sample's randomness does not depend on what ran before it."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A question and nothing else: no answer, no difficulty estimated from answers."""
+
+    problem_id: str
+    question: str
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.problem_id or not self.question.strip():
+            raise ValueError(f"problem {self.problem_id!r}: 'problem_id' and 'question' must not be empty")
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """One sampled step-by-step solution. ``key`` identifies everything that determined it."""
+
+    key: str
+    problem_id: str
+    question: str
+    text: str
+    finish_reason: str
+    num_tokens: int
+
+    @classmethod
+    def from_json(cls, data: dict[str, object]) -> Solution:
+        return cls(**data)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """One vote: the verifier's text on one solution and what it parsed to."""
+
+    key: str
+    solution_key: str
+    vote: int
+    text: str
+    outcome: Outcome
+    num_tokens: int
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "key": self.key, "solution_key": self.solution_key, "vote": self.vote, "text": self.text,
+            "outcome": outcome_to_json(self.outcome), "num_tokens": self.num_tokens,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, object]) -> Verification:
+        return cls(**{**data, "outcome": outcome_from_json(data["outcome"])})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class LabelEvidence:
+    """Why a label says what it says: per step, the votes for correct and how many votes there were."""
+
+    correct_votes: tuple[int, ...]
+    num_votes: int
+    yes_votes: int
+    chosen_vote: int
+    matching_votes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledSolution:
+    """A solution with the label one method gave it and the verification chosen as the training target."""
+
+    method: str
+    solution: Solution
+    step_labels: tuple[bool, ...]
+    answer_correct: bool
+    target_text: str
+    evidence: LabelEvidence
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSpan:
+    """Half-open range ``[start, end)`` of token positions in a response."""
+
+    start: int
+    end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.end:
+            raise ValueError(f"TokenSpan[{self.start}, {self.end}) is not a range")
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled response of the policy, in token ids, with the engine's own log-probabilities.
+
+    ``logprobs[t]`` belongs to ``response_ids[t]`` after temperature; ``weight_versions[t]`` is the version of the
+    policy weights that sampled it. The closing end-of-sequence token, when there is one, is part of ``response_ids``.
+    """
+
+    problem: Problem
+    group: int
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    weight_versions: tuple[int, ...]
+    text: str
+    finish_reason: str
+    step_spans: tuple[TokenSpan, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        lengths = (len(self.response_ids), len(self.logprobs), len(self.weight_versions))
+        if len(set(lengths)) != 1:
+            raise ValueError(f"rollout of {self.problem.problem_id}: ids, logprobs, versions have lengths {lengths}")
+        if any(span.end > lengths[0] for span in self.step_spans):
+            raise ValueError(f"rollout of {self.problem.problem_id}: a step span ends after token {lengths[0]}")
