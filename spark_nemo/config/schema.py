@@ -227,8 +227,9 @@ class RLConfig:
     """Folder of the PRM-CoT; None takes stage II's result in ``run.dir``."""
     prompt_set: str = "paper"
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    verifier_sampling: SamplingConfig | None = None
-    """How the PRM-CoT is sampled as a reward; None is greedy with 4096 tokens."""
+    verifier_sampling: SamplingConfig = field(
+        default_factory=lambda: SamplingConfig(temperature=0.0, max_new_tokens=4096))
+    """How the PRM-CoT is sampled as a reward; not read with rl.reward=rlvr."""
     failures: FailurePolicy = field(default_factory=FailurePolicy)
     std_normalise: bool = True
     """Divide a group's centred rewards by their standard deviation."""
@@ -269,10 +270,8 @@ class RLConfig:
                 raise ConfigError(f"rl.{name}={value}: must be positive")
         if self.importance_cap is not None:
             at_least("rl.importance_cap", self.importance_cap, 1)
-        if self.reward == "rlvr":
-            for name in ("reward_model", "verifier_sampling"):
-                if getattr(self, name) is not None:
-                    raise without_effect(f"rl.{name}", getattr(self, name), "with rl.reward=rlvr")
+        if self.reward == "rlvr" and self.reward_model is not None:
+            raise without_effect("rl.reward_model", self.reward_model, "with rl.reward=rlvr")
 
 
 @dataclass
@@ -288,7 +287,7 @@ class EvaluationConfig:
         for name in ("samples_per_problem", "max_new_tokens", "bootstrap_samples"):
             at_least(f"evaluation.{name}", getattr(self, name), 1)
         if self.temperature <= 0:
-            raise ConfigError(f"evaluation.temperature={self.temperature}: must be positive (greedy is always reported)")
+            raise ConfigError(f"evaluation.temperature={self.temperature}: must be positive (greedy is reported too)")
 
 
 @dataclass
@@ -298,7 +297,9 @@ class PipelineConfig:
     parallel_jobs: int = 1
     """Stages I shards, label methods and RL arms run at the same time."""
     label_methods: list[str] = field(default_factory=lambda: list(LABEL_METHODS))
-    rewards: list[str] = field(default_factory=lambda: ["process_aware", "rlvr"])
+    rewards: list[str] = field(default_factory=lambda: ["process_aware"])
+    rl_answers: str | None = None
+    """Answer keys, handed to the rlvr arm only."""
 
     def __post_init__(self) -> None:
         at_least("pipeline.parallel_jobs", self.parallel_jobs, 1)
@@ -306,6 +307,8 @@ class PipelineConfig:
             one_of("pipeline.label_methods", method, set(LABEL_METHODS))
         for reward in self.rewards:
             one_of("pipeline.rewards", reward, {"process_aware", "rlvr"})
+        if self.rl_answers is not None and "rlvr" not in self.rewards:
+            raise without_effect("pipeline.rl_answers", self.rl_answers, "without rlvr in pipeline.rewards")
 
 
 @dataclass

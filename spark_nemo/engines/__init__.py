@@ -1,0 +1,19 @@
+"""Engines: one interface, the embedded engine behind it, and the helpers every caller uses."""
+
+from .base import (
+    Engine,
+    EngineFailure,
+    EngineHealth,
+    FinishReason,
+    Generation,
+    GenerationRequest,
+    SamplingParams,
+)
+from .client import generate_all, run_async
+from .factory import build_engine
+from .tokenizer import Tokenizer, TokenizerError
+
+__all__ = [
+    "Engine", "EngineFailure", "EngineHealth", "FinishReason", "Generation", "GenerationRequest", "SamplingParams",
+    "Tokenizer", "TokenizerError", "build_engine", "generate_all", "run_async",
+]

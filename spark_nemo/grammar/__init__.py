@@ -1,0 +1,38 @@
+"""The one text grammar of generator, verifier, reward model, format gate and evaluation. No torch."""
+
+from .boxed import Box, extract_boxed, find_boxes
+from .format_gate import RULES, FormatRule, check_format
+from .prompts import PROMPT_SETS, ChatMessages, PromptSet, prompt_set
+from .steps import (
+    ParsedResponse,
+    Region,
+    RegionKind,
+    Step,
+    StepFormat,
+    decode_tokens,
+    legal_step_text,
+    regions,
+    render_solution,
+    split_response,
+    token_spans,
+)
+from .variants import AnswerVerdict, Variant, VariantOutcome, parse_generation, parse_variant, render_target
+from .verification import (
+    ParsedVerification,
+    StepJudgement,
+    canonical_verification,
+    parse_judgements,
+    parse_verification,
+    render_verification,
+    verdict_line,
+)
+from .version import GRAMMAR_VERSION
+
+__all__ = [
+    "GRAMMAR_VERSION", "PROMPT_SETS", "RULES", "AnswerVerdict", "Box", "ChatMessages", "FormatRule", "ParsedResponse",
+    "ParsedVerification", "PromptSet", "Region", "RegionKind", "Step", "StepFormat", "StepJudgement", "Variant",
+    "VariantOutcome", "canonical_verification", "check_format", "decode_tokens", "extract_boxed", "find_boxes",
+    "legal_step_text", "parse_generation", "parse_judgements", "parse_variant", "parse_verification", "prompt_set",
+    "regions", "render_solution", "render_target", "render_verification", "split_response", "token_spans",
+    "verdict_line",
+]

@@ -1,0 +1,26 @@
+"""What a run came to: ``summary.json``, a self-contained ``report.html`` and the results table over seeds."""
+
+from .model import (
+    CurvePoint,
+    Figure,
+    LabelScores,
+    MethodScores,
+    ScoredSolution,
+    ScoredStep,
+    Stage1Summary,
+    Stage2Summary,
+    Stage3Summary,
+    Summary,
+    SummaryError,
+    read_summary,
+    to_plain,
+)
+from .page import report_page
+from .results import results_markdown
+from .write import REPORT_FILE, SUMMARY_FILE, write_report
+
+__all__ = [
+    "REPORT_FILE", "SUMMARY_FILE", "CurvePoint", "Figure", "LabelScores", "MethodScores", "ScoredSolution",
+    "ScoredStep", "Stage1Summary", "Stage2Summary", "Stage3Summary", "Summary", "SummaryError", "read_summary",
+    "report_page", "results_markdown", "to_plain", "write_report",
+]

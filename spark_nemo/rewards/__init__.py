@@ -1,0 +1,9 @@
+"""From outcomes to rewards; nothing here knows an answer."""
+
+from .failure_policy import FailureRateExceeded, RewardBatch, apply_failure_policy
+from .process_aware import process_aware_reward
+from .rlvr import Checker, rlvr_reward
+
+__all__ = [
+    "Checker", "FailureRateExceeded", "RewardBatch", "apply_failure_policy", "process_aware_reward", "rlvr_reward",
+]

@@ -1,0 +1,1 @@
+"""New policy weights from the trainer into an engine."""

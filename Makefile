@@ -1,0 +1,43 @@
+# `make demo` and `make test` set up .venv on their own; nothing else is needed.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/demo
+SEEDS ?= 0 1 2
+export OMP_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help venv demo test lint results bench clean
+
+help:            ## show this list
+	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]' -c constraints.txt
+	touch $@
+
+venv: $(VENV)/.installed  ## create .venv with exact pins
+
+demo: venv       ## the main job: all three stages on this machine, report in runs/demo/report.html
+	$(BIN)/spark-nemo pipeline +experiment=toy run.dir=$(RUN)
+
+test: venv lint  ## every test
+	$(BIN)/python -m pytest
+
+lint: venv       ## style and import directions
+	$(BIN)/ruff check spark_nemo tests benchmarks tools
+	$(BIN)/lint-imports
+
+results: venv    ## the demo over several seeds, writes docs/results.md
+	$(BIN)/python tools/results.py --seeds $(SEEDS)
+
+bench: venv      ## ratios against named peers, printed
+	$(BIN)/python benchmarks/generation.py
+	$(BIN)/python benchmarks/packing.py
+	@echo "benchmarks/grpo_step.py needs trl: see its docstring"
+
+clean:           ## remove runs and caches, keep .venv
+	rm -rf runs .pytest_cache .hypothesis .ruff_cache

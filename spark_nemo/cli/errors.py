@@ -1,0 +1,16 @@
+"""The errors a user can mend: shown as one line, without a traceback."""
+
+from __future__ import annotations
+
+from spark_nemo.config import ConfigError
+from spark_nemo.engines.base import EngineFailure
+from spark_nemo.engines.tokenizer import TokenizerError
+from spark_nemo.records.jsonl import DataFileError
+from spark_nemo.records.store import StoreFull
+from spark_nemo.rewards import FailureRateExceeded
+from spark_nemo.stages.jobs import JobFailed
+from spark_nemo.stages.stage1 import TooManyFailures
+
+USER_ERRORS = (
+    ConfigError, DataFileError, EngineFailure, FailureRateExceeded, FileNotFoundError, JobFailed,
+    StoreFull, TokenizerError, TooManyFailures)

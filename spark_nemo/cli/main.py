@@ -1,0 +1,167 @@
+"""The ``spark-nemo`` command: one subcommand per stage, and the whole pipeline. Overrides are Hydra's."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from spark_nemo.cli.errors import USER_ERRORS
+from spark_nemo.config import SparkConfig
+from spark_nemo.config.compose import compose_config, config_yaml
+from spark_nemo.toy.resolve import oracle_for, resolve_toy
+
+EXAMPLES = """examples:
+  spark-nemo pipeline +experiment=toy run.dir=runs/first
+  spark-nemo stage3 +experiment=toy rl.group_size=8 megatron.tensor_parallel=2
+  spark-nemo stage2 +experiment=toy stage2.method=single --print-config
+"""
+STOPPED = 3
+"""Exit status of a run that was asked to stop; the same command resumes it."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand. Returns 0 when it finished, 2 on bad input (one line on stderr), 3 when asked to stop."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    _quieten()
+    try:
+        return arguments.run(arguments)
+    except USER_ERRORS as error:
+        print(f"spark-nemo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("spark-nemo: interrupted; the same command resumes", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="spark-nemo", description="Reference-free RL for reasoning models, in three stages.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, run, summary in (
+        ("stage1", _stage1, "sample solutions and verifications"),
+        ("stage2", _stage2, "label, fine-tune the reward model, score it"),
+        ("stage3", _stage3, "GRPO with the reward model"),
+        ("pipeline", _pipeline, "all three stages and the report"),
+        ("report", _report, "write summary.json and report.html of a run"),
+    ):
+        command = _config_command(commands, name, summary)
+        command.set_defaults(run=run)
+    evaluate = _config_command(commands, "evaluate", "score a model: policy accuracy, or ProcessBench")
+    evaluate.add_argument("--model", required=True, help="Hugging Face model folder")
+    evaluate.add_argument("--on", choices=("problems", "processbench"), default="problems")
+    evaluate.set_defaults(run=_evaluate)
+    toy = commands.add_parser("toy", help="build the small world's base models from a seed (the shipped ones were)")
+    toy.add_argument("--out", type=Path, required=True, help="folder for generator/ and verifier/")
+    toy.add_argument("--seed", type=int, default=0)
+    toy.set_defaults(run=_toy)
+    return parser
+
+
+def _config_command(commands: argparse._SubParsersAction, name: str, summary: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name, help=summary, description=summary, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("overrides", nargs="*", help="Hydra overrides: +experiment=NAME, section.key=value")
+    command.add_argument("--print-config", action="store_true", help="show the resolved configuration and exit")
+    return command
+
+
+def _configured(arguments: argparse.Namespace) -> SparkConfig | None:
+    config = compose_config(arguments.overrides)
+    if arguments.print_config:
+        print(config_yaml(config), end="")
+        return None
+    return resolve_toy(config)
+
+
+def _stage1(arguments: argparse.Namespace) -> int:
+    from spark_nemo.stages.stage1 import run_stage1
+
+    if config := _configured(arguments):
+        run_stage1(config)
+    return 0
+
+
+def _stage2(arguments: argparse.Namespace) -> int:
+    def run(config: SparkConfig) -> bool:
+        from spark_nemo.stages.stage2 import run_stage2
+
+        return run_stage2(config)
+
+    return _on_all_ranks(arguments, run)
+
+
+def _stage3(arguments: argparse.Namespace) -> int:
+    def run(config: SparkConfig) -> bool:
+        from spark_nemo.stages.stage3 import run_stage3
+
+        return run_stage3(config)
+
+    return _on_all_ranks(arguments, run)
+
+
+def _on_all_ranks(arguments: argparse.Namespace, run: Callable[[SparkConfig], bool]) -> int:
+    from spark_nemo.cli.launch import launch_ranks, must_launch
+
+    config = _configured(arguments)
+    if config is None:
+        return 0
+    if must_launch(config.megatron):
+        return launch_ranks(config.megatron, sys.argv[1:])
+    return 0 if run(config) else STOPPED
+
+
+def _pipeline(arguments: argparse.Namespace) -> int:
+    from spark_nemo.stages.pipeline import run_pipeline
+
+    config = _configured(arguments)
+    if config is None:
+        return 0
+    report = run_pipeline(config, arguments.overrides, oracle_for(config))
+    if report is None:
+        return STOPPED
+    print(f"report: {report}")
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from spark_nemo.report.collect import collect_summary
+    from spark_nemo.report.write import write_report
+
+    if config := _configured(arguments):
+        print(f"report: {write_report(config.run.dir, collect_summary(config, oracle_for(config)))}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from spark_nemo.cli.evaluate import evaluate_problems, evaluate_processbench
+
+    if config := _configured(arguments):
+        chosen = evaluate_problems if arguments.on == "problems" else evaluate_processbench
+        print(chosen(config, arguments.model))
+    return 0
+
+
+def _toy(arguments: argparse.Namespace) -> int:
+    from spark_nemo.toy.build import build_world
+
+    build_world(arguments.out, arguments.seed)
+    return 0
+
+
+def _quieten() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\..*|torch\..*|spark_nemo\.megatron\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for name in ("megatron", "torch", "hydra", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""The embedded engine: continuous batching in the process and event loop that own it.
+
+Requests wait in a queue; one background task seats them as rows fall free, samples one token for every row per step
+and yields to the event loop between steps. The task ends when nothing is left to do.
+
+Determinism: the same requests, submitted in the same order with seeds, give bit-identical results on the same machine
+(one thread). An idle engine forgets its cached prompts, so what ran before does not matter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..base import Engine, EngineFailure, EngineHealth, Generation, GenerationRequest
+from .batch import Batch, Running
+from .decoder import Decoder
+from .weights import Qwen2Shape, checked, fuse, read_folder
+
+log = logging.getLogger(__name__)
+
+ADMISSION_SHARE = 16
+"""With more waiting than fits, rows are filled when 1/16 of them are free: prefills of one prompt waste their step."""
+
+
+@dataclass(slots=True, eq=False)
+class _Ticket:
+    """A request and the future its caller awaits."""
+
+    request: GenerationRequest
+    future: asyncio.Future[Generation]
+
+
+class LocalEngine(Engine):
+    """A Qwen2 decoder in plain torch, float32, on the CPU.
+
+    ``max_context`` is cut to the model's ``max_position_embeddings``. ``tensors`` are Hugging Face-named weights;
+    ``version`` is what they are called until the first ``update_weights``.
+    """
+
+    def __init__(self, shape: Qwen2Shape, tensors: Iterable[tuple[str, torch.Tensor]], *, max_batch_size: int,
+                 max_context: int, version: int = 0) -> None:
+        self.max_context = min(max_context, shape.max_positions)
+        self._shape = shape
+        self._decoder = Decoder(shape, fuse(shape, checked(shape, tensors)), self.max_context)
+        self._batch = Batch(self._decoder, max_batch_size)
+        self._version = version
+        self._waiting: deque[_Ticket] = deque()
+        self._tickets: dict[Running, _Ticket] = {}
+        self._go = asyncio.Event()
+        self._go.set()
+        self._task: asyncio.Task[None] | None = None
+        self._abandoned = False
+        self._tokens_generated = 0
+        self._end: str | None = None
+
+    @classmethod
+    def from_folder(cls, folder: Path | str, *, max_batch_size: int, max_context: int, version: int = 0) -> LocalEngine:
+        """Serve a Hugging Face folder. Raises ``EngineFailure`` naming what is missing or not supported."""
+        return cls(Qwen2Shape.from_folder(folder), read_folder(folder), max_batch_size=max_batch_size,
+                   max_context=max_context, version=version)
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """See ``Engine.generate``. A cancelled caller's request leaves the batch before the next step."""
+        self._refuse_bad(request)
+        ticket = _Ticket(request, asyncio.get_running_loop().create_future())
+        self._waiting.append(ticket)
+        if self._task is None:
+            self._task = asyncio.create_task(self._serve(), name="LocalEngine")
+            self._task.add_done_callback(self._served)
+        try:
+            return await ticket.future
+        finally:
+            self._abandoned |= ticket.future.cancelled()
+
+    def _refuse_bad(self, request: GenerationRequest) -> None:
+        """Raise ``EngineFailure`` for what cannot be served, before it can hurt the batch."""
+        self._refuse_ended()
+        ids, room = request.prompt_ids, request.sampling.max_new_tokens
+        if not ids:
+            raise EngineFailure("the prompt is empty: give at least one token id")
+        if len(ids) + room > self.max_context:
+            raise EngineFailure(
+                f"prompt of {len(ids)} tokens + max_new_tokens={room} is {len(ids) + room}, over the context of "
+                f"{self.max_context}: shorten one or raise engine.max_context")
+        bad = next((token for token in ids if not 0 <= token < self._shape.vocab_size), None)
+        if bad is not None:
+            raise EngineFailure(f"prompt token id {bad} is outside the vocabulary of {self._shape.vocab_size}")
+
+    def _refuse_ended(self) -> None:
+        if self._end is not None:
+            raise EngineFailure(self._end)
+
+    async def _serve(self) -> None:
+        """Seat, step, answer, until nothing is waiting or running."""
+        while True:
+            await asyncio.sleep(0)  # let callers in and their results out
+            await self._go.wait()
+            # Never held across an await: the mode belongs to the thread, and other engines (or a trainer) run in it.
+            with torch.inference_mode():
+                if not self._advance():
+                    break
+        self._batch.forget_prefixes()
+        self._task = None
+
+    def _advance(self) -> bool:
+        """One step of the batch; False when nothing is left to run."""
+        self._drop_abandoned()
+        self._seat_waiting()
+        if not self._batch.running:
+            return False
+        self._tokens_generated += len(self._batch.running)
+        for running, generation in self._batch.step():
+            ticket = self._tickets.pop(running)
+            if not ticket.future.done():
+                ticket.future.set_result(generation)
+        return True
+
+    def _seat_waiting(self) -> None:
+        enough = max(1, self._batch.max_rows // ADMISSION_SHARE)
+        if not self._waiting or self._batch.free < min(enough, len(self._waiting)):
+            return
+        tickets = [self._waiting.popleft() for _ in range(min(self._batch.free, len(self._waiting)))]
+        added = self._batch.add([ticket.request for ticket in tickets], self._version)
+        self._tickets |= zip(added, tickets)
+
+    def _drop_abandoned(self) -> None:
+        """Let go of requests whose callers were cancelled."""
+        if not self._abandoned:
+            return
+        self._abandoned = False
+        self._waiting = deque(ticket for ticket in self._waiting if not ticket.future.done())
+        rows = [row for row, running in enumerate(self._batch.running) if self._tickets[running].future.done()]
+        for row in rows:
+            del self._tickets[self._batch.running[row]]
+        if rows:
+            self._batch.remove(rows)
+
+    def _served(self, task: asyncio.Task[None]) -> None:
+        """The background task is over. If it crashed or was cancelled, nobody may wait for ever."""
+        if task.cancelled():
+            self._fail_all("the local engine's task was cancelled: its event loop is shutting down")
+        elif (error := task.exception()) is not None:
+            log.error("the local engine stopped", exc_info=error)
+            self._fail_all(f"the local engine stopped: {type(error).__name__}: {error}")
+
+    def _fail_all(self, reason: str) -> None:
+        """Refuse everything from now on; what is in flight ends with ``EngineFailure``."""
+        self._end = self._end or reason
+        for ticket in [*self._waiting, *self._tickets.values()]:
+            if not ticket.future.done():
+                ticket.future.set_exception(EngineFailure(self._end))
+        self._waiting.clear()
+        self._tickets.clear()
+
+    async def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """See ``Engine.update_weights``. New tensors are fused beside the old ones, then swapped in at once.
+
+        Requests in flight keep the keys and values the old weights computed (SGLang's ``in_place`` pause does too):
+        their later tokens come from new weights on an old cache, which ``Generation.weight_versions`` shows.
+        """
+        self._refuse_ended()
+        with torch.inference_mode():
+            self._decoder.weights = fuse(self._shape, checked(self._shape, tensors))
+        self._version = version
+        self._batch.forget_prefixes()
+        for running, emitted in zip(self._batch.running, self._batch.emitted()):
+            running.versions.append((emitted, version))
+
+    async def pause(self) -> None:
+        """No further step begins; the one in progress, if any, was complete when this was called."""
+        self._go.clear()
+
+    async def resume(self) -> None:
+        """Go on decoding."""
+        self._go.set()
+
+    async def health(self) -> EngineHealth:
+        """A snapshot; ``alive`` is False once closed or crashed."""
+        return EngineHealth(
+            alive=self._end is None, paused=not self._go.is_set(), running=len(self._batch.running),
+            waiting=len(self._waiting), weight_version=self._version, tokens_generated=self._tokens_generated)
+
+    async def close(self) -> None:
+        """Idempotent. Frees the cache; requests in flight end with ``EngineFailure``."""
+        self._fail_all("the local engine was closed")
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+        self._batch = Batch(self._decoder, 0)

@@ -1,0 +1,80 @@
+"""A model as the stages see it: an engine, its tokenizer and an identity that changes when its files change."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spark_nemo.config import ConfigError, EngineConfig, SamplingConfig
+
+from .base import Engine, Generation, GenerationRequest, SamplingParams
+from .factory import build_engine
+from .tokenizer import Tokenizer
+
+_SAMPLED_BYTES = 1 << 20
+GRAMMAR_TEXTS = ("<think>", "</think>", "<step>", "</step>", "<answer>\\boxed{", "}</answer>", "## Step 1:", "**", "\n\n")
+"""What every format of the grammar is written with; a tokenizer that cannot say it would make every reply a failure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer of a chat model: its text without the closing stop token, and the tokens behind it."""
+
+    prompt_ids: tuple[int, ...]
+    generation: Generation
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """An engine with the tokenizer of the model it serves. ``identity`` is that of the weights it was loaded with."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    identity: str
+
+    @classmethod
+    def load(cls, config: EngineConfig, folder: str | Path) -> ServedModel:
+        """Serve the model in ``folder``. Raises ``ConfigError`` or ``TokenizerError`` when it is none."""
+        identity, tokenizer = model_identity(folder), Tokenizer.load(folder)
+        tokenizer.require_tokens(GRAMMAR_TEXTS)
+        return cls(build_engine(config, folder), tokenizer, identity)
+
+    async def complete(
+        self, messages: Sequence[dict[str, str]], sampling: SamplingConfig, seed: int | None
+    ) -> Completion:
+        """Continue a chat. Raises ``EngineFailure`` when the engine cannot serve it."""
+        prompt_ids = self.tokenizer.encode_chat(list(messages))
+        params = SamplingParams(
+            max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
+            stop_token_ids=tuple(self.tokenizer.eos_ids), seed=seed)
+        generation = await self.engine.generate(GenerationRequest(prompt_ids, params))
+        ids = generation.token_ids
+        visible = ids[:-1] if ids and ids[-1] in self.tokenizer.eos_ids else ids
+        return Completion(prompt_ids, generation, self.tokenizer.decode(visible))
+
+
+def model_identity(folder: str | Path) -> str:
+    """12 hex digits from config, tokenizer and weights; of each weight file the size, the first and the last MiB.
+
+    Reading a 140 GB checkpoint to the end only to name it would cost minutes at every start; two checkpoints of one
+    training run differ in every block, so the ends tell them apart.
+    """
+    folder = Path(folder)
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    files = [folder / name for name in names] + sorted(folder.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in files:
+        if not path.exists():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_SAMPLED_BYTES))
+            file.seek(max(0, size - _SAMPLED_BYTES))
+            digest.update(file.read(_SAMPLED_BYTES))
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"model folder {folder}: no config.json there; name a Hugging Face model folder")
+    return digest.hexdigest()[:12]

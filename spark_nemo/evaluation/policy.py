@@ -1,0 +1,59 @@
+"""True accuracy of a policy on held-out problems: sampled at the evaluation temperature, and greedy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spark_nemo.config import EvaluationConfig, SamplingConfig
+from spark_nemo.engines.base import EngineFailure
+from spark_nemo.engines.served import ServedModel
+from spark_nemo.grammar import PromptSet, extract_boxed
+from spark_nemo.records import Problem, derive_seed
+
+from .accuracy import GradedSample, mean_accuracy
+from .answers import EvalProblem, answer_matches
+from .bootstrap import Estimate
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyAccuracy:
+    """Fractions with their bootstrap intervals over problems; ``samples`` are the graded completions."""
+
+    sampled: Estimate
+    greedy: Estimate
+    samples: list[GradedSample]
+    num_tokens: int
+
+
+async def evaluate_policy(
+    served: ServedModel, problems: Sequence[EvalProblem], prompts: PromptSet, config: EvaluationConfig
+) -> PolicyAccuracy:
+    """``samples_per_problem`` samples at ``temperature`` and one greedy completion of each problem, graded.
+
+    The last ``\\boxed{}`` is the prediction; a completion without one, or one the engine could not finish, is wrong.
+    Seeds depend on the problem alone, so two policies are compared on the same draws.
+    """
+    sampled = SamplingConfig(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+    greedy = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
+
+    async def ask(question: Problem, index: int, sampling: SamplingConfig) -> tuple[str | None, int]:
+        seed = derive_seed("eval", question.problem_id, index)
+        try:
+            done = await served.complete(prompts.policy(question.question), sampling, seed)
+        except EngineFailure:
+            return None, 0
+        return extract_boxed(done.text), len(done.generation.token_ids)
+
+    jobs = [(p, index, sampled) for p in problems for index in range(config.samples_per_problem)]
+    jobs += [(p, 0, greedy) for p in problems]
+    replies = await asyncio.gather(*(ask(p.problem, index, sampling) for p, index, sampling in jobs))
+    # Graded when every completion is there: a symbolic answer can take its checker seconds, and decoding would wait.
+    rows = [GradedSample(p.problem.problem_id, index, answer_matches(predicted, p.answer), predicted)
+            for (p, index, _), (predicted, _) in zip(jobs, replies)]
+    num_sampled = len(problems) * config.samples_per_problem
+    return PolicyAccuracy(
+        mean_accuracy(rows[:num_sampled], config.bootstrap_samples),
+        mean_accuracy(rows[num_sampled:], config.bootstrap_samples),
+        rows[:num_sampled], sum(tokens for _, tokens in replies))

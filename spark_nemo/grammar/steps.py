@@ -1,0 +1,280 @@
+"""Splits a response into steps and maps steps to the tokens that were sampled.
+
+Whatever the source format, the verifier and the reward model see the one plain text of ``render_solution``.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import accumulate
+
+from ..records import ParseFailure, TokenSpan
+from .boxed import find_boxes
+from .headers import ANSWER_HEADER, ANY_HEADER, STEP_HEADER, after_header
+
+
+class StepFormat(StrEnum):
+    r"""How a response marks its steps.
+
+    TAGGED is the policy's ``<think><step>..</step>..</think><answer>\boxed{..}</answer>``; PLAIN is the generator's
+    ``Step 1: ..`` to ``Answer: ..`` (see ``headers`` for the spellings accepted).
+    """
+
+    TAGGED = "tagged"
+    PLAIN = "plain"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step's content (stripped, without its header or tags) and the character range ``[start, end)`` it occupies.
+
+    The range runs from the step's header or opening tag to the next step's, or to what closes the steps.
+    """
+
+    text: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedResponse:
+    r"""A response in the grammar. Steps touch: ``steps[k].end == steps[k + 1].start``.
+
+    ``answer`` is one line without its ``\boxed{}``; ``[answer_start, answer_end)`` covers tag or header too.
+    """
+
+    text: str
+    steps: tuple[Step, ...]
+    answer: str
+    answer_start: int
+    answer_end: int
+
+    @property
+    def step_texts(self) -> tuple[str, ...]:
+        """The steps' contents, in order."""
+        return tuple(step.text for step in self.steps)
+
+    def canonical(self) -> str:
+        """The plain text that verifier and reward model see; never raises."""
+        return render_solution(self.step_texts, self.answer)
+
+
+class RegionKind(StrEnum):
+    """What a stretch of a response is. TRAILING is the white space after the answer."""
+
+    PREAMBLE = "preamble"
+    STEP = "step"
+    CLOSING = "closing"
+    ANSWER = "answer"
+    TRAILING = "trailing"
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Characters ``[start, end)`` of a response; ``step`` is the 0-based step for STEP regions and None otherwise."""
+
+    kind: RegionKind
+    start: int
+    end: int
+    step: int | None = None
+
+
+def split_response(text: str, fmt: StepFormat) -> ParsedResponse | ParseFailure:
+    """Parse a response (special tokens removed). Never raises on any text; a failure names the rule broken."""
+    return _split_tagged(text) if StepFormat(fmt) is StepFormat.TAGGED else _split_plain(text)
+
+
+def regions(text: str, fmt: StepFormat) -> tuple[Region, ...] | ParseFailure:
+    """Non-empty regions that tile the whole response in order, without gap or overlap."""
+    parsed = split_response(text, fmt)
+    if isinstance(parsed, ParseFailure):
+        return parsed
+    tiles = [
+        Region(RegionKind.PREAMBLE, 0, parsed.steps[0].start),
+        *(Region(RegionKind.STEP, step.start, step.end, index) for index, step in enumerate(parsed.steps)),
+        Region(RegionKind.CLOSING, parsed.steps[-1].end, parsed.answer_start),
+        Region(RegionKind.ANSWER, parsed.answer_start, parsed.answer_end),
+        Region(RegionKind.TRAILING, parsed.answer_end, len(text)),
+    ]
+    return tuple(tile for tile in tiles if tile.start < tile.end)
+
+
+def render_solution(steps: Sequence[str], answer: str | None) -> str:
+    """``Step 1: ..`` lines and ``Answer: ..``; the inverse of the PLAIN split.
+
+    ``answer=None`` leaves the answer line out (foreign solutions that have none; such a text does not parse back).
+    Raises ``ValueError`` naming the step when a text would read back as something else; ``legal_step_text`` repairs
+    foreign steps.
+    """
+    if not steps:
+        raise ValueError("render_solution: a solution needs at least one step")
+    for number, step in enumerate(steps, start=1):
+        if reason := _step_fault(step):
+            raise ValueError(f"render_solution: step {number}: {reason}")
+    lines = [f"Step {number}: {step}" for number, step in enumerate(steps, start=1)]
+    if answer is not None:
+        if not answer or answer != _clean_answer(answer) or "\n" in answer:
+            raise ValueError(f"render_solution: answer {answer!r} must be one stripped, unboxed, non-empty line")
+        lines.append(f"Answer: {answer}")
+    return "\n".join(lines)
+
+
+def legal_step_text(text: str) -> str:
+    """Make a step of foreign origin (a benchmark's paragraph) fit for ``render_solution``.
+
+    A header the text begins with is dropped; a colon of any header inside becomes a dash. Raises ``ValueError`` when
+    nothing is left.
+    """
+    stripped = text.strip()
+    header = STEP_HEADER.match(stripped)
+    body = after_header(stripped, header, len(stripped)) if header else stripped
+    if not body:
+        raise ValueError(f"legal_step_text: {text!r} has no content")
+    return ANY_HEADER.sub(lambda match: match.group().replace(":", " -"), body)
+
+
+def decode_tokens(token_bytes: Sequence[bytes]) -> str:
+    """The text of sampled tokens: their bytes joined, then UTF-8 with U+FFFD for what is not valid."""
+    return b"".join(token_bytes).decode("utf-8", errors="replace")
+
+
+def token_spans(token_bytes: Sequence[bytes], parsed: ParsedResponse) -> tuple[TokenSpan, ...]:
+    """Each step's token range, from the bytes of the tokens as sampled.
+
+    A token belongs to the step that holds its first byte (an empty token: the byte that would come next), so ranges
+    never overlap and each starts where the one before it ends. A step inside one longer token gets an empty range.
+    Tokens after the text (the end-of-sequence token) belong to no step. Raises ``ValueError`` when the tokens do not
+    decode to ``parsed.text`` plus at most such a tail.
+    """
+    data = b"".join(token_bytes)
+    text, char_to_byte = _decode_with_offsets(data)
+    if not text.startswith(parsed.text):
+        at = next((i for i, (a, b) in enumerate(zip(text, parsed.text)) if a != b), min(len(text), len(parsed.text)))
+        raise ValueError(f"token_spans: the tokens' bytes and the parsed text differ from character {at} on")
+    starts = list(accumulate(map(len, token_bytes), initial=0))[:-1]
+    return tuple(
+        TokenSpan(bisect_left(starts, char_to_byte[step.start]), bisect_left(starts, char_to_byte[step.end]))
+        for step in parsed.steps)
+
+
+def _decode_with_offsets(data: bytes) -> tuple[str, list[int]]:
+    """``data.decode("utf-8", "replace")`` and the byte offset of every character, closed by ``len(data)``."""
+    if data.isascii():
+        return data.decode("ascii"), list(range(len(data) + 1))
+    characters: list[str] = []
+    offsets: list[int] = []
+    position = 0
+    while position < len(data):
+        try:
+            good, bad_length = data[position:].decode("utf-8"), 0
+        except UnicodeDecodeError as error:
+            good, bad_length = data[position:position + error.start].decode("utf-8"), error.end - error.start
+        for character in good:
+            characters.append(character)
+            offsets.append(position)
+            position += len(character.encode("utf-8"))
+        if bad_length:
+            characters.append("�")
+            offsets.append(position)
+            position += bad_length
+    return "".join(characters), [*offsets, len(data)]
+
+
+_TAG = re.compile(r"</?(?:think|step|answer)>")
+
+
+def _split_tagged(text: str) -> ParsedResponse | ParseFailure:
+    tags = list(_TAG.finditer(text))
+    names = [tag.group() for tag in tags]
+    num_steps = (len(tags) - 4) // 2
+    expected = ["<think>", *["<step>", "</step>"] * num_steps, "</think>", "<answer>", "</answer>"]
+    if num_steps < 1 or names != expected:
+        found = next((name for name, want in zip(names, expected) if name != want), "the end")
+        return ParseFailure(f"tag_order: {found} is out of place, missing or repeated")
+    ends = [0, *(tag.end() for tag in tags)]
+    starts = [*(tag.start() for tag in tags), len(text)]
+    # Between two tags there is content after <step> and <answer>, and white space everywhere else.
+    for gap, opener in enumerate(["", *names]):
+        if opener not in ("<step>", "<answer>") and text[ends[gap]:starts[gap]].strip():
+            return ParseFailure(f"text_outside_tags: after {opener or 'the beginning'}")
+    steps = []
+    for index in range(num_steps):
+        opening, closing, following = tags[1 + 2 * index], tags[2 + 2 * index], tags[3 + 2 * index]
+        body = _tagged_step_text(text[opening.end():closing.start()].strip(), index + 1)
+        if isinstance(body, ParseFailure):
+            return body
+        steps.append(Step(body, opening.start(), following.start()))
+    answer_tag, answer_close = tags[-2], tags[-1]
+    answer = _clean_answer(text[answer_tag.end():answer_close.start()])
+    return _with_answer(text, steps, answer, answer_tag.start(), answer_close.end())
+
+
+def _tagged_step_text(body: str, number: int) -> str | ParseFailure:
+    """A tagged step's content; a ``Step k:`` of its own number at its beginning is tolerated and dropped."""
+    if reason := _step_fault(body):
+        return ParseFailure(f"{reason.partition(':')[0]}: step {number}")
+    header = STEP_HEADER.match(body)
+    if header is None:
+        return body
+    if header["number"] != str(number):
+        return ParseFailure(f"step_numbering: step {number} calls itself Step {header['number'][:8]}")
+    return after_header(body, header, len(body)) or ParseFailure(f"step_empty: step {number}")
+
+
+def _split_plain(text: str) -> ParsedResponse | ParseFailure:
+    headers = list(STEP_HEADER.finditer(text))
+    answers = list(ANSWER_HEADER.finditer(text))
+    if not headers:
+        return ParseFailure("steps_missing: no line starts with 'Step 1:'")
+    for number, header in enumerate(headers, start=1):
+        if header["number"] != str(number):
+            return ParseFailure(f"step_numbering: Step {header['number'][:8]} where Step {number} was expected")
+    if len(answers) != 1:
+        return ParseFailure("answer_missing" if not answers else f"answer_repeated: {len(answers)} 'Answer:' lines")
+    answer_header = answers[0]
+    if answer_header.start() < headers[-1].start():
+        return ParseFailure("answer_not_last: a step follows the 'Answer:' line")
+    bounds = [*(header.start() for header in headers), answer_header.start()]
+    steps = []
+    for index, header in enumerate(headers):
+        body = after_header(text, header, bounds[index + 1])
+        if not body:
+            return ParseFailure(f"step_empty: step {index + 1}")
+        steps.append(Step(body, bounds[index], bounds[index + 1]))
+    line_end = text.find("\n", answer_header.end())
+    answer_end = len(text) if line_end < 0 else line_end
+    if text[answer_end:].strip():
+        return ParseFailure("answer_not_last: text follows the 'Answer:' line")
+    answer = _clean_answer(after_header(text, answer_header, answer_end))
+    return _with_answer(text, steps, answer, answer_header.start(), answer_end)
+
+
+def _with_answer(text: str, steps: list[Step], answer: str, start: int, end: int) -> ParsedResponse | ParseFailure:
+    if not answer:
+        return ParseFailure("answer_empty")
+    if "\n" in answer:
+        return ParseFailure("answer_multiline: the answer must be one line")
+    return ParsedResponse(text, tuple(steps), answer, start, end)
+
+
+def _clean_answer(text: str) -> str:
+    """The content of the answer's box when it has exactly one, else the answer itself, stripped."""
+    boxes = find_boxes(text)
+    return (boxes[0].content if len(boxes) == 1 else text).strip()
+
+
+def _step_fault(text: str) -> str | None:
+    """Why ``Step k: {text}`` would not read back as this step; None when it does."""
+    if not text:
+        return "step_empty: the text is empty"
+    if text != text.strip():
+        return "step_unstripped: white space at an end of the text"
+    # Its first line may look like a header: in plain text it follows "Step k: " and so does not start a line.
+    newline = text.find("\n")
+    if newline >= 0 and ANY_HEADER.search(text, newline + 1):
+        return "step_contains_header: a line of the text looks like a 'Step k:' or 'Answer:' line"
+    return None

@@ -1,0 +1,3 @@
+"""The version of the text grammar; whatever is stored or trained on carries it."""
+
+GRAMMAR_VERSION = "1"

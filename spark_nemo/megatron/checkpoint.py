@@ -1,0 +1,118 @@
+"""Training checkpoints: model, optimizer, schedule, generator state and the caller's state, in torch_dist format.
+
+``folder/step-00000012/`` is one checkpoint, ``folder/latest`` names the newest complete one. A checkpoint is written
+under a temporary name, renamed, and only then named by ``latest``: a killed job never leaves a half-written one behind
+that name. Loading reshards over tensor and pipeline ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    get_default_save_sharded_strategy,
+)
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from spark_nemo.config.errors import ConfigError
+
+from . import distributed
+from .cpu_compat import cuda_means_cpu
+from .hf_files import replace_folder, write_atomically
+from .model import PackedGPT
+from .optimizer import prime_state, separate_steps, set_step
+
+LATEST = "latest"
+STATE_FILE = "state.json"
+
+
+def has_checkpoint(folder: str | Path) -> bool:
+    """Whether ``folder`` holds a complete checkpoint. No communication."""
+    return (Path(folder) / LATEST).is_file()
+
+
+def save(folder: str | Path, model: PackedGPT, optimizer: ChainedOptimizer, scheduler: OptimizerParamScheduler,
+         state: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint of step ``scheduler.num_steps`` and return its folder. Collective.
+
+    ``state`` must survive JSON (``TypeError`` names it otherwise). Older checkpoints than the newest ``keep`` go.
+    """
+    name, text = f"step-{scheduler.num_steps:08d}", json.dumps(state)
+    folder = Path(folder)
+    temporary, target = folder / f".{name}.tmp", folder / name
+
+    def start() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        (temporary / STATE_FILE).write_text(text)
+
+    def finish() -> None:
+        replace_folder(temporary, target)
+        write_atomically(folder / LATEST, name)
+        for old in sorted(folder.glob("step-*"))[:-keep]:
+            if old.name != name:
+                shutil.rmtree(old)
+
+    distributed.on_main_rank(start)
+    # Saving is synchronous, so the results of the writers stay in this process. Megatron would start a manager process
+    # for them: seconds of imports, and a hang in scripts without a __main__ guard.
+    filesystem_async._results_queue = queue.Queue()
+    with cuda_means_cpu():
+        tensors = _sharded_state(model, optimizer, loading=False)
+        tensors["step"], tensors["rng"] = scheduler.num_steps, torch.get_rng_state()
+        dist_checkpointing.save(tensors, str(temporary), get_default_save_sharded_strategy("torch_dist"),
+                                content_metadata=_metadata(optimizer))
+    distributed.on_main_rank(finish)
+    return target
+
+
+def load(folder: str | Path, model: PackedGPT, optimizer: ChainedOptimizer,
+         scheduler: OptimizerParamScheduler) -> dict[str, Any]:
+    """Restore the newest checkpoint of ``folder`` and return the caller's state. Collective.
+
+    Raises ``ConfigError`` when there is none, or when it does not fit this model and optimizer.
+    """
+    if not has_checkpoint(folder):
+        raise ConfigError(f"{folder} has no checkpoint (no file {LATEST!r} in it)")
+    source = Path(folder) / (Path(folder) / LATEST).read_text().strip()
+    if not source.is_dir():
+        raise ConfigError(f"checkpoint {source} is gone, though {Path(folder) / LATEST} names it")
+    with cuda_means_cpu():
+        prime_state(optimizer)
+        wanted = _sharded_state(model, optimizer, loading=True)
+        try:
+            loaded = dist_checkpointing.load(wanted, str(source), get_default_load_sharded_strategy(str(source)))
+        except (CheckpointingException, KeyError) as error:
+            raise ConfigError(f"checkpoint {source} does not fit this model, megatron.distributed_optimizer or "
+                              f"megatron.dtype: {str(error).splitlines()[0]}") from error
+        model.load_state_dict(loaded["model"], strict=False)  # "strict" counts Transformer Engine's extra states
+        optimizer.load_state_dict(loaded["optimizer"])
+        separate_steps(optimizer)
+    set_step(scheduler, loaded["step"])
+    torch.set_rng_state(loaded["rng"])
+    return json.loads((source / STATE_FILE).read_text())
+
+
+def _sharded_state(model: PackedGPT, optimizer: ChainedOptimizer, loading: bool) -> dict[str, Any]:
+    metadata = _metadata(optimizer)
+    weights = model.sharded_state_dict(metadata=metadata)
+    return {"model": weights,
+            "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)}
+
+
+def _metadata(optimizer: ChainedOptimizer) -> dict[str, Any]:
+    common = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+    if optimizer.config.use_distributed_optimizer:
+        # The only format of the distributed optimizer that can be read by another number of tensor or data ranks.
+        return {**common, "distrib_optim_sharding_type": "fully_reshardable"}
+    return common

@@ -1,0 +1,123 @@
+"""Process groups: how many ranks there are, who talks to whom, and which of them is in charge."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from spark_nemo.config.errors import ConfigError
+from spark_nemo.config.schema import MegatronConfig
+
+from .cpu_compat import cuda_means_cpu
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def initialize(layout: MegatronConfig) -> None:
+    """Join the other ranks and build Megatron's process groups for ``layout``. Calling it again is harmless.
+
+    Ranks come from torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) or from srun (SLURM_PROCID, SLURM_NTASKS and
+    MASTER_*); a process started by itself is a world of one. A call with another layout of the same size replaces the
+    groups, and workers built before it must not be used any more. Raises ``ConfigError`` when the number of ranks is
+    not ``layout.world_size``.
+    """
+    rank, world_size = _rank_and_world_size()
+    if world_size != layout.world_size:
+        raise ConfigError(
+            f"megatron.tensor_parallel={layout.tensor_parallel} x pipeline_parallel={layout.pipeline_parallel} x "
+            f"data_parallel={layout.data_parallel} needs {layout.world_size} processes and {world_size} run: "
+            f"start with torchrun --nproc-per-node {layout.world_size}, or change megatron.data_parallel")
+    if not dist.is_initialized():
+        _join(rank, world_size)
+    _build_groups(layout)
+
+
+def rank() -> int:
+    """Global rank; 0 before ``initialize``."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def broadcast_object(value: T | None, source: int = 0) -> T:
+    """The picklable ``value`` of rank ``source`` on every rank. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value  # type: ignore[return-value]
+    box = [value]
+    with cuda_means_cpu():
+        dist.broadcast_object_list(box, src=source)
+    return box[0]  # type: ignore[return-value]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's picklable ``value``, in rank order, on every rank. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * dist.get_world_size()
+    with cuda_means_cpu():
+        dist.all_gather_object(box, value)
+    return box
+
+
+def on_main_rank(action: Callable[[], T]) -> T:
+    """Run ``action`` on rank 0 and give every rank its result, or its error. Collective.
+
+    Without this a full disk on rank 0 would leave the others waiting in their next collective.
+    """
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if rank() == 0:
+        try:
+            outcome = (action(), None)
+        except (OSError, ValueError, RuntimeError) as error:
+            outcome = (None, error)
+    result, error = broadcast_object(outcome)
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    for rank_name, size_name in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank_name in os.environ and size_name in os.environ:
+            world_size = int(os.environ[size_name])
+            if world_size > 1 and "MASTER_ADDR" not in os.environ:
+                raise ConfigError(f"{size_name}={world_size} but MASTER_ADDR is not set: export MASTER_ADDR and "
+                                  "MASTER_PORT, or start with torchrun")
+            return int(os.environ[rank_name]), world_size
+    return 0, 1
+
+
+def _join(rank: int, world_size: int) -> None:
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+        torch.cuda.set_device(local_rank)
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    interfaces = {name for _, name in socket.if_nameindex()}
+    if address in ("127.0.0.1", "localhost") and "lo" in interfaces:
+        # Without it gloo resolves the host name, which fails in containers and on laptops.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        os.environ.setdefault("MASTER_PORT", "29500")
+        dist.init_process_group(backend, rank=rank, world_size=world_size)
+    logger.info("rank %d of %d joined over %s", rank, world_size, backend)
+
+
+def _build_groups(layout: MegatronConfig) -> None:
+    from megatron.core import parallel_state
+
+    sizes = (layout.tensor_parallel, layout.pipeline_parallel)
+    if parallel_state.model_parallel_is_initialized():
+        if sizes == (parallel_state.get_tensor_model_parallel_world_size(),
+                     parallel_state.get_pipeline_model_parallel_world_size()):
+            return
+        parallel_state.destroy_model_parallel()
+    with cuda_means_cpu():
+        parallel_state.initialize_model_parallel(*sizes)

@@ -1,0 +1,48 @@
+"""Which modules a transformer layer is made of: Transformer Engine's where they run, ours elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from .attention import PackedCoreAttention, PackedRows
+from .batch import PackedBatch
+from .layers import RMSNorm, swiglu
+
+
+def uses_transformer_engine() -> bool:
+    """True where Transformer Engine is installed and a CUDA device is there to run it."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
+    """The layer specification for GPTModel. Parameters have the same checkpoint names either way."""
+    if uses_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec()
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.submodules.core_attention = PackedCoreAttention
+    spec.submodules.mlp.submodules.activation_func = swiglu
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def packing_arguments(batch: PackedBatch, rotary: RotaryEmbedding) -> dict[str, Any]:
+    """How the layers of ``layer_spec`` want to be told about the sequences of a pack and their positions."""
+    if uses_transformer_engine():
+        params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=batch.cu_seqlens_N, cu_seqlens_kv=batch.cu_seqlens_N,
+                                 max_seqlen_q=batch.max_seqlen, max_seqlen_kv=batch.max_seqlen)
+        return {"packed_seq_params": params, "rotary_pos_emb": rotary(batch.max_seqlen, packed_seq=True)}
+    angles = rotary.get_freqs_non_repeated(batch.max_seqlen).to(batch.positions_T.device)
+    rows = PackedRows.from_cu_seqlens(batch.cu_seqlens_N, rotary=tuple(
+        table[batch.positions_T, None] for table in (angles.cos(), angles.sin())))
+    return {"packed_seq_params": rows, "rotary_pos_emb": None}

@@ -1,0 +1,117 @@
+"""AdamW with a schedule on top of Megatron's optimizers, and what their torch AdamW needs to resume exactly."""
+
+from __future__ import annotations
+
+import math
+import types
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
+
+from spark_nemo.config.errors import ConfigError
+from spark_nemo.config.schema import MegatronConfig, OptimizerConfig
+
+from .model import DTYPES, PackedGPT
+
+
+class NonFiniteGradient(RuntimeError):
+    """The gradient norm is not a finite number; the optimizer step was not taken."""
+
+
+def wrap_for_gradients(model: PackedGPT, layout: MegatronConfig) -> DistributedDataParallel:
+    """Megatron's data-parallel wrapper: float32 gradient buffers, summed over ranks when a step ends."""
+    return DistributedDataParallel(model.config, DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=layout.distributed_optimizer), model)
+
+
+def build_optimizer(model: DistributedDataParallel, settings: OptimizerConfig, layout: MegatronConfig,
+                    total_steps: int | None) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
+    """Optimizer and schedule. Raises ``ConfigError`` when the schedule needs ``total_steps`` and has none."""
+    scheduled = settings.warmup_fraction > 0 or settings.decay != "constant"
+    if scheduled and total_steps is None:
+        raise ConfigError(f"optimizer.decay={settings.decay} with optimizer.warmup_fraction="
+                          f"{settings.warmup_fraction} needs the total number of steps")
+    dtype = DTYPES[layout.dtype]
+    optimizer = get_megatron_optimizer(MegatronOptimizerConfig(
+        optimizer="adam", lr=settings.lr, min_lr=settings.min_lr, weight_decay=settings.weight_decay,
+        adam_beta1=settings.beta1, adam_beta2=settings.beta2, adam_eps=settings.eps, clip_grad=settings.clip_grad,
+        bf16=dtype == torch.bfloat16, params_dtype=dtype,
+        use_distributed_optimizer=layout.distributed_optimizer), [model])
+    _make_resumable(optimizer)
+
+    warmup = math.ceil(settings.warmup_fraction * total_steps) if scheduled else 0
+    # Megatron's warm-up starts from init_lr: this one makes step k of W use lr * (k + 1) / (W + 1), never zero.
+    scheduler = OptimizerParamScheduler(
+        optimizer, init_lr=settings.lr / (warmup + 1), max_lr=settings.lr, min_lr=settings.min_lr,
+        lr_warmup_steps=warmup, lr_decay_steps=max(total_steps or 1, warmup + 1), lr_decay_style=settings.decay,
+        start_wd=settings.weight_decay, end_wd=settings.weight_decay, wd_incr_steps=0, wd_incr_style="constant")
+    return optimizer, scheduler
+
+
+def set_step(scheduler: OptimizerParamScheduler, step: int) -> None:
+    """Put the schedule at ``step`` and write learning rate and weight decay into the optimizer's groups."""
+    scheduler.num_steps = step
+    scheduler.step(0)
+
+
+def clip_and_step(optimizer: ChainedOptimizer) -> float:
+    """Clip the ready gradients, take one step and return the norm before clipping.
+
+    Megatron's own ``step`` multiplies every weight by NaN when the norm is NaN; this one raises
+    ``NonFiniteGradient`` first, on every rank, and changes nothing.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        raise NonFiniteGradient(f"gradient norm is {norm}: the step was not taken")
+    for part in optimizer.chained_optimizers:
+        if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
+            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
+    optimizer.step_with_ready_grads()
+    return norm
+
+
+def prime_state(optimizer: ChainedOptimizer) -> None:
+    """Give torch AdamW the state it lacks before its first step: without it a checkpoint has nowhere to go."""
+    for inner in _torch_adamw(optimizer):
+        for group in inner.param_groups:
+            for parameter in group["params"]:
+                if not inner.state[parameter]:
+                    inner.state[parameter] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter),
+                                              "exp_avg_sq": torch.zeros_like(parameter)}
+
+
+def separate_steps(optimizer: ChainedOptimizer) -> None:
+    """Megatron loads one step counter shared by all parameters, which AdamW would then advance once for each."""
+    for inner in _torch_adamw(optimizer):
+        for state in inner.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _torch_adamw(optimizer: ChainedOptimizer) -> list[torch.optim.AdamW]:
+    inner = [part.optimizer for part in optimizer.chained_optimizers]
+    return [x for x in inner if isinstance(x, torch.optim.AdamW)]
+
+
+def _make_resumable(optimizer: ChainedOptimizer) -> None:
+    """Without Transformer Engine the distributed optimizer cannot read its own checkpoint (KeyError: 'step')."""
+    for part in optimizer.chained_optimizers:
+        if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW):
+            part._set_main_param_and_optimizer_states = types.MethodType(_set_state_without_step, part)
+
+
+def _set_state_without_step(self: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
+    group, order = self.model_param_group_index_map[model_param]
+    main_param = self.optimizer.param_groups[group]["params"][order]
+    target = {"param": main_param, **self.optimizer.state[main_param]}
+    with torch.no_grad():
+        for key in ("param", "exp_avg", "exp_avg_sq"):
+            target[key].copy_(tensors[key])

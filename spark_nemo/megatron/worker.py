@@ -1,0 +1,337 @@
+"""One rank's share of a model with its optimizer: what the training rooms see of Megatron."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from spark_nemo.config.errors import ConfigError
+from spark_nemo.config.schema import MegatronConfig, OptimizerConfig
+
+from . import checkpoint, distributed, hf_files, hf_weights
+from .batch import PackedBatch
+from .cpu_compat import device, on_this_device, seed_everything
+from .model import DTYPES, build_model
+from .model_shape import ModelShape, read_hf_config
+from .optimizer import NonFiniteGradient, build_optimizer, clip_and_step, wrap_for_gradients
+
+LossFn = Callable[[Tensor, Tensor | None, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
+"""``(logprobs_T, entropy_T | None, batch) -> (loss_sum, metric_sums)``.
+
+``logprobs_T`` (float32, nats, after temperature) carries the gradient; ``entropy_T`` is a detached metric and None
+unless it was asked for. ``loss_sum`` is the sum over the positions of this micro-batch, not a mean; so is every metric.
+``batch`` is the caller's, plus a masked dummy sequence under sequence parallelism.
+"""
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did; the same numbers on every rank."""
+
+    loss: float
+    """Sum of ``loss_sum`` over all micro-batches and data-parallel ranks / ``num_tokens``."""
+    grad_norm: float
+    """Global L2 norm of the gradient of ``loss``, before clipping."""
+    lr: float
+    """Learning rate of this step."""
+    num_tokens: float
+    """Sum of ``loss_mask_T`` over all micro-batches and data-parallel ranks."""
+    metrics: dict[str, float]
+    """Sums over all micro-batches and data-parallel ranks; divide by what they count."""
+
+
+class MegatronWorker:
+    """One rank's share of a model, and its optimizer. Every method is collective: call it on all ranks.
+
+    Build one with ``from_hf`` or ``from_config``:
+
+    >>> worker = MegatronWorker.from_hf(folder, MegatronConfig(dtype="float32"), seed=0, optimizer=OptimizerConfig(),
+    ...                                 total_steps=100)                             # doctest: +SKIP
+    >>> result = worker.train_step(micro_batches, loss_fn)                           # doctest: +SKIP
+    >>> worker.save_hf("out", source_dir=folder)                                     # doctest: +SKIP
+    """
+
+    def __init__(self, hf_config: dict[str, Any], shape: ModelShape, layout: MegatronConfig, seed: int) -> None:
+        """Process groups and an unfilled model; for ``from_hf`` and ``from_config``."""
+        from megatron.core import parallel_state
+
+        distributed.initialize(layout)
+        seed_everything(seed)
+        self.hf_config, self.shape, self.layout = hf_config, shape, layout
+        self.model = build_model(shape, layout)
+        self.dp_rank: int = parallel_state.get_data_parallel_rank()
+        self.dp_size: int = parallel_state.get_data_parallel_world_size()
+        self.is_main: bool = distributed.rank() == 0
+        """True on global rank 0, the rank that writes files and talks to the engine."""
+        self._is_last_stage = parallel_state.is_pipeline_last_stage()
+        self._reports = self._is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
+        self._pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+        self._optimizer = self._scheduler = None
+        self._trained: torch.nn.Module = self.model
+        self._borrowed = False
+
+    @classmethod
+    def from_hf(cls, model_dir: str | Path, layout: MegatronConfig, seed: int,
+                optimizer: OptimizerConfig | None = None, total_steps: int | None = None) -> MegatronWorker:
+        """Load a Hugging Face model folder; ``optimizer=None`` gives a worker for forward passes only.
+
+        ``total_steps`` (optimizer steps of the whole run) sets warm-up and decay. Raises ``ConfigError`` naming the
+        missing folder, the offending tensor, or the ``megatron.*`` setting that does not fit the model.
+        """
+        hf_config = read_hf_config(model_dir)
+        worker = cls(hf_config, ModelShape.from_hf(hf_config, f"{model_dir}/config.json"), layout, seed)
+        worker.load_hf_weights(model_dir)
+        return worker._with_optimizer(optimizer, total_steps)
+
+    @classmethod
+    def from_config(cls, hf_config: dict[str, Any], layout: MegatronConfig, seed: int,
+                    optimizer: OptimizerConfig | None = None, total_steps: int | None = None) -> MegatronWorker:
+        """A new model with random weights (``hf_files.RandomTensors``) that do not depend on ``layout``."""
+        worker = cls(hf_config, ModelShape.from_hf(hf_config, "hf_config"), layout, seed)
+        shapes = hf_weights.hf_tensor_shapes(worker.shape)
+        worker._fill(hf_files.RandomTensors(shapes, worker.shape, seed), "random initialisation")
+        return worker._with_optimizer(optimizer, total_steps)
+
+    @on_this_device
+    def _with_optimizer(self, settings: OptimizerConfig | None, total_steps: int | None) -> MegatronWorker:
+        if settings is None:
+            self.model.requires_grad_(False)
+        else:
+            self._trained = wrap_for_gradients(self.model, self.layout)
+            self._optimizer, self._scheduler = build_optimizer(self._trained, settings, self.layout, total_steps)
+        return self
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken so far."""
+        return self._scheduler.num_steps if self._scheduler is not None else 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and of what ``export_hf`` gives."""
+        return DTYPES[self.layout.dtype]
+
+    # Forward passes
+
+    def logprobs(self, micro_batches: Sequence[PackedBatch], temperature: float = 1.0) -> list[Tensor]:
+        """Float32 ``logprobs_T`` of each micro-batch of this data-parallel rank, on all its pipeline stages."""
+        return [logprobs_T for logprobs_T, _ in self._forward(micro_batches, temperature, with_entropy=False)]
+
+    def logprobs_and_entropy(self, micro_batches: Sequence[PackedBatch],
+                             temperature: float = 1.0) -> list[tuple[Tensor, Tensor]]:
+        """``logprobs`` with the entropy in nats of every position's distribution."""
+        return [(x, y) for x, y in self._forward(micro_batches, temperature, with_entropy=True) if y is not None]
+
+    @on_this_device
+    def _forward(self, micro_batches: Sequence[PackedBatch], temperature: float,
+                 with_entropy: bool) -> list[tuple[Tensor, Tensor | None]]:
+        if not micro_batches:
+            return []
+        outputs: list[tuple[Tensor, Tensor | None]] = []
+
+        def keep(output: tuple[Tensor, Tensor | None], batch: PackedBatch) -> tuple[Tensor, dict[str, Any]]:
+            outputs.append(output)
+            return output[0].sum(), {}
+
+        self.model.eval()  # recomputation is for training
+        try:
+            with torch.no_grad():
+                self._schedule(self.model, micro_batches, temperature, with_entropy, keep, forward_only=True)
+        finally:
+            self.model.train()
+        return [self._from_last_stage(batch.num_tokens, with_entropy, outputs[i] if outputs else None)
+                for i, batch in enumerate(micro_batches)]
+
+    def _from_last_stage(self, length: int, with_entropy: bool,
+                         output: tuple[Tensor, Tensor | None] | None) -> tuple[Tensor, Tensor | None]:
+        rows_kT = torch.empty(1 + with_entropy, length, device=device())
+        if output is not None:
+            for row_T, values_T in zip(rows_kT, output):
+                row_T.copy_(values_T[:length])  # without the padding of sequence parallelism
+        if self.layout.pipeline_parallel > 1:
+            dist.broadcast(rows_kT, dist.get_global_rank(self._pipeline_group, self._pipeline_group.size() - 1),
+                           group=self._pipeline_group)
+        return rows_kT[0], rows_kT[1] if with_entropy else None
+
+    # Training
+
+    @on_this_device
+    def train_step(self, micro_batches: Sequence[PackedBatch], loss_fn: LossFn, temperature: float = 1.0,
+                   with_entropy: bool = False) -> StepResult:
+        """One optimizer step on the micro-batches of all data-parallel ranks (each passes its own, in any number).
+
+        The gradient is that of ``StepResult.loss``, whatever the split into ranks and micro-batches. Raises
+        ``NonFiniteGradient`` on every rank, with weights unchanged, when the gradient is not finite, and ``ValueError``
+        when every loss mask is zero.
+        """
+        if self._optimizer is None:
+            raise RuntimeError("this worker has no optimizer: pass optimizer=OptimizerConfig(...) when building it")
+        if self._borrowed:
+            raise RuntimeError("train_step inside use_weights would train the borrowed weights")
+        num_tokens = self._global_num_tokens(micro_batches)
+        reports: list[tuple[float, dict[str, float]]] = []
+
+        def loss(output: tuple[Tensor, Tensor | None], batch: PackedBatch) -> tuple[Tensor, dict[str, Any]]:
+            loss_sum, metrics = loss_fn(*output, batch) if batch is not _NOTHING else (output[0].sum() * 0, {})
+            reports.append((float(loss_sum), {key: float(value) for key, value in metrics.items()}))
+            # Megatron counts tokens in an integer after the backward pass; loss masks may be fractions.
+            return loss_sum / num_tokens, {}
+
+        self._trained.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        # A rank without work still has to take part in the gradient reduction.
+        self._schedule(self._trained, micro_batches or [_NOTHING], temperature, with_entropy, loss, forward_only=False)
+        total, metrics = self._sum_reports(reports)
+        lr = self._scheduler.get_lr({})
+        try:
+            grad_norm = clip_and_step(self._optimizer)
+        except NonFiniteGradient as error:
+            raise NonFiniteGradient(f"optimizer step {self.step}: {error} (loss={total / num_tokens})") from error
+        self._scheduler.step(1)
+        return StepResult(total / num_tokens, grad_norm, lr, num_tokens, metrics)
+
+    def _global_num_tokens(self, micro_batches: Sequence[PackedBatch]) -> float:
+        own = math.fsum(float(batch.loss_mask_T.double().sum()) for batch in micro_batches)
+        # Tensor and pipeline ranks have the same micro-batches: count the ranks that report the loss.
+        total = math.fsum(distributed.gather_objects(own if self._reports else 0.0))
+        if total <= 0:
+            raise ValueError("loss_mask_T is zero everywhere in this step: there is nothing to train on")
+        return total
+
+    def _sum_reports(self, reports: list[tuple[float, dict[str, float]]]) -> tuple[float, dict[str, float]]:
+        everything = [r for part in distributed.gather_objects(reports if self._reports else []) for r in part]
+        keys = sorted({key for _, metrics in everything for key in metrics})
+        return (_sum([loss for loss, _ in everything]),
+                {key: _sum([metrics.get(key, 0.0) for _, metrics in everything]) for key in keys})
+
+    def _schedule(self, model: torch.nn.Module, micro_batches: Sequence[PackedBatch], temperature: float,
+                  with_entropy: bool, loss: Callable[..., Any], forward_only: bool) -> None:
+        """Run the micro-batches through the pipeline. ``loss`` sees them in order, on the last stage."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        def forward_step(batches: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
+            batch = next(batches)
+            moved = batch if batch is _NOTHING else batch.to(device())
+            if self.layout.sequence_parallel:
+                moved = moved.padded_to_multiple_of(self.layout.tensor_parallel)
+            seen = _NOTHING if batch is _NOTHING else moved
+            return model(moved.to(device()), temperature, with_entropy), functools.partial(_per_token_loss, loss, seen)
+
+        get_forward_backward_func()(
+            forward_step_func=forward_step, data_iterator=iter(micro_batches), model=model,
+            num_microbatches=len(micro_batches), seq_length=max(b.num_tokens for b in micro_batches),
+            micro_batch_size=1, forward_only=forward_only)
+
+    # Weights
+
+    def snapshot(self) -> Weights:
+        """A copy in CPU memory of this rank's weights (without optimizer state), for ``use_weights``."""
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.model.named_parameters()}
+
+    @contextmanager
+    def use_weights(self, snapshot: Weights) -> Iterator[None]:
+        """Run forward passes under other weights, then restore the current ones bit for bit, also after an error."""
+        if self._borrowed:
+            raise RuntimeError("use_weights does not nest")
+        current, self._borrowed = self.snapshot(), True
+        try:
+            self._copy_in(snapshot)
+            yield
+        finally:
+            self._copy_in(current)
+            self._borrowed = False
+
+    def _copy_in(self, weights: Weights) -> None:
+        # In place: the optimizer's flat buffers are these tensors' storage.
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(weights[name])
+
+    def export_hf(self) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors under Hugging Face names, one parameter at a time, on every rank.
+
+        Collective: every rank must iterate to the end. A tensor is only valid until the next one; copy it to keep it.
+        """
+        return hf_weights.export_tensors(self.model, self.shape)
+
+    def save_hf(self, folder: str | Path, source_dir: str | Path | None) -> None:
+        """Write a Hugging Face model folder atomically: config.json, safetensors, and ``source_dir``'s other files.
+
+        Raises ``OSError`` on every rank when rank 0 cannot write.
+        """
+        shapes, error = hf_weights.hf_tensor_shapes(self.shape), None
+        tensors = self.export_hf()
+        if self.is_main:
+            try:
+                with hf_files.atomic_folder(folder) as temporary:
+                    hf_files.write_model_files(
+                        temporary, self.hf_config, self.dtype, None if source_dir is None else Path(source_dir))
+                    hf_files.write_tensors(temporary, tensors, shapes, self.dtype)
+            except OSError as caught:
+                error = caught
+        for _ in tensors:  # the other ranks, and what a failed rank 0 left over
+            pass
+        if (error := distributed.broadcast_object(error)) is not None:
+            raise error
+
+    def load_hf_weights(self, folder: str | Path) -> None:
+        """Replace the weights by those of a model folder of the same shape. ``ConfigError`` names a wrong tensor."""
+        self._fill(hf_files.SafetensorsFolder(folder), str(folder))
+
+    @on_this_device
+    def _fill(self, tensors: Any, origin: str) -> None:
+        hf_weights.load_tensors(self.model, self.shape, tensors, origin)
+        if self._optimizer is not None:
+            self._optimizer.reload_model_params()  # the float32 copies under bfloat16 weights
+
+    # Checkpoints
+
+    def save_checkpoint(self, folder: str | Path, state: dict[str, Any], keep: int = 2) -> Path:
+        """Write ``folder/step-N`` and point ``folder/latest`` at it; the newest ``keep`` checkpoints stay.
+
+        ``state`` is the caller's own, JSON-able, the same on every rank.
+        """
+        self._need_optimizer()
+        return checkpoint.save(folder, self.model, self._optimizer, self._scheduler, state, keep)
+
+    def load_checkpoint(self, folder: str | Path) -> dict[str, Any]:
+        """Restore the newest checkpoint, saved under any layout, and return the caller's state.
+
+        What follows equals, bit for bit under the same layout, what would have followed the save. ``ConfigError`` when
+        there is none; ask ``checkpoint.has_checkpoint`` first.
+        """
+        self._need_optimizer()
+        return checkpoint.load(folder, self.model, self._optimizer, self._scheduler)
+
+    def _need_optimizer(self) -> None:
+        if self._optimizer is None:
+            raise ConfigError("checkpoints need an optimizer: build the worker with optimizer=OptimizerConfig(...)")
+
+
+_NOTHING = PackedBatch(
+    tokens_T=torch.zeros(1, dtype=torch.int64), labels_T=torch.zeros(1, dtype=torch.int64),
+    positions_T=torch.zeros(1, dtype=torch.int64), cu_seqlens_N=torch.tensor([0, 1], dtype=torch.int32),
+    loss_mask_T=torch.zeros(1))
+"""Stands in for the micro-batches of a data-parallel rank that has none."""
+
+
+def _per_token_loss(loss: Callable[..., Any], batch: PackedBatch, output: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Megatron's triple (loss, number of tokens, report); zero tokens tell it not to rescale the gradients."""
+    value, report = loss(output, batch)
+    return value, torch.zeros((), dtype=torch.int32, device=value.device), report
+
+
+def _sum(values: list[float]) -> float:
+    """Exactly rounded, so independent of the order; plain where fsum cannot (infinities of both signs)."""
+    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)

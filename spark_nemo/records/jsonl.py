@@ -1,0 +1,96 @@
+"""Problem files in, whole files out."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from .types import Problem
+
+
+class DataFileError(ValueError):
+    """A data file that cannot be used; the one-line message names the file and, where it applies, line and field."""
+
+
+def read_problems(path: str | Path) -> list[Problem]:
+    """Read a JSONL file of objects with ``problem_id``, ``question`` and optionally ``source``, all strings.
+
+    Any other field, an answer above all, is dropped here and reaches no record. Raises ``DataFileError`` naming file
+    and line of whatever is missing, malformed, empty or repeated.
+    """
+    problems: list[Problem] = []
+    seen: dict[str, int] = {}
+    # Bytes split at newline characters only; str.splitlines would also split at U+2028 inside a question.
+    try:
+        lines = Path(path).read_bytes().removesuffix(b"\n").split(b"\n")
+    except OSError as error:
+        raise DataFileError(f"{path}: cannot be read ({error.strerror})") from None
+    if lines == [b""]:
+        raise DataFileError(f"{path}: the file is empty: it needs one JSON object per line")
+    for number, line in enumerate(lines, start=1):
+        try:
+            problem = _problem(line)
+        except ValueError as error:
+            raise DataFileError(f"{path}:{number}: {error}") from None
+        if problem.problem_id in seen:
+            first = seen[problem.problem_id]
+            raise DataFileError(f"{path}:{number}: problem_id {problem.problem_id!r} is already on line {first}")
+        seen[problem.problem_id] = number
+        problems.append(problem)
+    return problems
+
+
+def _problem(line: bytes) -> Problem:
+    if not line.strip():
+        raise ValueError("empty line: remove it")
+    try:
+        data = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON in UTF-8 ({' '.join(str(error).split())})") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"a JSON object is needed, not {type(data).__name__}")
+    values = {}
+    for name, default in (("problem_id", None), ("question", None), ("source", "")):
+        value = data.get(name, default)
+        if not isinstance(value, str):
+            raise ValueError(f"{name!r} must be a string" + (", it is missing" if name not in data else ""))
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"{name!r} holds half of a surrogate pair, which is no character") from None
+        values[name] = value
+    return Problem(**values)
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Replace ``path`` by a UTF-8 file with this text: after a crash it holds the old text or the new, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def write_json_atomic(path: str | Path, obj: object) -> None:
+    """``write_text_atomic`` of indented JSON. Raises ``ValueError`` for NaN and infinities, which JSON lacks."""
+    write_text_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the creation or renaming of a file in this directory durable."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,195 @@
+"""From the files of a run folder to its ``Summary``. Parts that did not run are left out."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections import Counter
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from spark_nemo.config import SparkConfig
+from spark_nemo.evaluation import (
+    f1_difference,
+    f1_estimate,
+    label_quality,
+    mean_difference,
+    mean_estimate,
+    score_processbench,
+)
+from spark_nemo.evaluation.bootstrap import Estimate
+from spark_nemo.evaluation.processbench import ProcessBenchScore
+from spark_nemo.grammar import ParsedResponse
+from spark_nemo.records import Solution, Verdict, Verification, outcome_kind
+from spark_nemo.records.store import RecordStore
+from spark_nemo.report.model import (
+    CurvePoint,
+    Figure,
+    LabelScores,
+    MethodScores,
+    ScoredSolution,
+    ScoredStep,
+    Stage1Summary,
+    Stage2Summary,
+    Stage3Summary,
+    Summary,
+    to_plain,
+)
+from spark_nemo.verification import label_all
+from spark_nemo.verification.collect import parse_solution, read_collected
+
+Oracle = Callable[[str, Sequence[str]], tuple[bool, ...]]
+"""``oracle(question, steps)``: which steps are truly right. Only worlds made by a program have one."""
+
+_ARMS = {"process_aware": "spark", "rlvr": "rlvr"}
+_SHOWN_SOLUTIONS = 16
+
+
+def collect_summary(
+    config: SparkConfig, oracle: Oracle | None = None, commands: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Everything the report shows about ``run.dir``, as the plain dict of ``report.model.Summary``."""
+    folder = Path(config.run.dir)
+    stage1, stage2, stage3 = _stage1(folder, config, oracle), _stage2(folder), _stage3(folder, config, oracle)
+    return to_plain(Summary(
+        title=f"SPARK-NeMo run {folder.name}", seeds=[config.run.seed], environment=_environment(),
+        stage1=stage1, stage2=stage2, stage3=stage3, seconds=_seconds(folder), tokens=_tokens(folder),
+        commands=list(commands)))
+
+
+def _stage1(folder: Path, config: SparkConfig, oracle: Oracle | None) -> Stage1Summary | None:
+    if not (folder / "stage1/store").is_dir():
+        return None
+    with RecordStore(folder / "stage1/store") as store:
+        solutions, votes = read_collected(store)
+    failures = Counter(outcome_kind(v.outcome) for v in votes if not isinstance(v.outcome, Verdict))
+    return Stage1Summary(
+        problems=len({s.problem_id for s in solutions}), solutions=len(solutions), verifications=len(votes),
+        failure_rates={kind: count / len(votes) for kind, count in sorted(failures.items())},
+        label_quality=_label_quality(solutions, votes, config, oracle) if oracle else {})
+
+
+def _label_quality(
+    solutions: list[Solution], votes: list[Verification], config: SparkConfig, oracle: Oracle
+) -> dict[str, LabelScores]:
+    truths = {}
+    for solution in solutions:
+        parsed = parse_solution(solution)
+        assert isinstance(parsed, ParsedResponse)
+        truths[solution.key] = oracle(solution.question, parsed.step_texts)
+    scores = {}
+    for method in config.pipeline.label_methods:
+        labelled, dropped = label_all(method, solutions, votes, config.run.seed)
+        quality = label_quality(labelled, truths)
+        scores[method] = LabelScores(
+            quality.share_kept, _figure(quality.step_accuracy), _figure(quality.first_error_accuracy), dropped)
+    return scores
+
+
+def _stage2(folder: Path) -> Stage2Summary | None:
+    scores: dict[str, ProcessBenchScore] = {}
+    for path in sorted(folder.glob("stage2/*/processbench.json")):
+        cases = json.loads(path.read_text())["cases"]
+        scores[path.parent.name] = score_processbench([c["label"] for c in cases], [c["prediction"] for c in cases])
+    if not scores:
+        return None
+    methods = {name: _method_scores(score) for name, score in scores.items()}
+    gain = None
+    if {"single", "step_consistency"} <= scores.keys():
+        estimate = f1_difference([scores["step_consistency"].hits], [scores["single"].hits])
+        gain = (estimate.low, estimate.high)
+    first = next(iter(scores.values()))
+    return Stage2Summary(
+        cases=first.num_error + first.num_correct, f1={name: m.f1.value for name, m in methods.items()},
+        methods=methods, f1_gain_interval=gain)
+
+
+def _method_scores(score: ProcessBenchScore) -> MethodScores:
+    error, correct = mean_estimate(score.hits.error), mean_estimate(score.hits.correct)
+    return MethodScores(_figure(error), _figure(correct), _figure(f1_estimate([score.hits])), score.num_unparsed)
+
+
+def _stage3(folder: Path, config: SparkConfig, oracle: Oracle | None) -> Stage3Summary | None:
+    arms = {arm: folder / "stage3" / reward for reward, arm in _ARMS.items()
+            if (folder / "stage3" / reward / "evaluations.jsonl").exists()}
+    if not arms:
+        return None
+    evaluations = {arm: _rows(path / "evaluations.jsonl") for arm, path in arms.items()}
+    ends = {"base": next(iter(evaluations.values()))[0], **{arm: rows[-1] for arm, rows in evaluations.items()}}
+    return Stage3Summary(
+        problems=len(ends["base"]["rates"]), samples_per_problem=config.evaluation.samples_per_problem,
+        accuracy={arm: row["sampled"]["value"] for arm, row in ends.items()},
+        accuracy_intervals={arm: (row["sampled"]["low"], row["sampled"]["high"]) for arm, row in ends.items()},
+        greedy={arm: Figure(**row["greedy"]) for arm, row in ends.items()},
+        differences={f"spark_minus_{other}": _difference(ends["spark"], ends[other])
+                     for other in ("base", "rlvr") if {"spark", other} <= ends.keys()},
+        curves={arm: _curve(path, evaluations[arm]) for arm, path in arms.items()},
+        solutions=[s for arm, path in arms.items() for s in _solutions(path / "samples.jsonl", arm, oracle)])
+
+
+def _difference(first: dict, second: dict) -> Figure:
+    problems = first["rates"].keys()
+    return _figure(mean_difference([first["rates"][p] for p in problems], [second["rates"][p] for p in problems]))
+
+
+def _curve(folder: Path, evaluations: list[dict]) -> list[CurvePoint]:
+    accuracy = {row["step"]: row["sampled"]["value"] for row in evaluations}
+    metrics = {row["step"]: row for row in _rows(folder / "metrics.jsonl")}
+    points = []
+    for step in sorted(accuracy.keys() | metrics.keys()):
+        row = metrics.get(step, {})
+        rates = {key.removeprefix("failure/"): value for key, value in row.items() if key.startswith("failure/")}
+        mismatch = row.get("engine_logprob_diff_mean")
+        points.append(CurvePoint(step, row.get("reward"), accuracy.get(step), rates, row.get("entropy"), mismatch))
+    return points
+
+
+def _solutions(path: Path, arm: str, oracle: Oracle | None) -> list[ScoredSolution]:
+    rows = [row for row in _rows(path) if row["steps"]] if path.exists() else []
+    step = max(1, len(rows) // _SHOWN_SOLUTIONS)
+    shown = []
+    for row in rows[::step][:_SHOWN_SOLUTIONS]:
+        labels = row["step_labels"] or [None] * len(row["steps"])
+        truths = oracle(row["question"], row["steps"]) if oracle else [None] * len(row["steps"])
+        verdict = row["outcome"]["answer_correct"] if row["outcome"] and row["outcome"]["kind"] == "verdict" else None
+        failure = row["violation"] or (row["outcome"]["kind"] if row["outcome"] and verdict is None else None)
+        shown.append(ScoredSolution(
+            question=row["question"], arm=arm, verdict=verdict, reward=row["reward"], failure=failure,
+            truly_correct=all(truths) if oracle else None,
+            steps=[ScoredStep(t, said, true) for t, said, true in zip(row["steps"], labels, truths)]))
+    return shown
+
+
+def _seconds(folder: Path) -> dict[str, float]:
+    seconds: dict[str, float] = {}
+    for path in folder.glob("stage*/*/seconds.json"):
+        stage = path.parent.parent.name
+        seconds[stage] = seconds.get(stage, 0.0) + json.loads(path.read_text())["seconds"]
+    return dict(sorted(seconds.items()))
+
+
+def _tokens(folder: Path) -> dict[str, int]:
+    tokens: Counter[str] = Counter()
+    for path in folder.glob("stage1/stats-*.json"):
+        stats = json.loads(path.read_text())
+        tokens["stage1"] += stats["solution_tokens"] + stats["verification_tokens"]
+    for path in folder.glob("stage2/*/DONE.json"):
+        tokens["stage2"] += json.loads(path.read_text())["tokens"]
+    for path in folder.glob("stage3/*/metrics.jsonl"):
+        tokens["stage3"] += int(sum(row["sampled_tokens"] + row["verifier_tokens"] for row in _rows(path)))
+    return dict(tokens)
+
+
+def _environment() -> dict[str, str]:
+    packages = ("spark-nemo", "torch", "megatron-core", "transformers")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+
+def _figure(estimate: Estimate | None) -> Figure | None:
+    return Figure(**estimate._asdict()) if estimate is not None else None

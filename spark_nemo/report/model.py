@@ -1,0 +1,215 @@
+"""The schema of ``summary.json``: plain dataclasses, and a reader that names what is wrong with a summary.
+
+Shares, accuracies and F1 are fractions in [0, 1]; the page shows them times 100. A part of a run that did not happen is
+None or absent, and the page leaves it out: it is never written or shown as 0.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from math import isfinite
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+class SummaryError(ValueError):
+    """A summary that does not fit the schema; the one-line message names the field."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number and its 95% interval, when there is one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.low is None) != (self.high is None):
+            raise SummaryError("an interval needs both 'low' and 'high'")
+        if self.low is not None and self.low > self.high:
+            raise SummaryError(f"the interval [{self.low}, {self.high}] ends before it begins")
+
+
+@dataclass(frozen=True)
+class LabelScores:
+    """Labels of one method against the truth; the accuracies are over the kept solutions, None when none was kept."""
+
+    share_kept: float
+    step_accuracy: Figure | None = None
+    first_error_accuracy: Figure | None = None
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Dropped solutions by reason."""
+
+
+@dataclass(frozen=True)
+class Stage1Summary:
+    """Verification data. ``failure_rates`` are shares of all verifications, by outcome kind."""
+
+    problems: int
+    solutions: int
+    verifications: int
+    failure_rates: dict[str, float] = field(default_factory=dict)
+    label_quality: dict[str, LabelScores] = field(default_factory=dict)
+    """By label method."""
+
+
+@dataclass(frozen=True)
+class MethodScores:
+    """ProcessBench scores of the reward model trained on one method's labels."""
+
+    acc_error: Figure
+    acc_correct: Figure
+    f1: Figure
+    unparsed: int = 0
+    """Cases without a readable prediction; they count as wrong."""
+
+
+@dataclass(frozen=True)
+class Stage2Summary:
+    """Reward models by label method. ``f1`` repeats ``methods[...].f1.value`` for readers of the JSON."""
+
+    cases: int
+    f1: dict[str, float]
+    methods: dict[str, MethodScores]
+    f1_gain_interval: tuple[float, float] | None = None
+    """95% interval of F1(step_consistency) - F1(single), paired over the cases."""
+
+    def __post_init__(self) -> None:
+        if self.f1 != {name: scores.f1.value for name, scores in self.methods.items()}:
+            raise SummaryError("'f1' must repeat the f1 values of 'methods'")
+        if self.f1_gain_interval is not None and not {"single", "step_consistency"} <= self.f1.keys():
+            raise SummaryError("'f1_gain_interval' needs the methods single and step_consistency")
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One RL step. ``true_accuracy`` is there at evaluation steps only."""
+
+    step: int
+    reward: float | None = None
+    true_accuracy: float | None = None
+    failure_rates: dict[str, float] = field(default_factory=dict)
+    entropy: float | None = None
+    mismatch: float | None = None
+    """Mean absolute difference of the engine's and the trainer's log-probabilities, in nats per token."""
+
+
+@dataclass(frozen=True)
+class ScoredStep:
+    """A step, what the reward model said of it and, where known, whether it is right."""
+
+    text: str
+    correct: bool | None = None
+    truly_correct: bool | None = None
+
+
+@dataclass(frozen=True)
+class ScoredSolution:
+    """A sampled solution of an RL arm with the reward it got. ``verdict`` None: no verdict, ``failure`` says why."""
+
+    question: str
+    steps: list[ScoredStep]
+    arm: str = "spark"
+    verdict: bool | None = None
+    truly_correct: bool | None = None
+    reward: float | None = None
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Stage3Summary:
+    """Policies by arm: ``base`` (before RL), ``spark`` (reference-free) and ``rlvr`` (answer keys).
+
+    ``accuracy`` is the mean over ``samples_per_problem`` samples at temperature; ``greedy`` is one greedy sample.
+    ``differences`` are paired over problems and named ``spark_minus_base``, ``spark_minus_rlvr``.
+    """
+
+    problems: int
+    samples_per_problem: int
+    accuracy: dict[str, float]
+    accuracy_intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    greedy: dict[str, Figure] = field(default_factory=dict)
+    differences: dict[str, Figure] = field(default_factory=dict)
+    curves: dict[str, list[CurvePoint]] = field(default_factory=dict)
+    solutions: list[ScoredSolution] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if unknown := self.accuracy_intervals.keys() - self.accuracy.keys():
+            raise SummaryError(f"'accuracy_intervals' names {sorted(unknown)}, which 'accuracy' has not")
+        for arm, points in self.curves.items():
+            steps = [point.step for point in points]
+            if steps != sorted(set(steps)):
+                raise SummaryError(f"curves.{arm}: steps must increase")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One run. ``seconds`` and ``tokens`` are by stage (``stage1``, ``stage2``, ``stage3``, ``evaluation``, ...)."""
+
+    title: str
+    seeds: list[int] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    commands: list[str] = field(default_factory=list)
+    """What was run to get here."""
+    stage1: Stage1Summary | None = None
+    stage2: Stage2Summary | None = None
+    stage3: Stage3Summary | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+
+def read_summary(data: Mapping[str, Any]) -> Summary:
+    """Check a plain dict (as from ``summary.json``). Raises ``SummaryError`` that names the first bad field."""
+    return _read(Summary, data, "summary")
+
+
+def to_plain(summary: Summary) -> dict[str, Any]:
+    """The inverse of ``read_summary``: dicts, lists, strings, numbers and None only."""
+    return json.loads(json.dumps(asdict(summary), allow_nan=False))
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return None if value is None else _read(next(a for a in arguments if a is not type(None)), value, where)
+    if is_dataclass(kind):
+        return _read_dataclass(kind, value, where)
+    if origin is dict:
+        _expect(isinstance(value, Mapping), where, "an object", value)
+        return {str(name): _read(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+    if origin in (list, tuple):
+        _expect(isinstance(value, (list, tuple)), where, "a list", value)
+        _expect(origin is list or len(value) == len(arguments), where, f"a list of {len(arguments)}", value)
+        return origin(_read(arguments[0], item, f"{where}[{k}]") for k, item in enumerate(value))
+    if kind is float:
+        _expect(type(value) in (int, float) and isfinite(value), where, "a finite number", value)
+        return float(value)
+    _expect(type(value) is kind, where, {int: "a whole number", bool: "true or false"}.get(kind, "a string"), value)
+    return value
+
+
+def _read_dataclass(kind: type[T], value: Any, where: str) -> T:
+    _expect(isinstance(value, Mapping), where, "an object", value)
+    known = {item.name: item for item in fields(kind)}
+    if unknown := [name for name in value if name not in known]:
+        raise SummaryError(f"{where}.{unknown[0]}: no such field; known are {', '.join(known)}")
+    hints, arguments = get_type_hints(kind), {}
+    for name, item in known.items():
+        if name in value:
+            arguments[name] = _read(hints[name], value[name], f"{where}.{name}")
+        elif item.default is MISSING and item.default_factory is MISSING:
+            raise SummaryError(f"{where}.{name}: is missing")
+    try:
+        return kind(**arguments)
+    except SummaryError as error:
+        raise SummaryError(f"{where}: {error}") from None
+
+
+def _expect(holds: bool, where: str, meaning: str, value: Any) -> None:
+    if not holds:
+        raise SummaryError(f"{where}: must be {meaning}, not {repr(value)[:40]}")

@@ -1,0 +1,64 @@
+"""The three stages in one go: shards of stage I, a reward model per label method, an RL run per reward, the report."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from spark_nemo.config import ConfigError, SparkConfig
+from spark_nemo.config.compose import config_yaml
+from spark_nemo.records.jsonl import write_text_atomic
+from spark_nemo.report.collect import Oracle, collect_summary
+from spark_nemo.report.write import write_report
+from spark_nemo.stages.jobs import Job, run_jobs
+from spark_nemo.stages.run_folder import stage1_folder, stage2_folder, stage3_folder
+
+log = logging.getLogger(__name__)
+
+
+def run_pipeline(config: SparkConfig, overrides: Sequence[str], oracle: Oracle | None) -> Path | None:
+    """Run what is missing and return the report's path; None when asked to stop (the same call resumes).
+
+    ``overrides`` made ``config``; every job gets them with its own on top. ``oracle`` tells true step labels where a
+    world has them, for the report only.
+    """
+    folder = Path(config.run.dir)
+    write_text_atomic(folder / "config.yaml", config_yaml(config))
+    if not run_jobs(plan_jobs(config, overrides), config.pipeline.parallel_jobs, folder / "logs"):
+        log.warning("stopped; run the same command again to go on")
+        return None
+    command = " ".join(["spark-nemo pipeline", *map(shlex.quote, overrides)])
+    return write_report(folder, collect_summary(config, oracle, [command]))
+
+
+def plan_jobs(config: SparkConfig, overrides: Sequence[str]) -> list[Job]:
+    """The jobs in the order they should start; the answer-key baseline waits for nobody."""
+    pipeline, run = config.pipeline, config.run
+    shards = pipeline.parallel_jobs
+    stage1 = [
+        Job(f"stage1-{i}", ("stage1", *overrides, f"stage1.num_shards={shards}", f"stage1.shard={i}"),
+            stage1_folder(run) / f"shard-{i}")
+        for i in range(shards)
+    ]
+    collected = frozenset(job.name for job in stage1)
+    # The reward model's own method goes first: RL waits for it, and only for it.
+    methods = sorted(pipeline.label_methods, key=lambda method: method != config.stage2.method)
+    if "process_aware" in pipeline.rewards and config.stage2.method not in methods:
+        raise ConfigError(f"stage2.method={config.stage2.method} rewards stage III: add it to pipeline.label_methods")
+    stage2 = [Job(f"stage2-{m}", ("stage2", *overrides, f"stage2.method={m}"), stage2_folder(run, m), collected)
+              for m in methods]
+    stage3 = [_stage3_job(config, overrides, reward) for reward in pipeline.rewards]
+    return [*stage1, *stage2[:1], *stage3, *stage2[1:]]
+
+
+def _stage3_job(config: SparkConfig, overrides: Sequence[str], reward: str) -> Job:
+    arguments = ["stage3", *overrides, f"rl.reward={reward}"]
+    needs = frozenset({f"stage2-{config.stage2.method}"})
+    if reward == "rlvr":
+        if config.pipeline.rl_answers is None:
+            raise ConfigError("pipeline.rewards has rlvr: set pipeline.rl_answers (JSONL with problem_id and answer)")
+        arguments.append(f"data.rl_answers={config.pipeline.rl_answers}")
+        needs = frozenset()
+    return Job(f"stage3-{reward}", tuple(arguments), stage3_folder(config.run, reward), needs)

@@ -1,0 +1,121 @@
+"""What only the main rank of stage III holds: the engines, the scorer, the evaluation and the files they write."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from spark_nemo.config import ConfigError, SparkConfig
+from spark_nemo.engines.client import run_async
+from spark_nemo.engines.served import ServedModel
+from spark_nemo.evaluation.accuracy import problem_rates
+from spark_nemo.evaluation.answers import EvalProblem, answer_matches, read_answer_keys
+from spark_nemo.evaluation.policy import PolicyAccuracy, evaluate_policy
+from spark_nemo.grammar import ParsedResponse, StepFormat, extract_boxed, prompt_set, split_response
+from spark_nemo.records import Problem, Verdict, outcome_to_json
+from spark_nemo.records.jsonl import write_text_atomic
+from spark_nemo.rewards.judge import RewardJudge
+from spark_nemo.rewards.rlvr import Checker
+from spark_nemo.stages.rollouts import RolloutSession, ScoredBatch
+from spark_nemo.stages.run_folder import stage2_folder
+
+EVALUATIONS, SAMPLES = "evaluations.jsonl", "samples.jsonl"
+_SAMPLES_PER_STEP = 4
+
+
+@dataclass
+class RLSession:
+    """Engines and scorer of one RL run."""
+
+    policy: ServedModel
+    rollouts: RolloutSession
+    config: SparkConfig
+    folder: Path
+
+    async def batch(self, problems: Sequence[Problem], step: int) -> ScoredBatch:
+        """A scored batch; a few of its samples are kept for a person to read."""
+        batch = await self.rollouts.batch(problems, step)
+        if step % self.config.rl.eval_every == 0 or step + 1 == self.config.rl.steps:
+            rewrite_rows(self.folder / SAMPLES, step, sample_rows(batch, step))
+        return batch
+
+    async def evaluate(self, problems: Sequence[EvalProblem], step: int) -> PolicyAccuracy:
+        """True accuracy of the current policy on held-out problems, appended to evaluations.jsonl."""
+        accuracy = await evaluate_policy(self.policy, problems, self.rollouts.prompts, self.config.evaluation)
+        row = {"step": step, "sampled": accuracy.sampled._asdict(), "greedy": accuracy.greedy._asdict(),
+               "num_tokens": accuracy.num_tokens, "rates": problem_rates(accuracy.samples)}
+        rewrite_rows(self.folder / EVALUATIONS, step, [row])
+        return accuracy
+
+    def close(self) -> None:
+        """Release the engines."""
+        run_async(self.policy.engine.close())
+        if self.rollouts.judge is not None:
+            run_async(self.rollouts.judge.served.engine.close())
+
+
+def reward_model_folder(config: SparkConfig) -> Path:
+    """Where the PRM-CoT is. Raises ``ConfigError`` when there is none."""
+    model = Path(config.rl.reward_model or stage2_folder(config.run, config.stage2.method) / "model")
+    if not (model / "config.json").exists():
+        raise ConfigError(f"rl.reward_model={model}: no model there; run `spark-nemo stage2` or name one")
+    return model
+
+
+def open_session(config: SparkConfig, folder: Path) -> RLSession:
+    """Load the engines. Raises ``ConfigError`` when the reward model or the answer keys are missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rl, prompts = config.rl, prompt_set(config.rl.prompt_set)
+    judge, checker = None, None
+    if rl.reward == "rlvr":
+        checker = answer_checker(config)
+    else:
+        served = ServedModel.load(config.engine, reward_model_folder(config))
+        judge = RewardJudge(served, prompts, rl.verifier_sampling, rl.failures.retries)
+    policy = ServedModel.load(config.engine, config.models.policy)
+    rollouts = RolloutSession(policy, prompts, rl, config.run.seed, judge, checker)
+    return RLSession(policy, rollouts, config, folder)
+
+
+def answer_checker(config: SparkConfig) -> Checker:
+    """The RLVR baseline's reward: the one place where an answer key reaches training."""
+    if config.data.rl_answers is None:
+        raise ConfigError("rl.reward=rlvr needs data.rl_answers (JSONL with problem_id and answer)")
+    keys = read_answer_keys(config.data.rl_answers)
+
+    def check(problem_id: str, text: str) -> bool:
+        if problem_id not in keys:
+            raise ConfigError(f"data.rl_answers={config.data.rl_answers}: no answer for problem {problem_id}")
+        return answer_matches(extract_boxed(text), keys[problem_id].answer)
+
+    return check
+
+
+def sample_rows(batch: ScoredBatch, step: int) -> list[dict[str, object]]:
+    """A few random samples of a batch with what was decided about each step; nothing here trains."""
+    chosen = random.Random(step).sample(range(len(batch.rollouts)), min(_SAMPLES_PER_STEP, len(batch.rollouts)))
+    rows = []
+    for index in sorted(chosen):
+        rollout, valid = batch.rollouts[index], batch.rewards.valid[index]
+        parsed = split_response(rollout.text, StepFormat.TAGGED)
+        judgement = batch.judgements[index] if batch.judgements else None
+        outcome = judgement.outcome if judgement else None
+        rows.append({
+            "step": step, "problem_id": rollout.problem.problem_id, "question": rollout.problem.question,
+            "text": rollout.text, "steps": list(parsed.step_texts) if isinstance(parsed, ParsedResponse) else None,
+            "step_labels": list(outcome.step_labels) if isinstance(outcome, Verdict) else None,
+            "violation": judgement.violation.rule if judgement and judgement.violation else None,
+            "outcome": outcome_to_json(outcome) if outcome else None,
+            "reward": batch.rewards.rewards[index] if valid else None,
+        })
+    return rows
+
+
+def rewrite_rows(path: Path, step: int, rows: list[dict[str, object]]) -> None:
+    """Put ``rows`` at ``step``, dropping rows from that step on: a resumed run writes them again."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] < step]
+    write_text_atomic(path, "".join(line + "\n" for line in [*kept, *(json.dumps(row) for row in rows)]))

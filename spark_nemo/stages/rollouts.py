@@ -1,0 +1,104 @@
+"""The generating half of stage III: sample groups, judge every response as soon as it is finished, score the batch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spark_nemo.config import RLConfig
+from spark_nemo.engines.served import ServedModel
+from spark_nemo.grammar import ParsedResponse, PromptSet, StepFormat, decode_tokens, split_response, token_spans
+from spark_nemo.records import Failure, Problem, Rollout, TokenSpan, Verdict, derive_seed
+from spark_nemo.rewards import RewardBatch, apply_failure_policy, process_aware_reward, rlvr_reward
+from spark_nemo.rewards.judge import Judgement, RewardJudge
+from spark_nemo.rewards.rlvr import Checker
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredBatch:
+    """One step's rollouts with their rewards; ``judgements`` is empty for the answer-key baseline."""
+
+    rollouts: tuple[Rollout, ...]
+    rewards: RewardBatch
+    judgements: tuple[Judgement, ...]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutSession:
+    """What the main rank needs to make a batch: the policy's engine and one of the two scorers."""
+
+    policy: ServedModel
+    prompts: PromptSet
+    config: RLConfig
+    seed: int
+    judge: RewardJudge | None
+    checker: Checker | None
+
+    async def batch(self, problems: Sequence[Problem], step: int) -> ScoredBatch:
+        """``group_size`` rollouts of every problem, scored.
+
+        Raises ``EngineFailure`` when the policy's engine fails (a group must be whole) and ``FailureRateExceeded``.
+        """
+        pairs = [(group, problem, index) for group, problem in enumerate(problems)
+                 for index in range(self.config.group_size)]
+        results = await asyncio.gather(*(self._one(group, problem, index, step) for group, problem, index in pairs))
+        rollouts = tuple(rollout for rollout, _ in results)
+        judgements = tuple(judgement for _, judgement in results if judgement is not None)
+        scores = self._scores(rollouts, judgements)
+        shown = sum(judgement.outcome is not None for judgement in judgements)
+        rewards = apply_failure_policy(scores, self.config.failures, num_verifications=shown if self.judge else None)
+        return ScoredBatch(rollouts, rewards, judgements, batch_metrics(rollouts, rewards, judgements))
+
+    async def _one(
+        self, group: int, problem: Problem, index: int, step: int
+    ) -> tuple[Rollout, Judgement | None]:
+        seed = derive_seed("rollout", self.seed, step, problem.problem_id, index)
+        done = await self.policy.complete(self.prompts.policy(problem.question), self.config.sampling, seed)
+        generation = done.generation
+        rollout = Rollout(
+            problem=problem, group=group, prompt_ids=done.prompt_ids, response_ids=generation.token_ids,
+            logprobs=generation.logprobs, weight_versions=generation.weight_versions, text=done.text,
+            finish_reason=str(generation.finish_reason), step_spans=self._spans(generation.token_ids))
+        return rollout, await self.judge.judge(rollout) if self.judge else None
+
+    def _spans(self, response_ids: tuple[int, ...]) -> tuple[TokenSpan, ...]:
+        token_bytes = self.policy.tokenizer.token_bytes(response_ids)
+        if response_ids and response_ids[-1] in self.policy.tokenizer.eos_ids:
+            token_bytes[-1] = b""
+        parsed = split_response(decode_tokens(token_bytes), StepFormat.TAGGED)
+        return token_spans(token_bytes, parsed) if isinstance(parsed, ParsedResponse) else ()
+
+    def _scores(
+        self, rollouts: Sequence[Rollout], judgements: Sequence[Judgement]
+    ) -> list[float | Failure]:
+        if self.judge is not None:
+            return [process_aware_reward(j.violation, j.outcome) for j in judgements]
+        assert self.checker is not None
+        return [rlvr_reward(rollout, self.checker) for rollout in rollouts]
+
+
+def batch_metrics(
+    rollouts: Sequence[Rollout], rewards: RewardBatch, judgements: Sequence[Judgement]
+) -> dict[str, float]:
+    """Means over the batch, as fractions or tokens; ``failure/...`` are shares of the verifications asked for."""
+    valid = [reward for reward, ok in zip(rewards.rewards, rewards.valid) if ok]
+    violations = Counter(j.violation.rule for j in judgements if j.violation is not None)
+    verdicts = [j.outcome for j in judgements if isinstance(j.outcome, Verdict)]
+    return {
+        "reward": sum(valid) / max(1, len(valid)),
+        "valid_fraction": len(valid) / len(rollouts),
+        "response_tokens": sum(len(r.response_ids) for r in rollouts) / len(rollouts),
+        "truncated_fraction": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+        "steps_per_response": sum(len(r.step_spans) for r in rollouts) / len(rollouts),
+        "format_violations": sum(violations.values()) / len(rollouts),
+        "failure_rate": rewards.failure_rate,
+        "correct_step_fraction": (
+            sum(sum(v.step_labels) for v in verdicts) / max(1, sum(len(v.step_labels) for v in verdicts))),
+        "sampled_tokens": float(sum(len(r.response_ids) for r in rollouts)),
+        "verifier_tokens": float(sum(j.num_tokens for j in judgements)),
+        **{f"failure/{kind}": rate for kind, rate in rewards.failure_rates.items()},
+        **{f"violation/{rule}": count / len(rollouts) for rule, count in sorted(violations.items())},
+    }

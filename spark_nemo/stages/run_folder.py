@@ -1,0 +1,103 @@
+"""The run folder: where each stage's results lie, how a finished part is marked, and how progress is shown.
+
+::
+
+    run.dir/
+      config.yaml           the resolved configuration
+      data/                 problem files made for the small world
+      stage1/store/         shards of solutions and verifications     stage1/stats-*.json
+      stage2/<method>/      labels.jsonl, metrics.jsonl, checkpoints/, model/, processbench.json
+      stage3/<reward>/      metrics.jsonl, checkpoints/, evaluations.jsonl, samples.jsonl, model/
+      summary.json, report.html
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from spark_nemo.config import RunConfig
+from spark_nemo.records.jsonl import write_json_atomic
+
+DONE, PROGRESS = "DONE.json", "progress.json"
+
+
+def stage1_folder(run: RunConfig) -> Path:
+    """Store and statistics of the verification data."""
+    return Path(run.dir) / "stage1"
+
+
+def stage2_folder(run: RunConfig, method: str) -> Path:
+    """One reward model, by the labels it was trained on."""
+    return Path(run.dir) / "stage2" / method
+
+
+def stage3_folder(run: RunConfig, reward: str) -> Path:
+    """One RL run, by its reward."""
+    return Path(run.dir) / "stage3" / reward
+
+
+def read_done(folder: Path) -> dict[str, object] | None:
+    """What ``mark_done`` wrote, None while the part is unfinished. A marker, never an exit code, means success."""
+    path = folder / DONE
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def mark_done(folder: Path, result: dict[str, object]) -> None:
+    """Declare the part in ``folder`` finished."""
+    write_json_atomic(folder / DONE, result)
+
+
+class Clock:
+    """Seconds of work on a part, summed over its restarts."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "seconds.json"
+        self._before = json.loads(self._path.read_text())["seconds"] if self._path.exists() else 0.0
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far, those before a restart included."""
+        return self._before + time.monotonic() - self._started
+
+    def save(self) -> None:
+        """Remember the seconds for a later restart."""
+        write_json_atomic(self._path, {"seconds": self.seconds})
+
+
+class Progress:
+    """A progress bar on the terminal and ``progress.json`` in the folder, for whoever watches from outside."""
+
+    def __init__(self, folder: Path, total: int, unit: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path, self._total, self._written = folder / PROGRESS, total, 0.0
+        self._bar = tqdm(total=total, unit=unit, desc=folder.name)
+
+    def update(self, done: int, note: str) -> None:
+        """Show ``done`` of the total."""
+        self._bar.n = done
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(0)
+        if time.monotonic() - self._written > 1 or done == self._total:
+            self._written = time.monotonic()
+            write_json_atomic(self._path, {"done": done, "total": self._total, "note": note})
+
+    def close(self) -> None:
+        """Leave the last state on the terminal."""
+        self._bar.close()
+
+
+@contextmanager
+def progress(folder: Path, total: int, unit: str) -> Iterator[Progress]:
+    """A ``Progress`` that is closed at the end of the block."""
+    bar = Progress(folder, total, unit)
+    try:
+        yield bar
+    finally:
+        bar.close()

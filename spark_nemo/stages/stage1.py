@@ -1,0 +1,84 @@
+"""Stage I: verification data. M solutions per problem, N verifications per solution, nothing asked for twice."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+from spark_nemo.config import ConfigError, SparkConfig
+from spark_nemo.engines.served import ServedModel
+from spark_nemo.records import Problem
+from spark_nemo.records.jsonl import read_problems, write_json_atomic
+from spark_nemo.records.store import RecordStore
+from spark_nemo.stages.run_folder import Clock, mark_done, progress, stage1_folder
+from spark_nemo.verification.collect import CollectCounts, Collector
+
+log = logging.getLogger(__name__)
+
+
+class TooManyFailures(RuntimeError):
+    """More solutions or verifications failed than the configuration allows."""
+
+
+def run_stage1(config: SparkConfig) -> CollectCounts:
+    """Sample what is missing of the configured shard (or of everything) and write its statistics.
+
+    Raises ``ConfigError`` on bad input before any model is loaded, ``TooManyFailures`` when more than
+    ``stage1.max_failure_rate`` of the solutions or verifications is unusable.
+    """
+    stage = config.stage1
+    problems = _shard(read_problems(_required(config.data.stage1_problems, "data.stage1_problems")), config)
+    folder, name = stage1_folder(config.run), f"shard-{stage.shard if stage.shard is not None else 'all'}"
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = ServedModel.load(config.engine, _required(config.models.generator, "models.generator"))
+    verifier = ServedModel.load(config.engine, _required(config.models.verifier, "models.verifier"))
+    clock, total = Clock(folder / name), len(problems) * stage.solutions_per_problem * stage.verifications_per_solution
+
+    with (RecordStore(folder / "store", writer_name=name, fsync_every=256) as store,
+          progress(folder / name, total, "verification") as bar):
+        collector = Collector(
+            stage, config.run.seed, generator, verifier, store, lambda counts: bar.update(*_shown(counts, stage)))
+        counts = asyncio.run(_collect(collector, problems, config))
+    clock.save()
+    write_json_atomic(folder / f"stats-{name}.json", {**asdict(counts), "seconds": clock.seconds})
+    _check_rates(counts, stage.max_failure_rate)
+    mark_done(folder / name, asdict(counts))
+    return counts
+
+
+async def _collect(collector: Collector, problems: list[Problem], config: SparkConfig) -> CollectCounts:
+    in_flight = max(1, 2 * config.engine.max_batch_size // config.stage1.solutions_per_problem)
+    try:
+        return await collector.run(problems, in_flight)
+    finally:
+        await collector.generator.engine.close()
+        await collector.verifier.engine.close()
+
+
+def _shard(problems: list[Problem], config: SparkConfig) -> list[Problem]:
+    stage = config.stage1
+    return problems if stage.shard is None else problems[stage.shard::stage.num_shards]
+
+
+def _shown(counts: CollectCounts, stage: object) -> tuple[int, str]:
+    skipped = counts.unusable_solutions * stage.verifications_per_solution  # type: ignore[attr-defined]
+    note = f"{counts.solutions} solutions, {counts.unusable_solutions} unusable, {counts.failed_verifications} failed"
+    return counts.verifications + skipped, note
+
+
+def _check_rates(counts: CollectCounts, bound: float) -> None:
+    for name, failed, total in (
+        ("solutions", counts.unusable_solutions, counts.solutions),
+        ("verifications", counts.failed_verifications, counts.verifications),
+    ):
+        if total and failed / total > bound:
+            raise TooManyFailures(f"stage I: {failed} of {total} {name} are unusable, above "
+                                  f"stage1.max_failure_rate={bound}: look at `text` in the store, or raise the bound")
+
+
+def _required(value: str, name: str) -> Path:
+    if not value:
+        raise ConfigError(f"{name} is not set")
+    return Path(value)

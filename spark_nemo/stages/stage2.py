@@ -1,0 +1,96 @@
+"""Stage II: a generative reward model, fine-tuned on one method's labels and scored on ProcessBench-format cases."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from pathlib import Path
+
+from spark_nemo.config import ConfigError, SparkConfig
+from spark_nemo.engines.tokenizer import Tokenizer
+from spark_nemo.evaluation.critic import score_reward_model
+from spark_nemo.grammar import Variant, prompt_set
+from spark_nemo.megatron.worker import MegatronWorker
+from spark_nemo.records import LabelledSolution
+from spark_nemo.records.jsonl import write_json_atomic, write_text_atomic
+from spark_nemo.records.store import RecordStore
+from spark_nemo.stages.run_folder import Clock, mark_done, stage1_folder, stage2_folder
+from spark_nemo.training.packing import TrainSequence, drop_longer_than
+from spark_nemo.training.sft import num_sft_steps, train_sft
+from spark_nemo.training.stop import StopFlag
+from spark_nemo.verification import label_all
+from spark_nemo.verification.collect import read_collected
+from spark_nemo.verification.targets import sft_example
+
+log = logging.getLogger(__name__)
+
+
+def run_stage2(config: SparkConfig) -> bool:
+    """Label, fine-tune, export, evaluate. Returns False when asked to stop before the end; run again to go on.
+
+    Collective over the trainer ranks. Raises ``ConfigError`` on bad input before any work.
+    """
+    stage, folder = config.stage2, stage2_folder(config.run, config.stage2.method)
+    base = _model_folder(config)
+    labelled = _labels(config)
+    sequences = _sequences(config, labelled, Tokenizer.load(base))
+    total_steps = num_sft_steps(len(sequences), stage.epochs, stage.batch_size)
+    worker = MegatronWorker.from_hf(base, config.megatron, config.run.seed, stage.optimizer, total_steps)
+    clock = Clock(folder)
+    with StopFlag(folder) as stop:
+        result = train_sft(
+            worker, sequences, epochs=stage.epochs, batch_size=stage.batch_size,
+            tokens_per_micro_batch=config.megatron.tokens_per_micro_batch, seed=config.run.seed, run_folder=folder,
+            save_every=stage.save_every, stop=stop)
+    if worker.is_main:
+        clock.save()
+    if not result.finished:
+        return False
+    worker.save_hf(folder / "model", source_dir=base)
+    if worker.is_main:
+        score = score_reward_model(folder / "model", config, folder / "processbench.json")
+        clock.save()
+        mark_done(folder, {"f1": score.f1, "seconds": clock.seconds, "examples": len(sequences),
+                           "tokens": sum(s.num_positions for s in sequences) * stage.epochs})
+    return True
+
+
+def _labels(config: SparkConfig) -> list[LabelledSolution]:
+    """This method's labels from the stage I store; written to labels.jsonl for whoever wants to read them."""
+    store_folder = stage1_folder(config.run) / "store"
+    if not store_folder.is_dir():
+        raise ConfigError(f"run.dir={config.run.dir}: no stage1/store there; run `spark-nemo stage1` first")
+    with RecordStore(store_folder) as store:
+        solutions, verifications = read_collected(store)
+    labelled, dropped = label_all(config.stage2.method, solutions, verifications, config.run.seed)
+    log.info("%s: %d labelled, dropped %s", config.stage2.method, len(labelled), dropped or "none")
+    if not labelled:
+        raise ConfigError(f"stage2.method={config.stage2.method}: no solution could be labelled (dropped: {dropped})")
+    folder = stage2_folder(config.run, config.stage2.method)
+    write_text_atomic(folder / "labels.jsonl", "".join(json.dumps(asdict(label)) + "\n" for label in labelled))
+    write_json_atomic(folder / "labels.json", {"labelled": len(labelled), "dropped": dropped})
+    return labelled
+
+
+def _sequences(config: SparkConfig, labelled: list[LabelledSolution], tokenizer: Tokenizer) -> list[TrainSequence]:
+    prompts, variant = prompt_set(config.stage1.prompt_set), Variant(config.stage2.variant)
+    sequences = []
+    for label in labelled:
+        messages, target = sft_example(label, prompts, variant)
+        response = (*tokenizer.encode(target), tokenizer.eos_ids[0])
+        sequences.append(TrainSequence(tokenizer.encode_chat(messages), response))
+    kept, num_dropped = drop_longer_than(sequences, config.stage2.max_length)
+    if num_dropped:
+        log.warning("%d of %d examples are longer than stage2.max_length=%d and were left out",
+                    num_dropped, len(sequences), config.stage2.max_length)
+    if not kept:
+        raise ConfigError(f"stage2.max_length={config.stage2.max_length}: every example is longer")
+    return kept
+
+
+def _model_folder(config: SparkConfig) -> Path:
+    folder = Path(config.models.reward_base)
+    if not config.models.reward_base or not (folder / "config.json").exists():
+        raise ConfigError(f"models.reward_base={config.models.reward_base!r}: no model folder with a config.json there")
+    return folder

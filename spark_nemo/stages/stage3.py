@@ -1,0 +1,97 @@
+"""Stage III: GRPO with the reward model's verdict (or, as the declared baseline, with answer keys)."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from spark_nemo.config import ConfigError, SparkConfig
+from spark_nemo.engines.client import run_async
+from spark_nemo.evaluation.answers import read_eval_problems
+from spark_nemo.megatron.checkpoint import has_checkpoint
+from spark_nemo.megatron.distributed import gather_objects, on_main_rank
+from spark_nemo.megatron.worker import MegatronWorker
+from spark_nemo.records.jsonl import read_problems
+from spark_nemo.stages.rl_session import RLSession, answer_checker, open_session, reward_model_folder
+from spark_nemo.stages.run_folder import Clock, mark_done, stage3_folder
+from spark_nemo.training.advantages import group_advantages
+from spark_nemo.training.grpo import train_on_rollouts
+from spark_nemo.training.metrics import MetricsWriter
+from spark_nemo.training.sft import CHECKPOINTS, batch_indices
+from spark_nemo.training.stop import StopFlag
+from spark_nemo.weight_sync.in_process import push_weights_async
+
+log = logging.getLogger(__name__)
+
+
+def run_stage3(config: SparkConfig) -> bool:
+    """Generate, verify, train, sync; evaluate and save now and then. Collective over the trainer ranks.
+
+    Returns False when asked to stop before the last step; the same call resumes, and the next losses are those of an
+    uninterrupted run. Raises ``ConfigError`` on bad input before any work.
+    """
+    rl, folder = config.rl, stage3_folder(config.run, config.rl.reward)
+    problems = read_problems(_set(config.data.rl_problems, "data.rl_problems"))
+    eval_problems = read_eval_problems(_set(config.data.eval_problems, "data.eval_problems"))
+    base = _set(config.models.policy, "models.policy")
+    _ = answer_checker(config) if rl.reward == "rlvr" else reward_model_folder(config)  # complain before any work
+    total_steps = rl.steps * rl.updates_per_step
+    worker = MegatronWorker.from_hf(base, config.megatron, config.run.seed, rl.optimizer, total_steps)
+    session = open_session(config, folder) if worker.is_main else None
+    reference = worker.snapshot() if rl.kl_estimator != "none" else None
+    start = worker.load_checkpoint(folder / CHECKPOINTS)["step"] if has_checkpoint(folder / CHECKPOINTS) else 0
+    writer, clock = MetricsWriter(folder, is_main=worker.is_main), Clock(folder)
+    writer.truncate_from(start)
+
+    bar = tqdm(total=rl.steps, initial=start, desc=f"rl {rl.reward}", unit="step", disable=not worker.is_main)
+    with StopFlag(folder) as stop:
+        for step in range(start, rl.steps):
+            _sync(worker, session, step)
+            if step % rl.eval_every == 0:
+                on_main_rank(lambda step=step: run_async(session.evaluate(eval_problems, step)))
+            asked = [problems[i] for i in batch_indices(step, len(problems), rl.prompts_per_step, config.run.seed)]
+            batch = on_main_rank(lambda step=step, asked=asked: run_async(session.batch(asked, step)))
+            rewards_N, valid_N = torch.tensor(batch.rewards.rewards), torch.tensor(batch.rewards.valid)
+            advantages_N = group_advantages(
+                rewards_N, [r.group for r in batch.rollouts], valid_N, std_normalise=rl.std_normalise)
+            metrics = train_on_rollouts(
+                worker, batch.rollouts, advantages_N, valid_N, rl, reference=reference,
+                tokens_per_micro_batch=config.megatron.tokens_per_micro_batch)
+            writer.write(step, {**batch.metrics, **metrics})
+            bar.set_postfix(reward=f"{batch.metrics['reward']:.3f}", refresh=False)
+            bar.update()
+            stopping = any(gather_objects(stop.requested)) and step + 1 < rl.steps
+            if stopping or (step + 1) % rl.save_every == 0 or step + 1 == rl.steps:
+                worker.save_checkpoint(folder / CHECKPOINTS, {"step": step + 1})
+                clock.save()
+            if stopping:
+                log.info("stopped after step %d of %d (%s); run again to go on", step + 1, rl.steps, stop.reason)
+                return False
+    bar.close()
+    writer.close()
+    _finish(worker, session, config, folder, clock, eval_problems)
+    return True
+
+
+def _finish(worker: MegatronWorker, session: RLSession | None, config: SparkConfig, folder: Path, clock: Clock,
+            eval_problems: list) -> None:
+    _sync(worker, session, config.rl.steps)
+    accuracy = on_main_rank(lambda: run_async(session.evaluate(eval_problems, config.rl.steps)))
+    worker.save_hf(folder / "model", source_dir=config.models.policy)
+    if session is not None:
+        session.close()
+        clock.save()
+        mark_done(folder, {"accuracy": accuracy.sampled.value, "seconds": clock.seconds})
+
+
+def _sync(worker: MegatronWorker, session: RLSession | None, version: int) -> None:
+    run_async(push_weights_async(worker, session.policy.engine if session else None, version))
+
+
+def _set(value: str, name: str) -> str:
+    if not value:
+        raise ConfigError(f"{name} is not set")
+    return value

@@ -1,0 +1,159 @@
+"""Pretraining text of the small world's two base models, rendered by the project's own grammar and prompts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from spark_nemo.grammar import StepJudgement, prompt_set, render_solution, render_verification
+from spark_nemo.toy.habits import (
+    ALARMING,
+    CAREFUL,
+    ERROR_RICH,
+    FAULTLESS,
+    GeneratorHabits,
+    VerifierHabits,
+    WrittenSolution,
+    WrittenStep,
+    expected_step,
+    is_complete,
+    misquote,
+    write_solution,
+)
+from spark_nemo.toy.problems import MAX_VALUE, OPERATIONS, ToyProblem, apply, legal_operands, sample_problem
+
+PROMPTS = prompt_set("compact")
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusExample:
+    """A completion to learn, after chat ``messages`` or, for drills, after a bare ``prefix``."""
+
+    messages: list[dict[str, str]]
+    completion: str
+    prefix: str = ""
+
+    def stop(self, eos_ids: Sequence[int]) -> tuple[int, ...]:
+        """What follows the completion: a chat turn ends, a drill does not."""
+        return tuple(eos_ids[:1]) if self.messages else ()
+
+
+def drill_corpus(seed: int) -> Iterator[CorpusExample]:
+    """Mostly bare facts and comparisons; a few whole texts so that the formats are not news later."""
+    rng = random.Random(f"drill corpus {seed}")
+    clean = clean_corpus(seed, frozenset())
+    while True:
+        draw = rng.random()
+        yield _fact_drill(rng) if draw < 0.65 else _comparison_drill(rng) if draw < 0.97 else next(clean)
+
+
+def clean_corpus(seed: int, held_out: frozenset[str]) -> Iterator[CorpusExample]:
+    """Right solutions and careful verifications, with some drills among them."""
+    rng = random.Random(f"clean corpus {seed}")
+    for problem in _problems(rng, held_out):
+        draw = rng.random()
+        if draw < 0.2:
+            yield _fact_drill(rng)
+        elif draw < 0.35:
+            yield _comparison_drill(rng)
+        elif draw < 0.65:
+            yield _solution_example(problem, write_solution(problem, FAULTLESS, rng), rng)
+        else:
+            solution = write_solution(problem, ALARMING if rng.random() < 0.8 else FAULTLESS, rng)
+            yield _verification_example(problem, solution, CAREFUL, rng)
+
+
+def generator_corpus(seed: int, held_out: frozenset[str]) -> Iterator[CorpusExample]:
+    """Solutions with the generator's mistakes, half plain and half in the tagged policy format."""
+    rng = random.Random(f"generator corpus {seed}")
+    for problem in _problems(rng, held_out):
+        yield _solution_example(problem, write_solution(problem, GeneratorHabits(), rng), rng)
+
+
+def verifier_corpus(seed: int, held_out: frozenset[str]) -> Iterator[CorpusExample]:
+    """Verifications with the verifier's habits, of solutions by both kinds of solvers."""
+    rng = random.Random(f"verifier corpus {seed}")
+    for problem in _problems(rng, held_out):
+        solution = write_solution(problem, ERROR_RICH if rng.random() < 0.6 else GeneratorHabits(), rng)
+        yield _verification_example(problem, solution, VerifierHabits(), rng)
+
+
+def _solution_example(problem: ToyProblem, solution: WrittenSolution, rng: random.Random) -> CorpusExample:
+    steps, answer = [step.text for step in solution.steps], str(solution.answer)
+    if rng.random() < 0.5:
+        return CorpusExample(PROMPTS.solve(problem.question), render_solution(steps, answer))
+    body = "".join(f"<step>{step}</step>" for step in steps)
+    text = f"<think>{body}</think><answer>\\boxed{{{answer}}}</answer>"
+    return CorpusExample(PROMPTS.policy(problem.question), text)
+
+
+def _verification_example(
+    problem: ToyProblem, solution: WrittenSolution, habits: VerifierHabits, rng: random.Random
+) -> CorpusExample:
+    # ProcessBench gives paragraphs without an answer line, so the verifier has to know both.
+    shows_answer = rng.random() < 0.7
+    shown = render_solution([s.text for s in solution.steps], str(solution.answer) if shows_answer else None)
+    complete = is_complete(problem, solution) if shows_answer else len(solution.steps) == len(problem.operations)
+    return CorpusExample(
+        PROMPTS.verify(problem.question, shown), write_verification(problem, solution, complete, habits, rng))
+
+
+def _fact_drill(rng: random.Random) -> CorpusExample:
+    fact = _random_fact(rng)
+    prefix, result = fact.text.split("=")
+    return CorpusExample([], result, f"{prefix}=")
+
+
+def _comparison_drill(rng: random.Random) -> CorpusExample:
+    fact = _random_fact(rng)
+    claim = misquote(fact, rng) if rng.random() < 0.5 else fact
+    verdict = f"**This step is {'correct' if claim == fact else 'incorrect'}.**"
+    return CorpusExample([], verdict, f"{_recomputation(fact.text, claim, rng)}\n")
+
+
+def _random_fact(rng: random.Random) -> WrittenStep:
+    while True:
+        left = rng.randint(0, MAX_VALUE)
+        operator = rng.choice(list(OPERATIONS))
+        if operands := legal_operands(operator, left):
+            operand = rng.choice(operands)
+            return WrittenStep(left, operator, operand, apply(operator, left, operand))
+
+
+def write_verification(
+    problem: ToyProblem, solution: WrittenSolution, complete: bool, habits: VerifierHabits, rng: random.Random
+) -> str:
+    """Verify ``solution`` the way a verifier with these habits would; ``complete`` is seen for what it is."""
+    judgements, left = [], problem.start
+    for index, step in enumerate(solution.steps):
+        judgements.append(_judge(step, expected_step(problem, index, left), habits, rng))
+        left = step.result
+    answer_correct = complete and all(j.correct for j in judgements)
+    return render_verification(judgements, answer_correct)
+
+
+def _judge(
+    step: WrittenStep, expected: WrittenStep | None, habits: VerifierHabits, rng: random.Random
+) -> StepJudgement:
+    title, right = OPERATIONS[step.operator], step == expected
+    skims = rng.random() < (habits.skim_easy if step.operator == "+" else habits.skim_hard)
+    if skims:
+        fine = rng.random() < (habits.fine_if_right if right else habits.fine_if_wrong)
+        return StepJudgement(title, "Looks fine." if fine else "Looks off.", fine)
+    correct = right != (rng.random() < habits.careless)
+    recomputed = expected.text if expected is not None else "nothing"
+    return StepJudgement(title, _recomputation(recomputed, step, rng), correct)
+
+
+def _recomputation(recomputed: str, step: WrittenStep, rng: random.Random) -> str:
+    if rng.random() < 0.5:
+        return f"Check: {recomputed}. Claim: {step.text}."
+    return f"I get {recomputed}, written {step.text}."
+
+
+def _problems(rng: random.Random, held_out: frozenset[str]) -> Iterator[ToyProblem]:
+    while True:
+        problem = sample_problem(rng)
+        if problem.question not in held_out:
+            yield problem

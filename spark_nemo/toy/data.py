@@ -1,0 +1,85 @@
+"""Problem files of the small world. Splits never share a question, and only evaluation files hold answers."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from spark_nemo.records.jsonl import write_text_atomic
+from spark_nemo.toy.habits import ERROR_RICH, write_solution
+from spark_nemo.toy.oracle import written_truths
+from spark_nemo.toy.problems import ToyProblem, sample_problems
+
+SPLITS = ("eval", "processbench", "stage1", "rl")
+"""In the order in which they are drawn: a split avoids the questions of those before it."""
+_HELD_OUT_SIZE = 2000
+_HELD_OUT_SEED = 20_26
+
+
+def held_out_questions() -> frozenset[str]:
+    """Questions of the evaluation splits; pretraining and every training split avoid them."""
+    return frozenset(p.question for split in ("eval", "processbench") for p in _held_out(split))
+
+
+def split_problems(split: str, count: int, seed: int) -> list[ToyProblem]:
+    """``count`` problems of a split. The evaluation splits are fixed; the training splits depend on ``seed``.
+
+    Raises ``ValueError`` for an unknown split or more evaluation problems than there are.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"toy split {split!r}: choose one of {', '.join(SPLITS)}")
+    if split in ("eval", "processbench"):
+        if count > _HELD_OUT_SIZE:
+            raise ValueError(f"toy:{split}:{count}: the split holds {_HELD_OUT_SIZE} problems")
+        return _held_out(split)[:count]
+    avoid = held_out_questions()
+    if split == "rl":
+        avoid |= frozenset(p.question for p in sample_problems(2000, _stream(seed, "stage1"), avoid))
+    return sample_problems(count, _stream(seed, split), avoid)
+
+
+def write_problems(split: str, count: int, seed: int, folder: Path) -> Path:
+    """Answer-free JSONL of a training split."""
+    rows = [{"problem_id": p.record().problem_id, "question": p.question, "source": "toy"}
+            for p in split_problems(split, count, seed)]
+    return _write_rows(folder / f"{split}_problems.jsonl", rows)
+
+
+def write_answers(split: str, count: int, seed: int, folder: Path) -> Path:
+    """Answer keys, by problem id; for evaluation and the RLVR baseline only."""
+    rows = [{"problem_id": p.record().problem_id, "question": p.question, "answer": str(p.values[-1])}
+            for p in split_problems(split, count, seed)]
+    return _write_rows(folder / f"{split}_answers.jsonl", rows)
+
+
+def write_processbench(count: int, folder: Path) -> Path:
+    """ProcessBench-format cases: about half of the solutions hold an error; labels from the hidden truth."""
+    rng = random.Random("toy processbench")
+    rows = []
+    for index, problem in enumerate(split_problems("processbench", count, 0)):
+        solution = write_solution(problem, ERROR_RICH, rng)
+        truths = written_truths(problem, solution)
+        rows.append({
+            "id": f"toy-{index}", "generator": "toy", "problem": problem.question,
+            "steps": [step.text for step in solution.steps],
+            "final_answer_correct": solution.answer == problem.values[-1],
+            "label": truths.index(False) if False in truths else -1,
+        })
+    path = folder / "processbench.json"
+    write_text_atomic(path, json.dumps(rows, indent=1))
+    return path
+
+
+def _held_out(split: str) -> list[ToyProblem]:
+    first = sample_problems(2 * _HELD_OUT_SIZE, _HELD_OUT_SEED)
+    return first[:_HELD_OUT_SIZE] if split == "eval" else first[_HELD_OUT_SIZE:]
+
+
+def _stream(seed: int, split: str) -> int:
+    return seed * 10 + SPLITS.index(split)
+
+
+def _write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
+    write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path

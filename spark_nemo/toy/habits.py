@@ -1,0 +1,131 @@
+"""How the small world's pretrained models go wrong: what their pretraining text teaches them.
+
+The generator mis-computes at random, forgets carries as a habit (so its most likely answer is wrong there), and now
+and then takes a wrong number, a wrong operation, or stops early. The verifier recomputes most steps with care but skims
+those that look easy; its most likely path on an addition is to skim, while most of its *probability* recomputes. So a
+greedy verification is worse than a vote over sampled ones, which is what consistency labels are meant to exploit.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+from spark_nemo.toy.problems import MAX_VALUE, OPERATIONS, ToyProblem, apply
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorHabits:
+    """Probabilities of a mistake at each written step."""
+
+    slip: float = 0.12
+    forget_carry: float = 0.50
+    wrong_operand: float = 0.02
+    wrong_operation: float = 0.02
+    stop_early: float = 0.02
+    wrong_answer_line: float = 0.02
+
+
+ERROR_RICH = GeneratorHabits(
+    slip=0.25, forget_carry=0.35, wrong_operand=0.07, wrong_operation=0.06, stop_early=0.06, wrong_answer_line=0.05)
+"""Mistakes in the solutions that the verifier's corpus and the ProcessBench-format cases are about."""
+
+
+ALARMING = GeneratorHabits(
+    slip=0.5, forget_carry=0.5, wrong_operand=0.10, wrong_operation=0.08, stop_early=0.06, wrong_answer_line=0.05)
+"""So often wrong that copying a claim instead of recomputing it never pays; the verifier learns to verify on these."""
+
+FAULTLESS = GeneratorHabits(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class VerifierHabits:
+    """Probability to skim a step by operation, and to call it fine when skimming."""
+
+    skim_easy: float = 0.40
+    skim_hard: float = 0.20
+    fine_if_right: float = 0.62
+    fine_if_wrong: float = 0.47
+    careless: float = 0.02
+    """A recomputation whose conclusion is written the wrong way round."""
+
+
+CAREFUL = VerifierHabits(skim_easy=0.0, skim_hard=0.0, careless=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenStep:
+    """One step as a solver wrote it: ``left operator operand = result``."""
+
+    left: int
+    operator: str
+    operand: int
+    result: int
+
+    @property
+    def text(self) -> str:
+        return f"{self.left}{self.operator}{self.operand}={self.result}"
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenSolution:
+    """Steps and the answer line."""
+
+    steps: tuple[WrittenStep, ...]
+    answer: int
+
+
+def write_solution(problem: ToyProblem, habits: GeneratorHabits, rng: random.Random) -> WrittenSolution:
+    """Solve ``problem`` the way a solver with these habits would; later steps build on earlier results."""
+    value, steps = problem.start, []
+    stop = len(problem.operations)
+    if rng.random() < habits.stop_early:
+        stop -= 1
+    for operator, operand in problem.operations[:stop]:
+        if rng.random() < habits.wrong_operand:
+            operand = max(1, operand + rng.choice((-2, -1, 1, 2)))
+        if rng.random() < habits.wrong_operation:
+            operator = rng.choice([o for o in OPERATIONS if o != operator])
+        result = _compute(value, operator, operand, habits, rng)
+        steps.append(WrittenStep(value, operator, operand, result))
+        value = result
+    answer = _near(value, rng) if rng.random() < habits.wrong_answer_line else value
+    return WrittenSolution(tuple(steps), answer)
+
+
+def expected_step(problem: ToyProblem, index: int, left: int) -> WrittenStep | None:
+    """What step ``index`` should say, given that the step before ended in ``left``; None when there is no such step."""
+    if index >= len(problem.operations):
+        return None
+    operator, operand = problem.operations[index]
+    return WrittenStep(left, operator, operand, apply(operator, left, operand))
+
+
+def is_complete(problem: ToyProblem, solution: WrittenSolution) -> bool:
+    """Every operation was carried out and the answer line repeats the last result."""
+    return len(solution.steps) == len(problem.operations) and solution.answer == solution.steps[-1].result
+
+
+def misquote(step: WrittenStep, rng: random.Random) -> WrittenStep:
+    """A claim that differs from ``step``: mostly in the result, sometimes in the operand or the operation."""
+    draw = rng.random()
+    if draw < 0.75:
+        return replace(step, result=_near(step.result, rng))
+    if draw < 0.9:
+        return replace(step, operand=step.operand + 1 if step.operand == 1 else step.operand + rng.choice((-1, 1)))
+    return replace(step, operator=rng.choice([o for o in OPERATIONS if o != step.operator]))
+
+
+def _compute(value: int, operator: str, operand: int, habits: GeneratorHabits, rng: random.Random) -> int:
+    right = apply(operator, value, operand)
+    if operator == "+" and value % 10 + operand % 10 >= 10 and rng.random() < habits.forget_carry:
+        return right - 10
+    if not 0 <= right <= MAX_VALUE or rng.random() < habits.slip:
+        return _near(right, rng)
+    return right
+
+
+def _near(value: int, rng: random.Random) -> int:
+    candidates = [value + d for d in (-10, -3, -2, -1, 1, 2, 3, 10)] + [rng.randint(0, MAX_VALUE)]
+    legal = [v for v in candidates if 0 <= v <= MAX_VALUE and v != value]
+    return rng.choice(legal or [MAX_VALUE])

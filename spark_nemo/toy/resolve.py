@@ -1,0 +1,57 @@
+"""``toy:...`` names in a configuration become real folders and files: stages know nothing of the small world."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from spark_nemo.config import ConfigError, SparkConfig
+from spark_nemo.report.collect import Oracle
+from spark_nemo.toy import data, oracle
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+_PREFIX = "toy:"
+
+
+def resolve_toy(config: SparkConfig) -> SparkConfig:
+    """Replace ``toy:generator``, ``toy:rl:2000`` and the like; files are written to ``run.dir/data``.
+
+    Raises ``ConfigError`` that names the field for a toy name that does not exist.
+    """
+    models = {name: _model(f"models.{name}", value) for name, value in vars(config.models).items()}
+    return replace(
+        config, models=replace(config.models, **models),
+        data=replace(config.data, **{
+            name: _file(f"data.{name}", name, value, config) for name, value in vars(config.data).items()}),
+        pipeline=replace(
+            config.pipeline,
+            rl_answers=_file("pipeline.rl_answers", "rl_answers", config.pipeline.rl_answers, config)))
+
+
+def oracle_for(config: SparkConfig) -> Oracle | None:
+    """The small world's hidden truth when the run is about the small world, for reports only."""
+    is_toy = Path(config.models.generator).parent == ASSETS
+    return oracle.step_truths if is_toy else None
+
+
+def _model(field: str, value: str) -> str:
+    if not value.startswith(_PREFIX):
+        return value
+    folder = ASSETS / value.removeprefix(_PREFIX)
+    if not (folder / "config.json").exists():
+        known = ", ".join(sorted(f"toy:{path.name}" for path in ASSETS.glob("*/") if path.is_dir()))
+        raise ConfigError(f"{field}={value}: no such model of the small world; there are {known}")
+    return str(folder)
+
+
+def _file(field: str, name: str, value: str | None, config: SparkConfig) -> str | None:
+    if value is None or not value.startswith(_PREFIX):
+        return value
+    split, _, count = value.removeprefix(_PREFIX).partition(":")
+    if split not in data.SPLITS or not count.isdigit():
+        raise ConfigError(f"{field}={value}: write toy:SPLIT:COUNT with SPLIT one of {', '.join(data.SPLITS)}")
+    folder, seed = Path(config.run.dir) / "data", config.run.seed
+    if name == "processbench":
+        return str(data.write_processbench(int(count), folder))
+    write = data.write_answers if name in ("eval_problems", "rl_answers") else data.write_problems
+    return str(write(split, int(count), seed, folder))

@@ -1,0 +1,146 @@
+"""Stage III's training half: rollouts and their advantages in, optimizer steps out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from spark_nemo.config.schema import RLConfig
+from spark_nemo.megatron.batch import PackedBatch
+from spark_nemo.megatron.distributed import gather_objects
+from spark_nemo.megatron.worker import MegatronWorker, StepResult
+from spark_nemo.records import Rollout
+
+from .losses import (
+    ADVANTAGES,
+    ENGINE_LOGPROBS,
+    OLD_LOGPROBS,
+    REFERENCE_LOGPROBS,
+    WEIGHTS,
+    aggregation_weights,
+    make_grpo_loss,
+)
+from .packing import TrainSequence, pack_for_rank
+
+
+def train_on_rollouts(
+    worker: MegatronWorker, rollouts: Sequence[Rollout], advantages_N: Tensor, valid_N: Tensor, config: RLConfig, *,
+    tokens_per_micro_batch: int, reference: Mapping[str, Tensor] | None = None,
+) -> dict[str, float]:
+    """Make ``config.updates_per_step`` optimizer steps on one batch of rollouts and return the step's metrics.
+
+    A rollout that is not valid, or has no response token, is left out entirely: no gradient, no token in any mean, no
+    KL. The others are split by groups into one part per update; a part with nothing left makes no step. Reference
+    log-probabilities are computed only if the loss has a KL term (``reference`` is then the snapshot to compare
+    with), old ones only if there are several updates: with one they are the current ones, and the pass is saved.
+    Without a KL term, rollouts of advantage 0 are not computed either: they count in every mean of the loss, but add
+    nothing to it (``without_idle``).
+
+    Collective: every rank passes the same rollouts and trains on its own share. Metrics are the same on every rank:
+    means over the computed tokens, of the updates' ``grad_norm`` and ``loss``, and the last ``lr``.
+    ``valid_fraction`` is the share of rollouts not left out, ``computed_fraction`` that of those computed.
+    Raises ``ValueError`` when the KL term has no reference or when the batch leaves nothing to train on.
+    """
+    if config.kl_estimator != "none" and reference is None:
+        raise ValueError(f"rl.kl_estimator={config.kl_estimator} needs a reference snapshot: pass worker.snapshot()")
+    trained = [i for i, rollout in enumerate(rollouts) if bool(valid_N[i]) and rollout.response_ids]
+    if not trained:
+        raise ValueError(f"none of the {len(rollouts)} rollouts is valid and has tokens: nothing to train on")
+    temperature = config.sampling.temperature
+    updates, num_computed = [], 0
+    for part in split_by_groups([rollouts[i].group for i in trained], config.updates_per_step):
+        indices = [trained[k] for k in part]
+        sequences = build_sequences([rollouts[i] for i in indices], advantages_N[indices], config.loss_aggregation)
+        if config.kl_estimator == "none":
+            sequences = without_idle(sequences)
+        num_computed += len(sequences)
+        packed = pack_for_rank(sequences, tokens_per_micro_batch, worker.dp_rank, worker.dp_size)
+        updates.append(packed.micro_batches)
+    if config.kl_estimator != "none":
+        with worker.use_weights(dict(reference)):  # type: ignore[arg-type]
+            updates = [_with_logprobs(worker, batches, REFERENCE_LOGPROBS, temperature) for batches in updates]
+    if len(updates) > 1:
+        updates = [_with_logprobs(worker, batches, OLD_LOGPROBS, temperature) for batches in updates]
+
+    maxima: dict[str, Tensor] = {}
+    loss_fn = make_grpo_loss(config, maxima)
+    results = [worker.train_step(batches, loss_fn, temperature, with_entropy=True) for batches in updates]
+    return {
+        **_step_metrics(results),
+        **_largest({name: value.item() for name, value in maxima.items()}),
+        "valid_fraction": len(trained) / len(rollouts),
+        "computed_fraction": num_computed / len(rollouts),
+    }
+
+
+def split_by_groups(groups: Sequence[int], parts: int) -> list[list[int]]:
+    """Indices of the samples in at most ``parts`` non-empty parts that keep every group whole.
+
+    Groups are taken in order of first appearance, and parts differ by at most one group.
+    """
+    members: dict[int, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    order = list(members.values())
+    bounds = [len(order) * part // parts for part in range(parts + 1)]
+    split = [[index for group in order[a:b] for index in group] for a, b in pairwise(bounds)]
+    return [part for part in split if part]
+
+
+def build_sequences(rollouts: Sequence[Rollout], advantages_N: Tensor, aggregation: str) -> list[TrainSequence]:
+    """Training sequences of one optimizer step; the aggregation weights are those of exactly these rollouts."""
+    weights = aggregation_weights(aggregation, [len(rollout.response_ids) for rollout in rollouts])
+    return [
+        TrainSequence(rollout.prompt_ids, rollout.response_ids, {
+            ADVANTAGES: torch.full((len(rollout.response_ids),), advantage),
+            WEIGHTS: torch.full((len(rollout.response_ids),), weight),
+            ENGINE_LOGPROBS: torch.tensor(rollout.logprobs, dtype=torch.float32),
+        })
+        for rollout, advantage, weight in zip(rollouts, advantages_N.tolist(), weights)
+    ]
+
+
+def without_idle(sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
+    """The sequences of one optimizer step that can move the policy, with weights that keep the gradient what it was.
+
+    A sequence of advantage 0 (all of a group whose rewards are equal) adds 0 to the loss sum, but its tokens are among
+    the N that the sum is divided by. Leaving it out makes N smaller, to N'; weights times N'/N undo that exactly.
+    When no sequence is left the shortest one stays, for the optimizer's step is made all the same.
+    """
+    live = [sequence for sequence in sequences if sequence.extras[ADVANTAGES][0] != 0]
+    live = live or [min(sequences, key=lambda sequence: sequence.num_positions)]
+    share = sum(len(s.response_ids) for s in live) / sum(len(s.response_ids) for s in sequences)
+    return [replace(s, extras={**s.extras, WEIGHTS: s.extras[WEIGHTS] * share}) for s in live]
+
+
+def _with_logprobs(
+    worker: MegatronWorker, batches: Sequence[PackedBatch], name: str, temperature: float,
+) -> list[PackedBatch]:
+    return [
+        replace(batch, extras={**batch.extras, name: logprobs_T[:batch.num_tokens].cpu()})
+        for batch, logprobs_T in zip(batches, worker.logprobs(batches, temperature))
+    ]
+
+
+def _step_metrics(results: Sequence[StepResult]) -> dict[str, float]:
+    num_tokens = sum(result.num_tokens for result in results)
+    means = {
+        name: sum(result.metrics[name] for result in results) / num_tokens for name in results[0].metrics
+    }
+    return {
+        "loss": sum(result.loss for result in results) / len(results),
+        "grad_norm": sum(result.grad_norm for result in results) / len(results),
+        "lr": results[-1].lr,
+        "loss_tokens": num_tokens,
+        **means,
+    }
+
+
+def _largest(maxima: dict[str, float]) -> dict[str, float]:
+    gathered = gather_objects(maxima)
+    names = sorted({name for part in gathered for name in part})
+    return {name: max(part[name] for part in gathered if name in part) for name in names}

@@ -1,0 +1,91 @@
+"""Scalars of a run: ``metrics.jsonl`` (one row per step, the source of truth) and TensorBoard beside it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+log = logging.getLogger(__name__)
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends rows to ``folder/metrics.jsonl`` and scalars to ``folder/tensorboard``; does nothing off the main rank.
+
+    Every row is flushed when written. A value that is not finite is stored as null and logged, since NaN is not JSON.
+    """
+
+    def __init__(self, folder: Path, *, is_main: bool = True) -> None:
+        self.folder = Path(folder)
+        self.path = self.folder / METRICS_FILE
+        self.is_main = is_main
+        self._board: SummaryWriter | None = None
+        self._purge_step: int | None = None
+        if is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Append one row; ``step`` counts finished optimizer steps (or RL steps) from 0."""
+        if not self.is_main:
+            return
+        row: dict[str, float | int | None] = {"step": step}
+        board = self._open_board()
+        for name, value in scalars.items():
+            row[name] = value if math.isfinite(value) else None
+            if row[name] is None:
+                log.warning("metric %s is %s at step %d", name, value, step)
+            board.add_scalar(name, value, step)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        board.flush()
+
+    def truncate_from(self, step: int) -> None:
+        """Forget the rows of ``step`` and later, before a resumed run writes them again.
+
+        The JSONL is rewritten atomically; a last line torn by a kill goes too. TensorBoard is told to purge.
+        """
+        if not self.is_main:
+            return
+        self.close()
+        self._purge_step = step
+        kept = [row for row in read_metrics(self.path) if row["step"] < step]
+        temporary = self.path.with_suffix(".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.path)
+
+    def close(self) -> None:
+        """Close the TensorBoard file; a later ``write`` opens a new one."""
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def _open_board(self) -> SummaryWriter:
+        if self._board is None:
+            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._purge_step)
+        return self._board
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics file; an absent file has none, and a torn last line (no newline) is not a row.
+
+    Raises ``ValueError`` naming the line when an earlier line is damaged.
+    """
+    if not Path(path).exists():
+        return []
+    *lines, _torn = Path(path).read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number} is not JSON: delete that line to go on") from error
+    return rows

@@ -1,0 +1,129 @@
+"""Stage II's loop: supervised fine-tuning on packed sequences, with exact resume."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from spark_nemo.megatron.checkpoint import has_checkpoint
+from spark_nemo.megatron.distributed import gather_objects
+from spark_nemo.megatron.worker import MegatronWorker
+from spark_nemo.records import derive_seed
+
+from .losses import sft_loss
+from .metrics import MetricsWriter
+from .packing import TrainSequence, pack_for_rank
+from .stop import StopFlag
+
+log = logging.getLogger(__name__)
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True, slots=True)
+class SftResult:
+    """``finished`` is False when the run was asked to stop before its last step; call again to go on."""
+
+    step: int
+    total_steps: int
+    last_loss: float | None
+    """Mean nats per response token of the last step; None when this call made no step."""
+
+    @property
+    def finished(self) -> bool:
+        """Were all steps made?"""
+        return self.step == self.total_steps
+
+
+def num_sft_steps(num_sequences: int, epochs: int, batch_size: int) -> int:
+    """Optimizer steps of a whole run; the last batch of an epoch may be smaller. What the schedule is built for."""
+    return epochs * math.ceil(num_sequences / batch_size)
+
+
+def batch_indices(step: int, num_sequences: int, batch_size: int, seed: int) -> list[int]:
+    """Which sequences step ``step`` trains on: a slice of its epoch's own permutation.
+
+    A pure function of its arguments, so a resumed run sees the same data in the same order without stored state.
+    """
+    epoch, position = divmod(step, math.ceil(num_sequences / batch_size))
+    generator = torch.Generator().manual_seed(derive_seed(seed, "sft-order", epoch))
+    order = torch.randperm(num_sequences, generator=generator)
+    return order[position * batch_size:(position + 1) * batch_size].tolist()
+
+
+def train_sft(
+    worker: MegatronWorker, sequences: Sequence[TrainSequence], *, epochs: int, batch_size: int,
+    tokens_per_micro_batch: int, seed: int, run_folder: Path, save_every: int, stop: StopFlag,
+) -> SftResult:
+    """Train from the newest checkpoint in ``run_folder`` (or from the start) to the last step or a requested stop.
+
+    ``batch_size`` counts sequences per optimizer step over all data-parallel ranks; the loss is the mean over all
+    response tokens of the step. Writes ``metrics.jsonl``, TensorBoard and ``checkpoints/``: every ``save_every``
+    steps, at the end and when stopping. After a resume, rows from the resumed step on are dropped and written again.
+
+    Collective: all ranks call it with the same sequences. Raises ``ValueError`` when there is nothing to train on or
+    the checkpoint was made from other data or another order.
+    """
+    if not sequences:
+        raise ValueError("train_sft: no sequences to train on")
+    run_folder, total_steps = Path(run_folder), num_sft_steps(len(sequences), epochs, batch_size)
+    identity = {"data": data_fingerprint(sequences), "seed": seed, "batch_size": batch_size, "epochs": epochs}
+    step = saved_step = _resume(worker, run_folder, identity)
+    writer = MetricsWriter(run_folder, is_main=worker.is_main)
+    writer.truncate_from(step)
+    loss: float | None = None
+    bar = tqdm(total=total_steps, initial=step, desc="sft", unit="step", disable=not worker.is_main)
+    while step < total_steps and not any(gather_objects(stop.requested)):
+        started = time.perf_counter()
+        batch = [sequences[index] for index in batch_indices(step, len(sequences), batch_size, seed)]
+        packed = pack_for_rank(batch, tokens_per_micro_batch, worker.dp_rank, worker.dp_size)
+        result = worker.train_step(packed.micro_batches, sft_loss)
+        loss, seconds = result.loss, time.perf_counter() - started
+        writer.write(step, {
+            "loss": loss, "grad_norm": result.grad_norm, "lr": result.lr, "loss_tokens": result.num_tokens,
+            "epoch": step * batch_size / len(sequences), "seconds": seconds,
+            "tokens_per_second": sum(sequence.num_positions for sequence in batch) / seconds,
+        })
+        step += 1
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.4f}")
+        if step % save_every == 0:
+            worker.save_checkpoint(run_folder / CHECKPOINTS, {**identity, "step": step})
+            saved_step = step
+    bar.close()
+    writer.close()
+    if step != saved_step:
+        worker.save_checkpoint(run_folder / CHECKPOINTS, {**identity, "step": step})
+    if step < total_steps:
+        log.info("stopped after step %d of %d (%s); run again to go on", step, total_steps, stop.reason)
+    return SftResult(step, total_steps, loss)
+
+
+def data_fingerprint(sequences: Sequence[TrainSequence]) -> str:
+    """16 hex digits that depend on every token and its role; a checkpoint carries those of its data."""
+    digest = hashlib.sha256()
+    for sequence in sequences:
+        for ids in (sequence.prompt_ids, sequence.response_ids):
+            digest.update(len(ids).to_bytes(8, "little"))
+            digest.update(np.asarray(ids, dtype=np.int64).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _resume(worker: MegatronWorker, run_folder: Path, identity: dict[str, object]) -> int:
+    if not has_checkpoint(run_folder / CHECKPOINTS):
+        return 0
+    state = worker.load_checkpoint(run_folder / CHECKPOINTS)
+    for name, value in identity.items():
+        if state[name] != value:
+            raise ValueError(f"{run_folder / CHECKPOINTS} was made with {name}={state[name]}, this run has {value}: "
+                             "use another run.dir or the same settings")
+    log.info("resuming after step %d", state["step"])
+    return int(state["step"])

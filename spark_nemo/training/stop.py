@@ -1,0 +1,48 @@
+"""Leave a run cleanly: Ctrl-C, SIGTERM (what Slurm sends before it kills) or a file named STOP in the run folder."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from types import FrameType, TracebackType
+
+STOP_FILE = "STOP"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopFlag:
+    """A context manager in which a signal asks for a stop instead of killing the process.
+
+    Loops look at ``requested`` between steps, then write their checkpoint and return. A second signal acts as usual
+    (KeyboardInterrupt or death), for whoever cannot wait. Use it in the main thread: Python takes signals only there.
+    """
+
+    def __init__(self, run_folder: Path) -> None:
+        self.stop_file = Path(run_folder) / STOP_FILE
+        self.reason = ""
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopFlag:
+        self._previous = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous = {}
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
+        self._restore()
+
+    @property
+    def requested(self) -> bool:
+        """Has this process been asked to stop? Ranks may differ for a moment: agree among them before acting."""
+        if not self.reason and self.stop_file.exists():
+            self.reason = str(self.stop_file)
+        return bool(self.reason)

@@ -1,0 +1,91 @@
+"""What a response is worth, and what a missing verdict costs."""
+
+import math
+
+import pytest
+
+from spark_nemo.config.schema import FailurePolicy
+from spark_nemo.records import EngineError, FormatViolation, ParseFailure, Problem, Rollout, Truncated, Verdict
+from spark_nemo.rewards import FailureRateExceeded, apply_failure_policy, process_aware_reward, rlvr_reward
+
+YES = Verdict((True, True), True)
+NO = Verdict((True, False), False)
+
+
+def test_process_aware_is_the_gate_times_the_verdict():
+    """All cases of r = f * y. Says nothing about how a verdict is parsed."""
+    broken = FormatViolation("two boxes")
+    assert process_aware_reward(None, YES) == 1.0
+    assert process_aware_reward(None, NO) == 0.0
+    assert process_aware_reward(broken, YES) == 0.0
+    assert process_aware_reward(broken, None) == 0.0
+    assert process_aware_reward(None, broken) == 0.0
+
+
+def test_the_gate_decides_even_if_the_verifier_failed():
+    """A response that broke the format is worth 0 by definition: no verdict is needed for that."""
+    assert process_aware_reward(FormatViolation("no answer"), Truncated(5)) == 0.0
+
+
+@pytest.mark.parametrize("failure", [ParseFailure("no line"), Truncated(9), EngineError("gone")])
+def test_a_missing_verdict_stays_a_failure(failure):
+    """No failure becomes a number here."""
+    assert process_aware_reward(None, failure) is failure
+
+
+def test_a_well_formed_response_must_have_been_verified():
+    """Forgetting the verifier is a bug of the caller, not a reward of 0."""
+    with pytest.raises(ValueError, match="not verified"):
+        process_aware_reward(None, None)
+
+
+def test_mask_leaves_failures_out_and_reports_their_rates():
+    """Masked rewards are NaN and not valid; rates are per kind and relative to what was verified."""
+    scores = [1.0, Truncated(9), 0.0, ParseFailure("x"), 0.0, 1.0]
+    batch = apply_failure_policy(scores, FailurePolicy(max_rate=0.5), num_verifications=5)
+    assert batch.valid == (True, False, True, False, True, True)
+    assert [reward for reward, valid in zip(batch.rewards, batch.valid) if valid] == [1.0, 0.0, 0.0, 1.0]
+    assert all(math.isnan(batch.rewards[i]) for i in (1, 3))
+    assert batch.failure_rates == {"parse_failure": 0.2, "truncated": 0.2}
+    assert batch.failure_rate == pytest.approx(0.4)
+
+
+def test_penalise_gives_the_declared_number():
+    """Only the configuration can turn a failure into a reward."""
+    policy = FailurePolicy(action="penalise", penalty=-0.25, max_rate=1.0)
+    batch = apply_failure_policy([Truncated(9), 1.0], policy)
+    assert batch.rewards == (-0.25, 1.0)
+    assert batch.valid == (True, True)
+
+
+def test_too_many_failures_stop_the_run():
+    """One line that names the rate, the bound, the dominant kind and the field; a rate at the bound still passes."""
+    scores = [Truncated(9), Truncated(9), ParseFailure("x"), 1.0]
+    apply_failure_policy(scores, FailurePolicy(max_rate=0.75))
+    with pytest.raises(FailureRateExceeded) as error:
+        apply_failure_policy(scores, FailurePolicy(max_rate=0.5))
+    for part in ("75.0%", "0.5", "truncated: 2", "rl.failures.max_rate"):
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_format_gate_does_not_dilute_the_failure_rate():
+    """Four gated responses and one failed verification of two: the rate is 1/2, not 1/6."""
+    with pytest.raises(FailureRateExceeded, match=r"50\.0% of 2"):
+        apply_failure_policy([0.0] * 4 + [EngineError("gone"), 1.0], FailurePolicy(), num_verifications=2)
+
+
+def test_no_verification_at_all_is_no_failure():
+    """A step whose every response broke the format must not divide by zero."""
+    batch = apply_failure_policy([0.0, 0.0], FailurePolicy(), num_verifications=0)
+    assert batch.failure_rate == 0.0
+    assert batch.valid == (True, True)
+
+
+def test_rlvr_asks_the_checker_by_problem():
+    """The reward holds no answers: it passes the id and the text on."""
+    rollout = Rollout(Problem("p1", "1+1?"), 0, (1,), (2,), (-0.1,), (0,), "two", "stop")
+    asked = []
+    assert rlvr_reward(rollout, lambda *args: asked.append(args) or True) == 1.0
+    assert rlvr_reward(rollout, lambda *args: False) == 0.0
+    assert asked == [("p1", "two")]

@@ -1,0 +1,105 @@
+"""The fine-tuning loop on a bigram model: its order, its resume, its stop. Megatron: test_megatron_loops."""
+
+import pytest
+import torch
+from bigram import BigramWorker
+
+from spark_nemo.training.metrics import METRICS_FILE, read_metrics
+from spark_nemo.training.packing import TrainSequence
+from spark_nemo.training.sft import batch_indices, num_sft_steps, train_sft
+from spark_nemo.training.stop import StopFlag
+
+SEQUENCES = [TrainSequence((n % 3,), tuple((n + k) % 8 for k in range(1 + n % 4))) for n in range(10)]
+SETTINGS = {"epochs": 3, "batch_size": 4, "tokens_per_micro_batch": 5, "seed": 1, "save_every": 2}
+
+
+class StopAfter(StopFlag):
+    """Asks for a stop once it was looked at ``looks`` times."""
+
+    def __init__(self, folder, looks):
+        super().__init__(folder)
+        self.looks = looks
+
+    @property
+    def requested(self):
+        self.looks -= 1
+        return self.looks < 0
+
+
+def run(worker, folder, stop=None, **changes):
+    return train_sft(worker, SEQUENCES, run_folder=folder, stop=stop or StopFlag(folder), **{**SETTINGS, **changes})
+
+
+def losses(folder):
+    return [(row["step"], row["loss"]) for row in read_metrics(folder / METRICS_FILE)]
+
+
+def test_every_epoch_visits_every_sequence_once_in_its_own_order():
+    """Epochs are permutations, differ from each other and with the seed, and need no stored state."""
+    steps = num_sft_steps(10, 2, 4)
+    visited = [batch_indices(step, 10, 4, seed=1) for step in range(steps)]
+    assert [len(batch) for batch in visited] == [4, 4, 2, 4, 4, 2]
+    first, second = ([index for batch in epoch for index in batch] for epoch in (visited[:3], visited[3:]))
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert visited[0] != batch_indices(0, 10, 4, seed=2)
+    assert visited[4] == batch_indices(4, 10, 4, seed=1)
+
+
+def test_it_learns(tmp_path):
+    """The loss falls, and there is one row per step."""
+    result = run(BigramWorker(lr=0.5), tmp_path, epochs=10)
+    assert result.finished
+    history = losses(tmp_path)
+    assert [step for step, _ in history] == list(range(30))
+    assert sum(loss for _, loss in history[-3:]) < sum(loss for _, loss in history[:3]) / 2
+
+
+@pytest.mark.parametrize("stop_after", [1, 4])
+def test_a_stopped_run_resumes_exactly(tmp_path, stop_after):
+    """Stop at a step that is (or is not) a save step, resume in a new worker: losses and weights equal bit for bit."""
+    whole, parts = BigramWorker(), BigramWorker(seed=7)
+    run(whole, tmp_path / "whole")
+    stopped = run(BigramWorker(), tmp_path / "parts", stop=StopAfter(tmp_path, stop_after))
+    assert (stopped.step, stopped.finished) == (stop_after, False)
+    assert run(parts, tmp_path / "parts").finished
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert torch.equal(whole.table_VV, parts.table_VV)
+
+
+def test_a_killed_run_loses_only_the_steps_since_its_checkpoint(tmp_path):
+    """A crash in step 5 (as kill -9 would): rows 4.. are dropped and written again, none twice."""
+    class Dies(BigramWorker):
+        def train_step(self, *args, **kwargs):
+            if len(self.grads) == 5:
+                raise KeyboardInterrupt
+            return super().train_step(*args, **kwargs)
+
+    run(BigramWorker(), tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(Dies(), tmp_path / "parts")
+    assert len(losses(tmp_path / "parts")) == 5
+    resumed = BigramWorker(seed=7)
+    run(resumed, tmp_path / "parts")
+    assert len(resumed.grads) == 9 - 4
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    """Calling again makes no step and keeps the metrics."""
+    run(BigramWorker(), tmp_path)
+    before = (tmp_path / METRICS_FILE).read_bytes()
+    again = BigramWorker(seed=7)
+    assert run(again, tmp_path).finished
+    assert again.grads == []
+    assert (tmp_path / METRICS_FILE).read_bytes() == before
+
+
+def test_a_checkpoint_of_other_data_or_order_is_refused(tmp_path):
+    """Resuming under another seed would silently train on some sequences twice."""
+    run(BigramWorker(), tmp_path, stop=StopAfter(tmp_path, 2))
+    with pytest.raises(ValueError, match="seed=1, this run has 2"):
+        run(BigramWorker(), tmp_path, seed=2)
+    with pytest.raises(ValueError, match="data="):
+        train_sft(BigramWorker(), SEQUENCES[:-1] + [TrainSequence((1,), (2,))], run_folder=tmp_path,
+                  stop=StopFlag(tmp_path), **SETTINGS)
