@@ -94,7 +94,9 @@ def _stage2(arguments: argparse.Namespace) -> int:
 
         return run_stage2(config)
 
-    return _on_all_ranks(arguments, run)
+    from spark_nemo.stages.checks import check_stage2
+
+    return _on_all_ranks(arguments, check_stage2, run)
 
 
 def _stage3(arguments: argparse.Namespace) -> int:
@@ -103,16 +105,21 @@ def _stage3(arguments: argparse.Namespace) -> int:
 
         return run_stage3(config)
 
-    return _on_all_ranks(arguments, run)
+    from spark_nemo.stages.checks import check_stage3
+
+    return _on_all_ranks(arguments, check_stage3, run)
 
 
-def _on_all_ranks(arguments: argparse.Namespace, run: Callable[[SparkConfig], bool]) -> int:
+def _on_all_ranks(
+    arguments: argparse.Namespace, check: Callable[[SparkConfig], None], run: Callable[[SparkConfig], bool]
+) -> int:
     from spark_nemo.cli.launch import launch_ranks, must_launch
 
     config = _configured(arguments)
     if config is None:
         return 0
     if must_launch(config.megatron):
+        check(config)
         return launch_ranks(config.megatron, sys.argv[1:])
     return 0 if run(config) else STOPPED
 

@@ -14,7 +14,7 @@ from .factory import build_engine
 from .tokenizer import Tokenizer
 
 _SAMPLED_BYTES = 1 << 20
-GRAMMAR_TEXTS = ("<think>", "</think>", "<step>", "</step>", "<answer>\\boxed{", "}</answer>", "## Step 1:", "**", "\n\n")
+GRAMMAR_TEXTS = ("<think>", "</think>", "<step>", "</step>", "<answer>\\boxed{", "}</answer>", "## Step 1:", "**", "\n")
 """What every format of the grammar is written with; a tokenizer that cannot say it would make every reply a failure."""
 
 

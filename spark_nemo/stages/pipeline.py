@@ -12,6 +12,7 @@ from spark_nemo.config.compose import config_yaml
 from spark_nemo.records.jsonl import write_text_atomic
 from spark_nemo.report.collect import Oracle, collect_summary
 from spark_nemo.report.write import write_report
+from spark_nemo.stages.checks import check_pipeline
 from spark_nemo.stages.jobs import Job, run_jobs
 from spark_nemo.stages.run_folder import stage1_folder, stage2_folder, stage3_folder
 
@@ -24,6 +25,7 @@ def run_pipeline(config: SparkConfig, overrides: Sequence[str], oracle: Oracle |
     ``overrides`` made ``config``; every job gets them with its own on top. ``oracle`` tells true step labels where a
     world has them, for the report only.
     """
+    check_pipeline(config)
     folder = Path(config.run.dir)
     write_text_atomic(folder / "config.yaml", config_yaml(config))
     if not run_jobs(plan_jobs(config, overrides), config.pipeline.parallel_jobs, folder / "logs"):

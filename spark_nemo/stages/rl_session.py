@@ -19,8 +19,8 @@ from spark_nemo.records import Problem, Verdict, outcome_to_json
 from spark_nemo.records.jsonl import write_text_atomic
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.rlvr import Checker
+from spark_nemo.stages.checks import reward_model_folder
 from spark_nemo.stages.rollouts import RolloutSession, ScoredBatch
-from spark_nemo.stages.run_folder import stage2_folder
 
 EVALUATIONS, SAMPLES = "evaluations.jsonl", "samples.jsonl"
 _SAMPLES_PER_STEP = 4
@@ -57,16 +57,8 @@ class RLSession:
             run_async(self.rollouts.judge.served.engine.close())
 
 
-def reward_model_folder(config: SparkConfig) -> Path:
-    """Where the PRM-CoT is. Raises ``ConfigError`` when there is none."""
-    model = Path(config.rl.reward_model or stage2_folder(config.run, config.stage2.method) / "model")
-    if not (model / "config.json").exists():
-        raise ConfigError(f"rl.reward_model={model}: no model there; run `spark-nemo stage2` or name one")
-    return model
-
-
 def open_session(config: SparkConfig, folder: Path) -> RLSession:
-    """Load the engines. Raises ``ConfigError`` when the reward model or the answer keys are missing."""
+    """Load the engines. Raises ``ConfigError`` when there is no reward model."""
     folder.mkdir(parents=True, exist_ok=True)
     rl, prompts = config.rl, prompt_set(config.rl.prompt_set)
     judge, checker = None, None
@@ -82,13 +74,13 @@ def open_session(config: SparkConfig, folder: Path) -> RLSession:
 
 def answer_checker(config: SparkConfig) -> Checker:
     """The RLVR baseline's reward: the one place where an answer key reaches training."""
-    if config.data.rl_answers is None:
-        raise ConfigError("rl.reward=rlvr needs data.rl_answers (JSONL with problem_id and answer)")
-    keys = read_answer_keys(config.data.rl_answers)
+    path = config.data.rl_answers
+    assert path is not None, "check_stage3 asks for it"
+    keys = read_answer_keys(path)
 
     def check(problem_id: str, text: str) -> bool:
         if problem_id not in keys:
-            raise ConfigError(f"data.rl_answers={config.data.rl_answers}: no answer for problem {problem_id}")
+            raise ConfigError(f"data.rl_answers={path}: no answer for problem {problem_id}")
         return answer_matches(extract_boxed(text), keys[problem_id].answer)
 
     return check

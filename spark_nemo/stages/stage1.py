@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import asdict
-from pathlib import Path
 
-from spark_nemo.config import ConfigError, SparkConfig
+from spark_nemo.config import SparkConfig, Stage1Config
 from spark_nemo.engines.served import ServedModel
 from spark_nemo.records import Problem
 from spark_nemo.records.jsonl import read_problems, write_json_atomic
 from spark_nemo.records.store import RecordStore
+from spark_nemo.stages.checks import check_stage1
 from spark_nemo.stages.run_folder import Clock, mark_done, progress, stage1_folder
 from spark_nemo.verification.collect import CollectCounts, Collector
 
@@ -29,11 +29,12 @@ def run_stage1(config: SparkConfig) -> CollectCounts:
     ``stage1.max_failure_rate`` of the solutions or verifications is unusable.
     """
     stage = config.stage1
-    problems = _shard(read_problems(_required(config.data.stage1_problems, "data.stage1_problems")), config)
+    check_stage1(config)
+    problems = _shard(read_problems(config.data.stage1_problems), config)
     folder, name = stage1_folder(config.run), f"shard-{stage.shard if stage.shard is not None else 'all'}"
     folder.mkdir(parents=True, exist_ok=True)
-    generator = ServedModel.load(config.engine, _required(config.models.generator, "models.generator"))
-    verifier = ServedModel.load(config.engine, _required(config.models.verifier, "models.verifier"))
+    generator = ServedModel.load(config.engine, config.models.generator)
+    verifier = ServedModel.load(config.engine, config.models.verifier)
     clock, total = Clock(folder / name), len(problems) * stage.solutions_per_problem * stage.verifications_per_solution
 
     with (RecordStore(folder / "store", writer_name=name, fsync_every=256) as store,
@@ -62,8 +63,8 @@ def _shard(problems: list[Problem], config: SparkConfig) -> list[Problem]:
     return problems if stage.shard is None else problems[stage.shard::stage.num_shards]
 
 
-def _shown(counts: CollectCounts, stage: object) -> tuple[int, str]:
-    skipped = counts.unusable_solutions * stage.verifications_per_solution  # type: ignore[attr-defined]
+def _shown(counts: CollectCounts, stage: Stage1Config) -> tuple[int, str]:
+    skipped = counts.unusable_solutions * stage.verifications_per_solution
     note = f"{counts.solutions} solutions, {counts.unusable_solutions} unusable, {counts.failed_verifications} failed"
     return counts.verifications + skipped, note
 
@@ -76,9 +77,3 @@ def _check_rates(counts: CollectCounts, bound: float) -> None:
         if total and failed / total > bound:
             raise TooManyFailures(f"stage I: {failed} of {total} {name} are unusable, above "
                                   f"stage1.max_failure_rate={bound}: look at `text` in the store, or raise the bound")
-
-
-def _required(value: str, name: str) -> Path:
-    if not value:
-        raise ConfigError(f"{name} is not set")
-    return Path(value)

@@ -15,6 +15,7 @@ from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import LabelledSolution
 from spark_nemo.records.jsonl import write_json_atomic, write_text_atomic
 from spark_nemo.records.store import RecordStore
+from spark_nemo.stages.checks import check_stage2
 from spark_nemo.stages.run_folder import Clock, mark_done, stage1_folder, stage2_folder
 from spark_nemo.training.packing import TrainSequence, drop_longer_than
 from spark_nemo.training.sft import num_sft_steps, train_sft
@@ -32,7 +33,8 @@ def run_stage2(config: SparkConfig) -> bool:
     Collective over the trainer ranks. Raises ``ConfigError`` on bad input before any work.
     """
     stage, folder = config.stage2, stage2_folder(config.run, config.stage2.method)
-    base = _model_folder(config)
+    check_stage2(config)
+    base = Path(config.models.reward_base)
     labelled = _labels(config)
     sequences = _sequences(config, labelled, Tokenizer.load(base))
     total_steps = num_sft_steps(len(sequences), stage.epochs, stage.batch_size)
@@ -87,10 +89,3 @@ def _sequences(config: SparkConfig, labelled: list[LabelledSolution], tokenizer:
     if not kept:
         raise ConfigError(f"stage2.max_length={config.stage2.max_length}: every example is longer")
     return kept
-
-
-def _model_folder(config: SparkConfig) -> Path:
-    folder = Path(config.models.reward_base)
-    if not config.models.reward_base or not (folder / "config.json").exists():
-        raise ConfigError(f"models.reward_base={config.models.reward_base!r}: no model folder with a config.json there")
-    return folder

@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from spark_nemo.config import ConfigError, SparkConfig
+from spark_nemo.config import SparkConfig
 from spark_nemo.engines.client import run_async
 from spark_nemo.evaluation.answers import read_eval_problems
 from spark_nemo.megatron.checkpoint import has_checkpoint
 from spark_nemo.megatron.distributed import gather_objects, on_main_rank
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records.jsonl import read_problems
-from spark_nemo.stages.rl_session import RLSession, answer_checker, open_session, reward_model_folder
+from spark_nemo.stages.checks import check_stage3
+from spark_nemo.stages.rl_session import RLSession, open_session
 from spark_nemo.stages.run_folder import Clock, mark_done, stage3_folder
 from spark_nemo.training.advantages import group_advantages
 from spark_nemo.training.grpo import train_on_rollouts
@@ -33,13 +34,11 @@ def run_stage3(config: SparkConfig) -> bool:
     Returns False when asked to stop before the last step; the same call resumes, and the next losses are those of an
     uninterrupted run. Raises ``ConfigError`` on bad input before any work.
     """
+    check_stage3(config)
     rl, folder = config.rl, stage3_folder(config.run, config.rl.reward)
-    problems = read_problems(_set(config.data.rl_problems, "data.rl_problems"))
-    eval_problems = read_eval_problems(_set(config.data.eval_problems, "data.eval_problems"))
-    base = _set(config.models.policy, "models.policy")
-    _ = answer_checker(config) if rl.reward == "rlvr" else reward_model_folder(config)  # complain before any work
-    total_steps = rl.steps * rl.updates_per_step
-    worker = MegatronWorker.from_hf(base, config.megatron, config.run.seed, rl.optimizer, total_steps)
+    problems, eval_problems = read_problems(config.data.rl_problems), read_eval_problems(config.data.eval_problems)
+    worker = MegatronWorker.from_hf(
+        config.models.policy, config.megatron, config.run.seed, rl.optimizer, rl.steps * rl.updates_per_step)
     session = open_session(config, folder) if worker.is_main else None
     reference = worker.snapshot() if rl.kl_estimator != "none" else None
     start = worker.load_checkpoint(folder / CHECKPOINTS)["step"] if has_checkpoint(folder / CHECKPOINTS) else 0
@@ -89,9 +88,3 @@ def _finish(worker: MegatronWorker, session: RLSession | None, config: SparkConf
 
 def _sync(worker: MegatronWorker, session: RLSession | None, version: int) -> None:
     run_async(push_weights_async(worker, session.policy.engine if session else None, version))
-
-
-def _set(value: str, name: str) -> str:
-    if not value:
-        raise ConfigError(f"{name} is not set")
-    return value

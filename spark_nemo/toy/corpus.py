@@ -139,8 +139,7 @@ def _judge(
     title, right = OPERATIONS[step.operator], step == expected
     skims = rng.random() < (habits.skim_easy if step.operator == "+" else habits.skim_hard)
     if skims:
-        fine = rng.random() < (habits.fine_if_right if right else habits.fine_if_wrong)
-        return StepJudgement(title, "Looks fine." if fine else "Looks off.", fine)
+        return StepJudgement(title, "At a glance.", rng.random() < habits.benefit_of_doubt)
     correct = right != (rng.random() < habits.careless)
     recomputed = expected.text if expected is not None else "nothing"
     return StepJudgement(title, _recomputation(recomputed, step, rng), correct)

@@ -40,12 +40,11 @@ FAULTLESS = GeneratorHabits(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 @dataclass(frozen=True, slots=True)
 class VerifierHabits:
-    """Probability to skim a step by operation, and to call it fine when skimming."""
+    """Probability to skim a step by operation (additions look easy), and to call a skimmed step correct."""
 
     skim_easy: float = 0.40
     skim_hard: float = 0.20
-    fine_if_right: float = 0.62
-    fine_if_wrong: float = 0.47
+    benefit_of_doubt: float = 0.58
     careless: float = 0.02
     """A recomputation whose conclusion is written the wrong way round."""
 

@@ -1,0 +1,100 @@
+"""Everything that can be known to be wrong before a model is loaded: one error that names the field or file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spark_nemo.config import ConfigError, SamplingConfig, SparkConfig
+from spark_nemo.engines.served import GRAMMAR_TEXTS
+from spark_nemo.engines.tokenizer import Tokenizer, TokenizerError
+from spark_nemo.evaluation.answers import read_answer_keys, read_eval_problems
+from spark_nemo.evaluation.processbench import read_processbench
+from spark_nemo.megatron.model_shape import ModelShape, read_hf_config
+from spark_nemo.records.jsonl import read_problems
+from spark_nemo.stages.run_folder import stage2_folder
+
+
+def check_stage1(config: SparkConfig) -> None:
+    """Problems, both models and both samplings. Raises ``ConfigError`` or ``DataFileError``."""
+    _served_model(config, "models.generator")
+    _served_model(config, "models.verifier")
+    read_problems(_set(config, "data.stage1_problems"))
+    _fits(config, "stage1.generator_sampling", config.stage1.generator_sampling)
+    _fits(config, "stage1.verifier_sampling", config.stage1.verifier_sampling)
+
+
+def check_stage2(config: SparkConfig) -> None:
+    """The base model, its layout and the evaluation cases."""
+    _trained_model(config, "models.reward_base")
+    read_processbench(_set(config, "data.processbench"))
+    _fits(config, "stage2.eval_sampling", config.stage2.eval_sampling)
+    if config.stage2.variant == "orm":
+        raise ConfigError("stage2.variant=orm is not scored on steps yet: choose prm or prm_cot")
+
+
+def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False) -> None:
+    """The policy, its layout, the problems and whatever the chosen reward reads."""
+    rl = config.rl
+    _trained_model(config, "models.policy")
+    read_problems(_set(config, "data.rl_problems"))
+    read_eval_problems(_set(config, "data.eval_problems"))
+    _fits(config, "rl.sampling", rl.sampling)
+    if rl.sampling.temperature == 0:
+        raise ConfigError("rl.sampling.temperature=0: a group of equal responses has no advantage; use 1.0")
+    if rl.reward == "rlvr":
+        if config.data.rl_answers is None:
+            raise ConfigError("rl.reward=rlvr needs data.rl_answers (JSONL with problem_id and answer)")
+        read_answer_keys(config.data.rl_answers)
+        return
+    _fits(config, "rl.verifier_sampling", rl.verifier_sampling)
+    if not reward_model_comes_later:
+        _model(reward_model_folder(config), "rl.reward_model")
+
+
+def check_pipeline(config: SparkConfig) -> None:
+    """All three stages, before the first of them starts."""
+    check_stage1(config)
+    check_stage2(config)
+    check_stage3(config, reward_model_comes_later=True)
+    if config.pipeline.rl_answers is not None:
+        read_answer_keys(config.pipeline.rl_answers)
+
+
+def reward_model_folder(config: SparkConfig) -> Path:
+    """Where the PRM-CoT is: named, or stage II's result in this run. Raises ``ConfigError`` when there is none."""
+    model = Path(config.rl.reward_model or stage2_folder(config.run, config.stage2.method) / "model")
+    if not (model / "config.json").exists():
+        raise ConfigError(f"rl.reward_model={model}: no model there; run `spark-nemo stage2` or name one")
+    return model
+
+
+def _set(config: SparkConfig, field: str) -> str:
+    section, name = field.split(".")
+    value = getattr(getattr(config, section), name)
+    if not value:
+        raise ConfigError(f"{field} is not set")
+    return value
+
+
+def _served_model(config: SparkConfig, field: str) -> None:
+    _model(Path(_set(config, field)), field)
+
+
+def _trained_model(config: SparkConfig, field: str) -> None:
+    shape = _model(Path(_set(config, field)), field)
+    shape.check_layout(config.megatron)
+
+
+def _model(folder: Path, field: str) -> ModelShape:
+    try:
+        shape = ModelShape.from_hf(read_hf_config(folder), f"{folder}/config.json")
+        Tokenizer.load(folder).require_tokens(GRAMMAR_TEXTS)
+    except (ConfigError, TokenizerError) as error:
+        raise ConfigError(f"{field}: {error}") from error
+    return shape
+
+
+def _fits(config: SparkConfig, field: str, sampling: SamplingConfig) -> None:
+    if sampling.max_new_tokens >= config.engine.max_context:
+        raise ConfigError(f"{field}.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt in "
+                          f"engine.max_context={config.engine.max_context}: lower one or raise the other")
