@@ -5,6 +5,7 @@ from __future__ import annotations
 from spark_nemo.config import ConfigError
 from spark_nemo.engines.base import EngineFailure
 from spark_nemo.engines.tokenizer import TokenizerError
+from spark_nemo.megatron.errors import NonFiniteGradient
 from spark_nemo.records.jsonl import DataFileError
 from spark_nemo.records.store import StoreFull
 from spark_nemo.rewards import FailureRateExceeded
@@ -12,5 +13,5 @@ from spark_nemo.stages.jobs import JobFailed
 from spark_nemo.stages.stage1 import TooManyFailures
 
 USER_ERRORS = (
-    ConfigError, DataFileError, EngineFailure, FailureRateExceeded, FileNotFoundError, JobFailed,
-    StoreFull, TokenizerError, TooManyFailures)
+    ConfigError, DataFileError, EngineFailure, FailureRateExceeded, JobFailed, NonFiniteGradient, OSError, StoreFull,
+    TokenizerError, TooManyFailures)

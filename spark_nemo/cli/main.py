@@ -13,6 +13,7 @@ from pathlib import Path
 from spark_nemo.cli.errors import USER_ERRORS
 from spark_nemo.config import SparkConfig
 from spark_nemo.config.compose import compose_config, config_yaml
+from spark_nemo.stages.children import die_with_parent
 from spark_nemo.toy.resolve import oracle_for, resolve_toy
 
 EXAMPLES = """examples:
@@ -26,7 +27,9 @@ STOPPED = 3
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand. Returns 0 when it finished, 2 on bad input (one line on stderr), 3 when asked to stop."""
+    die_with_parent()
     arguments = _parser().parse_args(argv)
+    arguments.command_line = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     _quieten()
     try:
@@ -120,7 +123,7 @@ def _on_all_ranks(
         return 0
     if must_launch(config.megatron):
         check(config)
-        return launch_ranks(config.megatron, sys.argv[1:])
+        return launch_ranks(config.megatron, arguments.command_line)
     return 0 if run(config) else STOPPED
 
 

@@ -185,6 +185,8 @@ class Stage1Config:
         at_least("stage1.num_shards", self.num_shards, 1)
         in_unit_interval("stage1.max_failure_rate", self.max_failure_rate)
         one_of("stage1.prompt_set", self.prompt_set, {"paper", "compact"})
+        if self.shard is None and self.num_shards > 1:
+            raise without_effect("stage1.num_shards", self.num_shards, "without stage1.shard")
         if self.shard is not None and not 0 <= self.shard < self.num_shards:
             raise ConfigError(f"stage1.shard={self.shard}: must lie in 0..{self.num_shards - 1} (stage1.num_shards)")
 
@@ -257,7 +259,7 @@ class RLConfig:
         one_of("rl.prompt_set", self.prompt_set, {"paper", "compact"})
         if self.kl_estimator == "none" and self.kl_coef is not None:
             raise without_effect("rl.kl_coef", self.kl_coef, "with rl.kl_estimator=none")
-        if self.kl_estimator != "none" and not self.kl_coef:
+        if self.kl_estimator != "none" and (self.kl_coef or 0) <= 0:
             raise ConfigError(f"rl.kl_estimator={self.kl_estimator} needs a positive rl.kl_coef")
         if self.updates_per_step > self.prompts_per_step:
             raise ConfigError(
@@ -307,6 +309,9 @@ class PipelineConfig:
             one_of("pipeline.label_methods", method, set(LABEL_METHODS))
         for reward in self.rewards:
             one_of("pipeline.rewards", reward, {"process_aware", "rlvr"})
+        for name in ("label_methods", "rewards"):
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ConfigError(f"pipeline.{name}={getattr(self, name)}: name each only once")
         if self.rl_answers is not None and "rlvr" not in self.rewards:
             raise without_effect("pipeline.rl_answers", self.rl_answers, "without rlvr in pipeline.rewards")
 

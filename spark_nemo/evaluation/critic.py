@@ -25,6 +25,7 @@ def score_reward_model(model: Path, config: SparkConfig, output: Path) -> Proces
     """Judge every case of ``data.processbench`` with the PRM or PRM-CoT in ``model``; predictions go to ``output``.
 
     A generation that is no verdict counts as a wrong prediction, as the benchmark's rule is, and is counted by kind.
+    Raises ``EngineFailure`` when the engine stopped on the way.
     """
     cases = read_processbench(config.data.processbench)
     served = ServedModel.load(config.engine, model)
@@ -59,6 +60,9 @@ async def _judge_all(served: ServedModel, cases: list[ProcessBenchCase], config:
                 "kind": outcome_kind(outcome), "outcome": outcome_to_json(outcome), "num_tokens": num_tokens}
 
     try:
-        return await asyncio.gather(*(judge(case) for case in cases))
+        rows = await asyncio.gather(*(judge(case) for case in cases))
+        if not (await served.engine.health()).alive:
+            raise EngineFailure("the engine stopped during the reward model's evaluation: there is no score, run again")
+        return rows
     finally:
         await served.engine.close()

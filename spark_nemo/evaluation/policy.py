@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spark_nemo.config import EvaluationConfig, SamplingConfig
-from spark_nemo.engines.base import EngineFailure
 from spark_nemo.engines.served import ServedModel
 from spark_nemo.grammar import PromptSet, extract_boxed
 from spark_nemo.records import Problem, derive_seed
@@ -32,18 +31,16 @@ async def evaluate_policy(
 ) -> PolicyAccuracy:
     """``samples_per_problem`` samples at ``temperature`` and one greedy completion of each problem, graded.
 
-    The last ``\\boxed{}`` is the prediction; a completion without one, or one the engine could not finish, is wrong.
-    Seeds depend on the problem alone, so two policies are compared on the same draws.
+    The last ``\\boxed{}`` is the prediction; a completion without one is wrong. Seeds depend on the problem alone, so
+    two policies are compared on the same draws. Raises ``EngineFailure`` when the engine cannot serve a problem: that
+    says nothing about the policy.
     """
     sampled = SamplingConfig(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
     greedy = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
 
     async def ask(question: Problem, index: int, sampling: SamplingConfig) -> tuple[str | None, int]:
         seed = derive_seed("eval", question.problem_id, index)
-        try:
-            done = await served.complete(prompts.policy(question.question), sampling, seed)
-        except EngineFailure:
-            return None, 0
+        done = await served.complete(prompts.policy(question.question), sampling, seed)
         return extract_boxed(done.text), len(done.generation.token_ids)
 
     jobs = [(p, index, sampled) for p in problems for index in range(config.samples_per_problem)]

@@ -19,11 +19,8 @@ from torch import Tensor
 from spark_nemo.config.errors import ConfigError
 from spark_nemo.config.schema import MegatronConfig, OptimizerConfig
 
+from .errors import NonFiniteGradient
 from .model import DTYPES, PackedGPT
-
-
-class NonFiniteGradient(RuntimeError):
-    """The gradient norm is not a finite number; the optimizer step was not taken."""
 
 
 def wrap_for_gradients(model: PackedGPT, layout: MegatronConfig) -> DistributedDataParallel:

@@ -38,7 +38,7 @@ from spark_nemo.report.model import (
     to_plain,
 )
 from spark_nemo.verification import label_all
-from spark_nemo.verification.collect import parse_solution, read_collected
+from spark_nemo.verification.collect import SOLUTION, VERIFICATION, parse_solution, read_collected
 
 Oracle = Callable[[str, Sequence[str]], tuple[bool, ...]]
 """``oracle(question, steps)``: which steps are truly right. Only worlds made by a program have one."""
@@ -172,9 +172,11 @@ def _seconds(folder: Path) -> dict[str, float]:
 
 def _tokens(folder: Path) -> dict[str, int]:
     tokens: Counter[str] = Counter()
-    for path in folder.glob("stage1/stats-*.json"):
-        stats = json.loads(path.read_text())
-        tokens["stage1"] += stats["solution_tokens"] + stats["verification_tokens"]
+    if (folder / "stage1/store").is_dir():
+        # Not from the statistics: those know only what the last of several runs paid for.
+        with RecordStore(folder / "stage1/store") as store:
+            for kind in (SOLUTION, VERIFICATION):
+                tokens["stage1"] += sum(row["num_tokens"] for _, row in store.iter(kind))
     for path in folder.glob("stage2/*/DONE.json"):
         tokens["stage2"] += json.loads(path.read_text())["tokens"]
     for path in folder.glob("stage3/*/metrics.jsonl"):
@@ -188,7 +190,9 @@ def _environment() -> dict[str, str]:
 
 
 def _rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    # What follows the last newline was torn by a kill, or is being written.
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 def _figure(estimate: Estimate | None) -> Figure | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spark_nemo.config import ConfigError, SamplingConfig, SparkConfig
+from spark_nemo.config import ConfigError, EvaluationConfig, SamplingConfig, SparkConfig
 from spark_nemo.engines.served import GRAMMAR_TEXTS
 from spark_nemo.engines.tokenizer import Tokenizer, TokenizerError
 from spark_nemo.evaluation.answers import read_answer_keys, read_eval_problems
@@ -26,7 +26,9 @@ def check_stage1(config: SparkConfig) -> None:
 def check_stage2(config: SparkConfig) -> None:
     """The base model, its layout and the evaluation cases."""
     _trained_model(config, "models.reward_base")
-    read_processbench(_set(config, "data.processbench"))
+    labels = [case.label for case in read_processbench(_set(config, "data.processbench"))]
+    if -1 not in labels or max(labels) == -1:
+        raise ConfigError(f"data.processbench={config.data.processbench}: F1 needs cases with an error and without")
     _fits(config, "stage2.eval_sampling", config.stage2.eval_sampling)
     if config.stage2.variant == "orm":
         raise ConfigError("stage2.variant=orm is not scored on steps yet: choose prm or prm_cot")
@@ -36,17 +38,23 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
     """The policy, its layout, the problems and whatever the chosen reward reads."""
     rl = config.rl
     _trained_model(config, "models.policy")
-    read_problems(_set(config, "data.rl_problems"))
+    problems = read_problems(_set(config, "data.rl_problems"))
     read_eval_problems(_set(config, "data.eval_problems"))
     _fits(config, "rl.sampling", rl.sampling)
+    _fits(config, "evaluation", config.evaluation)
     if rl.sampling.temperature == 0:
         raise ConfigError("rl.sampling.temperature=0: a group of equal responses has no advantage; use 1.0")
     if rl.reward == "rlvr":
         if config.data.rl_answers is None:
             raise ConfigError("rl.reward=rlvr needs data.rl_answers (JSONL with problem_id and answer)")
-        read_answer_keys(config.data.rl_answers)
+        if missing := {p.problem_id for p in problems} - read_answer_keys(config.data.rl_answers).keys():
+            raise ConfigError(f"data.rl_answers={config.data.rl_answers}: no answer for {len(missing)} of "
+                              f"data.rl_problems, {min(missing)} first")
         return
     _fits(config, "rl.verifier_sampling", rl.verifier_sampling)
+    if rl.reward_model is None and config.stage2.variant != "prm_cot":
+        raise ConfigError(f"stage2.variant={config.stage2.variant}: rl.reward=process_aware asks a PRM-CoT; name one "
+                          "with rl.reward_model or choose stage2.variant=prm_cot")
     if not reward_model_comes_later:
         _model(reward_model_folder(config), "rl.reward_model")
 
@@ -94,7 +102,7 @@ def _model(folder: Path, field: str) -> ModelShape:
     return shape
 
 
-def _fits(config: SparkConfig, field: str, sampling: SamplingConfig) -> None:
+def _fits(config: SparkConfig, field: str, sampling: SamplingConfig | EvaluationConfig) -> None:
     if sampling.max_new_tokens >= config.engine.max_context:
         raise ConfigError(f"{field}.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt in "
                           f"engine.max_context={config.engine.max_context}: lower one or raise the other")

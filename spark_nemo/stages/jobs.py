@@ -8,16 +8,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
 
+from spark_nemo.stages.children import start_child
 from spark_nemo.stages.run_folder import DONE, PROGRESS, read_done
 
 log = logging.getLogger(__name__)
 _POLL_S = 0.3
+_LOG_START = "--- spark-nemo "
+_ERROR = "spark-nemo: error: "
 
 
 class JobFailed(RuntimeError):
@@ -47,7 +51,8 @@ def run_jobs(jobs: Sequence[Job], at_once: int, logs: Path) -> bool:
     done = {job.name for job in jobs if read_done(job.folder) is not None}
     running: dict[str, tuple[Job, subprocess.Popen[bytes], float]] = {}
     stopping = _StopRequest()
-    with stopping, tqdm(total=len(jobs), initial=len(done), desc="pipeline", unit="job") as bar:
+    with (stopping, _stopped_at_the_end(running),
+          tqdm(total=len(jobs), initial=len(done), desc="pipeline", unit="job") as bar):
         while len(done) < len(jobs):
             if stopping.requested and not running:
                 return False
@@ -64,7 +69,6 @@ def run_jobs(jobs: Sequence[Job], at_once: int, logs: Path) -> bool:
                     bar.update()
                     bar.write(f"{name}: done in {time.monotonic() - started:.0f} s", file=sys.stderr)
                 elif not stopping.requested:
-                    _stop(running)
                     raise JobFailed(f"{name} failed: {_last_line(logs / f'{name}.log')} (log: {logs / f'{name}.log'})")
             stopping.pass_on([process for _, process, _ in running.values()])
             bar.set_postfix_str(", ".join(f"{n} {_progress(j.folder)}" for n, (j, _, _) in running.items()))
@@ -73,7 +77,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, logs: Path) -> bool:
 
 
 class _StopRequest:
-    """Remembers SIGINT or SIGTERM and hands it to the jobs once."""
+    """Remembers SIGINT or SIGTERM and hands each to the jobs: the first asks for a checkpoint, a second kills."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -90,7 +94,7 @@ class _StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _on_signal(self, *_: object) -> None:
-        self.requested = True
+        self.requested, self._passed_on = True, False
 
     def pass_on(self, processes: list[subprocess.Popen[bytes]]) -> None:
         if self.requested and not self._passed_on:
@@ -101,17 +105,21 @@ class _StopRequest:
 
 def _start(job: Job, logs: Path) -> subprocess.Popen[bytes]:
     with (logs / f"{job.name}.log").open("ab") as file:
-        # Its own session: Ctrl-C reaches the pipeline alone, which then stops each job exactly once.
-        return subprocess.Popen(
-            [sys.executable, "-m", "spark_nemo.cli.main", *job.arguments],
-            stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
+        file.write(f"{_LOG_START}{' '.join(job.arguments)}\n".encode())
+        file.flush()
+        return start_child(job.arguments, output=file)
 
 
-def _stop(running: dict[str, tuple[Job, subprocess.Popen[bytes], float]]) -> None:
-    for _, process, _ in running.values():
-        process.terminate()
-    for _, process, _ in running.values():
-        process.wait()
+@contextmanager
+def _stopped_at_the_end(running: dict[str, tuple[Job, subprocess.Popen[bytes], float]]) -> Iterator[None]:
+    """Whatever ends the block, no job goes on without the pipeline."""
+    try:
+        yield
+    finally:
+        for _, process, _ in running.values():
+            process.terminate()
+        for _, process, _ in running.values():
+            process.wait()
 
 
 def _progress(folder: Path) -> str:
@@ -125,5 +133,9 @@ def _progress(folder: Path) -> str:
 
 
 def _last_line(path: Path) -> str:
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    """What the last attempt said at its end: its one-line error, or else its last line that is no progress bar."""
+    text = path.read_text(errors="replace").rpartition(_LOG_START)[2]
+    if (start := text.rfind(_ERROR)) >= 0:
+        return text[start + len(_ERROR):].splitlines()[0][:300]
+    lines = [line.strip() for line in text.splitlines()[1:] if line.strip() and "%|" not in line]
     return lines[-1][:300] if lines else "no output"

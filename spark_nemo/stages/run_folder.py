@@ -74,9 +74,10 @@ class Clock:
 class Progress:
     """A progress bar on the terminal and ``progress.json`` in the folder, for whoever watches from outside."""
 
-    def __init__(self, folder: Path, total: int, unit: str) -> None:
+    def __init__(self, folder: Path, total: int, unit: str, clock: Clock | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path, self._total, self._written = folder / PROGRESS, total, 0.0
+        self._clock = clock
         self._bar = tqdm(total=total, unit=unit, desc=folder.name)
 
     def update(self, done: int, note: str) -> None:
@@ -87,6 +88,8 @@ class Progress:
         if time.monotonic() - self._written > 1 or done == self._total:
             self._written = time.monotonic()
             write_json_atomic(self._path, {"done": done, "total": self._total, "note": note})
+            if self._clock is not None:
+                self._clock.save()  # a kill takes a second of it at most
 
     def close(self) -> None:
         """Leave the last state on the terminal."""
@@ -94,9 +97,9 @@ class Progress:
 
 
 @contextmanager
-def progress(folder: Path, total: int, unit: str) -> Iterator[Progress]:
+def progress(folder: Path, total: int, unit: str, clock: Clock | None = None) -> Iterator[Progress]:
     """A ``Progress`` that is closed at the end of the block."""
-    bar = Progress(folder, total, unit)
+    bar = Progress(folder, total, unit, clock)
     try:
         yield bar
     finally:

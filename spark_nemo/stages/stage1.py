@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from dataclasses import asdict
+from pathlib import Path
 
-from spark_nemo.config import SparkConfig, Stage1Config
+from spark_nemo.config import ConfigError, SparkConfig, Stage1Config
+from spark_nemo.engines.base import EngineFailure
 from spark_nemo.engines.served import ServedModel
 from spark_nemo.records import Problem
 from spark_nemo.records.jsonl import read_problems, write_json_atomic
@@ -31,16 +34,17 @@ def run_stage1(config: SparkConfig) -> CollectCounts:
     stage = config.stage1
     check_stage1(config)
     problems = _shard(read_problems(config.data.stage1_problems), config)
-    folder, name = stage1_folder(config.run), f"shard-{stage.shard if stage.shard is not None else 'all'}"
+    folder, name = stage1_folder(config.run), shard_name(stage)
     folder.mkdir(parents=True, exist_ok=True)
     generator = ServedModel.load(config.engine, config.models.generator)
     verifier = ServedModel.load(config.engine, config.models.verifier)
     clock, total = Clock(folder / name), len(problems) * stage.solutions_per_problem * stage.verifications_per_solution
 
     with (RecordStore(folder / "store", writer_name=name, fsync_every=256) as store,
-          progress(folder / name, total, "verification") as bar):
+          progress(folder / name, total, "verification", clock) as bar):
         collector = Collector(
             stage, config.run.seed, generator, verifier, store, lambda counts: bar.update(*_shown(counts, stage)))
+        _claim(folder / "made_by.json", collector.made_by())
         counts = asyncio.run(_collect(collector, problems, config))
     clock.save()
     write_json_atomic(folder / f"stats-{name}.json", {**asdict(counts), "seconds": clock.seconds})
@@ -49,13 +53,38 @@ def run_stage1(config: SparkConfig) -> CollectCounts:
     return counts
 
 
+def shard_name(stage: Stage1Config) -> str:
+    """Which share of the problems; the number of shards is part of it, for another number cuts differently."""
+    return "shard-all" if stage.shard is None else f"shard-{stage.shard}-of-{stage.num_shards}"
+
+
 async def _collect(collector: Collector, problems: list[Problem], config: SparkConfig) -> CollectCounts:
     in_flight = max(1, 2 * config.engine.max_batch_size // config.stage1.solutions_per_problem)
     try:
-        return await collector.run(problems, in_flight)
+        counts = await collector.run(problems, in_flight)
+        for served in (collector.generator, collector.verifier):
+            if not (await served.engine.health()).alive:
+                raise EngineFailure("stage I: an engine stopped before the end; what is stored stays, run again")
+        return counts
+    except ExceptionGroup as group:
+        raise _first(group) from group  # a full disk is one error, not a tree of them
     finally:
         await collector.generator.engine.close()
         await collector.verifier.engine.close()
+
+
+def _claim(path: Path, made_by: dict[str, object]) -> None:
+    """One store holds the results of one configuration: later stages read all that is in it."""
+    before = json.loads(path.read_text()) if path.exists() else made_by
+    for name, value in made_by.items():
+        if (old := before.get(name, value)) != value:
+            raise ConfigError(f"{path.parent} was sampled with {name}={old}, this run has {value}: "
+                              "use another run.dir or the same settings")
+    write_json_atomic(path, made_by)
+
+
+def _first(error: Exception) -> Exception:
+    return _first(error.exceptions[0]) if isinstance(error, ExceptionGroup) else error
 
 
 def _shard(problems: list[Problem], config: SparkConfig) -> list[Problem]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from spark_nemo.config import SparkConfig
+from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.engines.client import run_async
 from spark_nemo.evaluation.answers import read_eval_problems
 from spark_nemo.megatron.checkpoint import has_checkpoint
@@ -39,9 +40,9 @@ def run_stage3(config: SparkConfig) -> bool:
     problems, eval_problems = read_problems(config.data.rl_problems), read_eval_problems(config.data.eval_problems)
     worker = MegatronWorker.from_hf(
         config.models.policy, config.megatron, config.run.seed, rl.optimizer, rl.steps * rl.updates_per_step)
-    session = open_session(config, folder) if worker.is_main else None
+    session = _open_on_main_rank(config, folder)
     reference = worker.snapshot() if rl.kl_estimator != "none" else None
-    start = worker.load_checkpoint(folder / CHECKPOINTS)["step"] if has_checkpoint(folder / CHECKPOINTS) else 0
+    start = _resume(worker, config, folder / CHECKPOINTS)
     writer, clock = MetricsWriter(folder, is_main=worker.is_main), Clock(folder)
     writer.truncate_from(start)
 
@@ -64,8 +65,8 @@ def run_stage3(config: SparkConfig) -> bool:
             bar.update()
             stopping = any(gather_objects(stop.requested)) and step + 1 < rl.steps
             if stopping or (step + 1) % rl.save_every == 0 or step + 1 == rl.steps:
-                worker.save_checkpoint(folder / CHECKPOINTS, {"step": step + 1})
-                clock.save()
+                worker.save_checkpoint(folder / CHECKPOINTS, {"step": step + 1, "made_with": _made_with(config)})
+                on_main_rank(clock.save)
             if stopping:
                 log.info("stopped after step %d of %d (%s); run again to go on", step + 1, rl.steps, stop.reason)
                 return False
@@ -73,6 +74,32 @@ def run_stage3(config: SparkConfig) -> bool:
     writer.close()
     _finish(worker, session, config, folder, clock, eval_problems)
     return True
+
+
+def _open_on_main_rank(config: SparkConfig, folder: Path) -> RLSession | None:
+    """The session on the main rank, None on the others. An error is every rank's, or they would wait for it."""
+    opened: list[RLSession] = []
+    on_main_rank(lambda: opened.append(open_session(config, folder)))
+    return opened[0] if opened else None
+
+
+def _made_with(config: SparkConfig) -> dict[str, object]:
+    """The settings that the steps depend on, by name."""
+    free = {"eval_every", "save_every", "failures"}
+    settings = {f"rl.{name}": value for name, value in asdict(config.rl).items() if name not in free}
+    return {**settings, "run.seed": config.run.seed}
+
+
+def _resume(worker: MegatronWorker, config: SparkConfig, checkpoints: Path) -> int:
+    """The step to go on from. Raises ``ConfigError`` when the checkpoint is of a run with other settings."""
+    if not has_checkpoint(checkpoints):
+        return 0
+    state = worker.load_checkpoint(checkpoints)
+    for name, value in _made_with(config).items():
+        if (before := state.get("made_with", {}).get(name, value)) != value:
+            raise ConfigError(f"{checkpoints} was made with {name}={before}, this run has {value}: "
+                              "use another run.dir or the same settings")
+    return int(state["step"])
 
 
 def _finish(worker: MegatronWorker, session: RLSession | None, config: SparkConfig, folder: Path, clock: Clock,

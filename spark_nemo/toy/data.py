@@ -43,14 +43,14 @@ def write_problems(split: str, count: int, seed: int, folder: Path) -> Path:
     """Answer-free JSONL of a training split."""
     rows = [{"problem_id": p.record().problem_id, "question": p.question, "source": "toy"}
             for p in split_problems(split, count, seed)]
-    return _write_rows(folder / f"{split}_problems.jsonl", rows)
+    return _write_rows(folder / f"{split}-{count}-seed{seed}_problems.jsonl", rows)
 
 
 def write_answers(split: str, count: int, seed: int, folder: Path) -> Path:
     """Answer keys, by problem id; for evaluation and the RLVR baseline only."""
     rows = [{"problem_id": p.record().problem_id, "question": p.question, "answer": str(p.values[-1])}
             for p in split_problems(split, count, seed)]
-    return _write_rows(folder / f"{split}_answers.jsonl", rows)
+    return _write_rows(folder / f"{split}-{count}-seed{seed}_answers.jsonl", rows)
 
 
 def write_processbench(count: int, folder: Path) -> Path:
@@ -66,7 +66,7 @@ def write_processbench(count: int, folder: Path) -> Path:
             "final_answer_correct": solution.answer == problem.values[-1],
             "label": truths.index(False) if False in truths else -1,
         })
-    path = folder / "processbench.json"
+    path = folder / f"processbench-{count}.json"
     write_text_atomic(path, json.dumps(rows, indent=1))
     return path
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from spark_nemo.config import ConfigError
 from spark_nemo.megatron.checkpoint import has_checkpoint
 from spark_nemo.megatron.distributed import gather_objects
 from spark_nemo.megatron.worker import MegatronWorker
@@ -69,8 +70,8 @@ def train_sft(
     response tokens of the step. Writes ``metrics.jsonl``, TensorBoard and ``checkpoints/``: every ``save_every``
     steps, at the end and when stopping. After a resume, rows from the resumed step on are dropped and written again.
 
-    Collective: all ranks call it with the same sequences. Raises ``ValueError`` when there is nothing to train on or
-    the checkpoint was made from other data or another order.
+    Collective: all ranks call it with the same sequences. Raises ``ValueError`` when there is nothing to train on and
+    ``ConfigError`` when the checkpoint was made from other data or another order.
     """
     if not sequences:
         raise ValueError("train_sft: no sequences to train on")
@@ -123,7 +124,7 @@ def _resume(worker: MegatronWorker, run_folder: Path, identity: dict[str, object
     state = worker.load_checkpoint(run_folder / CHECKPOINTS)
     for name, value in identity.items():
         if state[name] != value:
-            raise ValueError(f"{run_folder / CHECKPOINTS} was made with {name}={state[name]}, this run has {value}: "
-                             "use another run.dir or the same settings")
+            raise ConfigError(f"{run_folder / CHECKPOINTS} was made with {name}={state[name]}, this run has {value}: "
+                              "use another run.dir or the same settings")
     log.info("resuming after step %d", state["step"])
     return int(state["step"])

@@ -65,6 +65,13 @@ class Collector:
         self._solved_by = (GRAMMAR_VERSION, self.prompts.version, generator.identity, asdict(config.generator_sampling))
         self._verified_by = (GRAMMAR_VERSION, self.prompts.version, verifier.identity, asdict(config.verifier_sampling))
 
+    def made_by(self) -> dict[str, object]:
+        """Everything but the problems that the results depend on, by setting; plain JSON."""
+        return {"run.seed": self.seed, "stage1.prompt_set": self.prompts.version, "the grammar": GRAMMAR_VERSION,
+                "models.generator": self.generator.identity, "models.verifier": self.verifier.identity,
+                "stage1.generator_sampling": asdict(self.config.generator_sampling),
+                "stage1.verifier_sampling": asdict(self.config.verifier_sampling)}
+
     async def run(self, problems: Sequence[Problem], max_problems_in_flight: int) -> CollectCounts:
         """Sample everything missing for ``problems``; at most so many of them are open at once."""
         slots = asyncio.Semaphore(max_problems_in_flight)

@@ -94,7 +94,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
     written, real_write = [0], os.write
 
     def full_after_a_while(handle: int, data: bytes) -> int:
-        if b"\t{" in data[:16]:
+        if b"\t{" in bytes(data[:16]):
             written[0] += 1
             if written[0] > 12:
                 raise OSError(errno.ENOSPC, "No space left on device")

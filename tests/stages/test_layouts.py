@@ -13,27 +13,42 @@ LAYOUTS = {"one": [], "tp2": ["megatron.tensor_parallel=2"], "pp2": ["megatron.p
            "dp2": ["megatron.data_parallel=2"]}
 
 
-def first_step(stage: str, folder: Path, layout: str, *overrides: str) -> dict:
-    done = run(stage, folder, *LAYOUTS[layout], *overrides)
+def first_step(stage: str, folder: Path, layout: str) -> dict:
+    short = {"stage2": ["stage2.epochs=1", "stage2.batch_size=64"],
+             "stage3": [f"rl.reward_model={VERIFIER}", "rl.steps=1"]}[stage]
+    done = run(stage, folder, *LAYOUTS[layout], *short)
     assert done.returncode == 0, done.stderr
     return rows(next(folder.glob(f"{stage}/*/metrics.jsonl")))[0]
 
 
+@pytest.fixture(scope="module")
+def stage2_alone(tmp_path_factory: pytest.TempPathFactory, collected: Path) -> dict:
+    """The first step of stage II in a single process."""
+    return first_step("stage2", shutil.copytree(collected, tmp_path_factory.mktemp("one") / "run"), "one")
+
+
+@pytest.fixture(scope="module")
+def stage3_alone(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """The first step of stage III in a single process."""
+    return first_step("stage3", tmp_path_factory.mktemp("one"), "one")
+
+
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
-def test_the_first_loss_of_stage2_does_not_depend_on_the_layout(tmp_path: Path, collected: Path, layout: str) -> None:
+def test_the_first_loss_of_stage2_does_not_depend_on_the_layout(
+    tmp_path: Path, collected: Path, stage2_alone: dict, layout: str
+) -> None:
     """Proves 1e-4 agreement of the first loss and gradient norm; later steps may drift apart in the last digits."""
-    short = ["stage2.epochs=1", "stage2.batch_size=64"]
-    one, other = (first_step("stage2", shutil.copytree(collected, tmp_path / name), name, *short)
-                  for name in ("one", layout))
-    assert other["loss"] == pytest.approx(one["loss"], abs=1e-4)
-    assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    other = first_step("stage2", shutil.copytree(collected, tmp_path / layout), layout)
+    assert other["loss"] == pytest.approx(stage2_alone["loss"], abs=1e-4)
+    assert other["grad_norm"] == pytest.approx(stage2_alone["grad_norm"], rel=1e-3)
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2"])
-def test_the_first_loss_of_stage3_does_not_depend_on_the_layout(tmp_path: Path, layout: str) -> None:
+def test_the_first_loss_of_stage3_does_not_depend_on_the_layout(
+    tmp_path: Path, stage3_alone: dict, layout: str
+) -> None:
     """Proves it for GRPO with engine, judge and weight sync in the loop: the first rollouts are the same tokens."""
-    short = [f"rl.reward_model={VERIFIER}", "rl.steps=1"]
-    one, other = (first_step("stage3", tmp_path / name, name, *short) for name in ("one", layout))
-    assert other["reward"] == one["reward"]
-    assert other["loss"] == pytest.approx(one["loss"], abs=1e-4)
-    assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+    other = first_step("stage3", tmp_path, layout)
+    assert other["reward"] == stage3_alone["reward"]
+    assert other["loss"] == pytest.approx(stage3_alone["loss"], abs=1e-4)
+    assert other["grad_norm"] == pytest.approx(stage3_alone["grad_norm"], rel=1e-3)
