@@ -188,6 +188,8 @@ def four_ranks(tied_folder, untied_folder, store):
     results = {
         "tp2_pp2_tied": compare(tied_folder, layout(2, 2, 1)),
         "tp2_pp2_untied": compare(untied_folder, layout(2, 2, 1), per_batch=4),
+        "tp2_tied": compare(tied_folder, layout(2, 1, 2)), "tp2_untied": compare(untied_folder, layout(2, 1, 2)),
+        "pp2_tied": compare(tied_folder, layout(1, 2, 2)), "pp2_untied": compare(untied_folder, layout(1, 2, 2)),
         "tp2_dp2_sp": compare(untied_folder, layout(2, 1, 2, sequence_parallel=True)),
         "pp2_dp2_distributed_optimizer": compare(tied_folder, layout(1, 2, 2, distributed_optimizer=True)),
         "tp2_pp2_sp_full_recompute": compare(

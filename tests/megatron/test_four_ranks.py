@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from spark_nemo.config.schema import MegatronConfig
 from spark_nemo.megatron.worker import MegatronWorker
 
-LAYOUTS = ("tp2_pp2_tied", "tp2_pp2_untied", "tp2_dp2_sp", "pp2_dp2_distributed_optimizer",
+LAYOUTS = ("tp2_pp2_tied", "tp2_pp2_untied", "tp2_tied", "tp2_untied", "pp2_tied", "pp2_untied",
+           "tp2_dp2_sp", "pp2_dp2_distributed_optimizer",
            "tp2_pp2_sp_full_recompute", "pp4_selective_recompute", "tp4", "dp4_one_rank_idle")
 
 
