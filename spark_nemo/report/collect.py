@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from spark_nemo.config import SparkConfig
+from spark_nemo.config import LABEL_METHODS, SparkConfig
 from spark_nemo.evaluation import (
     f1_difference,
     f1_estimate,
@@ -90,7 +90,8 @@ def _label_quality(
 
 def _stage2(folder: Path) -> Stage2Summary | None:
     scores: dict[str, ProcessBenchScore] = {}
-    for path in sorted(folder.glob("stage2/*/processbench.json")):
+    paths = {path.parent.name: path for path in folder.glob("stage2/*/processbench.json")}
+    for path in (paths[method] for method in LABEL_METHODS if method in paths):
         cases = json.loads(path.read_text())["cases"]
         scores[path.parent.name] = score_processbench([c["label"] for c in cases], [c["prediction"] for c in cases])
     if not scores:

@@ -165,7 +165,8 @@ def test_concurrent_writers_produce_the_union(tmp_path):
     assert [child.returncode for child in children] == [0] * 4
     assert set(acknowledged) == {f"{name}-{number}" for name in "abc" for number in range(60)}
     assert len(assert_intact(tmp_path, acknowledged).keys("vote")) == 180
-    assert len(list(tmp_path.iterdir())) == 4
+    # One shard per process that wrote; on a slow machine the second "c" may come when all its keys are there already.
+    assert len(list(tmp_path.iterdir())) in (3, 4)
 
 
 def test_refresh_sees_what_others_added(tmp_path):
