@@ -36,7 +36,7 @@ def results_markdown(summaries: Sequence[Mapping[str, Any]]) -> str:
     if len(set(seeds)) != len(seeds):
         raise SummaryError(f"two summaries have the same seeds {seeds}: they would count twice")
     return "\n\n".join([
-        f"# Results: {_cell(runs[0].title)}", _commands(runs),
+        f"# The small world over {len(runs)} seeds" if len(runs) > 1 else "# The small world, one seed", _commands(runs),
         "## Reward models: F1 by labelling method\n\n" + _table(runs, [
             ("single", lambda r: _f1(r, "single"), _percent),
             ("outcome consistency", lambda r: _f1(r, "outcome_consistency"), _percent),
@@ -49,7 +49,7 @@ def results_markdown(summaries: Sequence[Mapping[str, Any]]) -> str:
             ("RLVR (reads answer keys)", lambda r: _accuracy(r, "rlvr"), _percent),
         ], {name: _accuracy_interval(arm) for name, arm in (
             ("before RL", "base"), ("SPARK", "spark"), ("RLVR (reads answer keys)", "rlvr"))}),
-        "## Wall time in seconds\n\n" + _table(runs, [
+        "## Seconds of work by stage (jobs that ran side by side are added up)\n\n" + _table(runs, [
             *((part.replace("_", " "), lambda r, part=part: r.seconds.get(part), _seconds)
               for part in dict.fromkeys(part for run in runs for part in run.seconds)),
             ("all", lambda r: sum(r.seconds.values()) if r.seconds else None, _seconds),
