@@ -3,7 +3,9 @@
 from .failure_policy import FailureRateExceeded, RewardBatch, apply_failure_policy
 from .process_aware import process_aware_reward
 from .rlvr import Checker, rlvr_reward
+from .step_rewards import step_augmented_reward, step_average_reward
 
 __all__ = [
     "Checker", "FailureRateExceeded", "RewardBatch", "apply_failure_policy", "process_aware_reward", "rlvr_reward",
+    "step_augmented_reward", "step_average_reward",
 ]
