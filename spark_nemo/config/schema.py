@@ -233,9 +233,15 @@ class RLConfig:
         default_factory=lambda: SamplingConfig(temperature=0.0, max_new_tokens=4096))
     """How the PRM-CoT is sampled as a reward; not read with rl.reward=rlvr."""
     failures: FailurePolicy = field(default_factory=FailurePolicy)
-    std_normalise: bool = True
-    """Divide a group's centred rewards by their standard deviation."""
-    loss_aggregation: str = "token_mean"
+    estimator: str = "grpo"
+    """From rewards to one advantage per response: grpo, dr_grpo (no std), rloo or reinforce_pp (batch statistics)."""
+    std_normalise: bool | None = None
+    """Divide a group's centred rewards by their standard deviation; only read by grpo. None is True."""
+    loss_aggregation: str | None = None
+    """token_mean, sequence_mean or length_constant. None is token_mean; dr_grpo is length_constant and nothing else."""
+    ratio: str = "token"
+    """What is clipped: token, or sequence (GSPO; its objective is the one with loss_aggregation=sequence_mean). Only
+    read when updates_per_step > 1."""
     clip_low: float | None = None
     """Lower clip of the ratio, 1 - clip_low; only read when updates_per_step > 1. None is 0.2."""
     clip_high: float | None = None
@@ -254,7 +260,8 @@ class RLConfig:
             at_least(f"rl.{name}", getattr(self, name), 1)
         at_least("rl.group_size", self.group_size, 2)
         one_of("rl.reward", self.reward, {"process_aware", "rlvr"})
-        one_of("rl.loss_aggregation", self.loss_aggregation, {"token_mean", "sequence_mean"})
+        if self.loss_aggregation is not None:
+            one_of("rl.loss_aggregation", self.loss_aggregation, {"token_mean", "sequence_mean", "length_constant"})
         one_of("rl.kl_estimator", self.kl_estimator, {"none", "k1", "k2", "k3"})
         one_of("rl.prompt_set", self.prompt_set, {"paper", "compact"})
         if self.kl_estimator == "none" and self.kl_coef is not None:
@@ -274,6 +281,23 @@ class RLConfig:
             at_least("rl.importance_cap", self.importance_cap, 1)
         if self.reward == "rlvr" and self.reward_model is not None:
             raise without_effect("rl.reward_model", self.reward_model, "with rl.reward=rlvr")
+        self._check_estimator()
+
+    @property
+    def aggregation(self) -> str:
+        """``loss_aggregation``, resolved."""
+        return self.loss_aggregation or ("length_constant" if self.estimator == "dr_grpo" else "token_mean")
+
+    def _check_estimator(self) -> None:
+        one_of("rl.estimator", self.estimator, {"grpo", "dr_grpo", "rloo", "reinforce_pp"})
+        one_of("rl.ratio", self.ratio, {"token", "sequence"})
+        if self.ratio != "token" and self.updates_per_step == 1:
+            raise without_effect("rl.ratio", self.ratio, "with rl.updates_per_step=1 (the ratio is always 1)")
+        if self.std_normalise is not None and self.estimator != "grpo":
+            raise without_effect("rl.std_normalise", self.std_normalise, f"with rl.estimator={self.estimator}")
+        if self.estimator == "dr_grpo" and self.aggregation != "length_constant":
+            raise ConfigError(f"rl.loss_aggregation={self.loss_aggregation}: dr_grpo is length_constant; remove it or "
+                              "choose rl.estimator=grpo with rl.std_normalise=false")
 
 
 @dataclass

@@ -6,6 +6,7 @@ import pytest
 
 from spark_nemo.records import FormatViolation, ParseFailure, Verdict
 from spark_nemo.rewards import process_aware_reward, step_augmented_reward, step_average_reward
+from spark_nemo.rewards.length import overlong_penalty
 
 CICC = Verdict((True, False, True, True), True)
 SPLIT = Verdict((True, True, False, True, True), True)
@@ -37,3 +38,10 @@ def test_a_failure_is_no_score_and_a_broken_format_is_zero(reward) -> None:
     assert reward(BROKEN, None) == reward(None, BROKEN) == reward(BROKEN, CICC) == 0.0
     with pytest.raises(ValueError, match="not verified"):
         reward(None, None)
+
+
+def test_overlong_penalty_is_zero_then_a_line_then_minus_one() -> None:
+    """DAPO's values for a limit of 20 with a buffer of 4; a buffer outside the limit is an error."""
+    assert [overlong_penalty(n, 20, 4) for n in (0, 16, 17, 18, 20, 25)] == [0, 0, -0.25, -0.5, -1, -1]
+    with pytest.raises(ValueError, match="buffer"):
+        overlong_penalty(5, 20, 21)
