@@ -19,7 +19,7 @@ from spark_nemo.records.jsonl import read_problems
 from spark_nemo.stages.checks import check_stage3
 from spark_nemo.stages.credit import batch_advantages
 from spark_nemo.stages.rl_session import RLSession, open_session
-from spark_nemo.stages.run_folder import Clock, mark_done, stage3_folder
+from spark_nemo.stages.run_folder import Clock, comparable_rl, mark_done, stage3_folder
 from spark_nemo.training.grpo import train_on_rollouts
 from spark_nemo.training.metrics import MetricsWriter
 from spark_nemo.training.sft import CHECKPOINTS, batch_indices
@@ -83,7 +83,7 @@ def _open_on_main_rank(config: SparkConfig, folder: Path) -> RLSession | None:
 def _made_with(config: SparkConfig) -> dict[str, object]:
     """The settings that the steps depend on, by name."""
     free = {"eval_every", "save_every", "failures"}
-    settings = {f"rl.{name}": value for name, value in asdict(config.rl).items() if name not in free}
+    settings = {f"rl.{name}": value for name, value in comparable_rl(asdict(config.rl)).items() if name not in free}
     return {**settings, "run.seed": config.run.seed}
 
 
