@@ -1,9 +1,12 @@
 """From outcomes to rewards; nothing here knows an answer."""
 
+from .baselines import majority_rewards, random_reward
 from .failure_policy import FailureRateExceeded, RewardBatch, apply_failure_policy
 from .process_aware import process_aware_reward
 from .rlvr import Checker, rlvr_reward
+from .step_rewards import step_augmented_reward, step_average_reward
 
 __all__ = [
-    "Checker", "FailureRateExceeded", "RewardBatch", "apply_failure_policy", "process_aware_reward", "rlvr_reward",
+    "Checker", "FailureRateExceeded", "RewardBatch", "apply_failure_policy", "majority_rewards", "process_aware_reward",
+    "random_reward", "rlvr_reward", "step_augmented_reward", "step_average_reward",
 ]

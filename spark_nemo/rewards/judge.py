@@ -28,6 +28,18 @@ class Judgement:
     num_tokens: int = 0
 
 
+def gate(rollout: Rollout) -> ParsedResponse | FormatViolation:
+    """The format gate f: the response in its steps, or the rule it broke.
+
+    A truncated rollout breaks the format whatever its text says: nobody knows how it would have ended.
+    """
+    violation = FormatViolation("unfinished") if rollout.finish_reason != "stop" else check_format(rollout.text)
+    parsed = split_response(rollout.text, StepFormat.TAGGED)
+    if violation is not None or not isinstance(parsed, ParsedResponse):
+        return violation or FormatViolation("steps")
+    return parsed
+
+
 @dataclass(frozen=True, slots=True)
 class RewardJudge:
     """A served PRM-CoT with its prompts. ``retries`` fresh attempts follow an outcome that is no verdict."""
@@ -38,14 +50,10 @@ class RewardJudge:
     retries: int
 
     async def judge(self, rollout: Rollout) -> Judgement:
-        """Check the format, then verify the canonical steps, so policy and reward model share one text.
-
-        A truncated rollout breaks the format whatever its text says: nobody knows how it would have ended.
-        """
-        violation = FormatViolation("unfinished") if rollout.finish_reason != "stop" else check_format(rollout.text)
-        parsed = split_response(rollout.text, StepFormat.TAGGED)
-        if violation is not None or not isinstance(parsed, ParsedResponse):
-            return Judgement(violation or FormatViolation("steps"), None)
+        """Check the format, then verify the canonical steps, so policy and reward model share one text."""
+        parsed = gate(rollout)
+        if isinstance(parsed, FormatViolation):
+            return Judgement(parsed, None)
         outcome: Outcome = EngineError("never asked")
         num_tokens = 0
         for attempt in range(self.retries + 1):

@@ -50,10 +50,11 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
         if missing := {p.problem_id for p in problems} - read_answer_keys(config.data.rl_answers).keys():
             raise ConfigError(f"data.rl_answers={config.data.rl_answers}: no answer for {len(missing)} of "
                               f"data.rl_problems, {min(missing)} first")
+    if not rl.asks_reward_model:
         return
     _fits(config, "rl.verifier_sampling", rl.verifier_sampling)
     if rl.reward_model is None and config.stage2.variant != "prm_cot":
-        raise ConfigError(f"stage2.variant={config.stage2.variant}: rl.reward=process_aware asks a PRM-CoT; name one "
+        raise ConfigError(f"stage2.variant={config.stage2.variant}: rl.reward={rl.reward} asks a PRM-CoT; name one "
                           "with rl.reward_model or choose stage2.variant=prm_cot")
     if not reward_model_comes_later:
         _model(reward_model_folder(config), "rl.reward_model")

@@ -17,7 +17,7 @@ from spark_nemo.report.collect import Oracle, collect_summary
 from spark_nemo.report.write import write_report
 from spark_nemo.stages.checks import check_pipeline
 from spark_nemo.stages.jobs import Job, run_jobs
-from spark_nemo.stages.run_folder import stage1_folder, stage2_folder, stage3_folder
+from spark_nemo.stages.run_folder import comparable_rl, stage1_folder, stage2_folder, stage3_folder
 from spark_nemo.stages.stage1 import shard_name
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def _same_settings(path: Path, config: SparkConfig) -> None:
 
 def _settings(tree: dict) -> dict[str, object]:
     """Values by dotted name; files in the run folder by their place in it, for the folder has several names."""
-    folder = tree["run"]["dir"]
+    folder, tree = tree["run"]["dir"], {**tree, "rl": comparable_rl(tree["rl"])}
     return {name: value.removeprefix(folder) if isinstance(value, str) else value for name, value in _flat(tree)}
 
 

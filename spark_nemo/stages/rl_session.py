@@ -64,7 +64,7 @@ def open_session(config: SparkConfig, folder: Path) -> RLSession:
     judge, checker = None, None
     if rl.reward == "rlvr":
         checker = answer_checker(config)
-    else:
+    if rl.asks_reward_model:
         served = ServedModel.load(config.engine, reward_model_folder(config))
         judge = RewardJudge(served, prompts, rl.verifier_sampling, rl.failures.retries)
     policy = ServedModel.load(config.engine, config.models.policy)

@@ -9,16 +9,30 @@ from dataclasses import dataclass
 
 from spark_nemo.config import RLConfig
 from spark_nemo.engines.served import ServedModel
+from spark_nemo.evaluation.answers import normalise_answer
 from spark_nemo.grammar import ParsedResponse, PromptSet, StepFormat, decode_tokens, split_response, token_spans
 from spark_nemo.records import Failure, Problem, Rollout, TokenSpan, Verdict, derive_seed
-from spark_nemo.rewards import RewardBatch, apply_failure_policy, process_aware_reward, rlvr_reward
-from spark_nemo.rewards.judge import Judgement, RewardJudge
+from spark_nemo.rewards import (
+    RewardBatch,
+    apply_failure_policy,
+    majority_rewards,
+    process_aware_reward,
+    random_reward,
+    rlvr_reward,
+    step_augmented_reward,
+    step_average_reward,
+)
+from spark_nemo.rewards.judge import Judgement, RewardJudge, gate
 from spark_nemo.rewards.rlvr import Checker
+
+MODEL_REWARDS = {
+    "process_aware": process_aware_reward, "step_average": step_average_reward, "step_augmented": step_augmented_reward,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredBatch:
-    """One step's rollouts with their rewards; ``judgements`` is empty for the answer-key baseline."""
+    """One step's rollouts with their rewards; ``judgements`` is empty for the baselines without a reward model."""
 
     rollouts: tuple[Rollout, ...]
     rewards: RewardBatch
@@ -28,7 +42,7 @@ class ScoredBatch:
 
 @dataclass(frozen=True, slots=True)
 class RolloutSession:
-    """What the main rank needs to make a batch: the policy's engine and one of the two scorers."""
+    """What the main rank needs to make a batch: the policy's engine and what the reward asks, if anything."""
 
     policy: ServedModel
     prompts: PromptSet
@@ -47,7 +61,7 @@ class RolloutSession:
         results = await asyncio.gather(*(self._one(group, problem, index, step) for group, problem, index in pairs))
         rollouts = tuple(rollout for rollout, _ in results)
         judgements = tuple(judgement for _, judgement in results if judgement is not None)
-        scores = self._scores(rollouts, judgements)
+        scores = self._scores(rollouts, judgements, step)
         shown = sum(judgement.outcome is not None for judgement in judgements)
         rewards = apply_failure_policy(scores, self.config.failures, num_verifications=shown if self.judge else None)
         return ScoredBatch(rollouts, rewards, judgements, batch_metrics(rollouts, rewards, judgements))
@@ -72,12 +86,18 @@ class RolloutSession:
         return token_spans(token_bytes, parsed) if isinstance(parsed, ParsedResponse) else ()
 
     def _scores(
-        self, rollouts: Sequence[Rollout], judgements: Sequence[Judgement]
+        self, rollouts: Sequence[Rollout], judgements: Sequence[Judgement], step: int
     ) -> list[float | Failure]:
-        if self.judge is not None:
-            return [process_aware_reward(j.violation, j.outcome) for j in judgements]
-        assert self.checker is not None
-        return [rlvr_reward(rollout, self.checker) for rollout in rollouts]
+        match self.config.reward:
+            case "majority":
+                return list(majority_rewards(rollouts, normalise_answer))
+            case "random":
+                return [random_reward(gate(rollout), derive_seed("random-reward", self.seed, step, position))
+                        for position, rollout in enumerate(rollouts)]
+            case "rlvr":
+                assert self.checker is not None
+                return [rlvr_reward(rollout, self.checker) for rollout in rollouts]
+        return [MODEL_REWARDS[self.config.reward](j.violation, j.outcome) for j in judgements]
 
 
 def batch_metrics(

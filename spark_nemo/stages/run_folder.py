@@ -42,6 +42,14 @@ def stage3_folder(run: RunConfig, reward: str) -> Path:
     return Path(run.dir) / "stage3" / reward
 
 
+def comparable_rl(rl: dict[str, object]) -> dict[str, object]:
+    """``asdict`` of an ``RLConfig`` with the two settings that may be unset as what unset means, for comparing runs: a
+    folder made before they could be unset has the values, and is the same run.
+    """
+    return {**rl, "std_normalise": rl["std_normalise"] is not False,
+            "loss_aggregation": rl["loss_aggregation"] or "token_mean"}
+
+
 def read_done(folder: Path) -> dict[str, object] | None:
     """What ``mark_done`` wrote, None while the part is unfinished. A marker, never an exit code, means success."""
     path = folder / DONE

@@ -1,4 +1,4 @@
-"""Stage III: GRPO with the reward model's verdict (or, as the declared baseline, with answer keys)."""
+"""Stage III: GRPO with the reward model's verdict (or, as declared baselines, with answer keys, votes or a coin)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from spark_nemo.megatron.distributed import gather_objects, on_main_rank
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records.jsonl import read_problems
 from spark_nemo.stages.checks import check_stage3
+from spark_nemo.stages.credit import batch_advantages
 from spark_nemo.stages.rl_session import RLSession, open_session
-from spark_nemo.stages.run_folder import Clock, mark_done, stage3_folder
-from spark_nemo.training.advantages import group_advantages
+from spark_nemo.stages.run_folder import Clock, comparable_rl, mark_done, stage3_folder
 from spark_nemo.training.grpo import train_on_rollouts
 from spark_nemo.training.metrics import MetricsWriter
 from spark_nemo.training.sft import CHECKPOINTS, batch_indices
@@ -54,12 +54,9 @@ def run_stage3(config: SparkConfig) -> bool:
                 on_main_rank(lambda step=step: run_async(session.evaluate(eval_problems, step)))
             asked = [problems[i] for i in batch_indices(step, len(problems), rl.prompts_per_step, config.run.seed)]
             batch = on_main_rank(lambda step=step, asked=asked: run_async(session.batch(asked, step)))
-            rewards_N, valid_N = torch.tensor(batch.rewards.rewards), torch.tensor(batch.rewards.valid)
-            advantages_N = group_advantages(
-                rewards_N, [r.group for r in batch.rollouts], valid_N, std_normalise=rl.std_normalise)
             metrics = train_on_rollouts(
-                worker, batch.rollouts, advantages_N, valid_N, rl, reference=reference,
-                tokens_per_micro_batch=config.megatron.tokens_per_micro_batch)
+                worker, batch.rollouts, batch_advantages(batch, rl), torch.tensor(batch.rewards.valid), rl,
+                reference=reference, tokens_per_micro_batch=config.megatron.tokens_per_micro_batch)
             writer.write(step, {**batch.metrics, **metrics})
             bar.set_postfix(reward=f"{batch.metrics['reward']:.3f}", refresh=False)
             bar.update()
@@ -86,7 +83,7 @@ def _open_on_main_rank(config: SparkConfig, folder: Path) -> RLSession | None:
 def _made_with(config: SparkConfig) -> dict[str, object]:
     """The settings that the steps depend on, by name."""
     free = {"eval_every", "save_every", "failures"}
-    settings = {f"rl.{name}": value for name, value in asdict(config.rl).items() if name not in free}
+    settings = {f"rl.{name}": value for name, value in comparable_rl(asdict(config.rl)).items() if name not in free}
     return {**settings, "run.seed": config.run.seed}
 
 

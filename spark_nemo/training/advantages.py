@@ -1,4 +1,9 @@
-"""Group-normalised advantages (GRPO), with groups given by id and never by position."""
+"""One advantage per response (GRPO and its relatives), with groups given by id and never by position.
+
+In all of them a sample that is not valid gets exactly 0 and touches nobody's statistics, whatever its reward is (NaN
+included); a sample with nobody to compare with gets 0; results are float32 of shape (N,); ``ValueError`` is raised when
+lengths differ or a valid reward is not finite. None reads steps: splitting a step changes nothing but the reward.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +28,66 @@ def group_advantages(
 
     Returns float32 of shape (N,). Raises ``ValueError`` when lengths differ or a valid reward is not finite.
     """
+    rewards_N, valid_N = _checked(rewards_N, groups, valid_N)
+    group_N, count_G = _group_counts(groups, valid_N)
+    mean_G = _group_sum(rewards_N, group_N, count_G) / count_G.clamp(min=1)
+    centred_N = (rewards_N - mean_G[group_N]) * valid_N
+    if std_normalise:
+        std_G = (_group_sum(centred_N.square(), group_N, count_G) / (count_G - 1).clamp(min=1)).sqrt()
+        centred_N = centred_N / (std_G + eps)[group_N]
+    comparable_N = valid_N & (count_G[group_N] >= 2)
+    return torch.where(comparable_N, centred_N, 0.0).to(torch.float32)
+
+
+def rloo_advantages(rewards_N: torch.Tensor, groups: Sequence[int], valid_N: torch.Tensor) -> torch.Tensor:
+    """``A_i = r_i - mean_{j != i} r_j`` over the other valid members of the group: leave-one-out. It is GRPO without
+    the std times n / (n - 1), so the choice matters in groups of different sizes. Source: arXiv 2402.14740, equation 8.
+    """
+    rewards_N, valid_N = _checked(rewards_N, groups, valid_N)
+    group_N, count_G = _group_counts(groups, valid_N)
+    others_N = count_G[group_N] - 1
+    mean_N = (_group_sum(rewards_N, group_N, count_G)[group_N] - rewards_N) / others_N.clamp(min=1)
+    return torch.where(valid_N & (others_N >= 1), rewards_N - mean_N, 0.0).to(torch.float32)
+
+
+def global_advantages(
+    rewards_N: torch.Tensor, groups: Sequence[int], valid_N: torch.Tensor, *, eps: float = STD_EPS,
+) -> torch.Tensor:
+    """``A_i = (r_i - mean) / (std + eps)`` over all valid samples of the batch, whatever their group: REINFORCE++.
+    Source: arXiv 2501.03262, its global advantage normalisation. The statistics count every response once; verl counts
+    every token, which lets long responses set the mean. Its KL penalty inside the reward is not here: KL is a loss.
+    """
+    rewards_N, valid_N = _checked(rewards_N, groups, valid_N)
+    return group_advantages(rewards_N, [0] * len(groups), valid_N, std_normalise=True, eps=eps)
+
+
+def estimate_advantages(
+    estimator: str, rewards_N: torch.Tensor, groups: Sequence[int], valid_N: torch.Tensor, *,
+    std_normalise: bool = True,
+) -> torch.Tensor:
+    """The advantages of ``rl.estimator``; ``std_normalise`` is read by grpo only.
+
+    * grpo: ``group_advantages``.
+    * dr_grpo: ``r_i - mean_g``, no std, for that weighs a prompt by how easy it is. Source: arXiv 2503.20783, whose
+      other half is the constant length normalisation of the loss (``rl.loss_aggregation=length_constant``).
+    * rloo: ``rloo_advantages``. reinforce_pp: ``global_advantages``.
+    """
+    match estimator:
+        case "grpo":
+            return group_advantages(rewards_N, groups, valid_N, std_normalise=std_normalise)
+        case "dr_grpo":
+            return group_advantages(rewards_N, groups, valid_N, std_normalise=False)
+        case "rloo":
+            return rloo_advantages(rewards_N, groups, valid_N)
+        case "reinforce_pp":
+            return global_advantages(rewards_N, groups, valid_N)
+    raise ValueError(f"estimator={estimator!r}: choose grpo, dr_grpo, rloo or reinforce_pp")
+
+
+def _checked(
+    rewards_N: torch.Tensor, groups: Sequence[int], valid_N: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rewards in float64 with 0 where not valid, and the flags as bool."""
     if not len(groups) == rewards_N.numel() == valid_N.numel():
         raise ValueError(
             f"group_advantages: {rewards_N.numel()} rewards, {len(groups)} group ids, {valid_N.numel()} valid flags")
@@ -30,19 +95,15 @@ def group_advantages(
     rewards_N = torch.where(valid_N, rewards_N.to(torch.float64), 0.0)
     if not torch.isfinite(rewards_N).all():
         raise ValueError("group_advantages: a valid sample has a reward that is not finite; mark it invalid instead")
+    return rewards_N, valid_N
 
+
+def _group_counts(groups: Sequence[int], valid_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each sample's group as an index (N,) and the number of valid members of each group (G,)."""
     _, group_N = torch.unique(torch.tensor(list(groups), dtype=torch.int64), return_inverse=True)
     num_groups = int(group_N.max()) + 1 if len(groups) else 0
-    weight_N = valid_N.to(torch.float64)
+    return group_N, torch.zeros(num_groups, dtype=torch.float64).index_add_(0, group_N, valid_N.to(torch.float64))
 
-    def group_sum(values_N: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(num_groups, dtype=torch.float64).index_add_(0, group_N, values_N)
 
-    count_G = group_sum(weight_N)
-    mean_G = group_sum(rewards_N) / count_G.clamp(min=1)
-    centred_N = (rewards_N - mean_G[group_N]) * weight_N
-    if std_normalise:
-        std_G = (group_sum(centred_N.square()) / (count_G - 1).clamp(min=1)).sqrt()
-        centred_N = centred_N / (std_G + eps)[group_N]
-    comparable_N = valid_N & (count_G[group_N] >= 2)
-    return torch.where(comparable_N, centred_N, 0.0).to(torch.float32)
+def _group_sum(values_N: torch.Tensor, group_N: torch.Tensor, count_G: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(count_G).index_add_(0, group_N, values_N)

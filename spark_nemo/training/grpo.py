@@ -28,10 +28,13 @@ from .packing import TrainSequence, pack_for_rank
 
 
 def train_on_rollouts(
-    worker: MegatronWorker, rollouts: Sequence[Rollout], advantages_N: Tensor, valid_N: Tensor, config: RLConfig, *,
-    tokens_per_micro_batch: int, reference: Mapping[str, Tensor] | None = None,
+    worker: MegatronWorker, rollouts: Sequence[Rollout], advantages: Tensor | Sequence[Tensor], valid_N: Tensor,
+    config: RLConfig, *, tokens_per_micro_batch: int, reference: Mapping[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """Make ``config.updates_per_step`` optimizer steps on one batch of rollouts and return the step's metrics.
+
+    ``advantages`` has one element per rollout: a scalar (so a tensor of shape (N,) will do), which all of its tokens
+    get, or a tensor [R] with one advantage per response token.
 
     A rollout that is not valid, or has no response token, is left out entirely: no gradient, no token in any mean, no
     KL. The others are split by groups into one part per update; a part with nothing left makes no step. Reference
@@ -54,7 +57,8 @@ def train_on_rollouts(
     updates, num_computed = [], 0
     for part in split_by_groups([rollouts[i].group for i in trained], config.updates_per_step):
         indices = [trained[k] for k in part]
-        sequences = build_sequences([rollouts[i] for i in indices], advantages_N[indices], config.loss_aggregation)
+        sequences = build_sequences([rollouts[i] for i in indices], [advantages[i] for i in indices],
+                                    config.aggregation, config.sampling.max_new_tokens)
         if config.kl_estimator == "none":
             sequences = without_idle(sequences)
         num_computed += len(sequences)
@@ -91,27 +95,33 @@ def split_by_groups(groups: Sequence[int], parts: int) -> list[list[int]]:
     return [part for part in split if part]
 
 
-def build_sequences(rollouts: Sequence[Rollout], advantages_N: Tensor, aggregation: str) -> list[TrainSequence]:
-    """Training sequences of one optimizer step; the aggregation weights are those of exactly these rollouts."""
-    weights = aggregation_weights(aggregation, [len(rollout.response_ids) for rollout in rollouts])
+def build_sequences(
+    rollouts: Sequence[Rollout], advantages: Tensor | Sequence[Tensor], aggregation: str, max_length: int | None = None,
+) -> list[TrainSequence]:
+    """Training sequences of one optimizer step; the aggregation weights are those of exactly these rollouts.
+
+    Raises ``ValueError`` when a rollout's advantages are neither a scalar nor one per response token.
+    """
+    weights = aggregation_weights(aggregation, [len(rollout.response_ids) for rollout in rollouts], max_length)
     return [
         TrainSequence(rollout.prompt_ids, rollout.response_ids, {
-            ADVANTAGES: torch.full((len(rollout.response_ids),), advantage),
+            ADVANTAGES: advantage.float().expand(len(rollout.response_ids)) if advantage.dim() == 0 else advantage,
             WEIGHTS: torch.full((len(rollout.response_ids),), weight),
             ENGINE_LOGPROBS: torch.tensor(rollout.logprobs, dtype=torch.float32),
         })
-        for rollout, advantage, weight in zip(rollouts, advantages_N.tolist(), weights)
+        for rollout, advantage, weight in zip(rollouts, advantages, weights, strict=True)
     ]
 
 
 def without_idle(sequences: Sequence[TrainSequence]) -> list[TrainSequence]:
     """The sequences of one optimizer step that can move the policy, with weights that keep the gradient what it was.
 
-    A sequence of advantage 0 (all of a group whose rewards are equal) adds 0 to the loss sum, but its tokens are among
-    the N that the sum is divided by. Leaving it out makes N smaller, to N'; weights times N'/N undo that exactly.
+    A sequence of advantage 0 on every token (all of a group whose rewards are equal) adds 0 to the loss sum, but its
+    tokens are among the N that the sum is divided by. Leaving it out makes N smaller, to N'; weights times N'/N undo
+    that exactly.
     When no sequence is left the shortest one stays, for the optimizer's step is made all the same.
     """
-    live = [sequence for sequence in sequences if sequence.extras[ADVANTAGES][0] != 0]
+    live = [sequence for sequence in sequences if bool(sequence.extras[ADVANTAGES].any())]
     live = live or [min(sequences, key=lambda sequence: sequence.num_positions)]
     share = sum(len(s.response_ids) for s in live) / sum(len(s.response_ids) for s in sequences)
     return [replace(s, extras={**s.extras, WEIGHTS: s.extras[WEIGHTS] * share}) for s in live]

@@ -5,6 +5,7 @@ tokens. Each loss here is ``sum_t w_t * loss_t`` with weights chosen so that thi
 
 * token_mean    ``1/N sum_s sum_t loss_st``            -> w_st = 1
 * sequence_mean ``1/S sum_s 1/R_s sum_t loss_st``      -> w_st = N / (S * R_s), since (1/N) * w_st = 1 / (S * R_s)
+* length_constant ``1/S sum_s 1/L sum_t loss_st``       -> w_st = N / (S * L), L the longest response allowed (Dr.GRPO)
 
 The weights come from the lengths R_s of *all* S sequences of the step (``aggregation_weights``), never from those of
 one micro-batch; hence any split gives the same number.
@@ -32,14 +33,42 @@ OLD_LOGPROBS = "old_logprobs"
 REFERENCE_LOGPROBS = "reference_logprobs"
 
 
-def aggregation_weights(aggregation: str, response_lengths: Sequence[int]) -> list[float]:
-    """Per-sequence weight of every token of that sequence (see the module's docstring); they average 1 over tokens."""
-    if aggregation == "token_mean":
-        return [1.0] * len(response_lengths)
-    if aggregation == "sequence_mean":
-        tokens, sequences = sum(response_lengths), len(response_lengths)
-        return [tokens / (sequences * length) for length in response_lengths]
-    raise ValueError(f"loss_aggregation={aggregation!r}: choose token_mean or sequence_mean")
+def aggregation_weights(
+    aggregation: str, response_lengths: Sequence[int], max_length: int | None = None,
+) -> list[float]:
+    """Per-sequence weight of every token of that sequence (see the module's docstring).
+
+    ``max_length`` is L, read by length_constant only, which has no length bias (arXiv 2503.20783, its section 3.1):
+    under it alone the weights' mean over tokens is not 1. Raises ``ValueError`` when it is missing there.
+    """
+    tokens, sequences = sum(response_lengths), len(response_lengths)
+    match aggregation:
+        case "token_mean":
+            return [1.0] * sequences
+        case "sequence_mean":
+            return [tokens / (sequences * length) for length in response_lengths]
+        case "length_constant":
+            if max_length is None:
+                raise ValueError("loss_aggregation=length_constant needs max_length, the longest response allowed")
+            return [tokens / (sequences * max_length)] * sequences
+    raise ValueError(f"loss_aggregation={aggregation!r}: choose token_mean, sequence_mean or length_constant")
+
+
+def sequence_log_ratio(log_ratio_T: Tensor, inside_T: Tensor, cu_seqlens_N: Tensor) -> Tensor:
+    """``log s_i = 1/R_i sum_t log ratio_t`` of every sequence, at each of its positions, with the token's own gradient.
+
+    GSPO's length-normalised ratio in its token form ``sg[s_i] pi_t / sg[pi_t]``. Source: arXiv 2507.18071, equations 7
+    and 14. The value is s_i on every token. Where advantage, weight and importance are the same on all tokens of a
+    sequence, the gradient is that of the sequence form too; otherwise each token keeps its own. ``log_ratio_T`` is 0
+    outside the loss (``inside_T``).
+    """
+    ends_N = cu_seqlens_N[1:].to(torch.int64)
+    sequence_T = torch.bucketize(torch.arange(log_ratio_T.numel(), device=log_ratio_T.device), ends_N, right=True)
+    detached_T = log_ratio_T.detach()
+    zeros_N = detached_T.new_zeros(ends_N.numel())
+    sum_N = zeros_N.index_add(0, sequence_T, detached_T)
+    count_N = zeros_N.index_add(0, sequence_T, inside_T.to(detached_T.dtype))
+    return (sum_N / count_N.clamp(min=1))[sequence_T] + log_ratio_T - detached_T
 
 
 def clipped_surrogate(
@@ -103,7 +132,8 @@ def make_grpo_loss(config: RLConfig, maxima: dict[str, Tensor] | None = None) ->
     Positions outside the loss mask contribute nothing, whatever values they hold.
 
     Metrics are sums over the loss tokens. The largest ratio and the largest |trainer - engine| difference seen since
-    are left in ``maxima`` when given, for they are no sums.
+    are left in ``maxima`` when given, for they are no sums. ``config.ratio`` says whether the ratio that is clipped is
+    each token's or its sequence's (``sequence_log_ratio``); the metrics are of the one used.
     """
     clip_low = DEFAULT_CLIP if config.clip_low is None else config.clip_low
     clip_high = DEFAULT_CLIP if config.clip_high is None else config.clip_high
@@ -119,7 +149,10 @@ def make_grpo_loss(config: RLConfig, maxima: dict[str, Tensor] | None = None) ->
         extras = {name: masked(values_T) for name, values_T in batch.extras.items()}
         logprobs_T = masked(logprobs_T)
         old_T = extras.get(OLD_LOGPROBS, logprobs_T.detach())
-        log_ratio_T = (logprobs_T - old_T).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        log_ratio_T = logprobs_T - old_T
+        if config.ratio == "sequence":
+            log_ratio_T = masked(sequence_log_ratio(log_ratio_T, inside_T, batch.cu_seqlens_N))
+        log_ratio_T = log_ratio_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         ratio_T = log_ratio_T.exp()
         loss_T, at_low_T, at_high_T = clipped_surrogate(ratio_T, extras[ADVANTAGES], clip_low, clip_high)
         mismatch_T = (old_T - extras[ENGINE_LOGPROBS]).abs()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spark_nemo.training.advantages import STD_EPS, group_advantages
+from spark_nemo.training.advantages import STD_EPS, estimate_advantages, group_advantages
 
 
 def advantages(rewards, groups, valid=None, std_normalise=True):
@@ -57,3 +57,41 @@ def test_a_valid_reward_must_be_a_number():
     """A NaN that nobody masked would poison its whole group."""
     with pytest.raises(ValueError, match="not finite"):
         advantages([1.0, math.nan], [0, 0])
+
+
+def naive_advantage(estimator, i, samples):
+    """One sample's advantage by the estimator's definition, in plain Python."""
+    import statistics
+
+    reward, group, is_valid = samples[i]
+    peers = [r for j, (r, g, v) in enumerate(samples) if v and (g == group or estimator == "reinforce_pp") and j != i]
+    if not is_valid or not peers:
+        return 0.0
+    members = [reward, *peers]
+    match estimator:
+        case "rloo":
+            return reward - statistics.mean(peers)
+        case "dr_grpo":
+            return reward - statistics.mean(members)
+    return (reward - statistics.mean(members)) / (statistics.stdev(members) + STD_EPS)
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.25, 1.0]), st.integers(0, 3), st.booleans()), max_size=12))
+@pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo", "reinforce_pp"])
+def test_every_estimator_equals_its_definition(estimator, samples):
+    """Unequal, interleaved groups with masked members; the masked rewards are NaN."""
+    rewards = [reward if valid else math.nan for reward, _, valid in samples]
+    got = estimate_advantages(estimator, torch.tensor(rewards), [g for _, g, _ in samples],
+                              torch.tensor([v for _, _, v in samples], dtype=torch.bool))
+    expected = [naive_advantage(estimator, i, samples) for i in range(len(samples))]
+    assert got.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_estimators_are_related_as_their_formulas_say():
+    """In a group of 3: RLOO is 3/2 of Dr.GRPO. Only REINFORCE++ lets one prompt's rewards move another's advantages."""
+    rewards_N, groups, valid_N = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0]), [0, 0, 0, 1, 1], torch.ones(5)
+    rloo, centred, batch = (
+        estimate_advantages(name, rewards_N, groups, valid_N) for name in ("rloo", "dr_grpo", "reinforce_pp"))
+    torch.testing.assert_close(rloo[:3], 1.5 * centred[:3])
+    assert centred[3:].tolist() == [0.0, 0.0]
+    assert (batch[3:] > 0).all()

@@ -51,15 +51,23 @@ def test_masked_rollouts_leave_no_trace():
     assert metrics["valid_fraction"] == 5 / 7
 
 
-@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
+def per_token(advantages_N):
+    """Advantages that differ within a response and are 0 on its first token."""
+    return [a * torch.arange(length, dtype=torch.float32) for a, length in zip(advantages_N, LENGTHS)]
+
+
+@pytest.mark.parametrize("stepwise", [False, True])
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "length_constant"])
 @pytest.mark.parametrize("dp_size", [2, 3, 9])
-def test_ranks_together_make_the_gradient_of_one_process(aggregation, dp_size):
-    """All ranks' micro-batches against one rank's, with more ranks than rollouts too. Not Megatron's all-reduce."""
-    rollouts, advantages_N, valid_N = batch()
+def test_ranks_together_make_the_gradient_of_one_process(aggregation, dp_size, stepwise):
+    """All ranks' micro-batches against one rank's, with more ranks than rollouts too, and with an advantage per token.
+    Not Megatron's all-reduce."""
+    rollouts, advantages, valid_N = batch()
+    advantages = per_token(advantages) if stepwise else advantages
     config = RLConfig(importance_cap=None, loss_aggregation=aggregation)
     alone, together = BigramWorker(), BigramWorker()
-    step(alone, rollouts, advantages_N, valid_N, config)
-    sequences = build_sequences(rollouts, advantages_N, aggregation)
+    step(alone, rollouts, advantages, valid_N, config)
+    sequences = build_sequences(rollouts, advantages, aggregation, config.sampling.max_new_tokens)
     micro_batches = [b for rank in range(dp_size) for b in pack_for_rank(sequences, 8, rank, dp_size).micro_batches]
     together.train_step(micro_batches, make_grpo_loss(config))
     torch.testing.assert_close(together.grads[0], alone.grads[0])
@@ -76,6 +84,35 @@ def test_leaving_out_zero_advantages_does_not_change_the_gradient(aggregation):
     full.train_step(pack(build_sequences(rollouts, advantages_N, aggregation), 8).micro_batches, make_grpo_loss(config))
     torch.testing.assert_close(short.grads[0], full.grads[0])
     assert metrics["computed_fraction"] == 2 / 7
+
+
+def test_an_advantage_of_zero_on_the_first_token_alone_does_not_leave_a_rollout_out():
+    """Per-token advantages that start with 0 train as the full computation does; of seven rollouts the two of one
+    token have nothing but that 0."""
+    rollouts, advantages_N, valid_N = batch()
+    rows = per_token(advantages_N)
+    short, full = BigramWorker(), BigramWorker()
+    metrics = step(short, rollouts, rows, valid_N)
+    full.train_step(pack(build_sequences(rollouts, rows, "token_mean"), 8).micro_batches,
+                    make_grpo_loss(RLConfig(importance_cap=None)))
+    torch.testing.assert_close(short.grads[0], full.grads[0])
+    assert metrics["computed_fraction"] == 5 / 7
+
+
+def test_an_equal_advantage_on_every_token_is_the_scalar():
+    """Bit for bit: the per-token path cannot change what scalars do."""
+    rollouts, advantages_N, valid_N = batch()
+    scalar, rows = BigramWorker(), BigramWorker()
+    step(scalar, rollouts, advantages_N, valid_N)
+    step(rows, rollouts, [torch.full((n,), float(a)) for n, a in zip(LENGTHS, advantages_N)], valid_N)
+    assert torch.equal(scalar.grads[0], rows.grads[0])
+
+
+def test_advantages_of_another_length_are_refused():
+    """Misaligned tokens are an error, never cut or padded."""
+    rollouts, _, valid_N = batch()
+    with pytest.raises(ValueError, match="one value per response token"):
+        step(BigramWorker(), rollouts, [torch.ones(n + 1) for n in LENGTHS], valid_N)
 
 
 def test_a_batch_without_any_contrast_makes_a_step_with_gradient_zero():

@@ -1,6 +1,7 @@
 """The losses against independent formulas, and their invariance to how a batch is cut."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,10 +55,11 @@ def loss_and_metrics(sequences, budget, loss_fn):
 CONFIG = RLConfig(updates_per_step=2, clip_low=0.2, clip_high=0.3, kl_estimator="k3", kl_coef=0.05)
 
 
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
-def test_the_loss_does_not_depend_on_micro_batching(aggregation):
+def test_the_loss_does_not_depend_on_micro_batching(aggregation, ratio):
     """One pack, a few, or one sequence each: equal loss and metrics up to float rounding. Ranks are but another cut."""
-    loss_fn = make_grpo_loss(CONFIG)
+    loss_fn = make_grpo_loss(replace(CONFIG, ratio=ratio))
     sequences = random_sequences(aggregation)
     loss, metrics = loss_and_metrics(sequences, 1000, loss_fn)
     for budget in (1, 7, 12):

@@ -1,0 +1,55 @@
+"""A knob of RLConfig that nothing would read is an error at start."""
+
+from __future__ import annotations
+
+import pytest
+
+from spark_nemo.config import ConfigError, DataConfig, RLConfig, SparkConfig
+
+
+@pytest.mark.parametrize(("named", "settings"), [
+    ("rl.std_normalise", {"estimator": "rloo", "std_normalise": True}),
+    ("rl.std_normalise", {"estimator": "dr_grpo", "std_normalise": False}),
+    ("rl.std_normalise", {"advantage": "capo", "std_normalise": True}),
+    ("rl.estimator", {"advantage": "min_form", "estimator": "rloo"}),
+    ("rl.loss_aggregation", {"estimator": "dr_grpo", "loss_aggregation": "token_mean"}),
+    ("rl.ratio", {"ratio": "sequence"}),
+    ("rl.clip_low", {"clip_low": 0.1}),
+    ("rl.clip_high", {"clip_high": 0.28}),
+    ("rl.advantage", {"advantage": "selective", "reward": "rlvr"}),
+    ("rl.advantage", {"advantage": "prefix", "reward": "step_augmented"}),
+    ("rl.reward_model", {"reward": "majority", "reward_model": "somewhere"}),
+    ("rl.reward_model", {"reward": "random", "reward_model": "somewhere"}),
+    ("rl.advantage", {"advantage": "sideways"}),
+    ("rl.estimator", {"estimator": "ppo"}),
+])
+def test_a_knob_without_effect_is_named(named: str, settings: dict[str, object]) -> None:
+    """One line that names the field."""
+    with pytest.raises(ConfigError) as error:
+        RLConfig(**settings)
+    assert named in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [
+    {"estimator": "dr_grpo"}, {"estimator": "rloo", "loss_aggregation": "sequence_mean"},
+    {"advantage": "selective", "estimator": "reinforce_pp"},
+    {"advantage": "capo", "loss_aggregation": "length_constant"},
+    {"ratio": "sequence", "updates_per_step": 2, "clip_high": 3e-4},
+    {"reward": "step_augmented", "std_normalise": False},
+])
+def test_what_has_an_effect_is_accepted(settings: dict[str, object]) -> None:
+    """The other side of the same rule."""
+    RLConfig(**settings)
+
+
+def test_the_resolved_aggregation() -> None:
+    """Nothing set is what it always was; Dr.GRPO brings its own."""
+    resolved = RLConfig().aggregation, RLConfig(estimator="dr_grpo").aggregation
+    assert resolved == ("token_mean", "length_constant")
+
+
+@pytest.mark.parametrize("reward", ["majority", "random", "step_augmented"])
+def test_no_reward_but_rlvr_may_be_given_answer_keys(reward: str) -> None:
+    """Majority vote is a baseline without answers, not a way around the wall."""
+    with pytest.raises(ConfigError, match="rl_answers"):
+        SparkConfig(data=DataConfig(rl_answers="keys.jsonl"), rl=RLConfig(reward=reward))
