@@ -35,8 +35,9 @@ def results_markdown(summaries: Sequence[Mapping[str, Any]]) -> str:
     seeds = [tuple(run.seeds) for run in runs]
     if len(set(seeds)) != len(seeds):
         raise SummaryError(f"two summaries have the same seeds {seeds}: they would count twice")
+    over = f"{len(runs)} seeds" if len(runs) > 1 else "one seed"
     return "\n\n".join([
-        f"# The small world over {len(runs)} seeds" if len(runs) > 1 else "# The small world, one seed", _commands(runs),
+        f"# The small world over {over}", _commands(runs),
         "## Reward models: F1 by labelling method\n\n" + _table(runs, [
             ("single", lambda r: _f1(r, "single"), _percent),
             ("outcome consistency", lambda r: _f1(r, "outcome_consistency"), _percent),
