@@ -8,9 +8,11 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from spark_nemo.cli.errors import USER_ERRORS
+from spark_nemo.cli.evaluate import add_evaluate_arguments, score_model, score_saved
 from spark_nemo.config import SparkConfig
 from spark_nemo.config.compose import compose_config, config_yaml
 from spark_nemo.stages.children import die_with_parent
@@ -20,6 +22,8 @@ EXAMPLES = """examples:
   spark-nemo pipeline +experiment=toy run.dir=runs/first
   spark-nemo stage3 +experiment=toy rl.group_size=8 megatron.tensor_parallel=2
   spark-nemo stage2 +experiment=toy stage2.method=single --print-config
+  spark-nemo evaluate math --model runs/first/stage3/process_aware/model +experiment=toy
+  spark-nemo evaluate processbench --predictions run1.jsonl run2.jsonl --data gsm8k.json
 """
 STOPPED = 3
 """Exit status of a run that was asked to stop; the same command resumes it."""
@@ -56,10 +60,13 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = _config_command(commands, name, summary)
         command.set_defaults(run=run)
-    evaluate = _config_command(commands, "evaluate", "score a model: policy accuracy, or ProcessBench")
-    evaluate.add_argument("--model", required=True, help="Hugging Face model folder")
-    evaluate.add_argument("--on", choices=("problems", "processbench"), default="problems")
-    evaluate.set_defaults(run=_evaluate)
+    evaluate = commands.add_parser("evaluate", help="score a model, or saved outputs: mathematics or ProcessBench")
+    kinds = evaluate.add_subparsers(required=True, metavar="BENCHMARK")
+    for kind, summary in (("math", "held-out problems by their final answers"),
+                          ("processbench", "finding the first wrong step")):
+        command = _config_command(kinds, kind, summary)
+        add_evaluate_arguments(kind, command)
+        command.set_defaults(run=partial(_evaluate, kind))
     toy = commands.add_parser("toy", help="build the small world's base models from a seed (the shipped ones were)")
     toy.add_argument("--out", type=Path, required=True, help="folder for generator/ and verifier/")
     toy.add_argument("--seed", type=int, default=0)
@@ -149,12 +156,11 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from spark_nemo.cli.evaluate import evaluate_problems, evaluate_processbench
-
-    if config := _configured(arguments):
-        chosen = evaluate_problems if arguments.on == "problems" else evaluate_processbench
-        print(chosen(config, arguments.model))
+def _evaluate(kind: str, arguments: argparse.Namespace) -> int:
+    if arguments.predictions is not None:
+        print(score_saved(kind, arguments))
+    elif config := _configured(arguments):
+        print(score_model(kind, config, arguments))
     return 0
 
 
