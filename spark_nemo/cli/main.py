@@ -13,7 +13,7 @@ from pathlib import Path
 
 from spark_nemo.cli.errors import USER_ERRORS
 from spark_nemo.cli.evaluate import add_evaluate_arguments, score_model, score_saved
-from spark_nemo.config import SparkConfig
+from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.config.compose import compose_config, config_yaml
 from spark_nemo.stages.children import die_with_parent
 from spark_nemo.toy.resolve import oracle_for, resolve_toy
@@ -22,6 +22,7 @@ EXAMPLES = """examples:
   spark-nemo pipeline +experiment=toy run.dir=runs/first
   spark-nemo stage3 +experiment=toy rl.group_size=8 megatron.tensor_parallel=2
   spark-nemo stage2 +experiment=toy stage2.method=single --print-config
+  spark-nemo report compare old=runs/a0 old=runs/a1 new=runs/b0 new=runs/b1 --out runs/comparison
   spark-nemo evaluate math --model runs/first/stage3/process_aware/model +experiment=toy
   spark-nemo evaluate processbench --predictions run1.jsonl run2.jsonl --data gsm8k.json
 """
@@ -56,10 +57,13 @@ def _parser() -> argparse.ArgumentParser:
         ("stage2", _stage2, "label, fine-tune the reward model, score it"),
         ("stage3", _stage3, "GRPO with the reward model"),
         ("pipeline", _pipeline, "all three stages and the report"),
-        ("report", _report, "write summary.json and report.html of a run"),
     ):
         command = _config_command(commands, name, summary)
         command.set_defaults(run=run)
+    report = _config_command(
+        commands, "report", "write summary.json and report.html of a run; `report compare RUN...` compares over seeds")
+    report.add_argument("--out", type=Path, help="with compare: folder for compare.md and compare.html")
+    report.set_defaults(run=_report)
     evaluate = commands.add_parser("evaluate", help="score a model, or saved outputs: mathematics or ProcessBench")
     kinds = evaluate.add_subparsers(required=True, metavar="BENCHMARK")
     for kind, summary in (("math", "held-out problems by their final answers"),
@@ -148,11 +152,25 @@ def _pipeline(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    if arguments.overrides[:1] == ["compare"]:
+        return _compare(arguments.overrides[1:], arguments.out)
+    if arguments.out is not None:
+        raise ConfigError("--out has no effect without compare: a run's report goes into run.dir")
     from spark_nemo.report.collect import collect_summary
     from spark_nemo.report.write import write_report
 
     if config := _configured(arguments):
         print(f"report: {write_report(config.run.dir, collect_summary(config, oracle_for(config)))}")
+    return 0
+
+
+def _compare(runs: list[str], out: Path | None) -> int:
+    from spark_nemo.report.compare import compare_runs, comparison_markdown, read_runs, write_comparison
+
+    comparison = compare_runs(read_runs(runs))
+    print(comparison_markdown(comparison), end="")
+    if out is not None:
+        print(f"page: {write_comparison(out, comparison)}")
     return 0
 
 

@@ -15,8 +15,8 @@ from spark_nemo.evaluation.math_data import read_math
 from spark_nemo.evaluation.predictions import score_saved_predictions
 from spark_nemo.evaluation.processbench import majority_prediction, score_processbench
 
-BOXED = ("", " 1 ", "-1", "-7", "2.0", "99999999999999999999", "01", "\\text{1}", "one", "+1", "1_0", "\n0\n", "{1}", "3",
-         "\uff12", "1e0", "0x1", "None", "-0")
+BOXED = ("", " 1 ", "-1", "-7", "2.0", "99999999999999999999", "01", "\\text{1}", "one", "+1", "1_0", "\n0\n", "{1}",
+         "3", "\uff12", "1e0", "0x1", "None", "-0")
 TEXTS = ("", "no box", "\\boxed{0}\\boxed{2}", "\\boxed{1", "boxed{1}", "\\boxed{1}\\boxed{}",
          *(f"\\boxed{{{content}}}" for content in BOXED))
 
