@@ -20,6 +20,7 @@ from spark_nemo.toy.resolve import oracle_for, resolve_toy
 
 EXAMPLES = """examples:
   spark-nemo pipeline +experiment=toy run.dir=runs/first
+  spark-nemo pipeline +experiment=spark/base --dry-run
   spark-nemo stage3 +experiment=toy rl.group_size=8 megatron.tensor_parallel=2
   spark-nemo stage2 +experiment=toy stage2.method=single --print-config
   spark-nemo report compare old=runs/a0 old=runs/a1 new=runs/b0 new=runs/b1 --out runs/comparison
@@ -56,10 +57,12 @@ def _parser() -> argparse.ArgumentParser:
         ("stage1", _stage1, "sample solutions and verifications"),
         ("stage2", _stage2, "label, fine-tune the reward model, score it"),
         ("stage3", _stage3, "GRPO with the reward model"),
-        ("pipeline", _pipeline, "all three stages and the report"),
     ):
         command = _config_command(commands, name, summary)
         command.set_defaults(run=run)
+    pipeline = _config_command(commands, "pipeline", "all three stages and the report")
+    pipeline.add_argument("--dry-run", action="store_true", help="check and print the plan, start and write nothing")
+    pipeline.set_defaults(run=_pipeline)
     report = _config_command(
         commands, "report", "write summary.json and report.html of a run; `report compare RUN...` compares over seeds")
     report.add_argument("--out", type=Path, help="with compare: folder for compare.md and compare.html")
@@ -140,7 +143,11 @@ def _on_all_ranks(
 
 def _pipeline(arguments: argparse.Namespace) -> int:
     from spark_nemo.stages.pipeline import run_pipeline
+    from spark_nemo.stages.plan import dry_run
 
+    if arguments.dry_run and not arguments.print_config:
+        print(dry_run(compose_config(arguments.overrides)))
+        return 0
     config = _configured(arguments)
     if config is None:
         return 0
