@@ -149,6 +149,6 @@ class CheckerPool:
 @cache
 def shared_checker() -> CheckerPool:
     """The process-wide checkers, one per core up to eight, stopped at exit."""
-    pool = CheckerPool(min(8, os.cpu_count() or 1))
+    pool = CheckerPool(min(8, len(os.sched_getaffinity(0))))
     atexit.register(pool.close)
     return pool

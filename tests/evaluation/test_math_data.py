@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +23,8 @@ from spark_nemo.evaluation import (
 )
 from spark_nemo.evaluation.math_data import FORMATS
 from spark_nemo.grammar import extract_boxed
+from spark_nemo.records import Problem
+from spark_nemo.records.jsonl import read_problems
 
 DATA = Path(os.environ.get("SPARK_NEMO_DATA") or Path(__file__).parents[2].parent / "shared" / "data") / "math"
 COUNTS = {"math500": 500, "aime24": 30, "amc23": 40, "minerva_math": 272, "olympiadbench": 675}
@@ -35,9 +39,9 @@ UNDECIDED = {
 @needs_data
 def test_the_five_files_load() -> None:
     """Proves the row counts, and that every problem of the 1,517 has its own identifier, a question and an answer."""
-    problems = [p for name, count in COUNTS.items() for p in [read_math(DATA / f"{name}.jsonl")]
-                if len(p) == count or pytest.fail(f"{name}: {len(p)} rows")]
-    flat = [p for part in problems for p in part]
+    loaded = {name: read_math(DATA / f"{name}.jsonl") for name in COUNTS}
+    assert {name: len(problems) for name, problems in loaded.items()} == COUNTS
+    flat = [p for problems in loaded.values() for p in problems]
     assert len({p.problem.problem_id for p in flat}) == 1517
     assert all(p.answer.strip() for p in flat)
 
@@ -138,6 +142,21 @@ def test_a_repeated_identifier_is_refused(tmp_path: Path, name: str) -> None:
     """Proves two rows with one identifier would not silently become one problem."""
     with pytest.raises(DataFileError, match=f"line 2: field '{FORMATS[name].id_field}' repeats"):
         read_math(write(tmp_path, name, GOOD[name], GOOD[name]))
+
+
+def test_the_tool_writes_prompts_that_stage_one_reads_and_no_answer(tmp_path: Path) -> None:
+    """Proves the way from Skywork's parquet to data.stage1_problems; the answer in the file here is a marked one."""
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pyarrow.table({
+        "data_source": ["aops"], "prompt": [[{"role": "system", "content": "s"}, {"role": "user", "content": "1+1?"}]],
+        "reward_model": [{"ground_truth": "SECRET"}]}), tmp_path / "in.parquet")
+    tool = Path(__file__).parents[2] / "tools/skywork_prompts.py"
+    subprocess.run([sys.executable, tool, tmp_path / "in.parquet", tmp_path / "out.jsonl"], check=True, env={
+        **os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    assert read_problems(tmp_path / "out.jsonl") == [Problem("skywork-0", "1+1?", "aops")]
+    assert "SECRET" not in (tmp_path / "out.jsonl").read_text()
 
 
 def test_a_parquet_file_without_prompts_is_named(tmp_path: Path) -> None:
