@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
 import pytest
 
 from spark_nemo.cli.main import main
+from spark_nemo.evaluation import DataFileError
 from spark_nemo.evaluation.bootstrap import DEFAULT_SAMPLES
 from spark_nemo.evaluation.completions import SavedCompletion, read_completions, score_completions, write_completions
 from spark_nemo.evaluation.math_data import read_math
@@ -155,3 +157,33 @@ def test_overrides_and_predictions_exclude_each_other(capsys: pytest.CaptureFixt
     assert "+experiment=toy has no effect" in capsys.readouterr().err
     assert main(["evaluate", "math", "--predictions", "a"]) == 2
     assert "--data" in capsys.readouterr().err
+
+
+def test_the_file_of_a_model_driven_run_is_scored_again(tmp_path: Path, bench: list[Path]) -> None:
+    """Proves what ``score_reward_model`` saves (an object with ``cases``) is read back, its own fields ignored."""
+    path = tmp_path / "processbench.json"
+    rows = [{"id": f"first-{i}", "label": 9, "prediction": p, "text": "Step 1: Correct"}
+            for i, p in enumerate([-1, 0, 0, None])]
+    path.write_text(json.dumps({"f1": 0.9, "cases": rows}))
+    score = score_saved_predictions([path], bench[:1])
+    assert score.average == pytest.approx(0.5) and score.splits["first"].num_unparsed == 1
+    path.write_text(json.dumps({"f1": 0.9}))
+    with pytest.raises(DataFileError, match="must hold a JSON list"):
+        score_saved_predictions([path], bench[:1])
+
+
+DATA = Path(os.environ.get("SPARK_NEMO_DATA") or Path(__file__).parents[2].parent / "shared" / "data") / "processbench"
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no ProcessBench files in {DATA}")
+def test_the_two_files_at_hand_score_saved_votes(tmp_path: Path) -> None:
+    """Proves both real splits with three critics: two right ones outvote a third, and a tie goes to the first file."""
+    data = [DATA / "gsm8k.json", DATA / "math.json"]
+    labels = {row["id"]: row["label"] for path in data for row in json.loads(path.read_text())}
+    right = lines(tmp_path / "right.jsonl", [
+        {"id": i, "generated_critique": f"The answer is \\boxed{{{label}}}."} for i, label in labels.items()])
+    again = lines(tmp_path / "again.jsonl", [{"id": i, "prediction": label} for i, label in labels.items()])
+    wrong = lines(tmp_path / "wrong.jsonl", [{"id": i, "prediction": label + 1} for i, label in labels.items()])
+    score = score_saved_predictions([wrong, right, again], data)
+    assert score.average == 1.0 and score.splits["gsm8k"].num_error == 207 and score.splits["math"].num_correct == 406
+    assert score_saved_predictions([wrong, right], data).average == 0.0
