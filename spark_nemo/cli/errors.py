@@ -8,10 +8,11 @@ from spark_nemo.engines.tokenizer import TokenizerError
 from spark_nemo.megatron.errors import NonFiniteGradient
 from spark_nemo.records.jsonl import DataFileError
 from spark_nemo.records.store import StoreFull
+from spark_nemo.report import SummaryError
 from spark_nemo.rewards import FailureRateExceeded
 from spark_nemo.stages.jobs import JobFailed
 from spark_nemo.stages.stage1 import TooManyFailures
 
 USER_ERRORS = (
     ConfigError, DataFileError, EngineFailure, FailureRateExceeded, JobFailed, NonFiniteGradient, OSError, StoreFull,
-    TokenizerError, TooManyFailures)
+    SummaryError, TokenizerError, TooManyFailures)

@@ -8,18 +8,24 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from spark_nemo.cli.errors import USER_ERRORS
-from spark_nemo.config import SparkConfig
+from spark_nemo.cli.evaluate import add_evaluate_arguments, score_model, score_saved
+from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.config.compose import compose_config, config_yaml
 from spark_nemo.stages.children import die_with_parent
 from spark_nemo.toy.resolve import oracle_for, resolve_toy
 
 EXAMPLES = """examples:
   spark-nemo pipeline +experiment=toy run.dir=runs/first
+  spark-nemo pipeline +experiment=spark/base --dry-run
   spark-nemo stage3 +experiment=toy rl.group_size=8 megatron.tensor_parallel=2
   spark-nemo stage2 +experiment=toy stage2.method=single --print-config
+  spark-nemo report compare old=runs/a0 old=runs/a1 new=runs/b0 new=runs/b1 --out runs/comparison
+  spark-nemo evaluate math --model runs/first/stage3/process_aware/model +experiment=toy
+  spark-nemo evaluate processbench --predictions run1.jsonl run2.jsonl --data gsm8k.json
 """
 STOPPED = 3
 """Exit status of a run that was asked to stop; the same command resumes it."""
@@ -51,15 +57,23 @@ def _parser() -> argparse.ArgumentParser:
         ("stage1", _stage1, "sample solutions and verifications"),
         ("stage2", _stage2, "label, fine-tune the reward model, score it"),
         ("stage3", _stage3, "GRPO with the reward model"),
-        ("pipeline", _pipeline, "all three stages and the report"),
-        ("report", _report, "write summary.json and report.html of a run"),
     ):
         command = _config_command(commands, name, summary)
         command.set_defaults(run=run)
-    evaluate = _config_command(commands, "evaluate", "score a model: policy accuracy, or ProcessBench")
-    evaluate.add_argument("--model", required=True, help="Hugging Face model folder")
-    evaluate.add_argument("--on", choices=("problems", "processbench"), default="problems")
-    evaluate.set_defaults(run=_evaluate)
+    pipeline = _config_command(commands, "pipeline", "all three stages and the report")
+    pipeline.add_argument("--dry-run", action="store_true", help="check and print the plan, start and write nothing")
+    pipeline.set_defaults(run=_pipeline)
+    report = _config_command(
+        commands, "report", "write summary.json and report.html of a run; `report compare RUN...` compares over seeds")
+    report.add_argument("--out", type=Path, help="with compare: folder for compare.md and compare.html")
+    report.set_defaults(run=_report)
+    evaluate = commands.add_parser("evaluate", help="score a model, or saved outputs: mathematics or ProcessBench")
+    kinds = evaluate.add_subparsers(required=True, metavar="BENCHMARK")
+    for kind, summary in (("math", "held-out problems by their final answers"),
+                          ("processbench", "finding the first wrong step")):
+        command = _config_command(kinds, kind, summary)
+        add_evaluate_arguments(kind, command)
+        command.set_defaults(run=partial(_evaluate, kind))
     toy = commands.add_parser("toy", help="build the small world's base models from a seed (the shipped ones were)")
     toy.add_argument("--out", type=Path, required=True, help="folder for generator/ and verifier/")
     toy.add_argument("--seed", type=int, default=0)
@@ -129,7 +143,11 @@ def _on_all_ranks(
 
 def _pipeline(arguments: argparse.Namespace) -> int:
     from spark_nemo.stages.pipeline import run_pipeline
+    from spark_nemo.stages.plan import dry_run
 
+    if arguments.dry_run and not arguments.print_config:
+        print(dry_run(compose_config(arguments.overrides)))
+        return 0
     config = _configured(arguments)
     if config is None:
         return 0
@@ -141,6 +159,10 @@ def _pipeline(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
+    if arguments.overrides[:1] == ["compare"]:
+        return _compare(arguments.overrides[1:], arguments.out)
+    if arguments.out is not None:
+        raise ConfigError("--out has no effect without compare: a run's report goes into run.dir")
     from spark_nemo.report.collect import collect_summary
     from spark_nemo.report.write import write_report
 
@@ -149,12 +171,21 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
-    from spark_nemo.cli.evaluate import evaluate_problems, evaluate_processbench
+def _compare(runs: list[str], out: Path | None) -> int:
+    from spark_nemo.report.compare import compare_runs, comparison_markdown, read_runs, write_comparison
 
-    if config := _configured(arguments):
-        chosen = evaluate_problems if arguments.on == "problems" else evaluate_processbench
-        print(chosen(config, arguments.model))
+    comparison = compare_runs(read_runs(runs))
+    print(comparison_markdown(comparison), end="")
+    if out is not None:
+        print(f"page: {write_comparison(out, comparison)}")
+    return 0
+
+
+def _evaluate(kind: str, arguments: argparse.Namespace) -> int:
+    if arguments.predictions is not None:
+        print(score_saved(kind, arguments))
+    elif config := _configured(arguments):
+        print(score_model(kind, config, arguments))
     return 0
 
 

@@ -7,6 +7,8 @@ see them; stage III sees them at evaluation steps, and in training only in the d
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -97,6 +99,12 @@ def answer_matches(predicted: str | None, gold: str) -> bool:
     if not left or ("=" in left and "=" not in right) or "\\boxed" in left or not _balanced(left):
         return False
     return _checked(left, right)
+
+
+def grade_answers(pairs: Sequence[tuple[str | None, str]]) -> list[bool]:
+    """``answer_matches`` of every ``(predicted, gold)``, the slow ones at the same time in the checker's workers."""
+    with ThreadPoolExecutor(shared_checker().workers) as threads:
+        return list(threads.map(lambda pair: answer_matches(*pair), pairs))
 
 
 def normalise_answer(text: str) -> str:

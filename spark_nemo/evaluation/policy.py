@@ -12,18 +12,23 @@ from spark_nemo.grammar import PromptSet, extract_boxed
 from spark_nemo.records import Problem, derive_seed
 
 from .accuracy import GradedSample, mean_accuracy
-from .answers import EvalProblem, answer_matches
+from .answers import EvalProblem, grade_answers
 from .bootstrap import Estimate
+from .completions import SavedCompletion
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyAccuracy:
-    """Fractions with their bootstrap intervals over problems; ``samples`` are the graded completions."""
+    """Fractions with their bootstrap intervals over problems; ``samples`` are the graded sampled completions.
+
+    ``completions`` are the texts of all, greedy ones too, from which everything else can be computed again.
+    """
 
     sampled: Estimate
     greedy: Estimate
     samples: list[GradedSample]
     num_tokens: int
+    completions: list[SavedCompletion]
 
 
 async def evaluate_policy(
@@ -38,19 +43,23 @@ async def evaluate_policy(
     sampled = SamplingConfig(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
     greedy = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
 
-    async def ask(question: Problem, index: int, sampling: SamplingConfig) -> tuple[str | None, int]:
+    async def ask(question: Problem, index: int, sampling: SamplingConfig) -> tuple[str, int]:
         seed = derive_seed("eval", question.problem_id, index)
         done = await served.complete(prompts.policy(question.question), sampling, seed)
-        return extract_boxed(done.text), len(done.generation.token_ids)
+        return done.text, len(done.generation.token_ids)
 
     jobs = [(p, index, sampled) for p in problems for index in range(config.samples_per_problem)]
     jobs += [(p, 0, greedy) for p in problems]
     replies = await asyncio.gather(*(ask(p.problem, index, sampling) for p, index, sampling in jobs))
     # Graded when every completion is there: a symbolic answer can take its checker seconds, and decoding would wait.
-    rows = [GradedSample(p.problem.problem_id, index, answer_matches(predicted, p.answer), predicted)
-            for (p, index, _), (predicted, _) in zip(jobs, replies)]
+    answers = [extract_boxed(text) for text, _ in replies]
+    right = grade_answers([(answer, p.answer) for (p, _, _), answer in zip(jobs, answers)])
+    rows = [GradedSample(p.problem.problem_id, index, correct, answer)
+            for (p, index, _), correct, answer in zip(jobs, right, answers)]
     num_sampled = len(problems) * config.samples_per_problem
+    completions = [SavedCompletion(p.problem.problem_id, index, sampling is greedy, text)
+                   for (p, index, sampling), (text, _) in zip(jobs, replies)]
     return PolicyAccuracy(
         mean_accuracy(rows[:num_sampled], config.bootstrap_samples),
         mean_accuracy(rows[num_sampled:], config.bootstrap_samples),
-        rows[:num_sampled], sum(tokens for _, tokens in replies))
+        rows[:num_sampled], sum(tokens for _, tokens in replies), completions)

@@ -94,7 +94,7 @@ def predict_first_error(outcome: Outcome) -> int | None:
 
 def parse_critic_box(text: str) -> int | None:
     """A critic's prediction: the content of its last ``\\boxed{}``, which must be an integer; None otherwise."""
-    box = _last_box(text)
+    box = boxed_vote(text)
     return None if box is None else _to_int(box)
 
 
@@ -104,11 +104,17 @@ def majority_prediction(texts: Iterable[str]) -> int | None:
     Votes are the boxed *strings* (``1`` and ``01`` differ, words vote too), texts without a box do not vote, the string
     seen first wins a tie, and the winner must be an integer.
     """
-    votes = Counter(box for box in map(_last_box, texts) if box is not None)
-    return _to_int(votes.most_common(1)[0][0]) if votes else None
+    return majority_vote(map(boxed_vote, texts))
 
 
-def _last_box(text: str) -> str | None:
+def majority_vote(votes: Iterable[str | None]) -> int | None:
+    """The majority rule of ``majority_prediction`` over what each critic boxed; None does not vote."""
+    counts = Counter(vote for vote in votes if vote is not None)
+    return _to_int(counts.most_common(1)[0][0]) if counts else None
+
+
+def boxed_vote(text: str) -> str | None:
+    """What a critic's text votes for: the stripped content of its last box; None without a box."""
     boxes = _BOX.findall(text)
     return boxes[-1].strip() if boxes else None
 

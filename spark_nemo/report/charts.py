@@ -28,11 +28,12 @@ class Style:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A line: points with None for y are left out."""
+    """A line: points with None for y are left out. ``band`` is (x, low, high), drawn behind all lines."""
 
     name: str
     style: Style
     points: Sequence[tuple[float, float | None]]
+    band: Sequence[tuple[float, float, float]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +86,9 @@ def line_chart(
 
     A line of many points is drawn thin with its running mean over ``running_window`` points thick above it.
     """
-    drawn = [Series(s.name, s.style, [(x, y) for x, y in s.points if y is not None]) for s in series]
+    drawn = [Series(s.name, s.style, [(x, y) for x, y in s.points if y is not None], s.band) for s in series]
     xs = [x for s in drawn for x, _ in s.points]
-    ys = [y for s in drawn for _, y in s.points]
+    ys = [y for s in drawn for _, y in s.points] + [end for s in drawn for _, *ends in s.band for end in ends]
     low, high = (min(ys) if bounds[0] is None else bounds[0]), (max(ys) if bounds[1] is None else bounds[1])
     y_ticks = ticks(low, high)
     low, high = min(low, y_ticks[0]), max(high, y_ticks[-1])
@@ -109,6 +110,10 @@ def line_chart(
     middle = (_TOP + _HEIGHT - _BOTTOM) / 2
     parts.append(f'<text class="label" text-anchor="middle" transform="translate(13 {middle:.0f}) rotate(-90)">'
                  f"{escape(y_label)}</text>")
+    for s in (line for line in drawn if line.band):
+        edge = [(at_x(x), at_y(top)) for x, _, top in s.band] + [(at_x(x), at_y(b)) for x, b, _ in reversed(s.band)]
+        parts.append(f'<path d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in edge)}Z" fill="{s.style.colour}" '
+                     'opacity=".14"/>')
     for index, s in reversed(list(enumerate(drawn))):  # the first series ends up on top
         window = running_window(len(s.points))
         means = running_mean([y for _, y in s.points], window)

@@ -61,10 +61,12 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
 
 
 def check_pipeline(config: SparkConfig) -> None:
-    """All three stages, before the first of them starts."""
+    """The stages that the pipeline has, before the first of them starts."""
     check_stage1(config)
-    check_stage2(config)
-    check_stage3(config, reward_model_comes_later=True)
+    if config.pipeline.label_methods:
+        check_stage2(config)
+    if config.pipeline.rewards:
+        check_stage3(config, reward_model_comes_later=True)
     if config.pipeline.rl_answers is not None:
         read_answer_keys(config.pipeline.rl_answers)
 

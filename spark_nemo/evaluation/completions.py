@@ -1,0 +1,91 @@
+"""Saved completions of mathematics problems, and their score: one command grades them anew, without a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from spark_nemo.grammar import extract_boxed
+from spark_nemo.records.jsonl import write_text_atomic
+
+from .accuracy import GradedSample, greedy_accuracy, majority_at_k, mean_accuracy, pass_at_k
+from .answers import EvalProblem, grade_answers
+from .bootstrap import DEFAULT_SAMPLES, Estimate
+from .reading import DataFileError, read_rows, required, required_text
+
+
+@dataclass(frozen=True, slots=True)
+class SavedCompletion:
+    """One completion as it was sampled. ``sample`` counts the samples of a problem from 0, greedy ones apart."""
+
+    problem_id: str
+    sample: int
+    greedy: bool
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class MathScore:
+    """Estimates by name: ``greedy pass@1`` where there are greedy completions, ``avg@k`` and so on where sampled."""
+
+    problems: int
+    estimates: dict[str, Estimate]
+    greedy: list[GradedSample]
+    sampled: list[GradedSample]
+
+
+def write_completions(path: str | Path, completions: Sequence[SavedCompletion]) -> None:
+    """Write JSONL that ``read_completions`` reads."""
+    write_text_atomic(path, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in completions))
+
+
+def read_completions(path: str | Path) -> list[SavedCompletion]:
+    """Read rows of ``problem_id``, ``text`` and optionally ``sample`` (0) and ``greedy`` (false).
+
+    Raises ``DataFileError`` that names the file, line and field.
+    """
+    rows, seen = [], set()
+    for place, row in read_rows(path):
+        row = {"sample": 0, "greedy": False, **row}
+        saved = SavedCompletion(
+            required_text(place, row, "problem_id", "the problem's identifier"),
+            required(place, row, "sample", int, "the sample's number, from 0"),
+            required(place, row, "greedy", bool, "true or false"), required(place, row, "text", str, "the completion"))
+        if (key := (saved.problem_id, saved.sample, saved.greedy)) in seen:
+            raise DataFileError(f"{place}: field 'sample' repeats {saved.sample} of problem {saved.problem_id!r}")
+        seen.add(key)
+        rows.append(saved)
+    return rows
+
+
+def score_completions(
+    completions: Sequence[SavedCompletion], problems: Sequence[EvalProblem], ks: Sequence[int] = (),
+    samples: int = DEFAULT_SAMPLES,
+) -> MathScore:
+    """Grade completions by their last box, and estimate with intervals over problems.
+
+    ``ks`` are the k of pass@k and maj@k; empty takes the powers of two up to the samples per problem, and that number
+    itself. Raises ``ValueError`` for a completion of an unknown problem, a problem without completions, unequal numbers
+    of samples, or a k beyond them.
+    """
+    keys = {problem.problem.problem_id: problem.answer for problem in problems}
+    if unknown := [row.problem_id for row in completions if row.problem_id not in keys]:
+        raise ValueError(f"completion of problem {unknown[0]!r}, which the data does not have")
+    answers = [extract_boxed(row.text) for row in completions]
+    right = grade_answers([(answer, keys[row.problem_id]) for answer, row in zip(answers, completions)])
+    greedy, sampled = [], []
+    for row, correct, answer in zip(completions, right, answers):
+        (greedy if row.greedy else sampled).append(GradedSample(row.problem_id, row.sample, correct, answer))
+    for name, rows in (("greedy", greedy), ("sampled", sampled)):
+        if rows and (missing := keys.keys() - {row.problem_id for row in rows}):
+            raise ValueError(f"problem {min(missing)!r} has no {name} completion: a score needs every problem")
+    estimates = {"greedy pass@1": greedy_accuracy(greedy, samples)} if greedy else {}
+    if sampled:
+        count = len(sampled) // len(keys)
+        estimates[f"avg@{count}"] = mean_accuracy(sampled, samples)
+        for k in ks or sorted({2 ** n for n in range(1, count.bit_length())} | {count} - {1}):
+            estimates[f"pass@{k}"] = pass_at_k(sampled, k, samples)
+            estimates[f"maj@{k}"] = majority_at_k(sampled, k, samples)
+    return MathScore(len(keys), estimates, greedy, sampled)

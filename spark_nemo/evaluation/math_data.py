@@ -1,0 +1,134 @@
+"""The mathematics benchmarks in the formats in which they are distributed, and the Skywork prompts without answers.
+
+Each loader gives ``EvalProblem`` rows whose ``problem_id`` is the benchmark's name and the file's own identifier. Every
+``DataFileError`` names the file, the line (or row) and the field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+
+from spark_nemo.grammar import extract_boxed
+from spark_nemo.records import Problem
+
+from .answers import EvalProblem, read_eval_problems
+from .reading import DataFileError, read_rows, required, required_text
+
+_QUESTION = "the question's text"
+_MAX_EXACT = 2 ** 53
+"""Beyond it a JSON float no longer says which integer was meant."""
+
+Row = dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class MathFormat:
+    """Where a benchmark's rows keep their identifier and question, and how the reference answer is read."""
+
+    id_field: str
+    question_field: str
+    answer: Callable[[str, Row], str]
+
+
+def read_math(path: str | Path, benchmark: str | None = None) -> list[EvalProblem]:
+    """Read a benchmark file. ``benchmark`` is a key of ``FORMATS``; None takes the file's stem.
+
+    A file of no known benchmark must have our own fields (``problem_id``, ``question``, ``answer``). Raises
+    ``DataFileError`` for a malformed row or a repeated identifier, ``ValueError`` for an unknown ``benchmark``.
+    """
+    path = Path(path)
+    if benchmark is not None and benchmark not in FORMATS:
+        raise ValueError(f"benchmark {benchmark!r}: known are {', '.join(FORMATS)}")
+    name = benchmark or path.stem
+    if name not in FORMATS:
+        return read_eval_problems(path)
+    layout, problems = FORMATS[name], {}
+    for place, row in read_rows(path):
+        problem_id = f"{name}-{_identifier(place, row, layout.id_field)}"
+        if problem_id in problems:
+            raise DataFileError(f"{place}: field {layout.id_field!r} repeats {row[layout.id_field]!r}: must be unique")
+        question = required_text(place, row, layout.question_field, _QUESTION)
+        problems[problem_id] = EvalProblem(Problem(problem_id, question, name), layout.answer(place, row))
+    return list(problems.values())
+
+
+def read_skywork_prompts(path: str | Path) -> list[Problem]:
+    """The questions of a Skywork-OR1-RL-Data parquet file (verl's layout), for stages I to III.
+
+    Only the columns ``prompt`` and ``data_source`` are read from the file: the reference answers
+    never enter the process. The question is the last user message, the identifier is the row's place in the file.
+    Raises ``DataFileError``.
+    """
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    columns = ["prompt", "data_source"]
+    try:
+        file = parquet.ParquetFile(path)
+        if missing := [name for name in columns if name not in file.schema_arrow.names]:
+            raise DataFileError(f"{path}: column {missing[0]!r} is missing: is this a Skywork-OR1 file?")
+        rows = file.read(columns=columns).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataFileError(f"{path}: cannot be read as parquet ({' '.join(str(error).split())})") from error
+    if not rows:
+        raise DataFileError(f"{path}: has no rows")
+    return [_skywork_problem(f"{path}:row {number}", number, row) for number, row in enumerate(rows, start=1)]
+
+
+def _skywork_problem(place: str, number: int, row: Row) -> Problem:
+    messages = required(place, row, "prompt", list, "a list of chat messages")
+    questions = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "user"]
+    if not questions or not isinstance(questions[-1], str) or not questions[-1].strip():
+        raise DataFileError(f"{place}: field 'prompt' has no user message with text")
+    source = required_text(place, row, "data_source", "the name of the collection")
+    return Problem(f"skywork-{number - 1}", questions[-1], source)
+
+
+def _identifier(place: str, row: Row, field: str) -> str:
+    if type(row.get(field)) is int:
+        return str(row[field])
+    return required_text(place, row, field, "a number or string that identifies the problem")
+
+
+def _text_answer(place: str, row: Row) -> str:
+    return required_text(place, row, "answer", "the reference answer, a string")
+
+
+def _number_answer(place: str, row: Row) -> str:
+    """AMC 2023 keeps its answers as floats, all of them whole: 27.0 is 27."""
+    if "answer" not in row:
+        raise DataFileError(f"{place}: field 'answer' is missing: the reference answer, a number")
+    value = row["answer"]
+    if type(value) not in (int, float) or not isfinite(value) or abs(value) > _MAX_EXACT:
+        raise DataFileError(f"{place}: field 'answer' is {str(value)[:40]!r}, but must be a finite number up to 2^53")
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def _boxed_answer(place: str, row: Row) -> str:
+    """Minerva Math has no answer field: it is the last box of the worked solution."""
+    answer = extract_boxed(required_text(place, row, "solution", "the worked solution"))
+    if not answer:
+        raise DataFileError(f"{place}: field 'solution' has no \\boxed{{...}} with the reference answer")
+    return answer
+
+
+def _listed_answer(place: str, row: Row) -> str:
+    """OlympiadBench's open-ended text problems hold one string, several answers separated by commas inside it."""
+    answers = required(place, row, "final_answer", list, "a list with one reference answer")
+    if len(answers) != 1 or not isinstance(answers[0], str) or not answers[0].strip():
+        raise DataFileError(f"{place}: field 'final_answer' must be a list with one string that is not blank")
+    return answers[0]
+
+
+FORMATS: dict[str, MathFormat] = {
+    "math500": MathFormat("unique_id", "problem", _text_answer),
+    "aime24": MathFormat("id", "problem", _text_answer),
+    "amc23": MathFormat("id", "problem", _number_answer),
+    "minerva_math": MathFormat("idx", "problem", _boxed_answer),
+    "olympiadbench": MathFormat("id", "question", _listed_answer),
+}
+"""By benchmark, which is also the stem of its file in QwenLM/Qwen2.5-Math and NJUNLP/R-PRM."""
+

@@ -1,0 +1,195 @@
+"""``pipeline --dry-run``: what a configuration would do, from the configuration alone. Starts and writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from spark_nemo.config import ConfigError, SparkConfig
+from spark_nemo.megatron.model_shape import MODEL_TYPES, ModelShape, read_hf_config
+
+PROMPT_ROOM = 1024
+"""Tokens that must be left for a problem: the longest prompt of the paper's policy SFT."""
+_GPUS_PER_NODE = 8
+
+
+def _qwen(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, context: int) -> dict[str, Any]:
+    return {"model_type": "qwen2", "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads, "intermediate_size": ffn, "vocab_size": 152064,
+            "max_position_embeddings": context}
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Qwen2.5-14B-Instruct": _qwen(48, 5120, 40, 8, 13824, 32768),
+    "Qwen2.5-72B-Instruct": _qwen(80, 8192, 64, 8, 29568, 32768),
+    "Qwen2.5-Math-7B": _qwen(28, 3584, 28, 4, 18944, 4096),
+    "Qwen2.5-Math-72B": _qwen(80, 8192, 64, 8, 29568, 4096),
+    "Qwen3-32B": {**_qwen(64, 5120, 64, 8, 25600, 40960), "model_type": "qwen3", "head_dim": 128,
+                  "vocab_size": 151936},
+}
+"""config.json of the recipes' models by folder name, so that a recipe can be checked before 100 GB are downloaded."""
+
+
+def dry_run(config: SparkConfig) -> str:
+    """Validate what needs no files and describe the run, one fact per line.
+
+    Token counts are upper bounds: every generation at its limit. Raises ``ConfigError`` for a layout that does not fit
+    a trained model, or a context that leaves no room for a prompt.
+    """
+    check_without_files(config)
+    return "\n".join([f"run.dir      {config.run.dir}, seed {config.run.seed}", *_models(config), *_ranks(config),
+                      *_generations(config), *_files(config), *_engine(config)])
+
+
+def check_without_files(config: SparkConfig) -> None:
+    """Names set, layouts, contexts, and what the pipeline's parts need of each other. Raises ``ConfigError``."""
+    _required_names(config)
+    trained = ["models.reward_base"] if config.pipeline.label_methods else []
+    for field in [*trained, *(["models.policy"] if config.pipeline.rewards else [])]:
+        if (shape := _hf_config(config, field)) is not None:
+            ModelShape.from_hf(shape, field).check_layout(config.megatron)
+    for field, model, needs, limit in _texts(config):
+        limit = min(limit, config.engine.max_context)
+        if needs > limit:
+            raise ConfigError(
+                f"{field}: {needs} tokens with {PROMPT_ROOM} for the problem, but {model}={_value(config, model)} has "
+                f"a context of {limit} here: lower max_new_tokens" + (
+                    "" if limit < config.engine.max_context else " or raise engine.max_context"))
+    if "rlvr" in config.pipeline.rewards and config.pipeline.rl_answers is None:
+        raise ConfigError("pipeline.rewards has rlvr: set pipeline.rl_answers (JSONL with problem_id and answer)")
+    if "process_aware" in config.pipeline.rewards and config.rl.reward_model is None:
+        if config.stage2.variant != "prm_cot":
+            raise ConfigError(f"stage2.variant={config.stage2.variant}: rl.reward=process_aware asks a PRM-CoT; choose "
+                              "stage2.variant=prm_cot, or pipeline.rewards=[]")
+        if config.stage2.method not in config.pipeline.label_methods:
+            raise ConfigError(f"stage2.method={config.stage2.method} rewards stage III: add it to "
+                              "pipeline.label_methods")
+
+
+def _required_names(config: SparkConfig) -> None:
+    needed = ["models.generator", "models.verifier", "data.stage1_problems"]
+    needed += ["models.reward_base", "data.processbench"] if config.pipeline.label_methods else []
+    needed += ["models.policy", "data.rl_problems", "data.eval_problems"] if config.pipeline.rewards else []
+    for field in needed:
+        if not _value(config, field):
+            raise ConfigError(f"{field} is not set")
+
+
+def _texts(config: SparkConfig) -> Iterator[tuple[str, str, int, int]]:
+    """``(field, model field, tokens of its longest text, the model's context)`` of every kind of generation."""
+    written = config.stage1.generator_sampling.max_new_tokens
+    rows = [("stage1.generator_sampling", "models.generator", written),
+            ("stage1.verifier_sampling", "models.verifier", written + config.stage1.verifier_sampling.max_new_tokens)]
+    if config.pipeline.rewards:
+        response = config.rl.sampling.max_new_tokens
+        rows += [("rl.sampling", "models.policy", response),
+                 ("evaluation", "models.policy", config.evaluation.max_new_tokens)]
+        if "process_aware" in config.pipeline.rewards:
+            rows.append(("rl.verifier_sampling", "models.reward_base",
+                         response + config.rl.verifier_sampling.max_new_tokens))
+    for field, model, tokens in rows:
+        shape = _hf_config(config, model)
+        # A model of unknown size, such as the small world's, is checked when it is loaded.
+        if shape is not None:
+            yield field, model, PROMPT_ROOM + tokens, shape.get("max_position_embeddings", 32768)
+
+
+def _models(config: SparkConfig) -> list[str]:
+    lines = []
+    for name, value in vars(config.models).items():
+        shape = _hf_config(config, f"models.{name}")
+        size = (f"{shape['model_type']}, {shape['num_hidden_layers']} layers, context "
+                f"{shape.get('max_position_embeddings', 32768):,}") if shape else "size unknown before it is loaded"
+        here = "" if value.startswith("toy:") or (Path(value) / "config.json").exists() else "; not on this machine"
+        lines.append(f"model        {name}: {value} ({size}{here})")
+    if (shape := _hf_config(config, "models.policy")) and config.pipeline.rewards:
+        context = min(config.engine.max_context, shape.get("max_position_embeddings", 32768))
+        room = context - config.rl.sampling.max_new_tokens
+        lines.append(f"context      policy: {room:,} prompt + {config.rl.sampling.max_new_tokens:,} response tokens; "
+                     f"no setting drops longer prompts, data.rl_problems must not have any")
+    return lines
+
+
+def _ranks(config: SparkConfig) -> list[str]:
+    m, world = config.megatron, config.megatron.world_size
+    return [f"ranks        {world} trainer ranks = TP {m.tensor_parallel} x PP {m.pipeline_parallel} x DP "
+            f"{m.data_parallel}, {-(-world // _GPUS_PER_NODE)} node(s) of {_GPUS_PER_NODE} GPUs; every stage the same"]
+
+
+def _generations(config: SparkConfig) -> list[str]:
+    one, two, rl = config.stage1, config.stage2, config.rl
+    solutions = one.solutions_per_problem
+    votes = solutions * one.verifications_per_solution
+    problems, basis = _count(config.data.stage1_problems)
+    tokens = solutions * one.generator_sampling.max_new_tokens + votes * one.verifier_sampling.max_new_tokens
+    lines = [f"stage I      {basis}: {problems * solutions:,} solutions, {problems * votes:,} verifications, at most "
+             f"{problems * tokens:,} generated tokens"]
+    for method in config.pipeline.label_methods:
+        examples = problems * solutions
+        lines.append(f"stage II     {method}, {two.variant}: {basis}, at most {examples:,} examples x {two.epochs} "
+                     f"epochs, {examples * two.epochs * two.max_length:,} trained tokens")
+    for reward in config.pipeline.rewards:
+        rollouts = rl.steps * rl.prompts_per_step * rl.group_size
+        judged = rollouts if reward == "process_aware" else 0
+        # A verification that fails may be tried again; that is not the expected case but belongs to a bound.
+        judged_tokens = judged * (1 + rl.failures.retries) * rl.verifier_sampling.max_new_tokens
+        note = ", READS ANSWER KEYS" if reward == "rlvr" else ""
+        lines.append(f"stage III    {reward}{note}: {rl.steps} steps, {rollouts:,} rollouts of at most "
+                     f"{rollouts * rl.sampling.max_new_tokens:,} tokens, {judged:,} verifications of at most "
+                     f"{judged_tokens:,} tokens with all retries")
+        samples = config.evaluation.samples_per_problem + 1
+        evals = rl.steps // rl.eval_every + 1
+        held, held_basis = _count(config.data.eval_problems)
+        lines.append(f"evaluation   {reward}: {held_basis}, about {evals} times, {evals * held * samples:,} "
+                     f"completions of at most {evals * held * samples * config.evaluation.max_new_tokens:,} tokens")
+    return lines
+
+
+def _files(config: SparkConfig) -> list[str]:
+    read = {f"data.{name}": value for name, value in vars(config.data).items() if value}
+    if config.pipeline.rl_answers:
+        read["pipeline.rl_answers"] = config.pipeline.rl_answers
+    lines = []
+    for field, value in read.items():
+        state = "made on the run" if value.startswith("toy:") else "here" if Path(value).exists() else "missing"
+        lines.append(f"reads        {field}: {value} ({state})")
+    folder = config.run.dir
+    written = ["config.yaml", "stage1/store", *(f"stage2/{m}/model" for m in config.pipeline.label_methods),
+               *(f"stage3/{r}/model" for r in config.pipeline.rewards), "summary.json", "report.html"]
+    return [*lines, *(f"writes       {folder}/{name}" for name in written)]
+
+
+def _engine(config: SparkConfig) -> list[str]:
+    if all(value.startswith("toy:") for value in vars(config.models).values()):
+        return []
+    foreign = sorted({Path(_value(config, f"models.{name}")).name for name in vars(config.models)
+                      if (shape := _hf_config(config, f"models.{name}")) and shape["model_type"] not in MODEL_TYPES})
+    return [f"engine       engine.kind={config.engine.kind} is the embedded engine for small models: there is no "
+            "engine for models of this size yet, so this plan can be checked and not run"
+            + (f"; {', '.join(foreign)} is no {' or '.join(MODEL_TYPES)} model besides" if foreign else "")]
+
+
+def _count(value: str) -> tuple[int, str]:
+    """Problems of a file and how to say it; per problem where the file is not here."""
+    if value.startswith("toy:"):
+        count = int(value.rpartition(":")[2])
+        return count, f"{count:,} problems"
+    if not Path(value).is_file():
+        return 1, "per problem (the file is not here)"
+    with open(value, "rb") as file:
+        count = sum(1 for line in file if line.strip())
+    return count, f"{count:,} problems"
+
+
+def _value(config: SparkConfig, field: str) -> str:
+    section, name = field.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _hf_config(config: SparkConfig, field: str) -> dict[str, Any] | None:
+    """config.json of the folder, else the published one for its name, else None."""
+    folder = Path(_value(config, field))
+    if (folder / "config.json").exists():
+        return read_hf_config(folder)
+    return PUBLISHED.get(folder.name)
