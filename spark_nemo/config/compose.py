@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -58,6 +58,10 @@ def _one_line(error: BaseException) -> str:
     for cause in causes:
         if isinstance(cause, ConfigError):
             return str(cause)
+    for cause in causes:
+        if isinstance(cause, OverrideParseException):
+            reason = " ".join(str(cause.message).split("\n")[0].split())
+            return f"override {cause.override!r} cannot be read ({reason}): quote a value with special signs"
     # Hydra wraps OmegaConf's error; the outer one names the override, the inner one the reason.
     known = [c for c in causes if isinstance(c, HydraException | OmegaConfBaseException)]
     lines = [" ".join(str(c).split("\n")[0].split()) for c in known]

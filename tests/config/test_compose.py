@@ -27,6 +27,14 @@ def test_the_last_override_of_a_key_wins() -> None:
     assert compose_config(["run.seed=1", "run.seed=2"]).run.seed == 2
 
 
+@pytest.mark.parametrize("override", ["run.dir=a=b", "run.dir", "rl.steps=[1,"])
+def test_an_override_that_does_not_parse_is_repeated(override: str) -> None:
+    """Proves the message names the word the user typed; Hydra's own names a grammar token."""
+    with pytest.raises(ConfigError) as error:
+        compose_config([override])
+    assert override in str(error.value) and "\n" not in str(error.value)
+
+
 def test_greedy_with_top_p_is_refused() -> None:
     """Proves a sampling knob without effect is an error, wherever it is built."""
     with pytest.raises(ConfigError, match="top_p"):
