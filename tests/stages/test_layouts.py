@@ -13,10 +13,10 @@ LAYOUTS = {"one": [], "tp2": ["megatron.tensor_parallel=2"], "pp2": ["megatron.p
            "dp2": ["megatron.data_parallel=2"]}
 
 
-def first_step(stage: str, folder: Path, layout: str) -> dict:
+def first_step(stage: str, folder: Path, layout: str, *overrides: str) -> dict:
     short = {"stage2": ["stage2.epochs=1", "stage2.batch_size=64"],
              "stage3": [f"rl.reward_model={VERIFIER}", "rl.steps=1"]}[stage]
-    done = run(stage, folder, *LAYOUTS[layout], *short)
+    done = run(stage, folder, *LAYOUTS[layout], *short, *overrides)
     assert done.returncode == 0, done.stderr
     return rows(next(folder.glob(f"{stage}/*/metrics.jsonl")))[0]
 
@@ -52,3 +52,12 @@ def test_the_first_loss_of_stage3_does_not_depend_on_the_layout(
     assert other["reward"] == stage3_alone["reward"]
     assert other["loss"] == pytest.approx(stage3_alone["loss"], abs=1e-4)
     assert other["grad_norm"] == pytest.approx(stage3_alone["grad_norm"], rel=1e-3)
+
+
+def test_the_first_loss_with_step_advantages_does_not_depend_on_the_layout(tmp_path: Path) -> None:
+    """Proves that advantages that differ from token to token reach the loss through packing and every split alike."""
+    steps = {name: first_step("stage3", tmp_path / name, name, "rl.advantage=global_step")
+             for name in ("one", "tp2", "pp2", "dp2")}
+    for name, step in steps.items():
+        assert step["loss"] == pytest.approx(steps["one"]["loss"], abs=1e-5), name
+        assert step["grad_norm"] == pytest.approx(steps["one"]["grad_norm"], rel=1e-4), name
