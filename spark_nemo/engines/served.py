@@ -51,9 +51,7 @@ class ServedModel:
             max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
             stop_token_ids=tuple(self.tokenizer.eos_ids), seed=seed)
         generation = await self.engine.generate(GenerationRequest(prompt_ids, params))
-        ids = generation.token_ids
-        visible = ids[:-1] if ids and ids[-1] in self.tokenizer.eos_ids else ids
-        return Completion(prompt_ids, generation, self.tokenizer.decode(visible))
+        return Completion(prompt_ids, generation, self.tokenizer.decode_response(generation.token_ids))
 
 
 def model_identity(folder: str | Path) -> str:

@@ -25,10 +25,11 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from spark_nemo.config.errors import ConfigError
+from spark_nemo.records.jsonl import write_text_atomic
 
 from . import distributed
 from .cpu_compat import cuda_means_cpu
-from .hf_files import replace_folder, write_atomically
+from .hf_files import replace_folder
 from .model import PackedGPT
 from .optimizer import prime_state, separate_steps, set_step
 
@@ -58,7 +59,7 @@ def save(folder: str | Path, model: PackedGPT, optimizer: ChainedOptimizer, sche
 
     def finish() -> None:
         replace_folder(temporary, target)
-        write_atomically(folder / LATEST, name)
+        write_text_atomic(folder / LATEST, name)
         for old in sorted(folder.glob("step-*"))[:-keep]:
             if old.name != name:
                 shutil.rmtree(old)

@@ -120,15 +120,6 @@ def replace_folder(temporary: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small file: temporary file, fsync, rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    _flush(temporary)
-    os.replace(temporary, path)
-    _flush(path.parent)
-
-
 def write_model_files(folder: Path, hf_config: dict[str, Any], dtype: torch.dtype, source_dir: Path | None) -> None:
     """config.json with the stored dtype, and the tokenizer and generation files of ``source_dir``."""
     if source_dir is not None:
