@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 
-from spark_nemo.config.schema import MegatronConfig, OptimizerConfig, RLConfig
+from spark_nemo.config import MegatronConfig, OptimizerConfig, RLConfig
 from spark_nemo.engines.base import GenerationRequest, SamplingParams
 from spark_nemo.engines.client import generate_all, run_async
 from spark_nemo.engines.local import LocalEngine

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import torch
 
-from spark_nemo.config.schema import MegatronConfig, OptimizerConfig
+from spark_nemo.config import MegatronConfig, OptimizerConfig
 from spark_nemo.megatron.batch import PackedBatch
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.training.losses import sft_loss

@@ -26,6 +26,10 @@ class EngineFailure(RuntimeError):
     """A request the engine could not serve (bad ids, too long, engine closed). Callers turn it into EngineError."""
 
 
+class EngineUnavailable(EngineFailure):
+    """This engine cannot serve just now (died, hung, unreachable, shut down), but another one could: safe to redo."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to draw tokens. ``temperature=0`` is greedy; ``top_p=1`` and ``top_k=0`` switch those cuts off.

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from spark_nemo.config import MegatronConfig
 from spark_nemo.config.errors import ConfigError
-from spark_nemo.config.schema import MegatronConfig
 
 from .cpu_compat import cuda_means_cpu
 

@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from spark_nemo.config.schema import MegatronConfig
+from spark_nemo.config import MegatronConfig
 
 from .batch import PackedBatch
 from .cpu_compat import cuda_means_cpu, device

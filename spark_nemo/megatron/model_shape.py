@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spark_nemo.config import MegatronConfig
 from spark_nemo.config.errors import ConfigError
-from spark_nemo.config.schema import MegatronConfig
 
 MODEL_TYPES = ("qwen2",)
 

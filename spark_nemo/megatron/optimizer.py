@@ -16,8 +16,8 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from spark_nemo.config import MegatronConfig, OptimizerConfig
 from spark_nemo.config.errors import ConfigError
-from spark_nemo.config.schema import MegatronConfig, OptimizerConfig
 
 from .errors import NonFiniteGradient
 from .model import DTYPES, PackedGPT

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spark_nemo.config import MegatronConfig, OptimizerConfig
 from spark_nemo.config.errors import ConfigError
-from spark_nemo.config.schema import MegatronConfig, OptimizerConfig
 
 from . import checkpoint, distributed, hf_files, hf_weights
 from .batch import PackedBatch

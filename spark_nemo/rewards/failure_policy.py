@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spark_nemo.config.schema import FailurePolicy
+from spark_nemo.config import FailurePolicy
 from spark_nemo.records import Failure, outcome_kind
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from spark_nemo.config.schema import RLConfig
+from spark_nemo.config import RLConfig
 from spark_nemo.megatron.batch import PackedBatch
 from spark_nemo.megatron.distributed import gather_objects
 from spark_nemo.megatron.worker import MegatronWorker, StepResult

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spark_nemo.config.schema import RLConfig
+from spark_nemo.config import RLConfig
 from spark_nemo.megatron.batch import PackedBatch
 from spark_nemo.megatron.worker import LossFn
 

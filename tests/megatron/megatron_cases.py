@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from spark_nemo.config.schema import MegatronConfig, OptimizerConfig
+from spark_nemo.config import MegatronConfig, OptimizerConfig
 from spark_nemo.megatron import checkpoint
 from spark_nemo.megatron.batch import PackedBatch
 from spark_nemo.megatron.worker import MegatronWorker

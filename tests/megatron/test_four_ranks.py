@@ -10,7 +10,7 @@ import pytest
 from megatron_ranks import run_ranks
 from safetensors.torch import load_file
 
-from spark_nemo.config.schema import MegatronConfig
+from spark_nemo.config import MegatronConfig
 from spark_nemo.megatron.worker import MegatronWorker
 
 LAYOUTS = ("tp2_pp2_tied", "tp2_pp2_untied", "tp2_tied", "tp2_untied", "pp2_tied", "pp2_untied",

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from spark_nemo.config import MegatronConfig, OptimizerConfig
 from spark_nemo.config.errors import ConfigError
-from spark_nemo.config.schema import MegatronConfig, OptimizerConfig
 from spark_nemo.megatron import hf_files
 from spark_nemo.megatron.attention import PackedRows, packed_causal_attention
 from spark_nemo.megatron.batch import PackedBatch

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from spark_nemo.config.schema import FailurePolicy
+from spark_nemo.config import FailurePolicy
 from spark_nemo.records import EngineError, FormatViolation, ParseFailure, Problem, Rollout, Truncated, Verdict
 from spark_nemo.rewards import FailureRateExceeded, apply_failure_policy, process_aware_reward, rlvr_reward
 

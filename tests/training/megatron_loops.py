@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from spark_nemo.config.schema import MegatronConfig, OptimizerConfig, RLConfig, SamplingConfig
+from spark_nemo.config import MegatronConfig, OptimizerConfig, RLConfig, SamplingConfig
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import Problem, Rollout
 from spark_nemo.training.grpo import train_on_rollouts

@@ -6,7 +6,7 @@ import pytest
 import torch
 from bigram import BigramWorker
 
-from spark_nemo.config.schema import RLConfig, SamplingConfig
+from spark_nemo.config import RLConfig, SamplingConfig
 from spark_nemo.records import Problem, Rollout
 from spark_nemo.training.advantages import group_advantages
 from spark_nemo.training.grpo import build_sequences, split_by_groups, train_on_rollouts

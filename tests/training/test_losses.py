@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spark_nemo.config.schema import RLConfig
+from spark_nemo.config import RLConfig
 from spark_nemo.training.losses import (
     ADVANTAGES,
     ENGINE_LOGPROBS,

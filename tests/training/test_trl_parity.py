@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from spark_nemo.config.schema import RLConfig
+from spark_nemo.config import RLConfig
 from spark_nemo.training.advantages import group_advantages, rloo_advantages
 from spark_nemo.training.losses import (
     ADVANTAGES,

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from spark_nemo.config.schema import MegatronConfig, OptimizerConfig
+from spark_nemo.config import MegatronConfig, OptimizerConfig
 from spark_nemo.engines.base import Engine, EngineFailure
 from spark_nemo.megatron.batch import PackedBatch
 from spark_nemo.megatron.worker import MegatronWorker

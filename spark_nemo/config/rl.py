@@ -1,0 +1,145 @@
+"""Stage III: rewards, advantages, loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .engine import SamplingConfig
+from .errors import ConfigError, at_least, in_unit_interval, one_of, without_effect
+from .trainer import OptimizerConfig
+
+MODEL_REWARDS = {"process_aware", "step_average", "step_augmented"}
+ON_OUTCOME_ADVANTAGE = {"selective", "selective_half", "global_step"}
+"""Per-token advantages that start from the estimator's."""
+OWN_BASELINE = {"min_form", "prefix", "capo"}
+"""Per-token advantages that read no estimator."""
+
+
+@dataclass
+class FailurePolicy:
+    """What a verification that gave no verdict costs. Nothing becomes a score unless this says so."""
+
+    action: str = "mask"
+    """mask: leave the sample out. penalise: give it ``penalty``."""
+    penalty: float | None = None
+    retries: int = 1
+    """Fresh attempts before the action applies."""
+    max_rate: float = 0.2
+    """The run stops when more than this share of a step's verifications fail after their retries."""
+
+    def __post_init__(self) -> None:
+        one_of("failures.action", self.action, {"mask", "penalise"})
+        at_least("failures.retries", self.retries, 0)
+        in_unit_interval("failures.max_rate", self.max_rate)
+        if self.action == "penalise" and self.penalty is None:
+            raise ConfigError("failures.action=penalise needs failures.penalty (the reward of a failed verification)")
+        if self.action == "mask" and self.penalty is not None:
+            raise without_effect("failures.penalty", self.penalty, "with failures.action=mask")
+
+
+@dataclass
+class RLConfig:
+    """GRPO. The names follow the field: a *group* is the rollouts of one prompt."""
+
+    steps: int = 100
+    prompts_per_step: int = 256
+    group_size: int = 16
+    updates_per_step: int = 1
+    """Optimizer steps per rollout batch; the batch is split by groups."""
+    reward: str = "process_aware"
+    """From the PRM-CoT's verdict: process_aware (format gate times final verdict), step_average, step_augmented.
+    Baselines: rlvr (answer key, declared), majority (the group's own majority answer), random (a coin)."""
+    advantage: str = "outcome"
+    """Per response: outcome. Per token, from step labels: selective, selective_half, global_step, min_form, prefix or
+    capo; all are defined on rl.reward=process_aware."""
+    reward_model: str | None = None
+    """Folder of the PRM-CoT; None takes stage II's result in ``run.dir``. Baselines have none."""
+    prompt_set: str = "paper"
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    verifier_sampling: SamplingConfig = field(
+        default_factory=lambda: SamplingConfig(temperature=0.0, max_new_tokens=4096))
+    """How the PRM-CoT is sampled as a reward; not read by the baselines."""
+    failures: FailurePolicy = field(default_factory=FailurePolicy)
+    estimator: str = "grpo"
+    """From rewards to one advantage per response: grpo, dr_grpo (no std), rloo or reinforce_pp (batch statistics)."""
+    std_normalise: bool | None = None
+    """Divide a group's centred rewards by their standard deviation; only read by grpo. None is True."""
+    loss_aggregation: str | None = None
+    """token_mean, sequence_mean or length_constant. None is token_mean; dr_grpo is length_constant and nothing else."""
+    ratio: str = "token"
+    """What is clipped: token, or sequence (GSPO; its objective is the one with loss_aggregation=sequence_mean). Only
+    read when updates_per_step > 1."""
+    clip_low: float | None = None
+    """Lower clip of the ratio, 1 - clip_low; only read when updates_per_step > 1. None is 0.2."""
+    clip_high: float | None = None
+    """Upper clip of the ratio, 1 + clip_high; only read when updates_per_step > 1. None is 0.2."""
+    kl_estimator: str = "none"
+    """Estimator of KL(policy, reference) in the loss: none, k1, k2 or k3."""
+    kl_coef: float | None = None
+    importance_cap: float | None = 2.0
+    """Truncated importance sampling between engine and trainer log-probabilities; None switches it off."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-6))
+    eval_every: int = 10
+    save_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts_per_step", "updates_per_step", "eval_every", "save_every"):
+            at_least(f"rl.{name}", getattr(self, name), 1)
+        at_least("rl.group_size", self.group_size, 2)
+        one_of("rl.reward", self.reward, MODEL_REWARDS | {"rlvr", "majority", "random"})
+        if self.loss_aggregation is not None:
+            one_of("rl.loss_aggregation", self.loss_aggregation, {"token_mean", "sequence_mean", "length_constant"})
+        one_of("rl.kl_estimator", self.kl_estimator, {"none", "k1", "k2", "k3"})
+        one_of("rl.prompt_set", self.prompt_set, {"paper", "compact"})
+        if self.kl_estimator == "none" and self.kl_coef is not None:
+            raise without_effect("rl.kl_coef", self.kl_coef, "with rl.kl_estimator=none")
+        if self.kl_estimator != "none" and (self.kl_coef or 0) <= 0:
+            raise ConfigError(f"rl.kl_estimator={self.kl_estimator} needs a positive rl.kl_coef")
+        if self.updates_per_step > self.prompts_per_step:
+            raise ConfigError(
+                f"rl.updates_per_step={self.updates_per_step}: at most rl.prompts_per_step={self.prompts_per_step}")
+        for name in ("clip_low", "clip_high"):
+            value = getattr(self, name)
+            if value is not None and self.updates_per_step == 1:
+                raise without_effect(f"rl.{name}", value, "with rl.updates_per_step=1 (the ratio is always 1)")
+            if value is not None and value <= 0:
+                raise ConfigError(f"rl.{name}={value}: must be positive")
+        if self.importance_cap is not None:
+            at_least("rl.importance_cap", self.importance_cap, 1)
+        if not self.asks_reward_model and self.reward_model is not None:
+            raise without_effect("rl.reward_model", self.reward_model, f"with rl.reward={self.reward}")
+        self._check_estimator()
+        self._check_advantage()
+
+    @property
+    def asks_reward_model(self) -> bool:
+        """Is the reward made from a PRM-CoT's verdicts?"""
+        return self.reward in MODEL_REWARDS
+
+    @property
+    def aggregation(self) -> str:
+        """``loss_aggregation``, resolved."""
+        return self.loss_aggregation or ("length_constant" if self.estimator == "dr_grpo" else "token_mean")
+
+    def _check_estimator(self) -> None:
+        one_of("rl.estimator", self.estimator, {"grpo", "dr_grpo", "rloo", "reinforce_pp"})
+        one_of("rl.ratio", self.ratio, {"token", "sequence"})
+        if self.ratio != "token" and self.updates_per_step == 1:
+            raise without_effect("rl.ratio", self.ratio, "with rl.updates_per_step=1 (the ratio is always 1)")
+        if self.std_normalise is not None and self.estimator != "grpo":
+            raise without_effect("rl.std_normalise", self.std_normalise, f"with rl.estimator={self.estimator}")
+        if self.estimator == "dr_grpo" and self.aggregation != "length_constant":
+            raise ConfigError(f"rl.loss_aggregation={self.loss_aggregation}: dr_grpo is length_constant; remove it or "
+                              "choose rl.estimator=grpo with rl.std_normalise=false")
+
+    def _check_advantage(self) -> None:
+        one_of("rl.advantage", self.advantage, {"outcome"} | ON_OUTCOME_ADVANTAGE | OWN_BASELINE)
+        if self.advantage != "outcome" and self.reward != "process_aware":
+            raise ConfigError(f"rl.advantage={self.advantage} reads step labels and the verdict as its reward: "
+                              f"choose rl.reward=process_aware instead of {self.reward}, or rl.advantage=outcome")
+        if self.advantage in OWN_BASELINE:
+            because = f"with rl.advantage={self.advantage} (it has a baseline of its own)"
+            if self.estimator != "grpo":
+                raise without_effect("rl.estimator", self.estimator, because)
+            if self.std_normalise is not None:
+                raise without_effect("rl.std_normalise", self.std_normalise, because)

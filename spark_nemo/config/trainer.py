@@ -1,0 +1,61 @@
+"""The Megatron trainer: parallel layout, numerics, optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import ConfigError, at_least, in_unit_interval, one_of, without_effect
+
+
+@dataclass
+class MegatronConfig:
+    """Parallel layout and numerics of every Megatron model in the run. Data parallel is what the ranks leave over."""
+
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    data_parallel: int = 1
+    sequence_parallel: bool = False
+    dtype: str = "bfloat16"
+    recompute: str = "none"
+    """Activation recomputation: none, selective or full."""
+    distributed_optimizer: bool = True
+    tokens_per_micro_batch: int = 8192
+    """Packed tokens per micro-batch; a longer sequence gets a micro-batch of its own."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel", "pipeline_parallel", "data_parallel", "tokens_per_micro_batch"):
+            at_least(f"megatron.{name}", getattr(self, name), 1)
+        one_of("megatron.dtype", self.dtype, {"float32", "bfloat16"})
+        one_of("megatron.recompute", self.recompute, {"none", "selective", "full"})
+        if self.sequence_parallel and self.tensor_parallel == 1:
+            raise without_effect("megatron.sequence_parallel", True, "with megatron.tensor_parallel=1")
+
+    @property
+    def world_size(self) -> int:
+        """Number of trainer ranks."""
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW with linear warm-up and an optional decay."""
+
+    lr: float = 1e-5
+    min_lr: float = 0.0
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+    warmup_fraction: float = 0.0
+    """Share of all optimizer steps spent on linear warm-up."""
+    decay: str = "constant"
+    """constant, linear or cosine, from the end of warm-up to the last step."""
+
+    def __post_init__(self) -> None:
+        one_of("optimizer.decay", self.decay, {"constant", "linear", "cosine"})
+        in_unit_interval("optimizer.warmup_fraction", self.warmup_fraction)
+        if self.lr <= 0:
+            raise ConfigError(f"optimizer.lr={self.lr}: must be positive")
+        if self.decay == "constant" and self.min_lr:
+            raise without_effect("optimizer.min_lr", self.min_lr, "with optimizer.decay=constant")

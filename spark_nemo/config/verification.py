@@ -1,0 +1,63 @@
+"""Stages I and II: verification data, and the reward model trained on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .engine import SamplingConfig
+from .errors import ConfigError, at_least, in_unit_interval, one_of, without_effect
+from .trainer import OptimizerConfig
+
+LABEL_METHODS = ("single", "outcome_consistency", "step_consistency")
+
+
+@dataclass
+class Stage1Config:
+    """Verification data: M solutions per problem, N verifications per solution."""
+
+    solutions_per_problem: int = 8
+    verifications_per_solution: int = 16
+    prompt_set: str = "paper"
+    generator_sampling: SamplingConfig = field(
+        default_factory=lambda: SamplingConfig(temperature=0.7, top_p=0.95, max_new_tokens=8192))
+    verifier_sampling: SamplingConfig = field(
+        default_factory=lambda: SamplingConfig(temperature=0.8, top_p=0.95, max_new_tokens=8192))
+    num_shards: int = 1
+    shard: int | None = None
+    """Work on problems with index % num_shards == shard only (a Slurm array task); None does all."""
+    max_failure_rate: float = 0.5
+    """Stop when more than this share of solutions or verifications is unusable."""
+
+    def __post_init__(self) -> None:
+        at_least("stage1.solutions_per_problem", self.solutions_per_problem, 1)
+        at_least("stage1.verifications_per_solution", self.verifications_per_solution, 1)
+        at_least("stage1.num_shards", self.num_shards, 1)
+        in_unit_interval("stage1.max_failure_rate", self.max_failure_rate)
+        one_of("stage1.prompt_set", self.prompt_set, {"paper", "compact"})
+        if self.shard is None and self.num_shards > 1:
+            raise without_effect("stage1.num_shards", self.num_shards, "without stage1.shard")
+        if self.shard is not None and not 0 <= self.shard < self.num_shards:
+            raise ConfigError(f"stage1.shard={self.shard}: must lie in 0..{self.num_shards - 1} (stage1.num_shards)")
+
+
+@dataclass
+class Stage2Config:
+    """Fine-tuning of the generative reward model on stage I labels."""
+
+    method: str = "step_consistency"
+    variant: str = "prm_cot"
+    epochs: int = 2
+    batch_size: int = 64
+    """Sequences per optimizer step, over all data-parallel ranks."""
+    max_length: int = 8192
+    optimizer: OptimizerConfig = field(
+        default_factory=lambda: OptimizerConfig(warmup_fraction=0.03, decay="cosine"))
+    save_every: int = 50
+    eval_sampling: SamplingConfig = field(
+        default_factory=lambda: SamplingConfig(temperature=0.0, max_new_tokens=4096))
+
+    def __post_init__(self) -> None:
+        one_of("stage2.method", self.method, set(LABEL_METHODS))
+        one_of("stage2.variant", self.variant, {"orm", "prm", "prm_cot"})
+        for name in ("epochs", "batch_size", "max_length", "save_every"):
+            at_least(f"stage2.{name}", getattr(self, name), 1)
