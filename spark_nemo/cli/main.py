@@ -13,6 +13,8 @@ from pathlib import Path
 
 from spark_nemo.cli.errors import USER_ERRORS
 from spark_nemo.cli.evaluate import add_evaluate_arguments, score_model, score_saved
+from spark_nemo.cli.slurm_plan import add_plan_arguments, slurm_plan
+from spark_nemo.cli.status import run_status
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.config.compose import compose_config, config_yaml
 from spark_nemo.stages.children import die_with_parent
@@ -74,6 +76,12 @@ def _parser() -> argparse.ArgumentParser:
         command = _config_command(kinds, kind, summary)
         add_evaluate_arguments(kind, command)
         command.set_defaults(run=partial(_evaluate, kind))
+    plan = _config_command(commands, "slurm-plan", "check a configuration and tell the scripts in slurm/ what it needs")
+    add_plan_arguments(plan)
+    plan.set_defaults(run=_slurm_plan)
+    status = commands.add_parser("status", help="how far a run on a cluster is, from its files only")
+    status.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder (run.dir)")
+    status.set_defaults(run=_status)
     toy = commands.add_parser("toy", help="build the small world's base models from a seed (the shipped ones were)")
     toy.add_argument("--out", type=Path, required=True, help="folder for generator/ and verifier/")
     toy.add_argument("--seed", type=int, default=0)
@@ -186,6 +194,21 @@ def _evaluate(kind: str, arguments: argparse.Namespace) -> int:
         print(score_saved(kind, arguments))
     elif config := _configured(arguments):
         print(score_model(kind, config, arguments))
+    return 0
+
+
+def _slurm_plan(arguments: argparse.Namespace) -> int:
+    from spark_nemo.stages.plan import check_without_files
+
+    if config := _configured(arguments):
+        if arguments.stage == "pipeline":
+            check_without_files(compose_config(arguments.overrides))
+        print(slurm_plan(arguments.stage, config, arguments.model))
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    print(run_status(arguments.run_dir))
     return 0
 
 
