@@ -8,10 +8,10 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo test lint results bench clean
+.PHONY: help venv demo test test-slurm lint results bench clean
 
 help:            ## show this list
-	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,8 +27,11 @@ demo: venv       ## the main job: all three stages on this machine, report in ru
 test: venv lint  ## every test
 	$(BIN)/python -m pytest
 
+test-slurm: venv  ## the scripts of slurm/ on a real Slurm of five virtual nodes, installed with apt when missing
+	tests/slurm/run.sh --durations=10
+
 lint: venv       ## style and import directions
-	$(BIN)/ruff check spark_nemo tests benchmarks tools
+	$(BIN)/ruff check spark_nemo tests benchmarks tools slurm
 	$(BIN)/lint-imports
 
 results: venv    ## the demo over several seeds, writes docs/results.md

@@ -11,6 +11,7 @@ LOG_DIR="" PART="" PART_DIR="" RUN_DIR="" DONE_FILE="" ENGINE="" WORLD_SIZE=1 TO
 export METHODS="" REWARDS="" REWARD_METHOD=""  # read by pipeline.sh
 STARTED=$(date +%s)
 DONE_BEFORE=0
+POLICY_MODEL="" VERIFIER_MODEL="" POLICY_CONTEXT=0 VERIFIER_CONTEXT=0 SLOTS=0
 STEP_PIDS=()
 
 # --- words
@@ -82,7 +83,9 @@ load_site() {
     : "${PYTHON:=$ROOT/.venv/bin/python}" "${GPUS_PER_NODE:=0}" "${MAX_REQUEUES:=50}" "${MAX_RESTARTS:=5}"
     : "${GPU_COUNT_COMMAND:=nvidia-smi --list-gpus | wc -l}" "${TRAINER_IMAGE:=}" "${ROLLOUT_IMAGE:=}" "${MOUNTS:=}"
     (( GPUS_PER_NODE )) && : "${RANKS_PER_NODE:=$GPUS_PER_NODE}"
-    : "${RANKS_PER_NODE:=1}"
+    : "${RANKS_PER_NODE:=1}" "${SERVER_GPUS:=$GPUS_PER_NODE}" "${SERVER_START_TIMEOUT:=1800}"
+    : "${ROLLOUT_PYTHON:=$PYTHON}" "${POLICY_SERVER_ARGS:=}" "${VERIFIER_SERVER_ARGS:=}"
+    : "${SERVER_PROGRAM:=$ROOT/spark_nemo/engines/sglang/serve.py}"
     # Slurm 22.05 and later do not hand the allocation's cpus-per-task to srun.
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
@@ -92,8 +95,8 @@ load_site() {
 # image_options ROLE: fills IMAGE_OPTIONS and COMMAND, the way to run Python for trainer or rollout.
 image_options() {
     local image=$TRAINER_IMAGE mounts
-    [[ $1 == trainer ]] || image=$ROLLOUT_IMAGE
     IMAGE_OPTIONS=() COMMAND=("$PYTHON")
+    if [[ $1 == rollout ]]; then image=$ROLLOUT_IMAGE COMMAND=("$ROLLOUT_PYTHON"); fi
     if [[ -n $image ]]; then
         mounts="$ROOT:$ROOT${RUN_DIR:+,$RUN_DIR:$RUN_DIR}${MOUNTS:+,$MOUNTS}"
         IMAGE_OPTIONS=(--container-image="$image" --container-mounts="$mounts" --container-workdir="$ROOT"
@@ -104,20 +107,23 @@ image_options() {
 
 # --- the plan: configuration composed and checked by Python, on this node, before anything else runs
 
-declare -a NEEDS=()
+declare -a NEEDS=() PLAN_OVERRIDES=()  # overrides for the plan only: stand-ins for what is known later
 
 # read_plan STAGE ARGUMENTS...: sets RUN_DIR, PART, PART_DIR, DONE_FILE, WORLD_SIZE, ...
 read_plan() {
     local stage=$1 text name value launcher=()
     shift
     image_options trainer
-    if (( ${#IMAGE_OPTIONS[@]} )); then launcher=(srun --nodes=1 --ntasks=1 "${IMAGE_OPTIONS[@]}"); fi
+    # On the login node there are no containers: there PYTHON does it (docs/cluster.md, step 2).
+    if [[ -z $JOB ]]; then COMMAND=("$PYTHON")
+    elif (( ${#IMAGE_OPTIONS[@]} )); then launcher=(srun --nodes=1 --ntasks=1 "${IMAGE_OPTIONS[@]}"); fi
     text=$("${launcher[@]}" "${COMMAND[@]}" -m spark_nemo.cli.main slurm-plan --stage "$stage" "$@" -- \
-        "${OVERRIDES[@]}") || fail "the configuration was refused; the line above says why" 2
+        "${OVERRIDES[@]}" "${PLAN_OVERRIDES[@]}") || fail "the configuration was refused; the line above says why" 2
     while IFS='=' read -r name value; do
         case $name in
             NEEDS) NEEDS+=("$value") ;;
-            RUN_DIR|PART|PART_DIR|DONE_FILE|ENGINE|WORLD_SIZE|TOTAL|METHODS|REWARDS|REWARD_METHOD)
+            RUN_DIR|PART|PART_DIR|DONE_FILE|ENGINE|WORLD_SIZE|TOTAL|METHODS|REWARDS|REWARD_METHOD|\
+            POLICY_MODEL|VERIFIER_MODEL|POLICY_CONTEXT|VERIFIER_CONTEXT|SLOTS)
                 declare -g "$name=$value" ;;
         esac
     done <<< "$text"
@@ -202,7 +208,8 @@ preflight() {
         image_options "$image"
         srun --nodes="${#NODES[@]}" --ntasks="${#NODES[@]}" --ntasks-per-node=1 --overlap "${IMAGE_OPTIONS[@]}" \
             "${COMMAND[@]}" "$SLURM_DIR/node_check.py" --canary "$LOG_DIR/visible" --head "${NODES[0]}" \
-            --gpus "$GPUS_PER_NODE" --gpu-count "$GPU_COUNT_COMMAND" --first-port "$(first_port)" "${options[@]}" \
+            --gpus "$GPUS_PER_NODE" --gpu-count "$GPU_COUNT_COMMAND" --first-port "$(first_port)" \
+            --ports "$(servers_per_node)" "${options[@]}" \
             > "$answers" 2> "$LOG_DIR/preflight.srun.log" < /dev/null &
         wait_for $!
         for node in "${NODES[@]}"; do
@@ -261,6 +268,76 @@ start_step() {
     STEP_PIDS+=("$STEP_PID")
 }
 
+# --- servers: each in a step of its own, started again when it dies
+
+servers_per_node() { if (( GPUS_PER_NODE )); then echo $(( GPUS_PER_NODE / SERVER_GPUS )); else echo 1; fi; }
+
+# start_servers ROLE NODES...: SGLang on these nodes for policy or verifier; appends engine.ROLE.urls to OVERRIDES.
+# The servers' key travels in the environment: command lines are for everybody to read.
+start_servers() {
+    local role=$1 model=$POLICY_MODEL context=$POLICY_CONTEXT more=$POLICY_SERVER_ARGS node port i urls=() words
+    shift
+    (( $# )) || return 0
+    if [[ $role == verifier ]]; then
+        model=$VERIFIER_MODEL context=$VERIFIER_CONTEXT more=$VERIFIER_SERVER_ARGS
+    fi
+    if [[ -z ${SPARK_NEMO_API_KEY:-} ]]; then
+        SPARK_NEMO_API_KEY=$(head -c 24 /dev/urandom | base64 | tr '+/' '-_')
+        export SPARK_NEMO_API_KEY
+    fi
+    read -ra words <<< "$more"
+    for node in "$@"; do
+        port=$(sed -n "s/^$node ok //p" "$LOG_DIR/preflight.txt")
+        for (( i = 0; i < $(servers_per_node); i++ )); do
+            keep_server "$role-$node-$i" "$node" server --model-path "$model" --tp-size "$(( SERVER_GPUS ? SERVER_GPUS : 1 ))" \
+                --base-gpu-id "$(( i * SERVER_GPUS ))" --weight-version 0 --context-length "$context" \
+                --max-running-requests "$SLOTS" --host "$node" --port "$(( port + i ))" "${words[@]}"
+            urls+=("http://$node:$(( port + i ))")
+        done
+    done
+    OVERRIDES+=("engine.$role.urls=[$(printf '"%s",' "${urls[@]}" | sed 's/,$//')]")
+    URLS+=("${urls[@]}")
+    log "$role servers: ${urls[*]}"
+}
+
+# keep_server NAME NODE ARGUMENTS...: runs in the background until it has died MAX_RESTARTS + 1 times.
+keep_server() {
+    local name=$1 node=$2
+    shift 2
+    image_options rollout
+    (
+        trap '' USR1
+        trap '[[ -z $step ]] || kill "$step" 2>/dev/null; exit 0' TERM
+        step="" status=0
+        for (( life = 0; life <= MAX_RESTARTS; life++ )); do
+            srun --nodes=1 --nodelist="$node" --ntasks=1 --overlap --job-name="$name" --open-mode=append \
+                --output="$LOG_DIR/$name.log" "${IMAGE_OPTIONS[@]}" "${COMMAND[@]}" "$SERVER_PROGRAM" "$@" \
+                2>> "$LOG_DIR/$name.srun.log" < /dev/null &
+            step=$!
+            wait "$step"; status=$?
+            log "server $name ended (srun said $status) in its life $(( life + 1 ))"
+            sleep 1
+        done
+        echo "server $name died $(( MAX_RESTARTS + 1 )) times; the end of $LOG_DIR/$name.log says why" > "$LOG_DIR/broken"
+        ask_to_stop
+    ) &
+    STEP_PIDS+=($!)
+}
+
+# wait_servers: until every server answers, or one is beyond help.
+wait_servers() {
+    (( ${#URLS[@]} )) || return 0
+    local deadline=$(( $(date +%s) + SERVER_START_TIMEOUT ))
+    until "$PYTHON" "$SLURM_DIR/server_check.py" "${URLS[@]}" > "$LOG_DIR/servers.txt"; do
+        [[ -z $STOPPING ]] || finish 0
+        if [[ -e $LOG_DIR/broken ]]; then finish 1; fi
+        (( $(date +%s) < deadline )) || fail "after SERVER_START_TIMEOUT=$SERVER_START_TIMEOUT s: $(tr '\n' ' ' < "$LOG_DIR/servers.txt")"
+        sleep 2
+    done
+    log "${#URLS[@]} servers answer"
+}
+URLS=()
+
 # --- end of a job
 
 # finish STATUS: by the marker, never by the status: Slurm 22.05 reports 0 for a dead node and a missing image.
@@ -276,6 +353,12 @@ finish() {
         cancel) set_state cancelled "submit the same again to go on"; log "cancelled, resumable"; exit 143 ;;
         limit) requeue "time limit" ;;
     esac
+    if [[ -e $LOG_DIR/broken ]]; then
+        lost=$(nodes_lost)
+        if [[ -n $lost ]]; then requeue "lost ${lost//$'\n'/ }"; fi
+        tail -n 40 "$LOG_DIR"/*-*-[0-9]*.log | tee "$LOG_DIR/error.txt" >&2
+        fail "$(cat "$LOG_DIR/broken")"
+    fi
     if [[ -e $PART_DIR/STOP ]]; then
         fail "stopped by hand with $PART_DIR/STOP; submit the same again to go on" 3
     fi

@@ -1,6 +1,7 @@
 """Is this node fit for the job? Run once per node by preflight; prints ``NODE ok PORT`` or ``NODE REASON``.
 
-Standard library only, so that it runs in every image. PORT is a free one, where the ranks can meet.
+Standard library only, so that it runs in every image. PORT is the first of ``--ports`` free ones in a row, where ranks
+can meet and servers listen.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=0)
     parser.add_argument("--gpu-count", default="", help="shell command that prints the number of GPUs")
     parser.add_argument("--first-port", type=int, required=True)
+    parser.add_argument("--ports", type=int, default=1, help="how many free ports are needed, in a row")
     parser.add_argument("--needs", action="append", default=[], help="file or folder that must be visible")
     arguments = parser.parse_args()
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-    print(node, trouble(arguments) or f"ok {free_port(arguments.first_port)}", flush=True)
+    port = first_free(arguments.first_port, arguments.ports)
+    print(node, trouble(arguments) or (f"ok {port}" if port else "has no free ports"), flush=True)
 
 
 def trouble(arguments: argparse.Namespace) -> str:
@@ -46,16 +49,22 @@ def trouble(arguments: argparse.Namespace) -> str:
     return ""
 
 
-def free_port(first: int) -> int:
-    """The first port from ``first`` on that nobody listens on."""
-    for port in range(first, first + TRIED_PORTS):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("", port))
-            except OSError:
-                continue
-            return port
-    raise SystemExit(f"no free port in {first}..{first + TRIED_PORTS - 1}")
+def first_free(first: int, count: int) -> int:
+    """The first of ``count`` neighbouring ports that nobody listens on, 0 when there are none near ``first``."""
+    for start in range(first, first + TRIED_PORTS):
+        if all(is_free(port) for port in range(start, start + count)):
+            return start
+    return 0
+
+
+def is_free(port: int) -> bool:
+    """Can this port be listened on?"""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+        return True
 
 
 if __name__ == "__main__":

@@ -27,12 +27,18 @@ load_site
 
 need_number policy-nodes 0
 need_number verifier-nodes 0
-begin_job stage3
 policy=${OPTIONS[policy-nodes]} verifier=${OPTIONS[verifier-nodes]}
+# Where the servers will be is known after preflight; the configuration is checked with stand-ins before.
+if (( policy )); then PLAN_OVERRIDES+=('engine.policy.urls=["http://policy:1"]'); fi
+if (( verifier )); then PLAN_OVERRIDES+=('engine.verifier.urls=["http://verifier:1"]'); fi
+begin_job stage3
 train=$(( ${#NODES[@]} - policy - verifier ))
 check_ranks "$train"
 check_servers "$(( policy + verifier ))"
 preflight
+start_servers policy "${NODES[@]:train:policy}"
+start_servers verifier "${NODES[@]:train + policy:verifier}"
+wait_servers
 start_step trainer "$(join_by , "${NODES[@]:0:train}")" "$WORLD_SIZE" trainer \
     -m spark_nemo.cli.main stage3 -- "${OVERRIDES[@]}"
 wait_for "$STEP_PID"

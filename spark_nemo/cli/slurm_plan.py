@@ -1,4 +1,4 @@
-"""``spark-nemo slurm-plan --stage STAGE``: what the scripts in ``slurm/`` need to know of a configuration, checked before.
+"""``spark-nemo slurm-plan --stage STAGE``: what the scripts in ``slurm/`` need to know of a configuration.
 
 One ``NAME=value`` per line. Composing and checking happen here, on one node and without a GPU, so that a wrong override
 or a missing file ends a job in its first seconds.
@@ -14,7 +14,9 @@ from spark_nemo.cli.evaluate import model_output
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.stages.run_folder import DONE, stage1_folder, stage2_folder, stage3_folder
 
-STAGES = ("stage1", "stage2", "stage3", "pipeline", "report", "evaluate-math", "evaluate-processbench")
+STAGES = ("stage1", "stage2", "stage3", "pipeline", "nodes", "report", "evaluate-math", "evaluate-processbench")
+_SERVER_RESERVE = 6
+"""Tokens of its context length that SGLang keeps for itself."""
 
 
 def add_plan_arguments(command: argparse.ArgumentParser) -> None:
@@ -28,7 +30,8 @@ def slurm_plan(stage: str, config: SparkConfig, model: str | None) -> str:
     if (model is None) == stage.startswith("evaluate"):
         raise ConfigError(f"slurm-plan --stage {stage}: --model is for evaluate-* and must be given there")
     lines = {"RUN_DIR": str(Path(config.run.dir).resolve()), "ENGINE": config.engine.kind}
-    lines |= _chain(config) if stage == "pipeline" else _part(stage, config, model)
+    if stage != "nodes":
+        lines |= _chain(config) if stage == "pipeline" else _part(stage, config, model)
     plan = [*lines.items(), *(("NEEDS", str(path.resolve())) for path in _needed_files(stage, config, model))]
     for name, value in plan:
         if "\n" in value:
@@ -59,7 +62,8 @@ def _part(stage: str, config: SparkConfig, model: str | None) -> dict[str, str]:
     if stage == "stage3":
         check_stage3(config)
         folder = stage3_folder(config.run, config.rl.reward)
-        return _described(config, folder, ranks=config.megatron.world_size, total=config.rl.steps)
+        return {**_described(config, folder, ranks=config.megatron.world_size, total=config.rl.steps),
+                **_servers(config)}
     if stage == "report":
         return {"PART": "report", "DONE_FILE": str(Path(config.run.dir).resolve() / "report.html")}
     assert model is not None, "slurm_plan asks for it"
@@ -73,9 +77,29 @@ def _described(config: SparkConfig, folder: Path, ranks: int, total: int) -> dic
             "DONE_FILE": str((folder / DONE).resolve()), "WORLD_SIZE": str(ranks), "TOTAL": str(total)}
 
 
+def _servers(config: SparkConfig) -> dict[str, str]:
+    """What rollout servers are started with; nothing for the embedded engine."""
+    from spark_nemo.megatron.model_shape import read_hf_config
+    from spark_nemo.stages.checks import reward_model_folder
+
+    if config.engine.kind == "local":
+        return {}
+    models = {"POLICY": Path(config.models.policy)}
+    if config.rl.asks_reward_model:
+        models["VERIFIER"] = reward_model_folder(config)
+    lines = {"SLOTS": str(config.engine.max_batch_size)}
+    for role, folder in models.items():
+        positions = read_hf_config(folder).get("max_position_embeddings", 32768)
+        lines[f"{role}_MODEL"] = str(folder.resolve())
+        lines[f"{role}_CONTEXT"] = str(min(positions, config.engine.max_context + _SERVER_RESERVE))
+    return lines
+
+
 def _needed_files(stage: str, config: SparkConfig, model: str | None) -> Iterator[Path]:
     """Models and data that the nodes of this job read."""
-    names = {"stage1": ("models.generator", "models.verifier", "data.stage1_problems"),
+    names = {"pipeline": (*(f"models.{name}" for name in vars(config.models)),
+                          *(f"data.{name}" for name in vars(config.data)), "pipeline.rl_answers"),
+             "stage1": ("models.generator", "models.verifier", "data.stage1_problems"),
              "stage2": ("models.reward_base", "data.processbench"),
              "stage3": ("models.policy", "data.rl_problems", "data.eval_problems", "data.rl_answers"),
              "evaluate-math": ("data.eval_problems",), "evaluate-processbench": ("data.processbench",)}

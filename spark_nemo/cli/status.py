@@ -62,7 +62,8 @@ def run_status(run_dir: Path) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     for part in parts:
         if part.error:
-            lines += ["", f"{part.name}, job {part.job}, last error:", *(f"  {line}" for line in part.error.split("\n"))]
+            lines += ["", f"{part.name}, job {part.job}, last error:"]
+            lines += [f"  {line}" for line in part.error.split("\n")]
     return "\n".join(lines)
 
 

@@ -12,7 +12,6 @@ import getpass
 import os
 import re
 import shutil
-import signal
 import socket
 import stat
 import subprocess
@@ -211,9 +210,9 @@ wait"""
 
     def stop(self) -> None:
         """Kill jobs, nodes and daemons, and remove what they left in the machine's cgroups and network."""
-        if "slurmctld" in self.processes:
-            if jobs := self.run("squeue", "-h", "-o", "%A", check=False).stdout.split():
-                self.run("scancel", "--full", "-s", "KILL", *jobs, check=False)
+        if "slurmctld" in self.processes and (
+                jobs := self.run("squeue", "-h", "-o", "%A", check=False).stdout.split()):
+            self.run("scancel", "--full", "-s", "KILL", *jobs, check=False)
         for name in list(self.processes):
             process = self.processes.pop(name)
             process.kill()
@@ -276,9 +275,3 @@ wait"""
 def missing_programs() -> list[str]:
     """Programs that the cluster needs and this machine lacks."""
     return [name for name in PROGRAMS if shutil.which(name, path=SEARCH) is None]
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL, and reap."""
-    process.send_signal(signal.SIGKILL)
-    process.wait()

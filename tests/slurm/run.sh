@@ -19,10 +19,15 @@ SPARK_NEMO_SLURM=$(mktemp -d /tmp/spark-slurm-XXXXXX)
 export SPARK_NEMO_SLURM
 chmod 755 "$SPARK_NEMO_SLURM"
 clean_up() {
+    [[ -z ${space:-} ]] || kill -KILL "$space" 2>/dev/null || true
     rm -rf "$SPARK_NEMO_SLURM"
-    find /sys/fs/cgroup/freezer -depth -type d -name 'slurm_node*' -exec find {} -depth -type d -delete \; 2>/dev/null
+    find /sys/fs/cgroup/freezer -depth -type d -path '*/slurm_node*' -delete 2>/dev/null
     return 0
 }
 trap clean_up EXIT
+trap 'exit 143' TERM INT
+targets=(); [[ " $* " == *" tests/slurm"* ]] || targets=(tests/slurm)
 unshare "${user[@]}" --net --mount --pid --fork --kill-child --mount-proc \
-    "${PYTHON:-.venv/bin/python}" -m pytest tests/slurm "$@"
+    "${PYTHON:-.venv/bin/python}" -m pytest "${targets[@]}" "$@" &
+space=$!
+wait "$space"

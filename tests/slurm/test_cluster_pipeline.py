@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from cluster import Cluster
-from world import REPO, SMALL, environment_of_this_process, site
+from slurm_world import REPO, SMALL, environment_of_this_process, site
 
 CHAIN = [*SMALL, "pipeline.label_methods=[step_consistency]", "pipeline.rewards=[process_aware,rlvr]",
          "pipeline.parallel_jobs=2", "megatron.data_parallel=2"]
