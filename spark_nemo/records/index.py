@@ -24,7 +24,7 @@ INDEX_FOLDER = ".index"
 IndexFailure = sqlite3.Error
 """What any call of ``StoreIndex`` raises when the index cannot be read or written."""
 _FORMAT = 1
-_CACHE_KIB = 4096
+_CACHE_KIB = 2048
 _PAGE = 512
 _SCHEMA = """
 CREATE TABLE shard (id INTEGER PRIMARY KEY, name TEXT UNIQUE, scanned INTEGER, last INTEGER, checksum TEXT);

@@ -247,8 +247,6 @@ class RecordStore:
             except (OSError, IndexFailure) as error:
                 logger.info("%s: no index file for %s (%s): a temporary one", self.folder, self._writer_name, error)
                 self._close_index(keep=False)
-        if self._index is None:
-            self._index = StoreIndex(None)
         self._ask(self._scan_all)
 
     def _is_current(self, index: StoreIndex) -> bool:
@@ -267,19 +265,18 @@ class RecordStore:
 
     def _ask(self, question: Callable[[StoreIndex], T]) -> T:
         """Ask the index; when it fails, as on a full disk, ask a new temporary one."""
-        if self._index is None:  # read after closing
+        if self._index is not None:
+            try:
+                return question(self._index)
+            except IndexFailure as error:
+                logger.warning("%s: index: %s: made again in a temporary file", self.folder, error)
+                self._close_index(keep=False)
+        try:
             self._index = StoreIndex(None)
             self._scan_all(self._index)
-        try:
             return question(self._index)
         except IndexFailure as error:
-            logger.warning("%s: index: %s: made again in a temporary file", self.folder, error)
-        self._close_index(keep=False)
-        self._index = StoreIndex(None)
-        try:
-            self._scan_all(self._index)
-            return question(self._index)
-        except IndexFailure as error:
+            self._close_index(keep=False)
             raise StoreFull(f"{self.folder}: a temporary index cannot be written ({error}): set SQLITE_TMPDIR to a "
                             "folder with space; every acknowledged record is intact") from error
 

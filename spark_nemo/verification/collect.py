@@ -139,7 +139,7 @@ class Collector:
         outcome = parse_generation(
             completion.text, str(completion.generation.finish_reason), num_tokens, len(parsed.steps))
         record = Verification(key, solution.key, vote, completion.text, outcome, num_tokens)
-        self.store.append(key, VERIFICATION, record.to_json())
+        self.store.append(key, VERIFICATION, record.to_json(), parent=solution.key)
         self.counts.verification_tokens += num_tokens
         return outcome
 
@@ -149,11 +149,3 @@ def parse_solution(solution: Solution) -> ParsedResponse | ParseFailure:
     if solution.finish_reason != "stop":
         return ParseFailure(f"finish_reason: {solution.finish_reason}")
     return split_response(solution.text, StepFormat.PLAIN)
-
-
-def read_collected(store: RecordStore) -> tuple[list[Solution], list[Verification]]:
-    """Usable solutions of a store and the verifications of them, in the order of their keys."""
-    solutions = [Solution.from_json(row) for _, row in store.iter(SOLUTION)]
-    usable = {s.key: s for s in solutions if isinstance(parse_solution(s), ParsedResponse)}
-    votes = [Verification.from_json(row) for _, row in store.iter(VERIFICATION)]
-    return [usable[key] for key in sorted(usable)], [v for v in votes if v.solution_key in usable]
