@@ -4,9 +4,7 @@ import errno
 import json
 import logging
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import zlib

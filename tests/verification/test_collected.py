@@ -58,9 +58,9 @@ def test_a_group_with_another_solutions_vote_is_refused(tmp_path):
 
 
 def test_memory_holds_one_solution_at_a_time(tmp_path):
-    """Ten times the solutions, the same peak of Python memory while streaming."""
+    """Five times the solutions, the same peak of Python memory while streaming."""
     peaks = []
-    for solutions in (200, 2000):
+    for solutions in (600, 3000):
         folder = tmp_path / str(solutions)
         write(folder, solutions, text=TEXT.replace("1+1", "1+1 " * 300))
         with RecordStore(folder) as store:
