@@ -180,6 +180,13 @@ class StoreIndex:
             "JOIN kind ON kind.id=record.kind GROUP BY record.shard, record.kind")
         return {(shard, kind): number for shard, kind, number in rows}
 
+    def children_per_parent(self, kind: str) -> dict[int, int]:
+        """How many parents have so many children of this kind, by the number of children."""
+        rows = self._database.execute(
+            "SELECT children, count(*) FROM (SELECT count(*) AS children FROM record WHERE kind=? AND parent NOTNULL "
+            "GROUP BY parent) GROUP BY children", (self._kinds.get(kind),))
+        return dict(rows.fetchall())
+
     def commit(self) -> None:
         """Make what was added last a kill, with how far every shard was scanned."""
         self._database.executemany(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .types import Problem
@@ -64,22 +66,34 @@ def _problem(line: bytes) -> Problem:
     return Problem(**values)
 
 
-def write_text_atomic(path: str | Path, text: str) -> None:
-    """Replace ``path`` by a UTF-8 file with this text: after a crash it holds the old text or the new, never a part."""
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """A temporary file to write to; it replaces ``path`` when the block ends, and is removed when the block fails.
+
+    After a crash ``path`` holds what it held before or the whole new file, never a part.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
+        try:
+            yield temporary
+            os.fchmod(handle, 0o644)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Replace ``path`` by a UTF-8 file with this text: after a crash it holds the old text or the new, never a part."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def write_json_atomic(path: str | Path, obj: object) -> None:

@@ -116,6 +116,16 @@ def read_lines(path: Path, start: int = 0) -> Iterator[Line]:
             offset += len(text)
 
 
+def read_record(path: Path, line: Line) -> dict[str, object]:
+    """The whole record of an intact line of ``read_lines``: ``key``, ``kind``, ``payload`` and perhaps ``parent``."""
+    with path.open("rb") as file:
+        file.seek(line.offset)
+        body = checked_body(file.read(line.length))
+    if body is None:
+        raise ValueError(f"{path}: byte {line.offset}: the record has changed since it was read")
+    return json.loads(body)
+
+
 def shard_paths(folder: Path) -> list[Path]:
     """The shards of a store in the order of their names."""
     return sorted(folder.glob(f"*{SHARD_SUFFIX}"))

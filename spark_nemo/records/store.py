@@ -168,6 +168,10 @@ class RecordStore:
         """Stream ``(key, payload)`` of the records of a kind that name this parent, in the order of their keys."""
         return self._payloads(kind, self._ask(lambda index: index.children(parent, kind)))
 
+    def children_per_parent(self, kind: str) -> dict[int, int]:
+        """How many parents have so many children of this kind, by the number of children."""
+        return self._ask(lambda index: index.children_per_parent(kind))
+
     def adopt(self, kind: str, parent_of: Callable[[Payload], str | None]) -> None:
         """Give records written without a parent the one that ``parent_of`` finds in the payload, in this index only."""
         for entry in self._ask(lambda index: index.without_parent(kind)):
