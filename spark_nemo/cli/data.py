@@ -100,7 +100,10 @@ def _table(figures: dict[str, dict]) -> Iterator[str]:
         yield (f"\n{figures['corrupt_records']} corrupt records, {figures['torn_tails']} unfinished ones at the end of "
                "a shard: see `spark-nemo data verify`")
     for name, run in figures["runs"].items():
+        failures = run.pop("engine_failures", {})
         yield f"\nlast run of {name}: {', '.join(f'{key} {value}' for key, value in run.items())}"
+        for reason, count in failures.items():
+            yield f"  engine failed {count} times: {reason}"
 
 
 def _percent(part: int, whole: int) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import yaml
 
 from spark_nemo.cli.data import label_files, read_made_by, store_folder
+from spark_nemo.records import outcome_from_json
 from spark_nemo.records.store import RecordStore
+from spark_nemo.verification import count_votes
 from spark_nemo.verification.collect import VERIFICATION
 from spark_nemo.verification.lineage import Descendant, Lineage, chosen_verification, trace
 
@@ -50,6 +52,7 @@ def explain(lineage: Lineage, all_texts: bool, models: Mapping[str, str] = {}) -
     yield from (f"note: {note}" for note in lineage.notes)
     if not lineage.labels:
         yield from _section("label", "none: stage II gave this solution no label, or has not run")
+        yield from _votes(lineage.descendants)
     chosen = set()
     for label in lineage.labels:
         yield from _label(label, lineage)
@@ -75,21 +78,29 @@ def _label(label: Mapping[str, object], lineage: Lineage) -> Iterator[str]:
     for name, value in evidence.items():
         yield f"  {name}: {value if isinstance(value, str) else json.dumps(value)}"
     source = chosen_verification(label, lineage.descendants)
-    matching = evidence.get("matching_votes")
+    why = label.get("reason") or f"drawn from {evidence.get('matching_votes')} that match"
     if source is None:
-        yield "  target: its verification is not in the store"
+        yield "  target: the verification it was taken from is not in the store"
     elif source.payload.get("text") == label["target_text"]:
-        among = "the closest, for none agrees with the majority" if matching == 0 else f"one of {matching} that agree"
-        yield f"  target: vote {evidence['chosen_vote']}, verification {source.key} ({among})"
+        yield f"  target: {source.kind} {source.key}, vote {evidence['chosen_vote']}: {why}"
     else:
-        yield f"  target (made of vote {evidence['chosen_vote']}, verification {source.key}):\n{label['target_text']}"
-    shown = {"method", "solution", "step_labels", "answer_correct", "target_text", "evidence"}
+        yield f"  target, made from {source.kind} {source.key}, vote {evidence['chosen_vote']} ({why}):"
+        yield from ("    | " + line for line in label["target_text"].split("\n"))
+    shown = {"method", "solution", "step_labels", "answer_correct", "target_text", "evidence", "reason"}
     for name, value in label.items():
         if name not in shown:
             yield f"  {name}: {value if isinstance(value, str) else json.dumps(value)}"
 
 
-def _made(descendants: tuple[Descendant, ...] | list[Descendant], in_full: set[str], all_texts: bool) -> Iterator[str]:
+def _votes(descendants: Sequence[Descendant]) -> Iterator[str]:
+    """The votes per step of a solution without a label."""
+    verdicts = [outcome_from_json(d.payload["outcome"]) for d in descendants if d.kind == VERIFICATION]
+    count = count_votes(verdicts)
+    for step, votes in enumerate(count.correct_votes, start=1):
+        yield f"  step {step}: {votes} of {count.num_votes} votes for correct"
+
+
+def _made(descendants: Sequence[Descendant], in_full: set[str], all_texts: bool) -> Iterator[str]:
     yield from _section("made of the solution", "nothing" if not descendants else f"{len(descendants)} records")
     for record in descendants:
         vote = f" vote {record.payload['vote']}" if "vote" in record.payload else ""

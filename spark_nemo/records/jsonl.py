@@ -11,17 +11,25 @@ from pathlib import Path
 
 from .types import Problem
 
+_OTHER_NAMES = {"problem_id": ("unique_id", "id", "idx"), "question": ("problem",)}
+
 
 class DataFileError(ValueError):
     """A data file that cannot be used; the one-line message names the file and, where it applies, line and field."""
 
 
 def read_problems(path: str | Path) -> list[Problem]:
-    """Read a JSONL file of objects with ``problem_id``, ``question`` and optionally ``source``, all strings.
+    """Read a JSONL file of objects with ``problem_id``, ``question`` and optionally ``source``, all strings, or a
+    Parquet file in verl's layout (``read_verl_problems``).
 
-    Any other field, an answer above all, is dropped here and reaches no record. Raises ``DataFileError`` naming file
-    and line of whatever is missing, malformed, empty or repeated.
+    The names that the mathematics benchmarks use instead (``unique_id``, ``id`` or ``idx``, a string or an integer, and
+    ``problem``) are read too. Any other field, an answer above all, is dropped here and reaches no record. Raises
+    ``DataFileError`` naming file and line of whatever is missing, malformed, empty or repeated.
     """
+    if Path(path).suffix == ".parquet":
+        from .verl_parquet import read_verl_problems
+
+        return read_verl_problems(path)
     problems: list[Problem] = []
     seen: dict[str, int] = {}
     # Bytes split at newline characters only; str.splitlines would also split at U+2028 inside a question.
@@ -53,6 +61,7 @@ def _problem(line: bytes) -> Problem:
         raise ValueError(f"not JSON in UTF-8 ({' '.join(str(error).split())})") from None
     if not isinstance(data, dict):
         raise ValueError(f"a JSON object is needed, not {type(data).__name__}")
+    _use_other_names(data)
     values = {}
     for name, default in (("problem_id", None), ("question", None), ("source", "")):
         value = data.get(name, default)
@@ -64,6 +73,14 @@ def _problem(line: bytes) -> Problem:
             raise ValueError(f"{name!r} holds half of a surrogate pair, which is no character") from None
         values[name] = value
     return Problem(**values)
+
+
+def _use_other_names(data: dict[str, object]) -> None:
+    for name, others in _OTHER_NAMES.items():
+        other = next((other for other in others if other in data), None)
+        if name not in data and other is not None:
+            value = data[other]
+            data[name] = str(value) if name == "problem_id" and type(value) is int else value
 
 
 @contextmanager

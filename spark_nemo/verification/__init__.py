@@ -8,7 +8,6 @@ from .labelling import (
     Dropped,
     LabelOptions,
     label_all,
-    label_groups,
     label_outcome_consistency,
     label_single,
     label_step_consistency,
@@ -17,5 +16,5 @@ from .voting import VoteCount, count_votes, failure_rates, majority
 
 __all__ = [
     "LABEL_METHODS", "Dropped", "LabelOptions", "VoteCount", "count_votes", "failure_rates", "label_all",
-    "label_groups", "label_outcome_consistency", "label_single", "label_step_consistency", "majority",
+    "label_outcome_consistency", "label_single", "label_step_consistency", "majority",
 ]

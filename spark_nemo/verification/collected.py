@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from spark_nemo.grammar import ParsedResponse
-from spark_nemo.records import Solution, Verification
+from spark_nemo.records import LabelledSolution, Solution, Verification
 from spark_nemo.records.store import RecordStore
 
 from .collect import SOLUTION, VERIFICATION, parse_solution
+from .labelling import LabelOptions, label_all
 
 
 def stream_collected(store: RecordStore) -> Iterator[tuple[Solution, list[Verification]]]:
@@ -31,6 +33,23 @@ def read_collected(store: RecordStore) -> tuple[list[Solution], list[Verificatio
         solutions.append(solution)
         verifications += votes
     return solutions, verifications
+
+
+def label_collected(
+    method: str, store: RecordStore, seed: int, options: LabelOptions | None = None,
+) -> tuple[list[LabelledSolution], dict[str, int]]:
+    """``label_all`` of a store's usable solutions, in the order of their keys, read one by one.
+
+    Of the dropped only the numbers are kept. Raises ``ValueError`` where ``label_all`` does.
+    """
+    options = options or LabelOptions()
+    labelled: list[LabelledSolution] = []
+    dropped: Counter[str] = Counter()
+    for solution, votes in stream_collected(store):
+        label, reasons = label_all(method, [solution], votes, seed, options)
+        labelled += label
+        dropped.update(reasons)
+    return labelled, dict(dropped)
 
 
 def adopt_verifications(store: RecordStore) -> None:

@@ -96,8 +96,11 @@ def trace(store: RecordStore, name: str, label_files: Sequence[Path], made_by: P
 
 
 def chosen_verification(label: Payload, descendants: Sequence[Descendant]) -> Descendant | None:
-    """The verification that a label's evidence names by its vote."""
-    chosen = label["evidence"].get("chosen_vote")
+    """The verification that a label's evidence names, by its key or else by its vote."""
+    evidence = label["evidence"]
+    if key := evidence.get("chosen_key"):
+        return next((d for d in descendants if d.key == key), None)
+    chosen = evidence.get("chosen_vote")
     return next((d for d in descendants if d.kind == VERIFICATION and d.payload.get("vote") == chosen), None)
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from spark_nemo.records import ParseFailure, Solution, Verdict, Verification
 from spark_nemo.records.store import RecordStore
-from spark_nemo.verification import label_all, label_groups
-from spark_nemo.verification.collected import read_collected, stream_collected
+from spark_nemo.verification import label_all
+from spark_nemo.verification.collected import label_collected, read_collected, stream_collected
 
 TEXT = "Step 1: 1+1=2\nAnswer: 2"
 
@@ -43,18 +43,7 @@ def test_labels_of_the_stream_are_those_of_the_lists(tmp_path):
     write(tmp_path)
     with RecordStore(tmp_path) as store:
         for method in ("single", "step_consistency"):
-            assert label_groups(method, stream_collected(store), 0) == label_all(method, *read_collected(store), 0)
-
-
-def test_a_group_with_another_solutions_vote_is_refused(tmp_path):
-    """A vote given with the wrong solution would be counted there."""
-    write(tmp_path)
-    with RecordStore(tmp_path) as store:
-        (first, votes), (second, _), *_ = stream_collected(store)
-    with pytest.raises(ValueError, match="of solution s0, given with s1"):
-        label_groups("single", [(second, votes)], 0)
-    with pytest.raises(ValueError, match="same vote number"):
-        label_groups("single", [(first, votes + votes)], 0)
+            assert label_collected(method, store, 0) == label_all(method, *read_collected(store), 0)
 
 
 def test_memory_holds_one_solution_at_a_time(tmp_path):
