@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -151,12 +150,15 @@ def _verify(arguments: argparse.Namespace) -> int:
     from spark_nemo.verification.audit import audit_store
 
     folder = store_folder(arguments.run_folder)
-    # Opening the store logs what the audit says again, with more words.
-    logging.getLogger("spark_nemo.records.store").setLevel(logging.ERROR)
-    wrong = notes = 0
-    for finding in audit_store(folder, read_made_by(folder) or None):
-        wrong, notes = wrong + (not finding.harmless), notes + finding.harmless
-        print(f"{'note: ' if finding.harmless else ''}{finding}")
-        sys.stdout.flush()
+    # Opening the store logs what the audit says again.
+    store_log = logging.getLogger("spark_nemo.records.store")
+    level, wrong, notes = store_log.level, 0, 0
+    store_log.setLevel(logging.ERROR)
+    try:
+        for finding in audit_store(folder, read_made_by(folder) or None):
+            wrong, notes = wrong + (not finding.harmless), notes + finding.harmless
+            print(f"{'note: ' if finding.harmless else ''}{finding}", flush=True)
+    finally:
+        store_log.setLevel(level)
     print(f"{folder}: {len(shard_paths(folder))} shards read, {wrong} findings, {notes} notes")
     return 1 if wrong else 0
