@@ -7,8 +7,9 @@ asks only for what is missing. A solution goes to its verifier the moment it is 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from spark_nemo.config import Stage1Config
 from spark_nemo.engines.base import EngineFailure
@@ -36,6 +37,7 @@ from spark_nemo.records import (
 from spark_nemo.records.store import RecordStore
 
 SOLUTION, VERIFICATION = "solution", "verification"
+_MOST_REASONS = 50
 
 
 @dataclass(slots=True)
@@ -49,6 +51,15 @@ class CollectCounts:
     reused: int = 0
     solution_tokens: int = 0
     verification_tokens: int = 0
+    engine_failures: dict[str, int] = field(default_factory=dict)
+    """Requests that an engine refused or lost, by its reason with every number written N. Not stored: asked again."""
+
+    def engine_failed(self, failure: EngineFailure) -> None:
+        """Count one by its reason; beyond some number of reasons they are not told apart."""
+        reason = re.sub(r"\d+", "N", str(failure))
+        if reason not in self.engine_failures and len(self.engine_failures) >= _MOST_REASONS:
+            reason = "other"
+        self.engine_failures[reason] = self.engine_failures.get(reason, 0) + 1
 
 
 class Collector:
@@ -111,6 +122,7 @@ class Collector:
             num_tokens = len(completion.generation.token_ids)
         except EngineFailure as failure:
             # Not stored: the next run asks again.
+            self.counts.engine_failed(failure)
             return Solution(key, problem.problem_id, problem.question, str(failure), "abort", 0)
         solution = Solution(key, problem.problem_id, problem.question, text, reason, num_tokens)
         self.store.append(key, SOLUTION, asdict(solution))
@@ -134,12 +146,13 @@ class Collector:
         try:
             completion = await self.verifier.complete(messages, self.config.verifier_sampling, derive_seed(key))
         except EngineFailure as failure:
+            self.counts.engine_failed(failure)
             return EngineError(str(failure))  # not stored: the next run asks again
         num_tokens = len(completion.generation.token_ids)
         outcome = parse_generation(
             completion.text, str(completion.generation.finish_reason), num_tokens, len(parsed.steps))
         record = Verification(key, solution.key, vote, completion.text, outcome, num_tokens)
-        self.store.append(key, VERIFICATION, record.to_json())
+        self.store.append(key, VERIFICATION, record.to_json(), parent=solution.key)
         self.counts.verification_tokens += num_tokens
         return outcome
 
@@ -149,11 +162,3 @@ def parse_solution(solution: Solution) -> ParsedResponse | ParseFailure:
     if solution.finish_reason != "stop":
         return ParseFailure(f"finish_reason: {solution.finish_reason}")
     return split_response(solution.text, StepFormat.PLAIN)
-
-
-def read_collected(store: RecordStore) -> tuple[list[Solution], list[Verification]]:
-    """Usable solutions of a store and the verifications of them, in the order of their keys."""
-    solutions = [Solution.from_json(row) for _, row in store.iter(SOLUTION)]
-    usable = {s.key: s for s in solutions if isinstance(parse_solution(s), ParsedResponse)}
-    votes = [Verification.from_json(row) for _, row in store.iter(VERIFICATION)]
-    return [usable[key] for key in sorted(usable)], [v for v in votes if v.solution_key in usable]
