@@ -18,6 +18,10 @@ class Stage1Config:
     solutions_per_problem: int = 8
     verifications_per_solution: int = 16
     prompt_set: str = "paper"
+    verifier_prompt: str = "verify"
+    """What the verifier is asked with: verify (a general model) or reward_model (a PRM-CoT of an earlier round)."""
+    solutions_from: str | None = None
+    """Store of an earlier run whose solutions are taken over where they are the ones this run would sample."""
     generator_sampling: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(temperature=0.7, top_p=0.95, max_new_tokens=8192))
     verifier_sampling: SamplingConfig = field(
@@ -46,6 +50,7 @@ class Stage1Config:
         at_least("stage1.num_shards", self.num_shards, 1)
         in_unit_interval("stage1.max_failure_rate", self.max_failure_rate)
         one_of("stage1.prompt_set", self.prompt_set, {"paper", "compact"})
+        one_of("stage1.verifier_prompt", self.verifier_prompt, {"verify", "reward_model"})
         if self.shard is None and self.num_shards > 1:
             raise without_effect("stage1.num_shards", self.num_shards, "without stage1.shard")
         if self.shard is not None and not 0 <= self.shard < self.num_shards:

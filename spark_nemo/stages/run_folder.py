@@ -8,6 +8,7 @@
       stage1/store/         shards of solutions and verifications     stage1/stats-*.json, ledger-*.json
       stage2/<method>/      labels.jsonl, metrics.jsonl, checkpoints/, model/, processbench.json
       stage3/<reward>/      metrics.jsonl, checkpoints/, evaluations.jsonl, samples.jsonl, model/
+      round-<n>/            stage1/ and stage2/ of a later round, whose verifier is the reward model before it
       summary.json, report.html
 """
 
@@ -17,6 +18,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -30,6 +32,11 @@ DONE, PROGRESS = "DONE.json", "progress.json"
 def stage1_folder(run: RunConfig) -> Path:
     """Store and statistics of the verification data."""
     return Path(run.dir) / "stage1"
+
+
+def round_run(run: RunConfig, number: int) -> RunConfig:
+    """The run folder of a round of labelling; round 1 is the run itself."""
+    return run if number == 1 else replace(run, dir=str(Path(run.dir) / f"round-{number}"))
 
 
 def stage2_folder(run: RunConfig, method: str) -> Path:
