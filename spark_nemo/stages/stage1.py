@@ -41,7 +41,8 @@ def run_stage1(config: SparkConfig) -> CollectCounts:
     with (RecordStore(folder / "store", writer_name=name, fsync_every=256) as store,
           progress(folder / name, total, "verification", clock) as bar):
         watch = Stage1Watch(stage, bar, total)
-        collector = Collector(stage, config.run.seed, generator, verifier, store, watch)
+        earlier = RecordStore(stage.solutions_from) if stage.solutions_from is not None else None
+        collector = Collector(stage, config.run.seed, generator, verifier, store, watch, earlier=earlier)
         _claim(folder / "made_by.json", collector.made_by())
         ledger = watch.ledger = LedgerFile(folder / f"ledger-{name}.json", collector.ledger)
         try:

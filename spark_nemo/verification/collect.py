@@ -18,8 +18,10 @@ from spark_nemo.engines.base import EngineFailure
 from spark_nemo.engines.served import ServedModel
 from spark_nemo.grammar import (
     GRAMMAR_VERSION,
+    ChatMessages,
     ParsedResponse,
     StepFormat,
+    Variant,
     parse_generation,
     prompt_set,
     split_response,
@@ -92,11 +94,13 @@ class Collector:
 
     ``after_votes`` is awaited for every solution all of whose votes are in (and not for one that lacks a vote because
     of an ``EngineFailure``), within the bound on requests in flight, so it should have one request at a time in flight.
+    ``earlier`` is another run's store: a solution in it that is the one to be sampled here is copied instead.
     """
 
     def __init__(
         self, config: Stage1Config, seed: int, generator: ServedModel, verifier: ServedModel, store: RecordStore,
         on_result: Callable[[CollectCounts], None] = lambda counts: None, after_votes: AfterVotes | None = None,
+        earlier: RecordStore | None = None,
     ) -> None:
         self.config, self.seed, self.store, self.on_result = config, seed, store, on_result
         self.generator, self.verifier = generator, verifier
@@ -105,12 +109,16 @@ class Collector:
         self._rule, self._after_votes = stopping_rule(config), after_votes
         self._solved_by = (GRAMMAR_VERSION, self.prompts.version, generator.identity, asdict(config.generator_sampling))
         self._verified_by = (GRAMMAR_VERSION, self.prompts.version, verifier.identity, asdict(config.verifier_sampling))
+        if config.verifier_prompt != "verify":
+            self._verified_by += (config.verifier_prompt,)
+        self._earlier = earlier
 
     def made_by(self) -> dict[str, object]:
         """Everything but the problems that the results depend on, by setting; plain JSON."""
         return {"run.seed": self.seed, "stage1.prompt_set": self.prompts.version, "the grammar": GRAMMAR_VERSION,
                 "models.generator": self.generator.identity, "models.verifier": self.verifier.identity,
                 "stage1.generator_sampling": asdict(self.config.generator_sampling),
+                "stage1.verifier_prompt": self.config.verifier_prompt,
                 "stage1.verifier_sampling": asdict(self.config.verifier_sampling)}
 
     async def run(self, problems: Iterable[Problem], max_requests_in_flight: int) -> CollectCounts:
@@ -145,7 +153,7 @@ class Collector:
     async def _solution(self, problem: Problem, index: int, cost: Cost) -> Solution:
         key = content_key(SOLUTION, problem.question, self._solved_by, self.seed, index)
         costs = (cost, self.ledger.parts["solve"])
-        if (stored := self.store.get(key, SOLUTION)) is not None:
+        if (stored := self._stored_solution(key)) is not None:
             solution = Solution.from_json(stored)
             self.counts.reused += 1
             for each in costs:
@@ -170,6 +178,12 @@ class Collector:
         self.store.append(key, SOLUTION, asdict(solution))
         self.counts.solution_tokens += num_tokens
         return solution
+
+    def _stored_solution(self, key: str) -> dict[str, object] | None:
+        stored = self.store.get(key, SOLUTION)
+        if stored is None and self._earlier is not None and (stored := self._earlier.get(key, SOLUTION)) is not None:
+            self.store.append(key, SOLUTION, stored)
+        return stored
 
     def _next_votes(self, at: _OpenSolution) -> None:
         """Take the next wave from the store and the verifier, or be done with the solution."""
@@ -209,8 +223,7 @@ class Collector:
 
     async def _ask_verifier(self, at: _OpenSolution, vote: int) -> None:
         if at.prompt_ids is None:
-            at.prompt_ids = self.verifier.tokenizer.encode_chat(
-                self.prompts.verify(at.solution.question, at.parsed.canonical(), len(at.parsed.steps)))
+            at.prompt_ids = self.verifier.tokenizer.encode_chat(self._verify_messages(at))
         key, started = self._vote_key(at, vote), time.monotonic()
         costs = (at.verify_cost, self.ledger.parts["verify"])
         try:
@@ -236,6 +249,11 @@ class Collector:
         at.in_flight -= 1
         if at.in_flight == 0:
             self._next_votes(at)
+
+    def _verify_messages(self, at: _OpenSolution) -> ChatMessages:
+        if self.config.verifier_prompt == "reward_model":
+            return self.prompts.reward(Variant.PRM_COT, at.solution.question, at.parsed.canonical())
+        return self.prompts.verify(at.solution.question, at.parsed.canonical(), len(at.parsed.steps))
 
     def _count_vote(self, vote: Verification | EngineError) -> None:
         self.counts.verifications += 1
