@@ -17,7 +17,7 @@ ROUNDS = ("pipeline.rounds=2", "pipeline.rewards=[]", "pipeline.label_methods=[s
 
 
 def test_the_second_round_verifies_the_same_solutions_with_the_first_reward_model(tmp_path) -> None:
-    """Same solutions, other votes, asked for by another model. Does not show that labels get better: results.md does."""
+    """Same solutions, other votes, from another model. Does not show that the labels get better."""
     run_dir = tmp_path / "run"
     done = run("pipeline", run_dir, *ROUNDS)
     assert done.returncode == 0, done.stderr[-2000:]
