@@ -2,16 +2,16 @@
 
 The index is a cache of the shards and never a source of truth: one that is missing, damaged, of another format or does
 not fit the shards is thrown away and made again by reading them. Every opener has an index of its own, so nothing is
-locked across processes or nodes: a writer keeps ``.index/<writer>.sqlite`` and resumes from it; a reader, and a second
-writer of the same name, uses SQLite's unnamed temporary file (in ``SQLITE_TMPDIR``, ``TMPDIR`` or ``/tmp``), which is
-gone with its process.
+locked across nodes: a writer keeps ``.index/<writer>@<host>.sqlite`` and resumes from it; a reader, and a second writer
+of the same name on one host, uses SQLite's unnamed temporary file (in ``SQLITE_TMPDIR``, ``TMPDIR`` or ``/tmp``), which
+is gone with its process. ``.index`` may be deleted whenever nobody writes; about 120 bytes a record are kept there.
 """
 
 from __future__ import annotations
 
 import fcntl
 import logging
-import os
+import platform
 import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -223,12 +223,14 @@ class IndexFile:
         """Raises ``OSError`` when another process has it or the folder cannot be written or locked."""
         folder = store / INDEX_FOLDER
         folder.mkdir(exist_ok=True)
-        self.path = folder / f"{writer_name}.sqlite"
-        self._lock = os.open(folder / f"{writer_name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        # With the host, because on a network file system a lock may hold on its own node only.
+        name = f"{writer_name}@{platform.node() or 'localhost'}"
+        self.path = folder / f"{name}.sqlite"
+        self._lock = (folder / f"{name}.lock").open("ab")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            os.close(self._lock)
+            self._lock.close()
             raise
 
     def open(self, is_current: bool = True) -> StoreIndex:
@@ -248,4 +250,4 @@ class IndexFile:
 
     def release(self) -> None:
         """Let another opener have the file."""
-        os.close(self._lock)
+        self._lock.close()

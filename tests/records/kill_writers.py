@@ -15,6 +15,7 @@ import random
 import signal
 import sys
 import time
+from pathlib import Path
 
 from spark_nemo.records import store as store_module
 from spark_nemo.records.store import RecordStore
@@ -89,7 +90,7 @@ def main(folder: str, kills: int, seed: int) -> None:
         keys += told
         acknowledged[way] = acknowledged.get(way, 0) + len(told)
         if number % 100 == 99:
-            path = f"{folder}/.index/w.sqlite"
+            (path,) = Path(folder).glob(".index/w@*.sqlite")
             os.truncate(path, os.path.getsize(path) // 2)
     print(json.dumps({"kills": kills, "keys": keys, "acknowledged": acknowledged}))
 

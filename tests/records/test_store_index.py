@@ -83,7 +83,8 @@ def damage_empty(path):
 def test_an_index_that_cannot_be_used_is_made_again(tmp_path, damage):
     """Whatever is wrong with the file: the same keys are found, by reading every line once, and kept for the next."""
     fill(tmp_path)
-    damage(tmp_path / ".index/w.sqlite")
+    (path,) = tmp_path.glob(".index/w@*.sqlite")
+    damage(path)
     store, read = reopened(tmp_path)
     assert read == 40 and store.get("v19", "vote") == {"n": 19}
     store.close()
