@@ -63,7 +63,7 @@ class Stage1Config:
         one_of("stage1.early_stop", self.early_stop, {"none", "exact", "sequential"})
         if self.early_stop == "sequential":
             if self.early_stop_error is None:
-                raise ConfigError("stage1.early_stop=sequential needs stage1.early_stop_error, 0.02 for example")
+                raise ConfigError("stage1.early_stop=sequential needs stage1.early_stop_error, 0.05 for example")
             if not 0 < self.early_stop_error < 0.5:
                 raise ConfigError(f"stage1.early_stop_error={self.early_stop_error}: must lie between 0 and 0.5")
         elif self.early_stop_error is not None:

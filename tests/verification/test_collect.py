@@ -38,7 +38,7 @@ def collect(folder: Path, config: Stage1Config, engine: FakeEngine | None = None
         if results == die_after:
             raise Killed
 
-    with RecordStore(folder, writer_name="w") as store:
+    with RecordStore(folder, writer_name="w", fsync_every=256) as store:
         collector = Collector(config, 3, served(engine), served(engine), store, on_result, after_votes)
         try:
             asyncio.run(collector.run(problems(count), slots))
@@ -157,7 +157,7 @@ def test_a_vote_that_could_not_be_had_is_asked_for_by_the_next_run(tmp_path: Pat
 def test_the_votes_of_a_solution_reach_the_engine_together_with_one_prompt(tmp_path: Path) -> None:
     """Proves what prefix caching needs: equal prompts one after the other, encoded once per solution."""
     engine = FakeEngine()
-    with RecordStore(tmp_path, writer_name="w") as store:
+    with RecordStore(tmp_path, writer_name="w", fsync_every=256) as store:
         generator, verifier = served(engine), served(engine)
         collector = Collector(stage(), 3, generator, verifier, store)
         asyncio.run(collector.run(problems(12), 5))
