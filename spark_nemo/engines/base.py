@@ -119,9 +119,9 @@ class Engine(abc.ABC):
     async def health(self) -> EngineHealth:
         """Report state without waiting for a generation."""
 
-    async def probe(self) -> None:
-        """Raise ``EngineUnavailable`` unless the engine could serve a request now. An engine with a better answer than
-        its own ``health`` (a real generation) overrides this; it is not asked while paused."""
+    async def probe(self, timeout_s: float) -> None:
+        """Raise ``EngineUnavailable`` unless the engine could serve a request now, as far as it can tell within
+        ``timeout_s``. Overridden where a real generation is a better answer than ``health``; not asked while paused."""
         if not (await self.health()).alive:
             raise EngineUnavailable("the engine reports that it is not alive")
 

@@ -265,13 +265,14 @@ class Fleet(Engine):
         """See ``Engine.pause``. New requests wait here; a member that does not pause is taken out."""
         self._begin()
         self._paused = self._patience.stopped = True
-        await self._control("pause", lambda engine: engine.pause())
+        await self._control("pause")
 
     async def resume(self) -> None:
         """See ``Engine.resume``."""
         self._begin()
-        await self._control("resume", lambda engine: engine.resume())
-        self._paused = self._patience.stopped = False
+        self._paused = False  # first, so that a member that joins meanwhile does not stay paused
+        await self._control("resume")
+        self._patience.stopped = False
         self.changed()
 
     @property
@@ -279,11 +280,17 @@ class Fleet(Engine):
         """Between ``pause`` and ``resume``."""
         return self._paused
 
-    async def _control(self, what: str, call: Callable[[Engine], Coroutine[None, None, object]]) -> None:
+    async def _control(self, what: str) -> None:
         living = {m.engine: m for m in self._members
                   if m.engine is not None and m.state in (MemberState.UP, MemberState.STALE)}
-        for engine, error in (await self._each(list(living), call, self.limits.control_timeout_s)).items():
-            living[engine].condemn(f"{what}: {error}")
+        for member in living.values():
+            member.paused = True
+        errors = await self._each(list(living), lambda engine: getattr(engine, what)(), self.limits.control_timeout_s)
+        for engine, member in living.items():
+            if engine in errors:
+                member.condemn(f"{what}: {errors[engine]}")
+            else:
+                member.paused = what == "pause"
 
     async def _each(self, engines: Sequence[Engine], call: Callable[[Engine], Coroutine[None, None, object]],
                     seconds: float) -> dict[Engine, EngineFailure]:
@@ -316,8 +323,8 @@ class Fleet(Engine):
             waiting=sum(h.waiting for h in found), weight_version=self.version,
             tokens_generated=sum(h.tokens_generated for h in found))
 
-    async def probe(self) -> None:
-        """See ``Engine.probe``: is any member up, or lost for good?"""
+    async def probe(self, timeout_s: float) -> None:
+        """See ``Engine.probe``; the members are probed all the time."""
         if self._lost is not None:
             raise EngineUnavailable(self._lost)
 

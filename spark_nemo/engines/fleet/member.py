@@ -69,6 +69,8 @@ class Member:
         """In a row, without an answer in between."""
         self.last_error = "never started"
         self.suspected = False
+        self.paused = False
+        """It is, or may be: a call that failed leaves it True until a resume succeeds."""
         self.condemned: str | None = None
         self.last_used = 0
         self.restarts: list[float] = []

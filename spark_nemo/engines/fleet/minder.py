@@ -71,7 +71,9 @@ class Minder:
         the others, and what answers requests while we wait is alive."""
         member, asked = self.member, self.patience.now
         assert member.engine is not None
-        probe = asyncio.ensure_future(self._healthy() if member.load and not self._is_front else member.engine.probe())
+        busy = member.up and member.load and not self._is_front
+        probe = asyncio.ensure_future(
+            self._healthy() if busy else member.engine.probe(self.fleet.limits.probe_timeout_s))
         try:
             while not await self.patience.wait(probe, self.fleet.limits.probe_timeout_s):
                 if (death := self._death()) is not None:
@@ -113,6 +115,8 @@ class Minder:
             if member.keeper is not None and not await self._restarted():
                 return False
             assert member.engine is not None
+            if not self.fleet.paused:  # what missed the end of a pause would answer no probe
+                await self._match_pause()
             if (error := await self._probe()) is not None:
                 raise EngineUnavailable(error)
             return await self._join_current()
@@ -138,7 +142,7 @@ class Minder:
         if old is not None:
             await self._closed(old)
         member.engine = await member.keeper.start()
-        member.version = member.folder_version
+        member.version, member.paused = member.folder_version, False
         return True
 
     async def _closed(self, engine: object) -> None:
@@ -182,15 +186,23 @@ class Minder:
     async def _join(self) -> None:
         member = self.member
         assert member.engine is not None
-        if self.fleet.paused and not self._is_front:
-            async with asyncio.timeout(self.fleet.limits.control_timeout_s):
-                await member.engine.pause()
+        await self._match_pause()
         member.condemned, member.suspected, member.failures = None, False, 0
         if member.was_up or member.outages:
             log.info("%s: %s is back", self.fleet.name, member.name)
         member.was_up = True
         self._set(MemberState.UP)
         self.fleet.log_metrics()
+
+    async def _match_pause(self) -> None:
+        """Pause or resume it as the fleet is, which may change while we wait for the server."""
+        member = self.member
+        assert member.engine is not None
+        while member.paused != self.fleet.paused and not self._is_front:
+            pausing, member.paused = self.fleet.paused, True
+            async with asyncio.timeout(self.fleet.limits.control_timeout_s):
+                await (member.engine.pause() if pausing else member.engine.resume())
+            member.paused = pausing
 
     async def _brought_up_to_date(self) -> bool:
         member, fleet = self.member, self.fleet
