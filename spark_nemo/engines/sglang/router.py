@@ -1,7 +1,8 @@
 """sglang-router as the front of a fleet: cache-aware spreading of generation. It forwards no control calls.
 
-The fleet alone decides who serves: the router's own health checks, retries and circuit breaker are off, or it would
-send requests to a server that came back without the current weights, and strike one that is only paused.
+The fleet alone decides who serves: the router's own retries and circuit breaker are off, and its health checks only
+let a new server in (without them it never serves) and strike none, or a server that is only paused would be struck.
+A server that came back with old weights gets no request through the router, because it is not listed there.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from .server import SglangServer
 
 _CALL_S = 10.0
 _LISTED_WITHIN_S, _POLL_S = 30.0, 0.2
+_NEVER = 1_000_000
 _MISSING = "No module named 'sglang_router'"
 
 
@@ -44,19 +46,20 @@ class RouterClient(Engine):
         for url in wanted - set(listed):
             await self._ask("POST", "/workers", {"url": url, "api_key": self._key})
         for url in set(listed) - wanted:
-            await self._ask("DELETE", f"/workers/{listed[url]}")
+            await self._ask("DELETE", f"/workers/{listed[url][0]}")
         for _ in range(int(_LISTED_WITHIN_S / _POLL_S)):  # it answers before it has done it
-            if set(listed := await self._listed()) == wanted:
+            listed = await self._listed()
+            if set(listed) == wanted and all(ready for _, ready in listed.values()):
                 return
             await asyncio.sleep(_POLL_S)
         raise EngineFailure(f"{self._http.url}: the router lists {sorted(listed)} and not {sorted(wanted)} after "
                             f"{_LISTED_WITHIN_S:.0f} s")
 
-    async def _listed(self) -> dict[str, str]:
-        """URL -> the router's id of it."""
+    async def _listed(self) -> dict[str, tuple[str, bool]]:
+        """URL -> the router's id of it, and whether it gets requests."""
         reply = await self._http.call("GET", "/workers", timeout_s=_CALL_S)
         self._http.refuse_status("/workers", reply)
-        return {worker["url"].rstrip("/"): worker["id"] for worker in reply.content["workers"]}
+        return {worker["url"].rstrip("/"): (worker["id"], worker["is_healthy"]) for worker in reply.content["workers"]}
 
     async def _ask(self, method: str, path: str, body: object = None) -> None:
         reply = await self._http.call(method, path, body, timeout_s=_CALL_S)
@@ -92,8 +95,9 @@ class RouterProcess(ServerProcess, Front):
                  log_path: Path, max_restarts: int) -> None:
         def command(host: str, port: int) -> list[str]:
             return [python, serve.__file__, "router", "--host", host, "--port", str(port), "--policy", "cache_aware",
-                    "--prometheus-host", host, "--prometheus-port", str(free_port(host)), "--disable-health-check",
-                    "--disable-retries", "--disable-circuit-breaker", "--log-level", "warn"]
+                    "--prometheus-host", host, "--prometheus-port", str(free_port(host)), "--disable-retries",
+                    "--disable-circuit-breaker", "--health-check-interval-secs", "1", "--health-success-threshold", "1",
+                    "--health-failure-threshold", str(_NEVER), "--log-level", "warn"]
 
         super().__init__(
             name, command, lambda url: RouterClient(url, key, connect(url)), log_path=log_path,
