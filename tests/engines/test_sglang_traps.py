@@ -119,7 +119,7 @@ def test_7_update_that_would_kill_or_block_is_refused(mode, tmp_path):
         await until(lambda: fake.running and len(next(iter(fake.running.values())).tokens) > 3)
         if mode is not None:
             await server.pause(mode)
-        with pytest.raises(EngineFailure, match="flush_cache=True with 1 requests running kills the server or waits.* retract"):
+        with pytest.raises(EngineFailure, match="flush_cache=True with 1 requests running kills the server"):
             await server.update_weights_from_disk(tmp_path, 1)
         with pytest.raises(EngineFailure, match="releasing memory with 1 requests running"):
             await server.release_memory_occupation()

@@ -11,7 +11,9 @@ wanted=$(cat "${inputs[@]}" | sha256sum | cut -d' ' -f1)
 
 rm -rf "$venv"
 "${PYTHON:-python3.11}" -m venv "$venv"
-"$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps -r "$here/requirements.txt"
+pip=("$venv/bin/pip" install --quiet --disable-pip-version-check)
+"${pip[@]}" torch==2.13.0 -c "$here/requirements.txt"
+"${pip[@]}" --no-deps -r "$here/requirements.txt"
 site=$("$venv/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
 cp -r "$here/site/." "$site/"
 rm -rf "$site/sgl_kernel/__pycache__"

@@ -40,7 +40,7 @@ class ServerControl:
         return 0
 
     async def pause_generation(self, mode: PauseMode = PauseMode.RETRACT) -> None:
-        """Stop sampling. While paused ``/health`` is 503, and a generation that arrives then waits and cannot be aborted."""
+        """Stop sampling. While paused ``/health`` is 503, and a new generation waits and cannot be aborted."""
         reply = await self._post("/pause_generation", {"mode": str(PauseMode(mode))})
         self._require(reply, "/pause_generation", "status", "ok")
         self.pause_mode = PauseMode(mode)
