@@ -90,7 +90,8 @@ def _process(config: EngineConfig, role: str, index: int, model_dir: Path, max_c
         lambda host, port: [python, serve.__file__, "server", *fixed, "--host", host, "--port", str(port),
                             *pool.server_args],
         connect, log_path=log_dir / f"{role}-{index}.log",
-        environment={**pool.server_env, serve.KEY_VARIABLE: key or ""},
+        # A search path that is meant for this interpreter would shadow the packages of another.
+        environment={**({"PYTHONPATH": ""} if pool.python else {}), **pool.server_env, serve.KEY_VARIABLE: key or ""},
         host=pool.host or "127.0.0.1", start_timeout_s=_or(pool.start_timeout_s, 900.0),
         max_restarts=_or(pool.max_restarts, 3), ready=ready)
 

@@ -101,7 +101,8 @@ class RouterProcess(ServerProcess, Front):
 
         super().__init__(
             name, command, lambda url: RouterClient(url, key, connect(url)), log_path=log_path,
-            environment={serve.KEY_VARIABLE: key or ""}, host=host, start_timeout_s=60.0, max_restarts=max_restarts)
+            environment={"PYTHONPATH": "", serve.KEY_VARIABLE: key or ""}, host=host, start_timeout_s=60.0,
+            max_restarts=max_restarts)
         self._client: RouterClient | None = None
 
     async def start(self) -> Engine:
