@@ -13,6 +13,7 @@ from .errors import ConfigError, at_least, one_of, without_effect
 from .rl import RLConfig
 from .trainer import MegatronConfig
 from .verification import LABEL_METHODS, Stage1Config, Stage2Config
+from .weight_sync import WeightSyncConfig
 
 
 @dataclass
@@ -107,9 +108,11 @@ class SparkConfig:
     stage1: Stage1Config = field(default_factory=Stage1Config)
     stage2: Stage2Config = field(default_factory=Stage2Config)
     rl: RLConfig = field(default_factory=RLConfig)
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
     def __post_init__(self) -> None:
         if self.data.rl_answers is not None and self.rl.reward != "rlvr":
             raise without_effect("data.rl_answers", self.data.rl_answers, f"with rl.reward={self.rl.reward}")
+        self.weight_sync.check_engine(self.engine.kind)

@@ -1,9 +1,9 @@
 """SGLang's parameters as slices of Hugging Face tensors, rank by rank of its tensor parallelism.
 
-Read from sglang 0.5.21 (srt/layers/linear.py, srt/layers/vocab_parallel_embedding.py, srt/models/{qwen2,qwen3,llama}.py):
-q, k and v lie below each other in ``qkv_proj``, gate and up in ``gate_up_proj``; o_proj and down_proj are cut by
-columns; the vocabulary is padded with zero rows to a multiple of 64; a key-value head is on several ranks when there are
-more ranks than heads.
+Read from sglang 0.5.21 (srt/layers/linear.py, srt/layers/vocab_parallel_embedding.py, srt/models/): q, k and v lie
+below each other in ``qkv_proj``, gate and up in ``gate_up_proj``; o_proj and down_proj are cut by columns; the
+vocabulary is padded with zero rows to a multiple of 64; a key-value head is on several ranks when there are more ranks
+than heads.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ def checkpoint_tensors(numbers: ModelNumbers) -> dict[str, tuple[int, ...]]:
         layer |= {f"self_attn.{x}_norm.weight": (numbers.head_dim,) for x in "qk"}
     layer |= {
         "self_attn.o_proj.weight": (hidden, q), "post_attention_layernorm.weight": (hidden,),
-        "mlp.gate_proj.weight": (ffn, hidden), "mlp.up_proj.weight": (ffn, hidden), "mlp.down_proj.weight": (hidden, ffn),
+        "mlp.gate_proj.weight": (ffn, hidden), "mlp.up_proj.weight": (ffn, hidden),
+        "mlp.down_proj.weight": (hidden, ffn),
     }
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (numbers.vocab_size, hidden)}
     for index in range(numbers.num_layers):

@@ -1,7 +1,7 @@
 """Where every Hugging Face tensor lies in the trainer and in the engine, worked out from numbers alone.
 
-``plan_sync`` is a pure function: no process group, no torch. The push follows it (order, buckets, memory), the checksums
-are made through its engine view, and tests prove from it that nothing is left out or written twice.
+``plan_sync`` is a pure function: no process group, no torch. The push follows it (order, buckets, memory), the
+checksums are made through its engine view, and tests prove from it that nothing is left out or written twice.
 
 The trainer's side is Megatron's sharding as ``megatron/hf_weights.py`` writes it: rows of q, k and v are fused per
 key-value head (its query heads, the key, the value) and cut into equal pieces, also when there are more tensor-parallel
@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from spark_nemo.config import ConfigError
@@ -191,7 +192,7 @@ def _fused_rows(which: str, rank: int, tp: int, numbers: ModelNumbers) -> tuple[
         low, high = max(start, first), min(stop, first + height)
         if low < high:
             found.append((index * height + low - first, index * height + high - first))
-    if any(a[1] != b[0] for a, b in zip(found, found[1:])):
+    if any(a[1] != b[0] for a, b in pairwise(found)):
         raise ConfigError(f"tensor_parallel={tp} leaves rank {rank} with scattered rows of {which}: {found}")
     return (found[0][0], found[-1][1]) if found else (0, 0)
 

@@ -53,9 +53,8 @@ def once_per_element(slices, shape):
 @pytest.mark.parametrize("model", SHAPES)
 def test_every_combination(model, tp, pp):
     """For each of TP, PP and engine TP in 1, 2, 4, 8: every element of every tensor is held by exactly one rank of each
-    stage that has the tensor (or whole by all of them), every element of every engine parameter is written exactly once,
-    buckets send every tensor once, and memory stays under a bucket and a tensor. What the model cannot be split into is
-    refused with the number in the error."""
+    stage that has the tensor (or whole by all of them), buckets send every tensor once, and memory stays under a bucket
+    and a tensor. What the model cannot be split into is refused with the number in the error."""
     refusal = REFUSED.get((model, "tp", tp)) or REFUSED.get((model, "pp", pp))
     if refusal:
         with pytest.raises(ConfigError, match=refusal):
@@ -106,8 +105,8 @@ def test_engine_parameters_are_covered_exactly_once(model, engine):
 
 
 def test_more_ranks_than_key_value_heads():
-    """Qwen2.5-3B has 2 key-value heads: at TP 8 megatron-core cuts a group (8 query heads, k, v) into 4 pieces, of which
-    the last holds the key and the value and only half a head more; SGLang gives each head to 4 ranks."""
+    """Qwen2.5-3B has 2 key-value heads: at TP 8 megatron-core cuts a group (8 query heads, k, v) into 4 pieces, of
+    which the last holds the key, the value and half a query head; SGLang gives each head to 4 ranks."""
     full = plan("qwen2.5-3b", tp=8, engine=8)
     held = {name: tensor.sources[0].slices for tensor in full.tensors
             if (name := tensor.name.removeprefix("model.layers.0.self_attn.")) in ("q_proj.weight", "k_proj.weight")}
