@@ -25,7 +25,7 @@ class WeightSyncConfig:
     timeout_s: float = 600.0
     """Longest wait for a server to take one bucket, or one version from disk."""
     checksums: str = "auto"
-    """Compare a hash of every tensor after a sync. auto: where the engine can tell; require: fail where it cannot; off."""
+    """Compare a hash of every tensor after a sync. auto: where the engine can tell; require: fail where not; off."""
     max_mean_mismatch: float | None = 0.05
     """First-step gate: the largest mean of |engine - trainer| log-probability over the sampled tokens, in nats, with
     which the run may train. None switches it off."""

@@ -148,7 +148,7 @@ class WeightSync:
             await self._verify(engine, self._sent[1])
 
     async def differing_tensors(self, worker: MegatronWorker, engine: Engine | None) -> list[str] | None:
-        """Names of the tensors that ``engine`` serves differently from what the trainer has now; of a fleet, any member.
+        """Names of the tensors that ``engine`` (of a fleet: any member) serves differently from what the trainer has.
 
         None if no engine can tell. Collective.
         """

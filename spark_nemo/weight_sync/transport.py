@@ -55,8 +55,8 @@ class Transport(abc.ABC):
     async def restore(self, engine: Engine, version: int) -> None:
         """Bring one server that returns in the middle of a step to ``version``. Raises ``EngineFailure`` if impossible:
         the server then waits for the next sync."""
-        raise EngineFailure(f"{engine}: weights version {version} cannot be sent to one server alone by this transport; "
-                            "it waits for the next sync")
+        raise EngineFailure(f"{engine}: this transport cannot send weights version {version} to one server alone; it "
+                            "waits for the next sync")
 
     async def close(self) -> None:
         """Leave nothing behind."""
