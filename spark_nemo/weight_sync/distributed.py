@@ -12,7 +12,9 @@ import contextlib
 import itertools
 import logging
 import socket
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Coroutine
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,6 +29,9 @@ from .transport import Targets, TransferBroken, Transport, each
 
 log = logging.getLogger(__name__)
 _numbers = itertools.count()
+_TICK_S = 0.2
+_REASON_S = 5.0
+"""How long a server may take to say why a collective call failed."""
 
 
 class DistributedTransport(Transport):
@@ -58,23 +63,41 @@ class DistributedTransport(Transport):
                 group_name=group.name, load_format="flattened_bucket", flush_cache=False, timeout_s=self.timeout_s,
                 version=version if bucket.is_last else None)
 
-        replies = asyncio.create_task(each(targets, receive, self.timeout_s, "receiving a bucket"))
-        sent = asyncio.create_task(_in_thread(lambda: group.broadcast(bucket.flat_B)))
-        # A server that refuses answers at once and never joins: then the broadcast cannot end. A server that joins
-        # answers after it.
-        await asyncio.wait({replies, sent}, timeout=self.timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if sent.done() and sent.exception() is None:
-            await replies
-        elif not replies.done():
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(replies), min(5.0, self.timeout_s))  # who says why it failed
-        if not (sent.done() and sent.exception() is None):
-            replies.cancel()
-            why = sent.exception() if sent.done() else f"not joined by all servers within {self.timeout_s:g} s"
-            for engine in targets.left if not targets.errors else ():
-                targets.failed(engine, EngineUnavailable(f"{targets.targets[engine]}: broadcast: {why}"))
-            _forget(sent)
+        why = await self._together(each(targets, receive, self.timeout_s, "receiving a bucket"),
+                                   lambda: group.broadcast(bucket.flat_B), targets)
+        self._blame(targets, why, "broadcast")
         await self._refuse_losses(targets, "a bucket")
+
+    async def _together(self, replies: Coroutine[None, None, None], block: Callable[[], None],
+                        targets: Targets) -> str | None:
+        """Await the servers' replies and, in a thread, the collective call that they are about.
+
+        None when both came; else why the call did not end. It cannot when a server has failed: then the thread is left
+        behind (its own time limit ends it), and so are the other servers' replies.
+        """
+        asked, blocked = asyncio.create_task(replies), asyncio.create_task(_in_thread(block))
+        waiting, end = {asked, blocked}, time.monotonic() + self.timeout_s
+        while waiting and not targets.errors and time.monotonic() < end:
+            _, waiting = await asyncio.wait(waiting, timeout=_TICK_S, return_when=asyncio.FIRST_COMPLETED)
+            if blocked.done() and blocked.exception() is not None:
+                await asyncio.wait({asked}, timeout=min(_REASON_S, self.timeout_s))  # a server may know why
+                break
+        if not waiting and not targets.errors and blocked.exception() is None:
+            return None
+        for task in (asked, blocked):
+            task.cancel()
+            task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
+        await asyncio.sleep(0)
+        if blocked.done() and not blocked.cancelled() and blocked.exception() is not None:
+            return str(blocked.exception())
+        return f"not joined by all servers within {self.timeout_s:g} s"
+
+    @staticmethod
+    def _blame(targets: Targets, why: str | None, what: str) -> None:
+        """When no server said why a collective call failed, it may have been any of them."""
+        if why is not None and not targets.errors:
+            for engine in targets.left:
+                targets.failed(engine, EngineUnavailable(f"{targets.targets[engine]}: {what}: {why}"))
 
     async def _refuse_losses(self, targets: Targets, what: str) -> None:
         """A server that is lost leaves the others with half a model: give the group up, who is left starts again."""
@@ -100,20 +123,11 @@ class DistributedTransport(Transport):
                 rank_offset=1 + targets.left.index(engine) * self.engine_tensor_parallel,
                 world_size=group.world_size, timeout_s=self.timeout_s)
 
-        replies = asyncio.create_task(each(targets, join, self.timeout_s, "joining the weight-update group"))
-        joined = asyncio.create_task(_in_thread(group.join))
-        await asyncio.wait({replies, joined}, timeout=self.timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if not (joined.done() and joined.exception() is None) and not targets.errors:
-            await asyncio.wait({replies, joined}, timeout=self.timeout_s)
-        if joined.done() and joined.exception() is None:
-            await replies
+        why = await self._together(each(targets, join, self.timeout_s, "joining the weight-update group"),
+                                   group.join, targets)
+        if why is None:
             self._group = group
-        else:
-            replies.cancel()
-            _forget(joined)
-            for engine in targets.left if not targets.errors else ():
-                why = joined.exception() if joined.done() else f"not complete within {self.timeout_s:g} s"
-                targets.failed(engine, EngineUnavailable(f"{targets.targets[engine]}: weight-update group: {why}"))
+        self._blame(targets, why, "weight-update group")
         await self._refuse_losses(targets, "the weight-update group")
 
     async def _drop_group(self, reachable: list[Engine]) -> None:
@@ -177,8 +191,6 @@ class _Group:
 
 async def _in_thread(call: Callable[[], None]) -> None:
     """Not ``asyncio.to_thread``: a thread that never ends must not keep the process from ending."""
-    import threading
-
     loop = asyncio.get_running_loop()
     done: asyncio.Future[None] = loop.create_future()
 
@@ -197,12 +209,6 @@ async def _in_thread(call: Callable[[], None]) -> None:
 
     threading.Thread(target=run, name="weight sync", daemon=True).start()
     await done
-
-
-def _forget(task: asyncio.Task[None]) -> None:
-    """Let a blocked thread be; its result is nobody's."""
-    task.cancel()
-    task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
 
 
 def _own_address(url: str) -> str:

@@ -40,8 +40,8 @@ class TensorTransport(Transport):
             refuse_other_machine(str(getattr(engine, "url", "http://127.0.0.1")))
         if export.plan.largest_bytes > export.plan.bucket_bytes:
             needed = -(-export.plan.largest_bytes // (1 << 20))
-            raise EngineFailure("weight_sync.transport=tensor shares one buffer and the largest tensor does not fit: set "
-                                f"weight_sync.bucket_mb to at least {needed}")
+            raise EngineFailure("weight_sync.transport=tensor shares one buffer and the largest tensor does not fit: "
+                                f"set weight_sync.bucket_mb to at least {needed}")
         await each(targets, lambda engine: engine.begin_weight_update(), self.timeout_s, "begin_weight_update")
         with _file_system_sharing():
             buffer_B = torch.empty(export.plan.buffer_bytes, dtype=torch.uint8)

@@ -73,35 +73,56 @@ class WeightSync:
         """
         if worker.is_main and engine is None:
             raise ValueError("a push on the main rank needs the engine")
-        for attempt in range(1, ATTEMPTS + 1):
-            wanted = worker.is_main and self.settings.checksums != "off"
-            expected = self._expected(engine, worker) if wanted else None
-            export, outcome = Export(worker, self.plan, expected), None
-            if worker.is_main:
-                outcome = await self._try(export, engine, version, attempt)
-            # The other ranks, and what a failed attempt left over: the export is collective to its end.
-            export.drain()
-            self.memory_peak = max(self.memory_peak, export.memory.peak)
-            failure, again = broadcast_object(outcome) or (None, False)
-            if failure is None:
-                return
-            if not again:
-                raise EngineFailure(f"weights version {version}: {failure}")
-            log.warning("weights version %d: %s; sending again to the servers that are left", version, failure)
+        failure = None
+        if engine is not None and worker.is_main:
+            failure = await self._push_from_main(worker, engine, version)
+        else:
+            again: bool | None = True
+            while again:
+                Export(worker, self.plan).drain()
+                again = broadcast_object(None)
+        if (failure := broadcast_object(failure)) is not None:
+            raise EngineFailure(f"weights version {version}: {failure}")
 
-    async def _try(self, export: Export, engine: Engine | None, version: int,
-                   attempt: int) -> tuple[str, bool] | None:
-        """What went wrong, and whether another attempt may help; None when all went well."""
-        assert engine is not None
+    async def _push_from_main(self, worker: MegatronWorker, engine: Engine, version: int) -> str | None:
+        """What went wrong, None when all went well. The other ranks follow round by round."""
+        rounds, again, failure = 0, True, None
         try:
             async with _paused(engine, self.transport.needs_pause), targets_of(engine, version) as targets:
-                await self.transport.send(export, targets, version)
-                await self._finish(export, targets, version)
-        except TransferBroken as error:
-            return str(error), attempt < ATTEMPTS and await _any_left(engine)
+                while again:
+                    rounds += 1
+                    again = await self._round(worker, engine, targets, version, may_repeat=rounds < ATTEMPTS)
         except (EngineFailure, OSError, ValueError, MemoryError) as error:
-            return str(error), False
-        return None
+            failure = str(error)
+        if rounds == 0:  # not even paused; the others export all the same
+            Export(worker, self.plan).drain()
+            broadcast_object(False)
+        return failure
+
+    async def _round(self, worker: MegatronWorker, engine: Engine, targets: Targets, version: int,
+                     may_repeat: bool) -> bool:
+        """One export to the targets that are left. Is another needed? Raises when nothing reached anybody."""
+        expected = None if self.settings.checksums == "off" else self._expected(engine, worker)
+        export, left = Export(worker, self.plan, expected), Targets({one: targets.targets[one] for one in targets.left})
+        again, error = False, None
+        try:
+            await self.transport.send(export, left, version)
+            await self._finish(export, left, version)
+        except TransferBroken as broken:
+            again = may_repeat and bool(left.left)
+            log.warning("weights version %d: %s%s", version, broken, "; sending again to the others" if again else "")
+            for one in left.left if not again else ():
+                left.failed(one, broken)
+        except (EngineFailure, OSError, ValueError, MemoryError) as caught:
+            error = caught
+        targets.errors |= left.errors
+        # The other ranks, and what a failed round left over: the export is collective to its end.
+        export.drain()
+        self.memory_peak = max(self.memory_peak, export.memory.peak)
+        broadcast_object(again)
+        if error is not None:
+            raise error
+        return again
 
     async def _finish(self, export: Export, targets: Targets, version: int) -> None:
         """Drop cached prefixes, compare checksums, tidy up."""
@@ -184,8 +205,3 @@ async def _paused(engine: Engine, needed: bool) -> AsyncIterator[None]:
         yield
     finally:
         await engine.resume()
-
-
-async def _any_left(engine: Engine) -> bool:
-    """Does a fleet still have members that are not those just lost?"""
-    return hasattr(engine, "members") and bool(engine.members())
