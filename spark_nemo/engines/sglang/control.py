@@ -40,7 +40,7 @@ class ServerControl:
         return 0
 
     async def pause_generation(self, mode: PauseMode = PauseMode.RETRACT) -> None:
-        """Stop sampling. While paused ``/health`` is 503, aborts do nothing, and new generations wait."""
+        """Stop sampling. While paused ``/health`` is 503, and a new generation waits and cannot be aborted."""
         reply = await self._post("/pause_generation", {"mode": str(PauseMode(mode))})
         self._require(reply, "/pause_generation", "status", "ok")
         self.pause_mode = PauseMode(mode)
@@ -184,11 +184,15 @@ class ServerControl:
             raise EngineFailure(f"{self.url}{path}: {field} is not {wanted!r}: {self._http.excerpt(content)}")
 
     def _refuse_if_running(self, action: str) -> None:
-        """SGLang 0.5.21 asserts that it is idle (or paused in mode retract) for some calls, and dies when it is not."""
+        """Some calls want an idle scheduler, or one paused in mode retract.
+
+        SGLang 0.5.21 asserts it and dies: updates that flush while paused in place, release of memory. Not paused, an
+        update waits until all running requests have ended, however long they are.
+        """
         if self.in_flight() and self.pause_mode in (None, PauseMode.IN_PLACE):
             raise EngineFailure(
-                f"{self.url}: {action} would kill the server while {self.in_flight()} requests run: pause in mode "
-                "retract first")
+                f"{self.url}: {action} with {self.in_flight()} requests running kills the server or waits for all of "
+                "them: pause in mode retract first")
 
     async def reachable(self) -> bool:
         """Whether the front process answers; says nothing about the scheduler behind it."""
