@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.engines.client import run_async
+from spark_nemo.engines.fleet import Fleet
 from spark_nemo.evaluation.answers import read_eval_problems
 from spark_nemo.megatron.checkpoint import has_checkpoint
 from spark_nemo.megatron.distributed import gather_objects, on_main_rank
@@ -43,7 +44,7 @@ def run_stage3(config: SparkConfig) -> bool:
         config.models.policy, config.megatron, config.run.seed, rl.optimizer, rl.steps * rl.updates_per_step)
     sync = WeightSync.build(config.weight_sync, worker, engine_kind=config.engine.kind, folder=folder,
                             source_dir=Path(config.models.policy))
-    session = _open_on_main_rank(config, folder)
+    session = _open_on_main_rank(config, folder, sync)
     reference = worker.snapshot() if rl.kl_estimator != "none" else None
     start = _resume(worker, config, folder / CHECKPOINTS)
     writer, clock = MetricsWriter(folder, is_main=worker.is_main), Clock(folder)
@@ -77,10 +78,15 @@ def run_stage3(config: SparkConfig) -> bool:
     return True
 
 
-def _open_on_main_rank(config: SparkConfig, folder: Path) -> RLSession | None:
-    """The session on the main rank, None on the others. An error is every rank's, or they would wait for it."""
+def _open_on_main_rank(config: SparkConfig, folder: Path, sync: WeightSync) -> RLSession | None:
+    """The session on the main rank, None on the others. An error is every rank's, or they would wait for it.
+
+    A server of a fleet that returns in the middle of a step gets the current weights from ``sync`` before it serves.
+    """
     opened: list[RLSession] = []
     on_main_rank(lambda: opened.append(open_session(config, folder)))
+    if opened and isinstance(opened[0].policy.engine, Fleet):
+        opened[0].policy.engine.on_return = sync.restore
     return opened[0] if opened else None
 
 

@@ -14,8 +14,9 @@ import pytest
 from conftest import start_receivers
 
 from spark_nemo.config import WeightSyncConfig
-from spark_nemo.engines.base import Engine, EngineFailure
+from spark_nemo.engines.base import EngineFailure, GenerationRequest, SamplingParams
 from spark_nemo.engines.client import run_async
+from spark_nemo.engines.fleet import Fleet
 from spark_nemo.weight_sync.push import WeightSync
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -102,50 +103,32 @@ def test_a_server_that_does_not_join_cannot_hang_the_trainer(perturbed, tmp_path
         assert time.monotonic() - started < 12
 
 
-class Pair(Engine):
-    """Two servers with a fleet's ``updating``: who fails is taken out."""
-
-    def __init__(self, engines):
-        self.engines = engines
-
-    def members(self):
-        return {engine.url: engine for engine in self.engines}
-
-    def updating(self, version):
-        return _Updating(self)
-
-    async def generate(self, request): ...
-    async def update_weights(self, tensors, version): ...
-    async def pause(self): ...
-    async def resume(self): ...
-    async def health(self): ...
-    async def close(self): ...
-
-
-class _Updating:
-    def __init__(self, pair):
-        self.pair, self.targets = pair, {engine: engine.url for engine in pair.engines}
-
-    async def __aenter__(self):
-        return self
-
-    def failed(self, engine, error):
-        assert isinstance(error, EngineFailure)
-        self.pair.engines.remove(engine)
-
-    async def __aexit__(self, *_):
-        return False
-
-
 def test_a_server_lost_half_way_costs_the_others_a_second_push(perturbed, tmp_path):
-    """One of two servers dies at the third bucket: the group is built again without it, and the other gets everything,
-    checked by checksum."""
+    """One server of a fleet of two dies at the third bucket: the group is built again without it, the other gets
+    everything, checked by checksum, and the fleet goes on with that one."""
     with start_receivers(2) as (first, second):
         second.tricks(die_at=3)
-        pair = Pair([first.engine, second.engine])
-        push(sync_for(perturbed, tmp_path, "distributed", timeout_s=5), perturbed, pair, 4)
-        assert pair.engines == [first.engine] and second.process.poll() is not None
-        assert run_async(first.engine.weight_version()) == 4
+        fleet = Fleet({"first": first.engine, "second": second.engine})
+        try:
+            push(sync_for(perturbed, tmp_path, "distributed", timeout_s=5), perturbed, fleet, 4)
+            assert list(fleet.members()) == ["first"] and second.process.poll() is not None
+            assert fleet.version == run_async(first.engine.weight_version()) == 4
+            params = SamplingParams(max_new_tokens=3, temperature=0.0)
+            assert set(run_async(fleet.generate(GenerationRequest((1, 2), params))).weight_versions) == {4}
+        finally:
+            run_async(fleet.close())
+
+
+def test_a_server_of_a_fleet_with_wrong_weights_is_taken_out(perturbed, tmp_path):
+    """One server of two corrupts a tensor: it is condemned with the tensor's name, the other serves the new version."""
+    with start_receivers(2) as (first, second):
+        first.tricks(corrupt="model.norm.weight")
+        fleet = Fleet({"first": first.engine, "second": second.engine})
+        try:
+            push(sync_for(perturbed, tmp_path, "disk"), perturbed, fleet, 4)
+            assert list(fleet.members()) == ["second"] and fleet.version == 4
+        finally:
+            run_async(fleet.close())
 
 
 def test_disk_keeps_one_version(perturbed, server, tmp_path):
