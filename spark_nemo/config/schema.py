@@ -113,6 +113,9 @@ class SparkConfig:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
     def __post_init__(self) -> None:
+        if self.pipeline.parallel_jobs > 1 and (self.engine.policy.servers or self.engine.verifier.servers):
+            raise ConfigError(f"pipeline.parallel_jobs={self.pipeline.parallel_jobs} with launched servers: every job "
+                              "would launch its own on the same devices; set 1, or name running servers by urls")
         if self.data.rl_answers is not None and self.rl.reward != "rlvr":
             raise without_effect("data.rl_answers", self.data.rl_answers, f"with rl.reward={self.rl.reward}")
         self.weight_sync.check_engine(self.engine.kind)

@@ -36,11 +36,15 @@ class ServedModel:
     identity: str
 
     @classmethod
-    def load(cls, config: EngineConfig, folder: str | Path) -> ServedModel:
-        """Serve the model in ``folder``. Raises ``ConfigError`` or ``TokenizerError`` when it is none."""
+    def load(cls, config: EngineConfig, folder: str | Path, role: str, log_dir: Path | None = None) -> ServedModel:
+        """Serve the model in ``folder`` on the engines of ``role`` (``policy`` or ``verifier``).
+
+        Servers that are launched for it write to ``log_dir``. Raises ``ConfigError`` or ``TokenizerError`` when the
+        folder is no model or the role has no engines.
+        """
         identity, tokenizer = model_identity(folder), Tokenizer.load(folder)
         tokenizer.require_tokens(GRAMMAR_TEXTS)
-        return cls(build_engine(config, folder), tokenizer, identity)
+        return cls(build_engine(config, folder, role, log_dir), tokenizer, identity)
 
     async def complete(
         self, messages: Sequence[dict[str, str]], sampling: SamplingConfig, seed: int | None

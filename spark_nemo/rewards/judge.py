@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spark_nemo.config import SamplingConfig
-from spark_nemo.engines.base import EngineFailure
+from spark_nemo.engines.base import EngineFailure, EngineLost
 from spark_nemo.engines.served import ServedModel
 from spark_nemo.grammar import (
     ParsedResponse,
@@ -70,6 +70,8 @@ class RewardJudge:
         seed = derive_seed("judge", rollout.problem.problem_id, rollout.text, attempt)
         try:
             completion = await self.served.complete(messages, self.sampling, seed)
+        except EngineLost:  # no failed verification: there is nobody left to ask
+            raise
         except EngineFailure as failure:
             return EngineError(str(failure)), 0
         num_tokens = len(completion.generation.token_ids)

@@ -22,7 +22,7 @@ from spark_nemo.rewards.rlvr import Checker
 from spark_nemo.stages.checks import reward_model_folder
 from spark_nemo.stages.rollouts import RolloutSession, ScoredBatch
 
-EVALUATIONS, SAMPLES = "evaluations.jsonl", "samples.jsonl"
+EVALUATIONS, SAMPLES, SERVERS = "evaluations.jsonl", "samples.jsonl", "servers"
 _SAMPLES_PER_STEP = 4
 
 
@@ -65,9 +65,9 @@ def open_session(config: SparkConfig, folder: Path) -> RLSession:
     if rl.reward == "rlvr":
         checker = answer_checker(config)
     if rl.asks_reward_model:
-        served = ServedModel.load(config.engine, reward_model_folder(config))
+        served = ServedModel.load(config.engine, reward_model_folder(config), "verifier", folder / SERVERS)
         judge = RewardJudge(served, prompts, rl.verifier_sampling, rl.failures.retries)
-    policy = ServedModel.load(config.engine, config.models.policy)
+    policy = ServedModel.load(config.engine, config.models.policy, "policy", folder / SERVERS)
     rollouts = RolloutSession(policy, prompts, rl, config.run.seed, judge, checker)
     return RLSession(policy, rollouts, config, folder)
 

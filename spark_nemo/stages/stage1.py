@@ -19,6 +19,7 @@ from spark_nemo.stages.run_folder import Clock, mark_done, progress, stage1_fold
 from spark_nemo.verification.collect import CollectCounts, Collector
 
 log = logging.getLogger(__name__)
+_LAST_PROBE_S = 30.0
 
 
 class TooManyFailures(RuntimeError):
@@ -36,8 +37,8 @@ def run_stage1(config: SparkConfig) -> CollectCounts:
     problems = _shard(read_problems(config.data.stage1_problems), config)
     folder, name = stage1_folder(config.run), shard_name(stage)
     folder.mkdir(parents=True, exist_ok=True)
-    generator = ServedModel.load(config.engine, config.models.generator)
-    verifier = ServedModel.load(config.engine, config.models.verifier)
+    generator = ServedModel.load(config.engine, config.models.generator, "policy", folder / "servers" / name)
+    verifier = ServedModel.load(config.engine, config.models.verifier, "verifier", folder / "servers" / name)
     clock, total = Clock(folder / name), len(problems) * stage.solutions_per_problem * stage.verifications_per_solution
 
     with (RecordStore(folder / "store", writer_name=name, fsync_every=256) as store,
@@ -59,12 +60,15 @@ def shard_name(stage: Stage1Config) -> str:
 
 
 async def _collect(collector: Collector, problems: list[Problem], config: SparkConfig) -> CollectCounts:
-    in_flight = max(1, 2 * config.engine.max_batch_size // config.stage1.solutions_per_problem)
+    in_flight = max(1, 2 * config.engine.slots("verifier") // config.stage1.solutions_per_problem)
     try:
         counts = await collector.run(problems, in_flight)
         for served in (collector.generator, collector.verifier):
-            if not (await served.engine.health()).alive:
-                raise EngineFailure("stage I: an engine stopped before the end; what is stored stays, run again")
+            try:
+                await served.engine.probe(_LAST_PROBE_S)
+            except EngineFailure as failure:
+                raise EngineFailure(f"stage I stopped before its end, what is stored stays, run again: {failure}"
+                                    ) from failure
         return counts
     except ExceptionGroup as group:
         raise _first(group) from group  # a full disk is one error, not a tree of them

@@ -42,8 +42,9 @@ def run_stage3(config: SparkConfig) -> bool:
     problems, eval_problems = read_problems(config.data.rl_problems), read_eval_problems(config.data.eval_problems)
     worker = MegatronWorker.from_hf(
         config.models.policy, config.megatron, config.run.seed, rl.optimizer, rl.steps * rl.updates_per_step)
-    sync = WeightSync.build(config.weight_sync, worker, engine_kind=config.engine.kind, folder=folder,
-                            source_dir=Path(config.models.policy))
+    sync = WeightSync.build(
+        config.weight_sync, worker, engine_kind=config.engine.kind, folder=folder,
+        source_dir=Path(config.models.policy), engine_tensor_parallel=config.engine.policy.tensor_parallel or 1)
     session = _open_on_main_rank(config, folder, sync)
     reference = worker.snapshot() if rl.kl_estimator != "none" else None
     start = _resume(worker, config, folder / CHECKPOINTS)

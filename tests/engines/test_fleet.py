@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections import Counter
@@ -247,10 +248,8 @@ def test_random_failures_of_kept_servers_under_updates_keep_versions_straight(se
                 if version > 1:
                     await until(with_some_up)
                 await fleet.pause()
-                try:
+                with contextlib.suppress(EngineFailure):  # all were dead at once: the old version stays current
                     await fleet.update_weights([("w", None)], version)
-                except EngineFailure:  # all were dead at once: the old version stays current
-                    pass
                 await fleet.resume()
                 work = [asyncio.create_task(fleet.generate(ask(i))) for i in range(30)]
                 await asyncio.sleep(draw.uniform(0, 0.004))
