@@ -1,18 +1,18 @@
 """A hash of every tensor on both sides of a sync, so that what an engine serves is what the trainer has.
 
-The hash is ``engines.tensor_hash``, SGLang's for a tensor in CPU memory. The trainer's side never builds an engine
-tensor: its pieces are hashed as the export brings them. A server on a GPU hashes with a kernel of its own
-(``gpu_tensor_hash``), which is not this function.
+The hash is SGLang's own (``engines.tensor_hash``), which is another one on a GPU than on a CPU: trainer and server must
+both be on the one or on the other. The trainer's side never builds an engine tensor: its pieces are hashed as the
+export brings them. That the GPU's hash is the server's was checked with SGLang's kernel in Triton's interpreter only.
 """
 
 from __future__ import annotations
 
-import hashlib
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 
-from spark_nemo.engines.tensor_hash import HEX_DIGITS, raw_bytes
+from spark_nemo.engines.tensor_hash import TensorDigest, digest_for
 
 from .engine_view import EngineTensor, Piece, Slice
 from .plan import SyncPlan
@@ -49,11 +49,11 @@ class ExpectedChecksums:
         for part, readers in hashed.items():
             for block in _blocks(tensor, part):
                 for running in readers:
-                    running.digest.update(block)
+                    running.update(block)
 
     def result(self) -> Checksums:
         """All of them. Raises ``ValueError`` when the export ended before a tensor was whole."""
-        return [{name: running.finish(self._dtype.itemsize) for name, running in rank.items()} for rank in self._open]
+        return [{name: running.finish(self._dtype) for name, running in rank.items()} for rank in self._open]
 
 
 class _Running:
@@ -61,7 +61,9 @@ class _Running:
 
     def __init__(self, tensor: EngineTensor) -> None:
         self.name, self.left = tensor.name, list(tensor.pieces)
-        self.digest = hashlib.sha256()
+        self._elements = math.prod(tensor.shape)
+        self._digest: TensorDigest | None = None
+        self._device = torch.device("cpu")
 
     def expect(self, name: str) -> Slice:
         piece = self.left.pop(0)
@@ -69,21 +71,28 @@ class _Running:
             raise ValueError(f"checksum of {self.name}: {name} came before {piece.name}")
         return piece.slice
 
-    def finish(self, itemsize: int) -> str:
+    def update(self, block: torch.Tensor) -> None:
+        if self._digest is None:
+            self._digest = digest_for(block, self._elements * block.element_size())
+            self._device = block.device
+        self._digest.update(block)
+
+    def finish(self, dtype: torch.dtype) -> str:
         for piece in self.left:
             if piece.name is not None:
                 raise ValueError(f"checksum of {self.name}: {piece.name} never came")
-            self.digest.update(bytes(piece.slice.height * piece.slice.width * itemsize))
-        return self.digest.hexdigest()[:HEX_DIGITS]
+            self.update(torch.zeros(piece.slice.height, piece.slice.width, dtype=dtype, device=self._device))
+        assert self._digest is not None
+        return self._digest.hexdigest()
 
 
-def _blocks(tensor: torch.Tensor, part: Slice) -> list[memoryview]:
-    """The bytes of a slice in row-major order, in views of a block each; columns are copied block by block."""
+def _blocks(tensor: torch.Tensor, part: Slice) -> list[torch.Tensor]:
+    """Views of a slice, some rows each; columns are copied block by block when they are hashed."""
     rows = tensor[part.rows[0]:part.rows[1]]
     if part.columns is not None and part.columns != (0, tensor.shape[1]):
         rows = rows[:, part.columns[0]:part.columns[1]]
     step = max(1, _BLOCK_BYTES // max(1, part.width * tensor.element_size()))
-    return [raw_bytes(rows[start:start + step]) for start in range(0, rows.shape[0], step)]
+    return [rows[start:start + step] for start in range(0, rows.shape[0], step)]
 
 
 def by_checkpoint_name(plan: SyncPlan, tied: bool) -> list[list[EngineTensor]]:

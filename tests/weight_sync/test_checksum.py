@@ -7,6 +7,7 @@ import hashlib
 import pytest
 import torch
 
+from spark_nemo.engines.tensor_hash import WordDigest
 from spark_nemo.weight_sync.checksum import ExpectedChecksums, differing
 from spark_nemo.weight_sync.numbers import ModelNumbers, checkpoint_tensors
 from spark_nemo.weight_sync.plan import plan_sync
@@ -70,3 +71,19 @@ def test_differences_are_named():
     assert differing([{"a": "1", "b": "2"}], [{"a": "1", "b": "3", "c": "4"}]) == ["b", "c (never sent)"]
     assert differing([{"a": "1"}, {"a": "1"}], [{"a": "1"}, {}]) == ["a (rank 1)"]
     assert differing([{"a": "1"}], [{"a": "1"}, {"a": "1"}]) == ["all: the engine has 2 ranks, 1 were planned"]
+
+
+@pytest.mark.parametrize(("count", "dtype", "expected"), [
+    (4, torch.float32, "f37b34f4fb3f173c"), (1000, torch.float32, "58f0b33a4d979bbf"),
+    (8192, torch.float32, "215f40d8dfdfc259"), (20000, torch.float32, "5265eaa0ed4b230c"),
+    (50000, torch.bfloat16, "6f34fa81d716e4c7"),
+])
+@pytest.mark.parametrize("block", [1000, 8192, 100000])
+def test_the_hash_of_gpu_tensors(count, dtype, expected, block):
+    """SGLang's hash for tensors on a GPU, in whatever blocks they come. The values are from sglang 0.5.21's own Triton
+    kernel, run by Triton's interpreter on a CPU; that it gives the same on a GPU is not shown here."""
+    row = ((torch.arange(count) % 97 - 40) / 8).to(dtype)
+    digest = WordDigest(row.nbytes, row.device)
+    for start in range(0, count, block):
+        digest.update(row[start:start + block])
+    assert digest.hexdigest() == expected
