@@ -13,6 +13,7 @@ from .errors import ConfigError, at_least, one_of, without_effect
 from .rl import RLConfig
 from .trainer import MegatronConfig
 from .verification import LABEL_METHODS, Stage1Config, Stage2Config
+from .weight_sync import WeightSyncConfig
 
 
 @dataclass
@@ -111,6 +112,7 @@ class SparkConfig:
     stage1: Stage1Config = field(default_factory=Stage1Config)
     stage2: Stage2Config = field(default_factory=Stage2Config)
     rl: RLConfig = field(default_factory=RLConfig)
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
@@ -126,3 +128,4 @@ class SparkConfig:
         if self.pipeline.rounds > 1 and self.stage2.method not in self.pipeline.label_methods:
             raise ConfigError(f"pipeline.rounds={self.pipeline.rounds} verifies with the reward model of stage2.method="
                               f"{self.stage2.method}: add it to pipeline.label_methods")
+        self.weight_sync.check_engine(self.engine.kind)
