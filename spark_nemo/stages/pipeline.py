@@ -12,6 +12,7 @@ import yaml
 
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.config.compose import config_yaml
+from spark_nemo.config.rl import VERIFIER_KNOBS
 from spark_nemo.records.jsonl import write_text_atomic
 from spark_nemo.report.collect import Oracle, collect_summary
 from spark_nemo.report.write import write_report
@@ -95,5 +96,7 @@ def _stage3_job(config: SparkConfig, overrides: Sequence[str], reward: str) -> J
         if config.pipeline.rl_answers is None:
             raise ConfigError("pipeline.rewards has rlvr: set pipeline.rl_answers (JSONL with problem_id and answer)")
         arguments += [f"data.rl_answers={config.pipeline.rl_answers}", "rl.reward_model=null"]
+        arguments += [f"rl.{name}={'null' if unset is None else unset}" for name, unset in VERIFIER_KNOBS.items()
+                      if getattr(config.rl, name) != unset]
         needs = frozenset()
     return Job(f"stage3-{reward}", tuple(arguments), stage3_folder(config.run, reward), needs)
