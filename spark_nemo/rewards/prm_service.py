@@ -116,10 +116,13 @@ class PRMService:
         remembered.
         """
         try:
-            self._version = (await self.served.engine.health()).weight_version
+            health = await self.served.engine.health()
+            self._version = health.weight_version if health.alive else None
         except EngineFailure as failure:
-            log.warning("the verifier does not say its weight version (%s): nothing is taken from the cache", failure)
+            log.info("the verifier's engine has no health to report: %s", failure)
             self._version = None
+        if self._version is None:
+            log.warning("the verifier does not say its weight version: nothing is taken from the cache until it does")
 
     def case(self, question: str, canonical: str, num_steps: int) -> Case:
         """A response to ``verify``, once or several times."""

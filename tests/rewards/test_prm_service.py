@@ -35,7 +35,7 @@ class Prm:
     def __init__(self, reply=None, failure=None, held=False, finish=FinishReason.STOP) -> None:
         self.reply, self.failure, self.finish = reply, failure, finish
         self.go, self.asked, self.prompts, self.cancelled, self.running, self.most = asyncio.Event(), [], [], 0, 0, 0
-        self.version, self.encoded = 0, 0
+        self.version, self.alive, self.encoded = 0, True, 0
         self.engine, self.tokenizer = self, SimpleNamespace(encode_chat=self.encode)
         if not held:
             self.go.set()
@@ -47,7 +47,7 @@ class Prm:
     async def health(self):
         if self.version is None:
             raise EngineFailure("gone")
-        return SimpleNamespace(weight_version=self.version)
+        return SimpleNamespace(alive=self.alive, weight_version=self.version)
 
     async def complete_ids(self, prompt_ids, sampling, seed):
         self.asked.append(seed)
@@ -233,12 +233,22 @@ def test_weights_that_change_on_the_way_leave_nothing_behind() -> None:
         assert isinstance((await caller).outcome, Verdict)
         await verify(service)
         assert len(prm.asked) == 2
-        prm.version = None
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("alive", "version"), [(False, 0), (True, None)])
+def test_nothing_is_remembered_while_the_version_is_not_known(alive: bool, version: int | None) -> None:
+    """A server that does not answer reports the version it last told, or nothing: neither may be trusted."""
+    async def scenario():
+        service = await service_of(prm := Prm())
+        await verify(service, 5)
+        prm.alive, prm.version = alive, version
         await service.refresh()
-        prm.version = 1
+        prm.alive, prm.version = True, 0
         await verify(service, 5)
         await verify(service, 5)
-        assert len(prm.asked) == 4
+        assert len(prm.asked) == 3
 
     asyncio.run(scenario())
 

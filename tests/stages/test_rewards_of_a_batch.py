@@ -51,7 +51,7 @@ class Scripted:
         self.replies, self.messages, self.engine = replies, [], self
 
     async def health(self):
-        return SimpleNamespace(weight_version=0)
+        return SimpleNamespace(alive=True, weight_version=0)
 
     async def complete(self, messages, sampling, seed):
         text = self.replies[len(self.messages) % len(self.replies)]
