@@ -6,8 +6,8 @@
 
 All three send the same kind of work to the same server: prompts of ``--prompt-tokens`` ids (consecutive, from a random
 offset, as SGLang's ``random-ids`` makes them), exactly ``--new-tokens`` new tokens, log-probabilities, no stream,
-``--in-flight`` requests at once, an empty prefix cache at the start. Repeats alternate; medians are printed and the ratio
-of ours to the better of the others. The target is 0.95.
+``--in-flight`` requests at once, an empty prefix cache at the start. Repeats alternate; medians are printed and the
+ratio of ours to the better of the others. The target is 0.95.
 
 What differs, because it is how each is used: ours validates every request and reply (ids, one log-probability and one
 weight version per token) and keeps connections; the loop parses JSON and counts tokens; the bench client opens a
@@ -128,7 +128,8 @@ def run_bench(args: argparse.Namespace, url: str, seed: int) -> Run:
                 "--random-input-len", str(args.prompt_tokens), "--random-output-len", str(args.new_tokens),
                 "--random-range-ratio", "1.0", "--num-prompts", str(args.requests), "--request-rate", "inf",
                 "--max-concurrency", str(args.in_flight), "--disable-stream", "--return-logprob",
-                "--temperature", "1.0", "--seed", str(seed), "--flush-cache", "--disable-tqdm", "--output-file", str(out)]
+                "--temperature", "1.0", "--seed", str(seed), "--flush-cache", "--disable-tqdm",
+                "--output-file", str(out)]
         done = subprocess.run(line, env=child_environment(), capture_output=True, text=True, timeout=600, check=False)
         if done.returncode or not out.exists():
             sys.exit(f"sglang's bench client failed: {(done.stdout + done.stderr)[-2000:]}")
