@@ -48,10 +48,10 @@ class ServerHttp:
 
     def __init__(self, url: str, api_key: str | None, connections: int) -> None:
         parsed = yarl.URL(url)
-        if parsed.scheme not in ("http", "https") or not parsed.host or parsed.path not in ("", "/") or parsed.query:
-            raise ValueError(f"server url {parsed.with_user(None)}: write http://host:port")
         if parsed.user or parsed.password:
-            raise ValueError(f"server url {parsed.with_user(None)}: credentials do not belong in a URL; use api_key")
+            raise ValueError(f"server url of host {parsed.host}: credentials do not belong in a URL; use api_key")
+        if parsed.scheme not in ("http", "https") or not parsed.host or parsed.path not in ("", "/") or parsed.query:
+            raise ValueError(f"server url {url}: write http://host:port")
         self.url = str(parsed).rstrip("/")
         self._api_key = api_key
         self._connections = connections

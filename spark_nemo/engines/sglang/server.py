@@ -121,11 +121,11 @@ class SglangServer(ServerControl, Engine):
                 await asyncio.sleep(wait)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    async def _send(self, request: GenerationRequest, rid: str) -> Generation:
+    async def _send(self, request: GenerationRequest, rid: str, pooled: bool = True) -> Generation:
         path = "/generate"
         self._sent += 1
         try:
-            reply = await self._http.call("POST", path, generate_json(request, rid), timeout_s=None, pooled=True)
+            reply = await self._http.call("POST", path, generate_json(request, rid), timeout_s=None, pooled=pooled)
         except (asyncio.CancelledError, ConnectionLost):
             await self._abort(rid)
             raise
@@ -157,7 +157,7 @@ class SglangServer(ServerControl, Engine):
         rid = f"probe-{uuid.uuid4().hex}"
         try:
             async with asyncio.timeout(timeout_s):
-                await self._send(_PROBE, rid)
+                await self._send(_PROBE, rid, pooled=False)
         except TimeoutError as error:
             raise EngineUnavailable(f"{self.url}: the probe's token did not come within {timeout_s:g} s") from error
 
