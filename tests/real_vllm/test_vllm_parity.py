@@ -1,6 +1,6 @@
 """The real vLLM on this machine's CPU: same tokens and log-probabilities as the embedded engine and transformers.
 
-Skipped unless SPARK_VLLM_PYTHON names the interpreter of an environment with vLLM (docs/engines_vllm.md says how to
+Skipped unless SPARK_VLLM_PYTHON names the interpreter of an environment with vLLM (docs/vllm.md says how to
 make one). Proves nothing about GPUs, half precision or large models.
 """
 
