@@ -73,6 +73,8 @@ class FakeVllm:
             self.running -= 1
         if self.statuses:
             return web.json_response({"error": {"message": "not now", "code": 0}}, status=self.statuses.pop(0))
+        if body["temperature"] > 2:
+            return web.json_response({"error": {"message": "temperature must be in [0, 2]", "code": 400}}, status=400)
         return web.json_response(self.change(self._reply(body)))
 
     def _reply(self, body: dict) -> dict:

@@ -157,12 +157,12 @@ class VllmServer(Engine):
     async def check_logprobs_mode(self) -> None:
         """Raise ``EngineFailure`` unless log-probabilities are taken after temperature.
 
-        The likeliest token's is asked for at temperatures 1 and 4; before temperature the two are equal.
+        The likeliest token's is asked for at temperatures 1 and 2 (vLLM's highest); before temperature they are equal.
         """
         greedy = completion_json(_PROBE, self._served_name)
         (likeliest,) = parse_completion(await self._exchange(greedy), _PROBE, self._version).token_ids
         warm, hot = [top_logprob(await self._exchange({**greedy, "temperature": temperature, "logprobs": 1}), likeliest)
-                     for temperature in (1.0, 4.0)]
+                     for temperature in (1.0, 2.0)]
         if abs(warm - hot) < _SAME_NATS:
             raise EngineFailure(f"{self.url}: log-probabilities are those before temperature; start it with "
                                 "--logprobs-mode processed_logprobs")
