@@ -1,7 +1,9 @@
 """Verifications on request: each content is asked for once, remembered, and answered within a deadline.
 
 Between the judge, which decides what to ask, and the engine, which may be slow, full or dead. The service adds no
-randomness: a remembered result is the one that the same request, with the same seed, gave before.
+randomness: a remembered result is the one that the same request, with the same seed, gave before. On an engine that
+honours seeds (embedded, vLLM) rewards are therefore those of a run without the cache; SGLang draws anew each time, and
+there a remembered sampled result is one of the results it could have given.
 """
 
 from __future__ import annotations
