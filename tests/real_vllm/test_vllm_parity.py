@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import importlib
 import math
+import sys
 import time
 from collections import Counter
+from pathlib import Path
 
+import aiohttp
 import pytest
 import torch
-from vllm_process import CONTEXT, PYTHON, RealServer, real_server
+from vllm_process import CONTEXT, NAME, PYTHON, RealServer, real_server
 
 from spark_nemo.config import SamplingConfig
 from spark_nemo.engines import (
@@ -27,6 +31,7 @@ from spark_nemo.engines import (
 )
 from spark_nemo.engines.local import LocalEngine
 from spark_nemo.engines.served import ServedModel
+from spark_nemo.engines.vllm.protocol import completion_json
 from spark_nemo.grammar import prompt_set
 from spark_nemo.records import Problem, Rollout
 from spark_nemo.rewards.judge import RewardJudge
@@ -36,6 +41,7 @@ from spark_nemo.toy.resolve import ASSETS
 
 pytestmark = [pytest.mark.skipif(PYTHON is None, reason="SPARK_VLLM_PYTHON names no interpreter"), pytest.mark.slow]
 MODEL, POLICY, PROMPTS = ASSETS / "verifier", ASSETS / "generator", prompt_set("compact")
+sys.path.append(str(Path(__file__).parents[1] / "engines"))
 TOLERANCE = 1e-3  # nats, what the issue asks for; the worst seen is printed
 
 
@@ -228,6 +234,52 @@ def test_the_prm_gives_the_same_verdicts_as_on_the_embedded_engine(server) -> No
     kinds = Counter(type(j.outcome).__name__ for j in ours)
     print(f"outcomes {dict(kinds)}")
     assert theirs == ours and kinds["Verdict"] > 5
+
+
+def test_the_fake_server_says_what_the_real_one_says(server) -> None:
+    """Every field that the fake of tests/engines writes is there with the same type, for a stopped and a full answer;
+    and both refuse the same requests with the same status. The fake may lack fields."""
+    fake_vllm = importlib.import_module("fake_vllm")
+
+    async def replies(url: str, key: str, name: str) -> list[tuple[int, object]]:
+        body = {**completion_json(sampled((1, 2), max_new_tokens=3), name), "top_k": 0}
+        async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {key}"}) as session:
+            async def post(**changes) -> tuple[int, object]:
+                async with session.post(f"{url}/v1/completions", json={**body, **changes}) as reply:
+                    return reply.status, await reply.json()
+
+            first = await post()
+            stop = first[1]["choices"][0]["token_ids"][0]
+            found = [first, await post(stop_token_ids=[stop]), await post(temperature=4.0)]
+            async with session.get(f"{url}/v1/models") as models:
+                found.append((models.status, await models.json()))
+            async with session.get(f"{url}/v1/models", headers={"Authorization": "Bearer wrong"}) as denied:
+                found.append((denied.status, await denied.json()))
+            return found
+
+    async def both():
+        fake = fake_vllm.FakeVllm()
+        async with fake.serve() as url:
+            return await replies(url, fake_vllm.KEY, fake_vllm.NAME), await replies(server.url, server.key, NAME)
+
+    for (status, made_up), (real_status, real) in zip(*asyncio.run(both())):
+        assert status == real_status
+        assert_part_of(made_up, real, "reply")
+
+
+def assert_part_of(made_up: object, real: object, where: str) -> None:
+    """Same type; of an object every field, of a list the first item. A log-probability may be 0 or 0.0."""
+    numbers = (int, float)
+    assert type(made_up) is type(real) or (isinstance(made_up, numbers) and isinstance(real, numbers)), where
+    if isinstance(made_up, dict):
+        for name, value in made_up.items():
+            if name.startswith("token_id:"):
+                continue  # other models, other tokens
+            assert name in real, f"{where}.{name}"
+            assert_part_of(value, real[name], f"{where}.{name}")
+    elif isinstance(made_up, list) and made_up:
+        assert real, where
+        assert_part_of(made_up[0], real[0], f"{where}[0]")
 
 
 def test_vllms_default_logprobs_mode_is_recognised_and_refused(tmp_path) -> None:
