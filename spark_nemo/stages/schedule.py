@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from spark_nemo.config import ConfigError, SparkConfig
+from spark_nemo.config.rl import VERIFIER_KNOBS
 from spark_nemo.stages.jobs import Job
 from spark_nemo.stages.run_folder import round_run, stage1_folder, stage2_folder, stage3_folder
 from spark_nemo.stages.stage1 import shard_name
@@ -72,5 +73,7 @@ def _stage3_job(config: SparkConfig, overrides: Sequence[str], reward: str) -> J
         if config.pipeline.rl_answers is None:
             raise ConfigError("pipeline.rewards has rlvr: set pipeline.rl_answers (JSONL with problem_id and answer)")
         arguments += [f"data.rl_answers={config.pipeline.rl_answers}", "rl.reward_model=null"]
+        arguments += [f"rl.{name}={'null' if unset is None else unset}" for name, unset in VERIFIER_KNOBS.items()
+                      if getattr(config.rl, name) != unset]
         needs = frozenset()
     return Job(f"stage3-{reward}", tuple(arguments), stage3_folder(config.run, reward), needs)
