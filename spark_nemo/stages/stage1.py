@@ -69,17 +69,20 @@ async def _collect(collector: Collector, problems: list[Problem], config: SparkC
     try:
         counts = await collector.run(problems, in_flight)
         for served in (collector.generator, collector.verifier):
-            try:
-                await served.engine.probe(_LAST_PROBE_S)
-            except EngineFailure as failure:
-                raise EngineFailure(f"stage I stopped before its end, what is stored stays, run again: {failure}"
-                                    ) from failure
+            await served.engine.probe(_LAST_PROBE_S)
         return counts
+    except EngineFailure as failure:
+        raise _stopped(failure) from failure
     except ExceptionGroup as group:
-        raise _first(group) from group  # a full disk is one error, not a tree of them
+        first = _first(group)  # a full disk is one error, not a tree of them
+        raise (_stopped(first) if isinstance(first, EngineFailure) else first) from group
     finally:
         await collector.generator.engine.close()
         await collector.verifier.engine.close()
+
+
+def _stopped(failure: EngineFailure) -> EngineFailure:
+    return EngineFailure(f"stage I stopped before its end, what is stored stays, run again: {failure}")
 
 
 def _claim(path: Path, made_by: dict[str, object]) -> None:
