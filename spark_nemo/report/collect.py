@@ -38,7 +38,8 @@ from spark_nemo.report.model import (
     to_plain,
 )
 from spark_nemo.verification import label_all
-from spark_nemo.verification.collect import SOLUTION, VERIFICATION, parse_solution, read_collected
+from spark_nemo.verification.collect import SOLUTION, VERIFICATION, parse_solution
+from spark_nemo.verification.collected import read_collected
 
 Oracle = Callable[[str, Sequence[str]], tuple[bool, ...]]
 """``oracle(question, steps)``: which steps are truly right. Only worlds made by a program have one."""

@@ -7,6 +7,7 @@ their whole prompt, reach the engine one after the other. Of a solution that is 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -40,6 +41,7 @@ from .ledger import Cost, Ledger
 from .work_queue import Job, WorkQueue
 
 SOLUTION, VERIFICATION = "solution", "verification"
+_MOST_REASONS = 50
 AfterVotes = Callable[[Solution, ParsedResponse, list[Verification]], Awaitable[None]]
 """What to do with a solution once all its votes are in, in the order of their numbers."""
 
@@ -61,6 +63,15 @@ class CollectCounts:
     """Not asked for, because ``stage1.early_stop`` found the solution decided."""
     postponed_verifications: int = 0
     """Not asked for, because a vote they depend on could not be had: the next run goes on there."""
+    engine_failures: dict[str, int] = field(default_factory=dict)
+    """Requests that an engine refused or lost, by its reason with every number written N. Not stored: asked again."""
+
+    def engine_failed(self, failure: EngineFailure) -> None:
+        """Count one by its reason; beyond some number of reasons they are not told apart."""
+        reason = re.sub(r"\d+", "N", str(failure))
+        if reason not in self.engine_failures and len(self.engine_failures) >= _MOST_REASONS:
+            reason = "other"
+        self.engine_failures[reason] = self.engine_failures.get(reason, 0) + 1
 
 
 @dataclass(slots=True)
@@ -145,6 +156,7 @@ class Collector:
             completion = await self.generator.complete(
                 self.prompts.solve(problem.question), self.config.generator_sampling, derive_seed(key))
         except EngineFailure as failure:
+            self.counts.engine_failed(failure)
             for each in costs:
                 each.add_failed(time.monotonic() - started)
             # Not stored: the next run asks again.
@@ -205,6 +217,7 @@ class Collector:
             completion = await self.verifier.complete_prompt(
                 at.prompt_ids, self.config.verifier_sampling, derive_seed(key))
         except EngineFailure as failure:
+            self.counts.engine_failed(failure)
             at.votes[vote] = EngineError(str(failure))  # not stored: the next run asks again
             for cost in costs:
                 cost.add_failed(time.monotonic() - started)
@@ -214,7 +227,7 @@ class Collector:
                 completion.text, str(completion.generation.finish_reason), num_tokens, len(at.parsed.steps))
             record = Verification(
                 key, at.solution.key, vote, completion.text, outcome, num_tokens, len(at.prompt_ids))
-            self.store.append(key, VERIFICATION, record.to_json())
+            self.store.append(key, VERIFICATION, record.to_json(), parent=at.solution.key)
             self.counts.verification_tokens += num_tokens
             for cost in costs:
                 cost.add_sampled(len(at.prompt_ids), num_tokens, time.monotonic() - started)
@@ -255,11 +268,3 @@ def parse_solution(solution: Solution) -> ParsedResponse | ParseFailure:
     if solution.finish_reason != "stop":
         return ParseFailure(f"finish_reason: {solution.finish_reason}")
     return split_response(solution.text, StepFormat.PLAIN)
-
-
-def read_collected(store: RecordStore) -> tuple[list[Solution], list[Verification]]:
-    """Usable solutions of a store and the verifications of them, in the order of their keys."""
-    solutions = [Solution.from_json(row) for _, row in store.iter(SOLUTION)]
-    usable = {s.key: s for s in solutions if isinstance(parse_solution(s), ParsedResponse)}
-    votes = [Verification.from_json(row) for _, row in store.iter(VERIFICATION)]
-    return [usable[key] for key in sorted(usable)], [v for v in votes if v.solution_key in usable]
