@@ -51,6 +51,7 @@ class DistributedTransport(Transport):
         buffer_B = torch.empty(export.plan.buffer_bytes, dtype=torch.uint8, device=backend)
         for bucket in export.buckets(buffer_B):
             await self._broadcast(bucket, targets, version)
+            del bucket  # it may be a tensor's own memory
         await each(targets, lambda engine: engine.end_weight_update(), self.timeout_s, "end_weight_update")
         await self._refuse_losses(targets, "the end of a weight-update session")
 
