@@ -8,10 +8,10 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo test lint results bench clean
+.PHONY: help venv demo test test-sglang lint results bench clean
 
 help:            ## show this list
-	@grep -E '^[a-z]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/'
+	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,6 +26,10 @@ demo: venv       ## the main job: all three stages on this machine, report in ru
 
 test: venv lint  ## every test
 	$(BIN)/python -m pytest
+
+test-sglang: venv  ## tests against real SGLang servers on the CPU, in an environment of their own (.venv-sglang)
+	PYTHON=$(PYTHON) tests/sglang_env/build.sh
+	SPARK_TEST_SGLANG=1 $(BIN)/python -m pytest tests/real_sglang
 
 lint: venv       ## style and import directions
 	$(BIN)/ruff check spark_nemo tests benchmarks tools

@@ -255,8 +255,10 @@ class FakeSglang:
         self.flushes += 1
         return web.Response(text="Cache flushed.\n")
 
-    def _load(self, request: web.Request, model: str) -> web.Response:
+    async def _load(self, request: web.Request, model: str) -> web.Response:
         body = request["body"]
+        while self.running and self.pause is None:
+            await asyncio.sleep(0.002)
         self.model = model
         if body.get("flush_cache", True):
             if not self._idle():
@@ -271,7 +273,7 @@ class FakeSglang:
         if not (folder / "config.json").exists():
             return _success(f"Failed to get weights iterator: '{folder}'.", False, num_paused_requests=0)
         weights = b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))
-        reply = self._load(request, hashlib.sha256(weights).hexdigest())
+        reply = await self._load(request, hashlib.sha256(weights).hexdigest())
         return reply if self.dead else _success(num_paused_requests=0)
 
     async def begin_weight_update(self, request: web.Request) -> web.Response:
@@ -302,12 +304,12 @@ class FakeSglang:
             return _outside_session("update_weights_from_distributed")
         if body["group_name"] not in self.groups:
             return _success(f"Failed to receive weights: Group {body['group_name']} not in [].", False)
-        return self._load(request, f"{self.model} {body['names']}")
+        return await self._load(request, f"{self.model} {body['names']}")
 
     async def update_weights_from_tensor(self, request: web.Request) -> web.Response:
         if not self.session:
             return _outside_session("update_weights_from_tensor")
-        return self._load(request, f"{self.model} {request['body']['serialized_named_tensors']}")
+        return await self._load(request, f"{self.model} {request['body']['serialized_named_tensors']}")
 
     async def update_weight_version(self, request: web.Request) -> web.Response:
         body = request["body"]

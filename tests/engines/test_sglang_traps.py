@@ -108,9 +108,9 @@ def test_6_health_is_503_during_a_pause_and_the_client_does_not_ask_it():
 
 
 @pytest.mark.parametrize("mode", [None, PauseMode.IN_PLACE])
-def test_7_update_that_would_kill_a_busy_server_is_refused(mode, tmp_path):
-    """0.5.21 asserts that the flush succeeded; running requests make it fail. Without a flush the update goes through,
-    and the tokens carry both versions."""
+def test_7_update_that_would_kill_or_block_is_refused(mode, tmp_path):
+    """0.5.21 asserts that the flush succeeded, which requests paused in place prevent; not paused, it would wait for
+    them. Without a flush the paused update goes through, and the tokens carry both versions."""
     (tmp_path / "config.json").touch()
 
     async def scenario(server, fake):
@@ -119,10 +119,11 @@ def test_7_update_that_would_kill_a_busy_server_is_refused(mode, tmp_path):
         await until(lambda: fake.running and len(next(iter(fake.running.values())).tokens) > 3)
         if mode is not None:
             await server.pause(mode)
-        with pytest.raises(EngineFailure, match="would kill the server while 1 requests run: pause in mode retract"):
+        with pytest.raises(EngineFailure, match="flush_cache=True with 1 requests running kills the server"):
             await server.update_weights_from_disk(tmp_path, 1)
-        with pytest.raises(EngineFailure, match="releasing memory would kill"):
+        with pytest.raises(EngineFailure, match="releasing memory with 1 requests running"):
             await server.release_memory_occupation()
+        await server.pause(PauseMode.IN_PLACE)
         await server.update_weights_from_disk(tmp_path, 1, flush_cache=False)
         await server.resume()
         assert set((await task).weight_versions) == {0, 1} and not fake.dead and fake.flushes == 0
@@ -202,5 +203,19 @@ def test_naming_weights_aborts_nothing():
         await until(lambda: fake.running and next(iter(fake.running.values())).tokens)
         await server.update_weight_version(9)
         assert set((await task).weight_versions) == {0, 9}
+
+    with_fake(scenario)
+
+
+def test_7_update_waits_for_running_requests_when_not_paused(tmp_path):
+    """Without a pause an update begins when the last running request has ended: it stamps none of their tokens."""
+    (tmp_path / "config.json").touch()
+
+    async def scenario(server, fake):
+        fake.faults.token_s = 0.005
+        task = asyncio.create_task(server.generate(ask((1,))))
+        await until(lambda: fake.running)
+        await server.update_weights_from_disk(tmp_path, 1, flush_cache=False)
+        assert set((await task).weight_versions) == {0}
 
     with_fake(scenario)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..base import EngineFailure, EngineUnavailable
+from ..base import EngineFailure
 from .http import NotReached, ServerHttp
 from .protocol import JSON, PauseMode, version_number
 
@@ -39,13 +39,13 @@ class ServerControl:
         """Requests of this client that the server is working on."""
         return 0
 
-    async def pause_generation(self, mode: PauseMode = PauseMode.RETRACT) -> None:
-        """Stop sampling. While paused ``/health`` is 503, aborts do nothing, and new generations wait."""
+    async def _pause(self, mode: PauseMode) -> None:
+        """Stop sampling. While paused ``/health`` is 503, and a new generation waits and cannot be aborted."""
         reply = await self._post("/pause_generation", {"mode": str(PauseMode(mode))})
         self._require(reply, "/pause_generation", "status", "ok")
         self.pause_mode = PauseMode(mode)
 
-    async def continue_generation(self) -> None:
+    async def _continue(self) -> None:
         """Go on sampling; harmless when not paused."""
         self._require(await self._post("/continue_generation", {}), "/continue_generation", "status", "ok")
         self.pause_mode = None
@@ -184,19 +184,15 @@ class ServerControl:
             raise EngineFailure(f"{self.url}{path}: {field} is not {wanted!r}: {self._http.excerpt(content)}")
 
     def _refuse_if_running(self, action: str) -> None:
-        """SGLang 0.5.21 asserts that it is idle (or paused in mode retract) for some calls, and dies when it is not."""
+        """Some calls want an idle scheduler, or one paused in mode retract.
+
+        SGLang 0.5.21 asserts it and dies: updates that flush while paused in place, release of memory. Not paused, an
+        update waits until all running requests have ended, however long they are.
+        """
         if self.in_flight() and self.pause_mode in (None, PauseMode.IN_PLACE):
             raise EngineFailure(
-                f"{self.url}: {action} would kill the server while {self.in_flight()} requests run: pause in mode "
-                "retract first")
-
-    async def reachable(self) -> bool:
-        """Whether the front process answers; says nothing about the scheduler behind it."""
-        try:
-            await self._call("GET", "/model_info")
-        except EngineUnavailable:
-            return False
-        return True
+                f"{self.url}: {action} with {self.in_flight()} requests running kills the server or waits for all of "
+                "them: pause in mode retract first")
 
 
 def _text(version: int | None) -> str | None:

@@ -187,7 +187,7 @@ class SglangServer(ServerControl, Engine):
             self._paused_at = asyncio.get_running_loop().time()
             self._go.clear()
         try:
-            await self.pause_generation(mode)
+            await self._pause(mode)
         except BaseException:
             if not was_paused:
                 self._let_go()
@@ -196,7 +196,7 @@ class SglangServer(ServerControl, Engine):
     async def resume(self) -> None:
         """Go on sampling and send what was held."""
         self._refuse_closed()
-        await self.continue_generation()
+        await self._continue()
         self._let_go()
 
     def _let_go(self) -> None:
