@@ -6,9 +6,10 @@ from .rl import FailurePolicy, RLConfig
 from .schema import DataConfig, EvaluationConfig, ModelsConfig, PipelineConfig, RunConfig, SparkConfig
 from .trainer import MegatronConfig, OptimizerConfig
 from .verification import LABEL_METHODS, Stage1Config, Stage2Config
+from .weight_sync import WeightSyncConfig
 
 __all__ = [
     "LABEL_METHODS", "ConfigError", "DataConfig", "EngineConfig", "EvaluationConfig", "FailurePolicy",
     "MegatronConfig", "ModelsConfig", "OptimizerConfig", "PipelineConfig", "PoolConfig", "RLConfig", "RunConfig",
-    "SamplingConfig", "SparkConfig", "Stage1Config", "Stage2Config",
+    "SamplingConfig", "SparkConfig", "Stage1Config", "Stage2Config", "WeightSyncConfig",
 ]

@@ -107,6 +107,13 @@ class Engine(abc.ABC):
         Raises ``EngineFailure`` if a tensor is missing, unknown or of another shape; then no weight has changed.
         """
 
+    async def weights_checksum(self) -> list[dict[str, str]]:
+        """A hash of every tensor as it is served now, by the engine's name of it; one dictionary per engine rank.
+
+        Raises ``EngineFailure`` when the engine cannot tell. See ``weight_sync.checksum`` for what is compared with it.
+        """
+        raise EngineFailure(f"{type(self).__name__} gives no checksums of its weights")
+
     @abc.abstractmethod
     async def pause(self) -> None:
         """Stop decoding; requests in flight keep their place."""

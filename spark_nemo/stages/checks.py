@@ -21,6 +21,9 @@ def check_stage1(config: SparkConfig) -> None:
     _served_model(config, "models.generator")
     _served_model(config, "models.verifier")
     read_problems(_set(config, "data.stage1_problems"))
+    earlier = config.stage1.solutions_from
+    if earlier is not None and not Path(earlier).is_dir():
+        raise ConfigError(f"stage1.solutions_from={earlier}: no store there; name the stage1/store of an earlier run")
     _fits(config, "stage1.generator_sampling", config.stage1.generator_sampling)
     _fits(config, "stage1.verifier_sampling", config.stage1.verifier_sampling)
 

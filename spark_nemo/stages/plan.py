@@ -132,7 +132,7 @@ def _generations(config: SparkConfig) -> list[str]:
                      f"epochs, {examples * two.epochs * two.max_length:,} trained tokens")
     for reward in config.pipeline.rewards:
         rollouts = rl.steps * rl.prompts_per_step * rl.group_size
-        judged = rollouts if reward == "process_aware" else 0
+        judged = rollouts * rl.verifier_votes if reward == "process_aware" else 0
         # A verification that fails may be tried again; that is not the expected case but belongs to a bound.
         judged_tokens = judged * (1 + rl.failures.retries) * rl.verifier_sampling.max_new_tokens
         note = ", READS ANSWER KEYS" if reward == "rlvr" else ""

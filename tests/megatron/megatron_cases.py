@@ -6,10 +6,16 @@ from pathlib import Path
 
 import torch
 
-from spark_nemo.config import MegatronConfig, OptimizerConfig
+from spark_nemo.config import MegatronConfig, OptimizerConfig, WeightSyncConfig
+from spark_nemo.engines.base import EngineFailure
+from spark_nemo.engines.client import run_async
+from spark_nemo.engines.local import LocalEngine
 from spark_nemo.megatron import checkpoint
 from spark_nemo.megatron.batch import PackedBatch
+from spark_nemo.megatron.distributed import gather_objects
 from spark_nemo.megatron.worker import MegatronWorker
+from spark_nemo.weight_sync.gate import FirstStepGate
+from spark_nemo.weight_sync.push import WeightSync
 
 VOCAB = 67  # odd: the vocabulary has to be padded under every tensor-parallel size but 1
 LENGTHS = (9, 4, 17, 9, 1, 30, 12, 5, 8, 21)
@@ -178,6 +184,40 @@ def resume(folder, store, saved_layout, loaded_layouts, settings=ADAM):
     return expected, resumed
 
 
+def push(folder, layout):
+    """Trained weights from four ranks into the embedded engine of rank 0, and what each rank sees of a failure."""
+    worker = MegatronWorker.from_hf(folder, layout, seed=0, optimizer=ADAM)
+    settings = WeightSyncConfig(checksums="require", max_mean_mismatch=1e-5, max_token_mismatch=1e-4)
+    sync = WeightSync.build(settings, worker, engine_kind="local", folder=Path("unused"))
+    engine = LocalEngine.from_folder(folder, max_batch_size=4, max_context=40) if worker.is_main else None
+    worker.train_step(share(worker, make_sequences()), loss_fn)
+    found = {"differing_before": len(run_async(sync.differing_tensors(worker, engine)))}
+    run_async(sync.push(worker, engine, 1))
+    found["differing_after"] = run_async(sync.differing_tensors(worker, engine))
+    found["memory"] = [sync.memory_peak, sync.plan.buffer_bytes + sync.plan.largest_bytes]
+    if engine is not None:
+        engine.update_weights = _refuse
+    found["refused"] = gather_objects(_error_of(lambda: run_async(sync.push(worker, engine, 2))))
+    gate, row = FirstStepGate(settings), torch.zeros(4)
+    if torch.distributed.get_rank() == 3:  # one rank alone has seen a token that differs
+        gate.see(row, row - 0.5, row.long(), row == 0)
+    found["gate"] = gather_objects(_error_of(gate.decide))
+    return found
+
+
+async def _refuse(tensors, version):
+    next(iter(tensors))
+    raise EngineFailure("no room")
+
+
+def _error_of(call):
+    try:
+        call()
+    except EngineFailure as error:
+        return str(error)
+    return None
+
+
 def four_ranks(tied_folder, untied_folder, store):
     """Everything that needs several ranks, in one launch. Rank 0 writes what the tests assert."""
 
@@ -204,6 +244,8 @@ def four_ranks(tied_folder, untied_folder, store):
             layout(*sizes, distributed_optimizer=distributed) for sizes in others])
         results[f"resume_{distributed}"] = {"expected": expected, "resumed": resumed}
 
+    results["push_tied"] = push(tied_folder, layout(2, 2, 1))
+    results["push_untied"] = push(untied_folder, layout(2, 1, 2))
     worker = MegatronWorker.from_config(
         json.loads((Path(tied_folder) / "config.json").read_text()), layout(2, 2, 1), seed=3)
     worker.save_hf(f"{store}/random_tp2_pp2", source_dir=None)

@@ -12,6 +12,7 @@ from spark_nemo.engines.base import EngineFailure, EngineLost
 from spark_nemo.grammar import prompt_set
 from spark_nemo.records import EngineError, Problem, Rollout
 from spark_nemo.rewards.judge import RewardJudge
+from spark_nemo.rewards.prm_service import PRMService
 
 ROLLOUT = Rollout(
     group=0, problem=Problem("p", "3 + 4?"), prompt_ids=(1,), response_ids=(2,), logprobs=(0.0,), weight_versions=(0,),
@@ -19,10 +20,12 @@ ROLLOUT = Rollout(
 
 
 def judge_over(error: Exception) -> RewardJudge:
-    async def complete(messages, sampling, seed):
+    async def complete_prompt(prompt_ids, sampling, seed):
         raise error
 
-    return RewardJudge(SimpleNamespace(complete=complete), prompt_set("compact"), SamplingConfig(), 1)
+    served = SimpleNamespace(
+        complete_prompt=complete_prompt, identity="none", tokenizer=SimpleNamespace(encode_chat=lambda messages: (1,)))
+    return RewardJudge(PRMService(served, prompt_set("compact"), SamplingConfig()), retries=1)
 
 
 def test_a_request_that_failed_is_a_failed_verification_and_a_lost_pool_is_the_end() -> None:
