@@ -78,3 +78,10 @@ def test_a_plan_says_what_will_serve() -> None:
     """``--dry-run`` names the pools."""
     plan = dry_run(compose_config(["+experiment=toy", "+engine=sglang"]))
     assert "sglang, policy pool: 2 to launch here, tensor parallel 2, behind sglang-router" in plan
+
+
+def test_a_router_before_given_servers_is_launched_and_may_say_where() -> None:
+    """Its interpreter is needed, though the servers run already; their own arguments still have no effect."""
+    PoolConfig(urls=["http://a:1"], router=True, python="/env/bin/python").check("engine.policy")
+    with pytest.raises(ConfigError, match="server_args"):
+        PoolConfig(urls=["http://a:1"], router=True, server_args=["--x"]).check("engine.policy")
