@@ -10,6 +10,7 @@ ENGINE_KINDS = ("local", "sglang", "vllm")
 POOLS = ("policy", "verifier")
 _LAUNCH_ONLY = ("tensor_parallel", "server_args", "server_env", "python", "host", "first_gpu", "start_timeout_s",
                 "max_restarts")
+_FOR_ROUTER = ("python", "host", "max_restarts")
 
 
 @dataclass
@@ -69,7 +70,8 @@ class PoolConfig:
         """Raise ``ConfigError`` for values that cannot work together; ``name`` is the field's, for the message."""
         if bool(self.urls) == (self.servers is not None):
             raise ConfigError(f"{name}: set either {name}.servers (launch so many here) or {name}.urls (they run)")
-        if self.urls and (useless := [each for each in self.set_fields() if each in _LAUNCH_ONLY]):
+        if self.urls and (useless := [each for each in self.set_fields()
+                                            if each in _LAUNCH_ONLY and not (self.router and each in _FOR_ROUTER)]):
             raise without_effect(
                 f"{name}.{useless[0]}", getattr(self, useless[0]), f"with {name}.urls: the servers run")
         for each in ("servers", "tensor_parallel"):

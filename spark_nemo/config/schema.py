@@ -79,12 +79,16 @@ class PipelineConfig:
     parallel_jobs: int = 1
     """Stages I shards, label methods and RL arms run at the same time."""
     label_methods: list[str] = field(default_factory=lambda: list(LABEL_METHODS))
+    rounds: int = 1
+    """From round 2 on the reward model of the round before verifies, and the labels of ``stage2.method`` are made anew
+    from its votes on the same solutions; the last round's reward model is stage III's."""
     rewards: list[str] = field(default_factory=lambda: ["process_aware"])
     rl_answers: str | None = None
     """Answer keys, handed to the rlvr arm only."""
 
     def __post_init__(self) -> None:
         at_least("pipeline.parallel_jobs", self.parallel_jobs, 1)
+        at_least("pipeline.rounds", self.rounds, 1)
         for method in self.label_methods:
             one_of("pipeline.label_methods", method, set(LABEL_METHODS))
         for reward in self.rewards:
@@ -118,4 +122,10 @@ class SparkConfig:
                               "would launch its own on the same devices; set 1, or name running servers by urls")
         if self.data.rl_answers is not None and self.rl.reward != "rlvr":
             raise without_effect("data.rl_answers", self.data.rl_answers, f"with rl.reward={self.rl.reward}")
+        if self.pipeline.rounds > 1 and self.stage2.variant != "prm_cot":
+            raise ConfigError(f"pipeline.rounds={self.pipeline.rounds}: a later round needs verifications as a prm_cot "
+                              f"writes them, stage2.variant is {self.stage2.variant}")
+        if self.pipeline.rounds > 1 and self.stage2.method not in self.pipeline.label_methods:
+            raise ConfigError(f"pipeline.rounds={self.pipeline.rounds} verifies with the reward model of stage2.method="
+                              f"{self.stage2.method}: add it to pipeline.label_methods")
         self.weight_sync.check_engine(self.engine.kind)

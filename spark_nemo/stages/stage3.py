@@ -93,7 +93,7 @@ def _open_on_main_rank(config: SparkConfig, folder: Path, sync: WeightSync) -> R
 
 def _made_with(config: SparkConfig) -> dict[str, object]:
     """The settings that the steps depend on, by name."""
-    free = {"eval_every", "save_every", "failures"}
+    free = {"eval_every", "save_every", "failures", "verifier_queue", "verifier_deadline", "verifier_cache"}
     settings = {f"rl.{name}": value for name, value in comparable_rl(asdict(config.rl)).items() if name not in free}
     return {**settings, "run.seed": config.run.seed}
 

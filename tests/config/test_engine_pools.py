@@ -6,6 +6,7 @@ import pytest
 
 from spark_nemo.config import ConfigError, EngineConfig, PoolConfig
 from spark_nemo.config.compose import compose_config
+from spark_nemo.stages.plan import dry_run
 
 TWO = ["engine.kind=sglang", "engine.policy.servers=2", "pipeline.parallel_jobs=1"]
 
@@ -71,3 +72,16 @@ def test_the_cpu_preset_fits_the_small_world(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_gpu_preset_is_valid() -> None:
     """Only that it composes; nothing of it was run."""
     assert compose_config(["+experiment=toy", "+engine=sglang"]).engine.verifier.first_gpu == 4
+
+
+def test_a_plan_says_what_will_serve() -> None:
+    """``--dry-run`` names the pools."""
+    plan = dry_run(compose_config(["+experiment=toy", "+engine=sglang"]))
+    assert "sglang, policy pool: 2 to launch here, tensor parallel 2, behind sglang-router" in plan
+
+
+def test_a_router_before_given_servers_is_launched_and_may_say_where() -> None:
+    """Its interpreter is needed, though the servers run already; their own arguments still have no effect."""
+    PoolConfig(urls=["http://a:1"], router=True, python="/env/bin/python").check("engine.policy")
+    with pytest.raises(ConfigError, match="server_args"):
+        PoolConfig(urls=["http://a:1"], router=True, server_args=["--x"]).check("engine.policy")

@@ -307,3 +307,40 @@ def test_a_killed_router_costs_no_request_and_is_started_again(fate: str) -> Non
 
     answers, through, metrics = asyncio.run(scenario())
     assert answers == list(range(40)) and through >= 1 and metrics.members_up == 2
+
+
+def test_a_server_that_dies_after_it_took_an_update_is_not_credited_with_it() -> None:
+    """It takes version 5, dies and is restarted with the folder's weights while the update still runs for another:
+    afterwards it may not pass for version 5."""
+    async def scenario():
+        keepers = [FakeKeeper(i) for i in range(2)]
+        async with running(keepers) as fleet:
+            async with fleet.updating(5) as update:
+                for engine in update.targets:
+                    engine.version = 5
+                keepers[0].engine.dead = True
+                await until(lambda: len(keepers[0].engines) == 2 and fleet._members[0].engine is keepers[0].engine)
+            await asyncio.gather(*(fleet.generate(ask(i)) for i in range(10)))
+            return keepers[0].engine.seen, list(fleet.members())
+
+    assert asyncio.run(scenario()) == ([], ["m1"])
+
+
+def test_a_given_server_that_returns_with_other_weights_must_be_updated() -> None:
+    """Its owner restarted it: what it reports is compared with what we gave it."""
+    async def scenario():
+        engines, calls = [FakeEngine(i) for i in range(2)], []
+
+        async def hook(engine, version):
+            calls.append(version)
+            engine.version = version
+
+        async with running(engines, on_return=hook) as fleet:
+            await fleet.update_weights(WEIGHTS, 3)
+            engines[0].dead = True
+            await until(lambda: up(fleet) == 1)
+            engines[0].version, engines[0].dead = 0, False
+            await until(lambda: up(fleet) == 2)
+            return calls, engines[0].version
+
+    assert asyncio.run(scenario()) == ([3], 3)

@@ -117,9 +117,9 @@ class Fleet(Engine):
         started = self._patience.now
         while True:
             self._refuse_closed()
-            if self._lost is not None:
-                raise EngineLost(f"{self._lost}; this request waited {self._patience.now - started:.1f} s")
             up = [] if self._paused else [member for member in self._members if member.up]
+            if self._lost is not None and (self._broken or not up):
+                raise EngineLost(f"{self._lost}; this request waited {self._patience.now - started:.1f} s")
             if up:
                 front = self._front
                 if front is not None and front.up and front.engine is self._fed and not direct:

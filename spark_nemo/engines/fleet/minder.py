@@ -165,6 +165,10 @@ class Minder:
         """Serve, with the current weights: those it has, those it is given, or those of the next update. False when
         it died in the meantime."""
         member, fleet = self.member, self.fleet
+        if member.keeper is None and member.was_up:
+            assert member.engine is not None
+            if (await member.engine.health()).weight_version != member.version:
+                member.version = None  # somebody else restarted it, or gave it weights
         async with self._lock:  # an update that began now would miss a member that is about to join
             if member.version == fleet.version or self._is_front or (
                     fleet.on_return is not None and await self._brought_up_to_date()):

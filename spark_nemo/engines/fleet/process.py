@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -31,18 +31,17 @@ _PROBE_S = 10.0
 
 
 class ServerProcess(Keeper):
-    """``command(host, port)`` runs the server, ``connect(url)`` makes a client, ``ready(engine)`` raises
-    ``EngineFailure`` until it serves. stdout and stderr go to the end of ``log_path``.
+    """``command(host, port)`` runs the server; ``connect(url)`` makes a client, whose ``probe`` tells when it serves.
+    stdout and stderr go to the end of ``log_path``.
     """
 
     def __init__(
         self, name: str, command: Callable[[str, int], Sequence[str]], connect: Callable[[str], Engine], *,
         log_path: Path, environment: Mapping[str, str] | None = None, host: str = "127.0.0.1",
         start_timeout_s: float = 900.0, max_restarts: int = 3,
-        ready: Callable[[Engine], Awaitable[None]] | None = None,
     ) -> None:
         self.name, self.log_path, self.max_restarts = name, log_path, max_restarts
-        self._command, self._connect, self._ready = command, connect, ready
+        self._command, self._connect = command, connect
         self._environment, self._host, self._start_timeout_s = dict(environment or {}), host, start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
@@ -102,8 +101,6 @@ class ServerProcess(Keeper):
                     raise EngineFailure(f"{self.name}: {death}, before it served")
                 try:
                     await engine.probe(_PROBE_S)
-                    if self._ready is not None:
-                        await self._ready(engine)
                     log.info("%s serves at %s after %.1f s", self.name, self.url, time.monotonic() - begin)
                     return engine
                 except EngineFailure as failure:

@@ -25,6 +25,8 @@ class WeightUpdate:
 
 def settle(update: WeightUpdate, members: Sequence[Member], fleet_name: str) -> None:
     """Record what every member of the update has now. Raises ``EngineFailure`` when none took the weights."""
+    # A server that was restarted meanwhile has the folder's weights, whatever its predecessor took.
+    members = [member for member in members if member.engine in update.targets]
     failed = {m: update.errors[m.engine] for m in members if m.engine in update.errors}
     # A refusal (wrong names or shapes) by all leaves the old weights whole and every member fit.
     refused = len(failed) == len(members) and not any(isinstance(e, EngineUnavailable) for e in failed.values())
@@ -36,7 +38,7 @@ def settle(update: WeightUpdate, members: Sequence[Member], fleet_name: str) -> 
             member.wake.set()
     if len(failed) == len(members):
         raise EngineFailure(f"weights version {update.version} reached no server of the {fleet_name}: "
-                            + "; ".join(f"{m.name}: {error}" for m, error in failed.items()))
+                            + ("; ".join(f"{m.name}: {error}" for m, error in failed.items()) or "all died"))
 
 
 def spoil(member: Member, reason: str) -> None:

@@ -27,6 +27,19 @@ _OVER_LIMIT = 1.5
 """A client's deadline over the fleet's, so that the fleet's, which knows of pauses, comes first."""
 
 
+class CheckedServer(SglangServer):
+    """Passes its first probe only when the server's context is as long as we believe: a shorter one cuts samples."""
+
+    _checked = False
+
+    async def probe(self, timeout_s: float) -> None:
+        """See ``SglangServer.probe``."""
+        await super().probe(timeout_s)
+        if not self._checked:
+            await self.check_limits()
+            self._checked = True
+
+
 def build_pool(config: EngineConfig, model_dir: Path, role: str, log_dir: Path | None = None) -> Fleet:
     """The pool of ``role``, serving ``model_dir`` as weight version 0. Launched servers are starting when it returns.
 
@@ -38,18 +51,19 @@ def build_pool(config: EngineConfig, model_dir: Path, role: str, log_dir: Path |
     limits = pool_limits(pool)
     key = os.environ.get(serve.KEY_VARIABLE) if pool.urls else secrets.token_urlsafe(32)
 
-    def connect(url: str) -> SglangServer:
-        return SglangServer(
+    def connect(url: str, servers: int = 1) -> CheckedServer:
+        return CheckedServer(
             url, api_key=key, vocab_size=numbers.vocab_size, max_context=max_context,
             # As many again wait at the server, so that none of its slots is idle for a round trip.
-            max_in_flight=2 * config.max_batch_size, request_timeout_s=_OVER_LIMIT * limits.request_timeout_s,
-            control_timeout_s=limits.control_timeout_s)
+            max_in_flight=2 * config.max_batch_size * servers, control_timeout_s=limits.control_timeout_s,
+            request_timeout_s=_OVER_LIMIT * limits.request_timeout_s)
 
     front = None
     if pool.router:
         front = RouterProcess(
-            f"{role} router", connect, python=pool.python or sys.executable, host=pool.host or "127.0.0.1", key=key,
-            log_path=_log_dir(log_dir) / f"{role}-router.log", max_restarts=_or(pool.max_restarts, 3))
+            f"{role} router", lambda url: connect(url, config.num_engines(role)), python=pool.python or sys.executable,
+            host=pool.host or "127.0.0.1", key=key, log_path=_log_dir(log_dir) / f"{role}-router.log",
+            environment=_search_path(pool), max_restarts=_or(pool.max_restarts, 3))
     members: dict[str, Engine | Keeper] = {}
     if pool.urls:
         members = {url: connect(url) for url in pool.urls}
@@ -80,19 +94,19 @@ def _process(config: EngineConfig, role: str, index: int, model_dir: Path, max_c
              "--max-running-requests", str(config.max_batch_size)]
     if pool.first_gpu is not None:
         fixed += ["--base-gpu-id", str(pool.first_gpu + index * parallel)]
-
-    async def ready(engine: Engine) -> None:
-        assert isinstance(engine, SglangServer)
-        await engine.check_limits()
-
     return ServerProcess(
         f"{role}-{index}",
         lambda host, port: [python, serve.__file__, "server", *fixed, "--host", host, "--port", str(port),
                             *pool.server_args],
         connect, log_path=log_dir / f"{role}-{index}.log",
-        environment={**pool.server_env, serve.KEY_VARIABLE: key or ""},
+        environment={**_search_path(pool), **pool.server_env, serve.KEY_VARIABLE: key or ""},
         host=pool.host or "127.0.0.1", start_timeout_s=_or(pool.start_timeout_s, 900.0),
-        max_restarts=_or(pool.max_restarts, 3), ready=ready)
+        max_restarts=_or(pool.max_restarts, 3))
+
+
+def _search_path(pool: PoolConfig) -> dict[str, str]:
+    """A search path that is meant for this interpreter would shadow the packages of another."""
+    return {"PYTHONPATH": ""} if pool.python else {}
 
 
 def _log_dir(folder: Path | None) -> Path:

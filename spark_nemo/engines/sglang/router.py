@@ -8,7 +8,7 @@ A server that came back with old weights gets no request through the router, bec
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -92,7 +92,7 @@ class RouterProcess(ServerProcess, Front):
     """Keeps a router. ``connect(url)`` makes a server's client for its address."""
 
     def __init__(self, name: str, connect: Callable[[str], SglangServer], *, python: str, host: str, key: str | None,
-                 log_path: Path, max_restarts: int) -> None:
+                 log_path: Path, environment: Mapping[str, str], max_restarts: int) -> None:
         def command(host: str, port: int) -> list[str]:
             return [python, serve.__file__, "router", "--host", host, "--port", str(port), "--policy", "cache_aware",
                     "--prometheus-host", host, "--prometheus-port", str(free_port(host)), "--disable-retries",
@@ -101,7 +101,8 @@ class RouterProcess(ServerProcess, Front):
 
         super().__init__(
             name, command, lambda url: RouterClient(url, key, connect(url)), log_path=log_path,
-            environment={serve.KEY_VARIABLE: key or ""}, host=host, start_timeout_s=60.0, max_restarts=max_restarts)
+            environment={**environment, serve.KEY_VARIABLE: key or ""}, host=host, start_timeout_s=60.0,
+            max_restarts=max_restarts)
         self._client: RouterClient | None = None
 
     async def start(self) -> Engine:
