@@ -11,7 +11,7 @@ import resource
 import time
 
 import pytest
-from conftest import start_receivers
+from receivers import start_receivers
 
 from spark_nemo.config import WeightSyncConfig
 from spark_nemo.engines.base import EngineFailure, GenerationRequest, SamplingParams
