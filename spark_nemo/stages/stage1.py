@@ -69,14 +69,13 @@ async def _collect(collector: Collector, problems: list[Problem], config: SparkC
     try:
         counts = await collector.run(problems, in_flight)
         for served in (collector.generator, collector.verifier):
-            try:
-                await served.engine.probe(_LAST_PROBE_S)
-            except EngineFailure as failure:
-                raise EngineFailure(f"stage I stopped before its end, what is stored stays, run again: {failure}"
-                                    ) from failure
+            await served.engine.probe(_LAST_PROBE_S)
         return counts
-    except ExceptionGroup as group:
-        raise _first(group) from group  # a full disk is one error, not a tree of them
+    except (EngineFailure, ExceptionGroup) as error:
+        first = _first(error)  # a full disk is one error, not a tree of them
+        if isinstance(first, EngineFailure):
+            raise EngineFailure(f"stage I stopped before its end, what is stored stays, run again: {first}") from error
+        raise first from error
     finally:
         await collector.generator.engine.close()
         await collector.verifier.engine.close()

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 
 from spark_nemo.config import Stage1Config
-from spark_nemo.engines.base import EngineFailure
+from spark_nemo.engines.base import EngineFailure, EngineLost
 from spark_nemo.engines.served import ServedModel
 from spark_nemo.grammar import (
     GRAMMAR_VERSION,
@@ -163,6 +163,8 @@ class Collector:
         try:
             completion = await self.generator.complete(
                 self.prompts.solve(problem.question), self.config.generator_sampling, derive_seed(key))
+        except EngineLost:  # nobody is left to ask: no failed solution, but the end of the run
+            raise
         except EngineFailure as failure:
             for each in costs:
                 each.add_failed(time.monotonic() - started)
@@ -229,6 +231,8 @@ class Collector:
         try:
             completion = await self.verifier.complete_prompt(
                 at.prompt_ids, self.config.verifier_sampling, derive_seed(key))
+        except EngineLost:
+            raise
         except EngineFailure as failure:
             self.counts.engine_failed(failure)
             at.votes[vote] = EngineError(str(failure))  # not stored: the next run asks again
