@@ -116,7 +116,7 @@ class NullStore:
     def get(self, key: str, kind: str) -> None:
         """Never there."""
 
-    def append(self, key: str, kind: str, payload: dict[str, object], **_: object) -> None:
+    def append(self, key: str, kind: str, payload: dict[str, object], *, parent: str | None = None) -> None:
         """Forgotten at once."""
 
 

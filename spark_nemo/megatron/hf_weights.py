@@ -193,6 +193,7 @@ def export_tensors(model: torch.nn.Module, shape: ModelShape) -> Iterator[tuple[
                 group = parallel_state.get_pipeline_model_parallel_group()
                 dist.broadcast(tensor, src=dist.get_global_rank(group, placed.stage), group=group)
             yield name, tensor
+        del tensors, tensor  # not beside the next parameter's
 
 
 def _gather(parameter: Tensor) -> Tensor:

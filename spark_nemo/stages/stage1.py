@@ -71,14 +71,18 @@ async def _collect(collector: Collector, problems: list[Problem], config: SparkC
         for served in (collector.generator, collector.verifier):
             await served.engine.probe(_LAST_PROBE_S)
         return counts
-    except (EngineFailure, ExceptionGroup) as error:
-        first = _first(error)  # a full disk is one error, not a tree of them
-        if isinstance(first, EngineFailure):
-            raise EngineFailure(f"stage I stopped before its end, what is stored stays, run again: {first}") from error
-        raise first from error
+    except EngineFailure as failure:
+        raise _stopped(failure) from failure
+    except ExceptionGroup as group:
+        first = _first(group)  # a full disk is one error, not a tree of them
+        raise (_stopped(first) if isinstance(first, EngineFailure) else first) from group
     finally:
         await collector.generator.engine.close()
         await collector.verifier.engine.close()
+
+
+def _stopped(failure: EngineFailure) -> EngineFailure:
+    return EngineFailure(f"stage I stopped before its end, what is stored stays, run again: {failure}")
 
 
 def _claim(path: Path, made_by: dict[str, object]) -> None:

@@ -163,13 +163,13 @@ class Collector:
         try:
             completion = await self.generator.complete(
                 self.prompts.solve(problem.question), self.config.generator_sampling, derive_seed(key))
-        except EngineLost:  # nobody is left to ask: no failed solution, but the end of the run
+        except EngineLost:  # nobody is left to ask, so all that follow would fail too
             raise
         except EngineFailure as failure:
+            self.counts.engine_failed(failure)
             for each in costs:
                 each.add_failed(time.monotonic() - started)
             # Not stored: the next run asks again.
-            self.counts.engine_failed(failure)
             return Solution(key, problem.problem_id, problem.question, str(failure), "abort", 0)
         num_tokens, num_prompt_tokens = len(completion.generation.token_ids), len(completion.prompt_ids)
         for each in costs:

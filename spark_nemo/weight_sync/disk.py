@@ -84,6 +84,7 @@ def write_safetensors(folder: Path, export: Export) -> None:
             for _ in planned:
                 _, tensor = next(tensors)
                 file.write(raw_bytes(tensor))
+                del tensor  # not beside the next one
             file.flush()
             os.fsync(file.fileno())
     next(tensors, None)

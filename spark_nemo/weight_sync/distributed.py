@@ -32,6 +32,7 @@ _numbers = itertools.count()
 _TICK_S = 0.2
 _REASON_S = 5.0
 """How long a server may take to say why a collective call failed."""
+_ALIVE_S = 30.0
 
 
 class DistributedTransport(Transport):
@@ -50,6 +51,7 @@ class DistributedTransport(Transport):
         buffer_B = torch.empty(export.plan.buffer_bytes, dtype=torch.uint8, device=backend)
         for bucket in export.buckets(buffer_B):
             await self._broadcast(bucket, targets, version)
+            del bucket  # it may be a tensor's own memory
         await each(targets, lambda engine: engine.end_weight_update(), self.timeout_s, "end_weight_update")
         await self._refuse_losses(targets, "the end of a weight-update session")
 
@@ -65,7 +67,9 @@ class DistributedTransport(Transport):
 
         why = await self._together(each(targets, receive, self.timeout_s, "receiving a bucket"),
                                    lambda: group.broadcast(bucket.flat_B), targets)
-        self._blame(targets, why, "broadcast")
+        if why is not None and not targets.errors:  # no server said why: it may have been any of them
+            for engine in targets.left:
+                targets.failed(engine, EngineUnavailable(f"{targets.targets[engine]}: broadcast: {why}"))
         await self._refuse_losses(targets, "a bucket")
 
     async def _together(self, replies: Coroutine[None, None, None], block: Callable[[], None],
@@ -92,13 +96,6 @@ class DistributedTransport(Transport):
             return str(blocked.exception())
         return f"not joined by all servers within {self.timeout_s:g} s"
 
-    @staticmethod
-    def _blame(targets: Targets, why: str | None, what: str) -> None:
-        """When no server said why a collective call failed, it may have been any of them."""
-        if why is not None and not targets.errors:
-            for engine in targets.left:
-                targets.failed(engine, EngineUnavailable(f"{targets.targets[engine]}: {what}: {why}"))
-
     async def _refuse_losses(self, targets: Targets, what: str) -> None:
         """A server that is lost leaves the others with half a model: give the group up, who is left starts again."""
         if not targets.errors:
@@ -115,6 +112,9 @@ class DistributedTransport(Transport):
         if self._group is not None and self._group.engines == targets.left:
             return
         await self._drop_group(targets.left)
+        # Joining blocks a server until all have joined: whoever is dead already would take the others with it.
+        await each(targets, lambda engine: engine.weight_version(), min(_ALIVE_S, self.timeout_s), "being alive")
+        await self._refuse_losses(targets, "the weight-update group")
         group = _Group(targets.left, self.engine_tensor_parallel, self.timeout_s)
 
         async def join(engine: Any) -> None:
@@ -127,7 +127,9 @@ class DistributedTransport(Transport):
                                    group.join, targets)
         if why is None:
             self._group = group
-        self._blame(targets, why, "weight-update group")
+        else:  # the others wait in the rendezvous for half an hour and cannot be called back
+            for engine in targets.left:
+                targets.failed(engine, EngineUnavailable(f"{targets.targets[engine]}: weight-update group: {why}"))
         await self._refuse_losses(targets, "the weight-update group")
 
     async def _drop_group(self, reachable: list[Engine]) -> None:

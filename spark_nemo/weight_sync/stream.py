@@ -74,6 +74,7 @@ class Export:
             if self.expected is not None:
                 self.expected.see(name, tensor)
             yield name, tensor
+            del tensor  # not beside the next one
         self.memory.hold(-self._current)
         self._current = 0
 
@@ -95,8 +96,10 @@ class Export:
                     flat_B, used = buffer_B, used + flat_B.numel()
                 elif len(names) > 1:
                     raise ValueError(f"bucket {number} of the plan does not fit the buffer of {buffer_B.numel()} bytes")
+                del tensor
             yield Bucket(names, tuple(shapes), self.dtype, flat_B[:used] if used else flat_B,
                          number + 1 == len(self.plan.buckets))
+            del flat_B
         next(tensors, None)  # to the end of the export
         self.memory.hold(-buffer_B.nbytes)
 

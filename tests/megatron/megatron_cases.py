@@ -1,10 +1,13 @@
 """A tiny random Qwen2, what transformers says about it, and what a MegatronWorker under some layout says about it."""
 
 import json
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from spark_nemo.config import MegatronConfig, OptimizerConfig, WeightSyncConfig
 from spark_nemo.engines.base import EngineFailure
@@ -195,6 +198,8 @@ def push(folder, layout):
     run_async(sync.push(worker, engine, 1))
     found["differing_after"] = run_async(sync.differing_tensors(worker, engine))
     found["memory"] = [sync.memory_peak, sync.plan.buffer_bytes + sync.plan.largest_bytes]
+    alive = bytes_alive_during(worker.export_hf(), worker.model.parameters())
+    found["gathered"] = [gather_objects(alive), sync.plan.gather_bytes]
     if engine is not None:
         engine.update_weights = _refuse
     found["refused"] = gather_objects(_error_of(lambda: run_async(sync.push(worker, engine, 2))))
@@ -203,6 +208,42 @@ def push(folder, layout):
         gate.see(row, row - 0.5, row.long(), row == 0)
     found["gate"] = gather_objects(_error_of(gate.decide))
     return found
+
+
+class _Allocations(TorchDispatchMode):
+    """Bytes of the storages made under this mode that are alive, and the most there ever were."""
+
+    def __init__(self, existing):
+        super().__init__()
+        self.alive, self.peak = 0, 0
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in existing}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage):
+        key = storage._cdata
+        if key in self.sizes or storage.nbytes() == 0:
+            return
+        self.sizes[key] = storage.nbytes()
+        self.alive += storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._freed, key)
+
+    def _freed(self, key):
+        self.alive -= self.sizes.pop(key, 0)
+
+
+def bytes_alive_during(tensors, existing):
+    """The most bytes that iterating holds at once beyond the storages of ``existing``."""
+    with _Allocations(existing) as allocations:
+        for _, tensor in tensors:
+            del tensor
+    return allocations.peak
 
 
 async def _refuse(tensors, version):

@@ -7,8 +7,8 @@ from dataclasses import asdict
 from spark_nemo.config import RLConfig
 from spark_nemo.config.compose import compose_config
 from spark_nemo.config.rl import VERIFIER_KNOBS
-from spark_nemo.stages.pipeline import _stage3_job
 from spark_nemo.stages.run_folder import comparable_rl
+from spark_nemo.stages.schedule import _stage3_job
 
 
 def test_unset_is_the_same_run_as_the_default_written_out() -> None:

@@ -19,7 +19,7 @@ class NullStore:
     """Remembers nothing."""
 
     def get(self, key: str, kind: str) -> None: ...
-    def append(self, key: str, kind: str, payload: dict, parent: str | None = None) -> None: ...
+    def append(self, key: str, kind: str, payload: dict, *, parent: str | None = None) -> None: ...
 
 
 def run(coroutine):
@@ -114,7 +114,7 @@ def test_an_error_in_one_job_ends_all_and_is_raised() -> None:
     engine = FakeEngine(lambda request: 1.0)
 
     class FullStore(NullStore):
-        def append(self, key: str, kind: str, payload: dict) -> None:
+        def append(self, key: str, kind: str, payload: dict, *, parent: str | None = None) -> None:
             raise OSError("no space")
 
     collector = Collector(stage(), 0, served(engine), served(engine), FullStore())
