@@ -8,7 +8,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo test test-slurm lint results bench clean
+.PHONY: help venv demo test test-slurm test-sglang lint results bench clean
 
 help:            ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -29,6 +29,10 @@ test: venv lint  ## every test
 
 test-slurm: venv  ## the scripts of slurm/ on a real Slurm of five virtual nodes, installed with apt when missing
 	tests/slurm/run.sh --durations=10
+
+test-sglang: venv  ## tests against real SGLang servers on the CPU, in an environment of their own (.venv-sglang)
+	PYTHON=$(PYTHON) tests/sglang_env/build.sh
+	SPARK_TEST_SGLANG=1 $(BIN)/python -m pytest tests/real_sglang
 
 lint: venv       ## style and import directions
 	$(BIN)/ruff check spark_nemo tests benchmarks tools slurm

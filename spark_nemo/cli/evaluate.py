@@ -84,9 +84,11 @@ def _model_math(config: SparkConfig, model: str, output: Path) -> str:
     if not config.data.eval_problems:
         raise ConfigError("data.eval_problems is not set")
     problems = read_math(config.data.eval_problems)
-    served = ServedModel.load(config.engine, model)
-    result = run_async(evaluate_policy(served, problems, prompt_set(config.rl.prompt_set), config.evaluation))
-    run_async(served.engine.close())
+    served = ServedModel.load(config.engine, model, "policy", output.parent / "servers")
+    try:
+        result = run_async(evaluate_policy(served, problems, prompt_set(config.rl.prompt_set), config.evaluation))
+    finally:
+        run_async(served.engine.close())
     write_completions(output, result.completions)
     return (f"{len(problems)} problems: sampled {_shown(result.sampled)} "
             f"(avg@{config.evaluation.samples_per_problem}, T={config.evaluation.temperature}), "

@@ -1,14 +1,15 @@
 """Configuration: dataclasses that hold every default and refuse what would have no effect. No torch."""
 
-from .engine import EngineConfig, SamplingConfig
+from .engine import EngineConfig, PoolConfig, SamplingConfig
 from .errors import ConfigError
 from .rl import FailurePolicy, RLConfig
 from .schema import DataConfig, EvaluationConfig, ModelsConfig, PipelineConfig, RunConfig, SparkConfig
 from .trainer import MegatronConfig, OptimizerConfig
 from .verification import LABEL_METHODS, Stage1Config, Stage2Config
+from .weight_sync import WeightSyncConfig
 
 __all__ = [
     "LABEL_METHODS", "ConfigError", "DataConfig", "EngineConfig", "EvaluationConfig", "FailurePolicy",
-    "MegatronConfig", "ModelsConfig", "OptimizerConfig", "PipelineConfig", "RLConfig", "RunConfig", "SamplingConfig",
-    "SparkConfig", "Stage1Config", "Stage2Config",
+    "MegatronConfig", "ModelsConfig", "OptimizerConfig", "PipelineConfig", "PoolConfig", "RLConfig", "RunConfig",
+    "SamplingConfig", "SparkConfig", "Stage1Config", "Stage2Config", "WeightSyncConfig",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from .engine import SamplingConfig
@@ -13,6 +14,9 @@ ON_OUTCOME_ADVANTAGE = {"selective", "selective_half", "global_step"}
 """Per-token advantages that start from the estimator's."""
 OWN_BASELINE = {"min_form", "prefix", "capo"}
 """Per-token advantages that read no estimator."""
+VERIFIER_KNOBS = {"verifier_votes": 1, "verifier_min_votes": None, "verifier_queue": None, "verifier_deadline": None,
+                  "verifier_cache": None}
+"""How the reward model is asked, with the values that mean *not set*; no baseline reads them."""
 
 
 @dataclass
@@ -59,6 +63,18 @@ class RLConfig:
     verifier_sampling: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(temperature=0.0, max_new_tokens=4096))
     """How the PRM-CoT is sampled as a reward; not read by the baselines."""
+    verifier_votes: int = 1
+    """Verifications of every rollout; step labels and the verdict are the majority's. More than one needs
+    verifier_sampling.temperature > 0."""
+    verifier_min_votes: int | None = None
+    """Verdicts that a rollout needs; with fewer it counts as a failed verification. None is more than half of the
+    votes."""
+    verifier_queue: int | None = None
+    """Verifications at the engine at once; the others wait for a place. None is 1024."""
+    verifier_deadline: float | None = None
+    """Seconds a verification may take once it has its place; then it is an EngineError. None is 1800."""
+    verifier_cache: int | None = None
+    """Verification results that are remembered (the least recently used one goes first). 0 is off, None is 65536."""
     failures: FailurePolicy = field(default_factory=FailurePolicy)
     estimator: str = "grpo"
     """From rewards to one advantage per response: grpo, dr_grpo (no std), rloo or reinforce_pp (batch statistics)."""
@@ -108,6 +124,7 @@ class RLConfig:
             at_least("rl.importance_cap", self.importance_cap, 1)
         if not self.asks_reward_model and self.reward_model is not None:
             raise without_effect("rl.reward_model", self.reward_model, f"with rl.reward={self.reward}")
+        self._check_verifier()
         self._check_estimator()
         self._check_advantage()
 
@@ -117,9 +134,34 @@ class RLConfig:
         return self.reward in MODEL_REWARDS
 
     @property
+    def min_votes(self) -> int:
+        """``verifier_min_votes``, resolved."""
+        return self.verifier_min_votes or self.verifier_votes // 2 + 1
+
+    @property
     def aggregation(self) -> str:
         """``loss_aggregation``, resolved."""
         return self.loss_aggregation or ("length_constant" if self.estimator == "dr_grpo" else "token_mean")
+
+    def _check_verifier(self) -> None:
+        at_least("rl.verifier_votes", self.verifier_votes, 1)
+        for name, bound in (("verifier_min_votes", 1), ("verifier_queue", 1), ("verifier_cache", 0)):
+            if (value := getattr(self, name)) is not None:
+                at_least(f"rl.{name}", value, bound)
+        if self.verifier_deadline is not None and not 0 < self.verifier_deadline < math.inf:
+            raise ConfigError(f"rl.verifier_deadline={self.verifier_deadline}: must be positive and finite")
+        if not self.asks_reward_model:
+            for name, unset in VERIFIER_KNOBS.items():
+                if (value := getattr(self, name)) != unset:
+                    raise without_effect(f"rl.{name}", value, f"with rl.reward={self.reward}")
+        if self.verifier_votes > 1 and self.verifier_sampling.temperature == 0:
+            raise ConfigError(f"rl.verifier_votes={self.verifier_votes}: greedy votes are all the same; give "
+                              "rl.verifier_sampling.temperature a positive value or ask for one vote")
+        if self.verifier_min_votes is not None and self.verifier_votes == 1:
+            raise without_effect("rl.verifier_min_votes", self.verifier_min_votes, "with rl.verifier_votes=1")
+        if (self.verifier_min_votes or 1) > self.verifier_votes:
+            raise ConfigError(f"rl.verifier_min_votes={self.verifier_min_votes}: at most "
+                              f"rl.verifier_votes={self.verifier_votes}")
 
     def _check_estimator(self) -> None:
         one_of("rl.estimator", self.estimator, {"grpo", "dr_grpo", "rloo", "reinforce_pp"})

@@ -13,6 +13,7 @@ from .errors import ConfigError, at_least, one_of, without_effect
 from .rl import RLConfig
 from .trainer import MegatronConfig
 from .verification import LABEL_METHODS, Stage1Config, Stage2Config
+from .weight_sync import WeightSyncConfig
 
 
 @dataclass
@@ -78,12 +79,16 @@ class PipelineConfig:
     parallel_jobs: int = 1
     """Stages I shards, label methods and RL arms run at the same time."""
     label_methods: list[str] = field(default_factory=lambda: list(LABEL_METHODS))
+    rounds: int = 1
+    """From round 2 on the reward model of the round before verifies, and the labels of ``stage2.method`` are made anew
+    from its votes on the same solutions; the last round's reward model is stage III's."""
     rewards: list[str] = field(default_factory=lambda: ["process_aware"])
     rl_answers: str | None = None
     """Answer keys, handed to the rlvr arm only."""
 
     def __post_init__(self) -> None:
         at_least("pipeline.parallel_jobs", self.parallel_jobs, 1)
+        at_least("pipeline.rounds", self.rounds, 1)
         for method in self.label_methods:
             one_of("pipeline.label_methods", method, set(LABEL_METHODS))
         for reward in self.rewards:
@@ -107,9 +112,20 @@ class SparkConfig:
     stage1: Stage1Config = field(default_factory=Stage1Config)
     stage2: Stage2Config = field(default_factory=Stage2Config)
     rl: RLConfig = field(default_factory=RLConfig)
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
     def __post_init__(self) -> None:
+        if self.pipeline.parallel_jobs > 1 and (self.engine.policy.servers or self.engine.verifier.servers):
+            raise ConfigError(f"pipeline.parallel_jobs={self.pipeline.parallel_jobs} with launched servers: every job "
+                              "would launch its own on the same devices; set 1, or name running servers by urls")
         if self.data.rl_answers is not None and self.rl.reward != "rlvr":
             raise without_effect("data.rl_answers", self.data.rl_answers, f"with rl.reward={self.rl.reward}")
+        if self.pipeline.rounds > 1 and self.stage2.variant != "prm_cot":
+            raise ConfigError(f"pipeline.rounds={self.pipeline.rounds}: a later round needs verifications as a prm_cot "
+                              f"writes them, stage2.variant is {self.stage2.variant}")
+        if self.pipeline.rounds > 1 and self.stage2.method not in self.pipeline.label_methods:
+            raise ConfigError(f"pipeline.rounds={self.pipeline.rounds} verifies with the reward model of stage2.method="
+                              f"{self.stage2.method}: add it to pipeline.label_methods")
+        self.weight_sync.check_engine(self.engine.kind)

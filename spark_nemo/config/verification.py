@@ -18,6 +18,10 @@ class Stage1Config:
     solutions_per_problem: int = 8
     verifications_per_solution: int = 16
     prompt_set: str = "paper"
+    verifier_prompt: str = "verify"
+    """What the verifier is asked with: verify (a general model) or reward_model (a PRM-CoT of an earlier round)."""
+    solutions_from: str | None = None
+    """Store of an earlier run whose solutions are taken over where they are the ones this run would sample."""
     generator_sampling: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(temperature=0.7, top_p=0.95, max_new_tokens=8192))
     verifier_sampling: SamplingConfig = field(
@@ -27,6 +31,18 @@ class Stage1Config:
     """Work on problems with index % num_shards == shard only (a Slurm array task); None does all."""
     max_failure_rate: float = 0.5
     """Stop when more than this share of solutions or verifications is unusable."""
+    max_requests_in_flight: int | None = None
+    """Solutions and verifications asked for at the same time; None is twice what the engine decodes together."""
+    early_stop: str = "none"
+    """When to stop asking for votes on a solution: ``none``, ``exact`` or ``sequential``; see
+    ``verification.early_stop``."""
+    early_stop_error: float | None = None
+    """Of the sequential test: probability that a step's majority would be another one after all votes."""
+    early_stop_verdict: bool = False
+    """The majority of the final Yes/No must be decided too, not the steps' only; costs about five points of the saving
+    on the small world. For outcome consistency, which rests on it."""
+    wave_size: int | None = None
+    """Least number of votes on a solution asked for together under early_stop; None is 1, which costs fewest votes."""
 
     def __post_init__(self) -> None:
         at_least("stage1.solutions_per_problem", self.solutions_per_problem, 1)
@@ -34,10 +50,34 @@ class Stage1Config:
         at_least("stage1.num_shards", self.num_shards, 1)
         in_unit_interval("stage1.max_failure_rate", self.max_failure_rate)
         one_of("stage1.prompt_set", self.prompt_set, {"paper", "compact"})
+        one_of("stage1.verifier_prompt", self.verifier_prompt, {"verify", "reward_model"})
         if self.shard is None and self.num_shards > 1:
             raise without_effect("stage1.num_shards", self.num_shards, "without stage1.shard")
         if self.shard is not None and not 0 <= self.shard < self.num_shards:
             raise ConfigError(f"stage1.shard={self.shard}: must lie in 0..{self.num_shards - 1} (stage1.num_shards)")
+        if self.max_requests_in_flight is not None:
+            at_least("stage1.max_requests_in_flight", self.max_requests_in_flight, 1)
+        self._check_early_stop()
+
+    def _check_early_stop(self) -> None:
+        one_of("stage1.early_stop", self.early_stop, {"none", "exact", "sequential"})
+        if self.early_stop == "sequential":
+            if self.early_stop_error is None:
+                raise ConfigError("stage1.early_stop=sequential needs stage1.early_stop_error, 0.05 for example")
+            if not 0 < self.early_stop_error < 0.5:
+                raise ConfigError(f"stage1.early_stop_error={self.early_stop_error}: must lie between 0 and 0.5")
+        elif self.early_stop_error is not None:
+            raise without_effect(
+                "stage1.early_stop_error", self.early_stop_error, f"with stage1.early_stop={self.early_stop}")
+        least = {"none": 1, "exact": 3, "sequential": 2}[self.early_stop]
+        if self.verifications_per_solution < least:
+            raise without_effect("stage1.early_stop", self.early_stop, f"with fewer than {least} votes "
+                                 f"(stage1.verifications_per_solution={self.verifications_per_solution})")
+        if self.wave_size is not None:
+            at_least("stage1.wave_size", self.wave_size, 1)
+        for name, value in (("wave_size", self.wave_size), ("early_stop_verdict", self.early_stop_verdict or None)):
+            if value is not None and self.early_stop == "none":
+                raise without_effect(f"stage1.{name}", value, "with stage1.early_stop=none")
 
 
 @dataclass

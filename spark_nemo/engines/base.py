@@ -30,6 +30,10 @@ class EngineUnavailable(EngineFailure):
     """This engine cannot serve just now (died, hung, unreachable, shut down), but another one could: safe to redo."""
 
 
+class EngineLost(EngineFailure):
+    """Nothing is left that could serve any request: a run must stop on it and not count it as one failed request."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to draw tokens. ``temperature=0`` is greedy; ``top_p=1`` and ``top_k=0`` switch those cuts off.
@@ -103,6 +107,13 @@ class Engine(abc.ABC):
         Raises ``EngineFailure`` if a tensor is missing, unknown or of another shape; then no weight has changed.
         """
 
+    async def weights_checksum(self) -> list[dict[str, str]]:
+        """A hash of every tensor as it is served now, by the engine's name of it; one dictionary per engine rank.
+
+        Raises ``EngineFailure`` when the engine cannot tell. See ``weight_sync.checksum`` for what is compared with it.
+        """
+        raise EngineFailure(f"{type(self).__name__} gives no checksums of its weights")
+
     @abc.abstractmethod
     async def pause(self) -> None:
         """Stop decoding; requests in flight keep their place."""
@@ -114,6 +125,12 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     async def health(self) -> EngineHealth:
         """Report state without waiting for a generation."""
+
+    async def probe(self, timeout_s: float) -> None:
+        """Raise ``EngineUnavailable`` unless the engine could serve a request now, as far as it can tell within
+        ``timeout_s``. Overridden where a real generation is a better answer than ``health``; not asked while paused."""
+        if not (await self.health()).alive:
+            raise EngineUnavailable("the engine reports that it is not alive")
 
     @abc.abstractmethod
     async def close(self) -> None:

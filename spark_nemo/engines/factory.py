@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ..config import ConfigError, EngineConfig
 from .base import Engine
 from .local import LocalEngine
 
+Build = Callable[[EngineConfig, Path, str, Path | None], Engine]
 
-def build_engine(config: EngineConfig, model_dir: Path | str) -> Engine:
-    """The engine ``config.kind`` names, serving ``model_dir`` as weight version 0.
 
-    Raises ``EngineFailure`` when the folder cannot be served.
+def _local(config: EngineConfig, model_dir: Path, role: str, log_dir: Path | None) -> Engine:
+    return LocalEngine.from_folder(model_dir, max_batch_size=config.max_batch_size, max_context=config.max_context)
+
+
+def _sglang(config: EngineConfig, model_dir: Path, role: str, log_dir: Path | None) -> Engine:
+    from .sglang.launch import build_pool
+
+    return build_pool(config, model_dir, role, log_dir)
+
+
+KINDS: dict[str, Build] = {"local": _local, "sglang": _sglang}
+
+
+def build_engine(config: EngineConfig, model_dir: Path | str, role: str, log_dir: Path | None = None) -> Engine:
+    """The engine ``config.kind`` names for ``role`` (``policy`` or ``verifier``), serving ``model_dir`` as weight
+    version 0: embedded, or a ``Fleet`` of the role's servers, whose logs go to ``log_dir``.
+
+    Raises ``EngineFailure`` when the folder cannot be served, ``ConfigError`` when the role has no engines.
     """
-    if config.kind == "local":
-        return LocalEngine.from_folder(
-            model_dir, max_batch_size=config.max_batch_size, max_context=config.max_context)
-    raise ConfigError(f"engine.kind={config.kind!r}: no such engine")
+    if config.kind not in KINDS:
+        raise ConfigError(f"engine.kind={config.kind}: not in this version; choose one of {', '.join(sorted(KINDS))}")
+    config.pool(role)
+    return KINDS[config.kind](config, Path(model_dir), role, log_dir)

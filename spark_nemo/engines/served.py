@@ -36,17 +36,26 @@ class ServedModel:
     identity: str
 
     @classmethod
-    def load(cls, config: EngineConfig, folder: str | Path) -> ServedModel:
-        """Serve the model in ``folder``. Raises ``ConfigError`` or ``TokenizerError`` when it is none."""
+    def load(cls, config: EngineConfig, folder: str | Path, role: str, log_dir: Path | None = None) -> ServedModel:
+        """Serve the model in ``folder`` on the engines of ``role`` (``policy`` or ``verifier``).
+
+        Servers that are launched for it write to ``log_dir``. Raises ``ConfigError`` or ``TokenizerError`` when the
+        folder is no model or the role has no engines.
+        """
         identity, tokenizer = model_identity(folder), Tokenizer.load(folder)
         tokenizer.require_tokens(GRAMMAR_TEXTS)
-        return cls(build_engine(config, folder), tokenizer, identity)
+        return cls(build_engine(config, folder, role, log_dir), tokenizer, identity)
 
     async def complete(
         self, messages: Sequence[dict[str, str]], sampling: SamplingConfig, seed: int | None
     ) -> Completion:
         """Continue a chat. Raises ``EngineFailure`` when the engine cannot serve it."""
-        prompt_ids = self.tokenizer.encode_chat(list(messages))
+        return await self.complete_prompt(self.tokenizer.encode_chat(list(messages)), sampling, seed)
+
+    async def complete_prompt(
+        self, prompt_ids: tuple[int, ...], sampling: SamplingConfig, seed: int | None
+    ) -> Completion:
+        """``complete`` for a chat encoded before: of many samples of one prompt, only the first needs to encode it."""
         params = SamplingParams(
             max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
             stop_token_ids=tuple(self.tokenizer.eos_ids), seed=seed)

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 from spark_nemo.config import SparkConfig
-from spark_nemo.engines.base import EngineFailure
+from spark_nemo.engines.base import EngineFailure, EngineLost
 from spark_nemo.engines.served import ServedModel
 from spark_nemo.grammar import Variant, legal_step_text, parse_generation, prompt_set, render_solution
 from spark_nemo.records import EngineError, derive_seed, outcome_kind, outcome_to_json
@@ -28,7 +28,7 @@ def score_reward_model(model: Path, config: SparkConfig, output: Path) -> Proces
     Raises ``EngineFailure`` when the engine stopped on the way.
     """
     cases = read_processbench(config.data.processbench)
-    served = ServedModel.load(config.engine, model)
+    served = ServedModel.load(config.engine, model, "verifier", output.parent / "servers")
     rows = asyncio.run(_judge_all(served, cases, config))
     score = score_processbench([case.label for case in cases], [row["prediction"] for row in rows])
     write_json_atomic(output, {
@@ -40,7 +40,7 @@ def score_reward_model(model: Path, config: SparkConfig, output: Path) -> Proces
 
 
 async def _judge_all(served: ServedModel, cases: list[ProcessBenchCase], config: SparkConfig) -> list[dict]:
-    slots = asyncio.Semaphore(2 * config.engine.max_batch_size)
+    slots = asyncio.Semaphore(2 * config.engine.slots("verifier"))
     prompts, variant = prompt_set(config.stage1.prompt_set), Variant(config.stage2.variant)
 
     async def judge(case: ProcessBenchCase) -> dict:
@@ -54,6 +54,8 @@ async def _judge_all(served: ServedModel, cases: list[ProcessBenchCase], config:
                 text, num_tokens = done.text, len(done.generation.token_ids)
                 reason = str(done.generation.finish_reason)
                 outcome = parse_generation(text, reason, num_tokens, len(case.steps), variant)
+            except EngineLost:
+                raise
             except EngineFailure as failure:
                 outcome = EngineError(str(failure))
         return {"id": case.case_id, "label": case.label, "prediction": predict_first_error(outcome), "text": text,

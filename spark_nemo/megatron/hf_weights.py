@@ -28,16 +28,17 @@ class Transform:
     """How Hugging Face tensors become the shards of one Megatron parameter, and back."""
 
     to_shards: Callable[[list[Tensor], ModelShape, int], Shards]
-    from_shards: Callable[[Shards, ModelShape], list[Tensor]]
+    from_gathered: Callable[[Tensor, ModelShape, int], list[Tensor]]
+    """From the shards below each other in one tensor: what is cut by rows needs no second copy."""
 
 
 def _chunks(tensor: Tensor, tp: int, dim: int) -> Shards:
     return list(tensor.chunk(tp, dim))
 
 
-REPLICATED = Transform(lambda hf, shape, tp: [hf[0]] * tp, lambda shards, shape: [shards[0]])
-SPLIT_ROWS = Transform(lambda hf, shape, tp: _chunks(hf[0], tp, 0), lambda shards, shape: [torch.cat(shards)])
-SPLIT_COLUMNS = Transform(lambda hf, shape, tp: _chunks(hf[0], tp, 1), lambda shards, shape: [torch.cat(shards, 1)])
+REPLICATED = Transform(lambda hf, shape, tp: [hf[0]] * tp, lambda gathered, shape, tp: [gathered])
+SPLIT_COLUMNS = Transform(lambda hf, shape, tp: _chunks(hf[0], tp, 1),
+                          lambda gathered, shape, tp: [torch.cat(gathered.chunk(tp), 1)])
 
 
 def _pad_vocab(hf: list[Tensor], shape: ModelShape, tp: int) -> Shards:
@@ -45,7 +46,7 @@ def _pad_vocab(hf: list[Tensor], shape: ModelShape, tp: int) -> Shards:
     return _chunks(torch.cat([hf[0], hf[0].new_zeros(missing, hf[0].shape[1])]), tp, 0)
 
 
-VOCAB_ROWS = Transform(_pad_vocab, lambda shards, shape: [torch.cat(shards)[:shape.vocab_size]])
+VOCAB_ROWS = Transform(_pad_vocab, lambda gathered, shape, tp: [gathered[:shape.vocab_size]])
 
 
 def _fuse_qkv(hf: list[Tensor], shape: ModelShape, tp: int) -> Shards:
@@ -54,8 +55,7 @@ def _fuse_qkv(hf: list[Tensor], shape: ModelShape, tp: int) -> Shards:
     return _chunks(torch.cat(grouped, 1).reshape(-1, *hf[0].shape[1:]), tp, 0)
 
 
-def _split_qkv(shards: Shards, shape: ModelShape) -> list[Tensor]:
-    fused = torch.cat(shards)
+def _split_qkv(fused: Tensor, shape: ModelShape, tp: int) -> list[Tensor]:
     grouped = fused.reshape(shape.num_kv_heads, -1, *fused.shape[1:])
     queries = shape.num_heads // shape.num_kv_heads * shape.head_dim
     parts = grouped.split([queries, shape.head_dim, shape.head_dim], 1)
@@ -65,7 +65,7 @@ def _split_qkv(shards: Shards, shape: ModelShape) -> list[Tensor]:
 QKV = Transform(_fuse_qkv, _split_qkv)
 GATE_UP = Transform(
     lambda hf, shape, tp: [torch.cat(pair) for pair in zip(_chunks(hf[0], tp, 0), _chunks(hf[1], tp, 0))],
-    lambda shards, shape: [torch.cat(x) for x in zip(*(shard.chunk(2) for shard in shards))])
+    lambda gathered, shape, tp: [torch.cat(x) for x in zip(*(shard.chunk(2) for shard in gathered.chunk(tp)))])
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,7 @@ def export_tensors(model: torch.nn.Module, shape: ModelShape) -> Iterator[tuple[
     """
     pp, stage = (parallel_state.get_pipeline_model_parallel_world_size(),
                  parallel_state.get_pipeline_model_parallel_rank())
+    tp = parallel_state.get_tensor_model_parallel_world_size()
     parameters, seen = dict(model.named_parameters()), set()
     for placed in placed_rules(shape, pp):
         if seen.issuperset(placed.hf):  # the last stage's copy of tied embeddings
@@ -181,8 +182,9 @@ def export_tensors(model: torch.nn.Module, shape: ModelShape) -> Iterator[tuple[
         seen.update(placed.hf)
         if placed.stage == stage:
             parameter = parameters[_find(placed, parameters)].detach()
-            shards = [parameter] if placed.rule.transform is REPLICATED else _gather_shards(parameter)
-            tensors = [x.contiguous() for x in placed.rule.transform.from_shards(shards, shape)]
+            gathered = parameter if placed.rule.transform is REPLICATED else _gather(parameter)
+            tensors = [x.contiguous() for x in placed.rule.transform.from_gathered(gathered, shape, tp)]
+            del gathered
         else:
             some = next(iter(parameters.values()))
             tensors = [torch.empty(size, dtype=some.dtype, device=some.device) for size in placed.hf.values()]
@@ -191,15 +193,17 @@ def export_tensors(model: torch.nn.Module, shape: ModelShape) -> Iterator[tuple[
                 group = parallel_state.get_pipeline_model_parallel_group()
                 dist.broadcast(tensor, src=dist.get_global_rank(group, placed.stage), group=group)
             yield name, tensor
+        del tensors, tensor  # not beside the next parameter's
 
 
-def _gather_shards(parameter: Tensor) -> Shards:
+def _gather(parameter: Tensor) -> Tensor:
+    """The shards of all tensor-parallel ranks below each other."""
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() == 1:
-        return [parameter]
-    shards = [torch.empty_like(parameter) for _ in range(group.size())]
-    dist.all_gather(shards, parameter.contiguous(), group=group)
-    return shards
+        return parameter
+    gathered = parameter.new_empty(group.size() * parameter.shape[0], *parameter.shape[1:])
+    dist.all_gather(list(gathered.chunk(group.size())), parameter.contiguous(), group=group)
+    return gathered
 
 
 def _find(placed: PlacedRule, parameters: dict[str, torch.nn.Parameter]) -> str:

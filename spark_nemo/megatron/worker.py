@@ -168,10 +168,11 @@ class MegatronWorker:
 
     @on_this_device
     def train_step(self, micro_batches: Sequence[PackedBatch], loss_fn: LossFn, temperature: float = 1.0,
-                   with_entropy: bool = False) -> StepResult:
+                   with_entropy: bool = False, check: Callable[[], object] | None = None) -> StepResult:
         """One optimizer step on the micro-batches of all data-parallel ranks (each passes its own, in any number).
 
-        The gradient is that of ``StepResult.loss``, whatever the split into ranks and micro-batches. Raises
+        The gradient is that of ``StepResult.loss``, whatever the split into ranks and micro-batches. ``check`` runs on
+        every rank when the loss has seen everything and no weight has changed; what it raises ends the step. Raises
         ``NonFiniteGradient`` on every rank, with weights unchanged, when the gradient is not finite, and ``ValueError``
         when every loss mask is zero.
         """
@@ -193,6 +194,8 @@ class MegatronWorker:
         # A rank without work still has to take part in the gradient reduction.
         self._schedule(self._trained, micro_batches or [_NOTHING], temperature, with_entropy, loss, forward_only=False)
         total, metrics = self._sum_reports(reports)
+        if check is not None:
+            check()
         lr = self._scheduler.get_lr({})
         try:
             grad_norm = clip_and_step(self._optimizer)

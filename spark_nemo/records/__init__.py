@@ -23,9 +23,10 @@ from .verdict import (
     outcome_kind,
     outcome_to_json,
 )
+from .voting import VoteCount, count_votes, majority
 
 __all__ = [
     "EngineError", "Failure", "FormatViolation", "LabelEvidence", "LabelledSolution", "Outcome", "ParseFailure",
-    "Problem", "Rollout", "Solution", "TokenSpan", "Truncated", "Verdict", "Verification", "content_key",
-    "derive_seed", "outcome_from_json", "outcome_kind", "outcome_to_json",
+    "Problem", "Rollout", "Solution", "TokenSpan", "Truncated", "Verdict", "Verification", "VoteCount",
+    "content_key", "count_votes", "derive_seed", "majority", "outcome_from_json", "outcome_kind", "outcome_to_json",
 ]

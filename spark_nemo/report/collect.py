@@ -29,6 +29,7 @@ from spark_nemo.report.model import (
     Figure,
     LabelScores,
     MethodScores,
+    RoundSummary,
     ScoredSolution,
     ScoredStep,
     Stage1Summary,
@@ -38,7 +39,8 @@ from spark_nemo.report.model import (
     to_plain,
 )
 from spark_nemo.verification import label_all
-from spark_nemo.verification.collect import SOLUTION, VERIFICATION, parse_solution, read_collected
+from spark_nemo.verification.collect import SOLUTION, VERIFICATION, parse_solution
+from spark_nemo.verification.collected import read_collected
 
 Oracle = Callable[[str, Sequence[str]], tuple[bool, ...]]
 """``oracle(question, steps)``: which steps are truly right. Only worlds made by a program have one."""
@@ -55,8 +57,8 @@ def collect_summary(
     stage1, stage2, stage3 = _stage1(folder, config, oracle), _stage2(folder), _stage3(folder, config, oracle)
     return to_plain(Summary(
         title=f"SPARK-NeMo run {folder.name}", seeds=[config.run.seed], environment=_environment(),
-        stage1=stage1, stage2=stage2, stage3=stage3, seconds=_seconds(folder), tokens=_tokens(folder),
-        commands=list(commands)))
+        stage1=stage1, stage2=stage2, stage3=stage3, rounds=_rounds(folder, config, oracle),
+        seconds=_seconds(folder), tokens=_tokens(folder), commands=list(commands)))
 
 
 def _stage1(folder: Path, config: SparkConfig, oracle: Oracle | None) -> Stage1Summary | None:
@@ -112,6 +114,22 @@ def _method_scores(score: ProcessBenchScore) -> MethodScores:
     return MethodScores(_figure(error), _figure(correct), _figure(f1_estimate([score.hits])), score.num_unparsed)
 
 
+def _rounds(folder: Path, config: SparkConfig, oracle: Oracle | None) -> list[RoundSummary]:
+    """Labels and reward model of every round, when there was more than one."""
+    rounds, method, folders = [], config.stage2.method, _round_folders(folder)
+    for number, path in enumerate(folders if len(folders) > 1 else [], start=1):
+        stage1, stage2 = _stage1(path, config, oracle), _stage2(path)
+        rounds.append(RoundSummary(
+            number, stage1.label_quality.get(method) if stage1 else None,
+            stage2.methods[method].f1 if stage2 and method in stage2.methods else None))
+    return rounds
+
+
+def _round_folders(folder: Path) -> list[Path]:
+    """Folders of the rounds; the first is the run's own."""
+    return [folder, *sorted(folder.glob("round-*"), key=lambda path: int(path.name.removeprefix("round-")))]
+
+
 def _stage3(folder: Path, config: SparkConfig, oracle: Oracle | None) -> Stage3Summary | None:
     arms = {arm: folder / "stage3" / reward for reward, arm in _ARMS.items()
             if (folder / "stage3" / reward / "evaluations.jsonl").exists()}
@@ -165,7 +183,7 @@ def _solutions(path: Path, arm: str, oracle: Oracle | None) -> list[ScoredSoluti
 
 def _seconds(folder: Path) -> dict[str, float]:
     seconds: dict[str, float] = {}
-    for path in folder.glob("stage*/*/seconds.json"):
+    for path in (path for part in _round_folders(folder) for path in part.glob("stage*/*/seconds.json")):
         stage = path.parent.parent.name
         seconds[stage] = seconds.get(stage, 0.0) + json.loads(path.read_text())["seconds"]
     return dict(sorted(seconds.items()))
@@ -173,13 +191,15 @@ def _seconds(folder: Path) -> dict[str, float]:
 
 def _tokens(folder: Path) -> dict[str, int]:
     tokens: Counter[str] = Counter()
-    if (folder / "stage1/store").is_dir():
-        # Not from the statistics: those know only what the last of several runs paid for.
-        with RecordStore(folder / "stage1/store") as store:
-            for kind in (SOLUTION, VERIFICATION):
-                tokens["stage1"] += sum(row["num_tokens"] for _, row in store.iter(kind))
-    for path in folder.glob("stage2/*/DONE.json"):
-        tokens["stage2"] += json.loads(path.read_text())["tokens"]
+    for number, part in enumerate(_round_folders(folder), start=1):
+        if (part / "stage1/store").is_dir():
+            # Not from the statistics: those know only what the last of several runs paid for. Later rounds took their
+            # solutions over from the first.
+            kinds = (SOLUTION, VERIFICATION) if number == 1 else (VERIFICATION,)
+            with RecordStore(part / "stage1/store") as store:
+                tokens["stage1"] += sum(row["num_tokens"] for kind in kinds for _, row in store.iter(kind))
+        for path in part.glob("stage2/*/DONE.json"):
+            tokens["stage2"] += json.loads(path.read_text())["tokens"]
     for path in folder.glob("stage3/*/metrics.jsonl"):
         tokens["stage3"] += int(sum(row["sampled_tokens"] + row["verifier_tokens"] for row in _rows(path)))
     return dict(tokens)

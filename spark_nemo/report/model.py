@@ -148,6 +148,15 @@ class Stage3Summary:
 
 
 @dataclass(frozen=True)
+class RoundSummary:
+    """One round of labelling with the configured method; from round 2 on the reward model before it verified."""
+
+    number: int
+    labels: LabelScores | None = None
+    f1: Figure | None = None
+
+
+@dataclass(frozen=True)
 class Summary:
     """One run. ``seconds`` and ``tokens`` are by stage (``stage1``, ``stage2``, ``stage3``, ``evaluation``, ...)."""
 
@@ -159,6 +168,8 @@ class Summary:
     stage1: Stage1Summary | None = None
     stage2: Stage2Summary | None = None
     stage3: Stage3Summary | None = None
+    rounds: list[RoundSummary] = field(default_factory=list)
+    """Empty for a run of one round."""
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
 

@@ -5,8 +5,9 @@ from .failure_policy import FailureRateExceeded, RewardBatch, apply_failure_poli
 from .process_aware import process_aware_reward
 from .rlvr import Checker, rlvr_reward
 from .step_rewards import step_augmented_reward, step_average_reward
+from .votes import aggregate_votes
 
 __all__ = [
-    "Checker", "FailureRateExceeded", "RewardBatch", "apply_failure_policy", "majority_rewards", "process_aware_reward",
-    "random_reward", "rlvr_reward", "step_augmented_reward", "step_average_reward",
+    "Checker", "FailureRateExceeded", "RewardBatch", "aggregate_votes", "apply_failure_policy", "majority_rewards",
+    "process_aware_reward", "random_reward", "rlvr_reward", "step_augmented_reward", "step_average_reward",
 ]

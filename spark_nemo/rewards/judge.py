@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
-from spark_nemo.config import SamplingConfig
-from spark_nemo.engines.base import EngineFailure
-from spark_nemo.engines.served import ServedModel
-from spark_nemo.grammar import (
-    ParsedResponse,
-    PromptSet,
-    StepFormat,
-    Variant,
-    check_format,
-    parse_generation,
-    split_response,
-)
+from spark_nemo.grammar import ParsedResponse, StepFormat, check_format, split_response
 from spark_nemo.records import EngineError, FormatViolation, Outcome, Rollout, Verdict, derive_seed
+
+from .prm_service import Answer, Case, PRMService
+from .votes import aggregate_votes
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,37 +35,43 @@ def gate(rollout: Rollout) -> ParsedResponse | FormatViolation:
 
 @dataclass(frozen=True, slots=True)
 class RewardJudge:
-    """A served PRM-CoT with its prompts. ``retries`` fresh attempts follow an outcome that is no verdict."""
+    """Decides about rollouts by asking a ``PRMService``.
 
-    served: ServedModel
-    prompts: PromptSet
-    sampling: SamplingConfig
+    Every rollout gets ``votes`` verifications, of which ``min_votes`` must be verdicts; each is tried again up to
+    ``retries`` times, with a fresh seed, while it is no verdict.
+    """
+
+    service: PRMService
     retries: int
+    votes: int = 1
+    min_votes: int = 1
 
     async def judge(self, rollout: Rollout) -> Judgement:
         """Check the format, then verify the canonical steps, so policy and reward model share one text."""
         parsed = gate(rollout)
         if isinstance(parsed, FormatViolation):
             return Judgement(parsed, None)
+        case = self.service.case(rollout.problem.question, parsed.canonical(), len(parsed.steps))
+        answers = await asyncio.gather(*(self._vote(rollout, case, vote) for vote in range(self.votes)))
+        outcome = aggregate_votes([answer.outcome for answer in answers], self.min_votes)
+        return Judgement(None, outcome, sum(answer.num_tokens for answer in answers))
+
+    async def _vote(self, rollout: Rollout, case: Case, vote: int) -> Answer:
         outcome: Outcome = EngineError("never asked")
         num_tokens = 0
         for attempt in range(self.retries + 1):
-            outcome, used = await self._ask(rollout, parsed, attempt)
-            num_tokens += used
+            answer = await self.service.verify(case, vote_seed(rollout, attempt, vote))
+            outcome = answer.outcome
+            num_tokens += answer.num_tokens
             # A greedy attempt would fail the same way again, unless it was the engine that failed.
-            repeats = self.sampling.temperature == 0 and not isinstance(outcome, EngineError)
+            repeats = self.service.sampling.temperature == 0 and not isinstance(outcome, EngineError)
             if isinstance(outcome, Verdict) or repeats:
                 break
-        return Judgement(None, outcome, num_tokens)
+        return Answer(outcome, num_tokens)
 
-    async def _ask(self, rollout: Rollout, parsed: ParsedResponse, attempt: int) -> tuple[Outcome, int]:
-        messages = self.prompts.reward(Variant.PRM_COT, rollout.problem.question, parsed.canonical())
-        seed = derive_seed("judge", rollout.problem.problem_id, rollout.text, attempt)
-        try:
-            completion = await self.served.complete(messages, self.sampling, seed)
-        except EngineFailure as failure:
-            return EngineError(str(failure)), 0
-        num_tokens = len(completion.generation.token_ids)
-        outcome = parse_generation(
-            completion.text, str(completion.generation.finish_reason), num_tokens, len(parsed.steps))
-        return outcome, num_tokens
+
+def vote_seed(rollout: Rollout, attempt: int, vote: int) -> int:
+    """The seed of one attempt at one vote. The first vote's is that of a judge with one vote: asking for more votes
+    adds to the first and does not replace it."""
+    parts = ("judge", rollout.problem.problem_id, rollout.text, attempt)
+    return derive_seed(*parts) if vote == 0 else derive_seed(*parts, vote)

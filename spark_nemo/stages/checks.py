@@ -15,10 +15,15 @@ from spark_nemo.stages.run_folder import stage2_folder
 
 
 def check_stage1(config: SparkConfig) -> None:
-    """Problems, both models and both samplings. Raises ``ConfigError`` or ``DataFileError``."""
+    """Problems, both models, their engines and both samplings. Raises ``ConfigError`` or ``DataFileError``."""
+    config.engine.require("policy")
+    config.engine.require("verifier")
     _served_model(config, "models.generator")
     _served_model(config, "models.verifier")
     read_problems(_set(config, "data.stage1_problems"))
+    earlier = config.stage1.solutions_from
+    if earlier is not None and not Path(earlier).is_dir():
+        raise ConfigError(f"stage1.solutions_from={earlier}: no store there; name the stage1/store of an earlier run")
     _fits(config, "stage1.generator_sampling", config.stage1.generator_sampling)
     _fits(config, "stage1.verifier_sampling", config.stage1.verifier_sampling)
 
@@ -27,6 +32,7 @@ def check_stage2(config: SparkConfig) -> None:
     """The base model, its layout and the evaluation cases."""
     _trained_model(config, "models.reward_base")
     labels = [case.label for case in read_processbench(_set(config, "data.processbench"))]
+    config.engine.require("verifier")
     if -1 not in labels or max(labels) == -1:
         raise ConfigError(f"data.processbench={config.data.processbench}: F1 needs cases with an error and without")
     _fits(config, "stage2.eval_sampling", config.stage2.eval_sampling)
@@ -37,6 +43,9 @@ def check_stage2(config: SparkConfig) -> None:
 def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False) -> None:
     """The policy, its layout, the problems and whatever the chosen reward reads."""
     rl = config.rl
+    config.engine.require("policy")
+    if rl.asks_reward_model:
+        config.engine.require("verifier")
     _trained_model(config, "models.policy")
     problems = read_problems(_set(config, "data.rl_problems"))
     read_eval_problems(_set(config, "data.eval_problems"))

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spark_nemo.config import ConfigError, SparkConfig
+from spark_nemo.config import ConfigError, PoolConfig, SparkConfig
+from spark_nemo.config.engine import POOLS
 from spark_nemo.megatron.model_shape import MODEL_TYPES, ModelShape, read_hf_config
 
 PROMPT_ROOM = 1024
@@ -131,7 +132,7 @@ def _generations(config: SparkConfig) -> list[str]:
                      f"epochs, {examples * two.epochs * two.max_length:,} trained tokens")
     for reward in config.pipeline.rewards:
         rollouts = rl.steps * rl.prompts_per_step * rl.group_size
-        judged = rollouts if reward == "process_aware" else 0
+        judged = rollouts * rl.verifier_votes if reward == "process_aware" else 0
         # A verification that fails may be tried again; that is not the expected case but belongs to a bound.
         judged_tokens = judged * (1 + rl.failures.retries) * rl.verifier_sampling.max_new_tokens
         note = ", READS ANSWER KEYS" if reward == "rlvr" else ""
@@ -161,6 +162,9 @@ def _files(config: SparkConfig) -> list[str]:
 
 
 def _engine(config: SparkConfig) -> list[str]:
+    engine = config.engine
+    if engine.kind != "local":
+        return [f"engine       {engine.kind}, {role} pool: " + _servers(engine.pool(role)) for role in POOLS]
     if all(value.startswith("toy:") for value in vars(config.models).values()):
         return []
     foreign = sorted({Path(_value(config, f"models.{name}")).name for name in vars(config.models)
@@ -168,6 +172,15 @@ def _engine(config: SparkConfig) -> list[str]:
     return [f"engine       engine.kind={config.engine.kind} is the embedded engine for small models: there is no "
             "engine for models of this size yet, so this plan can be checked and not run"
             + (f"; {', '.join(foreign)} is no {' or '.join(MODEL_TYPES)} model besides" if foreign else "")]
+
+
+def _servers(pool: PoolConfig) -> str:
+    if pool.urls:
+        return f"{len(pool.urls)} given: {', '.join(pool.urls)}"
+    if pool.servers is None:
+        return "none configured: a stage that asks it will be refused"
+    router = ", behind sglang-router" if pool.router else ""
+    return f"{pool.servers} to launch here, tensor parallel {pool.tensor_parallel or 1}{router}"
 
 
 def _count(value: str) -> tuple[int, str]:

@@ -18,11 +18,12 @@ from spark_nemo.grammar import ParsedResponse, StepFormat, extract_boxed, prompt
 from spark_nemo.records import Problem, Verdict, outcome_to_json
 from spark_nemo.records.jsonl import write_text_atomic
 from spark_nemo.rewards.judge import RewardJudge
+from spark_nemo.rewards.prm_service import PRMService, ServiceLimits
 from spark_nemo.rewards.rlvr import Checker
 from spark_nemo.stages.checks import reward_model_folder
 from spark_nemo.stages.rollouts import RolloutSession, ScoredBatch
 
-EVALUATIONS, SAMPLES = "evaluations.jsonl", "samples.jsonl"
+EVALUATIONS, SAMPLES, VERIFIER, SERVERS = "evaluations.jsonl", "samples.jsonl", "verifier.jsonl", "servers"
 _SAMPLES_PER_STEP = 4
 
 
@@ -36,8 +37,14 @@ class RLSession:
     folder: Path
 
     async def batch(self, problems: Sequence[Problem], step: int) -> ScoredBatch:
-        """A scored batch; a few of its samples are kept for a person to read."""
+        """A scored batch; a few of its samples are kept for a person to read.
+
+        What the verifier was spared goes to verifier.jsonl, not to the metrics: a resumed run, whose cache is empty,
+        has the metrics of an uninterrupted one and asks more.
+        """
         batch = await self.rollouts.batch(problems, step)
+        if (judge := self.rollouts.judge) is not None:
+            rewrite_rows(self.folder / VERIFIER, step, [{"step": step, **judge.service.take_counts().metrics()}])
         if step % self.config.rl.eval_every == 0 or step + 1 == self.config.rl.steps:
             rewrite_rows(self.folder / SAMPLES, step, sample_rows(batch, step))
         return batch
@@ -54,7 +61,7 @@ class RLSession:
         """Release the engines."""
         run_async(self.policy.engine.close())
         if self.rollouts.judge is not None:
-            run_async(self.rollouts.judge.served.engine.close())
+            run_async(self.rollouts.judge.service.served.engine.close())
 
 
 def open_session(config: SparkConfig, folder: Path) -> RLSession:
@@ -65,9 +72,10 @@ def open_session(config: SparkConfig, folder: Path) -> RLSession:
     if rl.reward == "rlvr":
         checker = answer_checker(config)
     if rl.asks_reward_model:
-        served = ServedModel.load(config.engine, reward_model_folder(config))
-        judge = RewardJudge(served, prompts, rl.verifier_sampling, rl.failures.retries)
-    policy = ServedModel.load(config.engine, config.models.policy)
+        served = ServedModel.load(config.engine, reward_model_folder(config), "verifier", folder / SERVERS)
+        service = PRMService(served, prompts, rl.verifier_sampling, ServiceLimits.from_config(rl))
+        judge = RewardJudge(service, rl.failures.retries, rl.verifier_votes, rl.min_votes)
+    policy = ServedModel.load(config.engine, config.models.policy, "policy", folder / SERVERS)
     rollouts = RolloutSession(policy, prompts, rl, config.run.seed, judge, checker)
     return RLSession(policy, rollouts, config, folder)
 

@@ -56,6 +56,8 @@ class RolloutSession:
 
         Raises ``EngineFailure`` when the policy's engine fails (a group must be whole) and ``FailureRateExceeded``.
         """
+        if self.judge is not None:
+            await self.judge.service.refresh()
         pairs = [(group, problem, index) for group, problem in enumerate(problems)
                  for index in range(self.config.group_size)]
         results = await asyncio.gather(*(self._one(group, problem, index, step) for group, problem, index in pairs))

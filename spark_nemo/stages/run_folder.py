@@ -5,9 +5,10 @@
     run.dir/
       config.yaml           the resolved configuration
       data/                 problem files made for the small world
-      stage1/store/         shards of solutions and verifications     stage1/stats-*.json
+      stage1/store/         shards of solutions and verifications     stage1/stats-*.json, ledger-*.json
       stage2/<method>/      labels.jsonl, metrics.jsonl, checkpoints/, model/, processbench.json
-      stage3/<reward>/      metrics.jsonl, checkpoints/, evaluations.jsonl, samples.jsonl, model/
+      stage3/<reward>/      metrics.jsonl, checkpoints/, evaluations.jsonl, samples.jsonl, verifier.jsonl, model/
+      round-<n>/            stage1/ and stage2/ of a later round, whose verifier is the reward model before it
       summary.json, report.html
 """
 
@@ -17,11 +18,13 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from spark_nemo.config import RunConfig
+from spark_nemo.config.rl import VERIFIER_KNOBS
 from spark_nemo.records.jsonl import write_json_atomic
 
 DONE, PROGRESS = "DONE.json", "progress.json"
@@ -30,6 +33,11 @@ DONE, PROGRESS = "DONE.json", "progress.json"
 def stage1_folder(run: RunConfig) -> Path:
     """Store and statistics of the verification data."""
     return Path(run.dir) / "stage1"
+
+
+def round_run(run: RunConfig, number: int) -> RunConfig:
+    """The run folder of a round of labelling; round 1 is the run itself."""
+    return run if number == 1 else replace(run, dir=str(Path(run.dir) / f"round-{number}"))
 
 
 def stage2_folder(run: RunConfig, method: str) -> Path:
@@ -44,9 +52,10 @@ def stage3_folder(run: RunConfig, reward: str) -> Path:
 
 def comparable_rl(rl: dict[str, object]) -> dict[str, object]:
     """``asdict`` of an ``RLConfig`` with the two settings that may be unset as what unset means, for comparing runs: a
-    folder made before they could be unset has the values, and is the same run.
+    folder made before they could be unset has the values, and is the same run. So is one made before the verifier's
+    settings existed.
     """
-    return {**rl, "std_normalise": rl["std_normalise"] is not False,
+    return {**VERIFIER_KNOBS, **rl, "std_normalise": rl["std_normalise"] is not False,
             "loss_aggregation": rl["loss_aggregation"] or "token_mean"}
 
 

@@ -16,39 +16,47 @@ from spark_nemo.records.jsonl import read_problems, write_json_atomic
 from spark_nemo.records.store import RecordStore
 from spark_nemo.stages.checks import check_stage1
 from spark_nemo.stages.run_folder import Clock, mark_done, progress, stage1_folder
+from spark_nemo.stages.stage1_watch import LedgerFile, Stage1Watch, check_failure_rates
 from spark_nemo.verification.collect import CollectCounts, Collector
 
 log = logging.getLogger(__name__)
-
-
-class TooManyFailures(RuntimeError):
-    """More solutions or verifications failed than the configuration allows."""
+_LAST_PROBE_S = 30.0
 
 
 def run_stage1(config: SparkConfig) -> CollectCounts:
     """Sample what is missing of the configured shard (or of everything) and write its statistics.
 
     Raises ``ConfigError`` on bad input before any model is loaded, ``TooManyFailures`` when more than
-    ``stage1.max_failure_rate`` of the solutions or verifications is unusable.
+    ``stage1.max_failure_rate`` of the solutions or verifications is unusable: as soon as that is clear, and what is
+    stored by then stays.
     """
     stage = config.stage1
     check_stage1(config)
     problems = _shard(read_problems(config.data.stage1_problems), config)
     folder, name = stage1_folder(config.run), shard_name(stage)
     folder.mkdir(parents=True, exist_ok=True)
-    generator = ServedModel.load(config.engine, config.models.generator)
-    verifier = ServedModel.load(config.engine, config.models.verifier)
+    generator = ServedModel.load(config.engine, config.models.generator, "policy", folder / "servers" / name)
+    verifier = ServedModel.load(config.engine, config.models.verifier, "verifier", folder / "servers" / name)
     clock, total = Clock(folder / name), len(problems) * stage.solutions_per_problem * stage.verifications_per_solution
 
     with (RecordStore(folder / "store", writer_name=name, fsync_every=256) as store,
           progress(folder / name, total, "verification", clock) as bar):
-        collector = Collector(
-            stage, config.run.seed, generator, verifier, store, lambda counts: bar.update(*_shown(counts, stage)))
+        watch = Stage1Watch(stage, bar, total)
+        earlier = RecordStore(stage.solutions_from) if stage.solutions_from is not None else None
+        collector = Collector(stage, config.run.seed, generator, verifier, store, watch, earlier=earlier)
         _claim(folder / "made_by.json", collector.made_by())
-        counts = asyncio.run(_collect(collector, problems, config))
+        ledger = watch.ledger = LedgerFile(folder / f"ledger-{name}.json", collector.ledger)
+        try:
+            counts = asyncio.run(_collect(collector, problems, config))
+        finally:
+            ledger.save()
+            watch.show(collector.counts)
+    if counts.postponed_verifications:
+        log.warning("%d verifications were put off because an engine failed: the same command asks for them",
+                    counts.postponed_verifications)
     clock.save()
     write_json_atomic(folder / f"stats-{name}.json", {**asdict(counts), "seconds": clock.seconds})
-    _check_rates(counts, stage.max_failure_rate)
+    check_failure_rates(counts, stage.max_failure_rate)
     mark_done(folder / name, asdict(counts))
     return counts
 
@@ -59,18 +67,25 @@ def shard_name(stage: Stage1Config) -> str:
 
 
 async def _collect(collector: Collector, problems: list[Problem], config: SparkConfig) -> CollectCounts:
-    in_flight = max(1, 2 * config.engine.max_batch_size // config.stage1.solutions_per_problem)
+    # Twice what is decoded together, so that a row that falls free finds a request waiting.
+    in_flight = config.stage1.max_requests_in_flight or 2 * config.engine.slots("verifier")
     try:
         counts = await collector.run(problems, in_flight)
         for served in (collector.generator, collector.verifier):
-            if not (await served.engine.health()).alive:
-                raise EngineFailure("stage I: an engine stopped before the end; what is stored stays, run again")
+            await served.engine.probe(_LAST_PROBE_S)
         return counts
+    except EngineFailure as failure:
+        raise _stopped(failure) from failure
     except ExceptionGroup as group:
-        raise _first(group) from group  # a full disk is one error, not a tree of them
+        first = _first(group)  # a full disk is one error, not a tree of them
+        raise (_stopped(first) if isinstance(first, EngineFailure) else first) from group
     finally:
         await collector.generator.engine.close()
         await collector.verifier.engine.close()
+
+
+def _stopped(failure: EngineFailure) -> EngineFailure:
+    return EngineFailure(f"stage I stopped before its end, what is stored stays, run again: {failure}")
 
 
 def _claim(path: Path, made_by: dict[str, object]) -> None:
@@ -90,19 +105,3 @@ def _first(error: Exception) -> Exception:
 def _shard(problems: list[Problem], config: SparkConfig) -> list[Problem]:
     stage = config.stage1
     return problems if stage.shard is None else problems[stage.shard::stage.num_shards]
-
-
-def _shown(counts: CollectCounts, stage: Stage1Config) -> tuple[int, str]:
-    skipped = counts.unusable_solutions * stage.verifications_per_solution
-    note = f"{counts.solutions} solutions, {counts.unusable_solutions} unusable, {counts.failed_verifications} failed"
-    return counts.verifications + skipped, note
-
-
-def _check_rates(counts: CollectCounts, bound: float) -> None:
-    for name, failed, total in (
-        ("solutions", counts.unusable_solutions, counts.solutions),
-        ("verifications", counts.failed_verifications, counts.verifications),
-    ):
-        if total and failed / total > bound:
-            raise TooManyFailures(f"stage I: {failed} of {total} {name} are unusable, above "
-                                  f"stage1.max_failure_rate={bound}: look at `text` in the store, or raise the bound")

@@ -20,8 +20,7 @@ from spark_nemo.stages.run_folder import Clock, mark_done, stage1_folder, stage2
 from spark_nemo.training.packing import TrainSequence, drop_longer_than
 from spark_nemo.training.sft import num_sft_steps, train_sft
 from spark_nemo.training.stop import StopFlag
-from spark_nemo.verification import label_all
-from spark_nemo.verification.collect import read_collected
+from spark_nemo.verification.collected import label_collected
 from spark_nemo.verification.targets import sft_example
 
 log = logging.getLogger(__name__)
@@ -64,8 +63,7 @@ def _labels(config: SparkConfig) -> list[LabelledSolution]:
     if not store_folder.is_dir():
         raise ConfigError(f"run.dir={config.run.dir}: no stage1/store there; run `spark-nemo stage1` first")
     with RecordStore(store_folder) as store:
-        solutions, verifications = read_collected(store)
-    labelled, dropped = label_all(config.stage2.method, solutions, verifications, config.run.seed)
+        labelled, dropped = label_collected(config.stage2.method, store, config.run.seed)
     log.info("%s: %d labelled, dropped %s", config.stage2.method, len(labelled), dropped or "none")
     if not labelled:
         raise ConfigError(f"stage2.method={config.stage2.method}: no solution could be labelled (dropped: {dropped})")

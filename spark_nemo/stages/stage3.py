@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.engines.client import run_async
+from spark_nemo.engines.fleet import Fleet
 from spark_nemo.evaluation.answers import read_eval_problems
 from spark_nemo.megatron.checkpoint import has_checkpoint
 from spark_nemo.megatron.distributed import gather_objects, on_main_rank
@@ -24,7 +25,8 @@ from spark_nemo.training.grpo import train_on_rollouts
 from spark_nemo.training.metrics import MetricsWriter
 from spark_nemo.training.sft import CHECKPOINTS, batch_indices
 from spark_nemo.training.stop import StopFlag
-from spark_nemo.weight_sync.in_process import push_weights_async
+from spark_nemo.weight_sync.gate import FirstStepGate
+from spark_nemo.weight_sync.push import WeightSync
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,10 @@ def run_stage3(config: SparkConfig) -> bool:
     problems, eval_problems = read_problems(config.data.rl_problems), read_eval_problems(config.data.eval_problems)
     worker = MegatronWorker.from_hf(
         config.models.policy, config.megatron, config.run.seed, rl.optimizer, rl.steps * rl.updates_per_step)
-    session = _open_on_main_rank(config, folder)
+    sync = WeightSync.build(
+        config.weight_sync, worker, engine_kind=config.engine.kind, folder=folder,
+        source_dir=Path(config.models.policy), engine_tensor_parallel=config.engine.policy.tensor_parallel or 1)
+    session = _open_on_main_rank(config, folder, sync)
     reference = worker.snapshot() if rl.kl_estimator != "none" else None
     start = _resume(worker, config, folder / CHECKPOINTS)
     writer, clock = MetricsWriter(folder, is_main=worker.is_main), Clock(folder)
@@ -49,14 +54,15 @@ def run_stage3(config: SparkConfig) -> bool:
     bar = tqdm(total=rl.steps, initial=start, desc=f"rl {rl.reward}", unit="step", disable=not worker.is_main)
     with StopFlag(folder) as stop:
         for step in range(start, rl.steps):
-            _sync(worker, session, step)
+            _sync(sync, worker, session, step)
             if step % rl.eval_every == 0:
                 on_main_rank(lambda step=step: run_async(session.evaluate(eval_problems, step)))
             asked = [problems[i] for i in batch_indices(step, len(problems), rl.prompts_per_step, config.run.seed)]
             batch = on_main_rank(lambda step=step, asked=asked: run_async(session.batch(asked, step)))
             metrics = train_on_rollouts(
                 worker, batch.rollouts, batch_advantages(batch, rl), torch.tensor(batch.rewards.valid), rl,
-                reference=reference, tokens_per_micro_batch=config.megatron.tokens_per_micro_batch)
+                reference=reference, tokens_per_micro_batch=config.megatron.tokens_per_micro_batch,
+                gate=_gate(config, sync, worker, session) if step == start else None)
             writer.write(step, {**batch.metrics, **metrics})
             bar.set_postfix(reward=f"{batch.metrics['reward']:.3f}", refresh=False)
             bar.update()
@@ -69,20 +75,25 @@ def run_stage3(config: SparkConfig) -> bool:
                 return False
     bar.close()
     writer.close()
-    _finish(worker, session, config, folder, clock, eval_problems)
+    _finish(sync, worker, session, config, folder, clock, eval_problems)
     return True
 
 
-def _open_on_main_rank(config: SparkConfig, folder: Path) -> RLSession | None:
-    """The session on the main rank, None on the others. An error is every rank's, or they would wait for it."""
+def _open_on_main_rank(config: SparkConfig, folder: Path, sync: WeightSync) -> RLSession | None:
+    """The session on the main rank, None on the others. An error is every rank's, or they would wait for it.
+
+    A server of a fleet that returns in the middle of a step gets the current weights from ``sync`` before it serves.
+    """
     opened: list[RLSession] = []
     on_main_rank(lambda: opened.append(open_session(config, folder)))
+    if opened and isinstance(opened[0].policy.engine, Fleet):
+        opened[0].policy.engine.on_return = sync.restore
     return opened[0] if opened else None
 
 
 def _made_with(config: SparkConfig) -> dict[str, object]:
     """The settings that the steps depend on, by name."""
-    free = {"eval_every", "save_every", "failures"}
+    free = {"eval_every", "save_every", "failures", "verifier_queue", "verifier_deadline", "verifier_cache"}
     settings = {f"rl.{name}": value for name, value in comparable_rl(asdict(config.rl)).items() if name not in free}
     return {**settings, "run.seed": config.run.seed}
 
@@ -99,16 +110,25 @@ def _resume(worker: MegatronWorker, config: SparkConfig, checkpoints: Path) -> i
     return int(state["step"])
 
 
-def _finish(worker: MegatronWorker, session: RLSession | None, config: SparkConfig, folder: Path, clock: Clock,
-            eval_problems: list) -> None:
-    _sync(worker, session, config.rl.steps)
+def _finish(sync: WeightSync, worker: MegatronWorker, session: RLSession | None, config: SparkConfig, folder: Path,
+            clock: Clock, eval_problems: list) -> None:
+    _sync(sync, worker, session, config.rl.steps)
     accuracy = on_main_rank(lambda: run_async(session.evaluate(eval_problems, config.rl.steps)))
     worker.save_hf(folder / "model", source_dir=config.models.policy)
     if session is not None:
+        run_async(sync.close())
         session.close()
         clock.save()
         mark_done(folder, {"accuracy": accuracy.sampled.value, "seconds": clock.seconds})
 
 
-def _sync(worker: MegatronWorker, session: RLSession | None, version: int) -> None:
-    run_async(push_weights_async(worker, session.policy.engine if session else None, version))
+def _sync(sync: WeightSync, worker: MegatronWorker, session: RLSession | None, version: int) -> None:
+    run_async(sync.push(worker, session.policy.engine if session else None, version))
+
+
+def _gate(config: SparkConfig, sync: WeightSync, worker: MegatronWorker, session: RLSession | None) -> FirstStepGate:
+    engine = session.policy.engine if session else None
+    show = session.policy.tokenizer.decode_response if session else None
+    return FirstStepGate(
+        config.weight_sync, lambda: run_async(sync.differing_tensors(worker, engine)),
+        **({"show": lambda token: show((token,))} if show else {}))

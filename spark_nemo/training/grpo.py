@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from spark_nemo.config import RLConfig
 from spark_nemo.megatron.batch import PackedBatch
 from spark_nemo.megatron.distributed import gather_objects
-from spark_nemo.megatron.worker import MegatronWorker, StepResult
+from spark_nemo.megatron.worker import LossFn, MegatronWorker, StepResult
 from spark_nemo.records import Rollout
+from spark_nemo.weight_sync.gate import FirstStepGate
 
 from .losses import (
     ADVANTAGES,
@@ -30,6 +32,7 @@ from .packing import TrainSequence, pack_for_rank
 def train_on_rollouts(
     worker: MegatronWorker, rollouts: Sequence[Rollout], advantages: Tensor | Sequence[Tensor], valid_N: Tensor,
     config: RLConfig, *, tokens_per_micro_batch: int, reference: Mapping[str, Tensor] | None = None,
+    gate: FirstStepGate | None = None,
 ) -> dict[str, float]:
     """Make ``config.updates_per_step`` optimizer steps on one batch of rollouts and return the step's metrics.
 
@@ -43,10 +46,14 @@ def train_on_rollouts(
     Without a KL term, rollouts of advantage 0 are not computed either: they count in every mean of the loss, but add
     nothing to it (``without_idle``).
 
+    With a ``gate``, nothing is trained unless engine and trainer agree on the computed tokens: it looks at the old
+    log-probabilities when there are any, else at those of the only update, after its backward pass.
+
     Collective: every rank passes the same rollouts and trains on its own share. Metrics are the same on every rank:
     means over the computed tokens, of the updates' ``grad_norm`` and ``loss``, and the last ``lr``.
     ``valid_fraction`` is the share of rollouts not left out, ``computed_fraction`` that of those computed.
-    Raises ``ValueError`` when the KL term has no reference or when the batch leaves nothing to train on.
+    Raises ``ValueError`` when the KL term has no reference or when the batch leaves nothing to train on, and the gate's
+    ``WeightMismatch``.
     """
     if config.kl_estimator != "none" and reference is None:
         raise ValueError(f"rl.kl_estimator={config.kl_estimator} needs a reference snapshot: pass worker.snapshot()")
@@ -71,8 +78,15 @@ def train_on_rollouts(
         updates = [_with_logprobs(worker, batches, OLD_LOGPROBS, temperature) for batches in updates]
 
     maxima: dict[str, Tensor] = {}
-    loss_fn = make_grpo_loss(config, maxima)
-    results = [worker.train_step(batches, loss_fn, temperature, with_entropy=True) for batches in updates]
+    loss_fn, check = make_grpo_loss(config, maxima), {}
+    if gate is not None and len(updates) > 1:
+        for batch in (batch for batches in updates for batch in batches):
+            _show_gate(gate, batch.extras[OLD_LOGPROBS], batch)
+        gate.decide()
+    elif gate is not None:
+        loss_fn, check = _watched(loss_fn, gate), {"check": gate.decide}
+    train = partial(worker.train_step, temperature=temperature, with_entropy=True, **check)
+    results = [train(batches, loss_fn) for batches in updates]
     return {
         **_step_metrics(results),
         **_largest({name: value.item() for name, value in maxima.items()}),
@@ -134,6 +148,20 @@ def _with_logprobs(
         replace(batch, extras={**batch.extras, name: logprobs_T[:batch.num_tokens].cpu()})
         for batch, logprobs_T in zip(batches, worker.logprobs(batches, temperature))
     ]
+
+
+def _watched(loss_fn: LossFn, gate: FirstStepGate) -> LossFn:
+    """``loss_fn`` that shows the gate the log-probabilities it is given."""
+
+    def loss(logprobs_T: Tensor, entropy_T: Tensor | None, batch: PackedBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        _show_gate(gate, logprobs_T, batch)
+        return loss_fn(logprobs_T, entropy_T, batch)
+
+    return loss
+
+
+def _show_gate(gate: FirstStepGate, logprobs_T: Tensor, batch: PackedBatch) -> None:
+    gate.see(logprobs_T, batch.extras[ENGINE_LOGPROBS], batch.labels_T, batch.loss_mask_T > 0)
 
 
 def _step_metrics(results: Sequence[StepResult]) -> dict[str, float]:

@@ -131,7 +131,8 @@ def make_grpo_loss(config: RLConfig, maxima: dict[str, Tensor] | None = None) ->
     then exactly 1 and only its gradient matters), REFERENCE_LOGPROBS when ``config.kl_estimator`` is not none.
     Positions outside the loss mask contribute nothing, whatever values they hold.
 
-    Metrics are sums over the loss tokens. The largest ratio and the largest |trainer - engine| difference seen since
+    Metrics are sums over the loss tokens; ``engine_kl`` estimates KL(engine, trainer) from the engine's samples (k3).
+    The largest ratio and the largest |trainer - engine| difference seen since
     are left in ``maxima`` when given, for they are no sums. ``config.ratio`` says whether the ratio that is clipped is
     each token's or its sequence's (``sequence_log_ratio``); the metrics are of the one used.
     """
@@ -159,6 +160,7 @@ def make_grpo_loss(config: RLConfig, maxima: dict[str, Tensor] | None = None) ->
         metrics_T = {
             "clip_fraction_low": at_low_T, "clip_fraction_high": at_high_T,
             "approx_kl": ratio_T - 1 - log_ratio_T, "ratio_mean": ratio_T, "engine_logprob_diff_mean": mismatch_T,
+            "engine_kl": kl_estimate(extras[ENGINE_LOGPROBS], old_T, "k3"),
         }
         if config.importance_cap is not None:
             importance_T = importance_weights(old_T, extras[ENGINE_LOGPROBS], config.importance_cap)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from spark_nemo.config import ConfigError, DataConfig, RLConfig, SparkConfig
+from spark_nemo.config import ConfigError, DataConfig, RLConfig, SamplingConfig, SparkConfig
+
+SAMPLED = SamplingConfig(temperature=0.8)
 
 
 @pytest.mark.parametrize(("named", "settings"), [
@@ -21,6 +23,17 @@ from spark_nemo.config import ConfigError, DataConfig, RLConfig, SparkConfig
     ("rl.reward_model", {"reward": "majority", "reward_model": "somewhere"}),
     ("rl.reward_model", {"reward": "random", "reward_model": "somewhere"}),
     ("rl.advantage", {"advantage": "sideways"}),
+    ("rl.verifier_votes", {"reward": "majority", "verifier_votes": 3}),
+    ("rl.verifier_queue", {"reward": "random", "verifier_queue": 1024}),
+    ("rl.verifier_cache", {"reward": "rlvr", "verifier_cache": 0}),
+    ("rl.verifier_votes", {"verifier_votes": 3}),
+    ("rl.verifier_votes", {"verifier_votes": 0}),
+    ("rl.verifier_min_votes", {"verifier_min_votes": 1}),
+    ("rl.verifier_min_votes", {"verifier_votes": 3, "verifier_min_votes": 4, "verifier_sampling": SAMPLED}),
+    ("rl.verifier_queue", {"verifier_queue": 0}),
+    ("rl.verifier_deadline", {"verifier_deadline": 0.0}),
+    ("rl.verifier_deadline", {"verifier_deadline": float("nan")}),
+    ("rl.verifier_cache", {"verifier_cache": -1}),
     ("rl.estimator", {"estimator": "ppo"}),
 ])
 def test_a_knob_without_effect_is_named(named: str, settings: dict[str, object]) -> None:
@@ -36,6 +49,8 @@ def test_a_knob_without_effect_is_named(named: str, settings: dict[str, object])
     {"advantage": "capo", "loss_aggregation": "length_constant"},
     {"ratio": "sequence", "updates_per_step": 2, "clip_high": 3e-4},
     {"reward": "step_augmented", "std_normalise": False},
+    {"verifier_votes": 4, "verifier_min_votes": 2, "verifier_sampling": SAMPLED},
+    {"verifier_queue": 1, "verifier_deadline": 0.5, "verifier_cache": 0},
 ])
 def test_what_has_an_effect_is_accepted(settings: dict[str, object]) -> None:
     """The other side of the same rule."""
@@ -53,3 +68,9 @@ def test_no_reward_but_rlvr_may_be_given_answer_keys(reward: str) -> None:
     """Majority vote is a baseline without answers, not a way around the wall."""
     with pytest.raises(ConfigError, match="rl_answers"):
         SparkConfig(data=DataConfig(rl_answers="keys.jsonl"), rl=RLConfig(reward=reward))
+
+
+def test_more_than_half_of_the_votes_must_parse_unless_another_number_is_set() -> None:
+    """One vote is what it always was."""
+    assert [RLConfig(verifier_votes=n, verifier_sampling=SAMPLED).min_votes for n in (1, 2, 3, 4)] == [1, 2, 2, 3]
+    assert RLConfig(verifier_votes=4, verifier_min_votes=1, verifier_sampling=SAMPLED).min_votes == 1

@@ -225,7 +225,7 @@ def test_other_coroutines_keep_autograd(engine, prompts):
 
 def test_factory_builds_the_configured_engine(folder):
     """EngineConfig's numbers arrive; the context is cut to what the model can do."""
-    engine = build_engine(EngineConfig(kind="local", max_batch_size=3, max_context=4096), folder)
+    engine = build_engine(EngineConfig(kind="local", max_batch_size=3, max_context=4096), folder, "policy")
     assert isinstance(engine, LocalEngine) and engine.max_context == CONTEXT
 
 

@@ -1,15 +1,24 @@
 """A tiny random Qwen2, what transformers says about it, and what a MegatronWorker under some layout says about it."""
 
 import json
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from spark_nemo.config import MegatronConfig, OptimizerConfig
+from spark_nemo.config import MegatronConfig, OptimizerConfig, WeightSyncConfig
+from spark_nemo.engines.base import EngineFailure
+from spark_nemo.engines.client import run_async
+from spark_nemo.engines.local import LocalEngine
 from spark_nemo.megatron import checkpoint
 from spark_nemo.megatron.batch import PackedBatch
+from spark_nemo.megatron.distributed import gather_objects
 from spark_nemo.megatron.worker import MegatronWorker
+from spark_nemo.weight_sync.gate import FirstStepGate
+from spark_nemo.weight_sync.push import WeightSync
 
 VOCAB = 67  # odd: the vocabulary has to be padded under every tensor-parallel size but 1
 LENGTHS = (9, 4, 17, 9, 1, 30, 12, 5, 8, 21)
@@ -178,6 +187,78 @@ def resume(folder, store, saved_layout, loaded_layouts, settings=ADAM):
     return expected, resumed
 
 
+def push(folder, layout):
+    """Trained weights from four ranks into the embedded engine of rank 0, and what each rank sees of a failure."""
+    worker = MegatronWorker.from_hf(folder, layout, seed=0, optimizer=ADAM)
+    settings = WeightSyncConfig(checksums="require", max_mean_mismatch=1e-5, max_token_mismatch=1e-4)
+    sync = WeightSync.build(settings, worker, engine_kind="local", folder=Path("unused"))
+    engine = LocalEngine.from_folder(folder, max_batch_size=4, max_context=40) if worker.is_main else None
+    worker.train_step(share(worker, make_sequences()), loss_fn)
+    found = {"differing_before": len(run_async(sync.differing_tensors(worker, engine)))}
+    run_async(sync.push(worker, engine, 1))
+    found["differing_after"] = run_async(sync.differing_tensors(worker, engine))
+    found["memory"] = [sync.memory_peak, sync.plan.buffer_bytes + sync.plan.largest_bytes]
+    alive = bytes_alive_during(worker.export_hf(), worker.model.parameters())
+    found["gathered"] = [gather_objects(alive), sync.plan.gather_bytes]
+    if engine is not None:
+        engine.update_weights = _refuse
+    found["refused"] = gather_objects(_error_of(lambda: run_async(sync.push(worker, engine, 2))))
+    gate, row = FirstStepGate(settings), torch.zeros(4)
+    if torch.distributed.get_rank() == 3:  # one rank alone has seen a token that differs
+        gate.see(row, row - 0.5, row.long(), row == 0)
+    found["gate"] = gather_objects(_error_of(gate.decide))
+    return found
+
+
+class _Allocations(TorchDispatchMode):
+    """Bytes of the storages made under this mode that are alive, and the most there ever were."""
+
+    def __init__(self, existing):
+        super().__init__()
+        self.alive, self.peak = 0, 0
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in existing}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage):
+        key = storage._cdata
+        if key in self.sizes or storage.nbytes() == 0:
+            return
+        self.sizes[key] = storage.nbytes()
+        self.alive += storage.nbytes()
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._freed, key)
+
+    def _freed(self, key):
+        self.alive -= self.sizes.pop(key, 0)
+
+
+def bytes_alive_during(tensors, existing):
+    """The most bytes that iterating holds at once beyond the storages of ``existing``."""
+    with _Allocations(existing) as allocations:
+        for _, tensor in tensors:
+            del tensor
+    return allocations.peak
+
+
+async def _refuse(tensors, version):
+    next(iter(tensors))
+    raise EngineFailure("no room")
+
+
+def _error_of(call):
+    try:
+        call()
+    except EngineFailure as error:
+        return str(error)
+    return None
+
+
 def four_ranks(tied_folder, untied_folder, store):
     """Everything that needs several ranks, in one launch. Rank 0 writes what the tests assert."""
 
@@ -204,6 +285,8 @@ def four_ranks(tied_folder, untied_folder, store):
             layout(*sizes, distributed_optimizer=distributed) for sizes in others])
         results[f"resume_{distributed}"] = {"expected": expected, "resumed": resumed}
 
+    results["push_tied"] = push(tied_folder, layout(2, 2, 1))
+    results["push_untied"] = push(untied_folder, layout(2, 1, 2))
     worker = MegatronWorker.from_config(
         json.loads((Path(tied_folder) / "config.json").read_text()), layout(2, 2, 1), seed=3)
     worker.save_hf(f"{store}/random_tp2_pp2", source_dir=None)

@@ -57,3 +57,19 @@ def test_new_model_does_not_depend_on_the_layout(launch):
     layout = MegatronConfig(dtype="float32", distributed_optimizer=False)
     alone = MegatronWorker.from_config(json.loads((folder / "config.json").read_text()), layout, seed=3)
     assert cases.max_difference(alone.export_hf(), load_file(folder / "model.safetensors")) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["push_tied", "push_untied"])
+def test_trained_weights_reach_the_engine_of_rank_0(launch, case):
+    """TP2 x PP2 with tied and TP2 x DP2 with untied embeddings, a vocabulary that is padded: after a push every tensor
+    of the embedded engine has the trainer's checksum. A refusing engine and a shut gate are errors on all four ranks,
+    also when one rank alone has seen the difference; nobody waits for ever. During the export no rank allocates more
+    than the plan says, every storage counted."""
+    result = launch[1][case]
+    assert result["differing_before"] > 20 and result["differing_after"] == []
+    assert 0 < result["memory"][0] <= result["memory"][1]
+    per_rank, planned = result["gathered"]
+    assert planned / 2 <= max(per_rank) <= planned, (per_rank, planned)
+    assert result["refused"] == ["weights version 2: no room"] * 4
+    assert len(set(result["gate"])) == 1 and "0.5 nats on average" in result["gate"][0]

@@ -14,6 +14,7 @@ from spark_nemo.engines.served import Completion
 from spark_nemo.grammar import StepFormat, Variant, prompt_set, split_response
 from spark_nemo.records import Problem
 from spark_nemo.rewards.judge import RewardJudge
+from spark_nemo.rewards.prm_service import PRMService, ServiceLimits
 from spark_nemo.stages.credit import batch_advantages
 from spark_nemo.stages.rollouts import RolloutSession
 
@@ -37,12 +38,20 @@ JUDGE = [verification((True, True), "Yes"), verification((True, False), "Yes"), 
 
 
 class Scripted:
-    """A served model whose tokens are bytes and whose replies are given; keeps the messages it was sent."""
+    """A served model whose tokens are bytes and whose replies are given; keeps the messages it was sent.
 
-    tokenizer = SimpleNamespace(token_bytes=lambda ids: [bytes([i]) for i in ids], eos_ids=frozenset())
+    A prompt's "ids" are its messages. The weights are version 0.
+    """
+
+    identity = "scripted"
+    tokenizer = SimpleNamespace(
+        token_bytes=lambda ids: [bytes([i]) for i in ids], eos_ids=frozenset(), encode_chat=lambda messages: messages)
 
     def __init__(self, replies: list[str]) -> None:
-        self.replies, self.messages = replies, []
+        self.replies, self.messages, self.engine = replies, [], self
+
+    async def health(self):
+        return SimpleNamespace(alive=True, weight_version=0)
 
     async def complete(self, messages, sampling, seed):
         text = self.replies[len(self.messages) % len(self.replies)]
@@ -51,13 +60,17 @@ class Scripted:
         generation = Generation(ids, (-1.0,) * len(ids), (0,) * len(ids), FinishReason.STOP)
         return Completion((1,), generation, text)
 
+    complete_prompt = complete
+
 
 def scored(reward: str, advantage: str = "outcome"):
     """One group of four: fine, one step wrong, a verification of another step count, and no format."""
     config = RLConfig(reward=reward, advantage=advantage, group_size=4,
                       failures=FailurePolicy(max_rate=0.5, retries=0))
     model = Scripted(JUDGE)
-    judge = RewardJudge(model, PROMPTS, config.verifier_sampling, 0) if config.asks_reward_model else None
+    # Without a cache, for the script answers the same greedy request differently.
+    service = PRMService(model, PROMPTS, config.verifier_sampling, ServiceLimits(cache_entries=0))
+    judge = RewardJudge(service, 0) if config.asks_reward_model else None
     session = RolloutSession(Scripted(POLICY), PROMPTS, config, 0, judge, lambda problem_id, text: "8" in text)
     return asyncio.run(session.batch([Problem("p", "3 + 4?")], 0)), model, config
 

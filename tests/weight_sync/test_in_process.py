@@ -1,15 +1,17 @@
 """Pushing weights from a trainer into an engine of the same process. The engine here only remembers."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from spark_nemo.config import MegatronConfig, OptimizerConfig
+from spark_nemo.config import MegatronConfig, OptimizerConfig, WeightSyncConfig
 from spark_nemo.engines.base import Engine, EngineFailure
+from spark_nemo.engines.client import run_async
 from spark_nemo.megatron.batch import PackedBatch
 from spark_nemo.megatron.worker import MegatronWorker
-from spark_nemo.weight_sync.in_process import push_weights
+from spark_nemo.weight_sync.push import WeightSync
 
 CONFIG = {"model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24,
           "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 11, "tie_word_embeddings": True}
@@ -42,6 +44,11 @@ def worker():
     return MegatronWorker.from_config(json.loads(json.dumps(CONFIG)), layout, 0, OptimizerConfig(lr=0.1))
 
 
+def push(worker, engine, version):
+    sync = WeightSync.build(WeightSyncConfig(), worker, engine_kind="local", folder=Path("unused"))
+    run_async(sync.push(worker, engine, version))
+
+
 def train(worker):
     row = torch.arange(5)
     batch = PackedBatch(row, row + 1, row, torch.tensor([0, 5]).int(), torch.ones(5))
@@ -51,7 +58,7 @@ def train(worker):
 def test_engine_gets_what_the_trainer_has(worker):
     """The engine holds every exported tensor under its version, and keeps it when training goes on."""
     engine = RememberingEngine()
-    push_weights(worker, engine, version=3)
+    push(worker, engine, version=3)
     exported = {name: tensor.clone() for name, tensor in worker.export_hf()}
     train(worker)
     assert engine.version == 3 and engine.tensors.keys() == exported.keys()
@@ -62,7 +69,7 @@ def test_engine_gets_what_the_trainer_has(worker):
 def test_refusal_reaches_the_caller(worker):
     """An engine that refuses half-way leaves no unfinished export behind: the next push works."""
     with pytest.raises(EngineFailure, match="weights version 4: unknown tensor"):
-        push_weights(worker, RememberingEngine(refuse_after=5), version=4)
+        push(worker, RememberingEngine(refuse_after=5), version=4)
     engine = RememberingEngine()
-    push_weights(worker, engine, version=5)
+    push(worker, engine, version=5)
     assert engine.version == 5

@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 from ..base import Engine, EngineFailure, EngineHealth, Generation, GenerationRequest
+from ..tensor_hash import tensor_hash
 from .batch import Batch, Running
 from .decoder import Decoder
-from .weights import Qwen2Shape, checked, fuse, read_folder
+from .weights import Qwen2Shape, checked, fuse, read_folder, served_form, served_tensors
 
 log = logging.getLogger(__name__)
 
@@ -172,6 +173,15 @@ class LocalEngine(Engine):
         self._batch.forget_prefixes()
         for running, emitted in zip(self._batch.running, self._batch.emitted()):
             running.versions.append((emitted, version))
+
+    def served_form(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """How the decoder holds the Hugging Face tensor ``name``; ``weights_checksum`` hashes that."""
+        return served_form(self._shape, name, tensor)
+
+    async def weights_checksum(self) -> list[dict[str, str]]:
+        """See ``Engine``. Under Hugging Face names, of the fused tensors that the next token is computed with."""
+        served = served_tensors(self._shape, self._decoder.weights)
+        return [{name: tensor_hash(tensor) for name, tensor in served}]
 
     async def pause(self) -> None:
         """No further step begins; the one in progress, if any, was complete when this was called."""

@@ -138,14 +138,39 @@ def _rotary_pairs(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
 
 
+def served_form(shape: Qwen2Shape, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """One Hugging Face tensor as the decoder's fused tensors hold it: float32, q and k reordered, q scaled."""
+    tensor = tensor.detach().to("cpu", torch.float32)
+    if ".q_proj." in name:
+        return _rotary_pairs(tensor, shape.head_dim) * (1 / math.sqrt(shape.head_dim))
+    return _rotary_pairs(tensor, shape.head_dim) if ".k_proj." in name else tensor
+
+
+def served_tensors(shape: Qwen2Shape, weights: FusedWeights) -> Iterator[tuple[str, torch.Tensor]]:
+    """What ``weights`` hold of each Hugging Face tensor, in its ``served_form``; a tied model's head is one, too: here
+    it is a copy."""
+    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    yield "model.embed_tokens.weight", weights.embed_VH
+    for index, layer in enumerate(weights.layers):
+        parts: dict[str, torch.Tensor] = {
+            "input_layernorm.weight": layer.attn_norm_H, "post_attention_layernorm.weight": layer.mlp_norm_H,
+            "self_attn.o_proj.weight": layer.out_QH.t(), "mlp.down_proj.weight": layer.down_FH.t(),
+        }
+        for kind, fused in (("weight", layer.qkv_HQ.t()), ("bias", layer.qkv_bias_Q)):
+            parts |= {f"self_attn.{x}_proj.{kind}": part for x, part in zip("qkv", fused.split([q, kv, kv]))}
+        parts |= {f"mlp.{x}_proj.weight": part for x, part in zip(("gate", "up"), layer.gate_up_HF.t().chunk(2))}
+        yield from ((f"model.layers.{index}.{name}", part) for name, part in parts.items())
+    yield "model.norm.weight", weights.norm_H
+    yield "lm_head.weight", weights.head_HV.t()
+
+
 def fuse(shape: Qwen2Shape, named: dict[str, torch.Tensor]) -> FusedWeights:
     """Fused float32 copies of ``named`` (the output of ``checked``); nothing is shared with the input."""
     named = {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in named.items()}
-    scale = 1 / math.sqrt(shape.head_dim)
 
     def qkv(prefix: str, kind: str) -> torch.Tensor:
-        q, k, v = (named[f"{prefix}self_attn.{part}_proj.{kind}"] for part in "qkv")
-        return torch.cat([_rotary_pairs(q, shape.head_dim) * scale, _rotary_pairs(k, shape.head_dim), v])
+        names = [f"{prefix}self_attn.{part}_proj.{kind}" for part in "qkv"]
+        return torch.cat([served_form(shape, name, named[name]) for name in names])
 
     def layer(index: int) -> LayerWeights:
         prefix = f"model.layers.{index}."

@@ -1,0 +1,99 @@
+"""One engine of a fleet: its state, and what starts its server when we are the ones who run it."""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+from collections.abc import Sequence
+from enum import StrEnum
+
+from ..base import Engine
+
+
+class MemberState(StrEnum):
+    """``STALE`` lives but serves old weights; ``GONE`` is given up for good."""
+
+    STARTING = "starting"
+    UP = "up"
+    OUT = "out"
+    STALE = "stale"
+    GONE = "gone"
+
+
+class Keeper(abc.ABC):
+    """Runs the server behind a member."""
+
+    max_restarts: int = 0
+    """Restarts within an hour; a server that dies more often is given up."""
+
+    @abc.abstractmethod
+    async def start(self) -> Engine:
+        """Kill what is left of the last server, start another and wait until it serves.
+
+        Raises ``EngineFailure`` that says why it did not come up, with the end of its log.
+        """
+
+    @abc.abstractmethod
+    def death(self) -> str | None:
+        """Why the server is dead, or None while its process lives (which does not prove that it answers)."""
+
+    @abc.abstractmethod
+    async def stop(self) -> None:
+        """Kill it and all it started; idempotent."""
+
+
+class Front(Keeper):
+    """The keeper of a router that spreads generation over the members."""
+
+    @abc.abstractmethod
+    async def route_to(self, engines: Sequence[Engine]) -> None:
+        """Send requests to exactly these from now on. Raises ``EngineFailure`` when the router does not obey."""
+
+
+class Member:
+    """Mutable state; only the fleet's event loop touches it. ``engine`` is None until a kept server first runs."""
+
+    def __init__(self, name: str, engine: Engine | None, keeper: Keeper | None, version: int) -> None:
+        self.name, self.engine, self.keeper = name, engine, keeper
+        self.folder_version = version
+        self.version: int | None = version
+        """Of the weights it serves; None when an update may have got half way."""
+        self.state = MemberState.STARTING
+        self.was_up = False
+        self.load = 0
+        self.answered = 0
+        self.last_answer = 0.0
+        self.failures = 0
+        """Requests in a row that it could not serve."""
+        self.outages = 0
+        """In a row, without an answer in between."""
+        self.last_error = "never started"
+        self.suspected = False
+        self.paused = False
+        """It is, or may be: a call that failed leaves it True until a resume succeeds."""
+        self.condemned: str | None = None
+        self.last_used = 0
+        self.restarts: list[float] = []
+        self.wake = asyncio.Event()
+        self.interrupts: set[asyncio.Future[None]] = set()
+        """Set when the member is taken out: whoever waits for an answer stops waiting."""
+
+    @property
+    def up(self) -> bool:
+        return self.state is MemberState.UP
+
+    def interrupt(self) -> None:
+        """Nobody may wait for its answers any longer."""
+        for future in self.interrupts:
+            if not future.done():
+                future.set_result(None)
+
+    def suspect(self, error: Exception | str) -> None:
+        """Have it probed now."""
+        self.last_error, self.suspected = str(error), True
+        self.wake.set()
+
+    def condemn(self, reason: str) -> None:
+        """Have it taken out without a probe."""
+        self.condemned = reason
+        self.suspect(reason)

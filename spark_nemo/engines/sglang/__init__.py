@@ -1,0 +1,6 @@
+"""SGLang over HTTP: one server as an engine, its protocol and its control calls."""
+
+from .protocol import PauseMode, ServerLimits
+from .server import SglangServer
+
+__all__ = ["PauseMode", "ServerLimits", "SglangServer"]

@@ -1,0 +1,124 @@
+"""sglang-router as the front of a fleet: cache-aware spreading of generation. It forwards no control calls.
+
+The fleet alone decides who serves: the router's own retries and circuit breaker are off, and its health checks only
+let a new server in (without them it never serves) and strike none, or a server that is only paused would be struck.
+A server that came back with old weights gets no request through the router, because it is not listed there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ..base import Engine, EngineFailure, EngineHealth, Generation, GenerationRequest
+from ..fleet import Front
+from ..fleet.process import ServerProcess, free_port
+from . import serve
+from .http import ServerHttp
+from .server import SglangServer
+
+_CALL_S = 10.0
+_LISTED_WITHIN_S, _POLL_S = 30.0, 0.2
+_NEVER = 1_000_000
+_MISSING = "No module named 'sglang_router'"
+
+
+class RouterClient(Engine):
+    """Generation through the router at ``url``; ``client`` is a server's client that points there."""
+
+    def __init__(self, url: str, key: str | None, client: SglangServer) -> None:
+        self._http, self._client, self._key = ServerHttp(url, key, 1), client, key
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """See ``Engine.generate``."""
+        return await self._client.generate(request)
+
+    async def probe(self, timeout_s: float) -> None:
+        """Whether the router itself answers; its servers are probed directly."""
+        self._http.refuse_status("/liveness", await self._http.call("GET", "/liveness", timeout_s=timeout_s))
+
+    async def route_to(self, urls: Sequence[str]) -> None:
+        """Have exactly these servers behind it. Raises ``EngineFailure`` when they are not within half a minute."""
+        wanted, listed = set(urls), await self._listed()
+        for url in wanted - set(listed):
+            await self._ask("POST", "/workers", {"url": url, "api_key": self._key})
+        for url in set(listed) - wanted:
+            await self._ask("DELETE", f"/workers/{listed[url][0]}")
+        for _ in range(int(_LISTED_WITHIN_S / _POLL_S)):  # it answers before it has done it
+            listed = await self._listed()
+            if set(listed) == wanted and all(ready for _, ready in listed.values()):
+                return
+            await asyncio.sleep(_POLL_S)
+        raise EngineFailure(f"{self._http.url}: the router lists {sorted(listed)} and not {sorted(wanted)} after "
+                            f"{_LISTED_WITHIN_S:.0f} s")
+
+    async def _listed(self) -> dict[str, tuple[str, bool]]:
+        """URL -> the router's id of it, and whether it gets requests."""
+        reply = await self._http.call("GET", "/workers", timeout_s=_CALL_S)
+        self._http.refuse_status("/workers", reply)
+        return {worker["url"].rstrip("/"): (worker["id"], worker["is_healthy"]) for worker in reply.content["workers"]}
+
+    async def _ask(self, method: str, path: str, body: object = None) -> None:
+        reply = await self._http.call(method, path, body, timeout_s=_CALL_S)
+        if reply.status not in (200, 202, 204):
+            self._http.refuse_status(path, reply)
+
+    async def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Not through a router."""
+        raise EngineFailure("a router forwards no weights")
+
+    async def pause(self) -> None:
+        """Not through a router."""
+        raise EngineFailure("a router forwards no pause")
+
+    async def resume(self) -> None:
+        """Not through a router."""
+        raise EngineFailure("a router forwards no resume")
+
+    async def health(self) -> EngineHealth:
+        """Only that this client is open."""
+        return EngineHealth(True, False, self._client.in_flight(), 0, 0, 0)
+
+    async def close(self) -> None:
+        """Idempotent."""
+        await self._client.close()
+        await self._http.close()
+
+
+class RouterProcess(ServerProcess, Front):
+    """Keeps a router. ``connect(url)`` makes a server's client for its address."""
+
+    def __init__(self, name: str, connect: Callable[[str], SglangServer], *, python: str, host: str, key: str | None,
+                 log_path: Path, environment: Mapping[str, str], max_restarts: int) -> None:
+        def command(host: str, port: int) -> list[str]:
+            return [python, serve.__file__, "router", "--host", host, "--port", str(port), "--policy", "cache_aware",
+                    "--prometheus-host", host, "--prometheus-port", str(free_port(host)), "--disable-retries",
+                    "--disable-circuit-breaker", "--health-check-interval-secs", "1", "--health-success-threshold", "1",
+                    "--health-failure-threshold", str(_NEVER), "--log-level", "warn"]
+
+        super().__init__(
+            name, command, lambda url: RouterClient(url, key, connect(url)), log_path=log_path,
+            environment={**environment, serve.KEY_VARIABLE: key or ""}, host=host, start_timeout_s=60.0,
+            max_restarts=max_restarts)
+        self._client: RouterClient | None = None
+
+    async def start(self) -> Engine:
+        """See ``Keeper.start``. Raises ``EngineFailure`` that says so when the package is missing."""
+        try:
+            engine = await super().start()
+        except EngineFailure as failure:
+            if _MISSING in str(failure):
+                raise EngineFailure(f"{self.name}: router=true needs the package sglang-router in the servers' "
+                                    "environment; install it there or set router=false") from failure
+            raise
+        assert isinstance(engine, RouterClient)
+        self._client = engine
+        return engine
+
+    async def route_to(self, engines: Sequence[Engine]) -> None:
+        """See ``Front.route_to``."""
+        assert self._client is not None
+        await self._client.route_to([engine.url for engine in engines if isinstance(engine, SglangServer)])

@@ -1,0 +1,120 @@
+"""The hash of a tensor that trainer and engines agree on: SGLang's, which depends on where the tensor lies.
+
+In CPU memory it is the first 8 bytes of SHA-256 over the raw bytes in row-major order (srt/managers/mm_utils.py,
+``tensor_hash``); on a GPU a sum over mixed 32-bit words (kernels/ops/memory/gpu_tensor_hash.py). Both are 16 hex
+digits, and both are made here from blocks of rows as they come.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Protocol
+
+import torch
+
+HEX_DIGITS = 16
+_MASK32, _MASK64 = (1 << 32) - 1, (1 << 64) - 1
+_SEEDS = (0x243F6A88, ((0x243F6A88 * 0x9E3779B1) ^ 0xDEADBEEF) & _MASK32)
+_POSITION = ((0x27D4EB2D, 15), (0x165667B1, 13))
+_TILE = 8192
+"""Words that are summed before they are mixed again."""
+
+
+class TensorDigest(Protocol):
+    """A hash in the making."""
+
+    def update(self, block: torch.Tensor) -> None:
+        """The next rows."""
+
+    def hexdigest(self) -> str:
+        """16 hex digits, once all rows have come."""
+
+
+def digest_for(example: torch.Tensor, num_bytes: int) -> TensorDigest:
+    """The digest of a tensor of ``num_bytes`` that lies where ``example`` lies."""
+    return WordDigest(num_bytes, example.device) if example.is_cuda else ByteDigest()
+
+
+class ByteDigest:
+    """SHA-256, cut to 8 bytes."""
+
+    def __init__(self) -> None:
+        self._sha = hashlib.sha256()
+
+    def update(self, block: torch.Tensor) -> None:
+        """See ``TensorDigest``."""
+        self._sha.update(raw_bytes(block))
+
+    def hexdigest(self) -> str:
+        """See ``TensorDigest``."""
+        return self._sha.hexdigest()[:HEX_DIGITS]
+
+
+class WordDigest:
+    """SGLang's GPU hash in plain torch: two sums of mixed words per tile of 8192, mixed again and added.
+
+    int32 stands for uint32: products and sums wrap alike, only right shifts need a mask. Raises ``ValueError`` for a
+    block that ends inside a word.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        self._words, self._at = num_bytes // 4, 0
+        self._sums_2K = torch.zeros(2, max(1, -(-self._words // _TILE)), dtype=torch.int64, device=device)
+
+    def update(self, block: torch.Tensor) -> None:
+        """See ``TensorDigest``."""
+        raw_B = block.detach().contiguous().reshape(-1).view(torch.uint8)
+        if raw_B.numel() % 4:
+            raise ValueError(f"a block of {raw_B.numel()} bytes ends inside a 32-bit word: it has no hash of its own")
+        words_N = raw_B.view(torch.int32)
+        index_N = torch.arange(self._at, self._at + words_N.numel(), device=words_N.device)
+        position_N, tile_N = index_N.to(torch.int32), index_N // _TILE
+        for sums_K, seed, (factor, turn) in zip(self._sums_2K, _SEEDS, _POSITION):
+            place_N = (position_N * _signed(factor) + _signed(seed)) ^ (
+                (position_N << turn) | _shifted(position_N, 32 - turn))
+            mixed_N = _mix(words_N ^ place_N)
+            sums_K.index_add_(0, tile_N, mixed_N.to(torch.int64) & _MASK32)
+        self._at += words_N.numel()
+
+    def hexdigest(self) -> str:
+        """See ``TensorDigest``."""
+        length = _signed(self._words * 4 & _MASK32)
+        high, low = ((_mix(_wrapped(sums_K) ^ length).to(torch.int64) & _MASK32).tolist() for sums_K in self._sums_2K)
+        total = sum((a << 32) | b for a, b in zip(high, low)) & _MASK64
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            total = ((total ^ (total >> shift)) * factor) & _MASK64
+        return f"{total ^ (total >> 31):016x}"
+
+
+def _mix(x_N: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3's 32-bit finaliser."""
+    x_N = (x_N ^ _shifted(x_N, 16)) * _signed(0x85EBCA6B)
+    x_N = (x_N ^ _shifted(x_N, 13)) * _signed(0xC2B2AE35)
+    return x_N ^ _shifted(x_N, 16)
+
+
+def _shifted(x_N: torch.Tensor, bits: int) -> torch.Tensor:
+    """Right shift without the sign."""
+    return (x_N >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 32) if value >> 31 else value
+
+
+def _wrapped(sums_K: torch.Tensor) -> torch.Tensor:
+    """int64 sums modulo 2^32, as int32."""
+    low_K = sums_K & _MASK32
+    return torch.where(low_K >= 1 << 31, low_K - (1 << 32), low_K).to(torch.int32)
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of ``tensor`` in row-major order; a view of its memory where it lies so on the CPU."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """The hash of one whole tensor."""
+    digest = digest_for(tensor, tensor.nbytes)
+    digest.update(tensor)
+    return digest.hexdigest()

@@ -1,0 +1,213 @@
+"""Verifications on request: each content is asked for once, remembered, and answered within a deadline.
+
+Between the judge, which decides what to ask, and the engine, which may be slow, full or dead. The service adds no
+randomness: a remembered result is the one that the same request, with the same seed, gave before. On an engine that
+honours seeds (embedded, vLLM) rewards are therefore those of a run without the cache; SGLang draws anew each time, and
+there a remembered sampled result is one of the results it could have given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+from spark_nemo.config import RLConfig, SamplingConfig
+from spark_nemo.engines.base import EngineFailure, EngineLost
+from spark_nemo.engines.served import ServedModel
+from spark_nemo.grammar import GRAMMAR_VERSION, PromptSet, Variant, parse_generation
+from spark_nemo.records import EngineError, Outcome, content_key
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceLimits:
+    """``queue`` verifications at the engine at once, ``deadline`` seconds for each, ``cache_entries`` remembered."""
+
+    queue: int = 1024
+    deadline: float = 1800.0
+    cache_entries: int = 65536
+
+    def __post_init__(self) -> None:
+        if self.queue < 1 or self.deadline <= 0 or self.cache_entries < 0:
+            raise ValueError(f"{self}: queue at least 1, deadline positive, cache_entries at least 0")
+
+    @classmethod
+    def from_config(cls, rl: RLConfig) -> ServiceLimits:
+        """The configured limits; what is not set keeps its default."""
+        named = {"queue": rl.verifier_queue, "deadline": rl.verifier_deadline, "cache_entries": rl.verifier_cache}
+        return cls(**{name: value for name, value in named.items() if value is not None})
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one verification came to, and the tokens it took the verifier (also when they were not sampled anew)."""
+
+    outcome: Outcome
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """One response to be verified, in canonical text. Its prompt is encoded once, for all its votes and attempts."""
+
+    question: str
+    canonical: str
+    num_steps: int
+    prompts: PromptSet
+    served: ServedModel
+
+    @cached_property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """The step-wise prompt in token ids: equal ids let an engine share the prefix across votes."""
+        messages = self.prompts.reward(Variant.PRM_COT, self.question, self.canonical)
+        return self.served.tokenizer.encode_chat(messages)
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A request on its way and how many callers wait for it."""
+
+    task: asyncio.Task[Answer]
+    waiting: int = 0
+
+
+@dataclass(slots=True)
+class ServiceCounts:
+    """Since the last ``take_counts``: requests by where their answer came from, and the tokens sampled for them."""
+
+    asked: int = 0
+    remembered: int = 0
+    shared: int = 0
+    sampled_tokens: int = 0
+    deadline_missed: int = 0
+    engine_errors: int = 0
+
+    def metrics(self) -> dict[str, float]:
+        """Counts, and ``hit_rate``: the share of the requests that cost the engine nothing."""
+        saved = self.remembered + self.shared
+        return {**{name: float(value) for name, value in asdict(self).items()},
+                "hit_rate": saved / self.asked if self.asked else 0.0}
+
+
+class PRMService:
+    """Asks one served PRM-CoT. Belongs to the event loop it is first used in.
+
+    Remembered are verdicts, parse failures and truncations: with its seed, or greedily, a request would give the same
+    again. An ``EngineError`` says nothing about the content and is never remembered. The key is the content (question,
+    canonical response, number of steps, prompt set, grammar), the sampling with its seed (which carries vote and
+    attempt; a greedy request has none), the reward model's identity and its weight version.
+    """
+
+    def __init__(self, served: ServedModel, prompts: PromptSet, sampling: SamplingConfig,
+                 limits: ServiceLimits = ServiceLimits()) -> None:
+        self.served, self.prompts, self.sampling, self.limits = served, prompts, sampling, limits
+        self._room = asyncio.Semaphore(limits.queue)
+        self._remembered: OrderedDict[str, Answer] = OrderedDict()
+        self._flights: dict[str, _Flight] = {}
+        self._version: int | None = None
+        self._counts = ServiceCounts()
+
+    async def refresh(self) -> None:
+        """Read the engine's weight version; results of other versions are not used. Call it before every batch.
+
+        An engine that cannot say its version is asked everything anew until it can. Until the first call nothing is
+        remembered.
+        """
+        try:
+            health = await self.served.engine.health()
+            self._version = health.weight_version if health.alive else None
+        except EngineFailure as failure:
+            log.info("the verifier's engine has no health to report: %s", failure)
+            self._version = None
+        if self._version is None:
+            log.warning("the verifier does not say its weight version: nothing is taken from the cache until it does")
+
+    def case(self, question: str, canonical: str, num_steps: int) -> Case:
+        """A response to ``verify``, once or several times."""
+        return Case(question, canonical, num_steps, self.prompts, self.served)
+
+    async def verify(self, case: Case, seed: int) -> Answer:
+        """The verification of ``case`` drawn with ``seed``; raises ``EngineLost`` alone, for a pool without servers.
+
+        A request like one on its way waits for that one's answer. When every caller of a request is cancelled, so is
+        the request.
+        """
+        self._counts.asked += 1
+        if self._version is None or not self.limits.cache_entries:
+            return await self._ask(case, seed)
+        key = self._key(case, seed, self._version)
+        if key in self._remembered:
+            self._counts.remembered += 1
+            self._remembered.move_to_end(key)
+            return self._remembered[key]
+        if (flight := self._flights.get(key)) is not None:
+            self._counts.shared += 1
+        else:
+            flight = self._flights[key] = _Flight(asyncio.create_task(self._fly(key, case, seed, self._version)))
+        return await self._wait(key, flight)
+
+    def take_counts(self) -> ServiceCounts:
+        """What happened since the last call."""
+        counts, self._counts = self._counts, ServiceCounts()
+        return counts
+
+    def _key(self, case: Case, seed: int, version: int) -> str:
+        drawn = None if self.sampling.temperature == 0 else seed
+        return content_key(
+            "prm", self.served.identity, version, GRAMMAR_VERSION, self.prompts.version, asdict(self.sampling), drawn,
+            case.question, case.canonical, case.num_steps)
+
+    async def _wait(self, key: str, flight: _Flight) -> Answer:
+        flight.waiting += 1
+        try:
+            return await asyncio.shield(flight.task)
+        finally:
+            flight.waiting -= 1
+            if not flight.waiting and not flight.task.done():
+                # A later caller must not join a request that is about to end.
+                self._flights.pop(key, None)
+                flight.task.cancel()
+                await asyncio.wait([flight.task])
+
+    async def _fly(self, key: str, case: Case, seed: int, version: int) -> Answer:
+        try:
+            answer, versions = await self._sample(case, seed)
+        finally:
+            if (flight := self._flights.get(key)) is not None and flight.task is asyncio.current_task():
+                del self._flights[key]
+        # Weights that changed on the way leave a result that belongs to neither version.
+        if not isinstance(answer.outcome, EngineError) and versions <= {version}:
+            self._remembered[key] = answer
+            if len(self._remembered) > self.limits.cache_entries:
+                self._remembered.popitem(last=False)
+        return answer
+
+    async def _ask(self, case: Case, seed: int) -> Answer:
+        answer, _ = await self._sample(case, seed)
+        return answer
+
+    async def _sample(self, case: Case, seed: int) -> tuple[Answer, set[int]]:
+        """The answer and the weight versions that it was sampled by; waits for a place at the engine first."""
+        async with self._room:
+            try:
+                async with asyncio.timeout(self.limits.deadline) as clock:
+                    done = await self.served.complete_prompt(case.prompt_ids, self.sampling, seed)
+            except EngineLost:  # no failed verification: there is nobody left to ask
+                raise
+            except EngineFailure as failure:
+                self._counts.engine_errors += 1
+                return Answer(EngineError(str(failure)), 0), set()
+            except TimeoutError:
+                if not clock.expired():
+                    raise  # not ours: a bug below
+                self._counts.deadline_missed += 1
+                return Answer(EngineError(
+                    f"deadline: no verification within {self.limits.deadline:g} s (rl.verifier_deadline)"), 0), set()
+        num_tokens = len(done.generation.token_ids)
+        self._counts.sampled_tokens += num_tokens
+        outcome = parse_generation(done.text, str(done.generation.finish_reason), num_tokens, case.num_steps)
+        return Answer(outcome, num_tokens), set(done.generation.weight_versions)

@@ -1,0 +1,298 @@
+"""A fleet of fake engines: who gets which request, and that each ends in exactly one result whatever dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections import Counter
+
+import pytest
+from fleet_cases import QUICK, FakeEngine, FakeKeeper, ask, running, trouble, until
+
+from spark_nemo.engines import EngineFailure, EngineLost, EngineUnavailable, FinishReason, Generation, generate_all
+
+
+def test_requests_spread_over_members_and_a_prompt_stays_where_it_was() -> None:
+    """64 different prompts at once: equal shares. 16 votes about each of 8 prompts: every prompt sees one member."""
+    async def scenario():
+        engines = [FakeEngine(i) for i in range(4)]
+        async with running(engines) as fleet:
+            await fleet.health()  # the first call starts it
+            await until(lambda: fleet.metrics().members_up == 4)
+            await asyncio.gather(*(fleet.generate(ask(i)) for i in range(64)))
+            shares = [len(engine.seen) for engine in engines]
+            for engine in engines:
+                engine.seen.clear()
+            await asyncio.gather(*(fleet.generate(ask(100 + i // 16)) for i in range(128)))
+            homes = Counter(prompt for engine in engines for prompt in set(engine.seen))
+        return shares, homes
+
+    shares, homes = asyncio.run(scenario())
+    assert shares == [16] * 4 and set(homes.values()) == {1} and len(homes) == 8
+
+
+def test_affinity_gives_way_to_load() -> None:
+    """One prompt 100 times at once does not pile up on one of two members."""
+    async def scenario():
+        engines = [FakeEngine(i, delay=0.02) for i in range(2)]
+        async with running(engines) as fleet:
+            await fleet.generate(ask(7))
+            await asyncio.gather(*(fleet.generate(ask(7)) for _ in range(100)))
+        return [len(engine.seen) for engine in engines]
+
+    assert min(asyncio.run(scenario())) > 35
+
+
+def test_a_dead_member_costs_a_retry_and_no_request() -> None:
+    """Requests on the one that dies are redone on the other, each answered once; the counters say so."""
+    async def scenario():
+        engines = [FakeEngine(i, delay=0.02) for i in range(2)]
+        async with running(engines) as fleet:
+            work = [asyncio.create_task(fleet.generate(ask(i))) for i in range(40)]
+            await until(lambda: engines[1].running > 5)
+            engines[1].dead = True
+            answers = await asyncio.gather(*work)
+            return answers, fleet.metrics()
+
+    answers, metrics = asyncio.run(scenario())
+    assert [answer.token_ids[0] for answer in answers] == list(range(40))
+    assert metrics.retries > 5 and metrics.answered == metrics.requests == 40 and metrics.outages >= 1
+    assert metrics.redone_prompt_tokens == metrics.retries
+
+
+def test_a_hung_member_is_found_by_a_probe_long_before_the_request_deadline() -> None:
+    """With a request deadline of a minute, hanging requests move within the probe's time."""
+    async def scenario():
+        limits = QUICK.__class__(request_timeout_s=60, probe_every_s=0.05, probe_timeout_s=0.1, backoff_s=0.01)
+        engines = [FakeEngine(i, delay=0.01) for i in range(2)]
+        async with running(engines, limits) as fleet:
+            await fleet.generate(ask(0))
+            engines[0].hung = True
+            begin = time.monotonic()
+            answers = await asyncio.gather(*(fleet.generate(ask(i)) for i in range(20)))
+            return answers, time.monotonic() - begin
+
+    answers, seconds = asyncio.run(scenario())
+    assert len(answers) == 20 and seconds < 2
+
+
+def test_a_slow_request_on_a_sound_member_does_not_take_it_out() -> None:
+    """A request that is over its deadline everywhere fails; the members answer probes and stay."""
+    async def scenario():
+        engines = [FakeEngine(i, delay=10) for i in range(2)]
+        limits = QUICK.__class__(request_timeout_s=0.05, probe_every_s=0.05, probe_timeout_s=0.2, backoff_s=0.01,
+                                 max_attempts=3, total_timeout_s=5)
+        async with running(engines, limits) as fleet:
+            with pytest.raises(EngineFailure, match="gave a request up after 3 attempts") as raised:
+                await fleet.generate(ask(1))
+            return raised.value, fleet.metrics()
+
+    error, metrics = asyncio.run(scenario())
+    assert metrics.outages == 0 and metrics.members_up == 2 and not isinstance(error, EngineLost)
+
+
+def test_a_bad_request_passes_at_once_and_blames_nobody() -> None:
+    """The engine's own words, one attempt, no outage."""
+    async def scenario():
+        engines = [FakeEngine(i) for i in range(2)]
+        async with running(engines) as fleet:
+            with pytest.raises(EngineFailure, match="token id -1 is outside the vocabulary"):
+                await fleet.generate(ask(-1))
+            return fleet.metrics()
+
+    metrics = asyncio.run(scenario())
+    assert metrics.retries == 0 and metrics.outages == 0 and metrics.refused == 1
+
+
+def test_a_late_answer_is_dropped() -> None:
+    """The first member cannot be cancelled and answers after its attempt was given up: one result, one late answer."""
+    class Stubborn(FakeEngine):
+        async def generate(self, request):
+            if self.number == 0:
+                self.hung = True
+                try:
+                    await asyncio.sleep(10)
+                except asyncio.CancelledError:
+                    return Generation((9, 9, 9), (0.0,) * 3, (0,) * 3, FinishReason.STOP)
+            return await super().generate(request)
+
+    async def scenario():
+        async with running([Stubborn(0), Stubborn(1)]) as fleet:
+            answer = await fleet.generate(ask(5))
+            await asyncio.sleep(0.05)
+            return answer, fleet.metrics()
+
+    answer, metrics = asyncio.run(scenario())
+    assert answer.token_ids == (5, 1) and metrics.answered == 1
+    assert metrics.late_answers == 1 and metrics.lost_response_tokens == 3
+
+
+def test_an_aborted_answer_is_redone() -> None:
+    """A server that is shut down sends what it has with finish_reason=abort: no sample is cut short by that."""
+    class Aborting(FakeEngine):
+        async def generate(self, request):
+            if not self.seen:
+                self.seen.append(request.prompt_ids)
+                return Generation((1, 2), (0.0, 0.0), (0, 0), FinishReason.ABORT)
+            return await super().generate(request)
+
+    async def scenario():
+        async with running([Aborting(0)]) as fleet:
+            return await fleet.generate(ask(5)), fleet.metrics()
+
+    answer, metrics = asyncio.run(scenario())
+    assert answer.finish_reason is FinishReason.STOP and metrics.lost_response_tokens == 2
+
+
+def test_nobody_left_fails_everyone_in_bounded_time_and_says_why() -> None:
+    """Every waiting request and every later one gets ``EngineLost`` naming each member's last error and the wait."""
+    async def scenario():
+        engines = [FakeEngine(i) for i in range(3)]
+        async with running(engines, name="verifier pool") as fleet:
+            await fleet.generate(ask(1))
+            for engine in engines:
+                engine.dead = True
+            begin = time.monotonic()
+            results = await generate_all(fleet, [ask(i) for i in range(50)])
+            first, begin = time.monotonic() - begin, time.monotonic()
+            with pytest.raises(EngineLost):
+                await fleet.generate(ask(1))
+            return results, first, time.monotonic() - begin, await fleet.health()
+
+    results, first, later, health = asyncio.run(scenario())
+    assert all(isinstance(result, EngineLost) for result in results) and not health.alive
+    message = str(results[0])
+    assert "no server of the verifier pool is left: 3 of 3" in message and "this request waited" in message
+    assert all(f"engine {i}: connection refused" in message for i in range(3)) and "\n" not in message
+    assert first < 3 and later < 0.2
+
+
+def test_a_cancelled_caller_reaches_the_member() -> None:
+    """The member's call is cancelled too, and its load goes down."""
+    async def scenario():
+        engine = FakeEngine(0, delay=10)
+        async with running([engine], limits=QUICK.__class__()) as fleet:
+            work = asyncio.create_task(fleet.generate(ask(1)))
+            await until(lambda: engine.running == 1)
+            work.cancel()
+            await asyncio.wait([work])
+            await until(lambda: engine.running == 0)
+            return fleet.metrics()
+
+    metrics = asyncio.run(scenario())
+    assert metrics.cancelled == 1 and metrics.load == {"m0": 0}
+
+
+def test_a_blocked_event_loop_is_nobodys_failure() -> None:
+    """A training step holds the loop for longer than every deadline; requests and probes in flight survive it."""
+    async def scenario():
+        engines = [FakeEngine(i, delay=0.05) for i in range(2)]
+        async with running(engines) as fleet:
+            work = [asyncio.create_task(fleet.generate(ask(i))) for i in range(10)]
+            await until(lambda: sum(engine.running for engine in engines) == 10)
+            time.sleep(1.0)
+            await asyncio.gather(*work)
+            return fleet.metrics()
+
+    metrics = asyncio.run(scenario())
+    assert metrics.retries == metrics.outages == 0
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_failures_never_lose_or_double_a_request(seed: int) -> None:
+    """Engines die, hang and return at random under 200 requests. Each ends in exactly one answer, its own; the books
+    balance. Proves nothing about real sockets: the tests with fake servers and real ones do that."""
+    async def scenario():
+        draw, stop = random.Random(seed), asyncio.Event()
+        engines = [FakeEngine(i, delay=draw.uniform(0.001, 0.01)) for i in range(4)]
+        limits = QUICK.__class__(request_timeout_s=0.2, total_timeout_s=30, max_attempts=60, backoff_s=0.002,
+                                 max_backoff_s=0.05, probe_every_s=0.02, probe_timeout_s=0.05, lost_timeout_s=10)
+        async with running(engines, limits) as fleet:
+            chaos = asyncio.create_task(trouble(engines, draw, stop))
+            got: Counter[int] = Counter()
+            results = await generate_all(fleet, [ask(i, i % 7) for i in range(200)],
+                                         lambda index, result: got.update([index]), max_in_flight=32)
+            stop.set()
+            await chaos
+            return results, got, fleet.metrics(), fleet._abandoned
+
+    results, got, metrics, abandoned = asyncio.run(scenario())
+    assert [result.token_ids[:2] for result in results] == [(i, i % 7) for i in range(200)]
+    assert set(got.values()) == {1} and len(got) == 200
+    assert metrics.requests == metrics.answered == 200 and metrics.refused == 0
+    assert not any(metrics.load.values()) and not abandoned
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_failures_of_kept_servers_under_updates_keep_versions_straight(seed: int) -> None:
+    """Servers are killed at random between and during updates and restart with the folder's weights; with a hook, no
+    token is ever sampled from any version but the one that was current when its request began or ended."""
+    async def scenario():
+        draw = random.Random(seed)
+        keepers = [FakeKeeper(i, max_restarts=1000, start_s=0.003) for i in range(3)]
+
+        async def hook(engine, version):
+            if draw.random() < 0.3:
+                raise EngineUnavailable("the hook failed")
+            await asyncio.sleep(0.001)
+            engine.version = version
+
+        wrong, done = 0, 0
+        limits = QUICK.__class__(max_attempts=60, backoff_s=0.002, max_backoff_s=0.02, probe_every_s=0.02,
+                                 probe_timeout_s=0.2, lost_timeout_s=5, control_timeout_s=1)
+        async with running(keepers, limits, on_return=hook) as fleet:
+            for version in range(1, 12):
+                with_some_up = lambda: fleet.metrics().members_up >= 1  # noqa: E731
+                if version > 1:
+                    await until(with_some_up)
+                await fleet.pause()
+                with contextlib.suppress(EngineFailure):  # all were dead at once: the old version stays current
+                    await fleet.update_weights([("w", None)], version)
+                await fleet.resume()
+                work = [asyncio.create_task(fleet.generate(ask(i))) for i in range(30)]
+                await asyncio.sleep(draw.uniform(0, 0.004))
+                victim = draw.choice(keepers)
+                if victim.engines:
+                    victim.engine.dead = True
+                for result in await asyncio.gather(*work, return_exceptions=True):
+                    if isinstance(result, EngineLost):
+                        continue  # all stale: their hook failed
+                    assert not isinstance(result, BaseException), result
+                    done += 1
+                    wrong += set(result.weight_versions) != {fleet.version}
+        return wrong, done
+
+    wrong, done = asyncio.run(scenario())
+    assert wrong == 0 and done > 200
+
+
+def test_a_probe_that_a_blocked_event_loop_made_late_is_asked_again() -> None:
+    """A client with a deadline of its own sees it pass while a training step holds the loop: the server was sound."""
+    class Watched(FakeEngine):
+        asked = 0
+
+        async def probe(self, timeout_s: float) -> None:
+            self.asked += 1
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await asyncio.sleep(0.03)
+                    await super().probe(timeout_s)
+            except TimeoutError as error:
+                raise EngineUnavailable("the probe's token did not come") from error
+
+    async def scenario():
+        engine = Watched(0)
+        async with running([engine]) as fleet:
+            await fleet.generate(ask(1))
+            for _ in range(3):
+                seen = engine.asked
+                await until(lambda: engine.asked > seen)  # noqa: B023 - one is on its way
+                await asyncio.sleep(0.005)
+                time.sleep(0.4)
+                await asyncio.sleep(0.02)
+            return fleet.metrics()
+
+    metrics = asyncio.run(scenario())
+    assert metrics.outages == 0 and metrics.members_up == 1

@@ -1,0 +1,346 @@
+"""How members of a fleet come, go and return: restarts, weights, pauses, the router."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from fleet_cases import QUICK, FakeEngine, FakeKeeper, ask, running, until
+
+from spark_nemo.engines import EngineFailure, EngineLost, EngineUnavailable
+from spark_nemo.engines.fleet import Fleet, FleetLimits, Front
+
+WEIGHTS = [("w", None)]
+
+
+def up(fleet: Fleet) -> int:
+    return fleet.metrics().members_up
+
+
+def test_a_killed_server_is_restarted_and_gets_the_current_weights_before_it_serves() -> None:
+    """The hook is called once with the new engine and the fleet's version; no request reached it before."""
+    async def scenario():
+        keepers, calls = [FakeKeeper(i) for i in range(2)], []
+
+        async def hook(engine, version):
+            calls.append((engine, version, list(engine.seen)))
+            engine.version = version
+
+        async with running(keepers, on_return=hook) as fleet:
+            await fleet.update_weights(WEIGHTS, 7)
+            keepers[0].engine.dead = True
+            await until(lambda: len(keepers[0].engines) == 2 and up(fleet) == 2)
+            answers = await asyncio.gather(*(fleet.generate(ask(i)) for i in range(20)))
+            return calls, keepers[0].engine, {v for a in answers for v in a.weight_versions}, fleet.metrics()
+
+    calls, engine, versions, metrics = asyncio.run(scenario())
+    assert calls == [(engine, 7, [])] and versions == {7} and engine.seen
+    assert metrics.restarts == 1
+
+
+@pytest.mark.parametrize("hook", [None, "fails", "hangs"])
+def test_without_current_weights_a_returning_server_waits_for_the_next_update(hook: str | None) -> None:
+    """No hook, a failing one and a hanging one: it serves nothing until an update includes it."""
+    async def scenario():
+        keepers = [FakeKeeper(i) for i in range(2)]
+
+        async def broken(engine, version):
+            await asyncio.sleep(60 if hook == "hangs" else 0)
+            raise EngineUnavailable("no such folder")
+
+        async with running(keepers, on_return=broken if hook else None) as fleet:
+            await fleet.update_weights(WEIGHTS, 1)
+            keepers[0].engine.dead = True
+            await until(lambda: len(keepers[0].engines) == 2)
+            await asyncio.gather(*(fleet.generate(ask(i)) for i in range(20)))
+            before = list(keepers[0].engine.seen), up(fleet)
+            await until(lambda: str(fleet._members[0].state) == "stale")
+            await fleet.update_weights(WEIGHTS, 2)
+            await until(lambda: up(fleet) == 2)
+            return before, keepers[0].engine.version, list(fleet.members())
+
+    before, version, members = asyncio.run(scenario())
+    assert before == ([], 1) and version == 2 and members == ["m0", "m1"]
+
+
+def test_a_server_restarted_under_its_folders_weights_needs_no_hook() -> None:
+    """A verifier pool is never updated: what restarts has the right weights."""
+    async def scenario():
+        keeper = FakeKeeper(0)
+        async with running([keeper]) as fleet:
+            await fleet.generate(ask(1))
+            keeper.engine.dead = True
+            answer = await fleet.generate(ask(2))
+            return len(keeper.engines), answer
+
+    starts, answer = asyncio.run(scenario())
+    assert starts == 2 and answer.token_ids == (2, 0)
+
+
+def test_restarts_are_bounded_and_then_the_fleet_is_lost_with_the_reason() -> None:
+    """max_restarts=2: two restarts, then EngineLost at once, not after the waiting time."""
+    async def scenario():
+        keeper = FakeKeeper(0, max_restarts=2)
+        async with running([keeper], name="policy pool") as fleet:
+            await fleet.generate(ask(1))
+            for _ in range(3):
+                keeper.engine.dead = True
+                with_engines = len(keeper.engines)
+                await until(lambda: (len(keeper.engines) > with_engines and up(fleet) == 1)  # noqa: B023
+                            or str(fleet._members[0].state) == "gone")
+            with pytest.raises(EngineLost, match="after 2 restarts within an hour") as raised:
+                await fleet.generate(ask(2))
+            return str(raised.value), len(keeper.engines)
+
+    message, starts = asyncio.run(scenario())
+    assert starts == 3 and "policy pool" in message and "exit status -9" in message
+
+
+def test_a_server_that_never_comes_up_is_not_tried_again() -> None:
+    """Its settings are wrong; the message carries the end of its log."""
+    async def scenario():
+        keeper = FakeKeeper(0)
+        keeper.fails_with = "exit status 2 before it served: unrecognized arguments: --atention"
+        async with running([keeper]) as fleet:
+            with pytest.raises(EngineLost, match="unrecognized arguments"):
+                await fleet.generate(ask(1))
+            with pytest.raises(EngineFailure, match="unrecognized arguments"):
+                await fleet.update_weights(WEIGHTS, 1)
+            return keeper.engines, fleet.metrics().restarts
+
+    assert asyncio.run(scenario()) == ([], 0)
+
+
+def test_a_hung_server_of_ours_is_killed_and_restarted() -> None:
+    """SIGSTOP is no death: the probe finds it, the keeper kills it."""
+    async def scenario():
+        keepers = [FakeKeeper(i) for i in range(2)]
+        async with running(keepers) as fleet:
+            await fleet.generate(ask(1))
+            await until(lambda: up(fleet) == 2)
+            keepers[1].engine.hung = True
+            await until(lambda: len(keepers[1].engines) == 2 and up(fleet) == 2)
+            return keepers[1].stopped
+
+    assert asyncio.run(scenario()) == 1
+
+
+def test_a_given_server_that_returns_serves_again() -> None:
+    """Not ours, so not restarted: it is probed until it answers, and keeps its place when it missed no update."""
+    async def scenario():
+        engines = [FakeEngine(i) for i in range(2)]
+        async with running(engines) as fleet:
+            await fleet.generate(ask(1))
+            await until(lambda: up(fleet) == 2)
+            engines[0].hung = True
+            await until(lambda: up(fleet) == 1)
+            engines[0].hung = False
+            await until(lambda: up(fleet) == 2)
+
+    asyncio.run(scenario())
+
+
+def test_a_member_that_fails_an_update_is_taken_out_and_the_run_goes_on() -> None:
+    """One of three hangs during the update: the others have the new version and serve; it may not."""
+    async def scenario():
+        engines = [FakeEngine(i) for i in range(3)]
+        async with running(engines) as fleet:
+            await fleet.generate(ask(1))
+            await until(lambda: up(fleet) == 3)
+            engines[1].refuses_weights = True
+            await fleet.update_weights(WEIGHTS, 4)
+            engines[1].seen.clear()
+            answers = await asyncio.gather(*(fleet.generate(ask(i)) for i in range(30)))
+            return {v for a in answers for v in a.weight_versions}, engines[1].seen, fleet.version
+
+    versions, seen, version = asyncio.run(scenario())
+    assert versions == {4} and version == 4 and seen == []
+
+
+def test_weights_that_every_member_refuses_change_nothing() -> None:
+    """A tensor of another shape is the caller's mistake: an error, and all serve on under the old version."""
+    async def scenario():
+        engines = [FakeEngine(i) for i in range(2)]
+        async with running(engines) as fleet:
+            await fleet.generate(ask(1))
+            await until(lambda: up(fleet) == 2)
+            for engine in engines:
+                engine.refuses_weights = True
+            with pytest.raises(EngineFailure, match="m0: engine 0: tensor of another shape; m1: "):
+                await fleet.update_weights(WEIGHTS, 1)
+            await asyncio.sleep(0.05)
+            return up(fleet), fleet.version, (await fleet.generate(ask(2))).weight_versions
+
+    members, version, versions = asyncio.run(scenario())
+    assert members == 2 and version == 0 and set(versions) == {0}
+
+
+def test_an_update_waits_until_all_servers_have_started_once() -> None:
+    """Stage III updates before it generates: a server that starts slower than the others is not left behind."""
+    async def scenario():
+        keepers = [FakeKeeper(0, start_s=0.01), FakeKeeper(1, start_s=0.15)]
+        async with running(keepers) as fleet:
+            await fleet.update_weights(WEIGHTS, 3)
+            return [keeper.engine.version for keeper in keepers], up(fleet)
+
+    assert asyncio.run(scenario()) == ([3, 3], 2)
+
+
+def test_time_paused_is_no_deadline_and_requests_wait() -> None:
+    """A pause of several deadlines: what ran goes on, what came meanwhile is served after it, nothing is redone."""
+    async def scenario():
+        engines = [FakeEngine(i, delay=0.03) for i in range(2)]
+        async with running(engines) as fleet:
+            work = [asyncio.create_task(fleet.generate(ask(i))) for i in range(6)]
+            await until(lambda: sum(engine.running for engine in engines) == 6)
+            await fleet.pause()
+            work += [asyncio.create_task(fleet.generate(ask(10 + i))) for i in range(6)]
+            await asyncio.sleep(4 * QUICK.request_timeout_s)
+            waiting = sum(len(engine.seen) for engine in engines)
+            await fleet.resume()
+            await asyncio.gather(*work)
+            return waiting, fleet.metrics()
+
+    waiting, metrics = asyncio.run(scenario())
+    assert waiting == 6 and metrics.retries == metrics.outages == 0 and metrics.answered == 12
+
+
+def test_who_returns_during_a_pause_is_paused_and_resumed_with_the_others() -> None:
+    """And a server that missed the resume is resumed when it comes back."""
+    async def scenario():
+        keeper, given = FakeKeeper(0), FakeEngine(1)
+        async with running({"kept": keeper, "given": given}) as fleet:
+            await fleet.generate(ask(1))
+            await until(lambda: up(fleet) == 2)
+            await fleet.pause()
+            keeper.engine.dead = True
+            await until(lambda: len(keeper.engines) == 2 and up(fleet) == 2)
+            during = keeper.engine.paused
+            given.hung = True
+            await fleet.resume()
+            missed = given.paused
+            given.hung = False
+            await until(lambda: up(fleet) == 2 and not given.paused)
+            return during, missed, keeper.engine.paused
+
+    assert asyncio.run(scenario()) == (True, True, False)
+
+
+def test_closing_ends_what_runs_and_kills_what_was_started() -> None:
+    """Requests in flight fail, kept servers stop, a second close does nothing."""
+    async def scenario():
+        keeper = FakeKeeper(0, delay=10)
+        fleet = Fleet({"m0": keeper}, FleetLimits())
+        work = asyncio.create_task(fleet.generate(ask(1)))
+        await until(lambda: bool(keeper.engines) and keeper.engine.running == 1)
+        await fleet.close()
+        await fleet.close()
+        with pytest.raises(EngineFailure, match="closed"):
+            await work
+        with pytest.raises(EngineFailure, match="closed"):
+            await fleet.generate(ask(1))
+        return keeper.stopped, keeper.engine.closed, (await fleet.health()).alive
+
+    assert asyncio.run(scenario()) == (1, True, False)
+
+
+class FakeRouter(FakeEngine):
+    """Passes requests on to the engines it was told of, and fails with them."""
+
+    def __init__(self) -> None:
+        super().__init__(99)
+        self.targets: list[FakeEngine] = []
+
+    async def generate(self, request):
+        self.seen.append(request.prompt_ids)
+        await self._alive()
+        if not self.targets:
+            raise EngineUnavailable("503 no worker")
+        return await self.targets[len(self.seen) % len(self.targets)].generate(request)
+
+
+class FakeFront(FakeKeeper, Front):
+    """Keeps a ``FakeRouter``."""
+
+    async def start(self):
+        await asyncio.sleep(self.start_s)
+        self.engines.append(FakeRouter())
+        return self.engine
+
+    async def route_to(self, engines):
+        self.engine.targets = list(engines)
+
+
+def test_a_router_gets_first_attempts_and_knows_who_is_up() -> None:
+    """All requests pass through it while it lives; a member that dies is struck from its list."""
+    async def scenario():
+        keepers, front = [FakeKeeper(i, max_restarts=0) for i in range(2)], FakeFront(9)
+        async with running(keepers, front=front) as fleet:
+            await fleet.generate(ask(0))
+            await until(lambda: bool(front.engines) and len(front.engine.targets) == 2)
+            await asyncio.gather(*(fleet.generate(ask(i)) for i in range(1, 21)))
+            through = len(front.engine.seen)
+            keepers[0].engine.dead = True
+            await asyncio.gather(*(fleet.generate(ask(i)) for i in range(21, 41)))
+            await until(lambda: front.engine.targets == [keepers[1].engine])
+            return through, fleet.metrics()
+
+    through, metrics = asyncio.run(scenario())
+    assert through >= 20 and metrics.answered == 41
+
+
+@pytest.mark.parametrize("fate", ["dead", "hung"])
+def test_a_killed_router_costs_no_request_and_is_started_again(fate: str) -> None:
+    """Requests in flight through it are redone directly; the next router is told of all members."""
+    async def scenario():
+        keepers, front = [FakeKeeper(i, delay=0.03) for i in range(2)], FakeFront(9)
+        async with running(keepers, front=front) as fleet:
+            await fleet.generate(ask(0))
+            await until(lambda: bool(front.engines) and len(front.engine.targets) == 2)
+            work = [asyncio.create_task(fleet.generate(ask(i))) for i in range(40)]
+            await until(lambda: len(front.engine.seen) > 5)
+            setattr(front.engine, fate, True)
+            answers = await asyncio.gather(*work)
+            await until(lambda: len(front.engines) == 2 and len(front.engine.targets) == 2)
+            await fleet.generate(ask(50))
+            return [answer.token_ids[0] for answer in answers], len(front.engine.seen), fleet.metrics()
+
+    answers, through, metrics = asyncio.run(scenario())
+    assert answers == list(range(40)) and through >= 1 and metrics.members_up == 2
+
+
+def test_a_server_that_dies_after_it_took_an_update_is_not_credited_with_it() -> None:
+    """It takes version 5, dies and is restarted with the folder's weights while the update still runs for another:
+    afterwards it may not pass for version 5."""
+    async def scenario():
+        keepers = [FakeKeeper(i) for i in range(2)]
+        async with running(keepers) as fleet:
+            async with fleet.updating(5) as update:
+                for engine in update.targets:
+                    engine.version = 5
+                keepers[0].engine.dead = True
+                await until(lambda: len(keepers[0].engines) == 2 and fleet._members[0].engine is keepers[0].engine)
+            await asyncio.gather(*(fleet.generate(ask(i)) for i in range(10)))
+            return keepers[0].engine.seen, list(fleet.members())
+
+    assert asyncio.run(scenario()) == ([], ["m1"])
+
+
+def test_a_given_server_that_returns_with_other_weights_must_be_updated() -> None:
+    """Its owner restarted it: what it reports is compared with what we gave it."""
+    async def scenario():
+        engines, calls = [FakeEngine(i) for i in range(2)], []
+
+        async def hook(engine, version):
+            calls.append(version)
+            engine.version = version
+
+        async with running(engines, on_return=hook) as fleet:
+            await fleet.update_weights(WEIGHTS, 3)
+            engines[0].dead = True
+            await until(lambda: up(fleet) == 1)
+            engines[0].version, engines[0].dead = 0, False
+            await until(lambda: up(fleet) == 2)
+            return calls, engines[0].version
+
+    assert asyncio.run(scenario()) == ([3], 3)

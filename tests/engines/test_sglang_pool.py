@@ -1,0 +1,101 @@
+"""From a configuration to a fleet of servers: given ones, their limits, and what is launched with which words."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+from fake_sglang_process import fake_process, free_port
+from fleet_cases import until
+
+from spark_nemo.config import ConfigError, EngineConfig, PoolConfig
+from spark_nemo.engines import EngineLost, GenerationRequest, SamplingParams, build_engine
+from spark_nemo.engines.fleet import Fleet
+from spark_nemo.engines.fleet.process import ServerProcess
+from spark_nemo.engines.sglang import serve
+from spark_nemo.toy.resolve import ASSETS
+
+TOY = ASSETS / "generator"
+REQUEST = GenerationRequest((5, 6), SamplingParams(max_new_tokens=8, temperature=0.0))
+
+
+def sglang(max_context: int = 320, **pool) -> EngineConfig:
+    return EngineConfig(kind="sglang", max_context=max_context, max_batch_size=4, policy=PoolConfig(**pool))
+
+
+def test_given_servers_serve_as_one_engine() -> None:
+    """Two fake servers by URL; both get work, none is ours to kill."""
+    async def scenario(urls):
+        fleet = build_engine(sglang(urls=urls), TOY, "policy")
+        try:
+            assert isinstance(fleet, Fleet)
+            await fleet.generate(REQUEST)
+            await until(lambda: fleet.metrics().members_up == 2, 20)
+            answers = await asyncio.gather(*(fleet.generate(REQUEST) for _ in range(4)))
+            return answers, sorted(fleet.members())
+        finally:
+            await fleet.close()
+
+    ports, flags = [free_port(), free_port()], ("--vocab-size", "691", "--context", "512")
+    with fake_process(ports[0], *flags) as first, fake_process(ports[1], *flags) as second:
+        urls = [f"http://127.0.0.1:{port}" for port in ports]
+        answers, members = asyncio.run(scenario(urls))
+        assert first.poll() is None and second.poll() is None
+    assert len({answer.token_ids for answer in answers}) == 1 and members == sorted(urls)
+
+
+def test_a_given_server_with_a_shorter_context_is_not_used() -> None:
+    """SGLang would cut samples short without a word."""
+    async def scenario(url):
+        fleet = build_engine(sglang(urls=[url], lost_timeout_s=0.5), TOY, "policy")
+        try:
+            await fleet.generate(REQUEST)
+        finally:
+            await fleet.close()
+
+    port = free_port()
+    with (fake_process(port, "--vocab-size", "691", "--context", "200"),
+          pytest.raises(EngineLost, match=r"max_context=320 is over the 194 tokens.*lower engine\.max_context")):
+        asyncio.run(scenario(f"http://127.0.0.1:{port}"))
+
+
+def test_a_launched_server_is_told_its_part_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Model, layout, context with SGLang's reserve, first GPU, weight version 0; the key is in the environment only, a
+    new one for every pool, and the other pool's search path stays at home. Nothing is started here."""
+    monkeypatch.setattr(ServerProcess, "launch", lambda self: None)
+    pool = {"servers": 2, "tensor_parallel": 2, "first_gpu": 4, "python": "/env/bin/python",
+            "server_args": ["--dtype", "float32"], "server_env": {"A": "b"}}
+    first, second = (build_engine(sglang(**pool), TOY, "policy", tmp_path) for _ in range(2))
+    keeper = first._members[1].keeper
+    words = keeper._command("127.0.0.1", 1234)
+    text = " ".join(words)
+    assert words[:3] == ["/env/bin/python", serve.__file__, "server"] and words[-2:] == ["--dtype", "float32"]
+    for said in (f"--model-path {TOY}", "--tp-size 2", "--base-gpu-id 6", "--context-length 326", "--weight-version 0",
+                 "--max-running-requests 4", "--host 127.0.0.1 --port 1234"):
+        assert said in text
+    key = keeper._environment[serve.KEY_VARIABLE]
+    assert len(key) > 30 and key not in text and key != second._members[1].keeper._environment[serve.KEY_VARIABLE]
+    assert keeper._environment["PYTHONPATH"] == "" and keeper._environment["A"] == "b"
+    assert keeper.log_path == tmp_path / "policy-1.log"
+
+
+def test_a_context_beyond_the_models_is_cut_to_what_sglang_can_serve(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The small world's models have 512 positions; SGLang keeps six."""
+    monkeypatch.setattr(ServerProcess, "launch", lambda self: None)
+    fleet = build_engine(sglang(max_context=4096, servers=1), TOY, "policy", tmp_path)
+    words = fleet._members[0].keeper._command("h", 1)
+    assert words[words.index("--context-length") + 1] == "512" and words[0] == sys.executable
+
+
+def test_what_cannot_be_built_is_named(tmp_path: Path) -> None:
+    """A role without servers, a folder without a model, an engine that this version has not."""
+    with pytest.raises(ConfigError, match=r"engine\.verifier: set either"):
+        build_engine(sglang(servers=1), TOY, "verifier")
+    with pytest.raises(ConfigError, match=r"no config\.json there"):
+        build_engine(sglang(servers=1), tmp_path, "policy")
+    with pytest.raises(ConfigError, match="pool='judge'"):
+        build_engine(EngineConfig(), TOY, "judge")

@@ -1,0 +1,207 @@
+"""Two real SGLang servers and sglang-router under a scored rollout batch of the small world: whatever is killed or
+stopped, every group is whole and nothing is counted twice.
+
+One pool for the file, in the order of the tests: the router dies, a server dies and returns with the pushed weights, a
+server hangs. The verifier is the embedded engine. No GPU, and no second machine, is in it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from real_server import sglang_python
+
+from spark_nemo.config import EngineConfig, FailurePolicy, RLConfig, SamplingConfig
+from spark_nemo.config.compose import compose_config
+from spark_nemo.engines import Engine, GenerationRequest, SamplingParams, run_async
+from spark_nemo.engines.fleet import Fleet, FleetMetrics
+from spark_nemo.engines.fleet.process import ServerProcess
+from spark_nemo.engines.served import ServedModel
+from spark_nemo.engines.sglang import SglangServer
+from spark_nemo.grammar import prompt_set
+from spark_nemo.records import Problem
+from spark_nemo.rewards.judge import RewardJudge
+from spark_nemo.stages.rollouts import RolloutSession, ScoredBatch
+from spark_nemo.toy.data import split_problems
+
+GROUPS, GROUP_SIZE = 8, 8
+RETURN_S = 200.0
+GREEDY = GenerationRequest(tuple(range(5, 25)), SamplingParams(max_new_tokens=20, temperature=0.0))
+needs_router = pytest.mark.skipif(
+    not list(sglang_python().parents[1].glob("lib/*/site-packages/sglang_router")),
+    reason="sglang-router is not installed in the servers' environment")
+
+
+@dataclass
+class Pool:
+    """What the tests share. ``pushed`` counts the weights that a returning server was given."""
+
+    fleet: Fleet
+    session: RolloutSession
+    servers: list[ServerProcess]
+    router: ServerProcess | None
+    pushed: list[tuple[str, int]]
+    logs: Path
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, other_folder: Path) -> Iterator[Pool]:
+    """Two policy servers from the preset that ``+engine=sglang_cpu`` gives, at weight version 1, and the router."""
+    logs = tmp_path_factory.mktemp("servers")
+    has_router = not needs_router.args[0]
+    os.environ["SPARK_SGLANG_PYTHON"] = str(sglang_python())
+    config = compose_config([
+        "+experiment=toy", "+engine=sglang_cpu", f"engine.policy.router={str(has_router).lower()}",
+        "engine.policy.request_timeout_s=120", "engine.policy.probe_timeout_s=8", "engine.policy.start_timeout_s=280"])
+    policy = ServedModel.load(config.engine, model_folder, "policy", logs)
+    assert isinstance(policy.engine, Fleet)
+    fleet, pushed = policy.engine, []
+
+    async def push(engine: Engine, version: int) -> None:
+        assert isinstance(engine, SglangServer)
+        await engine.update_weights_from_disk(model_folder, version)
+        pushed.append((engine.url, version))
+
+    async def prepare() -> None:
+        async with fleet.updating(1) as update:
+            await asyncio.gather(*(engine.update_weights_from_disk(model_folder, 1) for engine in update.targets))
+        fleet.on_return = push
+
+    judge = ServedModel.load(EngineConfig(max_context=320), other_folder, "verifier")
+    rl = RLConfig(group_size=GROUP_SIZE, prompt_set="compact", sampling=SamplingConfig(max_new_tokens=60),
+                  verifier_sampling=SamplingConfig(temperature=0.0, max_new_tokens=120),
+                  failures=FailurePolicy(max_rate=0.9, retries=0))
+    prompts = prompt_set("compact")
+    session = RolloutSession(policy, prompts, rl, 0, RewardJudge(judge, prompts, rl.verifier_sampling, 0), None)
+    keepers = [member.keeper for member in fleet._members]
+    try:
+        run_async(prepare())
+        yield Pool(fleet, session, keepers, fleet._front.keeper if fleet._front else None, pushed, logs)
+    finally:
+        run_async(fleet.close())
+        run_async(judge.engine.close())
+
+
+def problems() -> list[Problem]:
+    return [problem.record() for problem in split_problems("rl", GROUPS, 0)]
+
+
+def disturbed(pool: Pool, pid: int, number: signal.Signals) -> tuple[ScoredBatch, FleetMetrics]:
+    """A scored batch that is hit by a signal to ``pid``'s group while most of its requests run; the metrics' changes
+    are those of this batch."""
+    async def scenario() -> ScoredBatch:
+        work = asyncio.create_task(pool.session.batch(problems(), 0))
+        while sum(pool.fleet.metrics().load.values()) < GROUPS * GROUP_SIZE:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)
+        os.killpg(pid, number)
+        return await work
+
+    before = pool.fleet.metrics()
+    batch, after = run_async(scenario()), pool.fleet.metrics()
+    for name in ("requests", "answered", "retries", "refused", "outages"):
+        setattr(after, name, getattr(after, name) - getattr(before, name))
+    return batch, after
+
+
+def require_whole(batch: ScoredBatch, metrics: FleetMetrics) -> None:
+    groups = Counter(rollout.problem.problem_id for rollout in batch.rollouts)
+    assert list(groups.values()) == [GROUP_SIZE] * GROUPS
+    assert len(batch.rewards.rewards) == len(batch.judgements) == GROUPS * GROUP_SIZE
+    assert metrics.requests == metrics.answered == GROUPS * GROUP_SIZE and metrics.refused == 0
+    assert all(rollout.finish_reason in ("stop", "length") for rollout in batch.rollouts)
+    assert {version for rollout in batch.rollouts for version in rollout.weight_versions} == {1}
+
+
+def wait_until_all_up(pool: Pool) -> None:
+    async def wait() -> None:
+        async with asyncio.timeout(RETURN_S):
+            while pool.fleet.metrics().members_up < 2:
+                await asyncio.sleep(0.2)
+
+    run_async(wait())
+
+
+def test_an_undisturbed_batch_is_whole(pool: Pool) -> None:
+    """The measure for the others, and what a real server does with the key: 401 without it, nothing of it in the log
+    or on a command line."""
+    batch = run_async(pool.session.batch(problems(), 0))
+    assert len(batch.rollouts) == GROUPS * GROUP_SIZE
+    key = pool.servers[0]._environment["SPARK_NEMO_API_KEY"]
+    assert len(key) > 30
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(pool.servers[0].url + "/model_info", timeout=10)
+    for path in pool.logs.iterdir():
+        assert key not in path.read_text(errors="replace"), path
+    for process in psutil.Process().children(recursive=True):
+        assert key not in " ".join(process.cmdline())
+
+
+@needs_router
+def test_the_router_is_killed_in_a_batch(pool: Pool) -> None:
+    """Requests in flight through it are redone directly; then it is there again and used."""
+    async def until_fed() -> None:
+        async with asyncio.timeout(90):
+            while pool.fleet._fed is None or pool.fleet._fed is not pool.fleet._front.engine:
+                await asyncio.sleep(0.1)
+
+    run_async(until_fed())
+    batch, metrics = disturbed(pool, pool.router.pid, signal.SIGKILL)
+    require_whole(batch, metrics)
+    assert metrics.retries > 0 and metrics.outages == 1 and metrics.members_up == 2
+    run_async(until_fed())
+    answered = pool.fleet._front.answered
+    run_async(pool.fleet.generate(GREEDY))
+    assert pool.fleet._front.answered == answered + 1
+
+
+def test_a_server_is_killed_in_a_batch_and_returns_with_the_current_weights(pool: Pool) -> None:
+    """SIGKILL of the whole group. It is restarted, given version 1 before it serves, and says what the other says."""
+    batch, metrics = disturbed(pool, pool.servers[0].pid, signal.SIGKILL)
+    require_whole(batch, metrics)
+    assert metrics.retries > 0 and metrics.members_up == 1
+    wait_until_all_up(pool)
+    assert pool.pushed == [(pool.servers[0].url, 1)]
+
+    async def ask_each() -> list[Any]:
+        return await asyncio.gather(*(engine.generate(GREEDY) for engine in pool.fleet.members().values()))
+
+    first, second = run_async(ask_each())
+    assert first.token_ids == second.token_ids and set(first.weight_versions) == set(second.weight_versions) == {1}
+
+
+def test_a_server_hangs_in_a_batch(pool: Pool) -> None:
+    """SIGSTOP of the whole group: its sockets stay open and nothing answers. Found by probes in less time than a
+    request's deadline; the process is killed and started again."""
+    stopped, begin = pool.servers[1].pid, time.monotonic()
+    batch, metrics = disturbed(pool, stopped, signal.SIGSTOP)
+    require_whole(batch, metrics)
+    assert metrics.outages >= 1 and time.monotonic() - begin < 100
+    assert pool.servers[1].pid != stopped or pool.servers[1].death() is not None
+
+
+def test_nothing_is_left_of_the_servers(pool: Pool) -> None:
+    """Closing the pool kills all it started, also what is still starting."""
+    family = [child.pid for server in [*pool.servers, *([pool.router] if pool.router else [])]
+              if psutil.pid_exists(server.pid) for child in _family(server.pid)]
+    run_async(pool.fleet.close())
+    time.sleep(1.0)
+    left = [pid for pid in family if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    assert family and left == []
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]

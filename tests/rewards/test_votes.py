@@ -1,0 +1,65 @@
+"""Several votes on one response: golden cases, and what must hold for any votes."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spark_nemo.records import EngineError, ParseFailure, Truncated, Verdict
+from spark_nemo.rewards import aggregate_votes
+
+T, F = True, False
+LOST, CUT, GONE = ParseFailure("verdict_missing"), Truncated(9), EngineError("gone")
+verdicts = st.builds(Verdict, st.tuples(st.booleans(), st.booleans(), st.booleans()), st.booleans())
+outcomes = st.one_of(verdicts, st.sampled_from([LOST, CUT, GONE]))
+
+
+@pytest.mark.parametrize(("votes", "expected"), [
+    ([Verdict((T, F), T)], Verdict((T, F), T)),
+    ([Verdict((T, T), T), Verdict((T, F), F), Verdict((F, F), T)], Verdict((T, F), T)),
+    ([Verdict((T, F), F), LOST, Verdict((T, F), F)], Verdict((T, F), F)),
+    ([Verdict((T, T), T), Verdict((T, F), F)], Verdict((T, F), F)),
+    ([Verdict((T, T), T), Verdict((T, T), F), Verdict((T, T), F)], Verdict((T, T), F)),
+])
+def test_golden_votes(votes, expected) -> None:
+    """One vote, a plain majority, a vote lost on the way, a tie (against the response), and a verdict that outvotes
+    its own labels."""
+    assert aggregate_votes(votes, 1) == expected
+
+
+@pytest.mark.parametrize(("votes", "minimum", "expected"), [
+    ([LOST, CUT, CUT], 1, CUT), ([LOST, CUT], 1, LOST), ([GONE], 1, GONE), ([Verdict((T,), T), LOST, CUT], 2, LOST)])
+def test_too_few_verdicts_are_a_failure(votes, minimum: int, expected) -> None:
+    """Of the commonest kind, the first seen on a tie; a lone Yes among failures is not a Yes."""
+    assert aggregate_votes(votes, minimum) is expected
+
+
+@given(st.lists(outcomes, min_size=1, max_size=7), st.integers(1, 7), st.randoms(use_true_random=False))
+def test_order_and_failures_do_not_vote(votes, minimum: int, random) -> None:
+    """Any votes: shuffled, the verdict is the same; more failures change nothing as long as enough verdicts are there;
+    a verdict comes out exactly when enough went in."""
+    minimum = min(minimum, len(votes))
+    result = aggregate_votes(votes, minimum)
+    assert isinstance(result, Verdict) == (sum(isinstance(v, Verdict) for v in votes) >= minimum)
+    shuffled = random.sample(votes, len(votes))
+    if isinstance(result, Verdict):
+        assert aggregate_votes(shuffled, minimum) == result == aggregate_votes([*votes, LOST, CUT], minimum)
+
+
+@given(st.lists(verdicts, min_size=1, max_size=6), st.data())
+def test_a_vote_in_favour_never_hurts(votes, data) -> None:
+    """Turning one label or verdict of one vote to True turns nothing to False."""
+    before, k = aggregate_votes(votes, 1), data.draw(st.integers(0, len(votes) - 1))
+    place = data.draw(st.integers(0, 3))
+    labels = tuple(label or i == place for i, label in enumerate(votes[k].step_labels))
+    after = aggregate_votes([*votes[:k], Verdict(labels, votes[k].answer_correct or place == 3), *votes[k + 1:]], 1)
+    assert all(a >= b for a, b in zip((*after.step_labels, after.answer_correct),
+                                      (*before.step_labels, before.answer_correct)))
+
+
+@pytest.mark.parametrize("minimum", [0, 3])
+def test_a_minimum_that_cannot_be_met_is_a_bug(minimum: int) -> None:
+    """Not a response that always fails."""
+    with pytest.raises(ValueError, match="min_votes"):
+        aggregate_votes([LOST, CUT], minimum)

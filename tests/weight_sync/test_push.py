@@ -1,0 +1,184 @@
+"""A whole push into servers that really receive, one transport after the other.
+
+The servers are ``receiver.py``: SGLang's protocol, its process groups and its layout of parameters, without SGLang.
+tests/real_sglang does the same with the real one. NCCL and CUDA IPC are proven by neither.
+"""
+
+import errno
+import json
+import os
+import resource
+import time
+
+import pytest
+from receivers import start_receivers
+
+from spark_nemo.config import WeightSyncConfig
+from spark_nemo.engines.base import EngineFailure, GenerationRequest, SamplingParams
+from spark_nemo.engines.client import run_async
+from spark_nemo.engines.fleet import Fleet
+from spark_nemo.weight_sync.push import WeightSync
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+TRANSPORTS = ("disk", "distributed", "tensor")
+
+
+@pytest.fixture(scope="module")
+def receiver():
+    with start_receivers(1) as (one,):
+        yield one
+
+
+@pytest.fixture
+def server(receiver):
+    receiver.tricks()
+    return receiver
+
+
+def sync_for(worker, folder, transport, **settings):
+    settings = WeightSyncConfig(transport=transport, **{"checksums": "require", "timeout_s": 10, **settings})
+    sync = WeightSync.build(settings, worker, engine_kind="sglang", folder=folder)
+    sync.plan = small_buckets(sync, worker)
+    return sync
+
+
+def small_buckets(sync, worker):
+    """The plan with buckets of 8 KiB instead of megabytes: this model would fit one."""
+    from spark_nemo.megatron.hf_weights import hf_tensor_shapes
+    from spark_nemo.weight_sync.plan import plan_sync
+
+    plan = plan_sync(hf_tensor_shapes(worker.shape), "float32", worker.hf_config, tensor_parallel=1,
+                     pipeline_parallel=1, engine_tensor_parallel=1, bucket_bytes=8 << 10)
+    assert len(plan.buckets) > 5
+    return plan
+
+
+def push(sync, worker, engine, version):
+    try:
+        run_async(sync.push(worker, engine, version))
+    finally:
+        if sync.settings.transport != "disk":
+            run_async(sync.close())
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_every_tensor_arrives(perturbed, server, tmp_path, transport):
+    """After a push the server's hash of every parameter, made from its own fused copies, is the trainer's; it has the
+    new version, generates again, and the trainer held one bucket and one tensor at most."""
+    sync = sync_for(perturbed, tmp_path, transport)
+    push(sync, perturbed, server.engine, version=7)
+    health = run_async(server.engine.health())
+    assert (health.weight_version, health.paused) == (7, False)
+    assert 0 < sync.memory_peak <= sync.plan.buffer_bytes + sync.plan.largest_bytes < sync.plan.total_bytes / 2
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_corrupted_tensor_is_named(perturbed, server, tmp_path, transport):
+    """One changed element of up_proj in the server's memory: the push fails and names the parameter it is part of."""
+    server.tricks(corrupt="model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(EngineFailure, match=r"weights version 8: 1 of 16 tensors .* model.layers.1.mlp.gate_up_proj"):
+        push(sync_for(perturbed, tmp_path, transport), perturbed, server.engine, version=8)
+
+
+def test_no_checksums_is_said_not_hidden(perturbed, server, tmp_path, caplog):
+    """A server that cannot hash: ``require`` fails, ``auto`` goes on and says so once."""
+    server.tricks(no_checksums=True)
+    with pytest.raises(EngineFailure, match="the engine gives none"):
+        push(sync_for(perturbed, tmp_path, "tensor"), perturbed, server.engine, 9)
+    sync = sync_for(perturbed, tmp_path, "tensor", checksums="auto")
+    for version in (9, 10):
+        push(sync, perturbed, server.engine, version)
+    assert sum("not compared by checksum" in record.message for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize(("trick", "message"), [
+    ({"refuse": True}, "refused by trick"), ({"never_join": True}, r"over 2 s|within 2 s")])
+def test_a_server_that_does_not_join_cannot_hang_the_trainer(perturbed, tmp_path, trick, message):
+    """Refusing an update, and never entering the process group, both end in an error within the time limit; the
+    broadcast would wait for ever."""
+    with start_receivers(1) as (one,):
+        one.tricks(**trick)
+        started = time.monotonic()
+        with pytest.raises(EngineFailure, match=message):
+            push(sync_for(perturbed, tmp_path, "distributed", timeout_s=2), perturbed, one.engine, 3)
+        assert time.monotonic() - started < 12
+
+
+def test_a_server_lost_half_way_costs_the_others_a_second_push(perturbed, tmp_path):
+    """One server of a fleet of two dies at the third bucket: the group is built again without it, the other gets
+    everything, checked by checksum, and the fleet goes on with that one."""
+    with start_receivers(2) as (first, second):
+        second.tricks(die_at=3)
+        fleet = Fleet({"first": first.engine, "second": second.engine})
+        try:
+            push(sync_for(perturbed, tmp_path, "distributed", timeout_s=5), perturbed, fleet, 4)
+            assert list(fleet.members()) == ["first"] and second.process.poll() is not None
+            assert fleet.version == run_async(first.engine.weight_version()) == 4
+            params = SamplingParams(max_new_tokens=3, temperature=0.0)
+            assert set(run_async(fleet.generate(GenerationRequest((1, 2), params))).weight_versions) == {4}
+        finally:
+            run_async(fleet.close())
+
+
+def test_a_server_of_a_fleet_with_wrong_weights_is_taken_out(perturbed, tmp_path):
+    """One server of two corrupts a tensor: it is condemned with the tensor's name, the other serves the new version."""
+    with start_receivers(2) as (first, second):
+        first.tricks(corrupt="model.norm.weight")
+        fleet = Fleet({"first": first.engine, "second": second.engine})
+        try:
+            push(sync_for(perturbed, tmp_path, "disk"), perturbed, fleet, 4)
+            assert list(fleet.members()) == ["second"] and fleet.version == 4
+        finally:
+            run_async(fleet.close())
+
+
+def test_disk_keeps_one_version(perturbed, server, tmp_path):
+    """Each version is a complete model folder; the one before goes once all servers have the new one, and nothing
+    unfinished is left. A server that returns can be brought to it alone."""
+    sync = sync_for(perturbed, tmp_path, "disk")
+    for version in (11, 12):
+        push(sync, perturbed, server.engine, version)
+    folder = tmp_path / "weights"
+    assert sorted(path.name for path in folder.iterdir()) == ["version-12"]
+    index = json.loads((folder / "version-12" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == {tensor.name for tensor in sync.plan.tensors}
+    server.tricks(corrupt="model.norm.weight")
+    with pytest.raises(EngineFailure, match=r"model\.norm"):
+        run_async(sync.restore(server.engine, 12))
+    server.tricks()
+    run_async(sync.restore(server.engine, 12))
+    run_async(sync.close())
+    assert not folder.exists()
+
+
+def test_a_full_disk_leaves_the_old_weights_served(perturbed, server, tmp_path):
+    """Writing fails half-way (a file size limit stands for the full disk): one error that names the folder, the server
+    was not asked to load, it still serves the version before, and that version is still on disk."""
+    sync = sync_for(perturbed, tmp_path, "disk")
+    push(sync, perturbed, server.engine, 20)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))  # python ignores SIGXFSZ: the write fails with EFBIG
+    try:
+        with pytest.raises(EngineFailure, match=rf"cannot write .*version-21: {os.strerror(errno.EFBIG)}"):
+            push(sync, perturbed, server.engine, 21)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert run_async(server.engine.weight_version()) == 20
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == ["version-20"]
+    push(sync, perturbed, server.engine, 21)
+
+
+def test_handles_stay_on_one_machine(perturbed, tmp_path):
+    """A server at another machine's address is refused before anything is sent."""
+    from spark_nemo.weight_sync.handles import refuse_other_machine
+
+    refuse_other_machine("http://127.0.0.1:1")
+    with pytest.raises(EngineFailure, match="another machine"):
+        refuse_other_machine("http://192.0.2.7:30000")
+
+
+def test_restore_needs_a_transport_that_keeps_the_weights(perturbed, tmp_path, server):
+    """By broadcast or handle a single server cannot be caught up in the middle of a step: it waits."""
+    for transport in ("distributed", "tensor"):
+        with pytest.raises(EngineFailure, match="waits for the next sync"):
+            run_async(sync_for(perturbed, tmp_path, transport).restore(server.engine, 1))
