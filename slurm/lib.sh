@@ -11,7 +11,8 @@ LOG_DIR="" PART="" PART_DIR="" RUN_DIR="" DONE_FILE="" ENGINE="" WORLD_SIZE=1 TO
 export METHODS="" REWARDS="" REWARD_METHOD=""  # read by pipeline.sh
 STARTED=$(date +%s)
 DONE_BEFORE=0
-POLICY_MODEL="" VERIFIER_MODEL="" POLICY_CONTEXT=0 VERIFIER_CONTEXT=0 SLOTS=0
+POLICY_SERVERS="" VERIFIER_SERVERS="" POLICY_GPUS=1 VERIFIER_GPUS=1 POLICY_PYTHON="" VERIFIER_PYTHON=""
+POLICY_WORD=() VERIFIER_WORD=() POLICY_ENV=() VERIFIER_ENV=()
 STEP_PIDS=()
 
 # --- words
@@ -83,8 +84,7 @@ load_site() {
     : "${PYTHON:=$ROOT/.venv/bin/python}" "${GPUS_PER_NODE:=0}" "${MAX_REQUEUES:=50}" "${MAX_RESTARTS:=5}"
     : "${GPU_COUNT_COMMAND:=nvidia-smi --list-gpus | wc -l}" "${TRAINER_IMAGE:=}" "${ROLLOUT_IMAGE:=}" "${MOUNTS:=}"
     (( GPUS_PER_NODE )) && : "${RANKS_PER_NODE:=$GPUS_PER_NODE}"
-    : "${RANKS_PER_NODE:=1}" "${SERVER_GPUS:=$GPUS_PER_NODE}" "${SERVER_START_TIMEOUT:=1800}"
-    : "${ROLLOUT_PYTHON:=$PYTHON}" "${POLICY_SERVER_ARGS:=}" "${VERIFIER_SERVER_ARGS:=}"
+    : "${RANKS_PER_NODE:=1}" "${SERVER_START_TIMEOUT:=1800}" "${ROLLOUT_PYTHON:=$PYTHON}"
     : "${SERVER_PROGRAM:=$ROOT/spark_nemo/engines/sglang/serve.py}"
     # Slurm 22.05 and later do not hand the allocation's cpus-per-task to srun.
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
@@ -107,7 +107,7 @@ image_options() {
 
 # --- the plan: configuration composed and checked by Python, on this node, before anything else runs
 
-declare -a NEEDS=() PLAN_OVERRIDES=()  # overrides for the plan only: stand-ins for what is known later
+declare -a NEEDS=()
 
 # read_plan STAGE ARGUMENTS...: sets RUN_DIR, PART, PART_DIR, DONE_FILE, WORLD_SIZE, ...
 read_plan() {
@@ -118,13 +118,17 @@ read_plan() {
     if [[ -z $JOB ]]; then COMMAND=("$PYTHON")
     elif (( ${#IMAGE_OPTIONS[@]} )); then launcher=(srun --nodes=1 --ntasks=1 "${IMAGE_OPTIONS[@]}"); fi
     text=$("${launcher[@]}" "${COMMAND[@]}" -m spark_nemo.cli.main slurm-plan --stage "$stage" "$@" -- \
-        "${OVERRIDES[@]}" "${PLAN_OVERRIDES[@]}") || fail "the configuration was refused; the line above says why" 2
+        "${OVERRIDES[@]}") || fail "the configuration was refused; the line above says why" 2
     while IFS='=' read -r name value; do
         case $name in
             NEEDS) NEEDS+=("$value") ;;
             RUN_DIR|PART|PART_DIR|DONE_FILE|ENGINE|WORLD_SIZE|TOTAL|METHODS|REWARDS|REWARD_METHOD|\
-            POLICY_MODEL|VERIFIER_MODEL|POLICY_CONTEXT|VERIFIER_CONTEXT|SLOTS)
+            POLICY_SERVERS|VERIFIER_SERVERS|POLICY_GPUS|VERIFIER_GPUS|POLICY_PYTHON|VERIFIER_PYTHON)
                 declare -g "$name=$value" ;;
+            POLICY_WORD) POLICY_WORD+=("$value") ;;
+            VERIFIER_WORD) VERIFIER_WORD+=("$value") ;;
+            POLICY_ENV) POLICY_ENV+=("$value") ;;
+            VERIFIER_ENV) VERIFIER_ENV+=("$value") ;;
         esac
     done <<< "$text"
     # Slurm 22.05 ends srun with 0 when a container does not start.
@@ -209,7 +213,7 @@ preflight() {
         srun --nodes="${#NODES[@]}" --ntasks="${#NODES[@]}" --ntasks-per-node=1 --overlap "${IMAGE_OPTIONS[@]}" \
             "${COMMAND[@]}" "$SLURM_DIR/node_check.py" --canary "$LOG_DIR/visible" --head "${NODES[0]}" \
             --gpus "$GPUS_PER_NODE" --gpu-count "$GPU_COUNT_COMMAND" --first-port "$(first_port)" \
-            --ports "$(servers_per_node)" "${options[@]}" \
+            --ports "$(( POLICY_SERVERS + VERIFIER_SERVERS + 1 ))" "${options[@]}" \
             > "$answers" 2> "$LOG_DIR/preflight.srun.log" < /dev/null &
         wait_for $!
         for node in "${NODES[@]}"; do
@@ -270,40 +274,48 @@ start_step() {
 
 # --- servers: each in a step of its own, started again when it dies
 
-servers_per_node() { if (( GPUS_PER_NODE )); then echo $(( GPUS_PER_NODE / SERVER_GPUS )); else echo 1; fi; }
-
-# start_servers ROLE NODES...: SGLang on these nodes for policy or verifier; appends engine.ROLE.urls to OVERRIDES.
+# start_servers ROLE NODES...: engine.ROLE.servers of them on each of these nodes; then OVERRIDES name their addresses.
 # The servers' key travels in the environment: command lines are for everybody to read.
 start_servers() {
-    local role=$1 model=$POLICY_MODEL context=$POLICY_CONTEXT more=$POLICY_SERVER_ARGS node port i urls=() words
+    local role=$1 count=$POLICY_SERVERS gpus=$POLICY_GPUS python=$POLICY_PYTHON node port i field urls=()
+    local words=("${POLICY_WORD[@]}") variables=("${POLICY_ENV[@]}")
     shift
     (( $# )) || return 0
     if [[ $role == verifier ]]; then
-        model=$VERIFIER_MODEL context=$VERIFIER_CONTEXT more=$VERIFIER_SERVER_ARGS
+        count=$VERIFIER_SERVERS gpus=$VERIFIER_GPUS python=$VERIFIER_PYTHON
+        words=("${VERIFIER_WORD[@]}") variables=("${VERIFIER_ENV[@]}")
     fi
+    [[ -n $count ]] || fail "--$role-nodes needs engine.$role.servers, the number of servers on each of these nodes" 2
+    (( GPUS_PER_NODE == 0 || count * gpus <= GPUS_PER_NODE )) ||
+        fail "impossible layout: engine.$role.servers=$count of $gpus GPUs on a node with GPUS_PER_NODE=$GPUS_PER_NODE" 2
     if [[ -z ${SPARK_NEMO_API_KEY:-} ]]; then
         SPARK_NEMO_API_KEY=$(head -c 24 /dev/urandom | base64 | tr '+/' '-_')
         export SPARK_NEMO_API_KEY
     fi
-    read -ra words <<< "$more"
     for node in "$@"; do
         port=$(sed -n "s/^$node ok //p" "$LOG_DIR/preflight.txt")
-        for (( i = 0; i < $(servers_per_node); i++ )); do
-            keep_server "$role-$node-$i" "$node" server --model-path "$model" --tp-size "$(( SERVER_GPUS ? SERVER_GPUS : 1 ))" \
-                --base-gpu-id "$(( i * SERVER_GPUS ))" --weight-version 0 --context-length "$context" \
-                --max-running-requests "$SLOTS" --host "$node" --port "$(( port + i ))" "${words[@]}"
+        for (( i = 0; i < count; i++ )); do
+            ROLLOUT_PYTHON=${python:-$ROLLOUT_PYTHON} keep_server "$role-$node-$i" "$node" "${variables[@]}" -- \
+                server "${words[@]}" --base-gpu-id "$(( i * gpus ))" --host "$node" --port "$(( port + i ))"
             urls+=("http://$node:$(( port + i ))")
         done
     done
-    OVERRIDES+=("engine.$role.urls=[$(printf '"%s",' "${urls[@]}" | sed 's/,$//')]")
+    # The trainer finds them and launches none: what only a launch reads is unset again.
+    for field in servers tensor_parallel first_gpu python host router start_timeout_s max_restarts; do
+        OVERRIDES+=("engine.$role.$field=null")
+    done
+    OVERRIDES+=("engine.$role.server_args=[]" "engine.$role.server_env=null"
+                "engine.$role.urls=[$(printf '"%s",' "${urls[@]}" | sed 's/,$//')]")
     URLS+=("${urls[@]}")
     log "$role servers: ${urls[*]}"
 }
 
-# keep_server NAME NODE ARGUMENTS...: runs in the background until it has died MAX_RESTARTS + 1 times.
+# keep_server NAME NODE VARIABLES... -- ARGUMENTS...: in the background until it has died MAX_RESTARTS + 1 times.
 keep_server() {
-    local name=$1 node=$2
+    local name=$1 node=$2 variables=()
     shift 2
+    while [[ $1 != -- ]]; do variables+=("$1"); shift; done
+    shift
     image_options rollout
     (
         trap '' USR1
@@ -311,7 +323,8 @@ keep_server() {
         step="" status=0
         for (( life = 0; life <= MAX_RESTARTS; life++ )); do
             srun --nodes=1 --nodelist="$node" --ntasks=1 --overlap --job-name="$name" --open-mode=append \
-                --output="$LOG_DIR/$name.log" "${IMAGE_OPTIONS[@]}" "${COMMAND[@]}" "$SERVER_PROGRAM" "$@" \
+                --output="$LOG_DIR/$name.log" "${IMAGE_OPTIONS[@]}" \
+                env "${variables[@]}" "${COMMAND[@]}" "$SERVER_PROGRAM" "$@" \
                 2>> "$LOG_DIR/$name.srun.log" < /dev/null &
             step=$!
             wait "$step"; status=$?

@@ -11,8 +11,9 @@
 #:
 #:   sbatch --nodes=8 slurm/stage3_rl.sh --policy-nodes 2 --verifier-nodes 2 -- +experiment=spark/base run.dir=runs/mine
 #:
-#: --policy-nodes N     nodes for the policy's servers (default 0: the embedded engine on the trainer's main rank)
-#: --verifier-nodes N   nodes for the reward model's servers (default 0)
+#: --policy-nodes N     nodes for the policy's servers, engine.policy.servers on each (default 0: engines as configured,
+#:                      on the node of the trainer's main rank)
+#: --verifier-nodes N   nodes for the reward model's servers, engine.verifier.servers on each (default 0)
 #: after --             Hydra's overrides. megatron.tensor_parallel x pipeline_parallel x data_parallel ranks are
 #:                      placed on the other nodes, RANKS_PER_NODE (slurm/site.env) on each.
 SLURM_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -28,9 +29,6 @@ load_site
 need_number policy-nodes 0
 need_number verifier-nodes 0
 policy=${OPTIONS[policy-nodes]} verifier=${OPTIONS[verifier-nodes]}
-# Where the servers will be is known after preflight; the configuration is checked with stand-ins before.
-if (( policy )); then PLAN_OVERRIDES+=('engine.policy.urls=["http://policy:1"]'); fi
-if (( verifier )); then PLAN_OVERRIDES+=('engine.verifier.urls=["http://verifier:1"]'); fi
 begin_job stage3
 train=$(( ${#NODES[@]} - policy - verifier ))
 check_ranks "$train"

@@ -15,8 +15,6 @@ from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.stages.run_folder import DONE, stage1_folder, stage2_folder, stage3_folder
 
 STAGES = ("stage1", "stage2", "stage3", "pipeline", "nodes", "report", "evaluate-math", "evaluate-processbench")
-_SERVER_RESERVE = 6
-"""Tokens of its context length that SGLang keeps for itself."""
 
 
 def add_plan_arguments(command: argparse.ArgumentParser) -> None:
@@ -32,7 +30,8 @@ def slurm_plan(stage: str, config: SparkConfig, model: str | None) -> str:
     lines = {"RUN_DIR": str(Path(config.run.dir).resolve()), "ENGINE": config.engine.kind}
     if stage != "nodes":
         lines |= _chain(config) if stage == "pipeline" else _part(stage, config, model)
-    plan = [*lines.items(), *(("NEEDS", str(path.resolve())) for path in _needed_files(stage, config, model))]
+    servers = _servers(config) if stage == "stage3" else ()
+    plan = [*lines.items(), *servers, *(("NEEDS", str(path.resolve())) for path in _needed_files(stage, config, model))]
     for name, value in plan:
         if "\n" in value:
             raise ConfigError(f"{name}={value!r}: a path with a line break cannot be used on a cluster")
@@ -42,6 +41,9 @@ def slurm_plan(stage: str, config: SparkConfig, model: str | None) -> str:
 def _chain(config: SparkConfig) -> dict[str, str]:
     from spark_nemo.stages.checks import check_pipeline
     from spark_nemo.stages.pipeline import claim_run_folder
+    if config.pipeline.rounds > 1:
+        raise ConfigError(f"pipeline.rounds={config.pipeline.rounds}: slurm/pipeline.sh submits one round; later ones "
+                          "run with spark-nemo pipeline, or stage by stage")
     check_pipeline(config)
     claim_run_folder(config)
     return {"WORLD_SIZE": str(config.megatron.world_size), "METHODS": " ".join(config.pipeline.label_methods),
@@ -62,8 +64,7 @@ def _part(stage: str, config: SparkConfig, model: str | None) -> dict[str, str]:
     if stage == "stage3":
         check_stage3(config)
         folder = stage3_folder(config.run, config.rl.reward)
-        return {**_described(config, folder, ranks=config.megatron.world_size, total=config.rl.steps),
-                **_servers(config)}
+        return _described(config, folder, ranks=config.megatron.world_size, total=config.rl.steps)
     if stage == "report":
         return {"PART": "report", "DONE_FILE": str(Path(config.run.dir).resolve() / "report.html")}
     assert model is not None, "slurm_plan asks for it"
@@ -77,22 +78,32 @@ def _described(config: SparkConfig, folder: Path, ranks: int, total: int) -> dic
             "DONE_FILE": str((folder / DONE).resolve()), "WORLD_SIZE": str(ranks), "TOTAL": str(total)}
 
 
-def _servers(config: SparkConfig) -> dict[str, str]:
-    """What rollout servers are started with; nothing for the embedded engine."""
+def _servers(config: SparkConfig) -> Iterator[tuple[str, str]]:
+    """How each role's servers are started on a node of their own, from the pool that would launch them here."""
+    from spark_nemo.engines.sglang.launch import CONTEXT_RESERVE
     from spark_nemo.megatron.model_shape import read_hf_config
     from spark_nemo.stages.checks import reward_model_folder
 
     if config.engine.kind == "local":
-        return {}
-    models = {"POLICY": Path(config.models.policy)}
+        return
+    models = {"policy": Path(config.models.policy)}
     if config.rl.asks_reward_model:
-        models["VERIFIER"] = reward_model_folder(config)
-    lines = {"SLOTS": str(config.engine.max_batch_size)}
+        models["verifier"] = reward_model_folder(config)
     for role, folder in models.items():
+        pool, name = config.engine.pool(role), role.upper()
+        if pool.servers is None:
+            continue
         positions = read_hf_config(folder).get("max_position_embeddings", 32768)
-        lines[f"{role}_MODEL"] = str(folder.resolve())
-        lines[f"{role}_CONTEXT"] = str(min(positions, config.engine.max_context + _SERVER_RESERVE))
-    return lines
+        yield f"{name}_SERVERS", str(pool.servers)
+        yield f"{name}_GPUS", str(pool.tensor_parallel or 1)
+        yield f"{name}_PYTHON", pool.python or ""
+        fixed = ["--model-path", str(folder.resolve()), "--tp-size", str(pool.tensor_parallel or 1),
+                 "--weight-version", "0", "--max-running-requests", str(config.engine.max_batch_size),
+                 "--context-length", str(min(positions, config.engine.max_context + CONTEXT_RESERVE))]
+        for word in [*fixed, *pool.server_args]:
+            yield f"{name}_WORD", word
+        for variable, value in pool.server_env.items():
+            yield f"{name}_ENV", f"{variable}={value}"
 
 
 def _needed_files(stage: str, config: SparkConfig, model: str | None) -> Iterator[Path]:

@@ -110,7 +110,8 @@ source "$SLURM_DIR/lib.sh"
 load_site
 trap on_limit USR1; trap on_cancel TERM
 RUN_DIR={folder}/run PART=stage3/servers PART_DIR=$RUN_DIR/stage3/servers LOG_DIR=$RUN_DIR/logs/$PART/$JOB.0
-DONE_FILE=$PART_DIR/DONE.json POLICY_MODEL=m VERIFIER_MODEL=m SLOTS=8
+DONE_FILE=$PART_DIR/DONE.json POLICY_SERVERS=1 VERIFIER_SERVERS=1 POLICY_WORD=(--model-path "my model")
+VERIFIER_WORD=(${{DIE:-}}) VERIFIER_ENV=(A="b c")
 mkdir -p "$LOG_DIR" "$PART_DIR"; touch "$LOG_DIR/visible"
 ln -sfn "$JOB.0" "$RUN_DIR/logs/$PART/latest"
 mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -139,9 +140,10 @@ def test_a_crashed_server_is_started_again_until_it_is_hopeless(slurm: Cluster, 
     job = slurm.sbatch("--nodes=4", "--time=5", "--output=out-%j.txt", script, cwd=tmp_path,
                        env=site(tmp_path, SERVER_PROGRAM=stand_in))
     slurm.until((run / "overrides").exists, f"servers\n{output(tmp_path, job)}")
-    policy, verifier = (run / "overrides").read_text().splitlines()
+    policy, verifier = (line for line in (run / "overrides").read_text().splitlines() if "urls" in line)
     assert policy.startswith('engine.policy.urls=["http://node1:') and policy.count("http://") == 2
     assert verifier.startswith('engine.verifier.urls=["http://node3:')
+    assert "engine.policy.servers=null" in (run / "overrides").read_text()
     servers = [line for line in slurm.run("ps", "-eo", "pid,args").stdout.splitlines() if "stand_in_server.py" in line]
     ours = [line for line in servers if "srun" not in line and "--host node1" in line]
     assert not any("key" in line.lower() for line in servers)
@@ -158,8 +160,8 @@ def test_a_crashed_server_is_started_again_until_it_is_hopeless(slurm: Cluster, 
 
     (run / "enough").unlink()
     (run / "stage3/servers/DONE.json").unlink()
-    hopeless = slurm.sbatch("--nodes=4", "--time=5", "--output=out-%j.txt", script, cwd=tmp_path, env=site(
-        tmp_path, SERVER_PROGRAM=stand_in, VERIFIER_SERVER_ARGS="--die", MAX_RESTARTS=1))
+    hopeless = slurm.sbatch("--nodes=4", "--time=5", "--output=out-%j.txt", script, cwd=tmp_path,
+                            env={**site(tmp_path, SERVER_PROGRAM=stand_in, MAX_RESTARTS=1), "DIE": "--die"})
     ended, text = slurm.wait_state(hopeless), output(tmp_path, hopeless)
     assert ended["JobState"] == "FAILED", text
     assert "verifier-node3-0 died 2 times" in text.splitlines()[-1] and "told to die" in text, text
