@@ -213,7 +213,7 @@ preflight() {
         srun --nodes="${#NODES[@]}" --ntasks="${#NODES[@]}" --ntasks-per-node=1 --overlap "${IMAGE_OPTIONS[@]}" \
             "${COMMAND[@]}" "$SLURM_DIR/node_check.py" --canary "$LOG_DIR/visible" --head "${NODES[0]}" \
             --gpus "$GPUS_PER_NODE" --gpu-count "$GPU_COUNT_COMMAND" --first-port "$(first_port)" \
-            --ports "$(( POLICY_SERVERS + VERIFIER_SERVERS + 1 ))" "${options[@]}" \
+            --ports "$(( GPUS_PER_NODE ? GPUS_PER_NODE : POLICY_SERVERS + VERIFIER_SERVERS + 1 ))" "${options[@]}" \
             > "$answers" 2> "$LOG_DIR/preflight.srun.log" < /dev/null &
         wait_for $!
         for node in "${NODES[@]}"; do
@@ -274,10 +274,11 @@ start_step() {
 
 # --- servers: each in a step of its own, started again when it dies
 
-# start_servers ROLE NODES...: engine.ROLE.servers of them on each of these nodes; then OVERRIDES name their addresses.
+# start_servers ROLE NODES...: as many on each of these nodes as its GPUs hold, or engine.ROLE.servers without GPUs.
+# SERVERS tells the trainer where they are.
 # The servers' key travels in the environment: command lines are for everybody to read.
 start_servers() {
-    local role=$1 count=$POLICY_SERVERS gpus=$POLICY_GPUS python=$POLICY_PYTHON node port i field urls=()
+    local role=$1 count=$POLICY_SERVERS gpus=$POLICY_GPUS python=$POLICY_PYTHON node port i urls=()
     local words=("${POLICY_WORD[@]}") variables=("${POLICY_ENV[@]}")
     shift
     (( $# )) || return 0
@@ -285,9 +286,13 @@ start_servers() {
         count=$VERIFIER_SERVERS gpus=$VERIFIER_GPUS python=$VERIFIER_PYTHON
         words=("${VERIFIER_WORD[@]}") variables=("${VERIFIER_ENV[@]}")
     fi
-    [[ -n $count ]] || fail "--$role-nodes needs engine.$role.servers, the number of servers on each of these nodes" 2
-    (( GPUS_PER_NODE == 0 || count * gpus <= GPUS_PER_NODE )) ||
-        fail "impossible layout: engine.$role.servers=$count of $gpus GPUs on a node with GPUS_PER_NODE=$GPUS_PER_NODE" 2
+    [[ -n $count ]] || fail "--$role-nodes needs engine.$role.servers: what is started where servers are launched" 2
+    if (( GPUS_PER_NODE )); then
+        # A node of its own is filled.
+        count=$(( GPUS_PER_NODE / gpus ))
+        (( count )) ||
+            fail "impossible layout: engine.$role.tensor_parallel=$gpus on nodes of GPUS_PER_NODE=$GPUS_PER_NODE" 2
+    fi
     if [[ -z ${SPARK_NEMO_API_KEY:-} ]]; then
         SPARK_NEMO_API_KEY=$(head -c 24 /dev/urandom | base64 | tr '+/' '-_')
         export SPARK_NEMO_API_KEY
@@ -300,12 +305,7 @@ start_servers() {
             urls+=("http://$node:$(( port + i ))")
         done
     done
-    # The trainer finds them and launches none: what only a launch reads is unset again.
-    for field in servers tensor_parallel first_gpu python host router start_timeout_s max_restarts; do
-        OVERRIDES+=("engine.$role.$field=null")
-    done
-    OVERRIDES+=("engine.$role.server_args=[]" "engine.$role.server_env=null"
-                "engine.$role.urls=[$(printf '"%s",' "${urls[@]}" | sed 's/,$//')]")
+    SERVERS+=(--servers "$role=$(join_by , "${urls[@]}")")
     URLS+=("${urls[@]}")
     log "$role servers: ${urls[*]}"
 }
@@ -349,7 +349,7 @@ wait_servers() {
     done
     log "${#URLS[@]} servers answer"
 }
-URLS=()
+URLS=() SERVERS=()
 
 # --- end of a job
 

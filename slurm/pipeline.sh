@@ -7,8 +7,8 @@
 #: --shards N           array tasks of stage I (default 8), each with its own engines
 #: --at-once N          of them running together (default: all)
 #: --train-nodes N      nodes for the trainer's ranks in stages II and III (default: what the layout needs)
-#: --policy-nodes N     more nodes in stage III, with engine.policy.servers on each (default 0: engines as configured)
-#: --verifier-nodes N   more nodes in stage III, with engine.verifier.servers on each (default 0)
+#: --policy-nodes N     more nodes in stage III for the policy's servers (default 0: engines as configured)
+#: --verifier-nodes N   more nodes in stage III for the reward model's servers (default 0)
 #: --stage1-options S, --train-options S   more sbatch options, as one word list, for stage I or stages II and III
 #: after --             Hydra's overrides, the same for every job. Submitting the same line again goes on.
 #:

@@ -11,9 +11,9 @@
 #:
 #:   sbatch --nodes=8 slurm/stage3_rl.sh --policy-nodes 2 --verifier-nodes 2 -- +experiment=spark/base run.dir=runs/mine
 #:
-#: --policy-nodes N     nodes for the policy's servers, engine.policy.servers on each (default 0: engines as configured,
-#:                      on the node of the trainer's main rank)
-#: --verifier-nodes N   nodes for the reward model's servers, engine.verifier.servers on each (default 0)
+#: --policy-nodes N     nodes for the policy's servers (default 0: engines as configured, on the node of the trainer's
+#:                      main rank); a node is filled, engine.policy.tensor_parallel GPUs per server
+#: --verifier-nodes N   the same for the reward model's servers
 #: after --             Hydra's overrides. megatron.tensor_parallel x pipeline_parallel x data_parallel ranks are
 #:                      placed on the other nodes, RANKS_PER_NODE (slurm/site.env) on each.
 SLURM_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -38,6 +38,6 @@ start_servers policy "${NODES[@]:train:policy}"
 start_servers verifier "${NODES[@]:train + policy:verifier}"
 wait_servers
 start_step trainer "$(join_by , "${NODES[@]:0:train}")" "$WORLD_SIZE" trainer \
-    -m spark_nemo.cli.main stage3 -- "${OVERRIDES[@]}"
+    -m spark_nemo.cli.main stage3 "${SERVERS[@]}" -- "${OVERRIDES[@]}"
 wait_for "$STEP_PID"
 finish $?

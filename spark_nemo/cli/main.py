@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -66,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = _config_command(commands, name, summary)
         command.set_defaults(run=run)
+        if name == "stage3":
+            command.add_argument("--servers", action="append", default=[], metavar="ROLE=URL[,URL...]",
+                                 help="slurm/stage3_rl.sh: where it has launched the servers of policy or verifier")
     pipeline = _config_command(commands, "pipeline", "all three stages and the report")
     pipeline.add_argument("--dry-run", action="store_true", help="check and print the plan, start and write nothing")
     pipeline.set_defaults(run=_pipeline)
@@ -149,6 +153,11 @@ def _on_all_ranks(
     config = _configured(arguments)
     if config is None:
         return 0
+    for servers in getattr(arguments, "servers", ()):
+        role, _, urls = servers.partition("=")
+        config.engine.pool(role)  # a role that does not exist
+        config = replace(config, engine=replace(
+            config.engine, **{role: config.engine.pool(role).found_at(urls.split(","))}))
     if must_launch(config.megatron):
         check(config)
         return launch_ranks(config.megatron, arguments.command_line)

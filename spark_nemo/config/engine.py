@@ -104,6 +104,12 @@ class PoolConfig:
             if flag in ours:
                 raise ConfigError(f"{name}.server_args: {flag} is set by engine.* or {name}.*: use those fields")
 
+    def found_at(self, urls: list[str]) -> PoolConfig:
+        """This pool when somebody else has launched its servers (Slurm, one step each): clients' settings stay."""
+        clients = {each.name: getattr(self, each.name) for each in fields(self)
+                   if each.name not in (*_LAUNCH_ONLY, "servers", "router")}
+        return PoolConfig(**{**clients, "urls": urls})
+
     def set_fields(self) -> list[str]:
         """Fields that differ from their default."""
         return [each.name for each in fields(self) if getattr(self, each.name) not in (None, [], {})]

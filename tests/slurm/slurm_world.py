@@ -10,6 +10,7 @@ from pathlib import Path
 from cluster import Cluster
 
 REPO = Path(__file__).resolve().parents[2]
+PYTHONPATH = os.pathsep.join([str(REPO), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
 ASSETS = REPO / "spark_nemo/toy/assets"
 SMALL = [
     "+experiment=toy", "data.stage1_problems=toy:stage1:8", "data.rl_problems=toy:rl:40",
@@ -28,7 +29,7 @@ def site(folder: Path, **settings: object) -> dict[str, str]:
     path = folder / "site.env"
     values = {"PYTHON": sys.executable, **settings}
     path.write_text("".join(f"{name}='{value}'\n" for name, value in values.items()))
-    return {"SPARK_NEMO_SITE": str(path), "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1",
+    return {"SPARK_NEMO_SITE": str(path), "PYTHONPATH": PYTHONPATH, "HF_HUB_OFFLINE": "1",
             "SPARK_NEMO_CONF": str(REPO / "conf")}
 
 
@@ -61,4 +62,4 @@ def logged(run_dir: Path, part: str, pattern: str = "*") -> str:
 
 def environment_of_this_process() -> dict[str, str]:
     """For commands that run outside Slurm."""
-    return {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

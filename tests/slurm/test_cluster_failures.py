@@ -124,7 +124,9 @@ def test_the_first_failing_rank_has_the_last_word(slurm: Cluster, tmp_path: Path
     """Rank 1 dies of an error and rank 0 of its absence: the end of the output is rank 1's traceback and the reason."""
     python = tmp_path / "python"
     python.write_text(f"""#!/bin/bash
-if [[ $SLURM_PROCID == 1 && "$*" == "-m spark_nemo.cli.main stage3 "* ]]; then exec {sys.executable} -c 'raise OSError("the disk is gone")'; fi
+if [[ $SLURM_PROCID == 1 && "$*" == "-m spark_nemo.cli.main stage3 "* ]]; then
+    exec {sys.executable} -c 'raise OSError("the disk is gone")'
+fi
 exec {sys.executable} "$@"
 """)
     python.chmod(0o755)

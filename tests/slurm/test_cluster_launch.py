@@ -119,7 +119,7 @@ preflight
 start_servers policy "${{NODES[@]:1:2}}"
 start_servers verifier "${{NODES[@]:3:1}}"
 wait_servers
-printf '%s\\n' "${{OVERRIDES[@]}}" > "$RUN_DIR/overrides"
+printf '%s\\n' "${{SERVERS[@]}}" > "$RUN_DIR/servers"
 until [[ -e $PART_DIR/STOP || -e $RUN_DIR/enough ]]; do sleep 0.2; done &
 STEP_PIDS+=($!)
 wait_for $!
@@ -139,18 +139,17 @@ def test_a_crashed_server_is_started_again_until_it_is_hopeless(slurm: Cluster, 
     run = tmp_path / "run"
     job = slurm.sbatch("--nodes=4", "--time=5", "--output=out-%j.txt", script, cwd=tmp_path,
                        env=site(tmp_path, SERVER_PROGRAM=stand_in))
-    slurm.until((run / "overrides").exists, f"servers\n{output(tmp_path, job)}")
-    policy, verifier = (line for line in (run / "overrides").read_text().splitlines() if "urls" in line)
-    assert policy.startswith('engine.policy.urls=["http://node1:') and policy.count("http://") == 2
-    assert verifier.startswith('engine.verifier.urls=["http://node3:')
-    assert "engine.policy.servers=null" in (run / "overrides").read_text()
+    slurm.until((run / "servers").exists, f"servers\n{output(tmp_path, job)}")
+    policy, verifier = (line for line in (run / "servers").read_text().splitlines() if line != "--servers")
+    assert policy.startswith("policy=http://node1:") and policy.count("http://") == 2
+    assert verifier.startswith("verifier=http://node3:")
     servers = [line for line in slurm.run("ps", "-eo", "pid,args").stdout.splitlines() if "stand_in_server.py" in line]
     ours = [line for line in servers if "srun" not in line and "--host node1" in line]
     assert not any("key" in line.lower() for line in servers)
     slurm.run("kill", "-KILL", ours[0].split()[0])
     log = run / f"logs/stage3/servers/{job}.0/job.log"
     slurm.until(lambda: "ended" in log.read_text(), "death noticed")
-    url = policy.split('"')[1]
+    url = policy.removeprefix("policy=").split(",")[0]
     host, port = url.removeprefix("http://").split(":")
     probe = f"exec 3<>/dev/tcp/{slurm_address(slurm, host)}/{port}"
     slurm.until(lambda: slurm.run("bash", "-c", probe, check=False).returncode == 0, f"answer at {url}")

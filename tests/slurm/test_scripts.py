@@ -46,7 +46,8 @@ def test_shellcheck_has_nothing_to_say() -> None:
     """All scripts and the site file, every severity."""
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed (make test-slurm installs it)")
-    files = [*SCRIPTS, FOLDER / "lib.sh", FOLDER / "site.env.example", Path(__file__).with_name("run.sh")]
+    files = [*SCRIPTS, FOLDER / "lib.sh", FOLDER / "site.env.example", FOLDER.parent / "containers/import.sh",
+             Path(__file__).with_name("run.sh")]
     done = subprocess.run(["shellcheck", "-x", "-s", "bash", "-P", FOLDER.parent, *files], capture_output=True,
                           text=True, check=False, cwd=FOLDER.parent)
     assert done.returncode == 0, done.stdout
