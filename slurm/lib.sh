@@ -44,6 +44,7 @@ set_state() {
 
 declare -A OPTIONS=()
 OVERRIDES=()
+STAGE3_OVERRIDES=()  # of the one option that may be repeated
 
 # The lines of the script that start with "#: ".
 usage() { sed -n 's/^#: \{0,1\}//p' "$SLURM_DIR/$1"; }
@@ -62,6 +63,7 @@ parse_arguments() {
                 if [[ $1 == *=* ]]; then value=${1#*=}; shift
                 elif (( $# > 1 )); then value=$2; shift 2
                 else fail "--$name needs a value" 2; fi
+                if [[ $name == stage3-override ]]; then STAGE3_OVERRIDES+=("$value"); fi
                 OPTIONS[$name]=$value ;;
             *) fail "$1: Hydra overrides go after -- (see slurm/$script --help)" 2 ;;
         esac

@@ -9,6 +9,7 @@
 #: --train-nodes N      nodes for the trainer's ranks in stages II and III (default: what the layout needs)
 #: --policy-nodes N     more nodes in stage III for the policy's servers (default 0: engines as configured)
 #: --verifier-nodes N   more nodes in stage III for the reward model's servers (default 0)
+#: --stage3-override X   one more Hydra override for stage III only, such as its engines; may be repeated
 #: --stage1-options S, --train-options S   more sbatch options, as one word list, for stage I or stages II and III
 #: after --             Hydra's overrides, the same for every job. Submitting the same line again goes on.
 #:
@@ -18,7 +19,7 @@ SLURM_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=slurm/lib.sh
 source "$SLURM_DIR/lib.sh"
 OPTIONS=([shards]=8 [at-once]="" [train-nodes]="" [policy-nodes]=0 [verifier-nodes]=0 [stage1-options]=""
-         [train-options]="")
+         [train-options]="" [stage3-override]="")
 parse_arguments pipeline.sh "$@"
 load_site
 for name in shards policy-nodes verifier-nodes; do need_number "$name" $(( ${#name} == 6 )); done
@@ -29,6 +30,11 @@ need=$(( (WORLD_SIZE + RANKS_PER_NODE - 1) / RANKS_PER_NODE ))
 need_number train-nodes 1
 nodes=$(( OPTIONS[train-nodes] + OPTIONS[policy-nodes] + OPTIONS[verifier-nodes] ))
 check_ranks "${OPTIONS[train-nodes]}"
+if (( ${#STAGE3_OVERRIDES[@]} )); then
+    text=$("$PYTHON" -m spark_nemo.cli.main stage3 --print-config -- "${OVERRIDES[@]}" "${STAGE3_OVERRIDES[@]}") ||
+        fail "stage III's configuration was refused; the line above says why" 2
+    ENGINE=$(sed -n 's/^  kind: //p' <<< "$text" | head -n 1)
+fi
 check_servers "$(( OPTIONS[policy-nodes] + OPTIONS[verifier-nodes] ))"
 shards="0-$(( OPTIONS[shards] - 1 ))"
 [[ -z ${OPTIONS[at-once]} ]] || shards+="%${OPTIONS[at-once]}"
@@ -71,7 +77,7 @@ for method in $METHODS; do
     ends+=("$JOB_ID")
 done
 for reward in $REWARDS; do
-    more=("rl.reward=$reward") after=${trained:-$generated}
+    more=("${STAGE3_OVERRIDES[@]}" "rl.reward=$reward") after=${trained:-$generated}
     # Hydra's own reference: the file's name needs no quoting. The declared baseline waits for nobody.
     # shellcheck disable=SC2016
     if [[ $reward == rlvr ]]; then more+=('data.rl_answers=${pipeline.rl_answers}' rl.reward_model=null); after=""; fi
