@@ -4,6 +4,7 @@
 
     run.dir/logs/
       chain.tsv                          part and job id of what slurm/pipeline.sh submitted
+      slurm/                             what the batch scripts of the chain said
       <part>/latest -> <job>.<restart>   one folder per job and restart
       <part>/<job>.<restart>/            state, job.log, one log per role and rank, error.txt after a failure
 
@@ -25,6 +26,7 @@ from spark_nemo.stages.run_folder import DONE, PROGRESS
 
 LOGS, STATE, ERROR, CHAIN = "logs", "state", "error.txt", "chain.tsv"
 _SHOWN_ERROR_LINES = 12
+_FAILED = " FAILED: "
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def _submitted(run_dir: Path) -> dict[str, str]:
 
 def _part(run_dir: Path, name: str, job: str, config: dict) -> PartStatus:
     folder, log = run_dir / name, run_dir / LOGS / name / "latest"
-    state = _state(log / STATE)
+    state = _state(log / STATE) or _refused(run_dir, job)
     finished = (folder / DONE).exists() or state.get("STATE") == "done"
     done, total = _progress(folder, config)
     total = total or int(state.get("TOTAL") or 0) or None
@@ -134,6 +136,15 @@ def _progress(folder: Path, config: dict) -> tuple[int, int | None]:
 def _state(path: Path) -> dict[str, str]:
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def _refused(run_dir: Path, job: str) -> dict[str, str]:
+    """A job that ended before it had a log folder said why in Slurm's own output file."""
+    for path in (run_dir / LOGS / "slurm").glob(f"*-{job if '_' in job else job + '_*'}.out") if job else ():
+        _, failed, reason = path.read_text(errors="replace").rpartition(_FAILED)
+        if failed:
+            return {"STATE": "failed", "REASON": reason.splitlines()[0], "JOB": job}
+    return {}
 
 
 def _shown_progress(part: PartStatus) -> str:

@@ -70,6 +70,16 @@ def test_submitted_parts_wait_in_the_order_of_the_stages(tmp_path: Path) -> None
         ("stage1/shard-0-of-1", "waiting", "5_0"), ("stage3/rlvr", "waiting", "8"), ("report", "waiting", "9")]
 
 
+def test_a_job_refused_before_it_had_a_log_folder_says_why(tmp_path: Path) -> None:
+    """A configuration error ends a job before its part is known: the reason is in Slurm's output file."""
+    slurm = tmp_path / "logs/slurm"
+    slurm.mkdir(parents=True)
+    (tmp_path / "logs/chain.tsv").write_text("stage1/shard-0-of-1\t5_0\nstage2/single\t6\n")
+    (slurm / "spark-stage2-6_4294967294.out").write_text("error: no store\n[x 6.0 n] FAILED: the plan was refused\n")
+    assert [(part.state, part.note) for part in read_status(tmp_path)] == [
+        ("waiting", ""), ("failed", "the plan was refused")]
+
+
 def test_nothing_to_tell_is_an_error(tmp_path: Path) -> None:
     """A misspelt run folder must not look like a run that has not begun."""
     with pytest.raises(ConfigError, match="no stage"):

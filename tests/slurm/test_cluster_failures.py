@@ -75,17 +75,21 @@ def test_node_crash_in_stage_3(slurm: Cluster, tmp_path: Path, undisturbed: list
     assert rows(run / PART / "metrics.jsonl") == undisturbed
 
 
-def test_node_crash_in_stage_1(slurm: Cluster, tmp_path: Path) -> None:
-    """The node of one shard loses power: the shard goes on elsewhere, and the store holds everything exactly once."""
+def test_node_crash_and_limit_signal_in_stage_1(slurm: Cluster, tmp_path: Path) -> None:
+    """The node of one shard loses power, another shard gets the limit signal: both are requeued and go on, and the
+    store holds every solution exactly once.
+    """
     run, problems = tmp_path / "run", 240
     overrides = [*SMALL, f"data.stage1_problems=toy:stage1:{problems}", f"run.dir={run}"]
     job = submit(slurm, tmp_path, "stage1_generate.sh", overrides=overrides, options=("--array=0-1",))
     progress = run / "stage1/shard-0-of-2/progress.json"
     slurm.until(progress.exists, "verifications")
     node = (run / "logs/stage1/shard-0-of-2/latest/state").read_text().split("NODES=")[1].split("\n")[0]
+    slurm.run("scancel", "--batch", "--signal=USR1", f"{job}_1")
     slurm.crash_node(node)
-    slurm.until(lambda: slurm.array_states(job) == ["COMPLETED"] * 2, f"two shards {output(tmp_path, job)}")
-    assert (run / "logs/stage1/shard-0-of-2/latest").resolve().name.endswith(".1")
+    slurm.until(lambda: slurm.array_states(job) == ["COMPLETED"] * 2, f"two shards {output(tmp_path, job)}", 180)
+    for shard in (0, 1):
+        assert (run / f"logs/stage1/shard-{shard}-of-2/latest").resolve().name.endswith(".1"), output(tmp_path, job)
     with RecordStore(run / "stage1/store") as store:
         counts = [len(store.keys(kind)) for kind in ("solution", "verification")]
     assert counts[0] == 2 * problems, counts

@@ -27,7 +27,8 @@ def without_clock(tree: object) -> object:
 def test_the_chain_ends_with_the_report_of_one_machine(slurm: Cluster, tmp_path: Path) -> None:
     """Array of shards, stage II and both arms of stage III on two nodes over gloo, report: every figure is that of the
     same pipeline on one machine. On the way: a checkout and a run folder whose names have spaces and quotes, submitted
-    from a third folder. Embedded engines only; nothing is said about rollout servers or speed.
+    from a third folder; afterwards evaluate.sh scores the policy. Embedded engines only; nothing is said about rollout
+    servers or speed.
     """
     checkout = tmp_path / "my check out"
     for name in ("slurm", "spark_nemo", "conf"):
@@ -48,6 +49,12 @@ def test_the_chain_ends_with_the_report_of_one_machine(slurm: Cluster, tmp_path:
     assert [line.split()[1] for line in status.splitlines()[1:]] == ["done"] * 6, status
     ranks = {path.name for path in (run / "logs/stage3/process_aware/latest").iterdir()}
     assert {"trainer-0.log", "trainer-1.log", "job.log"} <= ranks
+
+    model = run / "stage3/process_aware/model"
+    job = slurm.sbatch("--output=out.txt", checkout / "slurm/evaluate.sh", "--model", model, "--", *CHAIN,
+                       f'run.dir="{quoted}"', env=env, cwd=elsewhere)
+    ended, said = slurm.wait_state(job)["JobState"], (elsewhere / "out.txt").read_text()
+    assert ended == "COMPLETED" and "4 problems: sampled" in said, said
 
     local = tmp_path / "local"
     command = [sys.executable, "-m", "spark_nemo.cli.main", "pipeline", *CHAIN, f"run.dir={local}"]
