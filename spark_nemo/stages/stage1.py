@@ -51,6 +51,9 @@ def run_stage1(config: SparkConfig) -> CollectCounts:
         finally:
             ledger.save()
             watch.show(collector.counts)
+    if counts.postponed_verifications:
+        log.warning("%d verifications were put off because an engine failed: the same command asks for them",
+                    counts.postponed_verifications)
     clock.save()
     write_json_atomic(folder / f"stats-{name}.json", {**asdict(counts), "seconds": clock.seconds})
     check_failure_rates(counts, stage.max_failure_rate)

@@ -59,8 +59,18 @@ class DiskTransport(Transport):
 
     async def confirmed(self, version: int) -> None:
         """Remove the other versions. What cannot be removed is said and left."""
+        self._remove(keep=self.folder / f"version-{version}")
+
+    async def close(self) -> None:
+        """Remove the last version, too: the run's result is saved elsewhere, and a resumed run writes its own."""
+        self._remove(keep=None)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _remove(self, keep: Path | None) -> None:
+        """Every version but ``keep``; nothing else that may lie in a folder the user named."""
         for path in self.folder.glob("version-*"):
-            if path.name != f"version-{version}":
+            if path != keep:
                 shutil.rmtree(path, onerror=lambda _, name, info: log.warning("cannot remove %s: %s", name, info[1]))
 
     async def restore(self, engine: Engine, version: int) -> None:

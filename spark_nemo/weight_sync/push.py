@@ -191,7 +191,7 @@ class WeightSync:
         return broadcast_object(wrong)
 
     async def close(self) -> None:
-        """Leave process groups. Main rank only."""
+        """Leave process groups and remove what lies on disk. Main rank only."""
         await self.transport.close()
 
 

@@ -66,10 +66,10 @@ def prompts(model_folder):
             for problem in split_problems("eval", 24, 0)]
 
 
-def sync_for(trainer, folder, transport, model_folder, **settings):
+def sync_for(trainer, run_folder, transport, model_folder, **settings):
     settings = {"checksums": "require", "timeout_s": 60, "bucket_mb": 1, **settings}
     return WeightSync.build(WeightSyncConfig(transport=transport, **settings), trainer, engine_kind="sglang",
-                            folder=folder, source_dir=model_folder)
+                            folder=run_folder, source_dir=model_folder)
 
 
 def push(sync, trainer, server, version):
@@ -126,22 +126,27 @@ def test_as_a_server_started_from_the_checkpoint(perturbed, server, prompts, tmp
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_generation_is_paused_not_lost(perturbed, server, prompts, tmp_path, model_folder, transport):
     """Requests in the middle of their response when a push comes are finished after it, whole, by the new weights from
-    there on: each token says which."""
+    there on: each token says which. How long a response takes is the machine's affair, so several moments are tried."""
     sync = sync_for(perturbed, tmp_path, transport, model_folder)
-    old = run_async(server.weight_version())
+    old, met = run_async(server.weight_version()), set()
 
-    async def scenario():
-        params = SamplingParams(max_new_tokens=300, temperature=1.0)
-        running = [asyncio.create_task(server.generate(GenerationRequest(ids, params))) for ids in prompts[:4]]
-        await asyncio.sleep(1.5)
-        await sync.push(perturbed, server, old + 1)
+    async def scenario(delay_s, version):
+        params = SamplingParams(max_new_tokens=420, temperature=1.0)
+        running = [asyncio.create_task(server.generate(GenerationRequest(ids, params))) for ids in prompts[:8]]
+        await asyncio.sleep(delay_s)
+        await sync.push(perturbed, server, version)
         return await asyncio.gather(*running)
 
-    done = run_async(scenario())
+    for number, delay_s in enumerate((0.5, 1.0, 0.25, 2.0, 4.0), start=1):
+        done = run_async(scenario(delay_s, old + number))
+        assert all(len(one.token_ids) == 420 and one.finish_reason is FinishReason.LENGTH for one in done)
+        assert all(list(one.weight_versions) == sorted(one.weight_versions) for one in done)
+        met = {frozenset(one.weight_versions) for one in done}
+        assert all(versions <= {old + number - 1, old + number} for versions in met)
+        if any(len(versions) == 2 for versions in met):
+            break
     run_async(sync.close())
-    assert all(len(one.token_ids) == 300 and one.finish_reason is FinishReason.LENGTH for one in done)
-    assert all(list(one.weight_versions) == sorted(one.weight_versions) for one in done)
-    assert all(set(one.weight_versions) == {old, old + 1} for one in done)
+    assert any(len(versions) == 2 for versions in met)
 
 
 @pytest.fixture

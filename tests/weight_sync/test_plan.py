@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from spark_nemo.config import ConfigError
 from spark_nemo.megatron import hf_weights
@@ -72,7 +73,9 @@ def test_every_combination(model, tp, pp):
                 plan(model, tp, pp, engine)
             continue
         full = plan(model, tp, pp, engine)
-        assert full.tensors == first.tensors and len(full.engine_ranks) == engine
+        assert full.tensors == first.tensors
+        numbers = ModelNumbers.from_config(SHAPES[model])
+        assert full.engine_ranks == tuple(engine_tensors(numbers, engine, rank) for rank in range(engine))
         assert [name for bucket in full.buckets for name in bucket] == [tensor.name for tensor in full.tensors]
         assert full.peak_bytes <= BUCKET + full.largest_bytes < full.total_bytes
 
@@ -116,6 +119,32 @@ def test_more_ranks_than_key_value_heads():
     rows = [next(p.slice.rows for t in rank for p in t.pieces if p.name == "model.layers.0.self_attn.k_proj.weight")
             for rank in full.engine_ranks]
     assert rows == [(0, 128)] * 4 + [(128, 256)] * 4
+
+
+@pytest.mark.parametrize("tp", SIZES)
+def test_slices_are_what_the_trainer_shards(tp):
+    """The plan's slices hold exactly the values that ``hf_weights`` puts on each rank when it loads, also with 8 ranks
+    for 2 key-value heads. Every element has its own number, so a wrong row would show."""
+    config = {"model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24,
+              "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 70, "tie_word_embeddings": False}
+    shape, numbers = ModelShape.from_hf(config), ModelNumbers.from_config(config)
+    shapes = checkpoint_tensors(numbers)
+    full = plan_sync(shapes, "float32", config, tensor_parallel=tp, pipeline_parallel=2, engine_tensor_parallel=1,
+                     bucket_bytes=1 << 20)
+    planned = {tensor.name: tensor for tensor in full.tensors}
+    for placed in hf_weights.placed_rules(shape, 2):
+        sizes = [torch.Size(size).numel() for size in placed.hf.values()]
+        tensors = [part.view(size) for part, size in zip(
+            torch.arange(1, sum(sizes) + 1).split(sizes), placed.hf.values())]
+        for rank, shard in enumerate(placed.rule.transform.to_shards(tensors, shape, tp)):
+            held = []
+            for name, tensor in zip(placed.hf, tensors):
+                source = next(s for s in planned[name].sources if s.pp_rank == placed.stage)
+                if (part := source.slices[rank]) is not None:
+                    rows = tensor[part.rows[0]:part.rows[1]]
+                    held.append(rows.flatten() if part.columns is None else rows[:, slice(*part.columns)].flatten())
+            found = torch.cat(held).sort().values if held else torch.zeros(0)
+            assert torch.equal(found, shard[shard > 0].flatten().sort().values), (placed.megatron, rank)
 
 
 def test_the_trainer_exports_what_the_plan_says():
