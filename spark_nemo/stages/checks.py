@@ -43,6 +43,9 @@ def check_stage2(config: SparkConfig) -> None:
 def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False) -> None:
     """The policy, its layout, the problems and whatever the chosen reward reads."""
     rl = config.rl
+    if config.engine.kind == "vllm":
+        raise ConfigError("engine.kind=vllm: its weights are not updated by this package, so it serves stage I and "
+                          "evaluation only; stage III needs sglang or local")
     config.engine.require("policy")
     if rl.asks_reward_model:
         config.engine.require("verifier")
