@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 from .engine import EngineConfig
 from .errors import ConfigError, at_least, one_of, without_effect
+from .labels import LABEL_METHODS, REFERENCE_GUIDED, VOTE_METHODS, LabelsConfig
 from .rl import RLConfig
 from .trainer import MegatronConfig
-from .verification import LABEL_METHODS, Stage1Config, Stage2Config
+from .verification import Stage1Config, Stage2Config
 
 
 @dataclass
@@ -31,11 +32,14 @@ class RunConfig:
 class ModelsConfig:
     """Hugging Face model folders (config.json, safetensors, tokenizer).
 
-    ``toy:generator`` and ``toy:verifier`` name the small world's shipped models.
+    ``toy:generator``, ``toy:verifier`` and ``toy:critic`` name the small world's shipped models.
     """
 
     generator: str = ""
     verifier: str = ""
+    critic: str | None = None
+    """Writes critiques and merges (stage1.revise), and the verifications that see the answer
+    (stage1.reference_answers). None is the verifier itself."""
     reward_base: str = ""
     """What stage II fine-tunes."""
     policy: str = ""
@@ -77,7 +81,7 @@ class PipelineConfig:
 
     parallel_jobs: int = 1
     """Stages I shards, label methods and RL arms run at the same time."""
-    label_methods: list[str] = field(default_factory=lambda: list(LABEL_METHODS))
+    label_methods: list[str] = field(default_factory=lambda: list(VOTE_METHODS))
     rewards: list[str] = field(default_factory=lambda: ["process_aware"])
     rl_answers: str | None = None
     """Answer keys, handed to the rlvr arm only."""
@@ -105,6 +109,7 @@ class SparkConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
     stage1: Stage1Config = field(default_factory=Stage1Config)
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
     stage2: Stage2Config = field(default_factory=Stage2Config)
     rl: RLConfig = field(default_factory=RLConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -113,3 +118,9 @@ class SparkConfig:
     def __post_init__(self) -> None:
         if self.data.rl_answers is not None and self.rl.reward != "rlvr":
             raise without_effect("data.rl_answers", self.data.rl_answers, f"with rl.reward={self.rl.reward}")
+        if REFERENCE_GUIDED not in (self.stage2.method, *self.pipeline.label_methods):
+            for name, value in (("stage1.reference_answers", self.stage1.reference_answers),
+                                ("labels.reference_pick", self.labels.reference_pick)):
+                if value is not None:
+                    raise without_effect(
+                        name, value, f"where neither stage2.method nor pipeline.label_methods has {REFERENCE_GUIDED}")

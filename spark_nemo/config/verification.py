@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 
 from .engine import SamplingConfig
 from .errors import ConfigError, at_least, in_unit_interval, one_of, without_effect
+from .labels import LABEL_METHODS, VOTE_METHODS
 from .trainer import OptimizerConfig
-
-LABEL_METHODS = ("single", "outcome_consistency", "step_consistency")
 
 
 @dataclass
@@ -27,6 +26,16 @@ class Stage1Config:
     """Work on problems with index % num_shards == shard only (a Slurm array task); None does all."""
     max_failure_rate: float = 0.5
     """Stop when more than this share of solutions or verifications is unusable."""
+    revise: list[str] = field(default_factory=list)
+    """Which verification of a solution gets a critique and a merge: the one picked by single (for meta_critique), by
+    outcome_consistency (hybrid_outcome) or by step_consistency (hybrid_step)."""
+    revision_sampling: SamplingConfig | None = None
+    """Of critiques and merges. None is greedy with at most 8,192 tokens each."""
+    reference_answers: str | None = None
+    """Answer keys of data.stage1_problems, shown to the verifier for the labels of reference_guided: a declared
+    baseline. Legal only where that method is asked for."""
+    reference_verifications: int | None = None
+    """Verifications per solution that see the answer. None is 8, as in the authors' script."""
 
     def __post_init__(self) -> None:
         at_least("stage1.solutions_per_problem", self.solutions_per_problem, 1)
@@ -38,6 +47,30 @@ class Stage1Config:
             raise without_effect("stage1.num_shards", self.num_shards, "without stage1.shard")
         if self.shard is not None and not 0 <= self.shard < self.num_shards:
             raise ConfigError(f"stage1.shard={self.shard}: must lie in 0..{self.num_shards - 1} (stage1.num_shards)")
+        self._check_extras()
+
+    @property
+    def revised_with(self) -> SamplingConfig:
+        """``revision_sampling``, resolved."""
+        return self.revision_sampling or SamplingConfig(temperature=0.0, max_new_tokens=8192)
+
+    @property
+    def num_reference_verifications(self) -> int:
+        """``reference_verifications``, resolved."""
+        return self.reference_verifications or 8
+
+    def _check_extras(self) -> None:
+        for pick in self.revise:
+            one_of("stage1.revise", pick, VOTE_METHODS)
+        if len(set(self.revise)) < len(self.revise):
+            raise ConfigError(f"stage1.revise={self.revise}: name each only once")
+        if self.revision_sampling is not None and not self.revise:
+            raise without_effect("stage1.revision_sampling", self.revision_sampling, "with stage1.revise=[]")
+        if self.reference_verifications is not None:
+            at_least("stage1.reference_verifications", self.reference_verifications, 1)
+            if self.reference_answers is None:
+                raise without_effect("stage1.reference_verifications", self.reference_verifications,
+                                     "without stage1.reference_answers")
 
 
 @dataclass

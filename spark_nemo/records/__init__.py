@@ -1,9 +1,13 @@
 """Typed records that pass between the rooms, and the store that keeps them. No torch, no answers."""
 
 from .types import (
+    Critique,
     LabelEvidence,
     LabelledSolution,
+    Merge,
     Problem,
+    ReferenceVerification,
+    Revision,
     Rollout,
     Solution,
     TokenSpan,
@@ -25,7 +29,7 @@ from .verdict import (
 )
 
 __all__ = [
-    "EngineError", "Failure", "FormatViolation", "LabelEvidence", "LabelledSolution", "Outcome", "ParseFailure",
-    "Problem", "Rollout", "Solution", "TokenSpan", "Truncated", "Verdict", "Verification", "content_key",
-    "derive_seed", "outcome_from_json", "outcome_kind", "outcome_to_json",
+    "Critique", "EngineError", "Failure", "FormatViolation", "LabelEvidence", "LabelledSolution", "Merge", "Outcome",
+    "ParseFailure", "Problem", "ReferenceVerification", "Revision", "Rollout", "Solution", "TokenSpan", "Truncated",
+    "Verdict", "Verification", "content_key", "derive_seed", "outcome_from_json", "outcome_kind", "outcome_to_json",
 ]
