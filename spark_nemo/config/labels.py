@@ -66,4 +66,5 @@ class LabelsConfig:
             raise ConfigError("labels.balance=ground_truth needs labels.reference_answers (JSONL with problem_id and "
                               "answer): a declared baseline that reads answer keys")
         if self.balance != "ground_truth" and self.reference_answers is not None:
-            raise without_effect("labels.reference_answers", self.reference_answers, f"with labels.balance={self.balance}")
+            raise without_effect(
+                "labels.reference_answers", self.reference_answers, f"with labels.balance={self.balance}")

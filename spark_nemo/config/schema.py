@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from .engine import EngineConfig
 from .errors import ConfigError, at_least, one_of, without_effect
-from .labels import LABEL_METHODS, REFERENCE_GUIDED, VOTE_METHODS, LabelsConfig
+from .labels import LABEL_METHODS, REFERENCE_GUIDED, REVISED_METHODS, VOTE_METHODS, LabelsConfig
 from .rl import RLConfig
 from .trainer import MegatronConfig
 from .verification import Stage1Config, Stage2Config
@@ -118,6 +118,17 @@ class SparkConfig:
     def __post_init__(self) -> None:
         if self.data.rl_answers is not None and self.rl.reward != "rlvr":
             raise without_effect("data.rl_answers", self.data.rl_answers, f"with rl.reward={self.rl.reward}")
+        self._check_label_methods()
+
+    def _check_label_methods(self) -> None:
+        """What the label methods need of stage I, and what only they read."""
+        for method in self.pipeline.label_methods:
+            pick = REVISED_METHODS.get(method)
+            if pick is not None and pick not in self.stage1.revise:
+                raise ConfigError(f"pipeline.label_methods has {method}: add {pick} to stage1.revise")
+            if method == REFERENCE_GUIDED and self.stage1.reference_answers is None:
+                raise ConfigError(f"pipeline.label_methods has {method}, a baseline that reads answer keys: set "
+                                  "stage1.reference_answers (JSONL with problem_id and answer)")
         if REFERENCE_GUIDED not in (self.stage2.method, *self.pipeline.label_methods):
             for name, value in (("stage1.reference_answers", self.stage1.reference_answers),
                                 ("labels.reference_pick", self.labels.reference_pick)):

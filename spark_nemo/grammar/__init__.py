@@ -30,10 +30,10 @@ from .verification import (
 from .version import GRAMMAR_VERSION
 
 __all__ = [
-    "GRAMMAR_VERSION", "PROMPT_SETS", "REVISION_PROMPTS", "RULES", "AnswerVerdict", "Box", "ChatMessages", "FormatRule", "ParsedResponse",
-    "ParsedVerification", "PromptSet", "Region", "RegionKind", "RevisionPrompts", "Step", "StepFormat", "StepJudgement", "Variant",
-    "VariantOutcome", "canonical_verification", "check_format", "decode_tokens", "extract_boxed", "find_boxes",
-    "legal_step_text", "parse_generation", "parse_judgements", "parse_variant", "parse_verification", "prompt_set",
-    "regions", "render_solution", "render_target", "render_verification", "revision_prompts", "split_response", "token_spans",
-    "verdict_line",
+    "GRAMMAR_VERSION", "PROMPT_SETS", "REVISION_PROMPTS", "RULES", "AnswerVerdict", "Box", "ChatMessages", "FormatRule",
+    "ParsedResponse", "ParsedVerification", "PromptSet", "Region", "RegionKind", "RevisionPrompts", "Step",
+    "StepFormat", "StepJudgement", "Variant", "VariantOutcome", "canonical_verification", "check_format",
+    "decode_tokens", "extract_boxed", "find_boxes", "legal_step_text", "parse_generation", "parse_judgements",
+    "parse_variant", "parse_verification", "prompt_set", "regions", "render_solution", "render_target",
+    "render_verification", "revision_prompts", "split_response", "token_spans", "verdict_line",
 ]

@@ -21,9 +21,9 @@ CRITIQUE = """\
 You are an expert in mathematics. Somebody else has verified a student's solution step by step. Judge that \
 verification: not the style, but whether each of its judgements is right and for the right reason.
 
-Work through the steps in order. For each one do one of two things, whichever tests it better: derive the step again on \
-your own, by another route if there is one, and compare; or attack the verification's argument and look for the point \
-where it would break. Do not take a judgement over because it sounds sure.
+Work through the steps in order. For each one do one of two things, whichever tests it better: derive the step again \
+on your own, by another route if there is one, and compare; or attack the verification's argument and look for the \
+point where it would break. Do not take a judgement over because it sounds sure.
 
 A verification can fail in four ways. Name the way when you find one:
 1. Missed error: the step is wrong, and the verification calls it correct.
@@ -31,9 +31,9 @@ A verification can fail in four ways. Name the way when you find one:
 3. Wrong reason: the judgement is right, and the argument given for it is not.
 4. Inconsistent verdict: the last line does not follow from the judgements of the steps and from the answer.
 
-Begin with the line "## Critique of the original verification". Then write one paragraph per step: what you did to test \
-it, what came out, and which of the four faults there is, or that there is none. End with a paragraph on the last line \
-of the verification. Do not write a verification of your own.
+Begin with the line "## Critique of the original verification". Then write one paragraph per step: what you did to \
+test it, what came out, and which of the four faults there is, or that there is none. End with a paragraph on the last \
+line of the verification. Do not write a verification of your own.
 
 <Problem>
 {{question}}

@@ -15,17 +15,26 @@ from spark_nemo.stages.run_folder import stage2_folder
 
 
 def check_stage1(config: SparkConfig) -> None:
-    """Problems, both models and both samplings. Raises ``ConfigError`` or ``DataFileError``."""
+    """Problems, models and samplings. Raises ``ConfigError`` or ``DataFileError``."""
+    stage = config.stage1
     _served_model(config, "models.generator")
     _served_model(config, "models.verifier")
     read_problems(_set(config, "data.stage1_problems"))
-    _fits(config, "stage1.generator_sampling", config.stage1.generator_sampling)
-    _fits(config, "stage1.verifier_sampling", config.stage1.verifier_sampling)
+    _fits(config, "stage1.generator_sampling", stage.generator_sampling)
+    _fits(config, "stage1.verifier_sampling", stage.verifier_sampling)
+    if stage.revise:
+        _fits(config, "stage1.revision_sampling", stage.revised_with)
+    if config.models.critic is not None and (stage.revise or stage.reference_answers is not None):
+        _served_model(config, "models.critic")
+    if stage.reference_answers is not None:
+        _has_answers(config, "stage1.reference_answers", "data.stage1_problems")
 
 
 def check_stage2(config: SparkConfig) -> None:
-    """The base model, its layout and the evaluation cases."""
+    """The base model, its layout, the evaluation cases and, for the declared baseline, the answers."""
     _trained_model(config, "models.reward_base")
+    if config.labels.balance == "ground_truth":
+        _has_answers(config, "labels.reference_answers", "data.stage1_problems")
     labels = [case.label for case in read_processbench(_set(config, "data.processbench"))]
     if -1 not in labels or max(labels) == -1:
         raise ConfigError(f"data.processbench={config.data.processbench}: F1 needs cases with an error and without")
@@ -38,7 +47,7 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
     """The policy, its layout, the problems and whatever the chosen reward reads."""
     rl = config.rl
     _trained_model(config, "models.policy")
-    problems = read_problems(_set(config, "data.rl_problems"))
+    read_problems(_set(config, "data.rl_problems"))
     read_eval_problems(_set(config, "data.eval_problems"))
     _fits(config, "rl.sampling", rl.sampling)
     _fits(config, "evaluation", config.evaluation)
@@ -47,9 +56,7 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
     if rl.reward == "rlvr":
         if config.data.rl_answers is None:
             raise ConfigError("rl.reward=rlvr needs data.rl_answers (JSONL with problem_id and answer)")
-        if missing := {p.problem_id for p in problems} - read_answer_keys(config.data.rl_answers).keys():
-            raise ConfigError(f"data.rl_answers={config.data.rl_answers}: no answer for {len(missing)} of "
-                              f"data.rl_problems, {min(missing)} first")
+        _has_answers(config, "data.rl_answers", "data.rl_problems")
     if not rl.asks_reward_model:
         return
     _fits(config, "rl.verifier_sampling", rl.verifier_sampling)
@@ -77,6 +84,13 @@ def reward_model_folder(config: SparkConfig) -> Path:
     if not (model / "config.json").exists():
         raise ConfigError(f"rl.reward_model={model}: no model there; run `spark-nemo stage2` or name one")
     return model
+
+
+def _has_answers(config: SparkConfig, answers: str, problems: str) -> None:
+    """Every problem of one file has an answer in the other."""
+    path = _set(config, answers)
+    if missing := {p.problem_id for p in read_problems(_set(config, problems))} - read_answer_keys(path).keys():
+        raise ConfigError(f"{answers}={path}: no answer for {len(missing)} of {problems}, {min(missing)} first")
 
 
 def _set(config: SparkConfig, field: str) -> str:

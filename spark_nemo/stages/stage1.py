@@ -14,6 +14,7 @@ from spark_nemo.engines.served import ServedModel
 from spark_nemo.records import Problem
 from spark_nemo.records.jsonl import read_problems, write_json_atomic
 from spark_nemo.records.store import RecordStore
+from spark_nemo.stages.after_votes import AfterVotes, after_votes
 from spark_nemo.stages.checks import check_stage1
 from spark_nemo.stages.run_folder import Clock, mark_done, progress, stage1_folder
 from spark_nemo.verification.collect import CollectCounts, Collector
@@ -44,11 +45,15 @@ def run_stage1(config: SparkConfig) -> CollectCounts:
           progress(folder / name, total, "verification", clock) as bar):
         collector = Collector(
             stage, config.run.seed, generator, verifier, store, lambda counts: bar.update(*_shown(counts, stage)))
-        _claim(folder / "made_by.json", collector.made_by())
-        counts = asyncio.run(_collect(collector, problems, config))
+        after = after_votes(config, verifier, store)
+        _claim(folder / "made_by.json", {**collector.made_by(), **(after.made_by() if after else {})})
+        counts = asyncio.run(_collect(collector, after, problems, config))
     clock.save()
-    write_json_atomic(folder / f"stats-{name}.json", {**asdict(counts), "seconds": clock.seconds})
-    _check_rates(counts, stage.max_failure_rate)
+    extra = after.stats() if after else {}
+    write_json_atomic(folder / f"stats-{name}.json", {**asdict(counts), **extra, "seconds": clock.seconds})
+    _check_rates([("solutions", counts.unusable_solutions, counts.solutions),
+                  ("verifications", counts.failed_verifications, counts.verifications),
+                  *(after.rates() if after else [])], stage.max_failure_rate)
     mark_done(folder / name, asdict(counts))
     return counts
 
@@ -58,19 +63,24 @@ def shard_name(stage: Stage1Config) -> str:
     return "shard-all" if stage.shard is None else f"shard-{stage.shard}-of-{stage.num_shards}"
 
 
-async def _collect(collector: Collector, problems: list[Problem], config: SparkConfig) -> CollectCounts:
+async def _collect(
+    collector: Collector, after: AfterVotes | None, problems: list[Problem], config: SparkConfig,
+) -> CollectCounts:
     in_flight = max(1, 2 * config.engine.max_batch_size // config.stage1.solutions_per_problem)
+    engines = [collector.generator, collector.verifier, *([after.critic] if after else [])]
     try:
         counts = await collector.run(problems, in_flight)
-        for served in (collector.generator, collector.verifier):
+        if after is not None:
+            await after.run_over(collector.store, problems, config.engine.max_batch_size)
+        for served in engines:
             if not (await served.engine.health()).alive:
                 raise EngineFailure("stage I: an engine stopped before the end; what is stored stays, run again")
         return counts
     except ExceptionGroup as group:
         raise _first(group) from group  # a full disk is one error, not a tree of them
     finally:
-        await collector.generator.engine.close()
-        await collector.verifier.engine.close()
+        for served in engines:
+            await served.engine.close()
 
 
 def _claim(path: Path, made_by: dict[str, object]) -> None:
@@ -80,7 +90,7 @@ def _claim(path: Path, made_by: dict[str, object]) -> None:
         if (old := before.get(name, value)) != value:
             raise ConfigError(f"{path.parent} was sampled with {name}={old}, this run has {value}: "
                               "use another run.dir or the same settings")
-    write_json_atomic(path, made_by)
+    write_json_atomic(path, {**before, **made_by})
 
 
 def _first(error: Exception) -> Exception:
@@ -98,11 +108,8 @@ def _shown(counts: CollectCounts, stage: Stage1Config) -> tuple[int, str]:
     return counts.verifications + skipped, note
 
 
-def _check_rates(counts: CollectCounts, bound: float) -> None:
-    for name, failed, total in (
-        ("solutions", counts.unusable_solutions, counts.solutions),
-        ("verifications", counts.failed_verifications, counts.verifications),
-    ):
+def _check_rates(rates: list[tuple[str, int, int]], bound: float) -> None:
+    for name, failed, total in rates:
         if total and failed / total > bound:
             raise TooManyFailures(f"stage I: {failed} of {total} {name} are unusable, above "
                                   f"stage1.max_failure_rate={bound}: look at `text` in the store, or raise the bound")

@@ -1,7 +1,8 @@
 """Pretrain the small world's three base models with the project's own trainer: one command, one seed.
 
-Facts first, in sequences of a handful of tokens; then clean text in every format; then, from that common base, each
-model's own habits; the critic goes on from the verifier. Drilled in the long formats from the start, the same arithmetic takes ten times as many tokens.
+Facts first, in sequences of a handful of tokens; then clean text in every format; then, from that common base,
+generator's and verifier's own habits; the critic goes on from the verifier. Drilled in the long formats from the start,
+the same arithmetic takes ten times as many tokens.
 """
 
 from __future__ import annotations

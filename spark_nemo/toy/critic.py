@@ -2,7 +2,8 @@
 
 The critic derives anew every step that the verification only glanced at, and every subtraction. Any other computation
 that the verification shows it takes at its word. It has a weakness of its own: taking away seven or more it mostly
-forgets to borrow, also when it decodes greedily. So it repairs most of a verifier's faults, believes some, and adds a few.
+forgets to borrow, also when it decodes greedily. So it repairs most of a verifier's faults, believes some, and adds a
+few.
 """
 
 from __future__ import annotations
@@ -70,8 +71,9 @@ class StepCritique:
 
     @property
     def text(self) -> str:
-        """The judgement comes before the fault: a small model compares two computations more easily than three things."""
-        return f"I get {self.derived}, written {self.written}. {'correct' if self.correct else 'incorrect'}: {self.fault}"
+        """The judgement comes before the fault: a small model compares two things more easily than three."""
+        judgement = "correct" if self.correct else "incorrect"
+        return f"I get {self.derived}, written {self.written}. {judgement}: {self.fault}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ def write_critique(
 def write_merge(
     solution: WrittenSolution, verification: ParsedVerification, critique: WrittenCritique, rng: random.Random,
 ) -> str:
-    """One verification of both: labels and reasons as the critique has them, glances filled in with its computations."""
+    """One verification of both: judgements and reasons as the critique has them, glances replaced by computations."""
     judgements = []
     for step, judgement, said in zip(solution.steps, verification.judgements, critique.steps):
         keep = said.fault == FINE and judgement.analysis != GLANCE

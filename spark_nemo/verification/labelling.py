@@ -29,7 +29,7 @@ from spark_nemo.records import (
     outcome_kind,
 )
 
-from .picks import PICKS, Dropped, LabelOptions, Pick, is_coherent
+from .picks import DEFAULT_OPTIONS, PICKS, Dropped, LabelOptions, Pick, is_coherent
 
 Revisions = Mapping[str, Revision]
 """Critique and merge by the key of the verification they are about."""
@@ -39,7 +39,7 @@ Method = Callable[..., Label]
 
 
 def label_single(
-    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = LabelOptions(),
+    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = DEFAULT_OPTIONS,
     revisions: Revisions = NO_REVISIONS,
 ) -> Label:
     """Method 1: what one verification says (vote 0), whole."""
@@ -47,7 +47,7 @@ def label_single(
 
 
 def label_outcome_consistency(
-    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = LabelOptions(),
+    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = DEFAULT_OPTIONS,
     revisions: Revisions = NO_REVISIONS,
 ) -> Label:
     """Method 2: a random whole verification among those whose final verdict is the majority's."""
@@ -55,7 +55,7 @@ def label_outcome_consistency(
 
 
 def label_step_consistency(
-    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = LabelOptions(),
+    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = DEFAULT_OPTIONS,
     revisions: Revisions = NO_REVISIONS,
 ) -> Label:
     """Method 3: a random whole verification among those that agree with the majority on every single step."""
@@ -63,7 +63,7 @@ def label_step_consistency(
 
 
 def label_meta_critique(
-    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = LabelOptions(),
+    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = DEFAULT_OPTIONS,
     revisions: Revisions = NO_REVISIONS,
 ) -> Label:
     """Method 4: what the merge of vote 0 and its critique says."""
@@ -71,7 +71,7 @@ def label_meta_critique(
 
 
 def label_hybrid_outcome(
-    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = LabelOptions(),
+    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = DEFAULT_OPTIONS,
     revisions: Revisions = NO_REVISIONS,
 ) -> Label:
     """Method 5: method 4 applied to the verification that outcome consistency picks."""
@@ -79,7 +79,7 @@ def label_hybrid_outcome(
 
 
 def label_hybrid_step(
-    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = LabelOptions(),
+    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = DEFAULT_OPTIONS,
     revisions: Revisions = NO_REVISIONS,
 ) -> Label:
     """Method 5 on the step-level pick, as the authors' scripts also have it."""
@@ -87,7 +87,7 @@ def label_hybrid_step(
 
 
 def label_reference_guided(
-    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = LabelOptions(),
+    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = DEFAULT_OPTIONS,
     revisions: Revisions = NO_REVISIONS,
 ) -> Label:
     """Method 6, a declared baseline: ``LabelOptions.reference_pick`` among verifications that saw the answer.
@@ -114,7 +114,7 @@ LABEL_METHODS: dict[str, Method] = {
 
 def label_all(
     method: str, solutions: Iterable[Solution], verifications: Iterable[Verification], seed: int,
-    options: LabelOptions = LabelOptions(), revisions: Revisions = NO_REVISIONS,
+    options: LabelOptions = DEFAULT_OPTIONS, revisions: Revisions = NO_REVISIONS,
 ) -> tuple[list[LabelledSolution], dict[str, int]]:
     """Label every solution, in their order, and count the dropped ones by reason.
 
@@ -138,7 +138,7 @@ def label_all(
 
 def label_groups(
     method: str, groups: Iterable[tuple[Solution, Sequence[Verification]]], seed: int,
-    options: LabelOptions = LabelOptions(), revisions: Revisions = NO_REVISIONS,
+    options: LabelOptions = DEFAULT_OPTIONS, revisions: Revisions = NO_REVISIONS,
 ) -> tuple[list[LabelledSolution], dict[str, int]]:
     """``label_all`` of a stream of solutions with their verifications, such as ``stream_collected``'s.
 

@@ -151,6 +151,7 @@ PICKS: dict[str, Picker] = {
     "step_consistency": pick_step_consistency,
 }
 """By the names of ``config.VOTE_METHODS``."""
+DEFAULT_OPTIONS = LabelOptions()
 
 
 def is_coherent(verdict: Verdict) -> bool:
