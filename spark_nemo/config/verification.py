@@ -11,6 +11,18 @@ from .trainer import OptimizerConfig
 
 
 @dataclass
+class RevisionSamplingConfig:
+    """How critiques and merges are drawn; None is not set."""
+
+    temperature: float | None = None
+    """None is 0, greedy."""
+    top_p: float | None = None
+    """None is 1; without effect when greedy."""
+    max_new_tokens: int | None = None
+    """None is 8,192, for a critique and for a merge."""
+
+
+@dataclass
 class Stage1Config:
     """Verification data: M solutions per problem, N verifications per solution."""
 
@@ -29,8 +41,8 @@ class Stage1Config:
     revise: list[str] = field(default_factory=list)
     """Which verification of a solution gets a critique and a merge: the one picked by single (for meta_critique), by
     outcome_consistency (hybrid_outcome) or by step_consistency (hybrid_step)."""
-    revision_sampling: SamplingConfig | None = None
-    """Of critiques and merges. None is greedy with at most 8,192 tokens each."""
+    revision_sampling: RevisionSamplingConfig = field(default_factory=RevisionSamplingConfig)
+    """Of critiques and merges; only read with revise."""
     reference_answers: str | None = None
     """Answer keys of data.stage1_problems, shown to the verifier for the labels of reference_guided: a declared
     baseline. Legal only where that method is asked for."""
@@ -52,7 +64,8 @@ class Stage1Config:
     @property
     def revised_with(self) -> SamplingConfig:
         """``revision_sampling``, resolved."""
-        return self.revision_sampling or SamplingConfig(temperature=0.0, max_new_tokens=8192)
+        given = {name: value for name, value in vars(self.revision_sampling).items() if value is not None}
+        return SamplingConfig(**{"temperature": 0.0, "max_new_tokens": 8192, **given})
 
     @property
     def num_reference_verifications(self) -> int:
@@ -64,8 +77,11 @@ class Stage1Config:
             one_of("stage1.revise", pick, VOTE_METHODS)
         if len(set(self.revise)) < len(self.revise):
             raise ConfigError(f"stage1.revise={self.revise}: name each only once")
-        if self.revision_sampling is not None and not self.revise:
-            raise without_effect("stage1.revision_sampling", self.revision_sampling, "with stage1.revise=[]")
+        for name, value in vars(self.revision_sampling).items():
+            if value is not None and not self.revise:
+                raise without_effect(f"stage1.revision_sampling.{name}", value, "with stage1.revise=[]")
+        if self.revise:
+            _ = self.revised_with  # refuses illegal values
         if self.reference_verifications is not None:
             at_least("stage1.reference_verifications", self.reference_verifications, 1)
             if self.reference_answers is None:
