@@ -81,6 +81,10 @@ def _texts(config: SparkConfig) -> Iterator[tuple[str, str, int, int]]:
     written = config.stage1.generator_sampling.max_new_tokens
     rows = [("stage1.generator_sampling", "models.generator", written),
             ("stage1.verifier_sampling", "models.verifier", written + config.stage1.verifier_sampling.max_new_tokens)]
+    if config.stage1.revise:  # a merge reads solution, verification and critique
+        text = config.stage1.revised_with.max_new_tokens
+        rows.append(("stage1.revision_sampling", "models.critic" if config.models.critic else "models.verifier",
+                     written + config.stage1.verifier_sampling.max_new_tokens + 2 * text))
     if config.pipeline.rewards:
         response = config.rl.sampling.max_new_tokens
         rows += [("rl.sampling", "models.policy", response),
