@@ -50,6 +50,8 @@ def run_stage1(config: SparkConfig) -> CollectCounts:
         counts = asyncio.run(_collect(collector, after, problems, config))
     clock.save()
     extra = after.stats() if after else {}
+    for what, row in extra.items():
+        log.info("%s: %s", what, row)
     write_json_atomic(folder / f"stats-{name}.json", {**asdict(counts), **extra, "seconds": clock.seconds})
     _check_rates([("solutions", counts.unusable_solutions, counts.solutions),
                   ("verifications", counts.failed_verifications, counts.verifications),
@@ -67,7 +69,9 @@ async def _collect(
     collector: Collector, after: AfterVotes | None, problems: list[Problem], config: SparkConfig,
 ) -> CollectCounts:
     in_flight = max(1, 2 * config.engine.max_batch_size // config.stage1.solutions_per_problem)
-    engines = [collector.generator, collector.verifier, *([after.critic] if after else [])]
+    engines = [collector.generator, collector.verifier]
+    if after is not None and after.critic is not collector.verifier:
+        engines.append(after.critic)
     try:
         counts = await collector.run(problems, in_flight)
         if after is not None:

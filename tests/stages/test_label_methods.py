@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from spark_nemo.config import LABEL_METHODS, REFERENCE_GUIDED, ConfigError, SparkConfig
 from spark_nemo.config.compose import compose_config
 from spark_nemo.records.jsonl import write_text_atomic
+from spark_nemo.records.store import RecordStore
 from spark_nemo.report.labels import label_scores
+from spark_nemo.stages.after_votes import after_votes
 from spark_nemo.stages.labels import make_labels
 from spark_nemo.stages.stage1 import run_stage1
 from spark_nemo.toy.data import write_answers
@@ -112,6 +115,16 @@ def test_what_was_removed_is_written_down(sampled: SparkConfig) -> None:
         assert row["reads_answer_keys"] == (changes["balance"] == "ground_truth")
         if changes["balance"] == "consensus":
             assert 2 * sum(label["answer_correct"] for label in kept) == len(kept)
+
+
+def test_without_a_critic_the_verifier_criticises_itself_and_nothing_more_is_loaded(tmp_path: Path) -> None:
+    """Proves ``models.critic=null`` reuses the verifier's engine, and that votes alone need no such thing."""
+    verifier = SimpleNamespace(identity="verifier")
+    with RecordStore(tmp_path / "store", "writer") as store:
+        alone = configured(tmp_path, "toy:stage1:5", "models.critic=null")
+        after = after_votes(alone, verifier, store)
+        assert after is not None and after.critic is verifier
+        assert after_votes(resolve_toy(compose_config(["+experiment=toy", f"run.dir={tmp_path}"])), verifier, store) is None
 
 
 def test_an_answer_file_with_holes_is_refused_before_any_model_is_loaded(tmp_path: Path) -> None:
