@@ -124,7 +124,8 @@ def test_without_a_critic_the_verifier_criticises_itself_and_nothing_more_is_loa
         alone = configured(tmp_path, "toy:stage1:5", "models.critic=null")
         after = after_votes(alone, verifier, store)
         assert after is not None and after.critic is verifier
-        assert after_votes(resolve_toy(compose_config(["+experiment=toy", f"run.dir={tmp_path}"])), verifier, store) is None
+        votes_alone = resolve_toy(compose_config(["+experiment=toy", f"run.dir={tmp_path}"]))
+        assert after_votes(votes_alone, verifier, store) is None
 
 
 def test_an_answer_file_with_holes_is_refused_before_any_model_is_loaded(tmp_path: Path) -> None:
