@@ -11,7 +11,7 @@ from spark_nemo.records.store import StoreFull
 from spark_nemo.report import SummaryError
 from spark_nemo.rewards import FailureRateExceeded
 from spark_nemo.stages.jobs import JobFailed
-from spark_nemo.stages.stage1 import TooManyFailures
+from spark_nemo.stages.stage1_watch import TooManyFailures
 
 USER_ERRORS = (
     ConfigError, DataFileError, EngineFailure, FailureRateExceeded, JobFailed, NonFiniteGradient, OSError, StoreFull,

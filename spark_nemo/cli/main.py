@@ -11,8 +11,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from spark_nemo.cli.data import add_data_commands
 from spark_nemo.cli.errors import USER_ERRORS
 from spark_nemo.cli.evaluate import add_evaluate_arguments, score_model, score_saved
+from spark_nemo.cli.explain import add_explain_command
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.config.compose import compose_config, config_yaml
 from spark_nemo.stages.children import die_with_parent
@@ -26,6 +28,8 @@ EXAMPLES = """examples:
   spark-nemo report compare old=runs/a0 old=runs/a1 new=runs/b0 new=runs/b1 --out runs/comparison
   spark-nemo evaluate math --model runs/first/stage3/process_aware/model +experiment=toy
   spark-nemo evaluate processbench --predictions run1.jsonl run2.jsonl --data gsm8k.json
+  spark-nemo data stats runs/first
+  spark-nemo explain runs/first step_consistency:0df7a6
 """
 STOPPED = 3
 """Exit status of a run that was asked to stop; the same command resumes it."""
@@ -74,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         command = _config_command(kinds, kind, summary)
         add_evaluate_arguments(kind, command)
         command.set_defaults(run=partial(_evaluate, kind))
+    add_data_commands(commands)
+    add_explain_command(commands)
     toy = commands.add_parser("toy", help="build the small world's base models from a seed (the shipped ones were)")
     toy.add_argument("--out", type=Path, required=True, help="folder for generator/, verifier/ and critic/")
     toy.add_argument("--seed", type=int, default=0)

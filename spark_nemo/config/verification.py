@@ -48,6 +48,18 @@ class Stage1Config:
     baseline. Legal only where that method is asked for."""
     reference_verifications: int | None = None
     """Verifications per solution that see the answer. None is 8, as in the authors' script."""
+    max_requests_in_flight: int | None = None
+    """Solutions and verifications asked for at the same time; None is twice what the engine decodes together."""
+    early_stop: str = "none"
+    """When to stop asking for votes on a solution: ``none``, ``exact`` or ``sequential``; see
+    ``verification.early_stop``."""
+    early_stop_error: float | None = None
+    """Of the sequential test: probability that a step's majority would be another one after all votes."""
+    early_stop_verdict: bool = False
+    """The majority of the final Yes/No must be decided too, not the steps' only; costs about five points of the saving
+    on the small world. For outcome consistency, which rests on it."""
+    wave_size: int | None = None
+    """Least number of votes on a solution asked for together under early_stop; None is 1, which costs fewest votes."""
 
     def __post_init__(self) -> None:
         at_least("stage1.solutions_per_problem", self.solutions_per_problem, 1)
@@ -59,6 +71,9 @@ class Stage1Config:
             raise without_effect("stage1.num_shards", self.num_shards, "without stage1.shard")
         if self.shard is not None and not 0 <= self.shard < self.num_shards:
             raise ConfigError(f"stage1.shard={self.shard}: must lie in 0..{self.num_shards - 1} (stage1.num_shards)")
+        if self.max_requests_in_flight is not None:
+            at_least("stage1.max_requests_in_flight", self.max_requests_in_flight, 1)
+        self._check_early_stop()
         self._check_extras()
 
     @property
@@ -87,6 +102,26 @@ class Stage1Config:
             if self.reference_answers is None:
                 raise without_effect("stage1.reference_verifications", self.reference_verifications,
                                      "without stage1.reference_answers")
+
+    def _check_early_stop(self) -> None:
+        one_of("stage1.early_stop", self.early_stop, {"none", "exact", "sequential"})
+        if self.early_stop == "sequential":
+            if self.early_stop_error is None:
+                raise ConfigError("stage1.early_stop=sequential needs stage1.early_stop_error, 0.05 for example")
+            if not 0 < self.early_stop_error < 0.5:
+                raise ConfigError(f"stage1.early_stop_error={self.early_stop_error}: must lie between 0 and 0.5")
+        elif self.early_stop_error is not None:
+            raise without_effect(
+                "stage1.early_stop_error", self.early_stop_error, f"with stage1.early_stop={self.early_stop}")
+        least = {"none": 1, "exact": 3, "sequential": 2}[self.early_stop]
+        if self.verifications_per_solution < least:
+            raise without_effect("stage1.early_stop", self.early_stop, f"with fewer than {least} votes "
+                                 f"(stage1.verifications_per_solution={self.verifications_per_solution})")
+        if self.wave_size is not None:
+            at_least("stage1.wave_size", self.wave_size, 1)
+        for name, value in (("wave_size", self.wave_size), ("early_stop_verdict", self.early_stop_verdict or None)):
+            if value is not None and self.early_stop == "none":
+                raise without_effect(f"stage1.{name}", value, "with stage1.early_stop=none")
 
 
 @dataclass

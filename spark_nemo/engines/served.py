@@ -46,7 +46,12 @@ class ServedModel:
         self, messages: Sequence[dict[str, str]], sampling: SamplingConfig, seed: int | None
     ) -> Completion:
         """Continue a chat. Raises ``EngineFailure`` when the engine cannot serve it."""
-        prompt_ids = self.tokenizer.encode_chat(list(messages))
+        return await self.complete_prompt(self.tokenizer.encode_chat(list(messages)), sampling, seed)
+
+    async def complete_prompt(
+        self, prompt_ids: tuple[int, ...], sampling: SamplingConfig, seed: int | None
+    ) -> Completion:
+        """``complete`` for a chat encoded before: of many samples of one prompt, only the first needs to encode it."""
         params = SamplingParams(
             max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
             stop_token_ids=tuple(self.tokenizer.eos_ids), seed=seed)

@@ -13,9 +13,12 @@ from pathlib import Path
 
 from spark_nemo.grammar import extract_boxed
 from spark_nemo.records import Problem
+from spark_nemo.records.verl_parquet import read_verl_problems
 
 from .answers import EvalProblem, read_eval_problems
 from .reading import DataFileError, read_rows, required, required_text
+
+read_skywork_prompts = read_verl_problems
 
 _QUESTION = "the question's text"
 _MAX_EXACT = 2 ** 53
@@ -53,38 +56,6 @@ def read_math(path: str | Path, benchmark: str | None = None) -> list[EvalProble
         question = required_text(place, row, layout.question_field, _QUESTION)
         problems[problem_id] = EvalProblem(Problem(problem_id, question, name), layout.answer(place, row))
     return list(problems.values())
-
-
-def read_skywork_prompts(path: str | Path) -> list[Problem]:
-    """The questions of a Skywork-OR1-RL-Data parquet file (verl's layout), for stages I to III.
-
-    Only the columns ``prompt`` and ``data_source`` are read from the file: the reference answers
-    never enter the process. The question is the last user message, the identifier is the row's place in the file.
-    Raises ``DataFileError``.
-    """
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    columns = ["prompt", "data_source"]
-    try:
-        file = parquet.ParquetFile(path)
-        if missing := [name for name in columns if name not in file.schema_arrow.names]:
-            raise DataFileError(f"{path}: column {missing[0]!r} is missing: is this a Skywork-OR1 file?")
-        rows = file.read(columns=columns).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataFileError(f"{path}: cannot be read as parquet ({' '.join(str(error).split())})") from error
-    if not rows:
-        raise DataFileError(f"{path}: has no rows")
-    return [_skywork_problem(f"{path}:row {number}", number, row) for number, row in enumerate(rows, start=1)]
-
-
-def _skywork_problem(place: str, number: int, row: Row) -> Problem:
-    messages = required(place, row, "prompt", list, "a list of chat messages")
-    questions = [m.get("content") for m in messages if isinstance(m, dict) and m.get("role") == "user"]
-    if not questions or not isinstance(questions[-1], str) or not questions[-1].strip():
-        raise DataFileError(f"{place}: field 'prompt' has no user message with text")
-    source = required_text(place, row, "data_source", "the name of the collection")
-    return Problem(f"skywork-{number - 1}", questions[-1], source)
 
 
 def _identifier(place: str, row: Row, field: str) -> str:

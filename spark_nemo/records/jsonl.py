@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .types import Problem
+
+_OTHER_NAMES = {"problem_id": ("unique_id", "id", "idx"), "question": ("problem",)}
 
 
 class DataFileError(ValueError):
@@ -15,11 +19,17 @@ class DataFileError(ValueError):
 
 
 def read_problems(path: str | Path) -> list[Problem]:
-    """Read a JSONL file of objects with ``problem_id``, ``question`` and optionally ``source``, all strings.
+    """Read a JSONL file of objects with ``problem_id``, ``question`` and optionally ``source``, all strings, or a
+    Parquet file in verl's layout (``read_verl_problems``).
 
-    Any other field, an answer above all, is dropped here and reaches no record. Raises ``DataFileError`` naming file
-    and line of whatever is missing, malformed, empty or repeated.
+    The names that the mathematics benchmarks use instead (``unique_id``, ``id`` or ``idx``, a string or an integer, and
+    ``problem``) are read too. Any other field, an answer above all, is dropped here and reaches no record. Raises
+    ``DataFileError`` naming file and line of whatever is missing, malformed, empty or repeated.
     """
+    if Path(path).suffix == ".parquet":
+        from .verl_parquet import read_verl_problems
+
+        return read_verl_problems(path)
     problems: list[Problem] = []
     seen: dict[str, int] = {}
     # Bytes split at newline characters only; str.splitlines would also split at U+2028 inside a question.
@@ -51,6 +61,7 @@ def _problem(line: bytes) -> Problem:
         raise ValueError(f"not JSON in UTF-8 ({' '.join(str(error).split())})") from None
     if not isinstance(data, dict):
         raise ValueError(f"a JSON object is needed, not {type(data).__name__}")
+    _use_other_names(data)
     values = {}
     for name, default in (("problem_id", None), ("question", None), ("source", "")):
         value = data.get(name, default)
@@ -64,22 +75,42 @@ def _problem(line: bytes) -> Problem:
     return Problem(**values)
 
 
-def write_text_atomic(path: str | Path, text: str) -> None:
-    """Replace ``path`` by a UTF-8 file with this text: after a crash it holds the old text or the new, never a part."""
+def _use_other_names(data: dict[str, object]) -> None:
+    for name, others in _OTHER_NAMES.items():
+        other = next((other for other in others if other in data), None)
+        if name not in data and other is not None:
+            value = data[other]
+            data[name] = str(value) if name == "problem_id" and type(value) is int else value
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """A temporary file to write to; it replaces ``path`` when the block ends, and is removed when the block fails.
+
+    After a crash ``path`` holds what it held before or the whole new file, never a part.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
+        try:
+            yield temporary
+            os.fchmod(handle, 0o644)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     fsync_directory(path.parent)
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    """Replace ``path`` by a UTF-8 file with this text: after a crash it holds the old text or the new, never a part."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def write_json_atomic(path: str | Path, obj: object) -> None:

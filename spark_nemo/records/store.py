@@ -1,7 +1,7 @@
-"""An append-only store of JSON records in a folder of shard files.
+"""An append-only store of JSON records in a folder of shard files (see ``shards`` for the format).
 
-A record is one line: CRC-32 of what follows the tab as 8 hex digits, a tab, then ASCII JSON with key, kind and payload.
-Every writer appends to a fresh shard of its own, so writers need no locks and nobody ever appends to a torn line.
+Every writer appends to a fresh shard of its own, so writers need no locks and nobody ever appends to a torn line. Where
+a record lies is kept in an index on disk (see ``index``), a cache: the shards alone are the store.
 """
 
 from __future__ import annotations
@@ -11,21 +11,25 @@ import json
 import logging
 import os
 import re
-import zlib
-from collections.abc import Iterator
-from itertools import count, groupby
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from io import FileIO
 from pathlib import Path
+from typing import TypeVar
 
+from .index import Entry, IndexFailure, IndexFile, ShardState, StoreIndex
 from .jsonl import fsync_directory
+from .shards import Names, ShardWriter, checked_body, encode_line, read_lines, shard_paths
 
 logger = logging.getLogger(__name__)
 
-_SUFFIX = ".records"
+T = TypeVar("T")
+Payload = dict[str, object]
 _WRITER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# The usual beginning of a record, from which key and kind are read without parsing the payload.
-_HEAD = re.compile(rb'\{"key": "([^"\\]+)", "kind": "([^"\\]+)", "payload": \{')
-_OFFSET_BITS = 44
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_OPEN_SHARDS = 32
+_COMMIT_EVERY = 4096
+"""Records after which the index is committed; a killed writer's next start reads about so many lines again."""
 
 
 class StoreFull(RuntimeError):
@@ -33,12 +37,13 @@ class StoreFull(RuntimeError):
 
 
 class RecordStore:
-    """Records by key in one folder. Use it from one thread; any number of processes may have the folder open.
+    """Records by key in one folder. Use it from one thread at a time; any number of processes may have it open.
 
     ``writer_name`` names this process's shards; without it the store is read-only and the folder must exist. A key
     names one record of its kind: appending it again does nothing, and when two writers wrote it, the one read first
     (shards in order of their names) counts. ``append`` returns once the record is on disk, or with ``fsync_every=n``
-    once every n-th one is; ``flush``, also done on closing, settles the rest. Memory holds keys and offsets only.
+    once every n-th one is; ``flush``, also done on closing, settles the rest. A record may name a ``parent``, the key
+    of the record it is about. Memory does not grow with the number of records, but for ``keys``.
 
     Raises ``ValueError`` on a bad name, payload or a read-only append, ``StoreFull`` when there is no room.
     """
@@ -50,23 +55,23 @@ class RecordStore:
             raise ValueError(f"RecordStore fsync_every={fsync_every}: must be at least 1")
         self.folder = Path(folder)
         self.corrupt_records = 0
-        """Lines met so far that fail their checksum; each was logged with file and byte offset, and skipped."""
+        """Lines met so far that fail their checksum; each was logged with file and byte offset, and skipped. A writer
+        that resumes from its index meets only what it reads; a reader meets every line on opening."""
         self.torn_tails = 0
         """Shards that ended in an unfinished line at the last refresh: a killed writer's unacknowledged record."""
         self._writer_name = writer_name
         self._fsync_every = fsync_every
-        self._index: dict[str, dict[str, int]] = {}
-        self._shards: list[Path] = []
-        self._scanned: dict[Path, int] = {}
-        self._writer: _ShardWriter | None = None
-        self._own_shard = -1
+        self._files: OrderedDict[int, FileIO] = OrderedDict()
+        self._writer: ShardWriter | None = None
         self._unsettled: list[tuple[str, str]] = []
+        self._index: StoreIndex | None = None
+        self._index_file: IndexFile | None = None
         if writer_name is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             fsync_directory(self.folder.parent)
         elif not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder}: no record store there: check the path or run the stage before")
-        self.refresh()
+        self._open_index()
 
     def __enter__(self) -> RecordStore:
         return self
@@ -76,34 +81,28 @@ class RecordStore:
 
     def refresh(self) -> None:
         """Take in what other writers have added since the last look."""
-        known = {path: shard for shard, path in enumerate(self._shards)}
-        self.torn_tails = 0
-        for path in sorted(self.folder.glob(f"*{_SUFFIX}")):
-            if path not in known:
-                known[path] = self._add_shard(path)
-            self._scan(path, known[path])
+        self._ask(self._scan_all)
 
-    def append(self, key: str, kind: str, payload: dict[str, object]) -> bool:
+    def append(self, key: str, kind: str, payload: Payload, *, parent: str | None = None) -> bool:
         """Write one record; False, and nothing is written, when this key of this kind is there already."""
         if self._writer_name is None:
             raise ValueError(f"{self.folder}: opened without a writer_name, so for reading only")
-        if not key or not kind or not isinstance(payload, dict):
-            raise ValueError(f"{self.folder}: record {key!r}: key and kind must not be empty, the payload a dict")
-        if key in self._index.get(kind, {}):
+        if not key or not kind or parent == "" or not isinstance(payload, dict):
+            raise ValueError(f"{self.folder}: record {key!r}: key, kind and parent must not be empty, "
+                             "the payload must be a dict")
+        if self._ask(lambda index: index.has(kind, key)):
             return False
-        body = json.dumps({"key": key, "kind": kind, "payload": payload}, allow_nan=False).encode("ascii")
-        line = b"%08x\t%s\n" % (zlib.crc32(body), body)
+        line = encode_line(Names(key, kind, parent), payload)
         try:
             if self._writer is None:
-                self._writer = _ShardWriter(self.folder, self._writer_name)
-                self._own_shard = self._add_shard(self._writer.path)
+                self._writer = ShardWriter(self.folder, self._writer_name)
             offset = self._writer.write(line)
         except OSError as error:
             self._abandon_unless_clean()
             raise self._named(error, f"writing a record of {len(line)} bytes") from error
-        self._index.setdefault(kind, {})[key] = self._own_shard << _OFFSET_BITS | offset
-        self._scanned[self._writer.path] = self._writer.end
+        # Before the index may fail: a new index reads the shards, this line included.
         self._unsettled.append((kind, key))
+        self._ask(lambda index: self._add_own(index, kind, key, parent, offset, line))
         if len(self._unsettled) >= self._fsync_every:
             self.flush()
         return True
@@ -117,86 +116,226 @@ class RecordStore:
         except OSError as error:
             # After a failed fsync the kernel may have dropped the pages: only a new file can be trusted.
             for kind, key in self._unsettled:
-                self._index[kind].pop(key, None)
+                self._ask(lambda index, kind=kind, key=key: index.forget(kind, key))
             lost, self._unsettled = len(self._unsettled), []
             self._writer.clean = False
             self._abandon_unless_clean()
             raise self._named(error, f"syncing {lost} records, which are taken back") from error
         self._unsettled = []
+        self._ask(lambda index: index.commit() if index.pending >= _COMMIT_EVERY else None)
 
     def close(self) -> None:
-        """Flush and let go of the shard."""
+        """Flush and let go of the shard and the index. The store can still be read, from a new index."""
         try:
             self.flush()
         finally:
             if self._writer is not None:
                 os.close(self._writer.handle)
                 self._writer = None
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
+            self._close_index(keep=True)
+
+    def kinds(self) -> list[str]:
+        """Kinds of the records there are, in the order first met."""
+        return self._ask(lambda index: index.kinds())
 
     def keys(self, kind: str) -> set[str]:
-        """Keys of the records of a kind, as of opening, the last refresh and this store's own appends."""
-        return set(self._index.get(kind, {}))
+        """Keys of the records of a kind, as of opening, the last refresh and this store's own appends.
 
-    def iter(self, kind: str) -> Iterator[tuple[str, dict[str, object]]]:
-        """Stream ``(key, payload)``, each key once, in the order read. One gone bad since is logged and skipped."""
-        entries = list(self._index.get(kind, {}).items())
-        for shard, group in groupby(entries, key=lambda entry: entry[1] >> _OFFSET_BITS):
-            with self._shards[shard].open("rb") as file:
-                for key, location in group:
-                    file.seek(location & (1 << _OFFSET_BITS) - 1)
-                    body = _checked_body(file.readline())
-                    if body is None:
-                        self._report_corrupt(self._shards[shard], location & (1 << _OFFSET_BITS) - 1)
-                        self._index[kind].pop(key, None)
-                    else:
-                        yield key, json.loads(body)["payload"]
+        This set is in memory: for a store of any size stream with ``iter``.
+        """
+        return self._ask(lambda index: set(index.keys(kind)))
 
-    def get(self, key: str, kind: str | None = None) -> dict[str, object] | None:
+    def keys_with_prefix(self, kind: str, prefix: str, limit: int) -> list[str]:
+        """Up to ``limit`` keys of a kind that begin with ``prefix``, in order."""
+        return self._ask(lambda index: index.keys_with_prefix(kind, prefix, limit))
+
+    def counts(self) -> dict[tuple[str, str], int]:
+        """Number of records by shard file name and kind; a record that two shards hold counts once."""
+        return self._ask(lambda index: index.counts())
+
+    def iter(self, kind: str, *, by_key: bool = False) -> Iterator[tuple[str, Payload]]:
+        """Stream ``(key, payload)``, each key once, in the order read (which is fastest) or in the order of the keys.
+
+        One gone bad since is logged and skipped.
+        """
+        entries = self._ask(lambda index: index.in_key_order(kind) if by_key else index.in_order_read(kind))
+        return self._payloads(kind, entries)
+
+    def children(self, parent: str, kind: str) -> Iterator[tuple[str, Payload]]:
+        """Stream ``(key, payload)`` of the records of a kind that name this parent, in the order of their keys."""
+        return self._payloads(kind, self._ask(lambda index: index.children(parent, kind)))
+
+    def children_per_parent(self, kind: str) -> dict[int, int]:
+        """How many parents have so many children of this kind, by the number of children."""
+        return self._ask(lambda index: index.children_per_parent(kind))
+
+    def adopt(self, kind: str, parent_of: Callable[[Payload], str | None]) -> None:
+        """Give records written without a parent the one that ``parent_of`` finds in the payload, in this index only."""
+        for entry in self._ask(lambda index: index.without_parent(kind)):
+            payload = self._read(kind, entry)
+            parent = None if payload is None else parent_of(payload)
+            if parent is not None:
+                self._ask(lambda index, row=entry.row, parent=parent: index.set_parent(row, parent))
+
+    def get(self, key: str, kind: str | None = None) -> Payload | None:
         """The payload of a key, of the given kind or of the first kind that has it; None when there is none."""
-        for name in self._index if kind is None else (kind,):
-            location = self._index.get(name, {}).get(key)
-            if location is not None:
-                path, offset = self._shards[location >> _OFFSET_BITS], location & (1 << _OFFSET_BITS) - 1
-                with path.open("rb") as file:
-                    file.seek(offset)
-                    body = _checked_body(file.readline())
-                if body is not None:
-                    return json.loads(body)["payload"]
-                self._report_corrupt(path, offset)
-                # Forgotten, so that the record can be made and appended again.
-                self._index[name].pop(key, None)
+        for name in self.kinds() if kind is None else (kind,):
+            entry = self._ask(lambda index, name=name: index.find(name, key))
+            if entry is not None and (payload := self._read(name, entry)) is not None:
+                return payload
         return None
 
-    def _add_shard(self, path: Path) -> int:
-        self._shards.append(path)
-        self._scanned[path] = 0
-        return len(self._shards) - 1
+    def parent(self, key: str, kind: str) -> str | None:
+        """The parent that a record names; None when it names none or does not exist."""
+        entry = self._ask(lambda index: index.find(kind, key))
+        return None if entry is None else entry.parent
 
-    def _scan(self, path: Path, shard: int) -> None:
+    def location(self, key: str, kind: str) -> tuple[str, int] | None:
+        """Shard file name and byte offset of the record that counts; None when there is none."""
+        entry = self._ask(lambda index: index.find(kind, key))
+        return None if entry is None else (self._shard_name(entry.shard), entry.start)
+
+    def _payloads(self, kind: str, entries: Iterable[Entry]) -> Iterator[tuple[str, Payload]]:
+        index = self._index
+        for entry in entries:
+            if self._index is not index:
+                raise RuntimeError(f"{self.folder}: closed, or its index replaced, while being read: read it again")
+            payload = self._read(kind, entry)
+            if payload is not None:
+                yield entry.key, payload
+
+    def _read(self, kind: str, entry: Entry) -> Payload | None:
+        """The payload at an entry; None when the line there has gone bad, which is then forgotten."""
+        body = checked_body(os.pread(self._file(entry.shard).fileno(), entry.length, entry.start))
+        if body is not None:
+            data = json.loads(body)
+            if (data["key"], data["kind"]) == (entry.key, kind):
+                return data["payload"]
+        self._report_corrupt(self._shard_name(entry.shard), entry.start)
+        # Forgotten, so that the record can be made and appended again.
+        self._ask(lambda index: index.forget(kind, entry.key))
+        return None
+
+    def _file(self, shard: int) -> FileIO:
+        file = self._files.pop(shard, None)
+        if file is None:
+            file = (self.folder / self._shard_name(shard)).open("rb", buffering=0)
+            if len(self._files) >= _OPEN_SHARDS:
+                self._files.popitem(last=False)[1].close()
+        self._files[shard] = file
+        return file
+
+    def _shard_name(self, shard: int) -> str:
+        return self._ask(lambda index: index.shard_name(shard))
+
+    def _add_own(self, index: StoreIndex, kind: str, key: str, parent: str | None, offset: int, line: bytes) -> None:
+        name = self._writer.path.name
+        state = index.shards.get(name) or index.add_shard(name)
+        if state.scanned <= offset:  # else a new index has read the line already
+            index.add([(kind, key, parent, state.id, offset, len(line))])
+            state.scanned, state.last, state.checksum = offset + len(line), offset, line[:8].decode("ascii")
+
+    def _open_index(self) -> None:
+        """This writer's own index as far as it fits the shards, a temporary one for everybody else."""
+        if self._writer_name is not None:
+            try:
+                self._index_file = IndexFile(self.folder, self._writer_name)
+                index = self._index_file.open()
+                if not self._is_current(index):
+                    index.close()
+                    index = self._index_file.open(is_current=False)
+                self._index = index
+            except (OSError, IndexFailure) as error:
+                logger.info("%s: no index file for %s (%s): a temporary one", self.folder, self._writer_name, error)
+                self._close_index(keep=False)
+        self._ask(self._scan_all)
+
+    def _is_current(self, index: StoreIndex) -> bool:
+        """Whether every shard in the index is there with the last indexed record where it was."""
+        for state in index.shards.values():
+            path = self.folder / state.name
+            if not path.is_file() or path.stat().st_size < state.scanned:
+                return False
+            if state.checksum:
+                with path.open("rb") as file:
+                    file.seek(state.last)
+                    line = file.readline()
+                if line[:8] != state.checksum.encode() or checked_body(line) is None:
+                    return False
+        return True
+
+    def _ask(self, question: Callable[[StoreIndex], T]) -> T:
+        """Ask the index; when it fails, as on a full disk, ask a new temporary one."""
+        if self._index is not None:
+            try:
+                return question(self._index)
+            except IndexFailure as error:
+                logger.warning("%s: index: %s: made again in a temporary file", self.folder, error)
+                self._close_index(keep=False)
+        try:
+            self._index = StoreIndex(None)
+            self._scan_all(self._index)
+            return question(self._index)
+        except IndexFailure as error:
+            self._close_index(keep=False)
+            raise StoreFull(f"{self.folder}: a temporary index cannot be written ({error}): set SQLITE_TMPDIR to a "
+                            "folder with space; every acknowledged record is intact") from error
+
+    def _close_index(self, keep: bool) -> None:
+        index, self._index = self._index, None
+        file, self._index_file = self._index_file, None
+        if index is not None:
+            try:
+                if keep and file is not None:
+                    index.commit()
+            except IndexFailure as error:
+                logger.warning("%s: index not kept: %s", self.folder, error)
+                keep = False
+            index.close()
+        if file is not None:
+            if not keep:
+                file.remove()
+            file.release()
+        # Shard numbers are the index's own.
+        for open_file in self._files.values():
+            open_file.close()
+        self._files.clear()
+
+    def _scan_all(self, index: StoreIndex) -> None:
+        self.torn_tails = 0
+        for path in shard_paths(self.folder):
+            state = index.shards.get(path.name) or index.add_shard(path.name)
+            if path.stat().st_size != state.scanned:
+                self._scan(index, path, state)
+
+    def _scan(self, index: StoreIndex, path: Path, state: ShardState) -> None:
         """Index the complete lines of a shard from where the last scan ended."""
-        offset = self._scanned[path]
-        with path.open("rb") as file:
-            file.seek(offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    self.torn_tails += 1
-                    logger.info("%s: byte %d: unfinished record, ignored", path, offset)
-                    break
-                start, names = 0, _names(line)
-                if names is None:
-                    self._report_corrupt(path, offset)
-                    # A damaged newline glues two records together; the second still begins before the last tab.
-                    start = max(0, line.rfind(b"\t") - 8)
-                    names = _names(line[start:])
-                if names is not None:
-                    key, kind = names
-                    self._index.setdefault(kind, {}).setdefault(key, shard << _OFFSET_BITS | offset + start)
-                offset += len(line)
-        self._scanned[path] = offset
+        found: list[tuple[str, str, str | None, int, int, int]] = []
+        for line in read_lines(path, state.scanned):
+            if line.torn:
+                self.torn_tails += 1
+                logger.info("%s: byte %d: unfinished record, ignored", path, line.offset)
+                break
+            if line.names is None:
+                self._report_corrupt(path.name, line.offset)
+            else:
+                names = line.names
+                found.append((names.kind, names.key, names.parent, state.id, line.offset, line.length))
+                state.last, state.checksum = line.offset, line.checksum
+            state.scanned = line.offset + line.length
+            if len(found) >= _COMMIT_EVERY:
+                index.add(found)
+                found.clear()
+                if index.path is not None:
+                    index.commit()
+        index.add(found)
 
-    def _report_corrupt(self, path: Path, offset: int) -> None:
+    def _report_corrupt(self, shard: str, offset: int) -> None:
         self.corrupt_records += 1
-        logger.warning("%s: byte %d: corrupt record, skipped", path, offset)
+        logger.warning("%s: byte %d: corrupt record, skipped", self.folder / shard, offset)
 
     def _abandon_unless_clean(self) -> None:
         """Go on in a fresh shard when this one may end in part of a record."""
@@ -209,55 +348,3 @@ class RecordStore:
         if error.errno in _FULL:
             return StoreFull(f"{message}, free space and run again")
         return OSError(error.errno, message)
-
-
-class _ShardWriter:
-    """Appends whole lines to a new file; after a failed write the file ends where it did before."""
-
-    def __init__(self, folder: Path, writer_name: str) -> None:
-        for number in count():
-            self.path = folder / f"{writer_name}.{number:06d}{_SUFFIX}"
-            try:
-                self.handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
-                break
-            except FileExistsError:
-                continue
-        self.end = 0
-        self.clean = True
-        """False when part of a line could not be taken back; then nothing may be appended any more."""
-        fsync_directory(folder)
-
-    def write(self, line: bytes) -> int:
-        """Append one line and return its offset. One ``os.write``, more only where the kernel takes less."""
-        start, rest = self.end, memoryview(line)
-        try:
-            while rest:
-                rest = rest[os.write(self.handle, rest):]
-            self.end = start + len(line)
-        except BaseException:
-            try:
-                os.ftruncate(self.handle, start)
-            except OSError:
-                self.clean = False
-            raise
-        return start
-
-
-def _checked_body(line: bytes) -> bytes | None:
-    """The JSON of a line whose checksum fits, else None."""
-    checksum, tab, body = line.removesuffix(b"\n").partition(b"\t")
-    return body if tab and checksum == b"%08x" % zlib.crc32(body) else None
-
-
-def _names(line: bytes) -> tuple[str, str] | None:
-    """Key and kind of a line, None when it is no intact record."""
-    body = _checked_body(line)
-    if body is None:
-        return None
-    if head := _HEAD.match(body):
-        return head[1].decode("ascii"), head[2].decode("ascii")
-    try:
-        data = json.loads(body)
-        return (str(data["key"]), str(data["kind"])) if isinstance(data["payload"], dict) else None
-    except (ValueError, KeyError, TypeError):
-        return None

@@ -48,6 +48,8 @@ class Solution:
     text: str
     finish_reason: str
     num_tokens: int
+    num_prompt_tokens: int | None = None
+    """None in records made before it was kept."""
 
     @classmethod
     def from_json(cls, data: dict[str, object]) -> Solution:
@@ -64,11 +66,14 @@ class Verification:
     text: str
     outcome: Outcome
     num_tokens: int
+    num_prompt_tokens: int | None = None
+    """None in records made before it was kept."""
 
     def to_json(self) -> dict[str, object]:
         return {
             "key": self.key, "solution_key": self.solution_key, "vote": self.vote, "text": self.text,
             "outcome": outcome_to_json(self.outcome), "num_tokens": self.num_tokens,
+            "num_prompt_tokens": self.num_prompt_tokens,
         }
 
     @classmethod

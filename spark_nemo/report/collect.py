@@ -34,7 +34,8 @@ from spark_nemo.report.model import (
     Summary,
     to_plain,
 )
-from spark_nemo.verification.collect import SOLUTION, VERIFICATION, read_collected
+from spark_nemo.verification.collect import SOLUTION, VERIFICATION
+from spark_nemo.verification.collected import read_collected
 from spark_nemo.verification.reference import REFERENCE_VERIFICATION
 from spark_nemo.verification.revise import CRITIQUE, MERGE
 

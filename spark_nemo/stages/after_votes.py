@@ -7,7 +7,6 @@ that no reference-free method reads.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -18,10 +17,9 @@ from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.engines.served import ServedModel
 from spark_nemo.evaluation.answers import read_answer_keys
 from spark_nemo.grammar import ChatMessages, ParsedResponse, revision_prompts
-from spark_nemo.records import Problem, Solution, Verification
+from spark_nemo.records import Solution, Verification
 from spark_nemo.records.store import RecordStore
 from spark_nemo.verification import LabelOptions
-from spark_nemo.verification.collect import parse_solution, read_collected
 from spark_nemo.verification.reference import AskWithAnswer, ReferenceVerifier
 from spark_nemo.verification.revise import Reviser
 
@@ -29,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class AfterVotes:
-    """Awaited once per solution whose votes are all in; one request at a time is in flight for each."""
+    """Awaited by the collector for every solution whose votes are all in; one request at a time is in flight each."""
 
     def __init__(self, config: SparkConfig, critic: ServedModel, store: RecordStore) -> None:
         stage, seed = config.stage1, config.run.seed
@@ -46,25 +44,6 @@ class AfterVotes:
             await self.reviser.revise(solution, parsed, votes)
         if self.reference is not None:
             await self.reference.verify(solution, parsed)
-
-    async def run_over(self, store: RecordStore, problems: Sequence[Problem], at_once: int) -> None:
-        """All stored solutions of ``problems``, ``at_once`` of them at a time."""
-        slots, wanted = asyncio.Semaphore(at_once), {problem.problem_id for problem in problems}
-        solutions, verifications = read_collected(store)
-        votes: dict[str, list[Verification]] = {solution.key: [] for solution in solutions}
-        for verification in verifications:
-            votes[verification.solution_key].append(verification)
-
-        async def one(solution: Solution) -> None:
-            async with slots:
-                parsed = parse_solution(solution)
-                assert isinstance(parsed, ParsedResponse), "read_collected gives usable solutions"
-                await self(solution, parsed, votes[solution.key])
-
-        async with asyncio.TaskGroup() as group:
-            for solution in solutions:
-                if solution.problem_id in wanted:
-                    group.create_task(one(solution))
 
     def made_by(self) -> dict[str, object]:
         """Everything but the verifications that the results depend on, by setting; plain JSON."""

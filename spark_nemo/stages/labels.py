@@ -17,10 +17,9 @@ from spark_nemo.records import LabelledSolution
 from spark_nemo.records.jsonl import write_json_atomic, write_text_atomic
 from spark_nemo.records.store import RecordStore
 from spark_nemo.stages.run_folder import stage1_folder, stage2_folder
-from spark_nemo.verification import NO_REVISIONS, LabelOptions, Selection, label_all, select_labels
-from spark_nemo.verification.collect import parse_solution, read_collected
-from spark_nemo.verification.reference import iter_reference_verifications
-from spark_nemo.verification.revise import StoredRevisions
+from spark_nemo.verification import LabelOptions, Selection, select_labels
+from spark_nemo.verification.collect import parse_solution
+from spark_nemo.verification.collected import label_collected
 from spark_nemo.verification.selection import IsCorrect
 
 log = logging.getLogger(__name__)
@@ -51,17 +50,11 @@ def make_labels(config: SparkConfig) -> list[LabelledSolution]:
 
 
 def _label(config: SparkConfig) -> tuple[list[LabelledSolution], dict[str, int]]:
-    store_folder, method = stage1_folder(config.run) / "store", config.stage2.method
+    store_folder = stage1_folder(config.run) / "store"
     if not store_folder.is_dir():
         raise ConfigError(f"run.dir={config.run.dir}: no stage1/store there; run `spark-nemo stage1` first")
     with RecordStore(store_folder) as store:
-        solutions, verifications = read_collected(store)
-        if method == REFERENCE_GUIDED:
-            keys = {solution.key for solution in solutions}
-            verifications = [v for v in iter_reference_verifications(store) if v.solution_key in keys]
-        revisions = StoredRevisions(store) if method in REVISED_METHODS else NO_REVISIONS
-        return label_all(
-            method, solutions, verifications, config.run.seed, LabelOptions.of(config.labels), revisions)
+        return label_collected(config.stage2.method, store, config.run.seed, LabelOptions.of(config.labels))
 
 
 def _remedy(config: SparkConfig, dropped: dict[str, int]) -> str:

@@ -5,7 +5,7 @@
     run.dir/
       config.yaml           the resolved configuration
       data/                 problem files made for the small world
-      stage1/store/         shards of solutions and verifications     stage1/stats-*.json
+      stage1/store/         shards of solutions and verifications     stage1/stats-*.json, ledger-*.json
       stage2/<method>/      labels.jsonl, metrics.jsonl, checkpoints/, model/, processbench.json
       stage3/<reward>/      metrics.jsonl, checkpoints/, evaluations.jsonl, samples.jsonl, model/
       summary.json, report.html

@@ -17,20 +17,18 @@ from spark_nemo.records.store import RecordStore
 from spark_nemo.stages.after_votes import AfterVotes, after_votes
 from spark_nemo.stages.checks import check_stage1
 from spark_nemo.stages.run_folder import Clock, mark_done, progress, stage1_folder
+from spark_nemo.stages.stage1_watch import LedgerFile, Stage1Watch, check_failure_rates
 from spark_nemo.verification.collect import CollectCounts, Collector
 
 log = logging.getLogger(__name__)
-
-
-class TooManyFailures(RuntimeError):
-    """More solutions or verifications failed than the configuration allows."""
 
 
 def run_stage1(config: SparkConfig) -> CollectCounts:
     """Sample what is missing of the configured shard (or of everything) and write its statistics.
 
     Raises ``ConfigError`` on bad input before any model is loaded, ``TooManyFailures`` when more than
-    ``stage1.max_failure_rate`` of the solutions or verifications is unusable.
+    ``stage1.max_failure_rate`` of the solutions or verifications is unusable: as soon as that is clear, and what is
+    stored by then stays.
     """
     stage = config.stage1
     check_stage1(config)
@@ -43,19 +41,22 @@ def run_stage1(config: SparkConfig) -> CollectCounts:
 
     with (RecordStore(folder / "store", writer_name=name, fsync_every=256) as store,
           progress(folder / name, total, "verification", clock) as bar):
-        collector = Collector(
-            stage, config.run.seed, generator, verifier, store, lambda counts: bar.update(*_shown(counts, stage)))
+        watch = Stage1Watch(stage, bar, total)
         after = after_votes(config, verifier, store)
+        collector = Collector(stage, config.run.seed, generator, verifier, store, watch, after)
         _claim(folder / "made_by.json", {**collector.made_by(), **(after.made_by() if after else {})})
-        counts = asyncio.run(_collect(collector, after, problems, config))
+        ledger = watch.ledger = LedgerFile(folder / f"ledger-{name}.json", collector.ledger)
+        try:
+            counts = asyncio.run(_collect(collector, after, problems, config))
+        finally:
+            ledger.save()
+            watch.show(collector.counts)
     clock.save()
     extra = after.stats() if after else {}
     for what, row in extra.items():
         log.info("%s: %s", what, row)
     write_json_atomic(folder / f"stats-{name}.json", {**asdict(counts), **extra, "seconds": clock.seconds})
-    _check_rates([("solutions", counts.unusable_solutions, counts.solutions),
-                  ("verifications", counts.failed_verifications, counts.verifications),
-                  *(after.rates() if after else [])], stage.max_failure_rate)
+    check_failure_rates(counts, stage.max_failure_rate, more=after.rates() if after else [])
     mark_done(folder / name, asdict(counts))
     return counts
 
@@ -68,14 +69,13 @@ def shard_name(stage: Stage1Config) -> str:
 async def _collect(
     collector: Collector, after: AfterVotes | None, problems: list[Problem], config: SparkConfig,
 ) -> CollectCounts:
-    in_flight = max(1, 2 * config.engine.max_batch_size // config.stage1.solutions_per_problem)
+    # Twice what is decoded together, so that a row that falls free finds a request waiting.
+    in_flight = config.stage1.max_requests_in_flight or 2 * config.engine.max_batch_size
     engines = [collector.generator, collector.verifier]
     if after is not None and after.critic is not collector.verifier:
         engines.append(after.critic)
     try:
         counts = await collector.run(problems, in_flight)
-        if after is not None:
-            await after.run_over(collector.store, problems, config.engine.max_batch_size)
         for served in engines:
             if not (await served.engine.health()).alive:
                 raise EngineFailure("stage I: an engine stopped before the end; what is stored stays, run again")
@@ -104,16 +104,3 @@ def _first(error: Exception) -> Exception:
 def _shard(problems: list[Problem], config: SparkConfig) -> list[Problem]:
     stage = config.stage1
     return problems if stage.shard is None else problems[stage.shard::stage.num_shards]
-
-
-def _shown(counts: CollectCounts, stage: Stage1Config) -> tuple[int, str]:
-    skipped = counts.unusable_solutions * stage.verifications_per_solution
-    note = f"{counts.solutions} solutions, {counts.unusable_solutions} unusable, {counts.failed_verifications} failed"
-    return counts.verifications + skipped, note
-
-
-def _check_rates(rates: list[tuple[str, int, int]], bound: float) -> None:
-    for name, failed, total in rates:
-        if total and failed / total > bound:
-            raise TooManyFailures(f"stage I: {failed} of {total} {name} are unusable, above "
-                                  f"stage1.max_failure_rate={bound}: look at `text` in the store, or raise the bound")

@@ -8,7 +8,6 @@ from .labelling import (
     NO_REVISIONS,
     Revisions,
     label_all,
-    label_groups,
     label_hybrid_outcome,
     label_hybrid_step,
     label_meta_critique,
@@ -23,7 +22,7 @@ from .voting import VoteCount, count_votes, failure_rates, majority
 
 __all__ = [
     "LABEL_METHODS", "NO_REVISIONS", "PICKS", "REASONS", "Dropped", "LabelOptions", "Revisions", "Selected",
-    "Selection", "VoteCount", "count_votes", "failure_rates", "label_all", "label_groups", "label_hybrid_outcome",
+    "Selection", "VoteCount", "count_votes", "failure_rates", "label_all", "label_hybrid_outcome",
     "label_hybrid_step", "label_meta_critique", "label_outcome_consistency", "label_reference_guided", "label_single",
     "label_step_consistency", "majority", "select_labels",
 ]

@@ -132,30 +132,13 @@ def label_all(
         if verification.solution_key not in votes:
             raise ValueError(f"verification {verification.key} is of solution {verification.solution_key}, not given")
         votes[verification.solution_key].append(verification)
-    return label_groups(
-        method, ((solution, votes[solution.key]) for solution in solutions), seed, options, revisions)
-
-
-def label_groups(
-    method: str, groups: Iterable[tuple[Solution, Sequence[Verification]]], seed: int,
-    options: LabelOptions = DEFAULT_OPTIONS, revisions: Revisions = NO_REVISIONS,
-) -> tuple[list[LabelledSolution], dict[str, int]]:
-    """``label_all`` of a stream of solutions with their verifications, such as ``stream_collected``'s.
-
-    Raises ``ValueError`` for an unknown method, a verification of another solution, and two verifications of one
-    solution with the same vote number; that no solution comes twice is the caller's to see to.
-    """
-    if method not in LABEL_METHODS:
-        raise ValueError(f"label method {method!r}: choose one of {', '.join(LABEL_METHODS)}")
     labelled: list[LabelledSolution] = []
     dropped: Counter[str] = Counter()
-    for solution, votes in groups:
-        if stray := next((v for v in votes if v.solution_key != solution.key), None):
-            raise ValueError(f"verification {stray.key} is of solution {stray.solution_key}, given with {solution.key}")
-        numbers = [v.vote for v in votes]
+    for solution in solutions:
+        numbers = [v.vote for v in votes[solution.key]]
         if len(set(numbers)) != len(numbers):
             raise ValueError(f"solution {solution.key}: two verifications with the same vote number in {numbers}")
-        label = LABEL_METHODS[method](solution, votes, seed, options, revisions)
+        label = LABEL_METHODS[method](solution, votes[solution.key], seed, options, revisions)
         if isinstance(label, Dropped):
             dropped[label.reason] += 1
         else:

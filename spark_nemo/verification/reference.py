@@ -7,7 +7,7 @@ read back as a type of their own, which no reference-free method accepts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from spark_nemo.config import Stage1Config
@@ -77,11 +77,10 @@ class ReferenceVerifier:
         return record
 
     def _keep(self, key: str, record: Verification, solution: Solution) -> None:
-        self.store.append(key, REFERENCE_VERIFICATION, record.to_json())
+        self.store.append(key, REFERENCE_VERIFICATION, record.to_json(), parent=solution.key)
         self.counts.tokens += record.num_tokens
 
 
-def iter_reference_verifications(store: RecordStore) -> Iterator[ReferenceVerification]:
-    """What the store holds for the reference-guided baseline, in no particular order."""
-    for _, row in store.iter(REFERENCE_VERIFICATION):
-        yield ReferenceVerification.from_json(row)
+def reference_verifications_of(store: RecordStore, solution_key: str) -> list[ReferenceVerification]:
+    """What the store holds of a solution for the reference-guided baseline."""
+    return [ReferenceVerification.from_json(row) for _, row in store.children(solution_key, REFERENCE_VERIFICATION)]

@@ -6,7 +6,7 @@ missing. Of each verification one critique and one merge are asked for, greedily
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 from spark_nemo.config import Stage1Config
@@ -136,31 +136,12 @@ class Reviser:
         return None if done.generation.finish_reason is FinishReason.ABORT else done
 
     def _keep(self, key: str, kind: str, payload: dict[str, object], solution: Solution) -> None:
-        self.store.append(key, kind, payload)
+        self.store.append(key, kind, payload, parent=solution.key)
         self.counts.tokens += int(payload["num_tokens"])  # type: ignore[call-overload]
 
 
-class StoredRevisions(Mapping[str, Revision]):
-    """The critiques and merges of a store, by the key of the verification they are about.
-
-    Memory holds keys; a revision is read from the store, which must stay open, when it is asked for.
-    """
-
-    def __init__(self, store: RecordStore) -> None:
-        self._store = store
-        self._critiques = {str(row["verification_key"]): key for key, row in store.iter(CRITIQUE)}
-        self._merges = {str(row["critique_key"]): key for key, row in store.iter(MERGE)}
-
-    def __getitem__(self, verification_key: str) -> Revision:
-        key = self._critiques[verification_key]
-        critique = self._store.get(key, CRITIQUE)
-        if critique is None:
-            raise KeyError(verification_key)
-        merge = self._store.get(self._merges[key], MERGE) if key in self._merges else None
-        return Revision(Critique.from_json(critique), Merge.from_json(merge) if merge is not None else None)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._critiques)
-
-    def __len__(self) -> int:
-        return len(self._critiques)
+def revisions_of(store: RecordStore, solution_key: str) -> dict[str, Revision]:
+    """A solution's critiques and merges, by the key of the verification they are about."""
+    critiques = [Critique.from_json(row) for _, row in store.children(solution_key, CRITIQUE)]
+    merges = {str(row["critique_key"]): Merge.from_json(row) for _, row in store.children(solution_key, MERGE)}
+    return {critique.verification_key: Revision(critique, merges.get(critique.key)) for critique in critiques}

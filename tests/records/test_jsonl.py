@@ -20,6 +20,17 @@ def test_problems_are_read_without_their_answers(tmp_path):
     assert "SECRET" not in repr(problems)
 
 
+def test_the_names_that_benchmarks_use_are_read(tmp_path):
+    """MATH-500's and AIME's own files are problem files as they are; our own names win where both are there."""
+    path = tmp_path / "p.jsonl"
+    rows = [{"unique_id": "test/a.json", "problem": "1 + 1?", "answer": "SECRET", "solution": "SECRET"},
+            {"id": 60, "problem": "2?"}, {"idx": 1, "id": 2, "problem_id": "own", "problem": "x", "question": "q"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = read_problems(path)
+    assert problems == [Problem("test/a.json", "1 + 1?"), Problem("60", "2?"), Problem("own", "q")]
+    assert "SECRET" not in repr(problems)
+
+
 GOOD = b'{"problem_id": "a", "question": "q"}'
 
 
@@ -34,6 +45,7 @@ GOOD = b'{"problem_id": "a", "question": "q"}'
     (GOOD + b"\n" + GOOD, "p.jsonl:2: problem_id 'a' is already on line 1"),
     (b'{"question": "q"}', "p.jsonl:1: 'problem_id' must be a string, it is missing"),
     (b'{"problem_id": 3, "question": "q"}', "p.jsonl:1: 'problem_id' must be a string"),
+    (b'{"id": true, "question": "q"}', "p.jsonl:1: 'problem_id' must be a string"),
     (b'{"problem_id": "a", "question": " "}', "p.jsonl:1: problem 'a'"),
     (b'{"problem_id": "a", "question": "\\ud800"}', "p.jsonl:1: 'question' holds half"),
 ])

@@ -20,9 +20,9 @@ from spark_nemo.verification.collect import VERIFICATION
 from spark_nemo.verification.reference import (
     REFERENCE_VERIFICATION,
     ReferenceVerifier,
-    iter_reference_verifications,
+    reference_verifications_of,
 )
-from spark_nemo.verification.revise import CRITIQUE, MERGE, Reviser, StoredRevisions
+from spark_nemo.verification.revise import CRITIQUE, MERGE, Reviser, revisions_of
 
 
 class Critic:
@@ -54,8 +54,7 @@ def revise(folder, critic, given_votes, picks=("single",), sampling=RevisionSamp
     with RecordStore(folder, "writer") as store:
         reviser = Reviser(config, LabelOptions(), 0, critic, store)
         asyncio.run(reviser.revise(solution(), parsed, given_votes))
-        revisions = StoredRevisions(store)
-        return reviser.counts, {key: revisions[key] for key in revisions}
+        return reviser.counts, revisions_of(store, "s")
 
 
 def test_the_pick_gets_one_critique_and_one_merge_greedily(tmp_path: Path) -> None:
@@ -139,7 +138,7 @@ def test_verifications_that_saw_the_answer_have_a_kind_and_type_of_their_own(tmp
             asyncio.run(ReferenceVerifier(config, 0, critic, ask(answer), store).verify(solution(), parsed))
             assert len(critic.asked) == asked == len(store.keys(REFERENCE_VERIFICATION))
         assert not store.keys(VERIFICATION) and not store.keys(CRITIQUE) and not store.keys(MERGE)
-        stored = list(iter_reference_verifications(store))
+        stored = reference_verifications_of(store, "s")
     assert critic.asked[0][0] == "the answer is 3"
     assert all(type(record) is ReferenceVerification for record in stored)
     assert len({seed for _, _, seed in critic.asked}) == 6

@@ -1,0 +1,164 @@
+"""``spark-nemo data stats|show|export|verify``: look into a store of stage I without writing to it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from spark_nemo.config import ConfigError
+from spark_nemo.records.shards import shard_paths
+from spark_nemo.records.store import RecordStore
+
+EXAMPLES = """examples:
+  spark-nemo data stats runs/first
+  spark-nemo data show runs/first 0df7a6
+  spark-nemo data export runs/first --kind label --out labels.parquet
+  spark-nemo data verify runs/first
+"""
+
+
+def add_data_commands(commands: argparse._SubParsersAction) -> None:
+    """The ``data`` command and its four subcommands."""
+    data = commands.add_parser(
+        "data", help="look into a stage I store: stats, show, export, verify", epilog=EXAMPLES,
+        description="Look into the store of stage I. RUN is a run folder, or a store folder.",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = data.add_subparsers(required=True, metavar="COMMAND")
+    stats = _command(kinds, "stats", _stats, "counts by kind, outcome and shard, votes, tokens, failures by reason")
+    stats.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    show = _command(kinds, "show", _show, "print one record")
+    show.add_argument("id", help="a key, or enough of its beginning to name one record")
+    export = _command(kinds, "export", _export, "write records or labels as flat rows")
+    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="name ending in .jsonl or .parquet")
+    export.add_argument("--kind", help="solution, verification, label (stage II's) or any other kind there is; "
+                                       "without it all records of the store, for .jsonl only")
+    _command(kinds, "verify", _verify, "read every byte and check every record; exit status 1 when something is wrong")
+
+
+def store_folder(run: Path) -> Path:
+    """The store of a run folder, or the folder itself when it is one. Raises ``ConfigError`` when there is neither."""
+    for folder in (run / "stage1/store", run / "store", run):
+        if folder.is_dir() and shard_paths(folder):
+            return folder
+    raise ConfigError(f"{run}: neither a run folder with stage1/store nor a store: no *.records there")
+
+
+def read_made_by(folder: Path) -> dict[str, object]:
+    """What stage I wrote beside the store about how its records were made; empty when it is not there."""
+    path = folder.parent / "made_by.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def label_files(folder: Path) -> list[Path]:
+    """Every labels.jsonl that stage II wrote from this store, by method."""
+    return sorted(folder.parent.parent.glob("stage2/*/labels.jsonl")) if folder.parent.name == "stage1" else []
+
+
+def _command(kinds: argparse._SubParsersAction, name: str, run: object, summary: str) -> argparse.ArgumentParser:
+    command = kinds.add_parser(name, help=summary, description=summary, epilog=EXAMPLES,
+                               formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_argument("run_folder", type=Path, metavar="RUN", help="run folder or store folder")
+    command.set_defaults(run=run)
+    return command
+
+
+def _stats(arguments: argparse.Namespace) -> int:
+    from spark_nemo.verification.statistics import store_statistics
+
+    folder = store_folder(arguments.run_folder)
+    with RecordStore(folder) as store:
+        figures = asdict(store_statistics(store))
+    figures["runs"] = {path.stem.removeprefix("stats-"): json.loads(path.read_text(encoding="utf-8"))
+                       for path in sorted(folder.parent.glob("stats-*.json"))}
+    print(json.dumps(figures, indent=2) if arguments.json else "\n".join(_table(figures)))
+    return 0
+
+
+def _table(figures: dict[str, dict]) -> Iterator[str]:
+    yield f"{'records':<28}{'number':>10}{'tokens':>14}"
+    for kind, number in figures["records"].items():
+        yield f"{kind:<28}{number:>10}{figures['tokens'][kind]:>14}"
+        for outcome, count in sorted(figures["outcomes"].get(kind, {}).items()):
+            yield f"  {outcome:<26}{count:>10}{_percent(count, number):>14}"
+    for kind, reasons in figures["failures"].items():
+        if reasons:
+            yield f"\nfailures of {kind}"
+        for reason, count in reasons.items():
+            yield f"  {reason:<48} {count:>10}"
+    yield f"\n{'votes on a solution':<28}{'solutions':>10}"
+    for votes, solutions in figures["votes_per_solution"].items():
+        yield f"  {votes:<26}{solutions:>10}"
+    yield "\nshards"
+    for shard, kinds in figures["shards"].items():
+        yield f"  {shard}: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}"
+    if figures["corrupt_records"] or figures["torn_tails"]:
+        yield (f"\n{figures['corrupt_records']} corrupt records, {figures['torn_tails']} unfinished ones at the end of "
+               "a shard: see `spark-nemo data verify`")
+    for name, run in figures["runs"].items():
+        failures = run.pop("engine_failures", {})
+        yield f"\nlast run of {name}: {', '.join(f'{key} {value}' for key, value in run.items())}"
+        for reason, count in failures.items():
+            yield f"  engine failed {count} times: {reason}"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %"
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from spark_nemo.verification.lineage import find_record
+
+    with RecordStore(store_folder(arguments.run_folder)) as store:
+        kind, key = find_record(store, arguments.id)
+        payload = dict(store.get(key, kind) or {})
+        shard, offset = store.location(key, kind) or ("", 0)
+        parent = store.parent(key, kind)
+    text = payload.pop("text", None)
+    print(f"{kind} {key}\n  in {shard} at byte {offset}" + (f"\n  parent: {parent}" if parent else ""))
+    for name, value in payload.items():
+        print(f"  {name}: {value if isinstance(value, str) else json.dumps(value)}")
+    if text is not None:
+        print(f"  text:\n{text}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from spark_nemo.verification.export import LABEL, label_rows, store_rows, write_rows
+
+    folder = store_folder(arguments.run_folder)
+    with RecordStore(folder) as store:
+        kinds = store.kinds() if arguments.kind is None else [arguments.kind]
+        files = label_files(folder)
+        if arguments.kind == LABEL:
+            if not files:
+                raise ConfigError(f"{arguments.run_folder}: no stage2/*/labels.jsonl there: run `spark-nemo stage2`")
+            rows = label_rows(files)
+        elif arguments.kind is not None and arguments.kind not in store.kinds():
+            raise ConfigError(f"--kind {arguments.kind}: the store has {', '.join(store.kinds())}; stage II has label")
+        else:
+            rows = (row for kind in kinds for row in store_rows(store, kind))
+        number = write_rows(arguments.out, arguments.kind, rows)
+    print(f"{number} rows in {arguments.out}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from spark_nemo.verification.audit import audit_store
+
+    folder = store_folder(arguments.run_folder)
+    # Opening the store logs what the audit says again.
+    store_log = logging.getLogger("spark_nemo.records.store")
+    level, wrong, notes = store_log.level, 0, 0
+    store_log.setLevel(logging.ERROR)
+    try:
+        for finding in audit_store(folder, read_made_by(folder) or None):
+            wrong, notes = wrong + (not finding.harmless), notes + finding.harmless
+            print(f"{'note: ' if finding.harmless else ''}{finding}", flush=True)
+    finally:
+        store_log.setLevel(level)
+    print(f"{folder}: {len(shard_paths(folder))} shards read, {wrong} findings, {notes} notes")
+    return 1 if wrong else 0

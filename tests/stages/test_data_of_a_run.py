@@ -1,0 +1,50 @@
+"""``spark-nemo data`` and ``explain`` on what the real stage I command left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from spark_nemo.cli.main import main
+from spark_nemo.records.store import RecordStore
+from spark_nemo.verification.collect import SOLUTION, VERIFICATION
+from spark_nemo.verification.collected import label_collected, stream_collected
+
+
+def test_a_collected_store_verifies(collected: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Proves that the audit derives the very keys that the collector gave, from made_by.json alone, and that every
+    verification names its solution as parent; under another seed all keys are wrong."""
+    assert main(["data", "verify", str(collected)]) == 0
+    made_by = json.loads((collected / "stage1/made_by.json").read_text())
+    with RecordStore(collected / "stage1/store") as store:
+        keys = {kind: store.keys(kind) for kind in (SOLUTION, VERIFICATION)}
+        for key, payload in store.iter(VERIFICATION):
+            assert store.parent(key, VERIFICATION) == payload["solution_key"]
+    copy = collected.parent / "copy"
+    shutil.copytree(collected, copy, dirs_exist_ok=True)
+    (copy / "stage1/made_by.json").write_text(json.dumps({**made_by, "run.seed": 1}))
+    capsys.readouterr()
+    assert main(["data", "verify", str(copy)]) == 1
+    found = capsys.readouterr().out
+    assert f"{sum(map(len, keys.values()))} findings" in found
+
+
+def test_every_label_can_be_explained(collected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Proves for every label of a real run that its target verification is found and shown in full."""
+    run = shutil.copytree(collected, tmp_path / "run")
+    with RecordStore(run / "stage1/store") as store:
+        labelled, dropped = label_collected("step_consistency", store, 0)
+        solutions = sum(1 for _ in stream_collected(store))
+    assert labelled and len(labelled) + sum(dropped.values()) == solutions
+    path = run / "stage2/step_consistency/labels.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps(asdict(label)) + "\n" for label in labelled))
+    for label in labelled:
+        assert main(["explain", str(run), label.solution.key]) == 0
+        shown = capsys.readouterr().out
+        assert f"vote {label.evidence.chosen_vote}: " in shown and label.solution.question in shown
+        assert all(f"    | {line}" in shown for line in label.target_text.split("\n"))
