@@ -51,6 +51,9 @@ def run_stage1(config: SparkConfig) -> CollectCounts:
         finally:
             ledger.save()
             watch.show(collector.counts)
+    if counts.postponed_verifications:
+        log.warning("%d verifications were put off because an engine failed: the same command asks for them",
+                    counts.postponed_verifications)
     clock.save()
     extra = after.stats() if after else {}
     for what, row in extra.items():
