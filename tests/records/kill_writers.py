@@ -22,7 +22,7 @@ from spark_nemo.records.store import RecordStore
 
 SIZES = (1, 20, 2000)
 REAL_WRITE = os.write
-WAYS = ("byte", "byte", "byte", "statement", "moment")
+WAYS = ("byte", "byte", "statement", "byte", "byte", "moment")
 
 
 def die_after_bytes(count: int) -> None:
