@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from spark_nemo.records.jsonl import write_text_atomic
-from spark_nemo.report.label_table import keep_label_section
 from spark_nemo.report.results import results_markdown
+from spark_nemo.report.sections import keep_sections
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,7 +37,7 @@ def main() -> int:
             return status
         summaries.append(json.loads((folder / "summary.json").read_text()))
     before = arguments.out.read_text() if arguments.out.exists() else ""
-    write_text_atomic(arguments.out, keep_label_section(before, results_markdown(summaries)))
+    write_text_atomic(arguments.out, keep_sections(before, results_markdown(summaries)))
     print(f"{len(summaries)} seeds: {arguments.out}")
     return 0
 

@@ -6,8 +6,10 @@ import pytest
 from example_summary import example_summary
 
 from spark_nemo.report import report_page
-from spark_nemo.report.label_table import END, keep_label_section, label_section, put_label_section
+from spark_nemo.report.label_table import label_section
 from spark_nemo.report.model import Figure, LabelScores, SummaryError
+from spark_nemo.report.round_table import round_section
+from spark_nemo.report.sections import keep_sections, marked, put_section
 
 
 def scores(right, kept=0.9, tokens=600.0):
@@ -37,11 +39,33 @@ def test_seeds_must_have_the_same_methods():
 def test_the_section_is_replaced_in_place_and_survives_a_rewrite_of_the_rest():
     """Both tools write one file: each leaves the other's part as it was."""
     first, second = (label_section({0: {"single": scores(right)}}, "x") for right in (0.8, 0.9))
-    document = put_label_section("# Results\n\nfirst run\n", first)
-    assert put_label_section(document, second) == document.replace(first, second)
-    rewritten = keep_label_section(document, "# Results\n\nsecond run\n")
-    assert rewritten == f"# Results\n\nsecond run\n\n{first}\n" and rewritten.count(END) == 1
-    assert keep_label_section("# Results\n", "# New\n") == "# New\n"
+    document = put_section("# Results\n\nfirst run\n", first)
+    assert put_section(document, second) == document.replace(first, second)
+    rewritten = keep_sections(document, "# Results\n\nsecond run\n")
+    assert rewritten == f"# Results\n\nsecond run\n\n{first}\n"
+    assert keep_sections("# Results\n", "# New\n") == "# New\n"
+
+
+def test_sections_of_other_names_are_left_alone():
+    """Three tools write one file: a section is found by its name, also when one name begins like another."""
+    first, second = marked("rounds", "one"), marked("rounds of another kind", "two")
+    document = put_section(put_section("# Results\n", first), second)
+    changed = put_section(document, marked("rounds", "three"))
+    assert second in changed and first not in changed and changed.index("three") < changed.index("two")
+    assert keep_sections(changed, "# New\n").endswith(second + "\n")
+
+
+def test_rounds_are_compared_round_by_round():
+    """Means over seeds per round; runs with different numbers of rounds are not put into one table."""
+    def summary(*f1):
+        return {"title": "run", "rounds": [
+            {"number": number, "f1": {"value": value}, "labels": {"share_kept": 0.9, "step_accuracy": {"value": value}}}
+            for number, value in enumerate(f1, start=1)]}
+
+    section = round_section({0: summary(0.5, 0.6), 1: summary(0.7, 0.6)}, "python tool")
+    assert "| 1 | 60.0 ± 127.1 | – | 90.0 ± 0.0 | 60.0 ± 127.1 |" in section and "| 2 | 60.0 ± 0.0 |" in section
+    with pytest.raises(SummaryError, match="equally many rounds"):
+        round_section({0: summary(0.5, 0.6), 1: summary(0.7)}, "x")
 
 
 def test_the_page_says_what_filters_removed_and_what_labels_cost():
