@@ -15,6 +15,7 @@ from pathlib import Path
 
 from spark_nemo.records.jsonl import write_text_atomic
 from spark_nemo.report.results import results_markdown
+from spark_nemo.report.sections import keep_sections
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,7 +36,8 @@ def main() -> int:
         if status:
             return status
         summaries.append(json.loads((folder / "summary.json").read_text()))
-    write_text_atomic(arguments.out, results_markdown(summaries))
+    before = arguments.out.read_text() if arguments.out.exists() else ""
+    write_text_atomic(arguments.out, keep_sections(before, results_markdown(summaries)))
     print(f"{len(summaries)} seeds: {arguments.out}")
     return 0
 

@@ -72,6 +72,16 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float | None]:
     return mean, (_T_95[count - 2] if count - 2 < len(_T_95) else 1.96) * deviation / sqrt(count)
 
 
+def over_seeds(values: Sequence[float | None], factor: float = 1.0) -> str:
+    """``mean ± half-width`` of Student's 95% interval, times ``factor``; says so when some seeds have no value."""
+    known = [factor * value for value in values if value is not None]
+    if not known:
+        return "–"
+    mean, half = mean_and_half_width(known)
+    partial = "" if len(known) == len(values) else f" ({len(known)} seeds)"
+    return f"{mean:.1f}" + ("" if half is None else f" ± {half:.1f}") + partial
+
+
 def _table(runs: Sequence[Summary], columns: Sequence[Column], intervals: Mapping[str, Interval]) -> str:
     rows = [["seed", *(name for name, _, _ in columns)], ["---", *("---:" for _ in columns)]]
     for run in runs:

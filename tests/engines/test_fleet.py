@@ -296,3 +296,48 @@ def test_a_probe_that_a_blocked_event_loop_made_late_is_asked_again() -> None:
 
     metrics = asyncio.run(scenario())
     assert metrics.outages == 0 and metrics.members_up == 1
+
+
+class Refusing(FakeEngine):
+    """Answers probes, and refuses generations while ``refuses`` is above 0, which counts down."""
+
+    refuses = 0
+
+    async def generate(self, request):
+        if self.refuses > 0:
+            self.refuses -= 1
+            await asyncio.sleep(0.005)
+            raise EngineUnavailable("503 for now")
+        return await super().generate(request)
+
+
+def test_a_burst_of_refusals_is_one_failure() -> None:
+    """A server that is overloaded for a moment refuses 30 requests at once; killing it would cost minutes."""
+    async def scenario():
+        engine = Refusing(0)
+        async with running([engine]) as fleet:
+            await fleet.generate(ask(0))
+            engine.refuses = 30
+            await asyncio.gather(*(fleet.generate(ask(i)) for i in range(30)))
+            return fleet.metrics()
+
+    metrics = asyncio.run(scenario())
+    assert metrics.retries == 30 and metrics.outages == 0
+
+
+def test_a_server_that_serves_nobody_is_taken_out_though_it_answers_probes() -> None:
+    """Three requests, each sent after the last one failed. It is let in again once it answers a probe, and so on with
+    growing pauses; every request is answered by the other one."""
+    async def scenario():
+        engines = [Refusing(0), FakeEngine(1)]
+        engines[0].refuses = 10**6
+        async with running(engines) as fleet:
+            await fleet.health()
+            await until(lambda: fleet.metrics().members_up == 2)
+            for i in range(12):
+                await fleet.generate(ask(i))
+                await asyncio.sleep(0.01)
+            return fleet.metrics()
+
+    metrics = asyncio.run(scenario())
+    assert metrics.outages >= 1 and metrics.answered == 12

@@ -33,6 +33,7 @@ from spark_nemo.engines.sglang import SglangServer
 from spark_nemo.grammar import prompt_set
 from spark_nemo.records import Problem
 from spark_nemo.rewards.judge import RewardJudge
+from spark_nemo.rewards.prm_service import PRMService
 from spark_nemo.stages.rollouts import RolloutSession, ScoredBatch
 from spark_nemo.toy.data import split_problems
 
@@ -84,7 +85,8 @@ def pool(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, other_fol
                   verifier_sampling=SamplingConfig(temperature=0.0, max_new_tokens=120),
                   failures=FailurePolicy(max_rate=0.9, retries=0))
     prompts = prompt_set("compact")
-    session = RolloutSession(policy, prompts, rl, 0, RewardJudge(judge, prompts, rl.verifier_sampling, 0), None)
+    service = PRMService(judge, prompts, rl.verifier_sampling)
+    session = RolloutSession(policy, prompts, rl, 0, RewardJudge(service, retries=0), None)
     keepers = [member.keeper for member in fleet._members]
     try:
         run_async(prepare())

@@ -5,7 +5,7 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 venv=${1:-$here/../../.venv-sglang}
 stamp=$venv/.built-from
-inputs=("$here/build.sh" "$here/requirements.txt" "$here/site/torchvision_on_cpu.py" "$here/site/sgl_kernel/__init__.py")
+inputs=("$here/build.sh" "$here/requirements.txt" "$here"/site/*.p* "$here"/site/sgl_kernel/*.py)
 wanted=$(cat "${inputs[@]}" | sha256sum | cut -d' ' -f1)
 [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && exit 0
 

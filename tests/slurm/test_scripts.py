@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "slurm"
-SCRIPTS = sorted(path for path in FOLDER.glob("*.sh") if path.name != "lib.sh")
+SCRIPTS = sorted(path for path in FOLDER.glob("*.sh") if path.name not in ("lib.sh", "servers.sh"))
 named = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 
 
@@ -46,8 +46,8 @@ def test_shellcheck_has_nothing_to_say() -> None:
     """All scripts and the site file, every severity."""
     if shutil.which("shellcheck") is None:
         pytest.skip("shellcheck is not installed (make test-slurm installs it)")
-    files = [*SCRIPTS, FOLDER / "lib.sh", FOLDER / "site.env.example", FOLDER.parent / "containers/import.sh",
-             Path(__file__).with_name("run.sh")]
+    more = ("lib.sh", "servers.sh", "site.env.example", "../containers/import.sh", "../tests/slurm/run.sh")
+    files = [*SCRIPTS, *(FOLDER / name for name in more)]
     done = subprocess.run(["shellcheck", "-x", "-s", "bash", "-P", FOLDER.parent, *files], capture_output=True,
                           text=True, check=False, cwd=FOLDER.parent)
     assert done.returncode == 0, done.stdout

@@ -132,9 +132,10 @@ class Fleet(Engine):
         assert member.engine is not None
         task = asyncio.ensure_future(member.engine.generate(request))
         member.load += 1
+        failures = member.failures
         try:
             if await self._patience.wait(task, seconds, member.interrupts):
-                return self._answer(member, task)
+                return self._answer(member, task, failures)
             if member.up:
                 member.suspect(f"no answer within {seconds:.1f} s")
             raise EngineUnavailable(f"{member.last_error} (while it served this request)")
@@ -143,7 +144,7 @@ class Fleet(Engine):
             if not task.done():
                 self._abandon(task)
 
-    def _answer(self, member: Member, task: asyncio.Task[Generation]) -> Generation:
+    def _answer(self, member: Member, task: asyncio.Task[Generation], failures: int) -> Generation:
         try:
             generation = task.result()
         except asyncio.CancelledError:
@@ -153,7 +154,7 @@ class Fleet(Engine):
             raise EngineUnavailable(str(error)) from error
         except EngineUnavailable as error:
             if member is not self._front:  # it passes on what its members say
-                member.failures += 1
+                member.failures = max(member.failures, failures + 1)  # a burst that fails together counts once
             member.suspect(error)
             raise
         if generation.finish_reason is FinishReason.ABORT:

@@ -64,7 +64,7 @@ class Member:
         self.answered = 0
         self.last_answer = 0.0
         self.failures = 0
-        """Requests in a row that it could not serve."""
+        """Requests one after another that it could not serve."""
         self.outages = 0
         """In a row, without an answer in between."""
         self.last_error = "never started"

@@ -117,7 +117,7 @@ class SglangServer(ServerControl, Engine):
             except (NotReached, ConnectionLost, Overloaded) as error:
                 if wait is None:
                     raise
-                log.info("%s; trying again in %g s", error, wait)
+                log.debug("%s; trying again in %g s", error, wait)
                 await asyncio.sleep(wait)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
