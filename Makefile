@@ -28,7 +28,8 @@ test: venv lint  ## every test
 	$(BIN)/python -m pytest
 
 test-slurm: venv  ## the scripts of slurm/ on a real Slurm of five virtual nodes, installed with apt when missing
-	$(if $(wildcard .venv-sglang),SPARK_SGLANG_PYTHON=$(CURDIR)/.venv-sglang/bin/python) tests/slurm/run.sh --durations=10
+	PYTHON=$(BIN)/python $(if $(wildcard .venv-sglang),SPARK_SGLANG_PYTHON=$(CURDIR)/.venv-sglang/bin/python) \
+	  tests/slurm/run.sh --durations=10
 
 test-sglang: venv  ## tests against real SGLang servers on the CPU, in an environment of their own (.venv-sglang)
 	PYTHON=$(PYTHON) tests/sglang_env/build.sh

@@ -31,7 +31,7 @@ def cases(folder: Path) -> dict[str, tuple[str, tuple[object, ...], list[str], t
         "override without --": ("stage3_rl.sh", ("rl.steps=3",), [*RL, run], TWO, {}, "go after --"),
         "no image": ("stage3_rl.sh", (), [*RL, run], TWO, {"TRAINER_IMAGE": image}, str(image)),
         "GPUs missing": ("stage3_rl.sh", (), [*RL, run], TWO, {
-            "GPUS_PER_NODE": 1, "GPU_COUNT_COMMAND": "[[ $SLURMD_NODENAME == node0 ]] && echo 1 || echo 0"},
+            "GPUS_PER_NODE": 1, "GPU_COUNT_COMMAND": "[ $SLURM_NODEID = 0 ] && echo 1 || echo 0"},
             "has 0 GPUs of GPUS_PER_NODE=1"),
         "shards unclear": ("stage1_generate.sh", (), [*SMALL, run], ("--array=2-3",), {}, "--shards"),
     }
