@@ -267,6 +267,7 @@ check_servers() {
 # start_step ROLE NODES TASKS IMAGE ARGUMENTS...: one supervised srun in the background, its pid in STEP_PID.
 start_step() {
     local role=$1 nodes=$2 tasks=$3 count
+    if [[ -n $STOPPING ]]; then finish 0; fi  # asked to stop before there was anything to stop
     image_options "$4"
     shift 4
     count=$(tr ',' '\n' <<< "$nodes" | wc -l)
@@ -314,8 +315,10 @@ requeue() {
     set_state requeued "$1"
     log "requeue: $1"
     scontrol requeue "$JOB" || fail "$1, and Slurm did not requeue job $JOB"
-    # Slurm kills this script now.
-    sleep 600
+    # Slurm ends this script now; no other word of it may follow.
+    trap 'exit 0' TERM INT
+    sleep 600 &
+    wait $!
     fail "$1, and nothing happened after scontrol requeue $JOB"
 }
 

@@ -57,6 +57,7 @@ def test_limit_signal_becomes_checkpoint_and_requeue_beside_another_job(
     for run in (quiet, limited):
         assert rows(run / PART / "metrics.jsonl") == undisturbed
     logs = limited / "logs" / PART
+    assert "STATE=requeued\nREASON=time limit" in (logs / f"{jobs[1]}.0/state").read_text()
     assert (logs / f"{jobs[1]}.0/trainer-1.log").exists() and (logs / "latest").resolve().name == f"{jobs[1]}.1"
     assert not (limited / PART / "STOP").exists()
 
