@@ -89,7 +89,8 @@ load_site() {
     : "${PYTHON:=$ROOT/.venv/bin/python}" "${GPUS_PER_NODE:=0}" "${MAX_REQUEUES:=50}" "${MAX_RESTARTS:=5}"
     : "${GPU_COUNT_COMMAND:=nvidia-smi --list-gpus | wc -l}" "${TRAINER_IMAGE:=}" "${ROLLOUT_IMAGE:=}" "${MOUNTS:=}"
     (( GPUS_PER_NODE )) && : "${RANKS_PER_NODE:=$GPUS_PER_NODE}"
-    : "${RANKS_PER_NODE:=1}" "${SERVER_START_TIMEOUT:=1800}" "${ROLLOUT_PYTHON:=$PYTHON}"
+    # 0, on CPU clusters: as many as there are, evenly over the nodes.
+    : "${RANKS_PER_NODE:=0}" "${SERVER_START_TIMEOUT:=1800}" "${ROLLOUT_PYTHON:=$PYTHON}"
     : "${SERVER_PROGRAM:=$ROOT/spark_nemo/engines/sglang/serve.py}"
     # Slurm 22.05 and later do not hand the allocation's cpus-per-task to srun.
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
@@ -247,12 +248,14 @@ nodes_lost() {
     for node in "${NODES[@]}"; do grep -qx "$node" <<< "$alive" || echo "$node"; done
 }
 
+# nodes_needed: for the ranks of the layout.
+nodes_needed() { echo $(( RANKS_PER_NODE ? (WORLD_SIZE + RANKS_PER_NODE - 1) / RANKS_PER_NODE : 1 )); }
+
 # check_ranks NODES: do the ranks of the layout fill this many nodes?
 check_ranks() {
-    local need=$(( (WORLD_SIZE + RANKS_PER_NODE - 1) / RANKS_PER_NODE ))
-    (( $1 == need || (RANKS_PER_NODE == 1 && $1 <= WORLD_SIZE && $1 > 0 && WORLD_SIZE % $1 == 0) )) ||
-        fail "impossible layout: $WORLD_SIZE trainer ranks, RANKS_PER_NODE=$RANKS_PER_NODE, need $need nodes for training, \
-and the job has ${#NODES[@]} nodes with $1 left for it: change sbatch --nodes or the megatron.* sizes" 2
+    if (( RANKS_PER_NODE == 0 && $1 > 0 && WORLD_SIZE % ($1 > 0 ? $1 : 1) == 0 || $1 == $(nodes_needed) )); then return 0; fi
+    fail "impossible layout: $WORLD_SIZE trainer ranks, RANKS_PER_NODE=$RANKS_PER_NODE, need $(nodes_needed) nodes for \
+training, and $1 are left for it: change sbatch --nodes or the megatron.* sizes" 2
 }
 
 # check_servers NODES: are there nodes for servers exactly when the engine has servers?

@@ -25,8 +25,7 @@ load_site
 for name in shards policy-nodes verifier-nodes; do need_number "$name" $(( ${#name} == 6 )); done
 
 read_plan pipeline
-need=$(( (WORLD_SIZE + RANKS_PER_NODE - 1) / RANKS_PER_NODE ))
-: "${OPTIONS[train-nodes]:=$need}"
+: "${OPTIONS[train-nodes]:=$(nodes_needed)}"
 need_number train-nodes 1
 nodes=$(( OPTIONS[train-nodes] + OPTIONS[policy-nodes] + OPTIONS[verifier-nodes] ))
 check_ranks "${OPTIONS[train-nodes]}"

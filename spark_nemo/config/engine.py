@@ -8,7 +8,7 @@ from .errors import ConfigError, at_least, one_of, without_effect
 
 ENGINE_KINDS = ("local", "sglang", "vllm")
 POOLS = ("policy", "verifier")
-_LAUNCH_ONLY = ("tensor_parallel", "server_args", "server_env", "python", "host", "first_gpu", "start_timeout_s",
+_LAUNCH_ONLY = ("server_args", "server_env", "python", "host", "first_gpu", "start_timeout_s",
                 "max_restarts")
 _FOR_ROUTER = ("python", "host", "max_restarts")
 
@@ -42,7 +42,7 @@ class PoolConfig:
     servers: int | None = None
     """Processes to launch on this machine."""
     tensor_parallel: int | None = None
-    """GPUs of one launched server; 1 when not set."""
+    """GPUs of one server; 1 when not set. With urls only weight_sync.transport=distributed and tensor read it."""
     first_gpu: int | None = None
     """Server i takes GPUs from first_gpu + i x tensor_parallel on; not set, every server begins with GPU 0."""
     server_args: list[str] = field(default_factory=list)
