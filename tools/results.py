@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from spark_nemo.records.jsonl import write_text_atomic
+from spark_nemo.report.label_table import keep_label_section
 from spark_nemo.report.results import results_markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +36,8 @@ def main() -> int:
         if status:
             return status
         summaries.append(json.loads((folder / "summary.json").read_text()))
-    write_text_atomic(arguments.out, results_markdown(summaries))
+    before = arguments.out.read_text() if arguments.out.exists() else ""
+    write_text_atomic(arguments.out, keep_label_section(before, results_markdown(summaries)))
     print(f"{len(summaries)} seeds: {arguments.out}")
     return 0
 

@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     add_data_commands(commands)
     add_explain_command(commands)
     toy = commands.add_parser("toy", help="build the small world's base models from a seed (the shipped ones were)")
-    toy.add_argument("--out", type=Path, required=True, help="folder for generator/ and verifier/")
+    toy.add_argument("--out", type=Path, required=True, help="folder for generator/, verifier/ and critic/")
     toy.add_argument("--seed", type=int, default=0)
     toy.set_defaults(run=_toy)
     return parser

@@ -2,14 +2,16 @@
 
 from .engine import EngineConfig, PoolConfig, SamplingConfig
 from .errors import ConfigError
+from .labels import LABEL_METHODS, REFERENCE_GUIDED, REVISED_METHODS, VOTE_METHODS, LabelsConfig
 from .rl import FailurePolicy, RLConfig
 from .schema import DataConfig, EvaluationConfig, ModelsConfig, PipelineConfig, RunConfig, SparkConfig
 from .trainer import MegatronConfig, OptimizerConfig
-from .verification import LABEL_METHODS, Stage1Config, Stage2Config
+from .verification import Stage1Config, Stage2Config
 from .weight_sync import WeightSyncConfig
 
 __all__ = [
-    "LABEL_METHODS", "ConfigError", "DataConfig", "EngineConfig", "EvaluationConfig", "FailurePolicy",
-    "MegatronConfig", "ModelsConfig", "OptimizerConfig", "PipelineConfig", "PoolConfig", "RLConfig", "RunConfig",
-    "SamplingConfig", "SparkConfig", "Stage1Config", "Stage2Config", "WeightSyncConfig",
+    "LABEL_METHODS", "REFERENCE_GUIDED", "REVISED_METHODS", "VOTE_METHODS", "ConfigError", "DataConfig",
+    "EngineConfig", "EvaluationConfig", "FailurePolicy", "LabelsConfig", "MegatronConfig", "ModelsConfig",
+    "OptimizerConfig", "PipelineConfig", "PoolConfig", "RLConfig", "RunConfig", "SamplingConfig", "SparkConfig",
+    "Stage1Config", "Stage2Config", "WeightSyncConfig",
 ]

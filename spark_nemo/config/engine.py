@@ -95,7 +95,8 @@ class PoolConfig:
     def _check_words(self, name: str) -> None:
         """What we say to the server ourselves must not be said twice, and no key belongs on a command line."""
         ours = {"--model-path", "--model", "--host", "--port", "--tp", "--tp-size", "--tensor-parallel-size",
-                "--base-gpu-id", "--context-length", "--max-running-requests", "--weight-version", "--config"}
+                "--base-gpu-id", "--context-length", "--max-running-requests", "--weight-version", "--config",
+                "--max-model-len", "--max-num-seqs", "--served-model-name", "--logprobs-mode"}
         for word in self.server_args:
             flag = word.split("=")[0]
             if flag in ("--api-key", "--admin-api-key"):

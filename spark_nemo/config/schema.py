@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 from .engine import EngineConfig
 from .errors import ConfigError, at_least, one_of, without_effect
+from .labels import LABEL_METHODS, REFERENCE_GUIDED, REVISED_METHODS, VOTE_METHODS, LabelsConfig
 from .rl import RLConfig
 from .trainer import MegatronConfig
-from .verification import LABEL_METHODS, Stage1Config, Stage2Config
+from .verification import Stage1Config, Stage2Config
 from .weight_sync import WeightSyncConfig
 
 
@@ -32,11 +33,14 @@ class RunConfig:
 class ModelsConfig:
     """Hugging Face model folders (config.json, safetensors, tokenizer).
 
-    ``toy:generator`` and ``toy:verifier`` name the small world's shipped models.
+    ``toy:generator``, ``toy:verifier`` and ``toy:critic`` name the small world's shipped models.
     """
 
     generator: str = ""
     verifier: str = ""
+    critic: str | None = None
+    """Writes critiques and merges (stage1.revise), and the verifications that see the answer
+    (stage1.reference_answers). None is the verifier itself."""
     reward_base: str = ""
     """What stage II fine-tunes."""
     policy: str = ""
@@ -78,7 +82,7 @@ class PipelineConfig:
 
     parallel_jobs: int = 1
     """Stages I shards, label methods and RL arms run at the same time."""
-    label_methods: list[str] = field(default_factory=lambda: list(LABEL_METHODS))
+    label_methods: list[str] = field(default_factory=lambda: list(VOTE_METHODS))
     rounds: int = 1
     """From round 2 on the reward model of the round before verifies, and the labels of ``stage2.method`` are made anew
     from its votes on the same solutions; the last round's reward model is stage III's."""
@@ -110,6 +114,7 @@ class SparkConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
     stage1: Stage1Config = field(default_factory=Stage1Config)
+    labels: LabelsConfig = field(default_factory=LabelsConfig)
     stage2: Stage2Config = field(default_factory=Stage2Config)
     rl: RLConfig = field(default_factory=RLConfig)
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
@@ -129,3 +134,20 @@ class SparkConfig:
             raise ConfigError(f"pipeline.rounds={self.pipeline.rounds} verifies with the reward model of stage2.method="
                               f"{self.stage2.method}: add it to pipeline.label_methods")
         self.weight_sync.check_engine(self.engine.kind)
+        self._check_label_methods()
+
+    def _check_label_methods(self) -> None:
+        """What the label methods need of stage I, and what only they read."""
+        for method in self.pipeline.label_methods:
+            pick = REVISED_METHODS.get(method)
+            if pick is not None and pick not in self.stage1.revise:
+                raise ConfigError(f"pipeline.label_methods has {method}: add {pick} to stage1.revise")
+            if method == REFERENCE_GUIDED and self.stage1.reference_answers is None:
+                raise ConfigError(f"pipeline.label_methods has {method}, a baseline that reads answer keys: set "
+                                  "stage1.reference_answers (JSONL with problem_id and answer)")
+        if REFERENCE_GUIDED not in (self.stage2.method, *self.pipeline.label_methods):
+            for name, value in (("stage1.reference_answers", self.stage1.reference_answers),
+                                ("labels.reference_pick", self.labels.reference_pick)):
+                if value is not None:
+                    raise without_effect(
+                        name, value, f"where neither stage2.method nor pipeline.label_methods has {REFERENCE_GUIDED}")

@@ -6,9 +6,20 @@ from dataclasses import dataclass, field
 
 from .engine import SamplingConfig
 from .errors import ConfigError, at_least, in_unit_interval, one_of, without_effect
+from .labels import LABEL_METHODS, VOTE_METHODS
 from .trainer import OptimizerConfig
 
-LABEL_METHODS = ("single", "outcome_consistency", "step_consistency")
+
+@dataclass
+class RevisionSamplingConfig:
+    """How critiques and merges are drawn; None is not set."""
+
+    temperature: float | None = None
+    """None is 0, greedy."""
+    top_p: float | None = None
+    """None is 1; without effect when greedy."""
+    max_new_tokens: int | None = None
+    """None is 8,192, for a critique and for a merge."""
 
 
 @dataclass
@@ -31,6 +42,16 @@ class Stage1Config:
     """Work on problems with index % num_shards == shard only (a Slurm array task); None does all."""
     max_failure_rate: float = 0.5
     """Stop when more than this share of solutions or verifications is unusable."""
+    revise: list[str] = field(default_factory=list)
+    """Which verification of a solution gets a critique and a merge: the one picked by single (for meta_critique), by
+    outcome_consistency (hybrid_outcome) or by step_consistency (hybrid_step)."""
+    revision_sampling: RevisionSamplingConfig = field(default_factory=RevisionSamplingConfig)
+    """Of critiques and merges; only read with revise."""
+    reference_answers: str | None = None
+    """Answer keys of data.stage1_problems, shown to the verifier for the labels of reference_guided: a declared
+    baseline. Legal only where that method is asked for."""
+    reference_verifications: int | None = None
+    """Verifications per solution that see the answer. None is 8, as in the authors' script."""
     max_requests_in_flight: int | None = None
     """Solutions and verifications asked for at the same time; None is twice what the engine decodes together."""
     early_stop: str = "none"
@@ -58,6 +79,34 @@ class Stage1Config:
         if self.max_requests_in_flight is not None:
             at_least("stage1.max_requests_in_flight", self.max_requests_in_flight, 1)
         self._check_early_stop()
+        self._check_extras()
+
+    @property
+    def revised_with(self) -> SamplingConfig:
+        """``revision_sampling``, resolved."""
+        given = {name: value for name, value in vars(self.revision_sampling).items() if value is not None}
+        return SamplingConfig(**{"temperature": 0.0, "max_new_tokens": 8192, **given})
+
+    @property
+    def num_reference_verifications(self) -> int:
+        """``reference_verifications``, resolved."""
+        return self.reference_verifications or 8
+
+    def _check_extras(self) -> None:
+        for pick in self.revise:
+            one_of("stage1.revise", pick, VOTE_METHODS)
+        if len(set(self.revise)) < len(self.revise):
+            raise ConfigError(f"stage1.revise={self.revise}: name each only once")
+        for name, value in vars(self.revision_sampling).items():
+            if value is not None and not self.revise:
+                raise without_effect(f"stage1.revision_sampling.{name}", value, "with stage1.revise=[]")
+        if self.revise:
+            _ = self.revised_with  # refuses illegal values
+        if self.reference_verifications is not None:
+            at_least("stage1.reference_verifications", self.reference_verifications, 1)
+            if self.reference_answers is None:
+                raise without_effect("stage1.reference_verifications", self.reference_verifications,
+                                     "without stage1.reference_answers")
 
     def _check_early_stop(self) -> None:
         one_of("stage1.early_stop", self.early_stop, {"none", "exact", "sequential"})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..config import ConfigError, EngineConfig
+from ..config import EngineConfig
 from .base import Engine
 from .local import LocalEngine
 
@@ -22,7 +22,13 @@ def _sglang(config: EngineConfig, model_dir: Path, role: str, log_dir: Path | No
     return build_pool(config, model_dir, role, log_dir)
 
 
-KINDS: dict[str, Build] = {"local": _local, "sglang": _sglang}
+def _vllm(config: EngineConfig, model_dir: Path, role: str, log_dir: Path | None) -> Engine:
+    from .vllm.pool import build_pool
+
+    return build_pool(config, model_dir, role, log_dir)
+
+
+KINDS: dict[str, Build] = {"local": _local, "sglang": _sglang, "vllm": _vllm}
 
 
 def build_engine(config: EngineConfig, model_dir: Path | str, role: str, log_dir: Path | None = None) -> Engine:
@@ -31,7 +37,5 @@ def build_engine(config: EngineConfig, model_dir: Path | str, role: str, log_dir
 
     Raises ``EngineFailure`` when the folder cannot be served, ``ConfigError`` when the role has no engines.
     """
-    if config.kind not in KINDS:
-        raise ConfigError(f"engine.kind={config.kind}: not in this version; choose one of {', '.join(sorted(KINDS))}")
     config.pool(role)
     return KINDS[config.kind](config, Path(model_dir), role, log_dir)

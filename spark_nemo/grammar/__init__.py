@@ -3,6 +3,7 @@
 from .boxed import Box, extract_boxed, find_boxes
 from .format_gate import RULES, FormatRule, check_format
 from .prompts import PROMPT_SETS, ChatMessages, PromptSet, prompt_set
+from .revision_prompts import REVISION_PROMPTS, RevisionPrompts, revision_prompts
 from .steps import (
     ParsedResponse,
     Region,
@@ -29,10 +30,10 @@ from .verification import (
 from .version import GRAMMAR_VERSION
 
 __all__ = [
-    "GRAMMAR_VERSION", "PROMPT_SETS", "RULES", "AnswerVerdict", "Box", "ChatMessages", "FormatRule", "ParsedResponse",
-    "ParsedVerification", "PromptSet", "Region", "RegionKind", "Step", "StepFormat", "StepJudgement", "Variant",
-    "VariantOutcome", "canonical_verification", "check_format", "decode_tokens", "extract_boxed", "find_boxes",
-    "legal_step_text", "parse_generation", "parse_judgements", "parse_variant", "parse_verification", "prompt_set",
-    "regions", "render_solution", "render_target", "render_verification", "split_response", "token_spans",
-    "verdict_line",
+    "GRAMMAR_VERSION", "PROMPT_SETS", "REVISION_PROMPTS", "RULES", "AnswerVerdict", "Box", "ChatMessages", "FormatRule",
+    "ParsedResponse", "ParsedVerification", "PromptSet", "Region", "RegionKind", "RevisionPrompts", "Step",
+    "StepFormat", "StepJudgement", "Variant", "VariantOutcome", "canonical_verification", "check_format",
+    "decode_tokens", "extract_boxed", "find_boxes", "legal_step_text", "parse_generation", "parse_judgements",
+    "parse_variant", "parse_verification", "prompt_set", "regions", "render_solution", "render_target",
+    "render_verification", "revision_prompts", "split_response", "token_spans", "verdict_line",
 ]

@@ -44,11 +44,11 @@ class PromptSet:
 
     def solve(self, question: str) -> ChatMessages:
         """Ask the generator for a solution in StepFormat.PLAIN."""
-        return _user(self.solve_template, question=question)
+        return fill_user_message(self.solve_template, question=question)
 
     def policy(self, question: str) -> ChatMessages:
         """Ask the policy for a response in StepFormat.TAGGED."""
-        return _user(self.policy_template, question=question)
+        return fill_user_message(self.policy_template, question=question)
 
     def verify(self, question: str, solution_text: str, num_steps: int | None = None) -> ChatMessages:
         """Ask a general model for a verification without a reference answer.
@@ -56,12 +56,12 @@ class PromptSet:
         ``num_steps`` is stated where the set has a place for it, which makes count mismatches rarer.
         """
         count = "" if num_steps is None else self.step_count_line.replace("{{n}}", str(num_steps))
-        return _user(self.verify_template, question=question, solution=solution_text, step_count=count)
+        return fill_user_message(self.verify_template, question=question, solution=solution_text, step_count=count)
 
     def reward(self, variant: Variant, question: str, solution_text: str) -> ChatMessages:
         """Ask the fine-tuned reward model; PRM and PRM-CoT share a prompt and differ in what they were trained on."""
         template = self.orm_template if Variant(variant) is Variant.ORM else self.stepwise_template
-        return _user(template, question=question, solution=solution_text)
+        return fill_user_message(template, question=question, solution=solution_text)
 
 
 def prompt_set(name: str) -> PromptSet:
@@ -71,7 +71,8 @@ def prompt_set(name: str) -> PromptSet:
     return PROMPT_SETS[name]
 
 
-def _user(template: str, **values: str) -> ChatMessages:
+def fill_user_message(template: str, **values: str) -> ChatMessages:
+    """One user message: ``template`` with every ``{{name}}`` replaced by the value of that name."""
     # One pass, so that braces in a question are never taken for a place to fill.
     content = re.sub(r"\{\{(\w+)\}\}", lambda place: values[place[1]], template)
     return [{"role": "user", "content": content}]

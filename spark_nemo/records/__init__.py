@@ -1,9 +1,13 @@
 """Typed records that pass between the rooms, and the store that keeps them. No torch, no answers."""
 
 from .types import (
+    Critique,
     LabelEvidence,
     LabelledSolution,
+    Merge,
     Problem,
+    ReferenceVerification,
+    Revision,
     Rollout,
     Solution,
     TokenSpan,
@@ -26,7 +30,8 @@ from .verdict import (
 from .voting import VoteCount, count_votes, majority
 
 __all__ = [
-    "EngineError", "Failure", "FormatViolation", "LabelEvidence", "LabelledSolution", "Outcome", "ParseFailure",
-    "Problem", "Rollout", "Solution", "TokenSpan", "Truncated", "Verdict", "Verification", "VoteCount",
-    "content_key", "count_votes", "derive_seed", "majority", "outcome_from_json", "outcome_kind", "outcome_to_json",
+    "Critique", "EngineError", "Failure", "FormatViolation", "LabelEvidence", "LabelledSolution", "Merge", "Outcome",
+    "ParseFailure", "Problem", "ReferenceVerification", "Revision", "Rollout", "Solution", "TokenSpan", "Truncated",
+    "Verdict", "Verification", "VoteCount", "content_key", "count_votes", "derive_seed", "majority",
+    "outcome_from_json", "outcome_kind", "outcome_to_json",
 ]

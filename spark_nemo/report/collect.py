@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,17 @@ from spark_nemo.config import LABEL_METHODS, SparkConfig
 from spark_nemo.evaluation import (
     f1_difference,
     f1_estimate,
-    label_quality,
     mean_difference,
     mean_estimate,
     score_processbench,
 )
-from spark_nemo.evaluation.bootstrap import Estimate
 from spark_nemo.evaluation.processbench import ProcessBenchScore
-from spark_nemo.grammar import ParsedResponse
-from spark_nemo.records import Solution, Verdict, Verification, outcome_kind
+from spark_nemo.records import Verdict, outcome_kind
 from spark_nemo.records.store import RecordStore
+from spark_nemo.report.labels import Oracle, figure, label_scores
 from spark_nemo.report.model import (
     CurvePoint,
     Figure,
-    LabelScores,
     MethodScores,
     RoundSummary,
     ScoredSolution,
@@ -38,13 +35,12 @@ from spark_nemo.report.model import (
     Summary,
     to_plain,
 )
-from spark_nemo.verification import label_all
-from spark_nemo.verification.collect import SOLUTION, VERIFICATION, parse_solution
+from spark_nemo.verification.collect import SOLUTION, VERIFICATION
 from spark_nemo.verification.collected import read_collected
+from spark_nemo.verification.reference import REFERENCE_VERIFICATION
+from spark_nemo.verification.revise import CRITIQUE, MERGE
 
-Oracle = Callable[[str, Sequence[str]], tuple[bool, ...]]
-"""``oracle(question, steps)``: which steps are truly right. Only worlds made by a program have one."""
-
+_VERIFYING = (VERIFICATION, CRITIQUE, MERGE, REFERENCE_VERIFICATION)
 _ARMS = {"process_aware": "spark", "rlvr": "rlvr"}
 _SHOWN_SOLUTIONS = 16
 
@@ -67,27 +63,12 @@ def _stage1(folder: Path, config: SparkConfig, oracle: Oracle | None) -> Stage1S
     with RecordStore(folder / "stage1/store") as store:
         solutions, votes = read_collected(store)
     failures = Counter(outcome_kind(v.outcome) for v in votes if not isinstance(v.outcome, Verdict))
+    shown = any(json.loads(path.read_text()).get("reference_guided") for path in folder.glob("stage1/stats-*.json"))
     return Stage1Summary(
         problems=len({s.problem_id for s in solutions}), solutions=len(solutions), verifications=len(votes),
         failure_rates={kind: count / len(votes) for kind, count in sorted(failures.items())},
-        label_quality=_label_quality(solutions, votes, config, oracle) if oracle else {})
-
-
-def _label_quality(
-    solutions: list[Solution], votes: list[Verification], config: SparkConfig, oracle: Oracle
-) -> dict[str, LabelScores]:
-    truths = {}
-    for solution in solutions:
-        parsed = parse_solution(solution)
-        assert isinstance(parsed, ParsedResponse)
-        truths[solution.key] = oracle(solution.question, parsed.step_texts)
-    scores = {}
-    for method in config.pipeline.label_methods:
-        labelled, dropped = label_all(method, solutions, votes, config.run.seed)
-        quality = label_quality(labelled, truths)
-        scores[method] = LabelScores(
-            quality.share_kept, _figure(quality.step_accuracy), _figure(quality.first_error_accuracy), dropped)
-    return scores
+        label_quality=label_scores(folder, config, oracle) if oracle else {},
+        answers_shown_to_baseline=shown)
 
 
 def _stage2(folder: Path) -> Stage2Summary | None:
@@ -111,7 +92,7 @@ def _stage2(folder: Path) -> Stage2Summary | None:
 
 def _method_scores(score: ProcessBenchScore) -> MethodScores:
     error, correct = mean_estimate(score.hits.error), mean_estimate(score.hits.correct)
-    return MethodScores(_figure(error), _figure(correct), _figure(f1_estimate([score.hits])), score.num_unparsed)
+    return MethodScores(figure(error), figure(correct), figure(f1_estimate([score.hits])), score.num_unparsed)
 
 
 def _rounds(folder: Path, config: SparkConfig, oracle: Oracle | None) -> list[RoundSummary]:
@@ -150,7 +131,7 @@ def _stage3(folder: Path, config: SparkConfig, oracle: Oracle | None) -> Stage3S
 
 def _difference(first: dict, second: dict) -> Figure:
     problems = first["rates"].keys()
-    return _figure(mean_difference([first["rates"][p] for p in problems], [second["rates"][p] for p in problems]))
+    return figure(mean_difference([first["rates"][p] for p in problems], [second["rates"][p] for p in problems]))
 
 
 def _curve(folder: Path, evaluations: list[dict]) -> list[CurvePoint]:
@@ -195,7 +176,7 @@ def _tokens(folder: Path) -> dict[str, int]:
         if (part / "stage1/store").is_dir():
             # Not from the statistics: those know only what the last of several runs paid for. Later rounds took their
             # solutions over from the first.
-            kinds = (SOLUTION, VERIFICATION) if number == 1 else (VERIFICATION,)
+            kinds = (SOLUTION, *_VERIFYING) if number == 1 else _VERIFYING
             with RecordStore(part / "stage1/store") as store:
                 tokens["stage1"] += sum(row["num_tokens"] for kind in kinds for _, row in store.iter(kind))
         for path in part.glob("stage2/*/DONE.json"):
@@ -214,7 +195,3 @@ def _rows(path: Path) -> list[dict]:
     # What follows the last newline was torn by a kill, or is being written.
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [json.loads(line) for line in lines if line.strip()]
-
-
-def _figure(estimate: Estimate | None) -> Figure | None:
-    return Figure(**estimate._asdict()) if estimate is not None else None

@@ -44,6 +44,12 @@ class LabelScores:
     first_error_accuracy: Figure | None = None
     dropped: dict[str, int] = field(default_factory=dict)
     """Dropped solutions by reason."""
+    removed: dict[str, int] = field(default_factory=dict)
+    """Labels that the filters and the balancing of stage II removed, by rule."""
+    tokens_per_solution: float | None = None
+    """Tokens of verifications, critique and merge that the method needs, per solution given to it."""
+    tokens_per_label: float | None = None
+    """The same per solution that got a label."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,8 @@ class Stage1Summary:
     failure_rates: dict[str, float] = field(default_factory=dict)
     label_quality: dict[str, LabelScores] = field(default_factory=dict)
     """By label method."""
+    answers_shown_to_baseline: bool = False
+    """Were answer keys shown to the verifier, for the labels of reference_guided alone?"""
 
 
 @dataclass(frozen=True)

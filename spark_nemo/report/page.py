@@ -8,6 +8,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from spark_nemo.verification import REASONS
+
 from .charts import WIDTH, Bar, Series, Style, interval_chart, legend_mark, line_chart, percent, percent_tick
 from .model import CurvePoint, Figure, Stage2Summary, Stage3Summary, Summary, read_summary
 
@@ -15,7 +17,9 @@ BLUE, VERMILION, GREY, PURPLE = "#0072B2", "#D55E00", "#5F6B7A", "#AA4499"
 
 METHOD_NAMES = {
     "single": "Single verification", "outcome_consistency": "Outcome consistency",
-    "step_consistency": "Step consistency",
+    "step_consistency": "Step consistency", "meta_critique": "Meta-critique",
+    "hybrid_outcome": "Meta-critique of the outcome pick", "hybrid_step": "Meta-critique of the step pick",
+    "reference_guided": "Reference-guided, sees the answer",
 }
 ARM_NAMES = {"base": "Before RL", "spark": "SPARK, no answer keys", "rlvr": "RLVR, with answer keys"}
 FAILURE_NAMES = {
@@ -45,6 +49,7 @@ def report_page(summary: Mapping[str, Any]) -> str:
         method=lambda name: METHOD_NAMES.get(name, _words(name)), arm=lambda name: ARM_NAMES.get(name, _words(name)))
     return environment.get_template("template.html.j2").render(
         run=run, headlines=_headlines(run), charts=_charts(run), arms=_arms(run), methods=_ordered(run),
+        removals=_removals(run),
         key=lambda name: legend_mark(STYLES.get(name, _OTHER)))
 
 
@@ -150,9 +155,18 @@ def _ordered(run: Summary) -> list[str]:
     return [n for n in dict.fromkeys([*METHOD_NAMES, *names]) if n in names]
 
 
+def _removals(run: Summary) -> dict[str, Any] | None:
+    """What the filters removed, by rule and method; None when they removed nothing."""
+    scores = run.stage1.label_quality if run.stage1 else {}
+    rules = [rule for rule in REASONS if any(rule in each.removed for each in scores.values())]
+    rows = [{"why": REASONS[rule], "counts": [each.removed.get(rule, 0) for each in scores.values()]} for rule in rules]
+    return {"methods": list(scores), "rows": rows} if rows else None
+
+
 def _best(by_method: Mapping[str, Any]) -> str:
     """The method the pipeline goes on with, not the one with the highest number: that would be picking afterwards."""
-    return next(name for name in (*reversed(METHOD_NAMES), *by_method) if name in by_method)
+    ours = ("step_consistency", "outcome_consistency", "single")
+    return next(name for name in (*ours, *by_method) if name in by_method)
 
 
 def _interval(figure: Figure) -> str:

@@ -15,22 +15,34 @@ from spark_nemo.stages.run_folder import stage2_folder
 
 
 def check_stage1(config: SparkConfig) -> None:
-    """Problems, both models, their engines and both samplings. Raises ``ConfigError`` or ``DataFileError``."""
-    config.engine.require("policy")
-    config.engine.require("verifier")
+    """Problems, models, their engines and samplings. Raises ``ConfigError`` or ``DataFileError``."""
+    stage, engine = config.stage1, config.engine
+    engine.require("policy")
+    engine.require("verifier")
     _served_model(config, "models.generator")
     _served_model(config, "models.verifier")
     read_problems(_set(config, "data.stage1_problems"))
-    earlier = config.stage1.solutions_from
-    if earlier is not None and not Path(earlier).is_dir():
-        raise ConfigError(f"stage1.solutions_from={earlier}: no store there; name the stage1/store of an earlier run")
-    _fits(config, "stage1.generator_sampling", config.stage1.generator_sampling)
-    _fits(config, "stage1.verifier_sampling", config.stage1.verifier_sampling)
+    if stage.solutions_from is not None and not Path(stage.solutions_from).is_dir():
+        raise ConfigError(f"stage1.solutions_from={stage.solutions_from}: no store there; name the stage1/store of an "
+                          "earlier run")
+    _fits(config, "stage1.generator_sampling", stage.generator_sampling)
+    _fits(config, "stage1.verifier_sampling", stage.verifier_sampling)
+    if stage.revise:
+        _fits(config, "stage1.revision_sampling", stage.revised_with)
+    if config.models.critic is not None and (stage.revise or stage.reference_answers is not None):
+        if engine.pool("verifier").urls:
+            raise ConfigError(f"models.critic={config.models.critic}: engine.verifier.urls serve the verifier; let the "
+                              "verifier criticise (models.critic=null), or launch servers with engine.verifier.servers")
+        _served_model(config, "models.critic")
+    if stage.reference_answers is not None:
+        _has_answers(config, "stage1.reference_answers", "data.stage1_problems")
 
 
 def check_stage2(config: SparkConfig) -> None:
-    """The base model, its layout and the evaluation cases."""
+    """The base model, its layout, the evaluation cases and, for the declared baseline, the answers."""
     _trained_model(config, "models.reward_base")
+    if config.labels.balance == "ground_truth":
+        _has_answers(config, "labels.reference_answers", "data.stage1_problems")
     labels = [case.label for case in read_processbench(_set(config, "data.processbench"))]
     config.engine.require("verifier")
     if -1 not in labels or max(labels) == -1:
@@ -43,11 +55,14 @@ def check_stage2(config: SparkConfig) -> None:
 def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False) -> None:
     """The policy, its layout, the problems and whatever the chosen reward reads."""
     rl = config.rl
+    if config.engine.kind == "vllm":
+        raise ConfigError("engine.kind=vllm: its weights are not updated by this package, so it serves stage I and "
+                          "evaluation only; stage III needs sglang or local")
     config.engine.require("policy")
     if rl.asks_reward_model:
         config.engine.require("verifier")
     _trained_model(config, "models.policy")
-    problems = read_problems(_set(config, "data.rl_problems"))
+    read_problems(_set(config, "data.rl_problems"))
     read_eval_problems(_set(config, "data.eval_problems"))
     _fits(config, "rl.sampling", rl.sampling)
     _fits(config, "evaluation", config.evaluation)
@@ -56,9 +71,7 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
     if rl.reward == "rlvr":
         if config.data.rl_answers is None:
             raise ConfigError("rl.reward=rlvr needs data.rl_answers (JSONL with problem_id and answer)")
-        if missing := {p.problem_id for p in problems} - read_answer_keys(config.data.rl_answers).keys():
-            raise ConfigError(f"data.rl_answers={config.data.rl_answers}: no answer for {len(missing)} of "
-                              f"data.rl_problems, {min(missing)} first")
+        _has_answers(config, "data.rl_answers", "data.rl_problems")
     if not rl.asks_reward_model:
         return
     _fits(config, "rl.verifier_sampling", rl.verifier_sampling)
@@ -86,6 +99,13 @@ def reward_model_folder(config: SparkConfig) -> Path:
     if not (model / "config.json").exists():
         raise ConfigError(f"rl.reward_model={model}: no model there; run `spark-nemo stage2` or name one")
     return model
+
+
+def _has_answers(config: SparkConfig, answers: str, problems: str) -> None:
+    """Every problem of one file has an answer in the other."""
+    path = _set(config, answers)
+    if missing := {p.problem_id for p in read_problems(_set(config, problems))} - read_answer_keys(path).keys():
+        raise ConfigError(f"{answers}={path}: no answer for {len(missing)} of {problems}, {min(missing)} first")
 
 
 def _set(config: SparkConfig, field: str) -> str:

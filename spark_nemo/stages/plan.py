@@ -82,6 +82,10 @@ def _texts(config: SparkConfig) -> Iterator[tuple[str, str, int, int]]:
     written = config.stage1.generator_sampling.max_new_tokens
     rows = [("stage1.generator_sampling", "models.generator", written),
             ("stage1.verifier_sampling", "models.verifier", written + config.stage1.verifier_sampling.max_new_tokens)]
+    if config.stage1.revise:  # a merge reads solution, verification and critique
+        text = config.stage1.revised_with.max_new_tokens
+        rows.append(("stage1.revision_sampling", "models.critic" if config.models.critic else "models.verifier",
+                     written + config.stage1.verifier_sampling.max_new_tokens + 2 * text))
     if config.pipeline.rewards:
         response = config.rl.sampling.max_new_tokens
         rows += [("rl.sampling", "models.policy", response),
@@ -99,6 +103,8 @@ def _texts(config: SparkConfig) -> Iterator[tuple[str, str, int, int]]:
 def _models(config: SparkConfig) -> list[str]:
     lines = []
     for name, value in vars(config.models).items():
+        if value is None:
+            continue
         shape = _hf_config(config, f"models.{name}")
         size = (f"{shape['model_type']}, {shape['num_hidden_layers']} layers, context "
                 f"{shape.get('max_position_embeddings', 32768):,}") if shape else "size unknown before it is loaded"
@@ -126,6 +132,15 @@ def _generations(config: SparkConfig) -> list[str]:
     tokens = solutions * one.generator_sampling.max_new_tokens + votes * one.verifier_sampling.max_new_tokens
     lines = [f"stage I      {basis}: {problems * solutions:,} solutions, {problems * votes:,} verifications, at most "
              f"{problems * tokens:,} generated tokens"]
+    if one.revise:
+        revised = problems * solutions * len(one.revise)
+        lines.append(f"stage I      critiques of the picks by {', '.join(one.revise)}: {basis}, at most {revised:,} "
+                     f"and as many merges, {2 * revised * one.revised_with.max_new_tokens:,} generated tokens")
+    if one.reference_answers is not None:
+        shown = problems * solutions * one.num_reference_verifications
+        lines.append(f"stage I      reference_guided, READS ANSWER KEYS: {basis}, {shown:,} verifications of at most "
+                     f"{shown * one.verifier_sampling.max_new_tokens:,} tokens")
+    lines.append(f"labels       {_selection(config)}")
     for method in config.pipeline.label_methods:
         examples = problems * solutions
         lines.append(f"stage II     {method}, {two.variant}: {basis}, at most {examples:,} examples x {two.epochs} "
@@ -147,10 +162,21 @@ def _generations(config: SparkConfig) -> list[str]:
     return lines
 
 
+def _selection(config: SparkConfig) -> str:
+    labels = config.labels
+    if labels.balance == "none":
+        limit = "no limit" if labels.max_per_problem is None else f"at most {labels.max_per_problem}"
+        return f"not balanced, {limit} per problem"
+    by = "answer keys, READS ANSWER KEYS" if labels.balance == "ground_truth" else "the labels' own verdicts"
+    return f"balanced by {by}, at most {labels.max_per_verdict or 3} + {labels.max_per_verdict or 3} per problem"
+
+
 def _files(config: SparkConfig) -> list[str]:
     read = {f"data.{name}": value for name, value in vars(config.data).items() if value}
-    if config.pipeline.rl_answers:
-        read["pipeline.rl_answers"] = config.pipeline.rl_answers
+    answers = {"pipeline.rl_answers": config.pipeline.rl_answers,
+               "stage1.reference_answers": config.stage1.reference_answers,
+               "labels.reference_answers": config.labels.reference_answers}
+    read |= {field: value for field, value in answers.items() if value}
     lines = []
     for field, value in read.items():
         state = "made on the run" if value.startswith("toy:") else "here" if Path(value).exists() else "missing"
@@ -165,10 +191,11 @@ def _engine(config: SparkConfig) -> list[str]:
     engine = config.engine
     if engine.kind != "local":
         return [f"engine       {engine.kind}, {role} pool: " + _servers(engine.pool(role)) for role in POOLS]
-    if all(value.startswith("toy:") for value in vars(config.models).values()):
+    if all(value is None or value.startswith("toy:") for value in vars(config.models).values()):
         return []
-    foreign = sorted({Path(_value(config, f"models.{name}")).name for name in vars(config.models)
-                      if (shape := _hf_config(config, f"models.{name}")) and shape["model_type"] not in MODEL_TYPES})
+    foreign = sorted({Path(value).name for name, value in vars(config.models).items()
+                      if value and (shape := _hf_config(config, f"models.{name}"))
+                      and shape["model_type"] not in MODEL_TYPES})
     return [f"engine       engine.kind={config.engine.kind} is the embedded engine for small models: there is no "
             "engine for models of this size yet, so this plan can be checked and not run"
             + (f"; {', '.join(foreign)} is no {' or '.join(MODEL_TYPES)} model besides" if foreign else "")]

@@ -14,6 +14,7 @@ from spark_nemo.engines.served import ServedModel
 from spark_nemo.records import Problem
 from spark_nemo.records.jsonl import read_problems, write_json_atomic
 from spark_nemo.records.store import RecordStore
+from spark_nemo.stages.after_votes import AfterVotes, after_votes
 from spark_nemo.stages.checks import check_stage1
 from spark_nemo.stages.run_folder import Clock, mark_done, progress, stage1_folder
 from spark_nemo.stages.stage1_watch import LedgerFile, Stage1Watch, check_failure_rates
@@ -43,17 +44,24 @@ def run_stage1(config: SparkConfig) -> CollectCounts:
           progress(folder / name, total, "verification", clock) as bar):
         watch = Stage1Watch(stage, bar, total)
         earlier = RecordStore(stage.solutions_from) if stage.solutions_from is not None else None
-        collector = Collector(stage, config.run.seed, generator, verifier, store, watch, earlier=earlier)
-        _claim(folder / "made_by.json", collector.made_by())
+        after = after_votes(config, verifier, store, folder / "servers" / name)
+        collector = Collector(stage, config.run.seed, generator, verifier, store, watch, after, earlier)
+        _claim(folder / "made_by.json", {**collector.made_by(), **(after.made_by() if after else {})})
         ledger = watch.ledger = LedgerFile(folder / f"ledger-{name}.json", collector.ledger)
         try:
-            counts = asyncio.run(_collect(collector, problems, config))
+            counts = asyncio.run(_collect(collector, after, problems, config))
         finally:
             ledger.save()
             watch.show(collector.counts)
+    if counts.postponed_verifications:
+        log.warning("%d verifications were put off because an engine failed: the same command asks for them",
+                    counts.postponed_verifications)
     clock.save()
-    write_json_atomic(folder / f"stats-{name}.json", {**asdict(counts), "seconds": clock.seconds})
-    check_failure_rates(counts, stage.max_failure_rate)
+    extra = after.stats() if after else {}
+    for what, row in extra.items():
+        log.info("%s: %s", what, row)
+    write_json_atomic(folder / f"stats-{name}.json", {**asdict(counts), **extra, "seconds": clock.seconds})
+    check_failure_rates(counts, stage.max_failure_rate, more=after.rates() if after else [])
     mark_done(folder / name, asdict(counts))
     return counts
 
@@ -63,12 +71,17 @@ def shard_name(stage: Stage1Config) -> str:
     return "shard-all" if stage.shard is None else f"shard-{stage.shard}-of-{stage.num_shards}"
 
 
-async def _collect(collector: Collector, problems: list[Problem], config: SparkConfig) -> CollectCounts:
+async def _collect(
+    collector: Collector, after: AfterVotes | None, problems: list[Problem], config: SparkConfig,
+) -> CollectCounts:
     # Twice what is decoded together, so that a row that falls free finds a request waiting.
     in_flight = config.stage1.max_requests_in_flight or 2 * config.engine.slots("verifier")
+    engines = [collector.generator, collector.verifier]
+    if after is not None and after.critic is not collector.verifier:
+        engines.append(after.critic)
     try:
         counts = await collector.run(problems, in_flight)
-        for served in (collector.generator, collector.verifier):
+        for served in engines:
             await served.engine.probe(_LAST_PROBE_S)
         return counts
     except EngineFailure as failure:
@@ -77,8 +90,8 @@ async def _collect(collector: Collector, problems: list[Problem], config: SparkC
         first = _first(group)  # a full disk is one error, not a tree of them
         raise (_stopped(first) if isinstance(first, EngineFailure) else first) from group
     finally:
-        await collector.generator.engine.close()
-        await collector.verifier.engine.close()
+        for served in engines:
+            await served.engine.close()
 
 
 def _stopped(failure: EngineFailure) -> EngineFailure:
@@ -92,7 +105,7 @@ def _claim(path: Path, made_by: dict[str, object]) -> None:
         if (old := before.get(name, value)) != value:
             raise ConfigError(f"{path.parent} was sampled with {name}={old}, this run has {value}: "
                               "use another run.dir or the same settings")
-    write_json_atomic(path, made_by)
+    write_json_atomic(path, {**before, **made_by})
 
 
 def _first(error: Exception) -> Exception:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 from spark_nemo.config import Stage1Config
@@ -22,11 +23,17 @@ class TooManyFailures(RuntimeError):
     """More solutions or verifications failed than the configuration allows."""
 
 
-def check_failure_rates(counts: CollectCounts, bound: float, min_seen: int = 1) -> None:
-    """Raise ``TooManyFailures`` when a share of at least ``min_seen`` solutions or verifications is above ``bound``."""
+def check_failure_rates(
+    counts: CollectCounts, bound: float, min_seen: int = 1, more: Sequence[tuple[str, int, int]] = (),
+) -> None:
+    """Raise ``TooManyFailures`` when a share of at least ``min_seen`` solutions or verifications is above ``bound``.
+
+    ``more`` has ``(what, failed, all)`` of other kinds of text.
+    """
     for name, failed, total in (
         ("solutions", counts.unusable_solutions, counts.solutions),
         ("verifications", counts.failed_verifications, counts.verifications),
+        *more,
     ):
         if total >= min_seen and failed > bound * total:
             raise TooManyFailures(f"stage I: {failed} of {total} {name} are unusable, above "

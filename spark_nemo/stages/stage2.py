@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from dataclasses import asdict
 from pathlib import Path
 
 from spark_nemo.config import ConfigError, SparkConfig
@@ -13,14 +11,12 @@ from spark_nemo.evaluation.critic import score_reward_model
 from spark_nemo.grammar import Variant, prompt_set
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import LabelledSolution
-from spark_nemo.records.jsonl import write_json_atomic, write_text_atomic
-from spark_nemo.records.store import RecordStore
 from spark_nemo.stages.checks import check_stage2
-from spark_nemo.stages.run_folder import Clock, mark_done, stage1_folder, stage2_folder
+from spark_nemo.stages.labels import make_labels
+from spark_nemo.stages.run_folder import Clock, mark_done, stage2_folder
 from spark_nemo.training.packing import TrainSequence, drop_longer_than
 from spark_nemo.training.sft import num_sft_steps, train_sft
 from spark_nemo.training.stop import StopFlag
-from spark_nemo.verification.collected import label_collected
 from spark_nemo.verification.targets import sft_example
 
 log = logging.getLogger(__name__)
@@ -34,7 +30,7 @@ def run_stage2(config: SparkConfig) -> bool:
     stage, folder = config.stage2, stage2_folder(config.run, config.stage2.method)
     check_stage2(config)
     base = Path(config.models.reward_base)
-    labelled = _labels(config)
+    labelled = make_labels(config)
     sequences = _sequences(config, labelled, Tokenizer.load(base))
     total_steps = num_sft_steps(len(sequences), stage.epochs, stage.batch_size)
     worker = MegatronWorker.from_hf(base, config.megatron, config.run.seed, stage.optimizer, total_steps)
@@ -55,22 +51,6 @@ def run_stage2(config: SparkConfig) -> bool:
         mark_done(folder, {"f1": score.f1, "seconds": clock.seconds, "examples": len(sequences),
                            "tokens": sum(s.num_positions for s in sequences) * stage.epochs})
     return True
-
-
-def _labels(config: SparkConfig) -> list[LabelledSolution]:
-    """This method's labels from the stage I store; written to labels.jsonl for whoever wants to read them."""
-    store_folder = stage1_folder(config.run) / "store"
-    if not store_folder.is_dir():
-        raise ConfigError(f"run.dir={config.run.dir}: no stage1/store there; run `spark-nemo stage1` first")
-    with RecordStore(store_folder) as store:
-        labelled, dropped = label_collected(config.stage2.method, store, config.run.seed)
-    log.info("%s: %d labelled, dropped %s", config.stage2.method, len(labelled), dropped or "none")
-    if not labelled:
-        raise ConfigError(f"stage2.method={config.stage2.method}: no solution could be labelled (dropped: {dropped})")
-    folder = stage2_folder(config.run, config.stage2.method)
-    write_text_atomic(folder / "labels.jsonl", "".join(json.dumps(asdict(label)) + "\n" for label in labelled))
-    write_json_atomic(folder / "labels.json", {"labelled": len(labelled), "dropped": dropped})
-    return labelled
 
 
 def _sequences(config: SparkConfig, labelled: list[LabelledSolution], tokenizer: Tokenizer) -> list[TrainSequence]:

@@ -1,7 +1,8 @@
-"""Pretrain the small world's two base models with the project's own trainer: one command, one seed.
+"""Pretrain the small world's three base models with the project's own trainer: one command, one seed.
 
-Facts first, in sequences of a handful of tokens; then clean text in every format; then, from that common base, each
-model's own habits. Drilled in the long formats from the start, the same arithmetic takes ten times as many tokens.
+Facts first, in sequences of a handful of tokens; then clean text in every format; then, from that common base,
+generator's and verifier's own habits; the critic goes on from the verifier. Drilled in the long formats from the start,
+the same arithmetic takes ten times as many tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from spark_nemo.config import MegatronConfig, OptimizerConfig
 from spark_nemo.engines.tokenizer import Tokenizer
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.toy.corpus import CorpusExample, clean_corpus, drill_corpus, generator_corpus, verifier_corpus
+from spark_nemo.toy.critic import critic_corpus
 from spark_nemo.toy.data import held_out_questions
 from spark_nemo.toy.tokenizer import train_tokenizer
 from spark_nemo.training.losses import sft_loss
@@ -26,8 +28,11 @@ from spark_nemo.training.packing import TrainSequence, pack
 log = logging.getLogger(__name__)
 LAYOUT = MegatronConfig(dtype="float32", distributed_optimizer=False, tokens_per_micro_batch=4096)
 TOKENS_PER_STEP = 3200
-STEPS = {"drill": 450, "clean": 900, "generator": 400, "verifier": 700}
-LEARNING_RATE = {"drill": 3e-3, "clean": 3e-3, "generator": 1e-3, "verifier": 1e-3}
+STEPS = {"drill": 450, "clean": 900, "generator": 400, "verifier": 700, "critic": 1000}
+LEARNING_RATE = {"drill": 3e-3, "clean": 3e-3, "generator": 1e-3, "verifier": 1e-3, "critic": 2e-3}
+STARTS = {"clean": "drill", "generator": "clean", "verifier": "clean", "critic": "verifier"}
+"""Where each phase begins; the first, ``drill``, has random weights and the vocabulary."""
+BUILT = ("generator", "verifier", "critic")
 
 
 def model_config(vocab_size: int) -> dict[str, object]:
@@ -42,23 +47,31 @@ def model_config(vocab_size: int) -> dict[str, object]:
 
 
 def build_world(out: Path, seed: int) -> None:
-    """Write ``out/generator`` and ``out/verifier``, Hugging Face folders with a shared tokenizer.
+    """Write ``out/generator``, ``out/verifier`` and ``out/critic``, Hugging Face folders with a shared tokenizer.
 
-    A phase that is finished is not run again, so an interrupted build goes on where it stopped.
+    A phase that is finished is not run again, so an interrupted build goes on where it stopped, and a folder that has
+    generator and verifier gets its critic from them.
     """
     held_out = held_out_questions()
     corpora = {
         "drill": drill_corpus(seed), "clean": clean_corpus(seed, held_out),
-        "generator": generator_corpus(seed, held_out), "verifier": verifier_corpus(seed, held_out)}
+        "generator": generator_corpus(seed, held_out), "verifier": verifier_corpus(seed, held_out),
+        "critic": critic_corpus(seed, held_out)}
     vocabulary = out / "vocabulary"
-    if not (vocabulary / "tokenizer.json").exists():
-        train_tokenizer(_texts(corpora), 768, vocabulary)
-    starts = {"drill": vocabulary, "clean": out / "drill", "generator": out / "clean", "verifier": out / "clean"}
-    for phase, start in starts.items():
-        if not (out / phase / "config.json").exists():
-            _pretrain(phase, corpora[phase], start, out / phase, seed)
+
+    def finished(phase: str) -> Path:
+        folder = out / phase
+        if not (folder / "config.json").exists():
+            start = finished(STARTS[phase]) if phase in STARTS else vocabulary
+            if start == vocabulary and not (vocabulary / "tokenizer.json").exists():
+                train_tokenizer(_texts(corpora), 768, vocabulary)
+            _pretrain(phase, corpora[phase], start, folder, seed)
+        return folder
+
+    for model in BUILT:
+        finished(model)
     for folder in (vocabulary, out / "drill", out / "clean"):
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _pretrain(phase: str, corpus: Iterator[CorpusExample], start: Path, out: Path, seed: int) -> None:

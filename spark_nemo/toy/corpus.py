@@ -12,6 +12,7 @@ from spark_nemo.toy.habits import (
     CAREFUL,
     ERROR_RICH,
     FAULTLESS,
+    GLANCE,
     GeneratorHabits,
     VerifierHabits,
     WrittenSolution,
@@ -51,7 +52,7 @@ def drill_corpus(seed: int) -> Iterator[CorpusExample]:
 def clean_corpus(seed: int, held_out: frozenset[str]) -> Iterator[CorpusExample]:
     """Right solutions and careful verifications, with some drills among them."""
     rng = random.Random(f"clean corpus {seed}")
-    for problem in _problems(rng, held_out):
+    for problem in sampled_problems(rng, held_out):
         draw = rng.random()
         if draw < 0.2:
             yield _fact_drill(rng)
@@ -67,14 +68,14 @@ def clean_corpus(seed: int, held_out: frozenset[str]) -> Iterator[CorpusExample]
 def generator_corpus(seed: int, held_out: frozenset[str]) -> Iterator[CorpusExample]:
     """Solutions with the generator's mistakes, half plain and half in the tagged policy format."""
     rng = random.Random(f"generator corpus {seed}")
-    for problem in _problems(rng, held_out):
+    for problem in sampled_problems(rng, held_out):
         yield _solution_example(problem, write_solution(problem, GeneratorHabits(), rng), rng)
 
 
 def verifier_corpus(seed: int, held_out: frozenset[str]) -> Iterator[CorpusExample]:
     """Verifications with the verifier's habits, of solutions by both kinds of solvers."""
     rng = random.Random(f"verifier corpus {seed}")
-    for problem in _problems(rng, held_out):
+    for problem in sampled_problems(rng, held_out):
         solution = write_solution(problem, ERROR_RICH if rng.random() < 0.6 else GeneratorHabits(), rng)
         yield _verification_example(problem, solution, VerifierHabits(), rng)
 
@@ -109,7 +110,7 @@ def _comparison_drill(rng: random.Random) -> CorpusExample:
     fact = _random_fact(rng)
     claim = misquote(fact, rng) if rng.random() < 0.5 else fact
     verdict = f"**This step is {'correct' if claim == fact else 'incorrect'}.**"
-    return CorpusExample([], verdict, f"{_recomputation(fact.text, claim, rng)}\n")
+    return CorpusExample([], verdict, f"{recomputation(fact.text, claim, rng)}\n")
 
 
 def _random_fact(rng: random.Random) -> WrittenStep:
@@ -139,19 +140,23 @@ def _judge(
     title, right = OPERATIONS[step.operator], step == expected
     skims = rng.random() < (habits.skim_easy if step.operator == "+" else habits.skim_hard)
     if skims:
-        return StepJudgement(title, "At a glance.", rng.random() < habits.benefit_of_doubt)
+        return StepJudgement(title, GLANCE, rng.random() < habits.benefit_of_doubt)
     correct = right != (rng.random() < habits.careless)
+    if habits.miscompute and expected is not None and rng.random() < habits.miscompute:
+        expected = misquote(expected, rng)
     recomputed = expected.text if expected is not None else "nothing"
-    return StepJudgement(title, _recomputation(recomputed, step, rng), correct)
+    return StepJudgement(title, recomputation(recomputed, step, rng), correct)
 
 
-def _recomputation(recomputed: str, step: WrittenStep, rng: random.Random) -> str:
+def recomputation(recomputed: str, step: WrittenStep, rng: random.Random) -> str:
+    """An analysis that sets a computation beside what the step claims, in one of the verifier's two wordings."""
     if rng.random() < 0.5:
         return f"Check: {recomputed}. Claim: {step.text}."
     return f"I get {recomputed}, written {step.text}."
 
 
-def _problems(rng: random.Random, held_out: frozenset[str]) -> Iterator[ToyProblem]:
+def sampled_problems(rng: random.Random, held_out: frozenset[str]) -> Iterator[ToyProblem]:
+    """Problems without end, none of them held out."""
     while True:
         problem = sample_problem(rng)
         if problem.question not in held_out:

@@ -47,8 +47,12 @@ class VerifierHabits:
     benefit_of_doubt: float = 0.58
     careless: float = 0.02
     """A recomputation whose conclusion is written the wrong way round."""
+    miscompute: float = 0.0
+    """A wrong computation under the right conclusion."""
 
 
+GLANCE = "At a glance."
+"""The analysis of a step that was skimmed."""
 CAREFUL = VerifierHabits(skim_easy=0.0, skim_hard=0.0, careless=0.0)
 
 

@@ -11,6 +11,7 @@ from spark_nemo.toy import data, oracle
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 _PREFIX = "toy:"
+_WITH_ANSWERS = ("eval_problems", "rl_answers", "reference_answers")
 
 
 def resolve_toy(config: SparkConfig) -> SparkConfig:
@@ -23,6 +24,10 @@ def resolve_toy(config: SparkConfig) -> SparkConfig:
         config, models=replace(config.models, **models),
         data=replace(config.data, **{
             name: _file(f"data.{name}", name, value, config) for name, value in vars(config.data).items()}),
+        stage1=replace(config.stage1, reference_answers=_file(
+            "stage1.reference_answers", "reference_answers", config.stage1.reference_answers, config)),
+        labels=replace(config.labels, reference_answers=_file(
+            "labels.reference_answers", "reference_answers", config.labels.reference_answers, config)),
         pipeline=replace(
             config.pipeline,
             rl_answers=_file("pipeline.rl_answers", "rl_answers", config.pipeline.rl_answers, config)))
@@ -34,8 +39,8 @@ def oracle_for(config: SparkConfig) -> Oracle | None:
     return oracle.step_truths if is_toy else None
 
 
-def _model(field: str, value: str) -> str:
-    if not value.startswith(_PREFIX):
+def _model(field: str, value: str | None) -> str | None:
+    if value is None or not value.startswith(_PREFIX):
         return value
     folder = ASSETS / value.removeprefix(_PREFIX)
     if not (folder / "config.json").exists():
@@ -53,5 +58,5 @@ def _file(field: str, name: str, value: str | None, config: SparkConfig) -> str 
     folder, seed = Path(config.run.dir) / "data", config.run.seed
     if name == "processbench":
         return str(data.write_processbench(int(count), folder))
-    write = data.write_answers if name in ("eval_problems", "rl_answers") else data.write_problems
+    write = data.write_answers if name in _WITH_ANSWERS else data.write_problems
     return str(write(split, int(count), seed, folder))

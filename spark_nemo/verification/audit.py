@@ -73,6 +73,8 @@ def _has_its_key(key: str, kind: str, payload: Mapping[str, object], made_by: Ma
         return True
     by, seed = [made_by[field] for field in fields], made_by["run.seed"]
     if kind == VERIFICATION:
+        if (asked_with := made_by.get("stage1.verifier_prompt", "verify")) != "verify":
+            by.append(asked_with)
         return content_key(VERIFICATION, payload["solution_key"], by, seed, payload["vote"]) == key
     # A solution does not record which of its problem's samples it is.
     return any(content_key(SOLUTION, payload["question"], by, seed, n) == key for n in range(_LARGEST_INDEX))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from spark_nemo.config import REFERENCE_GUIDED, REVISED_METHODS
 from spark_nemo.grammar import ParsedResponse
-from spark_nemo.records import LabelledSolution, Solution, Verification
+from spark_nemo.records import LabelledSolution, Revision, Solution, Verification
 from spark_nemo.records.store import RecordStore
 
 from .collect import SOLUTION, VERIFICATION, parse_solution
-from .labelling import LabelOptions, label_all
+from .labelling import label_all
+from .picks import DEFAULT_OPTIONS, LabelOptions
+from .reference import reference_verifications_of
+from .revise import revisions_of
 
 
 def stream_collected(store: RecordStore) -> Iterator[tuple[Solution, list[Verification]]]:
@@ -35,18 +39,31 @@ def read_collected(store: RecordStore) -> tuple[list[Solution], list[Verificatio
     return solutions, verifications
 
 
+def stream_for(
+    method: str, store: RecordStore,
+) -> Iterator[tuple[Solution, Sequence[Verification], dict[str, Revision]]]:
+    """What a label method reads: usable solutions, each with its verifications and, where it needs them, revisions.
+
+    Only ``reference_guided`` gets the verifications that saw the answer, and it gets no others.
+    """
+    for solution, votes in stream_collected(store):
+        if method == REFERENCE_GUIDED:
+            yield solution, reference_verifications_of(store, solution.key), {}
+        else:
+            yield solution, votes, revisions_of(store, solution.key) if method in REVISED_METHODS else {}
+
+
 def label_collected(
-    method: str, store: RecordStore, seed: int, options: LabelOptions | None = None,
+    method: str, store: RecordStore, seed: int, options: LabelOptions = DEFAULT_OPTIONS,
 ) -> tuple[list[LabelledSolution], dict[str, int]]:
     """``label_all`` of a store's usable solutions, in the order of their keys, read one by one.
 
     Of the dropped only the numbers are kept. Raises ``ValueError`` where ``label_all`` does.
     """
-    options = options or LabelOptions()
     labelled: list[LabelledSolution] = []
     dropped: Counter[str] = Counter()
-    for solution, votes in stream_collected(store):
-        label, reasons = label_all(method, [solution], votes, seed, options)
+    for solution, votes, revisions in stream_for(method, store):
+        label, reasons = label_all(method, [solution], votes, seed, options, revisions)
         labelled += label
         dropped.update(reasons)
     return labelled, dict(dropped)

@@ -1,154 +1,126 @@
-"""The three reference-free labelling methods (SPARK, arXiv 2512.03244, section 3.1, methods 1 to 3).
+"""From the verifications of one solution to its label (SPARK, arXiv 2512.03244, section 3.1, methods 1 to 6).
 
-Each method reads the verifications of one solution and returns one whole verification as training target, never a
-splice of several, or ``Dropped`` with the reason. A label always says what its target text says: ``step_labels`` and
-``answer_correct`` are those of the chosen verification, so that nobody trains on a text that contradicts its label.
+A label always says what its target text says: ``step_labels`` and ``answer_correct`` are those of the chosen
+verification, or of the merge made from it, so that nobody trains on a text that contradicts its label.
 
-The random choice among equally good verifications depends on the seed, the method and the solution's key alone: not on
-the order of the list, on other solutions, or on how the work was sharded.
+Methods 1 to 3 take a picked verification whole. Meta-critique and the two hybrids take the merge of a picked
+verification and its critique; a merge that cannot be read drops the solution, for falling back on the unrevised text
+would mix two methods under one name. Reference-guided labels are a declared baseline: they read verifications whose
+prompt held the answer, which are of a type of their own, and every other method refuses that type.
 """
 
 from __future__ import annotations
 
-import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from spark_nemo.config import REFERENCE_GUIDED, REVISED_METHODS
+from spark_nemo.grammar.verification import after_thinking
 from spark_nemo.records import (
+    Critique,
     LabelEvidence,
     LabelledSolution,
+    ParseFailure,
+    ReferenceVerification,
+    Revision,
     Solution,
     Verdict,
     Verification,
-    derive_seed,
     outcome_kind,
 )
 
-from .voting import VoteCount, count_votes, majority
+from .picks import DEFAULT_OPTIONS, PICKS, Dropped, LabelOptions, Pick, is_coherent
 
-
-@dataclass(frozen=True, slots=True)
-class LabelOptions:
-    """What the paper leaves open. The defaults drop a solution whenever its label would be doubtful.
-
-    ``ties``: ``drop`` the solution, or count a tied step (or final verdict) as ``incorrect``.
-
-    ``no_match``: when no verification agrees with every step's majority, ``drop`` the solution, or take the one
-    closest to the majority in ``hamming`` distance; the label is then that verification's and not the majority's.
-
-    ``final_verdict`` of a step-consistent target. ``agreed``: Yes is accepted only when every step is correct, and of
-    the verifications that match the steps the target is one with the final verdict most of them have. Stage III's
-    reward is that last line, so a target that marks an error and still says Yes would teach the reward model the
-    loophole a policy looks for. The converse is accepted: steps can all be right and the answer wrong, as when a
-    solution stops early. (A vote on the last line over *all* verifications would be worse: of verifiers that are right
-    on each of four steps with probability 0.8 most report some error, and No would win on right solutions. That is
-    the weakness of outcome consistency.) ``any``: the last line is not looked at.
-    """
-
-    ties: str = "drop"
-    no_match: str = "drop"
-    final_verdict: str = "agreed"
-
-    def __post_init__(self) -> None:
-        if self.ties not in ("drop", "incorrect"):
-            raise ValueError(f"LabelOptions.ties={self.ties!r}: choose drop or incorrect")
-        if self.no_match not in ("drop", "hamming"):
-            raise ValueError(f"LabelOptions.no_match={self.no_match!r}: choose drop or hamming")
-        if self.final_verdict not in ("agreed", "any"):
-            raise ValueError(f"LabelOptions.final_verdict={self.final_verdict!r}: choose agreed or any")
-
-
-@dataclass(frozen=True, slots=True)
-class Dropped:
-    """A solution that got no label. ``reason`` is a metric key: ``tie``, ``no_match``, ``vote_0_truncated``, ..."""
-
-    reason: str
-
-
+Revisions = Mapping[str, Revision]
+"""Critique and merge by the key of the verification they are about."""
+NO_REVISIONS: Revisions = {}
 Label = LabelledSolution | Dropped
-Method = Callable[[Solution, Sequence[Verification], int, LabelOptions], Label]
+Method = Callable[..., Label]
 
 
 def label_single(
-    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = LabelOptions(),
+    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = DEFAULT_OPTIONS,
+    revisions: Revisions = NO_REVISIONS,
 ) -> Label:
-    """Method 1: what one verification says (vote 0), whole.
-
-    When vote 0 is a failure the solution is dropped although later votes may be usable. This method stands for a
-    budget of N = 1: taking the first vote that parses would give it up to N attempts, and would keep solutions that
-    are hard to verify on the strength of a rare verification, which is what it is compared against.
-    """
-    first = next((v for v in verifications if v.vote == 0), None)
-    if first is None:
-        return Dropped("vote_0_missing")
-    if not isinstance(first.outcome, Verdict):
-        return Dropped(f"vote_0_{outcome_kind(first.outcome)}")
-    return _labelled("single", solution, first, count_votes([first.outcome]), matching=1)
+    """Method 1: what one verification says (vote 0), whole."""
+    return _label_by_vote("single", solution, verifications, seed, options)
 
 
 def label_outcome_consistency(
-    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = LabelOptions(),
+    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = DEFAULT_OPTIONS,
+    revisions: Revisions = NO_REVISIONS,
 ) -> Label:
     """Method 2: a random whole verification among those whose final verdict is the majority's."""
-    count = count_votes(v.outcome for v in verifications)
-    if count.num_votes == 0:
-        return Dropped("no_votes")
-    verdict = _resolve(majority(count.yes_votes, count.num_votes), options)
-    if verdict is None:
-        return Dropped("tie")
-    matching = [v for v in _voters(verifications) if v.outcome.answer_correct == verdict]
-    chosen = _choose("outcome_consistency", solution, matching, seed)
-    return _labelled("outcome_consistency", solution, chosen, count, len(matching))
+    return _label_by_vote("outcome_consistency", solution, verifications, seed, options)
 
 
 def label_step_consistency(
-    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = LabelOptions(),
+    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = DEFAULT_OPTIONS,
+    revisions: Revisions = NO_REVISIONS,
 ) -> Label:
-    """Method 3: a random whole verification among those that agree with the majority on every single step.
+    """Method 3: a random whole verification among those that agree with the majority on every single step."""
+    return _label_by_vote("step_consistency", solution, verifications, seed, options)
 
-    The paper does not say whether the final verdict must agree with the steps; ``LabelOptions.final_verdict`` does.
-    ``evidence.matching_votes`` counts the verifications chosen from, 0 when ``no_match=hamming`` had to step in.
+
+def label_meta_critique(
+    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = DEFAULT_OPTIONS,
+    revisions: Revisions = NO_REVISIONS,
+) -> Label:
+    """Method 4: what the merge of vote 0 and its critique says."""
+    return _label_by_merge("meta_critique", solution, verifications, seed, options, revisions)
+
+
+def label_hybrid_outcome(
+    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = DEFAULT_OPTIONS,
+    revisions: Revisions = NO_REVISIONS,
+) -> Label:
+    """Method 5: method 4 applied to the verification that outcome consistency picks."""
+    return _label_by_merge("hybrid_outcome", solution, verifications, seed, options, revisions)
+
+
+def label_hybrid_step(
+    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = DEFAULT_OPTIONS,
+    revisions: Revisions = NO_REVISIONS,
+) -> Label:
+    """Method 5 on the step-level pick, as the authors' scripts also have it."""
+    return _label_by_merge("hybrid_step", solution, verifications, seed, options, revisions)
+
+
+def label_reference_guided(
+    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = DEFAULT_OPTIONS,
+    revisions: Revisions = NO_REVISIONS,
+) -> Label:
+    """Method 6, a declared baseline: ``LabelOptions.reference_pick`` among verifications that saw the answer.
+
+    Raises ``ValueError`` for a verification that did not see it: the two kinds must not be mixed.
     """
-    count = count_votes(v.outcome for v in verifications)
-    if count.num_votes == 0:
-        return Dropped("no_votes")
-    target = tuple(_resolve(majority(votes, count.num_votes), options) for votes in count.correct_votes)
-    if None in target:
-        return Dropped("tie")
-    voters = _voters(verifications)
-    closest = min(_distance(v, target) for v in voters)
-    if closest > 0 and options.no_match == "drop":
-        return Dropped("no_match")
-    candidates = [v for v in voters if _distance(v, target) == closest]
-    if options.final_verdict == "agreed":
-        candidates = [v for v in candidates if all(v.outcome.step_labels) or not v.outcome.answer_correct]
-        if not candidates:
-            return Dropped("incoherent")
-        verdict = _resolve(majority(sum(v.outcome.answer_correct for v in candidates), len(candidates)), options)
-        if verdict is None:
-            return Dropped("tie")
-        candidates = [v for v in candidates if v.outcome.answer_correct == verdict]
-    chosen = _choose("step_consistency", solution, candidates, seed)
-    return _labelled("step_consistency", solution, chosen, count, 0 if closest else len(candidates))
+    if not all(isinstance(v, ReferenceVerification) for v in verifications):
+        raise ValueError(f"{REFERENCE_GUIDED}: solution {solution.key} came with verifications that saw no answer")
+    picked = PICKS[options.reference_pick](solution, verifications, seed, options)
+    return picked if isinstance(picked, Dropped) else _labelled(REFERENCE_GUIDED, solution, picked)
 
 
 LABEL_METHODS: dict[str, Method] = {
     "single": label_single,
     "outcome_consistency": label_outcome_consistency,
     "step_consistency": label_step_consistency,
+    "meta_critique": label_meta_critique,
+    "hybrid_outcome": label_hybrid_outcome,
+    "hybrid_step": label_hybrid_step,
+    REFERENCE_GUIDED: label_reference_guided,
 }
 """By the names of ``config.LABEL_METHODS``."""
 
 
 def label_all(
     method: str, solutions: Iterable[Solution], verifications: Iterable[Verification], seed: int,
-    options: LabelOptions = LabelOptions(),
+    options: LabelOptions = DEFAULT_OPTIONS, revisions: Revisions = NO_REVISIONS,
 ) -> tuple[list[LabelledSolution], dict[str, int]]:
     """Label every solution, in their order, and count the dropped ones by reason.
 
-    Labelled plus dropped is the number of solutions. Raises ``ValueError`` for an unknown method, a verification of no
-    given solution, a solution given twice, and two verifications of one solution with the same vote number.
+    Labelled plus dropped is the number of solutions. ``revisions`` are read by meta-critique and the hybrids only.
+    Raises ``ValueError`` for an unknown method, a verification of no given solution, a solution given twice, two
+    verifications of one solution with the same vote number, and verifications of the wrong type for the method.
     """
     if method not in LABEL_METHODS:
         raise ValueError(f"label method {method!r}: choose one of {', '.join(LABEL_METHODS)}")
@@ -166,7 +138,7 @@ def label_all(
         numbers = [v.vote for v in votes[solution.key]]
         if len(set(numbers)) != len(numbers):
             raise ValueError(f"solution {solution.key}: two verifications with the same vote number in {numbers}")
-        label = LABEL_METHODS[method](solution, votes[solution.key], seed, options)
+        label = LABEL_METHODS[method](solution, votes[solution.key], seed, options, revisions)
         if isinstance(label, Dropped):
             dropped[label.reason] += 1
         else:
@@ -174,34 +146,70 @@ def label_all(
     return labelled, dict(dropped)
 
 
-def _voters(verifications: Sequence[Verification]) -> list[Verification]:
-    return sorted((v for v in verifications if isinstance(v.outcome, Verdict)), key=lambda v: v.vote)
+def pick_verification(
+    pick: str, solution: Solution, verifications: Sequence[Verification], seed: int, options: LabelOptions,
+) -> Pick | Dropped:
+    """The verification that a reference-free way of picking chooses. Raises ``ValueError`` when one saw the answer."""
+    if any(isinstance(v, ReferenceVerification) for v in verifications):
+        raise ValueError(f"{pick}: solution {solution.key} came with verifications that saw the answer; only "
+                         f"{REFERENCE_GUIDED} may read those")
+    return PICKS[pick](solution, verifications, seed, options)
 
 
-def _distance(verification: Verification, target: tuple[bool, ...]) -> int:
-    """Number of steps on which a verdict differs from the target."""
-    return sum(said != wanted for said, wanted in zip(verification.outcome.step_labels, target))
+def critique_text(critique: Critique) -> str | Dropped:
+    """What a critique says, without thinking; ``Dropped`` when it was cut off or says nothing."""
+    if critique.finish_reason != "stop":
+        return Dropped("critique_truncated" if critique.finish_reason == "length" else "critique_engine_error")
+    text = after_thinking(critique.text)
+    if isinstance(text, ParseFailure) or not text.strip():
+        return Dropped("critique_parse_failure")
+    return text.strip()
 
 
-def _resolve(decision: bool | None, options: LabelOptions) -> bool | None:
-    return False if decision is None and options.ties == "incorrect" else decision
+def _label_by_vote(
+    method: str, solution: Solution, verifications: Sequence[Verification], seed: int, options: LabelOptions,
+) -> Label:
+    picked = pick_verification(method, solution, verifications, seed, options)
+    return picked if isinstance(picked, Dropped) else _labelled(method, solution, picked)
 
 
-def _choose(method: str, solution: Solution, candidates: list[Verification], seed: int) -> Verification:
-    return random.Random(derive_seed("label", method, solution.key, seed)).choice(candidates)
+def _label_by_merge(
+    method: str, solution: Solution, verifications: Sequence[Verification], seed: int, options: LabelOptions,
+    revisions: Revisions,
+) -> Label:
+    picked = pick_verification(REVISED_METHODS[method], solution, verifications, seed, options)
+    if isinstance(picked, Dropped):
+        return picked
+    revision = revisions.get(picked.verification.key)
+    if revision is None:
+        return Dropped("critique_missing")
+    if isinstance(fault := critique_text(revision.critique), Dropped):
+        return fault
+    if revision.merge is None:
+        return Dropped("merge_missing")
+    outcome = revision.merge.outcome
+    if not isinstance(outcome, Verdict):
+        return Dropped(f"merge_{outcome_kind(outcome)}")
+    if len(outcome.step_labels) != len(picked.verification.outcome.step_labels):
+        return Dropped("merge_step_count")
+    if options.final_verdict == "agreed" and not is_coherent(outcome):
+        return Dropped("merge_incoherent")
+    return _labelled(method, solution, picked, revision)
 
 
-def _labelled(
-    method: str, solution: Solution, chosen: Verification, count: VoteCount, matching: int,
-) -> LabelledSolution:
-    assert isinstance(chosen.outcome, Verdict)
+def _labelled(method: str, solution: Solution, picked: Pick, revision: Revision | None = None) -> LabelledSolution:
+    chosen, count = picked.verification, picked.count
+    source = chosen if revision is None else revision.merge
+    assert source is not None and isinstance(source.outcome, Verdict)
     return LabelledSolution(
         method=method,
         solution=solution,
-        step_labels=chosen.outcome.step_labels,
-        answer_correct=chosen.outcome.answer_correct,
-        target_text=chosen.text,
+        step_labels=source.outcome.step_labels,
+        answer_correct=source.outcome.answer_correct,
+        target_text=source.text,
         evidence=LabelEvidence(
             correct_votes=count.correct_votes, num_votes=count.num_votes, yes_votes=count.yes_votes,
-            chosen_vote=chosen.vote, matching_votes=matching),
+            chosen_vote=chosen.vote, matching_votes=picked.matching, chosen_by=picked.rule, chosen_key=chosen.key,
+            critique_key=revision.critique.key if revision is not None else None,
+            merge_key=source.key if revision is not None else None),
     )

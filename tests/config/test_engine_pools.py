@@ -69,9 +69,10 @@ def test_the_cpu_preset_fits_the_small_world(monkeypatch: pytest.MonkeyPatch) ->
     assert compose_config(["+experiment=toy", "+engine=sglang_cpu"]).engine.policy.python is None
 
 
-def test_the_gpu_preset_is_valid() -> None:
-    """Only that it composes; nothing of it was run."""
+def test_the_presets_that_were_never_run_are_valid() -> None:
+    """Only that they compose."""
     assert compose_config(["+experiment=toy", "+engine=sglang"]).engine.verifier.first_gpu == 4
+    assert compose_config(["+experiment=toy", "+engine=vllm_cpu"]).engine.kind == "vllm"
 
 
 def test_a_plan_says_what_will_serve() -> None:

@@ -70,6 +70,7 @@ class FakeSglang:
         self.groups: set[str] = set()
         self.flushes = self.most_running = 0
         self.dead = False
+        self._open: dict[int, web.Request] = {}
         self._on_death = on_death
         self._runner: web.AppRunner | None = None
         self.url = ""
@@ -103,7 +104,8 @@ class FakeSglang:
         self.dead = True
         if self._on_death is not None:
             self._on_death()
-        self._drop(request)
+        for other in [*self._open.values(), request]:
+            self._drop(other)
         return web.Response()
 
     @web.middleware
@@ -117,7 +119,11 @@ class FakeSglang:
         if self.api_key and not open_ and self.authorizations[-1] != f"Bearer {self.api_key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
         request["body"] = body
-        return await handler(request)
+        self._open[id(request)] = request
+        try:
+            return await handler(request)
+        finally:
+            del self._open[id(request)]
 
     @staticmethod
     def _drop(request: web.Request) -> None:
@@ -143,7 +149,7 @@ class FakeSglang:
         rid = body.get("rid") or os.urandom(8).hex()
         if rid in self.running:
             return _error(f"Duplicate request ID detected: {rid}")
-        while self.pause is not None:
+        while self.pause is not None and not self.dead:
             await asyncio.sleep(0.002)
         state = self.running[rid] = Running()
         self.most_running = max(self.most_running, len(self.running))
@@ -180,7 +186,7 @@ class FakeSglang:
             state.aborted = {"message": "Aborted", "status_code": self.faults.abort_status}
         while len(state.tokens) < room:
             await asyncio.sleep(self.faults.token_s)
-            while state.aborted is None and (self.pause is not None or self.faults.hang):
+            while state.aborted is None and not self.dead and (self.pause is not None or self.faults.hang):
                 await asyncio.sleep(0.002)
             if request.transport is None or request.transport.is_closing():
                 state.aborted = state.aborted or {"message": "disconnected", "status_code": None}

@@ -266,3 +266,33 @@ def test_random_failures_of_kept_servers_under_updates_keep_versions_straight(se
 
     wrong, done = asyncio.run(scenario())
     assert wrong == 0 and done > 200
+
+
+def test_a_probe_that_a_blocked_event_loop_made_late_is_asked_again() -> None:
+    """A client with a deadline of its own sees it pass while a training step holds the loop: the server was sound."""
+    class Watched(FakeEngine):
+        asked = 0
+
+        async def probe(self, timeout_s: float) -> None:
+            self.asked += 1
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await asyncio.sleep(0.03)
+                    await super().probe(timeout_s)
+            except TimeoutError as error:
+                raise EngineUnavailable("the probe's token did not come") from error
+
+    async def scenario():
+        engine = Watched(0)
+        async with running([engine]) as fleet:
+            await fleet.generate(ask(1))
+            for _ in range(3):
+                seen = engine.asked
+                await until(lambda: engine.asked > seen)  # noqa: B023 - one is on its way
+                await asyncio.sleep(0.005)
+                time.sleep(0.4)
+                await asyncio.sleep(0.02)
+            return fleet.metrics()
+
+    metrics = asyncio.run(scenario())
+    assert metrics.outages == 0 and metrics.members_up == 1

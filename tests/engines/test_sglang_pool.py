@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from fake_sglang_process import fake_process, free_port
+from fleet_cases import until
 
 from spark_nemo.config import ConfigError, EngineConfig, PoolConfig
 from spark_nemo.engines import EngineLost, GenerationRequest, SamplingParams, build_engine
@@ -30,6 +31,8 @@ def test_given_servers_serve_as_one_engine() -> None:
         fleet = build_engine(sglang(urls=urls), TOY, "policy")
         try:
             assert isinstance(fleet, Fleet)
+            await fleet.generate(REQUEST)
+            await until(lambda: fleet.metrics().members_up == 2, 20)
             answers = await asyncio.gather(*(fleet.generate(REQUEST) for _ in range(4)))
             return answers, sorted(fleet.members())
         finally:

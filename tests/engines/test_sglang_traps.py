@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from engine_cases import ask
 from fake_sglang import FakeSglang
-from test_sglang_server import paths, until, with_fake
+from test_sglang_server import client, paths, until, with_fake
 
 from spark_nemo.engines import EngineFailure, EngineUnavailable
 from spark_nemo.engines.sglang import PauseMode, SglangServer
@@ -217,5 +217,24 @@ def test_7_update_waits_for_running_requests_when_not_paused(tmp_path):
         await until(lambda: fake.running)
         await server.update_weights_from_disk(tmp_path, 1, flush_cache=False)
         assert set((await task).weight_versions) == {0}
+
+    with_fake(scenario)
+
+
+def test_death_of_the_server_ends_everything_in_flight(tmp_path):
+    """Requests held in an in-place pause do not wait for a server that an update by somebody else has killed."""
+    (tmp_path / "config.json").touch()
+
+    async def scenario(server, fake):
+        fake.faults.token_s = 0.005
+        task = asyncio.create_task(server.generate(ask((1,), max_new_tokens=30)))
+        await until(lambda: fake.running)
+        stranger = client(fake.url)
+        await stranger.pause(PauseMode.IN_PLACE)
+        with pytest.raises(EngineUnavailable):
+            await stranger.update_weights_from_disk(tmp_path, 1)
+        with pytest.raises(EngineUnavailable):
+            await task
+        await stranger.close()
 
     with_fake(scenario)

@@ -28,6 +28,19 @@ def test_no_record_has_a_field_for_an_answer_key() -> None:
             assert "AnswerKey" not in str(field.type) and "EvalProblem" not in str(field.type), (record, field.name)
 
 
+def test_no_room_below_the_stages_knows_what_an_answer_key_is() -> None:
+    """Proves records, grammar and verification have no name of an answer's type and no import of the room that has: the
+    reference-guided baseline and balancing by ground truth reach them as closures. Import-linter says the same of
+    imports; this says it of type hints and strings too."""
+    package = Path(records.__file__).parents[1]
+    sources = [path for room in ("records", "grammar", "verification") for path in (package / room).glob("*.py")]
+    assert len(sources) > 20
+    for path in sources:
+        text = path.read_text()
+        found = [name for name in ("AnswerKey", "EvalProblem", "answer_keys", "answer_matches") if name in text]
+        assert not found, (path, found)
+
+
 @pytest.mark.slow
 def test_poisoned_evaluation_answers_change_no_training_number_and_no_weight(tmp_path: Path) -> None:
     """Proves RL with the reward model never reads an answer: only the evaluations differ. Stages I and II are given no

@@ -7,6 +7,7 @@ import json
 import pytest
 from world import run
 
+from spark_nemo.cli.main import main
 from spark_nemo.config import ConfigError
 from spark_nemo.config.compose import compose_config
 from spark_nemo.records.store import RecordStore
@@ -26,6 +27,8 @@ def test_the_second_round_verifies_the_same_solutions_with_the_first_reward_mode
     assert not first.keys("verification") & second.keys("verification")
     made_by = [json.loads((folder / "stage1/made_by.json").read_text()) for folder in (run_dir, run_dir / "round-2")]
     assert made_by[0]["models.generator"] == made_by[1]["models.generator"]
+    for folder in (run_dir, run_dir / "round-2"):
+        assert main(["data", "verify", str(folder)]) == 0
     assert made_by[0]["models.verifier"] != made_by[1]["models.verifier"]
     stats = json.loads((run_dir / "round-2/stage1/stats-shard-0-of-1.json").read_text())
     assert stats["solution_tokens"] == 0 and stats["verification_tokens"] > 0

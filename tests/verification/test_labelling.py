@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark_nemo.config import LABEL_METHODS as CONFIGURED_METHODS
+from spark_nemo.config import VOTE_METHODS
 from spark_nemo.records import EngineError, LabelledSolution, ParseFailure, Solution, Truncated, Verdict, Verification
 from spark_nemo.verification import (
     LABEL_METHODS,
@@ -148,7 +149,7 @@ def test_the_final_verdicts_of_votes_that_do_not_match_are_not_asked():
     assert not label("outcome_consistency", *[verdict(s) for s in ("ICC", "CIC", "CCI", "CCC", "CCC")]).answer_correct
 
 
-@given(outcomes, st.sampled_from(CONFIGURED_METHODS), st.sampled_from(["drop", "incorrect"]),
+@given(outcomes, st.sampled_from(VOTE_METHODS), st.sampled_from(["drop", "incorrect"]),
        st.sampled_from(["drop", "hamming"]), st.integers(0, 5))
 @settings(max_examples=300, deadline=None)
 def test_a_label_is_always_one_whole_verification(outcomes, method, ties, no_match, seed):
@@ -165,7 +166,7 @@ def test_a_label_is_always_one_whole_verification(outcomes, method, ties, no_mat
         assert all(result.step_labels) or not result.answer_correct
 
 
-@given(outcomes, st.sampled_from(CONFIGURED_METHODS), st.randoms())
+@given(outcomes, st.sampled_from(VOTE_METHODS), st.randoms())
 @settings(max_examples=100, deadline=None)
 def test_the_label_does_not_depend_on_the_order_of_the_votes(outcomes, method, shuffler):
     """Results that arrive in another order, as they do from a concurrent engine, give the same label."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
@@ -33,14 +33,15 @@ class TimedEngine(FakeEngine):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.spans: list[tuple[float, float, bool]] = []
-        self.usable: list[float] = []
+        self.votes_owed: list[int] = []
+        """By each of ``spans``: 4 for a usable solution, -1 for a vote."""
 
     async def generate(self, request):
         start = asyncio.get_running_loop().time()
         generation = await super().generate(request)
         self.spans.append((start, asyncio.get_running_loop().time(), is_vote(request)))
-        if not is_vote(request) and solution_of(request).startswith("Step 1"):
-            self.usable.append(self.spans[-1][1])
+        owed = 4 * solution_of(request).startswith("Step 1")
+        self.votes_owed.append(-1 if is_vote(request) else owed)
         return generation
 
 
@@ -60,25 +61,26 @@ def test_a_slow_problem_leaves_no_slot_idle(rule: dict) -> None:
     assert last_problem > 50
 
 
-def test_votes_go_before_new_solutions_and_both_keep_going() -> None:
+@pytest.mark.parametrize("latency", [lambda draw: 1.0, lambda draw: draw.expovariate(1.0)])
+def test_votes_go_before_new_solutions_and_both_keep_going(latency: Callable[[random.Random], float]) -> None:
     """Proves that unverified solutions do not pile up, and that solves and votes are in flight side by side.
 
     The first twenty seconds, when there is nothing yet but solves and then their votes, do not count for the second.
     """
     draw = random.Random(1)
-    engine = TimedEngine(lambda request: draw.expovariate(1.0))
+    engine = TimedEngine(lambda request: latency(draw))
     collector = Collector(stage(verifications_per_solution=4), 0, served(engine), served(engine), NullStore())
     run(collector.run(problems(1000), 50))
-    events = sorted([(start, 1, vote) for start, _, vote in engine.spans]
-                    + [(end, -1, vote) for _, end, vote in engine.spans])
-    end, usable = max(start for start, _, vote in engine.spans if not vote), set(engine.usable)
+    events = sorted([(start, 1, vote, 0) for start, _, vote in engine.spans] + [
+        (end, -1, vote, owed) for (_, end, vote), owed in zip(engine.spans, engine.votes_owed)])
+    end = max(start for start, _, vote in engine.spans if not vote)
     solves = votes = owed = most_owed = 0
     only_one_kind, before = 0.0, 0.0
-    for at, change, vote in events:
+    for at, change, vote, owed_more in events:
         if 20 < at <= end and (solves == 0 or votes == 0):
             only_one_kind += at - before
         solves, votes = solves + change * (not vote), votes + change * vote
-        owed += 4 * (change == -1 and not vote and at in usable) - (change == -1 and vote)
+        owed += owed_more
         most_owed, before = max(most_owed, owed), at
     assert most_owed <= 50 * (4 + 1)
     assert end > 100

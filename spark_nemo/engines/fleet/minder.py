@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 _HOUR_S = 3600.0
 _WATCH_S = 0.2
 """How often a process that we started is looked at."""
+_STALL_TICKS, _ASKED_AGAIN = 6, 2
 
 
 class Minder:
@@ -67,8 +68,20 @@ class Minder:
         return self.member.keeper.death() if self.member.keeper is not None else None
 
     async def _probe(self) -> str | None:
-        """Why the member is not fit, or None. A busy one is asked for its state only: a generation would queue behind
-        the others, and what answers requests while we wait is alive."""
+        """Why the member is not fit, or None. A failure across which the event loop stood still says nothing: the
+        client's own deadline passed before the answer was read. Then it is asked again."""
+        loop, error = asyncio.get_running_loop(), None
+        for _ in range(_ASKED_AGAIN + 1):  # bounded: on an overloaded machine the clock always lags a little
+            wall, counted = loop.time(), self.patience.now
+            error = await self._probe_once()
+            stalled = (loop.time() - wall) - (self.patience.now - counted) > _STALL_TICKS * self.fleet.limits.tick_s
+            if error is None or self.fleet.paused or not stalled or self._death() is not None:
+                break
+        return error
+
+    async def _probe_once(self) -> str | None:
+        """A busy member is asked for its state only: a generation would queue behind the others, and what answers
+        requests while we wait is alive."""
         member, asked = self.member, self.patience.now
         assert member.engine is not None
         busy = member.up and member.load and not self._is_front

@@ -93,10 +93,13 @@ class ServerProcess(Keeper):
         raise AssertionError("unreachable")
 
     async def _until_ready(self) -> Engine:
-        begin = told = time.monotonic()
+        begin = told = last = time.monotonic()
+        waited = 0.0  # as long as the event loop ran: a training step may have held it for longer than a start takes
         engine, waiting_for = self._connect(self.url), "nothing yet"
         try:
-            while (now := time.monotonic()) - begin < self._start_timeout_s:
+            while waited < self._start_timeout_s:
+                now = time.monotonic()
+                waited, last = waited + min(now - last, _READY_POLL_S + _PROBE_S), now
                 if (death := self.death()) is not None:
                     raise EngineFailure(f"{self.name}: {death}, before it served")
                 try:

@@ -21,7 +21,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
-    """``serve.py server ARGUMENTS`` or ``serve.py router ARGUMENTS``."""
+    """``serve.py server ARGUMENTS``, ``serve.py router ARGUMENTS``, or ``serve.py exec PROGRAM ARGUMENTS``, which
+    becomes any other program, guarded as well."""
     # A script's own folder comes first on the path, and this one has an http.py.
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != os.path.dirname(__file__)]
     _die_with_parent()
@@ -31,6 +32,8 @@ def main() -> int:
     sys.argv = [what, *arguments]
     if key:
         _strike_from_logs(key)
+    if what == "exec":
+        os.execv(arguments[0], arguments)
     if what == "router":
         _route(arguments, key)
     else:

@@ -1,0 +1,85 @@
+"""A role's servers from the configuration, whatever engine they run: launched here or given, as one fleet."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from spark_nemo.config import EngineConfig, PoolConfig
+
+from ..base import Engine
+from .fleet import Fleet
+from .limits import FleetLimits
+from .member import Front, Keeper
+from .process import ServerProcess
+
+Number = TypeVar("Number", int, float)
+CLIENT_SLACK = 1.5
+"""A client's deadline over the fleet's, so that the fleet's, which knows of pauses, comes first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How one kind of server is started: ``command(index, host, port)``, and what its environment needs besides."""
+
+    command: Callable[[int, str, int], Sequence[str]]
+    environment: Mapping[str, str]
+
+
+def fleet_of(config: EngineConfig, role: str, connect: Callable[[str], Engine], launch: Launch,
+             log_dir: Path | None, front: Front | None = None) -> Fleet:
+    """The pool of ``role``. Launched servers are starting when this returns, so that those of two pools start together.
+
+    Raises ``EngineFailure`` when their interpreter does not exist.
+    """
+    pool, limits = config.pool(role), pool_limits(config.pool(role))
+    members: dict[str, Engine | Keeper] = {url: connect(url) for url in pool.urls}
+    for index in range(pool.servers or 0):
+        name = f"{role}-{index}"
+        process = ServerProcess(
+            name, lambda host, port, index=index: launch.command(index, host, port), connect,
+            log_path=log_folder(log_dir) / f"{name}.log", host=host_of(pool),
+            environment={**search_path(pool), **pool.server_env, **launch.environment},
+            start_timeout_s=or_else(pool.start_timeout_s, 900.0), max_restarts=or_else(pool.max_restarts, 3))
+        process.launch()
+        members[name] = process
+    return Fleet(members, limits, name=f"{role} pool", front=front)
+
+
+def pool_limits(pool: PoolConfig) -> FleetLimits:
+    """The fleet's bounds that the configuration sets."""
+    request = or_else(pool.request_timeout_s, 600.0)
+    probe = or_else(pool.probe_timeout_s, 30.0)
+    return FleetLimits(
+        request_timeout_s=request, total_timeout_s=6 * request, probe_timeout_s=probe, probe_every_s=min(10.0, probe),
+        lost_timeout_s=or_else(pool.lost_timeout_s, 120.0))
+
+
+def python_of(pool: PoolConfig) -> str:
+    """The interpreter of the servers' environment."""
+    return pool.python or sys.executable
+
+
+def host_of(pool: PoolConfig) -> str:
+    """Where launched servers listen."""
+    return pool.host or "127.0.0.1"
+
+
+def search_path(pool: PoolConfig) -> dict[str, str]:
+    """A search path that is meant for this interpreter would shadow the packages of another."""
+    return {"PYTHONPATH": ""} if pool.python else {}
+
+
+def log_folder(folder: Path | None) -> Path:
+    """The caller's, or one under the system's temporary folder."""
+    return folder or Path(tempfile.gettempdir()) / f"spark-nemo-servers-{os.getpid()}"
+
+
+def or_else(value: Number | None, default: Number) -> Number:
+    """``value`` if it is set."""
+    return default if value is None else value

@@ -1,0 +1,62 @@
+"""Label quality of a run's store against the hidden truth, by method: how right, how many kept, how many tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from spark_nemo.config import SparkConfig
+from spark_nemo.evaluation import label_quality
+from spark_nemo.evaluation.bootstrap import Estimate
+from spark_nemo.grammar import ParsedResponse
+from spark_nemo.records import Solution
+from spark_nemo.records.store import RecordStore
+from spark_nemo.verification import LabelOptions
+from spark_nemo.verification.collect import parse_solution
+from spark_nemo.verification.collected import label_collected, stream_for
+from spark_nemo.verification.cost import method_tokens
+
+from .model import Figure, LabelScores
+
+Oracle = Callable[[str, Sequence[str]], tuple[bool, ...]]
+"""``oracle(question, steps)``: which steps are truly right. Only worlds made by a program have one."""
+
+
+def label_scores(folder: Path, config: SparkConfig, oracle: Oracle) -> dict[str, LabelScores]:
+    """Scores of every method of ``pipeline.label_methods`` before filters, and what stage II's filters removed."""
+    with RecordStore(folder / "stage1/store") as store:
+        return {method: _scores(method, store, config, oracle, _removed(folder, method))
+                for method in config.pipeline.label_methods}
+
+
+def _scores(
+    method: str, store: RecordStore, config: SparkConfig, oracle: Oracle, removed: dict[str, int],
+) -> LabelScores:
+    options, seed = LabelOptions.of(config.labels), config.run.seed
+    truths, tokens = {}, 0
+    for solution, votes, revisions in stream_for(method, store):
+        truths[solution.key] = oracle(solution.question, _steps(solution))
+        tokens += method_tokens(method, solution, votes, seed, options, revisions)
+    labelled, dropped = label_collected(method, store, seed, options)
+    quality = label_quality(labelled, truths)
+    return LabelScores(
+        quality.share_kept, figure(quality.step_accuracy), figure(quality.first_error_accuracy), dropped, removed,
+        tokens_per_solution=tokens / len(truths), tokens_per_label=tokens / len(labelled) if labelled else None)
+
+
+def _steps(solution: Solution) -> tuple[str, ...]:
+    parsed = parse_solution(solution)
+    assert isinstance(parsed, ParsedResponse)
+    return parsed.step_texts
+
+
+def _removed(folder: Path, method: str) -> dict[str, int]:
+    """What stage II's filters removed; nothing where it has not run, or ran before there were any."""
+    path = folder / "stage2" / method / "labels.json"
+    return json.loads(path.read_text()).get("removed", {}) if path.exists() else {}
+
+
+def figure(estimate: Estimate | None) -> Figure | None:
+    """For the summary."""
+    return Figure(**estimate._asdict()) if estimate is not None else None

@@ -1,0 +1,56 @@
+"""Settings of labelling: legal values, knobs without effect, and what a method needs of stage I."""
+
+from __future__ import annotations
+
+import pytest
+
+from spark_nemo.config import ConfigError, LabelsConfig, PipelineConfig
+from spark_nemo.config.compose import compose_config
+from spark_nemo.verification import LabelOptions
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("stage1.revise=[best]", "stage1.revise='best': choose one of"),
+    ("stage1.revise=[single,single]", "name each only once"),
+    ("stage1.revision_sampling.temperature=0.5", "stage1.revision_sampling.temperature=0.5 has no effect"),
+    ("stage1.reference_verifications=4", "without stage1.reference_answers"),
+    ("stage1.reference_answers=toy:stage1:240", "pipeline.label_methods has reference_guided: remove it"),
+    ("labels.reference_pick=single", "pipeline.label_methods has reference_guided: remove it"),
+    ("pipeline.label_methods=[meta_critique]", "add single to stage1.revise"),
+    ("pipeline.label_methods=[hybrid_step]", "add step_consistency to stage1.revise"),
+    ("pipeline.label_methods=[reference_guided]", "set stage1.reference_answers"),
+    ("labels.balance=ground_truth", "needs labels.reference_answers"),
+    ("labels.reference_answers=toy:stage1:240", "with labels.balance=none"),
+    ("labels.max_per_verdict=2", "with labels.balance=none"),
+    ("labels.ties=maybe", "labels.ties='maybe'"),
+    ("labels.min_agreement=2", "labels.min_agreement=2"),
+    ("stage2.method=best", "stage2.method='best'"),
+])
+def test_a_setting_that_nothing_would_read_is_refused(override: str, message: str) -> None:
+    """Proves each on the small world's configuration, where balance is off and no critic is asked."""
+    with pytest.raises(ConfigError) as raised:
+        compose_config(["+experiment=toy", override])
+    assert message in str(raised.value)
+
+
+def test_a_limit_per_problem_would_break_the_balance() -> None:
+    """Proves the error names the limit to use instead."""
+    with pytest.raises(ConfigError, match=r"labels\.max_per_verdict, which keeps the balance"):
+        LabelsConfig(max_per_problem=4)
+
+
+def test_the_defaults_are_the_arguments_of_the_docstrings() -> None:
+    """Proves balance by consensus is the default, three and three, without an answer anywhere; that the pipeline's
+    methods are the three by votes; and that unset means greedy critiques and 8 reference verifications."""
+    config = compose_config([])
+    assert (config.labels.balance, config.labels.reference_answers, config.stage1.revise) == ("consensus", None, [])
+    assert LabelOptions.of(config.labels) == LabelOptions()
+    assert PipelineConfig().label_methods == ["single", "outcome_consistency", "step_consistency"]
+    assert (config.stage1.revised_with.temperature, config.stage1.revised_with.max_new_tokens) == (0.0, 8192)
+    assert config.stage1.num_reference_verifications == 8
+
+
+def test_every_method_together_is_one_experiment() -> None:
+    """Proves conf/experiment/toy_labels.yaml is legal as it stands."""
+    config = compose_config(["+experiment=toy_labels"])
+    assert len(config.pipeline.label_methods) == 7 and len(config.stage1.revise) == 3

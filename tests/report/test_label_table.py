@@ -1,0 +1,61 @@
+"""The label quality section: what stands in it, and that writing the rest of the file keeps it."""
+
+from __future__ import annotations
+
+import pytest
+from example_summary import example_summary
+
+from spark_nemo.report import report_page
+from spark_nemo.report.label_table import END, keep_label_section, label_section, put_label_section
+from spark_nemo.report.model import Figure, LabelScores, SummaryError
+
+
+def scores(right, kept=0.9, tokens=600.0):
+    return LabelScores(kept, Figure(right), Figure(right - 0.1), {}, {}, tokens, tokens / kept)
+
+
+def test_the_table_has_means_over_seeds_with_student_intervals():
+    """0.8 and 0.9 have mean 85.0 and half-width 12.706 * 7.07 / sqrt 2 = 63.5; one seed has no interval."""
+    section = label_section({0: {"single": scores(0.8)}, 1: {"single": scores(0.9)}}, "python tool")
+    assert "| Single verification | 85.0 ± 63.5 | 75.0 ± 63.5 | 90.0 ± 0.0 | 600.0 ± 0.0 | 666.7 ± 0.0 |" in section
+    assert "over 2 seeds" in section and "python tool" in section
+    assert "| 80.0 | 70.0 | 90.0 | 600.0 | 666.7 |" in label_section({0: {"single": scores(0.8)}}, "x")
+
+
+def test_a_method_that_labelled_nothing_has_a_dash():
+    """Nothing kept is no accuracy, and not zero."""
+    section = label_section({0: {"single": LabelScores(0.0, tokens_per_solution=600.0)}}, "x")
+    assert "| Single verification | – | – | 0.0 | 600.0 | – |" in section
+
+
+def test_seeds_must_have_the_same_methods():
+    """A mean over different methods would mean nothing."""
+    with pytest.raises(SummaryError, match="different methods"):
+        label_section({0: {"single": scores(0.8)}, 1: {"step_consistency": scores(0.8)}}, "x")
+
+
+def test_the_section_is_replaced_in_place_and_survives_a_rewrite_of_the_rest():
+    """Both tools write one file: each leaves the other's part as it was."""
+    first, second = (label_section({0: {"single": scores(right)}}, "x") for right in (0.8, 0.9))
+    document = put_label_section("# Results\n\nfirst run\n", first)
+    assert put_label_section(document, second) == document.replace(first, second)
+    rewritten = keep_label_section(document, "# Results\n\nsecond run\n")
+    assert rewritten == f"# Results\n\nsecond run\n\n{first}\n" and rewritten.count(END) == 1
+    assert keep_label_section("# Results\n", "# New\n") == "# New\n"
+
+
+def test_the_page_says_what_filters_removed_and_what_labels_cost():
+    """A rule that removed nothing has no row; without removals there is no table. Answers that the baseline saw are
+    admitted."""
+    summary = example_summary()
+    page = report_page(summary)
+    assert "Labels that were not trained on" not in page and "No answer key was read." in page
+    quality = summary["stage1"]["label_quality"]
+    quality["single"]["removed"] = {"unbalanced": 1234}
+    quality["single"]["tokens_per_label"] = 4321.0
+    summary["stage1"]["answers_shown_to_baseline"] = True
+    page = report_page(summary).replace("\n", " ")
+    assert "Labels that were not trained on" in page and "more labels of one verdict than of the other" in page
+    assert "1\N{NARROW NO-BREAK SPACE}234" in page and "4\N{NARROW NO-BREAK SPACE}321" in page
+    assert "above labels.max_per_verdict" not in page
+    assert "reference-guided baseline, and for nothing else" in page and "No answer key was read." not in page

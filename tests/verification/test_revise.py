@@ -1,0 +1,144 @@
+"""Asking for critiques, merges and verifications with the answer in view, against a critic made of a function."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from label_cases import solution, text, votes
+
+from spark_nemo.config import Stage1Config
+from spark_nemo.config.verification import RevisionSamplingConfig
+from spark_nemo.engines.base import EngineFailure, FinishReason
+from spark_nemo.grammar import ParsedResponse, StepFormat, split_response
+from spark_nemo.records import ReferenceVerification
+from spark_nemo.records.store import RecordStore
+from spark_nemo.verification import LabelOptions
+from spark_nemo.verification.collect import VERIFICATION
+from spark_nemo.verification.reference import (
+    REFERENCE_VERIFICATION,
+    ReferenceVerifier,
+    reference_verifications_of,
+)
+from spark_nemo.verification.revise import CRITIQUE, MERGE, Reviser, revisions_of
+
+
+class Critic:
+    """Answers with ``reply(prompt)``: a text, a pair with a finish reason, or an exception; keeps what it was asked."""
+
+    def __init__(self, reply, identity="critic"):
+        self.reply, self.identity, self.asked = reply, identity, []
+
+    async def complete(self, messages, sampling, seed):
+        prompt = messages[0]["content"]
+        self.asked.append((prompt, sampling, seed))
+        said = self.reply(prompt)
+        if isinstance(said, Exception):
+            raise said
+        said, reason = said if isinstance(said, tuple) else (said, FinishReason.STOP)
+        return SimpleNamespace(
+            text=said, generation=SimpleNamespace(token_ids=tuple(range(len(said.split()))), finish_reason=reason))
+
+
+def honest(prompt):
+    return text("CI") if prompt.endswith("Merge.") else "Step 2 is wrong."
+
+
+def revise(folder, critic, given_votes, picks=("single",), sampling=RevisionSamplingConfig()):  # noqa: B008
+    """One run over one solution; its counts, and the revisions stored so far."""
+    config = Stage1Config(prompt_set="compact", revise=list(picks), revision_sampling=sampling)
+    parsed = split_response(solution().text, StepFormat.PLAIN)
+    assert isinstance(parsed, ParsedResponse)
+    with RecordStore(folder, "writer") as store:
+        reviser = Reviser(config, LabelOptions(), 0, critic, store)
+        asyncio.run(reviser.revise(solution(), parsed, given_votes))
+        return reviser.counts, revisions_of(store, "s")
+
+
+def test_the_pick_gets_one_critique_and_one_merge_greedily(tmp_path: Path) -> None:
+    """Proves the chain verification -> critique -> merge: each prompt holds what it must, the merge is read as a
+    verification, and it is stored under the verification it is about."""
+    critic = Critic(honest)
+    counts, revisions = revise(tmp_path, critic, votes("CC", "CI"))
+    (first, sampling, _), (second, _, _) = critic.asked
+    assert first.endswith("Critique.") and text("CC") in first and second.endswith("Merge.")
+    assert text("CC") in second and "Step 2 is wrong." in second
+    assert (sampling.temperature, sampling.max_new_tokens) == (0.0, 8192)
+    assert list(revisions) == ["s-0"] and revisions["s-0"].merge.outcome.step_labels == (True, False)
+    assert (counts.critiques, counts.merges, counts.failed_merges) == (1, 1, 0)
+
+
+def test_a_verification_that_several_picks_choose_is_criticised_once(tmp_path: Path) -> None:
+    """With one usable vote, all three picks are that vote."""
+    critic = Critic(honest)
+    counts, revisions = revise(tmp_path, critic, votes("CC"), ("single", "outcome_consistency", "step_consistency"))
+    assert (len(critic.asked), len(revisions), counts.nothing_picked) == (2, 1, 0)
+
+
+def test_nothing_is_asked_for_twice_and_other_settings_are_asked_anew(tmp_path: Path) -> None:
+    """A second run reuses both texts; another critic or sampling is another key."""
+    revise(tmp_path, Critic(honest), votes("CC"))
+    again = Critic(honest)
+    counts, _ = revise(tmp_path, again, votes("CC"))
+    assert (again.asked, counts.reused, counts.tokens) == ([], 2, 0)
+    for critic, sampling in ((Critic(honest, "another"), RevisionSamplingConfig()),
+                             (again, RevisionSamplingConfig(temperature=0.5))):
+        revise(tmp_path, critic, votes("CC"), sampling=sampling)
+        assert len(critic.asked) == 2
+
+
+def test_thinking_reaches_neither_critic_nor_merge(tmp_path: Path) -> None:
+    """Proves it for the verification's thinking and for the critique's."""
+    (vote,) = votes("CC")
+    thoughtful = type(vote)(vote.key, vote.solution_key, 0, f"<think>SECRET</think>\n{vote.text}", vote.outcome, 10)
+    critic = Critic(lambda p: text("CI") if p.endswith("Merge.") else "<think>SECRET</think>Step 2 is wrong.")
+    revise(tmp_path, critic, [thoughtful])
+    assert len(critic.asked) == 2 and not any("SECRET" in prompt for prompt, _, _ in critic.asked)
+
+
+@pytest.mark.parametrize("failing", ["Critique.", "Merge."])
+@pytest.mark.parametrize("how", [EngineFailure("died"), ("half a", FinishReason.ABORT)])
+def test_what_an_engine_failed_to_write_is_not_stored_and_asked_for_again(tmp_path: Path, failing, how) -> None:
+    """Proves a failure costs a run and never becomes a record."""
+    counts, revisions = revise(tmp_path, Critic(lambda p: how if p.endswith(failing) else honest(p)), votes("CC"))
+    assert counts.failed_critiques + counts.failed_merges == 1
+    assert all(r.merge is None for r in revisions.values()) and len(revisions) == (failing == "Merge.")
+    _, revisions = revise(tmp_path, Critic(honest), votes("CC"))
+    assert revisions["s-0"].merge is not None
+
+
+def test_a_critique_that_was_cut_off_is_kept_and_not_merged(tmp_path: Path) -> None:
+    """Asking again would be cut off again; the record says why there is no merge."""
+    critic = Critic(lambda p: ("and then", FinishReason.LENGTH))
+    counts, revisions = revise(tmp_path, critic, votes("CC"))
+    assert (len(critic.asked), counts.failed_critiques, counts.merges) == (1, 1, 0)
+    assert (revisions["s-0"].critique.finish_reason, revisions["s-0"].merge) == ("length", None)
+
+
+def test_a_merge_that_does_not_parse_is_stored_as_the_failure_it_is(tmp_path: Path) -> None:
+    """One step judged where the solution has two."""
+    _, revisions = revise(tmp_path, Critic(lambda p: text("C") if p.endswith("Merge.") else "Fine."), votes("CC"))
+    assert "step_count" in revisions["s-0"].merge.outcome.reason
+
+
+def test_verifications_that_saw_the_answer_have_a_kind_and_type_of_their_own(tmp_path: Path) -> None:
+    """Proves the prompt holds what the closure put in, that reading the votes' kind finds none of them, and that
+    another answer in the prompt is another key."""
+    config = Stage1Config(prompt_set="compact", reference_answers="answers.jsonl", reference_verifications=3)
+    parsed = split_response(solution().text, StepFormat.PLAIN)
+    critic = Critic(lambda p: text("CC"))
+
+    def ask(answer):
+        return lambda solution, parsed: [{"role": "user", "content": f"the answer is {answer}"}]
+
+    with RecordStore(tmp_path, "writer") as store:
+        for answer, asked in (("3", 3), ("3", 3), ("4", 6)):
+            asyncio.run(ReferenceVerifier(config, 0, critic, ask(answer), store).verify(solution(), parsed))
+            assert len(critic.asked) == asked == len(store.keys(REFERENCE_VERIFICATION))
+        assert not store.keys(VERIFICATION) and not store.keys(CRITIQUE) and not store.keys(MERGE)
+        stored = reference_verifications_of(store, "s")
+    assert critic.asked[0][0] == "the answer is 3"
+    assert all(type(record) is ReferenceVerification for record in stored)
+    assert len({seed for _, _, seed in critic.asked}) == 6
