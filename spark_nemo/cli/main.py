@@ -41,7 +41,7 @@ STOPPED = 3
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand. Returns 0 when it finished, 2 on bad input (one line on stderr), 3 when asked to stop."""
     die_with_parent()
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     arguments.command_line = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     _quieten()
@@ -53,6 +53,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("spark-nemo: interrupted; the same command resumes", file=sys.stderr)
         return 130
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments; overrides may stand on both sides of a flag, which argparse alone takes for an error."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import re
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +86,9 @@ class Tokenizer:
         self._backend = backend
         self._template = _compile(template)
         self._special_tokens = dict(special_tokens)
-        self._added = {id_: token.content for id_, token in backend.get_added_tokens_decoder().items()}
+        added = backend.get_added_tokens_decoder()
+        self._added = {id_: token.content for id_, token in added.items()}
+        self._special_texts = tuple(token.content for token in added.values() if token.special)
         self._byte_level = _uses_byte_level(json.loads(backend.to_str())["decoder"])
         self.eos_ids = eos_ids
         """Ids that end a response, from generation_config.json, config.json and the tokenizer, in this order."""
@@ -133,8 +137,27 @@ class Tokenizer:
             **self._special_tokens)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """The prompt: ``render_chat`` in token ids."""
-        return self.encode(self.render_chat(messages))
+        """The prompt: ``render_chat`` in token ids.
+
+        Special tokens are the template's alone. A question or response in which one is written out would otherwise end
+        its turn and speak for the assistant: a policy could write its own verdict.
+        """
+        if not any(text in message["content"] for message in messages for text in self._special_texts):
+            return self.encode(self.render_chat(messages))
+        mark = uuid.uuid4().hex
+        around = self.render_chat([{**message, "content": f"{mark}:{n};"} for n, message in enumerate(messages)])
+        ids: list[int] = []
+        for piece in re.split(rf"({mark}:\d+;)", around):
+            inside = piece.startswith(mark)
+            ids += (self._encode_plain(messages[int(piece[len(mark) + 1:-1])]["content"]) if inside
+                    else self.encode(piece))
+        return tuple(ids)
+
+    def _encode_plain(self, text: str) -> tuple[int, ...]:
+        """Token ids of ``text``, in which special tokens are ordinary characters."""
+        plain = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        plain.encode_special_tokens = True
+        return tuple(plain.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """All tokens as text, special ones included; bytes that are not UTF-8 become U+FFFD."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from spark_nemo.config import ConfigError, PoolConfig, SparkConfig
 from spark_nemo.config.engine import POOLS
-from spark_nemo.megatron.model_shape import MODEL_TYPES, ModelShape, read_hf_config
+from spark_nemo.megatron.model_shape import ModelShape, read_hf_config
 
 PROMPT_ROOM = 1024
 """Tokens that must be left for a problem: the longest prompt of the paper's policy SFT."""
@@ -193,12 +193,8 @@ def _engine(config: SparkConfig) -> list[str]:
         return [f"engine       {engine.kind}, {role} pool: " + _servers(engine.pool(role)) for role in POOLS]
     if all(value is None or value.startswith("toy:") for value in vars(config.models).values()):
         return []
-    foreign = sorted({Path(value).name for name, value in vars(config.models).items()
-                      if value and (shape := _hf_config(config, f"models.{name}"))
-                      and shape["model_type"] not in MODEL_TYPES})
-    return [f"engine       engine.kind={config.engine.kind} is the embedded engine for small models: there is no "
-            "engine for models of this size yet, so this plan can be checked and not run"
-            + (f"; {', '.join(foreign)} is no {' or '.join(MODEL_TYPES)} model besides" if foreign else "")]
+    return [f"engine       engine.kind={config.engine.kind} is the embedded engine, for small Qwen2 models: add "
+            "+engine=sglang (servers on this machine), or name servers in engine.policy.urls and engine.verifier.urls"]
 
 
 def _servers(pool: PoolConfig) -> str:

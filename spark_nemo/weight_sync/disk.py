@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -64,7 +65,7 @@ class DiskTransport(Transport):
     async def close(self) -> None:
         """Remove the last version, too: the run's result is saved elsewhere, and a resumed run writes its own."""
         self._remove(keep=None)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
+        with contextlib.suppress(OSError):  # not empty, or a mount point: then it is not ours to remove
             self.folder.rmdir()
 
     def _remove(self, keep: Path | None) -> None:

@@ -181,7 +181,7 @@ class _Group:
         """Send from here to all; blocks."""
         dist.broadcast(flat_B, src=0, group=self._group)
         if flat_B.is_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(flat_B.device)
 
     def leave(self) -> None:
         """Forget the group; peers may be gone."""

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from spark_nemo.config import WeightSyncConfig
+from spark_nemo.config import ConfigError, WeightSyncConfig
 from spark_nemo.engines.base import Engine, EngineFailure
 from spark_nemo.megatron.distributed import broadcast_object
 from spark_nemo.megatron.hf_weights import hf_tensor_shapes
@@ -48,6 +48,8 @@ class WeightSync:
         Raises ``ConfigError`` when model, layouts and settings do not go together.
         """
         settings.check_engine(engine_kind)
+        if engine_kind not in ("local", "sglang"):
+            raise ConfigError(f"engine.kind={engine_kind} takes no new weights: choose sglang or local for stage III")
         plan = plan_sync(
             hf_tensor_shapes(worker.shape), str(worker.dtype).removeprefix("torch."), worker.hf_config,
             tensor_parallel=worker.layout.tensor_parallel, pipeline_parallel=worker.layout.pipeline_parallel,

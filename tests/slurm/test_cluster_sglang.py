@@ -28,7 +28,9 @@ def test_chain_with_servers_on_nodes_of_their_own_and_one_killed(slurm: Cluster,
                  f"run.dir={run}"]
     submitted = slurm.run(
         REPO / "slurm/pipeline.sh", "--shards", 2, "--train-nodes", 2, "--policy-nodes", 1, "--verifier-nodes", 1,
-        "--stage3-override", "+engine=sglang_cpu", "--stage3-override", "engine.policy.servers=1", "--", *overrides,
+        "--stage3-override", "+engine=sglang_cpu", "--stage3-override", "engine.policy.servers=1",
+        # A busy machine needs more than the two minutes that requests wait for a pool without servers.
+        "--stage3-override", "engine.policy.lost_timeout_s=500", "--", *overrides,
         env={**site(tmp_path), "SBATCH_EXCLUSIVE": "exclusive", "SBATCH_TIMELIMIT": "15"}, cwd=tmp_path)
     jobs = [int(job) for job in submitted.stdout.splitlines()[-1].split()]
     slurm.until(lambda: rows(run / PART / "metrics.jsonl"), f"first step\n{logged(run, PART, 'job.log')}", 500)

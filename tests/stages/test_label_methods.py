@@ -122,10 +122,10 @@ def test_without_a_critic_the_verifier_criticises_itself_and_nothing_more_is_loa
     verifier = SimpleNamespace(identity="verifier")
     with RecordStore(tmp_path / "store", "writer") as store:
         alone = configured(tmp_path, "toy:stage1:5", "models.critic=null")
-        after = after_votes(alone, verifier, store)
+        after = after_votes(alone, verifier, store, tmp_path)
         assert after is not None and after.critic is verifier
         votes_alone = resolve_toy(compose_config(["+experiment=toy", f"run.dir={tmp_path}"]))
-        assert after_votes(votes_alone, verifier, store) is None
+        assert after_votes(votes_alone, verifier, store, tmp_path) is None
 
 
 def test_an_answer_file_with_holes_is_refused_before_any_model_is_loaded(tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ def two_steps(votes: int, temperature: float, entries: int) -> tuple[list[Scored
                   verifier_sampling=SamplingConfig(temperature=temperature, max_new_tokens=120))
 
     async def run():
-        policy, model = (ServedModel.load(ENGINE, ASSETS / name) for name in ("generator", "verifier"))
+        policy, model = (ServedModel.load(ENGINE, ASSETS / name, role) for name, role in (
+            ("generator", "policy"), ("verifier", "verifier")))
         service = PRMService(model, PROMPTS, rl.verifier_sampling, ServiceLimits(cache_entries=entries))
         judge = RewardJudge(service, 1, votes, rl.min_votes)
         session = RolloutSession(policy, PROMPTS, rl, 0, judge, None)

@@ -18,10 +18,14 @@ RECIPES = sorted((config_folder() / "experiment/spark").glob("*.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_has_a_plan(path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Proves --dry-run validates each recipe (layouts against the published model sizes, contexts) without any file,
-    writes nothing, and admits that no engine for such models exists. Does not prove that a recipe trains well."""
-    assert main(["pipeline", f"+experiment=spark/{path.stem}", f"run.dir={tmp_path}/run", "--dry-run"]) == 0
+    writes nothing, and says which engine to add: the embedded one is for small models. With it, both pools are in the
+    plan. Does not prove that a recipe trains well."""
+    command = ["pipeline", f"+experiment=spark/{path.stem}", f"run.dir={tmp_path}/run", "--dry-run"]
+    assert main([*command, "+engine=sglang"]) == 0
+    assert "sglang, policy pool: 2 to launch here" in capsys.readouterr().out
+    assert main(command) == 0
     plan = capsys.readouterr().out
-    assert "engine.kind=local is the embedded engine for small models" in plan and "trainer ranks" in plan
+    assert "add +engine=sglang" in plan and "trainer ranks" in plan
     assert "size unknown" not in plan and not (tmp_path / "run").exists()
     assert ("READS ANSWER KEYS" in plan) == ("rlvr" in path.stem or "reference" in path.stem)
 
