@@ -39,7 +39,7 @@ def test_servers_are_described_word_by_word(capsys: pytest.CaptureFixture[str], 
     engine's and what SGLang keeps for itself.
     """
     said = plan(capsys, "stage3", f"run.dir={tmp_path}", "rl.reward=random", "engine.kind=sglang",
-                "engine.policy.servers=2", "engine.policy.server_args=['--a', 'b c']",
+                "pipeline.parallel_jobs=1", "engine.policy.servers=2", "engine.policy.server_args=['--a', 'b c']",
                 "+engine.policy.server_env.X='y z'")
     assert said["POLICY_SERVERS"] == ["2"] and said["POLICY_ENV"] == ["X=y z"]
     words = said["POLICY_WORD"]
