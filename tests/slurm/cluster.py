@@ -220,7 +220,7 @@ wait"""
         subprocess.run(["ip", "link", "del", "spark0"], capture_output=True, check=False)
         for name in self.names if self.proctrack == "cgroup" else ():
             for path, _, _ in os.walk(FREEZER / f"slurm_{name}", topdown=False):
-                os.rmdir(path)
+                self.until(lambda path=path: _removed(path), f"end of the processes in {path}", 10)
 
     def _write_files(self) -> None:
         folder = self.folder
@@ -270,6 +270,15 @@ wait"""
         for path in sorted((self.folder / "log").glob("*.log")):
             parts.append(f"== {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-8:]))
         return "\n".join(parts)
+
+
+def _removed(cgroup: str) -> bool:
+    """Processes that were killed a moment ago may still be in it."""
+    try:
+        os.rmdir(cgroup)
+    except OSError:
+        return False
+    return True
 
 
 def missing_programs() -> list[str]:

@@ -12,6 +12,9 @@ for program in slurmctld slurmd munged shellcheck ip gcc; do
     "${sudo[@]}" apt-get install -y -qq --no-install-recommends slurm-wlm munge shellcheck iproute2 gcc libc6-dev libslurm-dev
     break
 done
+# One at a time: node names are the same in every run, and with them the machine's cgroups.
+exec {lock}> "/tmp/spark-slurm-$EUID.lock"
+flock "$lock"
 # Root needs no user namespace; an ordinary user gets the rights for the others in one of its own.
 user=(); [[ $EUID -eq 0 ]] || user=(--user --map-current-user --keep-caps)
 # munged refuses to work below a folder that others may not enter, as pytest's own are.
