@@ -67,7 +67,7 @@ CALLS = {
     "destroy without group": ("POST", "/destroy_weights_update_group", {"group_name": "nobody"}),
     "missing folder": ("POST", "/update_weights_from_disk", {"model_path": "/there/is/no/such/folder"}),
     "version": ("POST", "/update_weight_version", {"new_version": "0", "abort_all_requests": False}),
-    "checksum": ("POST", "/weights_checker", {"action": "checksum"}),
+    # /weights_checker is not compared: the fake refuses it as 0.5.21 does on a CPU, where tests/sglang_env mends it.
     "bad pause": ("POST", "/pause_generation", {"mode": "sleep"}),
     "pause": ("POST", "/pause_generation", {"mode": "retract"}),
     "flush while paused": ("POST", "/flush_cache", None),
