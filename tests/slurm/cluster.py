@@ -11,7 +11,6 @@ from __future__ import annotations
 import getpass
 import os
 import re
-import shutil
 import socket
 import stat
 import subprocess
@@ -19,7 +18,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "ip", "unshare", "nsenter")
 SEARCH = "/usr/local/sbin:/usr/sbin:/sbin:" + os.environ.get("PATH", "")
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"}
 SUBNET = "10.213.77"
@@ -279,8 +277,3 @@ def _removed(cgroup: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def missing_programs() -> list[str]:
-    """Programs that the cluster needs and this machine lacks."""
-    return [name for name in PROGRAMS if shutil.which(name, path=SEARCH) is None]
