@@ -160,6 +160,7 @@ def open_store(folder: Path | None) -> Iterator[RecordStore | NullStore]:
     if folder is None:
         yield NullStore()
         return
+    folder.mkdir(parents=True, exist_ok=True)
     with (tempfile.TemporaryDirectory(dir=folder) as scratch,
           RecordStore(Path(scratch) / "store", writer_name="benchmark", fsync_every=256) as store):
         yield store

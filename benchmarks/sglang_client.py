@@ -18,7 +18,7 @@ process's, so they exist for the first two only.
 
 What is imported before the first run is frozen for the garbage collector, for both clients of this process: it would
 otherwise walk the objects of torch now and then, at 0.07 CPU ms per request of ours and 0.01 of the loop's, whose
-replies it has less to track of. A run that holds an engine client should call ``gc.freeze`` too.
+replies it has less to track of. The stages do the same.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import gc
 import json
 import os
 import random
@@ -47,6 +46,7 @@ import aiohttp
 from aiohttp import web
 
 from spark_nemo.engines import Generation, GenerationRequest, SamplingParams, generate_all
+from spark_nemo.engines.client import freeze_heap
 from spark_nemo.engines.sglang import SglangServer
 from spark_nemo.toy.resolve import ASSETS
 
@@ -229,8 +229,7 @@ def measure(args: argparse.Namespace, url: str) -> dict[str, list[Run]]:
     warm = argparse.Namespace(**{**vars(args), "requests": min(64, args.requests)})
     for run in (run_ours, run_plain):
         asyncio.run(run(warm, url, vocab, 10_000))
-    gc.collect()
-    gc.freeze()
+    freeze_heap()
     runs: dict[str, list[Run]] = {name: [] for name in clients}
     for repeat in range(args.repeats):
         # Another order every time: whoever goes first finds the machine as the last one left it.

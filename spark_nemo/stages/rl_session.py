@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spark_nemo.config import ConfigError, SparkConfig
-from spark_nemo.engines.client import run_async
+from spark_nemo.engines.client import freeze_heap, run_async
 from spark_nemo.engines.served import ServedModel
 from spark_nemo.evaluation.accuracy import problem_rates
 from spark_nemo.evaluation.answers import EvalProblem, answer_matches, read_answer_keys
@@ -76,6 +76,7 @@ def open_session(config: SparkConfig, folder: Path) -> RLSession:
         service = PRMService(served, prompts, rl.verifier_sampling, ServiceLimits.from_config(rl))
         judge = RewardJudge(service, rl.failures.retries, rl.verifier_votes, rl.min_votes)
     policy = ServedModel.load(config.engine, config.models.policy, "policy", folder / SERVERS)
+    freeze_heap()
     rollouts = RolloutSession(policy, prompts, rl, config.run.seed, judge, checker)
     return RLSession(policy, rollouts, config, folder)
 

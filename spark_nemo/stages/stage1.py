@@ -10,6 +10,7 @@ from pathlib import Path
 
 from spark_nemo.config import ConfigError, SparkConfig, Stage1Config
 from spark_nemo.engines.base import EngineFailure
+from spark_nemo.engines.client import freeze_heap
 from spark_nemo.engines.served import ServedModel
 from spark_nemo.records import Problem
 from spark_nemo.records.jsonl import read_problems, write_json_atomic
@@ -47,6 +48,7 @@ def run_stage1(config: SparkConfig) -> CollectCounts:
         after = after_votes(config, verifier, store, folder / "servers" / name)
         collector = Collector(stage, config.run.seed, generator, verifier, store, watch, after, earlier)
         _claim(folder / "made_by.json", {**collector.made_by(), **(after.made_by() if after else {})})
+        freeze_heap()
         ledger = watch.ledger = LedgerFile(folder / f"ledger-{name}.json", collector.ledger)
         try:
             counts = asyncio.run(_collect(collector, after, problems, config))
