@@ -8,7 +8,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo test test-sglang lint results labels rounds bench clean
+.PHONY: help venv demo test test-slurm test-sglang lint results labels rounds bench clean
 
 help:            ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -27,12 +27,16 @@ demo: venv       ## the main job: all three stages on this machine, report in ru
 test: venv lint  ## every test
 	$(BIN)/python -m pytest
 
+test-slurm: venv  ## the scripts of slurm/ on a real Slurm of five virtual nodes, installed with apt when missing
+	PYTHON=$(BIN)/python $(if $(wildcard .venv-sglang),SPARK_SGLANG_PYTHON=$(CURDIR)/.venv-sglang/bin/python) \
+	  tests/slurm/run.sh --durations=10
+
 test-sglang: venv  ## tests against real SGLang servers on the CPU, in an environment of their own (.venv-sglang)
 	PYTHON=$(PYTHON) tests/sglang_env/build.sh
 	SPARK_TEST_SGLANG=1 $(BIN)/python -m pytest tests/real_sglang
 
 lint: venv       ## style and import directions
-	$(BIN)/ruff check spark_nemo tests benchmarks tools
+	$(BIN)/ruff check spark_nemo tests benchmarks tools slurm
 	$(BIN)/lint-imports
 
 results: venv    ## the demo over several seeds, writes docs/results.md

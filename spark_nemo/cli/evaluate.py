@@ -38,12 +38,16 @@ def score_model(kind: str, config: SparkConfig, arguments: argparse.Namespace) -
     """One line for ``--model``; what it said is saved under ``run.dir/evaluate``."""
     if arguments.data:
         raise ConfigError("--data has no effect with --model: set data.eval_problems or data.processbench")
+    score = _model_processbench if kind == "processbench" else _model_math
+    return score(config, arguments.model, model_output(kind, config, arguments.model))
+
+
+def model_output(kind: str, config: SparkConfig, model: str) -> Path:
+    """Where ``score_model`` saves what the model said."""
     # All trained models are called `model`; the folder above tells them apart.
-    name = "-".join(Path(arguments.model).resolve().parts[-2:])
-    folder = Path(config.run.dir) / "evaluate"
-    if kind == "processbench":
-        return _model_processbench(config, arguments.model, folder / f"{name}-processbench.json")
-    return _model_math(config, arguments.model, folder / f"{name}-completions.jsonl")
+    name = "-".join(Path(model).resolve().parts[-2:])
+    ending = "processbench.json" if kind == "processbench" else "completions.jsonl"
+    return Path(config.run.dir) / "evaluate" / f"{name}-{ending}"
 
 
 def _saved_processbench(arguments: argparse.Namespace) -> str:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 
 from spark_nemo.config import MegatronConfig
+from spark_nemo.config.slurm import slurm_task
 from spark_nemo.stages.children import start_child
 
 _POLL_S = 0.1
@@ -23,7 +24,7 @@ _GRACE_S = 20.0
 
 def must_launch(layout: MegatronConfig) -> bool:
     """Does the layout need several ranks that nobody has started yet?"""
-    return layout.world_size > 1 and "RANK" not in os.environ and "SLURM_PROCID" not in os.environ
+    return layout.world_size > 1 and "RANK" not in os.environ and slurm_task() is None
 
 
 def launch_ranks(layout: MegatronConfig, arguments: Sequence[str]) -> int:

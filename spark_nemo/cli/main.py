@@ -8,6 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from spark_nemo.cli.data import add_data_commands
 from spark_nemo.cli.errors import USER_ERRORS
 from spark_nemo.cli.evaluate import add_evaluate_arguments, score_model, score_saved
 from spark_nemo.cli.explain import add_explain_command
+from spark_nemo.cli.slurm_plan import add_plan_arguments, slurm_plan
+from spark_nemo.cli.status import run_status
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.config.compose import compose_config, config_yaml
 from spark_nemo.stages.children import die_with_parent
@@ -75,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = _config_command(commands, name, summary)
         command.set_defaults(run=run)
+        if name == "stage3":
+            command.add_argument("--servers", action="append", default=[], metavar="ROLE=URL[,URL...]",
+                                 help="slurm/stage3_rl.sh: where it has launched the servers of policy or verifier")
     pipeline = _config_command(commands, "pipeline", "all three stages and the report")
     pipeline.add_argument("--dry-run", action="store_true", help="check and print the plan, start and write nothing")
     pipeline.set_defaults(run=_pipeline)
@@ -89,6 +95,12 @@ def _parser() -> argparse.ArgumentParser:
         command = _config_command(kinds, kind, summary)
         add_evaluate_arguments(kind, command)
         command.set_defaults(run=partial(_evaluate, kind))
+    plan = _config_command(commands, "slurm-plan", "check a configuration and tell the scripts in slurm/ what it needs")
+    add_plan_arguments(plan)
+    plan.set_defaults(run=_slurm_plan)
+    status = commands.add_parser("status", help="how far a run on a cluster is, from its files only")
+    status.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder (run.dir)")
+    status.set_defaults(run=_status)
     add_data_commands(commands)
     add_explain_command(commands)
     toy = commands.add_parser("toy", help="build the small world's base models from a seed (the shipped ones were)")
@@ -152,6 +164,11 @@ def _on_all_ranks(
     config = _configured(arguments)
     if config is None:
         return 0
+    for servers in getattr(arguments, "servers", ()):
+        role, _, urls = servers.partition("=")
+        config.engine.pool(role)  # a role that does not exist
+        config = replace(config, engine=replace(
+            config.engine, **{role: config.engine.pool(role).found_at(urls.split(","))}))
     if must_launch(config.megatron):
         check(config)
         return launch_ranks(config.megatron, arguments.command_line)
@@ -203,6 +220,21 @@ def _evaluate(kind: str, arguments: argparse.Namespace) -> int:
         print(score_saved(kind, arguments))
     elif config := _configured(arguments):
         print(score_model(kind, config, arguments))
+    return 0
+
+
+def _slurm_plan(arguments: argparse.Namespace) -> int:
+    from spark_nemo.stages.plan import check_without_files
+
+    if config := _configured(arguments):
+        if arguments.stage == "pipeline":
+            check_without_files(compose_config(arguments.overrides))
+        print(slurm_plan(arguments.stage, config, arguments.model))
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    print(run_status(arguments.run_dir))
     return 0
 
 

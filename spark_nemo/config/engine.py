@@ -8,7 +8,7 @@ from .errors import ConfigError, at_least, one_of, without_effect
 
 ENGINE_KINDS = ("local", "sglang", "vllm")
 POOLS = ("policy", "verifier")
-_LAUNCH_ONLY = ("tensor_parallel", "server_args", "server_env", "python", "host", "first_gpu", "start_timeout_s",
+_LAUNCH_ONLY = ("server_args", "server_env", "python", "host", "first_gpu", "start_timeout_s",
                 "max_restarts")
 _FOR_ROUTER = ("python", "host", "max_restarts")
 
@@ -42,7 +42,7 @@ class PoolConfig:
     servers: int | None = None
     """Processes to launch on this machine."""
     tensor_parallel: int | None = None
-    """GPUs of one launched server; 1 when not set."""
+    """GPUs of one server; 1 when not set. With urls only weight_sync.transport=distributed and tensor read it."""
     first_gpu: int | None = None
     """Server i takes GPUs from first_gpu + i x tensor_parallel on; not set, every server begins with GPU 0."""
     server_args: list[str] = field(default_factory=list)
@@ -104,6 +104,12 @@ class PoolConfig:
                                   "launched servers get one through their environment")
             if flag in ours:
                 raise ConfigError(f"{name}.server_args: {flag} is set by engine.* or {name}.*: use those fields")
+
+    def found_at(self, urls: list[str]) -> PoolConfig:
+        """This pool when somebody else has launched its servers (Slurm, one step each): clients' settings stay."""
+        clients = {each.name: getattr(self, each.name) for each in fields(self)
+                   if each.name not in (*_LAUNCH_ONLY, "servers", "router")}
+        return PoolConfig(**{**clients, "urls": urls})
 
     def set_fields(self) -> list[str]:
         """Fields that differ from their default."""

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from spark_nemo.config import MegatronConfig
 from spark_nemo.config.errors import ConfigError
+from spark_nemo.config.slurm import slurm_task
 
 from .cpu_compat import cuda_means_cpu
 
@@ -23,17 +24,18 @@ T = TypeVar("T")
 def initialize(layout: MegatronConfig) -> None:
     """Join the other ranks and build Megatron's process groups for ``layout``. Calling it again is harmless.
 
-    Ranks come from torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) or from srun (SLURM_PROCID, SLURM_NTASKS and
-    MASTER_*); a process started by itself is a world of one. A call with another layout of the same size replaces the
-    groups, and workers built before it must not be used any more. Raises ``ConfigError`` when the number of ranks is
-    not ``layout.world_size``.
+    Ranks come from torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) or are the tasks of one ``srun``; a process
+    started by itself is a world of one. A call with another layout of the same size replaces the groups, and workers
+    built before it must not be used any more. Raises ``ConfigError`` when the number of ranks is not
+    ``layout.world_size``.
     """
     rank, world_size = _rank_and_world_size()
     if world_size != layout.world_size:
         raise ConfigError(
             f"megatron.tensor_parallel={layout.tensor_parallel} x pipeline_parallel={layout.pipeline_parallel} x "
             f"data_parallel={layout.data_parallel} needs {layout.world_size} processes and {world_size} run: "
-            f"start with torchrun --nproc-per-node {layout.world_size}, or change megatron.data_parallel")
+            f"start with srun --ntasks={layout.world_size} or torchrun --nproc-per-node {layout.world_size}, or change "
+            "megatron.data_parallel")
     if not dist.is_initialized():
         _join(rank, world_size)
     _build_groups(layout)
@@ -82,20 +84,24 @@ def on_main_rank(action: Callable[[], T]) -> T:
 
 
 def _rank_and_world_size() -> tuple[int, int]:
-    for rank_name, size_name in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if rank_name in os.environ and size_name in os.environ:
-            world_size = int(os.environ[size_name])
-            if world_size > 1 and "MASTER_ADDR" not in os.environ:
-                raise ConfigError(f"{size_name}={world_size} but MASTER_ADDR is not set: export MASTER_ADDR and "
-                                  "MASTER_PORT, or start with torchrun")
-            return int(os.environ[rank_name]), world_size
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        world_size = int(os.environ["WORLD_SIZE"])
+        if world_size > 1 and "MASTER_ADDR" not in os.environ:
+            raise ConfigError(f"WORLD_SIZE={world_size} but MASTER_ADDR is not set: export MASTER_ADDR and "
+                              "MASTER_PORT, or start with torchrun")
+        return int(os.environ["RANK"]), world_size
+    if (task := slurm_task()) is not None:
+        os.environ.setdefault("MASTER_ADDR", task.master_address)
+        os.environ.setdefault("MASTER_PORT", str(task.master_port))
+        return task.rank, task.world_size
     return 0, 1
 
 
 def _join(rank: int, world_size: int) -> None:
     if torch.cuda.is_available():
         local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-        torch.cuda.set_device(local_rank)
+        # Slurm may show each task its own device only.
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     interfaces = {name for _, name in socket.if_nameindex()}
     if address in ("127.0.0.1", "localhost") and "lo" in interfaces:

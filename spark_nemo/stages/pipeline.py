@@ -35,13 +35,19 @@ def run_pipeline(config: SparkConfig, overrides: Sequence[str], oracle: Oracle |
     check_pipeline(config)
     folder = Path(config.run.dir)
     jobs = plan_jobs(config, overrides)
-    _same_settings(folder / "config.yaml", config)
-    write_text_atomic(folder / "config.yaml", config_yaml(config))
+    claim_run_folder(config)
     if not run_jobs(jobs, config.pipeline.parallel_jobs, folder / "logs"):
         log.warning("stopped; run the same command again to go on")
         return None
     command = " ".join(["spark-nemo pipeline", *map(shlex.quote, overrides)])
     return write_report(folder, collect_summary(config, oracle, [command]))
+
+
+def claim_run_folder(config: SparkConfig) -> None:
+    """Write ``config.yaml``. Raises ``ConfigError`` when the folder's finished parts were made with other settings."""
+    path = Path(config.run.dir) / "config.yaml"
+    _same_settings(path, config)
+    write_text_atomic(path, config_yaml(config))
 
 
 def _same_settings(path: Path, config: SparkConfig) -> None:

@@ -1,0 +1,342 @@
+# shellcheck shell=bash
+# Shared by the scripts in this folder, which source it with SLURM_DIR set. Functions only; docs/cluster.md says what
+# happens when. Scripts declare OPTIONS, call parse_arguments, then begin_job; what is read of a plan is in capitals.
+set -uo pipefail
+# shellcheck source=slurm/servers.sh
+source "${SLURM_DIR:?}/servers.sh"
+
+ROOT=$(cd "$SLURM_DIR/.." && pwd)
+JOB=${SLURM_JOB_ID:-}
+RESTART=${SLURM_RESTART_COUNT:-0}
+STOPPING=""          # limit (Slurm's warning signal) or cancel (scancel, preemption)
+SIGNALS=0            # how many there were
+LOG_DIR="" PART="" PART_DIR="" RUN_DIR="" DONE_FILE="" ENGINE="" WORLD_SIZE=1 TOTAL=0
+export METHODS="" REWARDS="" REWARD_METHOD=""  # read by pipeline.sh
+STARTED=$(date +%s)
+DONE_BEFORE=0
+POLICY_SERVERS="" VERIFIER_SERVERS="" POLICY_GPUS=1 VERIFIER_GPUS=1 POLICY_PYTHON="" VERIFIER_PYTHON=""
+POLICY_WORD=() VERIFIER_WORD=() POLICY_ENV=() VERIFIER_ENV=()
+STEP_PIDS=()
+
+# --- words
+
+log() {
+    local line
+    line=$(printf '[%(%F %T)T %s.%s %s] %s' -1 "${JOB:-login}" "$RESTART" "${SLURMD_NODENAME:-login}" "$*")
+    printf '%s\n' "$line"
+    if [[ -n $LOG_DIR ]]; then printf '%s\n' "$line" >> "$LOG_DIR/job.log"; fi
+}
+
+# fail REASON [STATUS]: the end of a job that cannot go on. Its last words are the reason.
+fail() {
+    set_state failed "$1"
+    if [[ -n $LOG_DIR && ! -s $LOG_DIR/error.txt ]]; then printf '%s\n' "$1" > "$LOG_DIR/error.txt"; fi
+    log "FAILED: $1" >&2
+    exit "${2:-1}"
+}
+
+# set_state STATE [REASON]: for `spark-nemo status`.
+set_state() {
+    [[ -n $LOG_DIR ]] || return 0
+    printf '%s=%s\n' STATE "$1" REASON "${2:-}" JOB "$JOB" RESTART "$RESTART" NODES "${SLURM_JOB_NODELIST:-}" \
+        TOTAL "$TOTAL" STARTED "$STARTED" DONE_BEFORE "$DONE_BEFORE" > "$LOG_DIR/state.tmp"
+    mv "$LOG_DIR/state.tmp" "$LOG_DIR/state"
+}
+
+# --- arguments: options of the script before --, Hydra's overrides after it
+
+declare -A OPTIONS=()
+OVERRIDES=()
+STAGE3_OVERRIDES=()  # of the one option that may be repeated
+
+# The lines of the script that start with "#: ".
+usage() { sed -n 's/^#: \{0,1\}//p' "$SLURM_DIR/$1"; }
+
+# parse_arguments SCRIPT ARGUMENTS...
+parse_arguments() {
+    local script=$1 name value
+    shift
+    while (( $# )); do
+        case $1 in
+            -h|--help) usage "$script"; exit 0 ;;
+            --) shift; OVERRIDES=("$@"); return 0 ;;
+            --?*)
+                name=${1%%=*} name=${name#--}
+                [[ -v OPTIONS[$name] ]] || fail "unknown option --$name (see slurm/$script --help)" 2
+                if [[ $1 == *=* ]]; then value=${1#*=}; shift
+                elif (( $# > 1 )); then value=$2; shift 2
+                else fail "--$name needs a value" 2; fi
+                if [[ $name == stage3-override ]]; then STAGE3_OVERRIDES+=("$value"); fi
+                OPTIONS[$name]=$value ;;
+            *) fail "$1: Hydra overrides go after -- (see slurm/$script --help)" 2 ;;
+        esac
+    done
+}
+
+# need_number NAME MINIMUM: an option that must be a whole number.
+need_number() {
+    if [[ ! ${OPTIONS[$1]} =~ ^[0-9]+$ ]] || (( OPTIONS[$1] < $2 )); then
+        fail "--$1=${OPTIONS[$1]}: must be a number, at least $2" 2
+    fi
+}
+
+# --- the site
+
+load_site() {
+    local file=${SPARK_NEMO_SITE:-$SLURM_DIR/site.env}
+    # shellcheck source=slurm/site.env.example
+    if [[ -f $file ]]; then source "$file"; elif [[ -n ${SPARK_NEMO_SITE:-} ]]; then fail "no site file $file" 2; fi
+    : "${PYTHON:=$ROOT/.venv/bin/python}" "${GPUS_PER_NODE:=0}" "${MAX_REQUEUES:=50}" "${MAX_RESTARTS:=5}"
+    : "${GPU_COUNT_COMMAND:=nvidia-smi --list-gpus | wc -l}" "${TRAINER_IMAGE:=}" "${ROLLOUT_IMAGE:=}" "${MOUNTS:=}"
+    (( GPUS_PER_NODE )) && : "${RANKS_PER_NODE:=$GPUS_PER_NODE}"
+    # 0, on CPU clusters: as many as there are, evenly over the nodes.
+    : "${RANKS_PER_NODE:=0}" "${SERVER_START_TIMEOUT:=1800}" "${ROLLOUT_PYTHON:=$PYTHON}"
+    : "${SERVER_PROGRAM:=$ROOT/spark_nemo/engines/sglang/serve.py}"
+    # Slurm 22.05 and later do not hand the allocation's cpus-per-task to srun.
+    if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+    cd "$ROOT" || fail "cannot enter $ROOT"
+}
+
+# image_options ROLE: fills IMAGE_OPTIONS and COMMAND, the way to run Python for trainer or rollout.
+image_options() {
+    local image=$TRAINER_IMAGE mounts
+    IMAGE_OPTIONS=() COMMAND=("$PYTHON")
+    if [[ $1 == rollout ]]; then image=$ROLLOUT_IMAGE COMMAND=("$ROLLOUT_PYTHON"); fi
+    if [[ -n $image ]]; then
+        mounts="$ROOT:$ROOT${RUN_DIR:+,$RUN_DIR:$RUN_DIR}${MOUNTS:+,$MOUNTS}"
+        IMAGE_OPTIONS=(--container-image="$image" --container-mounts="$mounts" --container-workdir="$ROOT"
+                       --no-container-mount-home)
+        COMMAND=("${CONTAINER_PYTHON:-python}")
+    fi
+}
+
+# --- the plan: configuration composed and checked by Python, on this node, before anything else runs
+
+declare -a NEEDS=()
+
+# read_plan STAGE ARGUMENTS...: sets RUN_DIR, PART, PART_DIR, DONE_FILE, WORLD_SIZE, ...
+read_plan() {
+    local stage=$1 text name value launcher=()
+    shift
+    image_options trainer
+    # On the login node there are no containers: there PYTHON does it (docs/cluster.md, step 2).
+    if [[ -z $JOB ]]; then COMMAND=("$PYTHON")
+    elif (( ${#IMAGE_OPTIONS[@]} )); then launcher=(srun --nodes=1 --ntasks=1 "${IMAGE_OPTIONS[@]}"); fi
+    text=$("${launcher[@]}" "${COMMAND[@]}" -m spark_nemo.cli.main slurm-plan --stage "$stage" "$@" -- \
+        "${OVERRIDES[@]}") || fail "the configuration was refused; the line above says why" 2
+    while IFS='=' read -r name value; do
+        case $name in
+            NEEDS) NEEDS+=("$value") ;;
+            RUN_DIR|PART|PART_DIR|DONE_FILE|ENGINE|WORLD_SIZE|TOTAL|METHODS|REWARDS|REWARD_METHOD|\
+            POLICY_SERVERS|VERIFIER_SERVERS|POLICY_GPUS|VERIFIER_GPUS|POLICY_PYTHON|VERIFIER_PYTHON)
+                declare -g "$name=$value" ;;
+            POLICY_WORD) POLICY_WORD+=("$value") ;;
+            VERIFIER_WORD) VERIFIER_WORD+=("$value") ;;
+            POLICY_ENV) POLICY_ENV+=("$value") ;;
+            VERIFIER_ENV) VERIFIER_ENV+=("$value") ;;
+        esac
+    done <<< "$text"
+    # Slurm 22.05 ends srun with 0 when a container does not start.
+    [[ -n $RUN_DIR ]] || fail "no plan came back: does the image ${TRAINER_IMAGE:-} start?" 2
+}
+
+# --- beginning of a job
+
+# begin_job STAGE PLAN_ARGUMENTS...: plan, log folder, traps; ends here when the part is done or makes no progress.
+# With ALWAYS_AGAIN=1 an older result does not count as done.
+begin_job() {
+    [[ -n $JOB ]] || fail "not in a Slurm job: submit with sbatch (see --help)" 2
+    trap on_limit USR1
+    trap on_cancel TERM INT
+    read_plan "$@"
+    if [[ -z ${ALWAYS_AGAIN:-} && -e $DONE_FILE ]]; then log "$PART is done already"; exit 0; fi
+    : "${PART_DIR:=$RUN_DIR/logs/$PART}"
+    LOG_DIR=$RUN_DIR/logs/$PART/$JOB.$RESTART
+    mkdir -p "$LOG_DIR" "$PART_DIR" || { LOG_DIR=""; fail "cannot write to $RUN_DIR"; }
+    ln -sfn "$JOB.$RESTART" "$RUN_DIR/logs/$PART/latest"
+    printf '%q ' "${OVERRIDES[@]}" > "$LOG_DIR/overrides"
+    rm -f "$PART_DIR/STOP"
+    # What preflight looks for on the other nodes, and the time that a result must be newer than.
+    : > "$LOG_DIR/visible"
+    mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    DONE_BEFORE=$(count_done)
+    set_state running
+    log "$PART on ${NODES[*]}, logs in $LOG_DIR"
+    refuse_without_progress
+}
+
+# What this part has to show for itself; grows with every checkpoint or stored verification.
+progress_mark() {
+    sed -n 's/.*"done": *\([0-9]*\).*/\1/p' "$PART_DIR/progress.json" 2>/dev/null || cat "$PART_DIR/checkpoints/latest" 2>/dev/null
+}
+
+count_done() {
+    local mark
+    mark=$(progress_mark)
+    if [[ $PART == stage1/* ]]; then echo "${mark:-0}"; return; fi
+    mark=${mark##*step-}
+    echo "$(( 10#${mark:-0} ))"
+}
+
+# Three restarts in a row that began where the one before began: the fourth does not try again.
+refuse_without_progress() {
+    local attempts=$RUN_DIR/logs/$PART/attempts.tsv mark same
+    mark=$(progress_mark)
+    printf '%s\t%s\t%s\t%s\n' "$JOB" "$RESTART" "$(date +%FT%T%z)" "${mark:-nothing}" >> "$attempts"
+    same=$(tail -n 4 "$attempts" | awk -F'\t' -v job="$JOB" -v mark="${mark:-nothing}" '$1 == job && $4 == mark' | wc -l)
+    if (( same == 4 )); then
+        fail "no progress in three requeues: still at ${mark:-the beginning}. Look at $RUN_DIR/logs/$PART, then submit again"
+    fi
+}
+
+# --- signals: nothing is forwarded, a file asks for the checkpoint (the trainer's rank 0 polls it between steps)
+
+on_limit() { STOPPING=limit SIGNALS=$(( SIGNALS + 1 )); log "the time limit is near: asking for a checkpoint"; ask_to_stop; }
+on_cancel() { STOPPING=cancel SIGNALS=$(( SIGNALS + 1 )); log "cancelled or preempted: asking for a checkpoint"; ask_to_stop; }
+ask_to_stop() { if [[ -n $PART_DIR ]]; then : > "$PART_DIR/STOP"; fi; }
+
+# wait_for PID: the status of a background process; a trap does not end the wait.
+wait_for() {
+    local status before
+    while :; do
+        before=$SIGNALS
+        wait "$1"; status=$?
+        # A trap interrupts `wait`; bash can be asked again, also about a process that has ended meanwhile.
+        (( SIGNALS > before )) || return "$status"
+    done
+}
+
+# --- nodes
+
+# preflight: every node sees run folder, models and data, finds the head node and has its GPUs.
+preflight() {
+    local answers=$LOG_DIR/preflight.txt node bad=() options=() path image
+    for path in "${NEEDS[@]}"; do options+=(--needs "$path"); done
+    for image in trainer rollout; do
+        [[ $image == trainer || -n $ROLLOUT_IMAGE && $ENGINE != local ]] || continue
+        image_options "$image"
+        srun --nodes="${#NODES[@]}" --ntasks="${#NODES[@]}" --ntasks-per-node=1 --overlap "${IMAGE_OPTIONS[@]}" \
+            "${COMMAND[@]}" "$SLURM_DIR/node_check.py" --canary "$LOG_DIR/visible" --head "${NODES[0]}" \
+            --gpus "$GPUS_PER_NODE" --gpu-count "$GPU_COUNT_COMMAND" --first-port "$(first_port)" \
+            --ports "$(( GPUS_PER_NODE ? GPUS_PER_NODE : POLICY_SERVERS + VERIFIER_SERVERS + 1 ))" "${options[@]}" \
+            > "$answers" 2> "$LOG_DIR/preflight.srun.log" < /dev/null &
+        wait_for $!
+        for node in "${NODES[@]}"; do
+            if ! grep -q "^$node ok " "$answers"; then bad+=("$node"); fi
+        done
+        if (( ${#bad[@]} )); then
+            { grep -v ' ok ' "$answers"; tail -n 20 "$LOG_DIR/preflight.srun.log"; } | tee "$LOG_DIR/error.txt" >&2
+            fail "preflight of the $image failed on ${bad[*]}; without them: sbatch --exclude=$(join_by , "${bad[@]}")"
+        fi
+    done
+    MASTER_ADDR=${NODES[0]} MASTER_PORT=$(sed -n "s/^${NODES[0]} ok //p" "$answers")
+    export MASTER_ADDR MASTER_PORT
+    log "preflight ok, ranks meet at $MASTER_ADDR:$MASTER_PORT"
+}
+
+# Below the ports that Linux gives to outgoing connections; jobs side by side start looking at different ones.
+first_port() { echo $(( 10000 + JOB * 16 % 20000 )); }
+
+join_by() { local IFS=$1; shift; echo "$*"; }
+
+# nodes_lost: names of this job's nodes that do not answer, as when one has just crashed.
+nodes_lost() {
+    local node alive
+    alive=$(timeout 30 srun --nodes="${#NODES[@]}" --ntasks="${#NODES[@]}" --ntasks-per-node=1 --overlap --no-kill \
+        --kill-on-bad-exit=0 printenv SLURMD_NODENAME 2>/dev/null < /dev/null)
+    for node in "${NODES[@]}"; do grep -qx "$node" <<< "$alive" || echo "$node"; done
+}
+
+# nodes_needed: for the ranks of the layout.
+nodes_needed() { echo $(( RANKS_PER_NODE ? (WORLD_SIZE + RANKS_PER_NODE - 1) / RANKS_PER_NODE : 1 )); }
+
+# check_ranks NODES: do the ranks of the layout fill this many nodes?
+check_ranks() {
+    if (( RANKS_PER_NODE == 0 && $1 > 0 && WORLD_SIZE % ($1 > 0 ? $1 : 1) == 0 || $1 == $(nodes_needed) )); then return 0; fi
+    fail "impossible layout: $WORLD_SIZE trainer ranks, RANKS_PER_NODE=$RANKS_PER_NODE, need $(nodes_needed) nodes for \
+training, and $1 are left for it: change sbatch --nodes or the megatron.* sizes" 2
+}
+
+# check_servers NODES: are there nodes for servers exactly when the engine has servers?
+check_servers() {
+    if (( $1 )) && [[ $ENGINE == local ]]; then
+        fail "--policy-nodes and --verifier-nodes have no effect with engine.kind=local: remove them or choose another engine" 2
+    fi
+}
+
+# --- steps
+
+# start_step ROLE NODES TASKS IMAGE ARGUMENTS...: one supervised srun in the background, its pid in STEP_PID.
+start_step() {
+    local role=$1 nodes=$2 tasks=$3 count
+    if [[ -n $STOPPING ]]; then finish 0; fi  # asked to stop before there was anything to stop
+    image_options "$4"
+    shift 4
+    count=$(tr ',' '\n' <<< "$nodes" | wc -l)
+    srun --nodes="$count" --nodelist="$nodes" --ntasks="$tasks" --ntasks-per-node="$(( (tasks + count - 1) / count ))" \
+        --overlap --kill-on-bad-exit=1 --wait=60 --job-name="$role" --output="$LOG_DIR/$role-%t.log" \
+        "${IMAGE_OPTIONS[@]}" "${COMMAND[@]}" "$@" 2> "$LOG_DIR/$role.srun.log" < /dev/null &
+    STEP_PID=$!
+    STEP_PIDS+=("$STEP_PID")
+}
+
+# --- end of a job
+
+# finish STATUS: by the marker, never by the status: Slurm 22.05 reports 0 for a dead node and a missing image.
+finish() {
+    local status=$1 lost
+    kill "${STEP_PIDS[@]}" 2>/dev/null
+    if [[ -e $DONE_FILE && ( -z ${ALWAYS_AGAIN:-} || $DONE_FILE -nt $LOG_DIR/visible ) ]]; then
+        set_state 'done'
+        log "$PART is done"
+        exit 0
+    fi
+    case $STOPPING in
+        cancel) set_state cancelled "submit the same again to go on"; log "cancelled, resumable"; exit 143 ;;
+        limit) requeue "time limit" ;;
+    esac
+    if [[ -e $LOG_DIR/broken ]]; then
+        lost=$(nodes_lost)
+        if [[ -n $lost ]]; then requeue "lost ${lost//$'\n'/ }"; fi
+        tail -n 40 "$LOG_DIR"/*-*-[0-9]*.log | tee "$LOG_DIR/error.txt" >&2
+        fail "$(cat "$LOG_DIR/broken")"
+    fi
+    if [[ -e $PART_DIR/STOP ]]; then
+        fail "stopped by hand with $PART_DIR/STOP; submit the same again to go on" 3
+    fi
+    lost=$(nodes_lost)
+    if [[ -n $lost ]]; then requeue "lost ${lost//$'\n'/ }"; fi
+    first_error > "$LOG_DIR/error.txt"
+    cat "$LOG_DIR/error.txt" >&2
+    fail "$PART ended without its marker $DONE_FILE (srun said $status)" "$(( status ? status : 1 ))"
+}
+
+# requeue REASON: this job again, from its checkpoint. Does not return.
+requeue() {
+    (( RESTART < MAX_REQUEUES )) || fail "$1, and MAX_REQUEUES=$MAX_REQUEUES requeues are used up"
+    set_state requeued "$1"
+    log "requeue: $1"
+    scontrol requeue "$JOB" || fail "$1, and Slurm did not requeue job $JOB"
+    # Slurm ends this script now; no other word of it may follow.
+    trap 'exit 0' TERM INT
+    sleep 600 &
+    wait $!
+    fail "$1, and nothing happened after scontrol requeue $JOB"
+}
+
+# first_error: what the rank said that failed first. The others fail after it, for they miss it.
+first_error() {
+    local file
+    # shellcheck disable=SC2012  # names are our own
+    while IFS= read -r file; do
+        if grep -q 'Traceback (most recent call last)\|spark-nemo: error:' "$file"; then
+            echo "$(basename "$file" .log) failed first:"
+            awk '/Traceback \(most recent call last\)/ && !chained {text = ""}
+                 {chained = /exception was the direct cause|another exception occurred/ || (chained && /^$/)
+                  text = text $0 "\n"} END {printf "%s", text}' "$file" | tail -n 60
+            return
+        fi
+    done < <(ls -tr "$LOG_DIR"/*-[0-9]*.log 2>/dev/null)
+    tail -n 15 "$LOG_DIR"/*.srun.log 2>/dev/null
+}

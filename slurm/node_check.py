@@ -1,0 +1,71 @@
+"""Is this node fit for the job? Run once per node by preflight; prints ``NODE ok PORT`` or ``NODE REASON``.
+
+Standard library only, so that it runs in every image. PORT is the first of ``--ports`` free ones in a row, where ranks
+can meet and servers listen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+TRIED_PORTS = 64
+
+
+def main() -> None:
+    """Print the answer for this node."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--canary", required=True, help="file that the batch script has just written")
+    parser.add_argument("--head", required=True, help="node where the ranks meet")
+    parser.add_argument("--gpus", type=int, default=0)
+    parser.add_argument("--gpu-count", default="", help="shell command that prints the number of GPUs")
+    parser.add_argument("--first-port", type=int, required=True)
+    parser.add_argument("--ports", type=int, default=1, help="how many free ports are needed, in a row")
+    parser.add_argument("--needs", action="append", default=[], help="file or folder that must be visible")
+    arguments = parser.parse_args()
+    node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    port = first_free(arguments.first_port, arguments.ports)
+    print(node, trouble(arguments) or (f"ok {port}" if port else "has no free ports"), flush=True)
+
+
+def trouble(arguments: argparse.Namespace) -> str:
+    """What is wrong here, or an empty string."""
+    for path in [arguments.canary, *arguments.needs]:
+        if not Path(path).exists():
+            return f"does not see {path}: is it on a file system that all nodes share, and mounted in the image?"
+    try:
+        socket.getaddrinfo(arguments.head, None)
+    except OSError as error:
+        return f"cannot resolve the head node {arguments.head}: {error}"
+    if arguments.gpus:
+        counted = subprocess.run(arguments.gpu_count, shell=True, capture_output=True, text=True, check=False)
+        found = counted.stdout.strip()
+        if found != str(arguments.gpus):
+            return (f"has {found or 'no'} GPUs of GPUS_PER_NODE={arguments.gpus} ({arguments.gpu_count}) "
+                    f"{counted.stderr.strip()}")
+    return ""
+
+
+def first_free(first: int, count: int) -> int:
+    """The first of ``count`` neighbouring ports that nobody listens on, 0 when there are none near ``first``."""
+    for start in range(first, first + TRIED_PORTS):
+        if all(is_free(port) for port in range(start, start + count)):
+            return start
+    return 0
+
+
+def is_free(port: int) -> bool:
+    """Can this port be listened on?"""
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+        return True
+
+
+if __name__ == "__main__":
+    main()

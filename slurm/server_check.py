@@ -1,0 +1,34 @@
+"""Do these servers answer? Prints those that do not and ends with 0 when all do. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import sys
+import urllib.error
+import urllib.request
+
+PROBE_S = 5.0
+
+
+def trouble(url: str) -> str:
+    """Why the server is not ready, or an empty string. The key comes from the environment, never from arguments."""
+    request = urllib.request.Request(f"{url}/health")
+    if key := os.environ.get("SPARK_NEMO_API_KEY"):
+        request.add_header("Authorization", f"Bearer {key}")
+    try:
+        with urllib.request.urlopen(request, timeout=PROBE_S):
+            return ""
+    except (urllib.error.URLError, OSError) as error:
+        return str(error)
+
+
+def main() -> int:
+    """Ask every URL once."""
+    troubles = {url: text for url in sys.argv[1:] if (text := trouble(url))}
+    for url, text in troubles.items():
+        print(f"{url} does not answer: {text}")
+    return 1 if troubles else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

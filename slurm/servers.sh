@@ -1,0 +1,79 @@
+# shellcheck shell=bash disable=SC2154,SC2153  # sourced by lib.sh, whose names these are
+# Rollout servers: each in a step of its own, started again when it dies.
+
+# start_servers ROLE NODES...: as many on each of these nodes as its GPUs hold, or engine.ROLE.servers without GPUs.
+# SERVERS tells the trainer where they are.
+# The servers' key travels in the environment: command lines are for everybody to read.
+start_servers() {
+    local role=$1 count=$POLICY_SERVERS gpus=$POLICY_GPUS python=$POLICY_PYTHON node port i urls=()
+    local words=("${POLICY_WORD[@]}") variables=("${POLICY_ENV[@]}")
+    shift
+    (( $# )) || return 0
+    if [[ $role == verifier ]]; then
+        count=$VERIFIER_SERVERS gpus=$VERIFIER_GPUS python=$VERIFIER_PYTHON
+        words=("${VERIFIER_WORD[@]}") variables=("${VERIFIER_ENV[@]}")
+    fi
+    [[ -n $count ]] || fail "--$role-nodes needs engine.$role.servers: what is started where servers are launched" 2
+    if (( GPUS_PER_NODE )); then
+        # A node of its own is filled.
+        count=$(( GPUS_PER_NODE / gpus ))
+        (( count )) ||
+            fail "impossible layout: engine.$role.tensor_parallel=$gpus on nodes of GPUS_PER_NODE=$GPUS_PER_NODE" 2
+    fi
+    if [[ -z ${SPARK_NEMO_API_KEY:-} ]]; then
+        SPARK_NEMO_API_KEY=$(head -c 24 /dev/urandom | base64 | tr '+/' '-_')
+        export SPARK_NEMO_API_KEY
+    fi
+    for node in "$@"; do
+        port=$(sed -n "s/^$node ok //p" "$LOG_DIR/preflight.txt")
+        for (( i = 0; i < count; i++ )); do
+            ROLLOUT_PYTHON=${python:-$ROLLOUT_PYTHON} keep_server "$role-$node-$i" "$node" "${variables[@]}" -- \
+                server "${words[@]}" --base-gpu-id "$(( i * gpus ))" --host "$node" --port "$(( port + i ))"
+            urls+=("http://$node:$(( port + i ))")
+        done
+    done
+    SERVERS+=(--servers "$role=$(join_by , "${urls[@]}")")
+    URLS+=("${urls[@]}")
+    log "$role servers: ${urls[*]}"
+}
+
+# keep_server NAME NODE VARIABLES... -- ARGUMENTS...: in the background until it has died MAX_RESTARTS + 1 times.
+keep_server() {
+    local name=$1 node=$2 variables=()
+    shift 2
+    while [[ $1 != -- ]]; do variables+=("$1"); shift; done
+    shift
+    image_options rollout
+    (
+        trap '' USR1
+        trap '[[ -z $step ]] || kill "$step" 2>/dev/null; exit 0' TERM
+        step="" status=0
+        for (( life = 0; life <= MAX_RESTARTS; life++ )); do
+            srun --nodes=1 --nodelist="$node" --ntasks=1 --overlap --job-name="$name" --open-mode=append \
+                --output="$LOG_DIR/$name.log" "${IMAGE_OPTIONS[@]}" \
+                env "${variables[@]}" "${COMMAND[@]}" "$SERVER_PROGRAM" "$@" \
+                2>> "$LOG_DIR/$name.srun.log" < /dev/null &
+            step=$!
+            wait "$step"; status=$?
+            log "server $name ended (srun said $status) in its life $(( life + 1 ))"
+            sleep 1
+        done
+        echo "server $name died $(( MAX_RESTARTS + 1 )) times; the end of $LOG_DIR/$name.log says why" > "$LOG_DIR/broken"
+        ask_to_stop
+    ) &
+    STEP_PIDS+=($!)
+}
+
+# wait_servers: until every server answers, or one is beyond help.
+wait_servers() {
+    (( ${#URLS[@]} )) || return 0
+    local deadline=$(( $(date +%s) + SERVER_START_TIMEOUT ))
+    until "$PYTHON" "$SLURM_DIR/server_check.py" "${URLS[@]}" > "$LOG_DIR/servers.txt"; do
+        [[ -z $STOPPING ]] || finish 0
+        if [[ -e $LOG_DIR/broken ]]; then finish 1; fi
+        (( $(date +%s) < deadline )) || fail "after SERVER_START_TIMEOUT=$SERVER_START_TIMEOUT s: $(tr '\n' ' ' < "$LOG_DIR/servers.txt")"
+        sleep 2
+    done
+    log "${#URLS[@]} servers answer"
+}
+URLS=() SERVERS=()

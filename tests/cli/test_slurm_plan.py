@@ -1,0 +1,62 @@
+"""``spark-nemo slurm-plan``, which the scripts in ``slurm/`` read; they themselves are tested in ``tests/slurm``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from spark_nemo.cli.main import main
+
+TOY = ["+experiment=toy", "data.stage1_problems=toy:stage1:4", "data.rl_problems=toy:rl:4",
+       "data.eval_problems=toy:eval:4", "data.processbench=toy:processbench:12", "pipeline.rl_answers=toy:rl:4"]
+
+
+def plan(capsys: pytest.CaptureFixture[str], stage: str, *overrides: str, options: tuple[str, ...] = ()) -> dict:
+    """Values by name, each a list in the order they were said."""
+    assert main(["slurm-plan", "--stage", stage, *options, "--", *TOY, *overrides]) == 0
+    values: dict[str, list[str]] = {}
+    for line in capsys.readouterr().out.splitlines():
+        name, _, value = line.partition("=")
+        values.setdefault(name, []).append(value)
+    return values
+
+
+def test_the_chain_and_its_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Parts to submit, ranks to place, and config.yaml written: other settings for the same folder are refused."""
+    run = tmp_path / "a run"
+    said = plan(capsys, "pipeline", f"run.dir='{run}'", "megatron.data_parallel=2")
+    assert said["RUN_DIR"] == [str(run)] and said["WORLD_SIZE"] == ["2"]
+    assert said["METHODS"] == ["single outcome_consistency step_consistency"]
+    assert said["REWARDS"] == ["process_aware rlvr"] and said["REWARD_METHOD"] == ["step_consistency"]
+    assert all(Path(path).exists() for path in said["NEEDS"])
+    assert main(["slurm-plan", "--stage", "pipeline", "--", *TOY, f"run.dir='{run}'", "rl.steps=7"]) == 2
+    assert "was made with" in capsys.readouterr().err
+
+
+def test_servers_are_described_word_by_word(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Arguments and variables come one per line, so that no shell has to take them apart; the server's context is the
+    engine's and what SGLang keeps for itself.
+    """
+    said = plan(capsys, "stage3", f"run.dir={tmp_path}", "rl.reward=random", "engine.kind=sglang",
+                "pipeline.parallel_jobs=1", "engine.policy.servers=2", "engine.policy.server_args=['--a', 'b c']",
+                "+engine.policy.server_env.X='y z'")
+    assert said["POLICY_SERVERS"] == ["2"] and said["POLICY_ENV"] == ["X=y z"]
+    words = said["POLICY_WORD"]
+    assert words[-2:] == ["--a", "b c"] and words[words.index("--context-length") + 1] == "326"
+    assert "VERIFIER_WORD" not in said
+
+
+@pytest.mark.parametrize(("arguments", "reason"), [
+    (["--stage", "evaluate-math", "--", *TOY], "--model"),
+    (["--stage", "stage1", "--model", "m", "--", *TOY], "--model"),
+    (["--stage", "pipeline", "--", *TOY, "pipeline.rounds=2"], "one round"),
+    (["--stage", "stage3", "--", *TOY, "rl.reward_model=/nowhere"], "/nowhere"),
+])
+def test_what_cannot_run_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], reason: str
+) -> None:
+    """A plan that cannot be made ends with status 2, for the job's script to stop at."""
+    assert main(["slurm-plan", *arguments, f"run.dir={tmp_path}/run"]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1 and reason in error[0]
