@@ -12,6 +12,8 @@ from pathlib import Path
 from cluster import Cluster
 from slurm_world import REPO, SMALL, environment_of_this_process, site
 
+from spark_nemo.records.store import RecordStore
+
 CHAIN = [*SMALL, "pipeline.label_methods=[step_consistency]", "pipeline.rewards=[process_aware,rlvr]",
          "pipeline.parallel_jobs=2", "megatron.data_parallel=2"]
 
@@ -63,3 +65,25 @@ def test_the_chain_ends_with_the_report_of_one_machine(slurm: Cluster, tmp_path:
     on_cluster, here = (json.loads((folder / "summary.json").read_text()) for folder in (run, local))
     assert without_clock(on_cluster) == without_clock(here)
     assert (run / "report.html").stat().st_size > 10_000
+
+
+def test_two_chains_at_once_share_nothing(slurm: Cluster, tmp_path: Path) -> None:
+    """Two whole chains, submitted together to nodes that may be shared, of two seeds: both end, each with its own seed
+    in its report and its own problems in its store. Does not compare their figures with an undisturbed run."""
+    jobs, runs = [], [tmp_path / f"seed {seed}" for seed in (0, 1)]
+    options = ["pipeline.rewards=[process_aware]", "pipeline.rl_answers=null", "rl.steps=2"]
+    for seed, run in enumerate(runs):
+        submitted = slurm.run(
+            REPO / "slurm/pipeline.sh", "--shards", 1, "--train-nodes", 2, "--", *CHAIN, *options, f"run.seed={seed}",
+            f'run.dir="{run}"', env={**site(tmp_path), "SBATCH_TIMELIMIT": "10"}, cwd=tmp_path)
+        jobs += [int(job) for job in submitted.stdout.splitlines()[-1].split()]
+    assert len(jobs) == 8
+    ended = [slurm.wait_state(job, timeout=400)["JobState"] for job in jobs]
+    said = "".join(path.read_text() for run in runs for path in (run / "logs/slurm").glob("*.out"))
+    assert ended == ["COMPLETED"] * 8, said
+    stores = []
+    for seed, run in enumerate(runs):
+        assert json.loads((run / "summary.json").read_text())["seeds"] == [seed]
+        with RecordStore(run / "stage1/store") as store:
+            stores.append(store.keys("solution"))
+    assert not stores[0] & stores[1] and all(stores)
