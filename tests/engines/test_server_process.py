@@ -123,12 +123,13 @@ def test_a_missing_interpreter_is_named(tmp_path: Path) -> None:
 
 
 FAKE_PACKAGE = {
+    "protocol.py": "",
     "sglang/__init__.py": "",
     "sglang/srt/__init__.py": "",
     "sglang/srt/plugins.py": "def load_plugins(): pass",
     "sglang/srt/utils.py": "def kill_process_tree(pid, include_parent): pass",
     "sglang/srt/server_args.py": """
-import http.client, types  # http.client: serve.py lies beside an http.py of ours
+import protocol, types  # serve.py lies beside a protocol.py of ours, which cannot be imported like this
 def prepare_server_args(argv):
     return types.SimpleNamespace(argv=argv, api_key=None)
 """,

@@ -6,8 +6,8 @@ import pytest
 from engine_cases import ask
 
 from spark_nemo.engines import EngineFailure, EngineUnavailable, FinishReason
+from spark_nemo.engines.remote import ServerLimits
 from spark_nemo.engines.sglang.protocol import (
-    ServerLimits,
     generate_json,
     parse_generation,
     refuse_aborted,

@@ -6,38 +6,30 @@ server's own message when it says no.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..base import EngineFailure
-from .http import NotReached, ServerHttp
+from ..remote.engine import BACK_OFF_S, RemoteEngine
+from ..remote.http import NotReached
 from .protocol import JSON, PauseMode, version_number
 
-BACK_OFF_S = (0.1, 0.5)
-"""Waits before the second and the third attempt of what is safe to repeat."""
 _FLUSHING_UPDATE = "an update with flush_cache=True"
 _SECRET_WORDS = ("api_key", "password", "launch_command")
 
 
-class ServerControl:
+class ServerControl(RemoteEngine):
     """Control of one server. Remembers what it asked for: SGLang reports nowhere that it is paused."""
 
-    def __init__(self, http: ServerHttp, timeout_s: float) -> None:
-        self._http = http
-        self._control_timeout_s = timeout_s
-        self.pause_mode: PauseMode | None = None
-        """How this client has paused the server; None while it generates."""
+    pause_mode: PauseMode | None = None
+    """How this client has paused the server; None while it generates."""
 
-    @property
-    def url(self) -> str:
-        """The server's base URL; also its name in messages."""
-        return self._http.url
-
+    @abc.abstractmethod
     def in_flight(self) -> int:
         """Requests of this client that the server is working on."""
-        return 0
 
     async def _pause(self, mode: PauseMode) -> None:
         """Stop sampling. While paused ``/health`` is 503, and a new generation waits and cannot be aborted."""
@@ -167,11 +159,6 @@ class ServerControl:
 
     async def _post(self, path: str, body: JSON, timeout_s: float | None = None) -> Any:
         return await self._call("POST", path, body, timeout_s)
-
-    async def _call(self, method: str, path: str, body: JSON | None = None, timeout_s: float | None = None) -> Any:
-        reply = await self._http.call(method, path, body, timeout_s=timeout_s or self._control_timeout_s)
-        self._http.refuse_status(path, reply)
-        return reply.content
 
     async def _succeed(self, path: str, body: JSON, timeout_s: float | None = None) -> JSON:
         """A call whose reply carries ``success``."""

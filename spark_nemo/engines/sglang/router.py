@@ -16,8 +16,8 @@ import torch
 from ..base import Engine, EngineFailure, EngineHealth, Generation, GenerationRequest
 from ..fleet import Front
 from ..fleet.process import ServerProcess, free_port
+from ..remote.http import ServerHttp
 from . import serve
-from .http import ServerHttp
 from .server import SglangServer
 
 _CALL_S = 10.0

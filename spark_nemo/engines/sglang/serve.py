@@ -23,7 +23,7 @@ _PR_SET_PDEATHSIG = 1
 def main() -> int:
     """``serve.py server ARGUMENTS``, ``serve.py router ARGUMENTS``, or ``serve.py exec PROGRAM ARGUMENTS``, which
     becomes any other program, guarded as well."""
-    # A script's own folder comes first on the path, and this one has an http.py.
+    # A script's own folder comes first on the path, where protocol.py and the others would hide a server's modules.
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != os.path.dirname(__file__)]
     _die_with_parent()
     _fork_guard()

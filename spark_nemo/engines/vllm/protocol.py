@@ -29,16 +29,21 @@ def has_logprobs(sampling: SamplingParams) -> bool:
     return sampling.temperature == 0 or (sampling.top_p == 1 and sampling.top_k == 0)
 
 
+def refuse_too_cold(sampling: SamplingParams) -> None:
+    """Raise ``EngineFailure`` for a temperature that vLLM would change."""
+    if 0 < sampling.temperature < COLDEST:
+        raise EngineFailure(f"temperature={sampling.temperature}: vLLM would sample at {COLDEST}; use 0 or more than "
+                            "that")
+
+
 def completion_json(request: GenerationRequest, model: str) -> JSON:
     """Body of ``POST /v1/completions``. Whatever a server could have defaults for is written out.
 
     ``ignore_eos`` switches off the model's own end-of-sequence id and, unlike in SGLang, leaves ``stop_token_ids`` on.
-    Raises ``EngineFailure`` for a temperature that vLLM would change.
+    Raises what ``refuse_too_cold`` raises.
     """
     sampling = request.sampling
-    if 0 < sampling.temperature < COLDEST:
-        raise EngineFailure(f"temperature={sampling.temperature}: vLLM would sample at {COLDEST}; use 0 or more than "
-                            "that")
+    refuse_too_cold(sampling)
     greedy = sampling.temperature == 0
     body: JSON = {
         "model": model, "prompt": list(request.prompt_ids), "max_tokens": sampling.max_new_tokens, "n": 1,
