@@ -198,6 +198,20 @@ def test_health_and_probe_tell_a_sick_server() -> None:
     with_server(scenario)
 
 
+def test_a_probe_does_not_wait_behind_generations() -> None:
+    """With every connection taken by slow requests the probe still gets out: a busy server is not a hung one."""
+    async def scenario(fake, engine):
+        fake.delay_s = 0.6
+        busy = [asyncio.create_task(engine.generate(ask())) for _ in range(4)]
+        await asyncio.sleep(0.2)
+        fake.delay_s = 0.0
+        await engine.probe(0.3)
+        assert not any(task.done() for task in busy)
+        await asyncio.gather(*busy)
+
+    with_server(scenario, max_in_flight=1)
+
+
 @pytest.mark.parametrize(("settings", "named"), [
     ({"max_context": CONTEXT + 1}, "max-model-len"), ({"served_name": "other"}, "served-model-name")])
 def test_a_server_that_is_not_the_one_expected_is_refused_at_start(settings: dict, named: str) -> None:

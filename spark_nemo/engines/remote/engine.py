@@ -54,13 +54,10 @@ class RemoteEngine(Engine):
         return self._http.url
 
     @abc.abstractmethod
-    async def _send(self, request: GenerationRequest, name: str) -> Generation:
-        """Send ``request`` once, as ``name``, and read the answer. Has no deadline of its own; when it is cancelled
-        the server must end the request. Raises what ``ServerHttp.call`` raises, and ``EngineFailure``."""
-
-    async def _send_probe(self, name: str) -> None:
-        """Have the server sample one token. Overridden where a probe takes another connection."""
-        await self._send(PROBE, name)
+    async def _send(self, request: GenerationRequest, name: str, pooled: bool = True) -> Generation:
+        """Send ``request`` once, as ``name``, and read the answer; not ``pooled``, on a connection of its own. Has no
+        deadline; when it is cancelled the server must end the request. Raises what ``ServerHttp.call`` raises, and
+        ``EngineFailure``."""
 
     @abc.abstractmethod
     async def _ask_health(self) -> None:
@@ -127,11 +124,11 @@ class RemoteEngine(Engine):
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     async def probe(self, timeout_s: float) -> None:
-        """Sample one token, past the slots of this client. Raises ``EngineUnavailable`` when it does not come."""
+        """Sample one token, past every queue of this client. Raises ``EngineUnavailable`` when it does not come."""
         self._refuse_closed()
         try:
             async with asyncio.timeout(timeout_s):
-                await self._send_probe(f"probe-{uuid.uuid4().hex}")
+                await self._send(PROBE, f"probe-{uuid.uuid4().hex}", pooled=False)
         except TimeoutError as error:
             raise EngineUnavailable(f"{self.url}: the probe's token did not come within {timeout_s:g} s") from error
 

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 import torch
 
 from ..base import EngineFailure, EngineHealth, Generation, GenerationRequest
-from ..remote.engine import PROBE
 from ..remote.http import ConnectionLost
 from .control import ServerControl
 from .protocol import PauseMode, generate_json, parse_generation, refuse_aborted
@@ -84,9 +83,6 @@ class SglangServer(ServerControl):
         if self.pause_mode is not None:
             raise EngineFailure(f"{self.url}: paused: a probe would wait for the end of the pause")
         await super().probe(timeout_s)
-
-    async def _send_probe(self, name: str) -> None:
-        await self._send(PROBE, name, pooled=False)
 
     async def check_limits(self) -> None:
         """Raise ``EngineFailure`` when the server would cut short what ``max_context`` allows."""

@@ -52,10 +52,10 @@ class VllmServer(RemoteEngine):
         super()._refuse_bad(request)
         refuse_too_cold(request.sampling)
 
-    async def _send(self, request: GenerationRequest, name: str) -> Generation:
+    async def _send(self, request: GenerationRequest, name: str, pooled: bool = True) -> Generation:
         """vLLM needs no ``name``: a request ends with its connection."""
         body = completion_json(request, self._served_name)
-        reply = await self._http.call("POST", PATH, body, timeout_s=None, pooled=True)
+        reply = await self._http.call("POST", PATH, body, timeout_s=None, pooled=pooled)
         self._http.refuse_status(PATH, reply)
         with self._naming(PATH):
             return parse_completion(reply.content, request, self._version)
