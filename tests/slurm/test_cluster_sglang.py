@@ -5,6 +5,7 @@ skipped unless $SPARK_SGLANG_PYTHON names its Python (``make test-slurm`` does w
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -35,12 +36,13 @@ def test_chain_with_servers_on_nodes_of_their_own_and_one_killed(slurm: Cluster,
     jobs = [int(job) for job in submitted.stdout.splitlines()[-1].split()]
     slurm.until(lambda: rows(run / PART / "metrics.jsonl"), f"first step\n{logged(run, PART, 'job.log')}", 500)
     processes = slurm.run("ps", "-eo", "pid,args").stdout.splitlines()
-    policy = [line for line in processes if "serve.py server" in line and "--host node2" in line and "srun" not in line]
+    served = [line for line in processes if "serve.py server" in line and "srun" not in line]
+    policy = [line for line in served if "assets/generator" in line]
     slurm.run("kill", "-KILL", policy[0].split()[0])
     ended = [slurm.wait_state(job, timeout=400)["JobState"] for job in jobs]
     said = "".join(path.read_text() for path in (run / "logs/slurm").glob("*.out"))
     assert ended == ["COMPLETED"] * 4, said + logged(run, PART, "*.log")
-    assert "server policy-node2-0 ended" in said and "verifier servers: http://node3:" in said
+    assert re.search(r"server policy-node\d-0 ended", said) and "verifier servers: http://node" in said
     assert len(rows(run / PART / "metrics.jsonl")) == 4
     assert (run / "report.html").exists()
     status = slurm.run(sys.executable, "-m", "spark_nemo.cli.main", "status", run, env=site(tmp_path)).stdout
