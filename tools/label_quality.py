@@ -15,10 +15,9 @@ from pathlib import Path
 
 from spark_nemo.config import ConfigError
 from spark_nemo.config.compose import compose_config
-from spark_nemo.records.jsonl import write_text_atomic
 from spark_nemo.report.label_table import label_section
 from spark_nemo.report.labels import label_scores
-from spark_nemo.report.sections import put_section
+from spark_nemo.report.sections import update_document
 from spark_nemo.toy.resolve import oracle_for, resolve_toy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,8 +44,7 @@ def main() -> int:
             raise ConfigError("label quality needs the small world's generator: only it has a hidden truth")
         by_seed[seed] = label_scores(folder, config, oracle)
     command = " ".join(["python tools/label_quality.py --seeds", *map(str, by_seed), *arguments.overrides])
-    document = arguments.out.read_text() if arguments.out.exists() else ""
-    write_text_atomic(arguments.out, put_section(document, label_section(by_seed, command)))
+    update_document(arguments.out, label_section(by_seed, command))
     print(f"{len(by_seed)} seeds: {arguments.out}")
     return 0
 

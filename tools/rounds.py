@@ -14,9 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from spark_nemo.records.jsonl import write_text_atomic
 from spark_nemo.report.round_table import round_section
-from spark_nemo.report.sections import put_section
+from spark_nemo.report.sections import update_document
 
 ROOT = Path(__file__).resolve().parents[1]
 METHOD = "step_consistency"
@@ -43,8 +42,7 @@ def main() -> int:
         by_seed[seed] = json.loads((folder / "summary.json").read_text())
     command = " ".join(["python tools/rounds.py --seeds", *map(str, by_seed), f"--rounds {arguments.rounds}",
                         *arguments.overrides])
-    document = arguments.out.read_text() if arguments.out.exists() else ""
-    write_text_atomic(arguments.out, put_section(document, round_section(by_seed, command)))
+    update_document(arguments.out, round_section(by_seed, command))
     print(f"{len(by_seed)} seeds: {arguments.out}")
     return 0
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+
+from spark_nemo.records.jsonl import write_text_atomic
 
 _SECTION = re.compile(r"<!-- (?P<name>[a-z ]+): begin -->.*?<!-- (?P=name): end -->", re.DOTALL)
 
@@ -19,6 +22,11 @@ def put_section(document: str, section: str) -> str:
         if found["name"] == name:
             return document[:found.start()] + section + document[found.end():]
     return f"{document.rstrip()}\n\n{section}\n".lstrip()
+
+
+def update_document(path: Path, section: str) -> None:
+    """``put_section`` on a file, which need not exist yet; atomic."""
+    write_text_atomic(path, put_section(path.read_text() if path.exists() else "", section))
 
 
 def keep_sections(before: str, document: str) -> str:

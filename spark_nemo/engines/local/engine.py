@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from ..base import Engine, EngineFailure, EngineHealth, Generation, GenerationRequest
+from ..limits import RequestLimits
 from ..tensor_hash import tensor_hash
 from .batch import Batch, Running
 from .decoder import Decoder
@@ -48,6 +49,7 @@ class LocalEngine(Engine):
     def __init__(self, shape: Qwen2Shape, tensors: Iterable[tuple[str, torch.Tensor]], *, max_batch_size: int,
                  max_context: int, version: int = 0) -> None:
         self.max_context = min(max_context, shape.max_positions)
+        self._limits = RequestLimits(shape.vocab_size, self.max_context)
         self._shape = shape
         self._decoder = Decoder(shape, fuse(shape, checked(shape, tensors)), self.max_context)
         self._batch = Batch(self._decoder, max_batch_size)
@@ -83,16 +85,7 @@ class LocalEngine(Engine):
     def _refuse_bad(self, request: GenerationRequest) -> None:
         """Raise ``EngineFailure`` for what cannot be served, before it can hurt the batch."""
         self._refuse_ended()
-        ids, room = request.prompt_ids, request.sampling.max_new_tokens
-        if not ids:
-            raise EngineFailure("the prompt is empty: give at least one token id")
-        if len(ids) + room > self.max_context:
-            raise EngineFailure(
-                f"prompt of {len(ids)} tokens + max_new_tokens={room} is {len(ids) + room}, over the context of "
-                f"{self.max_context}: shorten one or raise engine.max_context")
-        bad = next((token for token in ids if not 0 <= token < self._shape.vocab_size), None)
-        if bad is not None:
-            raise EngineFailure(f"prompt token id {bad} is outside the vocabulary of {self._shape.vocab_size}")
+        self._limits.refuse_bad(request)
 
     def _refuse_ended(self) -> None:
         if self._end is not None:

@@ -17,8 +17,8 @@ from collections.abc import Coroutine, Iterator
 from typing import Any
 
 from ..base import Engine, EngineFailure, EngineUnavailable, Generation, GenerationRequest, SamplingParams
+from ..limits import RequestLimits
 from .http import ConnectionLost, NotReached, Overloaded, ServerHttp
-from .limits import ServerLimits
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class RemoteEngine(Engine):
                              ("control_timeout_s", control_timeout_s)):
             if value <= 0:
                 raise ValueError(f"{field}={value}: must be positive")
-        self.limits = ServerLimits(vocab_size, max_context)
+        self.limits = RequestLimits(vocab_size, max_context)
         self._http = ServerHttp(url, api_key, max_in_flight)
         self._request_timeout_s, self._control_timeout_s = request_timeout_s, control_timeout_s
         self._slots = asyncio.Semaphore(max_in_flight)

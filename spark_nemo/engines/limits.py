@@ -1,16 +1,16 @@
-"""What a server may be asked for."""
+"""What an engine may be asked for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..base import EngineFailure, GenerationRequest
+from .base import EngineFailure, GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)
-class ServerLimits:
-    """What a server can be asked for without harm. Ids outside the vocabulary kill SGLang or, worse, are
-    served; vLLM refuses them."""
+class RequestLimits:
+    """What can be served without harm. Ids outside the vocabulary would hurt a whole batch, and kill SGLang or, worse,
+    are served by it."""
 
     vocab_size: int
     max_context: int
@@ -29,7 +29,7 @@ class ServerLimits:
         if len(ids) + room > self.max_context:
             raise EngineFailure(
                 f"prompt of {len(ids)} tokens + max_new_tokens={room} is {len(ids) + room}, over the context of "
-                f"{self.max_context}: shorten one or serve a longer context")
+                f"{self.max_context}: shorten one or raise engine.max_context")
         for field, tokens in (("prompt", ids), ("stop", request.sampling.stop_token_ids)):
             bad = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
             if bad is not None:
