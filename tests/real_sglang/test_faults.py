@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -100,22 +101,39 @@ def problems() -> list[Problem]:
     return [problem.record() for problem in split_problems("rl", GROUPS, 0)]
 
 
-def disturbed(pool: Pool, pid: int, number: signal.Signals) -> tuple[ScoredBatch, FleetMetrics]:
-    """A scored batch that is hit by a signal to ``pid``'s group while most of its requests run; the metrics' changes
-    are those of this batch."""
-    async def scenario() -> ScoredBatch:
-        work = asyncio.create_task(pool.session.batch(problems(), 0))
-        while sum(pool.fleet.metrics().load.values()) < GROUPS * GROUP_SIZE:
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.5)
-        os.killpg(pid, number)
-        return await work
+def disturbed(
+    pool: Pool, candidates: list[ServerProcess], number: signal.Signals,
+) -> tuple[ScoredBatch, FleetMetrics, ServerProcess]:
+    """A scored batch while most of whose requests run the busiest of ``candidates`` gets a signal, with its group; the
+    metrics' changes are those of this batch."""
+    struck: list[ServerProcess] = []
 
-    before = pool.fleet.metrics()
-    batch, after = run_async(scenario()), pool.fleet.metrics()
+    def strike() -> None:
+        # In a thread: the embedded verifier holds the event loop for longer than the servers need for a batch.
+        while sum(pool.fleet.metrics().load.values()) < GROUPS * GROUP_SIZE / 2:
+            time.sleep(0.005)
+        struck.append(busiest(candidates))
+        os.killpg(struck[0].pid, number)
+
+    before, thread = pool.fleet.metrics(), threading.Thread(target=strike)
+    thread.start()
+    batch = run_async(pool.session.batch(problems(), 0))
+    thread.join(timeout=30)
+    after, victim = pool.fleet.metrics(), struck[0]
     for name in ("requests", "answered", "retries", "refused", "outages"):
         setattr(after, name, getattr(after, name) - getattr(before, name))
-    return batch, after
+    return batch, after, victim
+
+
+def busiest(candidates: list[ServerProcess]) -> ServerProcess:
+    """By what they compute just now. Behind a router nobody else knows whose turn it is: the cache-aware policy may
+    give one server everything."""
+    def seconds(server: ServerProcess) -> float:
+        return sum(sum(child.cpu_times()[:2]) for child in _family(server.pid))
+
+    before = [seconds(server) for server in candidates]
+    time.sleep(0.2)
+    return max(zip(candidates, before), key=lambda pair: seconds(pair[0]) - pair[1])[0]
 
 
 def require_whole(batch: ScoredBatch, metrics: FleetMetrics) -> None:
@@ -160,7 +178,7 @@ def test_the_router_is_killed_in_a_batch(pool: Pool) -> None:
                 await asyncio.sleep(0.1)
 
     run_async(until_fed())
-    batch, metrics = disturbed(pool, pool.router.pid, signal.SIGKILL)
+    batch, metrics, _ = disturbed(pool, [pool.router], signal.SIGKILL)
     require_whole(batch, metrics)
     assert metrics.retries > 0 and metrics.outages == 1 and metrics.members_up == 2
     run_async(until_fed())
@@ -171,11 +189,11 @@ def test_the_router_is_killed_in_a_batch(pool: Pool) -> None:
 
 def test_a_server_is_killed_in_a_batch_and_returns_with_the_current_weights(pool: Pool) -> None:
     """SIGKILL of the whole group. It is restarted, given version 1 before it serves, and says what the other says."""
-    batch, metrics = disturbed(pool, pool.servers[0].pid, signal.SIGKILL)
+    batch, metrics, victim = disturbed(pool, pool.servers, signal.SIGKILL)
     require_whole(batch, metrics)
     assert metrics.retries > 0 and metrics.members_up == 1
     wait_until_all_up(pool)
-    assert pool.pushed == [(pool.servers[0].url, 1)]
+    assert pool.pushed == [(victim.url, 1)]
 
     async def ask_each() -> list[Any]:
         return await asyncio.gather(*(engine.generate(GREEDY) for engine in pool.fleet.members().values()))
@@ -187,11 +205,12 @@ def test_a_server_is_killed_in_a_batch_and_returns_with_the_current_weights(pool
 def test_a_server_hangs_in_a_batch(pool: Pool) -> None:
     """SIGSTOP of the whole group: its sockets stay open and nothing answers. Found by probes in less time than a
     request's deadline; the process is killed and started again."""
-    stopped, begin = pool.servers[1].pid, time.monotonic()
-    batch, metrics = disturbed(pool, stopped, signal.SIGSTOP)
+    pids, begin = [server.pid for server in pool.servers], time.monotonic()
+    batch, metrics, victim = disturbed(pool, pool.servers, signal.SIGSTOP)
+    stopped = pids[pool.servers.index(victim)]
     require_whole(batch, metrics)
     assert metrics.outages >= 1 and time.monotonic() - begin < 100
-    assert pool.servers[1].pid != stopped or pool.servers[1].death() is not None
+    assert victim.pid != stopped or victim.death() is not None
 
 
 def test_nothing_is_left_of_the_servers(pool: Pool) -> None:
