@@ -29,11 +29,11 @@ test: venv lint  ## every test
 
 test-slurm: venv  ## the scripts of slurm/ on a real Slurm of five virtual nodes, installed with apt when missing
 	PYTHON=$(BIN)/python $(if $(wildcard .venv-sglang),SPARK_SGLANG_PYTHON=$(CURDIR)/.venv-sglang/bin/python) \
-	  tests/slurm/run.sh --durations=10
+	  tests/slurm/run.sh --durations=10 $(PYTEST_ARGS)
 
 test-sglang: venv  ## tests against real SGLang servers on the CPU, in an environment of their own (.venv-sglang)
 	PYTHON=$(PYTHON) tests/sglang_env/build.sh
-	SPARK_TEST_SGLANG=1 $(BIN)/python -m pytest tests/real_sglang
+	SPARK_TEST_SGLANG=1 $(BIN)/python -m pytest tests/real_sglang $(PYTEST_ARGS)
 
 lint: venv       ## style and import directions
 	$(BIN)/ruff check spark_nemo tests benchmarks tools slurm
