@@ -149,15 +149,17 @@ class Tokenizer:
         ids: list[int] = []
         for piece in re.split(rf"({mark}:\d+;)", around):
             inside = piece.startswith(mark)
-            ids += (self._encode_plain(messages[int(piece[len(mark) + 1:-1])]["content"]) if inside
-                    else self.encode(piece))
+            text = messages[int(piece[len(mark) + 1:-1])]["content"] if inside else piece
+            ids += (self._plain if inside else self._backend).encode(text, add_special_tokens=False).ids
         return tuple(ids)
 
-    def _encode_plain(self, text: str) -> tuple[int, ...]:
-        """Token ids of ``text``, in which special tokens are ordinary characters."""
+    @functools.cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, to which special tokens are ordinary characters. Made once: a copy of a large vocabulary
+        takes a good part of a second, and a policy that writes special tokens would ask for one with every response."""
         plain = tokenizers.Tokenizer.from_str(self._backend.to_str())
         plain.encode_special_tokens = True
-        return tuple(plain.encode(text, add_special_tokens=False).ids)
+        return plain
 
     def decode(self, ids: Sequence[int]) -> str:
         """All tokens as text, special ones included; bytes that are not UTF-8 become U+FFFD."""
