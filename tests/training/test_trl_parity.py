@@ -98,7 +98,7 @@ def test_loss_and_gradient_equal_trls_formula(loss_type, aggregation, ratio):
 
 @CASES
 def test_loss_equals_trl_itself(loss_type, aggregation, ratio):
-    """TRL's own method on the same numbers (skipped without trl: it is a benchmark dependency)."""
+    """TRL's own method on the same numbers (skipped without trl)."""
     trl = pytest.importorskip("trl")
     mask_NT, advantages_N, rows = padded_batch()
     loss, _ = our_loss(mask_NT, advantages_N, rows, aggregation, ratio)
