@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from spark_nemo.config import FailurePolicy, RLConfig
-from spark_nemo.config.rl import MODEL_REWARDS
+from spark_nemo.config.designs import MODEL_REWARDS
 from spark_nemo.engines.base import FinishReason, Generation
 from spark_nemo.engines.served import Completion
 from spark_nemo.grammar import StepFormat, Variant, prompt_set, split_response
