@@ -87,8 +87,8 @@ def _mark_sharded_weights(model: PackedGPT) -> None:
 
 
 def _mark_experts(model: PackedGPT) -> None:
-    """Gradients of experts are summed over the ranks that hold the same expert. Megatron does that only where experts
-    are spread (expert_parallel > 1); whole experts on several tensor ranks, each with part of the tokens, need it too."""
+    """Gradients of experts are summed over all ranks that hold the same expert. Megatron does that only where experts
+    are spread (expert_parallel > 1), but tensor ranks that each hold them all see only part of the tokens, too."""
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             parameter.allreduce = False

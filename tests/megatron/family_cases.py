@@ -2,14 +2,17 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import megatron_cases as cases
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from safetensors.torch import load_file, save_file
 
 from spark_nemo.config import MegatronConfig
 from spark_nemo.megatron.distributed import gather_objects
+from spark_nemo.megatron.hf_weights import placed_rules
 from spark_nemo.megatron.worker import MegatronWorker
 
 SIZES = {"vocab_size": cases.VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -85,7 +88,8 @@ def compare(folder, layout):
     result = {"export": cases.max_difference(cases.export(worker), load_file(folder / "model.safetensors"))}
     batches = [cases.pack(sequences[i:i + 4]) for i in range(0, len(sequences), 4)]
     mask = torch.cat([s.mask for s in sequences]) > 0
-    result["logprobs"] = float((torch.cat(worker.logprobs(batches)) - torch.cat(reference["logprobs"]))[mask].abs().max())
+    difference = torch.cat(worker.logprobs(batches)) - torch.cat(reference["logprobs"])
+    result["logprobs"] = float(difference[mask].abs().max())
     own = cases.pack(sequences[worker.dp_rank::worker.dp_size])
     step = worker.train_step([own], cases.loss_fn)
     grads = reference["grads"]
@@ -126,3 +130,27 @@ def eight_ranks(folders, store):
             folders["qwen3_moe"], layout(*sizes, dtype="bfloat16", experts=True))
     if torch.distributed.get_rank() == 0:
         (Path(store) / "results.json").write_text(json.dumps(results))
+
+
+def checkpoint_keys(shape):
+    """Keys of a distributed checkpoint by the family's table: stacked axes, and the first layer's (expert's) rule."""
+    keys = {}
+    for placed in placed_rules(shape, 1):
+        name, stacked = placed.megatron[-1], ()
+        if name.startswith("decoder.layers."):
+            name, stacked = re.sub(r"layers\.\d+\.", "layers.", name), (shape.num_layers,)
+        if placed.expert is not None:
+            name = re.sub(r"weight\d+$", "weight", name).replace("mlp.experts.", "mlp.experts.experts.")
+            stacked += (shape.experts.count,)
+        keys.setdefault(name, (stacked, placed))
+    return keys
+
+
+def shards_of(entry):
+    """The sharded tensors of an entry of a sharded state dict; fused gate and up are two."""
+    built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
+    if isinstance(built, dict):
+        return [shard for value in built.values() for shard in shards_of(value)]
+    if isinstance(built, list):
+        return [shard for value in built for shard in shards_of(value)]
+    return [built] if isinstance(built, ShardedTensor) else []
