@@ -88,10 +88,14 @@ def compare(folder, layout):
     result = {"export": cases.max_difference(cases.export(worker), load_file(folder / "model.safetensors"))}
     batches = [cases.pack(sequences[i:i + 4]) for i in range(0, len(sequences), 4)]
     mask = torch.cat([s.mask for s in sequences]) > 0
-    difference = torch.cat(worker.logprobs(batches)) - torch.cat(reference["logprobs"])
+    logprobs = worker.logprobs(batches)
+    difference = torch.cat(logprobs) - torch.cat(reference["logprobs"])
     result["logprobs"] = float(difference[mask].abs().max())
-    own = cases.pack(sequences[worker.dp_rank::worker.dp_size])
-    step = worker.train_step([own], cases.loss_fn)
+    mine = cases.share(worker, sequences)
+    few = min(worker.dp_rank, 2)  # every rank another number of micro-batches, one of them none
+    again = worker.logprobs(batches[:few])
+    result["uneven"] = float(sum((a - b).abs().max() for a, b in zip(again, logprobs[:few], strict=True)))
+    step = worker.train_step(mine, cases.loss_fn)
     grads = reference["grads"]
     result["loss"] = abs(step.loss - reference["loss"])
     result["grad_norm"] = abs(step.grad_norm - float(torch.stack([g.norm() for g in grads.values()]).norm()))
