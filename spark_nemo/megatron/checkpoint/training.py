@@ -27,11 +27,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from spark_nemo.config.errors import ConfigError
 from spark_nemo.records.jsonl import write_text_atomic
 
-from . import distributed
-from .cpu_compat import cuda_means_cpu
-from .hf_files import replace_folder
-from .model import PackedGPT
-from .optimizer import prime_state, separate_steps, set_step
+from .. import distributed
+from ..cpu_compat import cuda_means_cpu
+from ..hf_files import replace_folder
+from ..model import PackedGPT
+from ..optimizer import prime_state, separate_steps, set_step
 
 LATEST = "latest"
 STATE_FILE = "state.json"
