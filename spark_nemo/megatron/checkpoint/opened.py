@@ -16,6 +16,7 @@ from spark_nemo.config.errors import ConfigError
 from ..hf_files import INDEX, SafetensorsFolder
 from ..hf_weights import check_names, hf_tensor_shapes
 from ..model_shape import ModelShape, read_hf_config
+from ..vocabulary import check_tokenizer
 from . import nemo
 from .global_tensors import GlobalTensors, check_stored_shapes
 from .pickled import PickledFolder
@@ -85,6 +86,7 @@ def _named(folder: Path, name: str, by: str) -> Path:
 def _open_hf(folder: Path, dtype: torch.dtype | None, trust_pickle: bool) -> OpenedCheckpoint:
     config = read_hf_config(folder)
     shape = ModelShape.from_hf(config, f"{folder}/config.json")
+    check_tokenizer(folder, shape)
     pickles = sorted(folder.glob("*.bin"))
     if pickles and not (folder / INDEX).is_file() and not list(folder.glob("*.safetensors")):
         if not trust_pickle:
