@@ -65,11 +65,16 @@ class SafetensorsFolder(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._file_of)
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that hold the tensors."""
+        return sorted(set(self._file_of.values()))
+
     def describe(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor, from the headers of all files. ``ConfigError`` names a damaged file, or a
         tensor that is not where the index says, that the index forgot, or that is not a floating-point number."""
         found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for file in sorted(set(self._file_of.values())):
+        for file in self.files:
             with self._open(file) as tensors:
                 for name in tensors.keys():
                     if self._file_of.get(name) != file:

@@ -23,9 +23,10 @@ from ..hf_files import MAX_SHARD_BYTES, copy_companions, plan_files, write_model
 from ..hf_weights import hf_tensor_shapes
 from . import nemo
 from .global_tensors import GlobalTensors
-from .opened import HF_FILES, OpenedCheckpoint, hf_config_text, open_checkpoint
+from .opened import OpenedCheckpoint, hf_config_text, open_checkpoint
 from .resumable import fingerprint, resumable_folder
-from .streaming import Source, write_torch_dist
+from .streaming import Box, Source, no_extra_state, write_torch_dist
+from .training import HF_FILES
 
 FORMATS = ("hf", "megatron", "nemo")
 
@@ -91,9 +92,7 @@ def _write_megatron(folder: Path, opened: OpenedCheckpoint, to: str, bar: tqdm) 
 
     def read(number: int) -> Tensor:
         placed = expected.pieces[number].placed
-        tensors = [opened.tensors[name] for name in placed.hf]
-        shard = placed.rule.transform.to_shards(tensors, opened.shape, 1)[0]
-        return shard.to(opened.dtype).contiguous()
+        return placed.rule.transform.to_shards([opened.tensors[name] for name in placed.hf], opened.shape, 1)[0]
 
     if to == "nemo":
         weights, prefix = folder / nemo.WEIGHTS, nemo.PREFIX
@@ -105,4 +104,7 @@ def _write_megatron(folder: Path, opened: OpenedCheckpoint, to: str, bar: tqdm) 
         for path in opened.companions:
             copy_companions(path, companions)
         (companions / "config.json").write_text(hf_config_text(opened.hf_config))
-    write_torch_dist(weights, Source(expected, opened.dtype, read, prefix), bar.update)
+    boxes = [Box(prefix + piece.key, expected.shapes[piece.key], opened.dtype, piece.offset, piece.size)
+             for piece in expected.pieces]
+    objects = dict.fromkeys((prefix + name for name in expected.extra_states), no_extra_state)
+    write_torch_dist(weights, Source(boxes, read, objects), bar.update)

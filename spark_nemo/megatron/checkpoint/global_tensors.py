@@ -88,8 +88,7 @@ def _extra_states(shape: ModelShape) -> list[str]:
     return names
 
 
-def check_stored_shapes(stored: dict[str, tuple[int, ...]], expected: GlobalTensors, shape: ModelShape,
-                        origin: str) -> None:
+def check_stored_shapes(stored: dict[str, tuple[int, ...]], expected: GlobalTensors, origin: str) -> None:
     """``ConfigError`` naming the first weight that ``origin`` lacks, has too much or has in another shape.
 
     Rows of embeddings beyond the vocabulary are Megatron's padding and are allowed.
@@ -97,7 +96,7 @@ def check_stored_shapes(stored: dict[str, tuple[int, ...]], expected: GlobalTens
     if missing := [key for key in expected.shapes if key not in stored]:
         norm = " (a layer norm is never filled in by default)" if "norm" in missing[0] else ""
         raise ConfigError(f"{origin} lacks tensor {missing[0]}{norm}" + _more(missing))
-    if surplus := [key for key in stored if key not in expected.shapes and not _repeats_embedding(key, shape)]:
+    if surplus := [key for key in stored if key not in expected.shapes]:
         raise ConfigError(f"{origin} has tensor {surplus[0]}, which the model of config.json does not have"
                           + _more(surplus))
     for key, size in expected.shapes.items():
@@ -105,10 +104,6 @@ def check_stored_shapes(stored: dict[str, tuple[int, ...]], expected: GlobalTens
         padded = key.endswith(("word_embeddings.weight", "output_layer.weight")) and len(found) == 2
         if found != size and not (padded and found[0] > size[0] and found[1] == size[1]):
             raise ConfigError(f"tensor {key} in {origin} has shape {found}, the model of config.json wants {size}")
-
-
-def _repeats_embedding(key: str, shape: ModelShape) -> bool:
-    return shape.tied_embeddings and key == "output_layer.weight"
 
 
 def _more(names: list[str]) -> str:

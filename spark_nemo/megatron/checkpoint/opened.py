@@ -14,17 +14,15 @@ from torch import Tensor
 from spark_nemo.config.errors import ConfigError
 
 from ..hf_files import INDEX, SafetensorsFolder
-from ..hf_weights import check_names, hf_tensor_shapes
+from ..hf_weights import check_names, check_tied_head, hf_tensor_shapes
 from ..model_shape import ModelShape, read_hf_config
 from ..vocabulary import check_tokenizer
 from . import nemo
 from .global_tensors import GlobalTensors, check_stored_shapes
 from .pickled import PickledFolder
 from .stored import StoredCheckpoint
-from .training import LATEST
+from .training import HF_FILES, LATEST
 
-HF_FILES = "hf"
-"""Subfolder of a Megatron checkpoint with the files of the Hugging Face model that are not weights."""
 MEGATRON_LM_LATEST = "latest_checkpointed_iteration.txt"
 
 
@@ -60,13 +58,13 @@ def open_checkpoint(folder: str | Path, hf_config_from: str | Path | None = None
         raise ConfigError(f"checkpoint folder {folder} does not exist")
     if (folder / nemo.CONTEXT).is_dir():
         return _open_nemo(folder, hf_config_from, dtype)
-    weights = _newest(folder)
+    weights = newest(folder)
     if (weights / "metadata.json").is_file() or (weights / ".metadata").is_file():
         return _open_megatron(weights, hf_config_from, dtype)
     return _open_hf(folder, dtype, trust_pickle)
 
 
-def _newest(folder: Path) -> Path:
+def newest(folder: Path) -> Path:
     """The folder of the newest step, where ``folder`` is a run's or Megatron-LM's folder of checkpoints."""
     if (folder / LATEST).is_file():
         return _named(folder, (folder / LATEST).read_text().strip(), LATEST)
@@ -101,6 +99,7 @@ def _open_hf(folder: Path, dtype: torch.dtype | None, trust_pickle: bool) -> Ope
     for name, size in expected.items():
         if found[name][0] != size:
             raise ConfigError(f"tensor {name} in {folder} has shape {found[name][0]}, config.json says {size}")
+    check_tied_head(tensors, shape, str(folder))
     types = {name: found[name][1] for name in expected}
     chosen = _one_dtype(types, config, dtype, str(folder))
     return OpenedCheckpoint("hf", folder, config, shape, chosen, _Ordered(tensors, list(expected)), (folder,), None)
@@ -131,7 +130,7 @@ def _of_stored(kind: str, stored: StoredCheckpoint, config: dict[str, Any], sour
                companions: tuple[Path, ...]) -> OpenedCheckpoint:
     shape = ModelShape.from_hf(config, source)
     expected, weights = GlobalTensors.of(shape), stored.weights()
-    check_stored_shapes({key: tensor.shape for key, tensor in weights.items()}, expected, shape, str(stored.folder))
+    check_stored_shapes({key: tensor.shape for key, tensor in weights.items()}, expected, str(stored.folder))
     types = {key: weights[key].dtype for key in expected.shapes}
     for key, found in types.items():
         if not found.is_floating_point:

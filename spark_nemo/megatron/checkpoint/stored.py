@@ -99,6 +99,13 @@ class StoredCheckpoint:
                               f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
         return target
 
+    def read_object(self, key: str) -> bytes:
+        """The bytes of an object that is no tensor, as they are stored; nothing in them is run."""
+        info = self._metadata.storage_data[MetadataIndex(key)]
+        with (self.folder / info.relative_path).open("rb") as stream:
+            stream.seek(info.offset)
+            return stream.read(info.length)
+
     def common(self) -> dict[str, Any]:
         """What is not a tensor of the model: step, optimizer settings. Read without running code it may contain."""
         path = self.folder / "common.pt"
@@ -178,4 +185,6 @@ def _checked(metadata: Any, folder: Path) -> Metadata:
             for chunk in entry.chunks:
                 if MetadataIndex(key, chunk.offsets) not in metadata.storage_data:
                     raise ConfigError(f"{folder / '.metadata'}: no file holds tensor {key} at {tuple(chunk.offsets)}")
+            if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+                raise ConfigError(f"{folder / '.metadata'}: the files do not hold all of tensor {key}")
     return metadata

@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +25,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
-
-from .global_tensors import GlobalTensors
+from torch.utils.serialization import config as serialization_config
 
 FILE_BYTES = 512 << 20
 """Tensors go into one file up to this size; a larger one has a file of its own. torch's writer holds a file's tensors.
@@ -35,21 +36,43 @@ CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where the weights come from."""
+class Box:
+    """What is written as one: a part of the tensor ``key``, whose whole shape is ``whole``."""
 
-    tensors: GlobalTensors
+    key: str
+    whole: tuple[int, ...]
     dtype: torch.dtype
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.size) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to write; together the boxes of a key are the whole tensor."""
+
+    boxes: list[Box]
     read: Callable[[int], Tensor]
-    """The parameter of ``tensors.pieces[i]``, without the stacked axes."""
-    prefix: str = ""
-    """Before every key."""
+    """The values of ``boxes[i]``."""
+    objects: dict[str, Callable[[], bytes]]
+    """Of every object that is no tensor: what makes its bytes."""
 
 
-def write_torch_dist(folder: Path, source: Source, progress: Callable[[int], object]) -> None:
-    """Write the distributed checkpoint of ``source``'s weights into ``folder``.
+def no_extra_state() -> bytes:
+    """None, as megatron-core stores the list of one rank's objects."""
+    stream = io.BytesIO()
+    torch.save([None], stream)
+    return stream.getvalue()
 
-    Files that an interrupted call has finished there are kept. ``progress`` is called with the bytes of each tensor.
+
+def write_torch_dist(folder: Path, source: Source, progress: Callable[[int], object],
+                     common: Path | None = None) -> None:
+    """Write the distributed checkpoint of ``source`` into ``folder``; ``common`` is the common.pt to go with it.
+
+    Files that an interrupted call has finished there are kept. ``progress`` is called with the bytes of each box.
     """
     # The steps of torch.distributed.checkpoint.save for one process; it would hide our errors in its own.
     planner, writer = _LazyPlanner(source, progress), _PartWriter(folder, progress)
@@ -57,8 +80,14 @@ def write_torch_dist(folder: Path, source: Source, progress: Callable[[int], obj
     writer.set_up_storage_writer(is_coordinator=True)
     plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
     plan = planner.finish_plan(writer.prepare_global_plan(plans)[0])
-    writer.finish(metadata, [writer.write_data(plan, planner).wait()])
-    torch.save({"content_metadata": CONTENT}, folder / "common.pt")
+    # Checksums inside the files cost as much as the copying, and torch.load does not look at them.
+    with serialization_config.patch({"save.compute_crc32": False}):
+        results = writer.write_data(plan, planner).wait()
+    writer.finish(metadata, [results])
+    if common is None:
+        torch.save({"content_metadata": CONTENT}, folder / "common.pt")
+    else:
+        shutil.copyfile(common, folder / "common.pt")
     save_config(CheckpointingConfig("torch_dist"), str(folder))
     (folder / PARTS).unlink()
 
@@ -69,32 +98,28 @@ class _LazyPlanner(DefaultSavePlanner):
     def __init__(self, source: Source, progress: Callable[[int], object]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self.source, self.progress = source, progress
-        self.number = {(source.prefix + piece.key, piece.offset): n for n, piece in enumerate(source.tensors.pieces)}
+        self.number = {(box.key, box.offset): n for n, box in enumerate(source.boxes)}
 
     def create_local_plan(self) -> SavePlan:
-        tensors, prefix = self.source.tensors, self.source.prefix
-        items = [_tensor_item(prefix + piece.key, piece.offset, piece.size, tensors.shapes[piece.key],
-                              self.source.dtype) for piece in tensors.pieces]
-        items += [WriteItem(MetadataIndex(prefix + name), WriteItemType.BYTE_IO) for name in tensors.extra_states]
+        items = [_tensor_item(box) for box in self.source.boxes]
+        items += [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self.source.objects]
         self.plan = SavePlan(items)
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
-            stream = io.BytesIO()
-            torch.save([None], stream)  # megatron-core stores the list of a rank's objects
-            return stream
+            return io.BytesIO(self.source.objects[write_item.index.fqn]())
         number = self.number[write_item.index.fqn, tuple(write_item.index.offset)]
-        tensor = self.source.read(number).reshape(self.source.tensors.pieces[number].size)
+        box = self.source.boxes[number]
+        tensor = self.source.read(number).to(box.dtype).contiguous().reshape(box.size)
         self.progress(tensor.nbytes)
         return tensor
 
 
-def _tensor_item(key: str, offset: tuple[int, ...], size: tuple[int, ...], whole: tuple[int, ...],
-                 dtype: torch.dtype) -> WriteItem:
-    chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(size))
-    return WriteItem(MetadataIndex(key, offset), WriteItemType.SHARD,
-                     tensor_data=TensorWriteData(chunk, TensorProperties(dtype=dtype), torch.Size(whole)))
+def _tensor_item(box: Box) -> WriteItem:
+    chunk = ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.size))
+    return WriteItem(MetadataIndex(box.key, box.offset), WriteItemType.SHARD, tensor_data=TensorWriteData(
+        chunk, TensorProperties(dtype=box.dtype), torch.Size(box.whole)))
 
 
 class _PartWriter(FileSystemWriter):
