@@ -126,9 +126,12 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"model folder {folder} has no config.json")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        config = json.loads(path.read_text())
+    except ValueError as error:  # also for bytes that are no text
         raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds a {type(config).__name__}, not a model's settings")
+    return config
 
 
 def _check_divisor(name: str, value: int, allowed: Callable[[int], bool], what: str) -> None:

@@ -319,7 +319,7 @@ class MegatronWorker:
         ``state`` is the caller's own, JSON-able, the same on every rank.
         """
         self._need_optimizer()
-        return checkpoint.save(folder, self.model, self._optimizer, self._scheduler, state, keep)
+        return checkpoint.save(folder, self.model, self._optimizer, self._scheduler, state, keep, self.hf_config)
 
     def load_checkpoint(self, folder: str | Path) -> dict[str, Any]:
         """Restore the newest checkpoint, saved under any layout, and return the caller's state.

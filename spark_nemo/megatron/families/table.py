@@ -96,6 +96,8 @@ def _pad_vocab(hf: list[Tensor], shape: ModelShape, tp: int) -> Shards:
     import torch
 
     missing = shape.padded_vocab_size(tp) - shape.vocab_size
+    if not missing:
+        return _chunks(hf[0], tp, 0)  # an embedding is the largest tensor: no second copy
     return _chunks(torch.cat([hf[0], hf[0].new_zeros(missing, hf[0].shape[1])]), tp, 0)
 
 
