@@ -13,10 +13,13 @@ from spark_nemo.megatron.worker import MegatronWorker
 
 MODELS = {
     "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": False},
+    "llama": {"model_type": "llama", "tie_word_embeddings": False},
+    "qwen3": {"model_type": "qwen3", "tie_word_embeddings": False, "head_dim": 16},
+    "qwen3_moe": {"model_type": "qwen3_moe", "tie_word_embeddings": False, "head_dim": 16, "num_experts": 4,
+                  "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True},
 }
 _SIZES = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 160, "num_attention_heads": 8,
-          "num_key_value_heads": 4, "vocab_size": cases.VOCAB}
+          "num_key_value_heads": 2, "vocab_size": cases.VOCAB}
 LENGTHS = (48, 40)  # one micro-batch: 88 tokens
 MICRO_BATCHES = 4
 
@@ -25,13 +28,19 @@ def hf_config(model):
     return {**_SIZES, **MODELS[model]}
 
 
-def layouts(world_size):
-    """Every layout of the test, for both numerics, with and without the distributed optimizer."""
+def layouts(world_size, model="qwen2_tied"):
+    """Layouts to measure: all numerics, recomputations and optimizers for the first model, one of each for the others.
+
+    Experts under tensor parallelism need sequence parallelism."""
     sizes = [(1, 1), (2, 1), (1, 2), (2, 2)] if world_size > 1 else [(1, 1)]
+    numerics = [(dtype, *more) for dtype in ("float32", "bfloat16")
+                for more in ((True, "none", True), (False, "selective", False), (True, "full", True))]
+    if model != "qwen2_tied":
+        numerics = [("bfloat16", True, "none", True)] if world_size > 1 else numerics[3:]
     return [MegatronConfig(tensor_parallel=tp, pipeline_parallel=pp, data_parallel=world_size // (tp * pp), dtype=dtype,
                            distributed_optimizer=distributed, recompute=recompute, sequence_parallel=tp > 1 and sp)
-            for tp, pp in sizes for dtype in ("float32", "bfloat16")
-            for distributed, recompute, sp in ((True, "none", True), (False, "selective", False), (True, "full", True))]
+            for tp, pp in sizes for dtype, distributed, recompute, sp in numerics] + (
+                [MegatronConfig(tensor_parallel=4)] if world_size == 4 and model != "qwen3_moe" else [])
 
 
 def measure(model, layout):
@@ -95,6 +104,6 @@ class _Kept:
 def four_ranks(store):
     """Measure every model under every layout; rank 0 writes what all ranks found, in rank order."""
     results = [{"model": model, "layout": vars(layout), "ranks": gather_objects(measure(model, layout))}
-               for model in MODELS for layout in layouts(4)]
+               for model in MODELS for layout in layouts(4, model)]
     if torch.distributed.get_rank() == 0:
         Path(store, "measured.json").write_text(json.dumps(results))

@@ -29,23 +29,22 @@ def compare(model, layout, ranks):
         assert plan.num_parameters == found["parameters"]
         for name in ("weights", "gradients", "optimizer"):
             assert getattr(plan.states, name) == pytest.approx(found[name], rel=0.01), (model, layout, rank, name)
-        activations = plan.kept + plan.activations.recomputed
-        assert activations == pytest.approx(found["activations"], rel=0.15), (model, layout, rank)
+        assert plan.graphs == pytest.approx(found["activations"], rel=0.15), (model, layout, rank)
 
 
 @pytest.mark.parametrize("model", cases.MODELS)
 def test_one_rank_holds_what_is_planned(model):
     """Without parallelism: weights, gradients and optimizer state within 1 %, what autograd keeps within 15 %."""
-    for layout in cases.layouts(1):
+    for layout in cases.layouts(1, model):
         compare(model, layout, [cases.measure(model, layout)])
 
 
 @pytest.mark.slow
 def test_every_rank_holds_what_is_planned(tmp_path):
     """On every one of four ranks, under TP x PP of 1x1, 2x1, 1x2 and 2x2, with and without the distributed optimizer
-    and sequence parallelism: states within 1 %, activations of four micro-batches in the pipeline within 15 %."""
+    and sequence parallelism, and with more tensor ranks than key-value heads: states within 1 %, activations of four micro-batches in the pipeline within 15 %."""
     run_ranks(cases.four_ranks, 4, str(tmp_path), timeout=300)
     results = json.loads((tmp_path / "measured.json").read_text())
-    assert len(results) == len(cases.MODELS) * 24
+    assert len(results) == sum(len(cases.layouts(4, model)) for model in cases.MODELS)
     for result in results:
         compare(result["model"], MegatronConfig(**result["layout"]), result["ranks"])

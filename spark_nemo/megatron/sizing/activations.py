@@ -13,8 +13,8 @@ q and k rows of all query and of all key-value heads, F the MLP's inner size. A 
 
 and in float32 a norm's statistics (2 / s) and the attention's log-sum-exp (heads / t). Differences between the two
 layer specs: ours keeps bfloat16 cosines and sines per layer (Megatron's fused rotary keeps one table), rotates inside the
-attention, so that ``recompute=selective`` keeps unrotated q instead, and pads sequences of unequal length into blocks
-(``PackedRows``: at most about 15 % of the attention's share, not counted).
+attention, so that ``recompute=selective`` keeps unrotated q instead, and copies sequences of unequal length into padded
+blocks (``PackedRows``; the padding, at most about 15 % of the attention's share, is not counted).
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from spark_nemo.megatron.model_shape import ModelShape
 
 from .states import ITEM_BYTES
 
-_PER_TOKEN = 48
-"""Bytes per token of a micro-batch that stay whatever the model: its rows of token ids, labels, masks, positions and
-extras kept by the embedding and the loss."""
+_PER_TOKEN = 32
+"""Bytes per token that the loss keeps whatever the model: labels, masks, normalisers, extras."""
+_EMBEDDED = 16
+"""Bytes per token that the embedding keeps: ids, and which of them are another rank's."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class ActivationBytes:
 
     kept: int
     """From the forward pass to the backward pass; every micro-batch in flight keeps as much."""
+    head: int
+    """The part of ``kept`` that the loss and the final norm keep: gone before the backward pass reaches a layer."""
     recomputed: int
     """Kept besides while the backward pass recomputes a layer, one layer at a time."""
     working: int
@@ -45,9 +48,13 @@ class ActivationBytes:
     logits: int
     """What the last stage's loss holds while it runs (``megatron/logprobs.py``); 0 on other stages."""
 
+    def graphs(self, in_flight: int) -> int:
+        """The most that autograd's graphs hold with ``in_flight`` micro-batches."""
+        return in_flight * self.kept + max(0, self.recomputed - self.head)
+
     def peak(self, in_flight: int) -> int:
-        """The most alive at once with ``in_flight`` micro-batches."""
-        return in_flight * self.kept + max(self.recomputed + self.working, self.logits)
+        """The most alive at once: in a layer's backward pass or in the loss's."""
+        return in_flight * self.kept + max(self.recomputed + self.working - self.head, self.logits)
 
 
 def activation_bytes(shape: ModelShape, layout: MegatronConfig, tokens: int, *, first: bool, last: bool,
@@ -57,39 +64,70 @@ def activation_bytes(shape: ModelShape, layout: MegatronConfig, tokens: int, *, 
     split = layout.tensor_parallel if layout.sequence_parallel else 1
     hidden = tokens // split * shape.hidden_size * item
     kept, recomputed = _layer(shape, layout, tokens, transformer_engine)
-    total = layers * kept
+    head = tokens * _PER_TOKEN if last else 0
     if last:  # the final norm's input and statistics, and its output gathered for the loss
-        total += hidden + tokens // split * 4 + tokens * shape.hidden_size * item
-    if first or last:
-        total += tokens * _PER_TOKEN
-    widest = tokens * 2 * shape.ffn_size // layout.tensor_parallel * item
-    working = 2 * widest + 2 * tokens * shape.hidden_size * item
-    return ActivationBytes(total, recomputed, working, logits_bytes(shape, layout, tokens) if last else 0)
+        head += hidden + tokens // split * 4 + tokens * shape.hidden_size * item
+    total = layers * kept + head + (tokens * _EMBEDDED if first else 0)
+    width = shape.ffn_size // layout.tensor_parallel if shape.experts is None else (
+        shape.experts.per_token * shape.experts.ffn_size // split)
+    working = tokens * (4 * width + 2 * shape.hidden_size) * item
+    return ActivationBytes(total, head, recomputed, working, logits_bytes(shape, layout, tokens) if last else 0)
 
 
 def _layer(shape: ModelShape, layout: MegatronConfig, tokens: int, transformer_engine: bool) -> tuple[int, int]:
     """What one layer keeps, and what it keeps more while it is recomputed."""
-    tp = layout.tensor_parallel
+    tp, item, H = layout.tensor_parallel, ITEM_BYTES[layout.dtype], shape.hidden_size
     split = tp if layout.sequence_parallel else 1
-    item = ITEM_BYTES[layout.dtype]
-    q, k = shape.num_heads * shape.head_dim // tp, shape.num_kv_heads * shape.head_dim // tp
-    norms = 4 * shape.hidden_size // split * item + 2 * 4 / split
-    mlp = 4 * (shape.ffn_size // tp) * item
-    tables = 0 if transformer_engine or item == 4 else shape.head_dim * item
+    everything = int(tokens * (4 * H / split * item + 8 / split + _attention(shape, layout, transformer_engine)
+                               + _feed_forward(shape, layout)))
+    q, k = _head_rows(shape, tp)
     statistics = shape.num_heads // tp * 4
-    attention = (3 * q + 3 * k) * item + statistics + tables
-    everything = int(tokens * (norms + attention + mlp))
     match layout.recompute:
         case "none":
             return everything, 0
         case "selective" if transformer_engine:  # q, k, v and the output are kept all the same
             return everything - tokens * statistics, tokens * statistics
         case "selective":
-            again = tokens * ((q + k) * item + statistics + tables)
-            return everything - tokens * (k * item + statistics + tables), again
+            tables = shape.head_dim * item if item != 4 else 0
+            blocks = q + k if shape.qk_norm else 0
+            again = tokens * ((q + k + blocks) * item + statistics + tables)
+            unrotated = q + (k if shape.qk_norm else 0)
+            return everything - again + tokens * unrotated * item, again
         case _:
-            layer_input = tokens // split * shape.hidden_size * item
+            layer_input = tokens // split * H * item
             return layer_input, everything - layer_input
+
+
+def _head_rows(shape: ModelShape, tp: int) -> tuple[int, int]:
+    """Rows of the query and of the key-value heads that one rank works on."""
+    return shape.num_heads // tp * shape.head_dim, max(1, shape.num_kv_heads // tp) * shape.head_dim
+
+
+def _attention(shape: ModelShape, layout: MegatronConfig, transformer_engine: bool) -> float:
+    """Bytes per token. With more ranks than key-value heads Megatron gathers the fused rows of all ranks, and what the
+    rank keeps is a view of them."""
+    tp, item = layout.tensor_parallel, ITEM_BYTES[layout.dtype]
+    q, k = _head_rows(shape, tp)
+    fused = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    fused = fused if tp > shape.num_kv_heads else fused // tp
+    tables = 0 if transformer_engine or item == 4 else shape.head_dim * item
+    attention = (fused + 2 * q + k) * item + shape.num_heads // tp * 4 + tables
+    if shape.qk_norm:  # the norms' inputs (the key's is a view of the fused rows), and a statistic per head
+        attention += q * item + (q + k) // shape.head_dim * 4
+        if not transformer_engine:  # blocks of v and of the output beside the rows that they are made from
+            attention += (q + k) * item
+    return attention
+
+
+def _feed_forward(shape: ModelShape, layout: MegatronConfig) -> float:
+    """Bytes per token. A token's row is copied for each of its experts, which keep their product before and after it
+    is weighted. Counted as if every rank's experts got equally many; the router's probabilities are float32."""
+    item = ITEM_BYTES[layout.dtype]
+    if shape.experts is None:
+        return 4 * (shape.ffn_size // layout.tensor_parallel) * item
+    copies = shape.experts.per_token * (shape.hidden_size + 5 * shape.experts.ffn_size) * item
+    router = 3 * 4 * shape.experts.count
+    return (copies + router) / (layout.tensor_parallel if layout.sequence_parallel else 1)
 
 
 def logits_bytes(shape: ModelShape, layout: MegatronConfig, tokens: int) -> int:

@@ -3,35 +3,55 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 
-from spark_nemo.megatron.hf_weights import Rule, placed_rules
+from spark_nemo.config import MegatronConfig
+from spark_nemo.megatron.families import Rule
+from spark_nemo.megatron.hf_weights import placed_rules
 from spark_nemo.megatron.model_shape import ModelShape
 
-StageParameters = dict[str, tuple[int, ...]]
-"""Megatron's names (the first of a rule's possible ones) and the shapes of one rank's shards."""
+Shapes = dict[str, tuple[int, ...]]
+"""Megatron's parameter names and the shapes of one rank's shards."""
 
 
-def stage_parameters(shape: ModelShape, tensor_parallel: int, pipeline_parallel: int) -> list[StageParameters]:
-    """The parameters of a tensor-parallel rank of each pipeline stage; ranks of one stage have the same shapes.
+@dataclass(frozen=True)
+class StageParameters:
+    """One rank of a pipeline stage; its ranks differ in their slices only. Names are the first of a rule's."""
+
+    dense: Shapes = field(default_factory=dict)
+    """What every data-parallel replica has."""
+    experts: Shapes = field(default_factory=dict)
+    """What the expert-parallel ranks share out."""
+
+    @property
+    def all(self) -> Shapes:
+        """Both."""
+        return {**self.dense, **self.experts}
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of all of them."""
+        return sum(math.prod(size) for size in self.all.values())
+
+
+def stage_parameters(shape: ModelShape, layout: MegatronConfig) -> list[StageParameters]:
+    """The parameters of a rank of each pipeline stage.
 
     The rules' own transforms are run on the meta device, so fused rows, padded vocabularies and the last stage's copy
     of tied embeddings are counted as they are made. No weight is allocated.
     """
-    stages: list[StageParameters] = [{} for _ in range(pipeline_parallel)]
-    shards: dict[int, tuple[int, ...]] = {}
-    kept: list[Rule] = []  # alive, so that an id is not used twice
-    for placed in placed_rules(shape, pipeline_parallel):
+    stages = [StageParameters() for _ in range(layout.pipeline_parallel)]
+    shards: dict[int, tuple[Rule, tuple[int, ...]]] = {}
+    for placed in placed_rules(shape, layout.pipeline_parallel, layout.expert_parallel):
+        if placed.expert_rank not in (None, 0):
+            continue
         if id(placed.rule) not in shards:
             tensors = [torch.empty(size, device="meta") for size in placed.hf.values()]
-            cut = placed.rule.transform.to_shards(tensors, shape, tensor_parallel)
-            shards[id(placed.rule)] = tuple(cut[0].shape)
-            kept.append(placed.rule)
-        stages[placed.stage][placed.megatron[0]] = shards[id(placed.rule)]
+            parts = 1 if placed.rule.per_expert else layout.tensor_parallel  # an expert is never cut
+            cut = placed.rule.transform.to_shards(tensors, shape, parts)
+            shards[id(placed.rule)] = placed.rule, tuple(cut[0].shape)  # the rule too: its id must stay taken
+        stage = stages[placed.stage]
+        (stage.experts if placed.rule.per_expert else stage.dense)[placed.megatron[0]] = shards[id(placed.rule)][1]
     return stages
-
-
-def num_elements(parameters: StageParameters) -> int:
-    """Their elements together."""
-    return sum(math.prod(size) for size in parameters.values())

@@ -9,7 +9,7 @@ from spark_nemo.config.errors import at_least
 from spark_nemo.megatron.model_shape import ModelShape
 
 from .activations import ActivationBytes, activation_bytes
-from .parameters import num_elements, stage_parameters
+from .parameters import stage_parameters
 from .states import StateBytes, state_bytes, weight_bytes
 
 
@@ -42,14 +42,14 @@ class RankMemory:
     """In host memory: the reference weights for a KL term, and the current ones put aside while they are used."""
 
     @property
-    def kept(self) -> int:
-        """Activations of all micro-batches in flight."""
-        return self.in_flight * self.activations.kept
+    def graphs(self) -> int:
+        """Activations of all micro-batches in flight, and of a layer that is recomputed."""
+        return self.activations.graphs(self.in_flight)
 
     @property
     def passing(self) -> int:
-        """The most that comes and goes beside ``kept``, without the loss: a recomputed layer, and a backward pass."""
-        return self.activations.recomputed + self.activations.working
+        """What comes and goes beside ``graphs``: the loss's logits, or gradients inside a layer."""
+        return self.activations.peak(self.in_flight) - self.graphs
 
     @property
     def peak(self) -> int:
@@ -67,11 +67,11 @@ def rank_memory(shape: ModelShape, layout: MegatronConfig, batch: TrainBatch, *,
     """
     shape.check_layout(layout)
     stages, depth = [], layout.pipeline_parallel
-    for stage, parameters in enumerate(stage_parameters(shape, layout.tensor_parallel, depth)):
+    for stage, parameters in enumerate(stage_parameters(shape, layout)):
         activations = activation_bytes(shape, layout, batch.tokens, first=stage == 0, last=stage == depth - 1,
                                        transformer_engine=transformer_engine)
         stages.append(RankMemory(
-            stage, num_elements(parameters),
+            stage, parameters.num_elements,
             state_bytes(parameters, layout, shape.tied_embeddings and depth > 1, gradient_item_bytes),
             activations, min(depth - stage, batch.micro_batches), sync_bytes,
             snapshots * weight_bytes(parameters, layout.dtype)))

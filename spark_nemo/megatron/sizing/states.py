@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from spark_nemo.config import MegatronConfig
 
-from .parameters import StageParameters, num_elements
+from .parameters import Shapes, StageParameters
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 _MOMENTS = 8  # AdamW: two float32 each
@@ -45,23 +45,32 @@ def state_bytes(parameters: StageParameters, layout: MegatronConfig, shares_embe
     """
     item = ITEM_BYTES[layout.dtype]
     per_element = _MOMENTS + (_MAIN if layout.dtype != "float32" else 0)
-    elements = num_elements(parameters)
     if not layout.distributed_optimizer:
+        elements = parameters.num_elements
         return StateBytes(elements * item, elements * gradient_item_bytes, elements * per_element)
-    shared = {name for name in parameters if shares_embeddings and name in _SHARED}
-    buckets = [[math.prod(parameters[name]) for name in names]
-               for names in ({*parameters} - shared, shared) if names]
-    padded = sum(_bucket_elements(sizes, layout.data_parallel) for sizes in buckets)
-    return StateBytes(padded * item, padded * gradient_item_bytes, padded // layout.data_parallel * per_element)
+    replicas = layout.data_parallel
+    buckets = [(names, replicas) for names in _split_shared(parameters.dense, shares_embeddings) if names]
+    if parameters.experts:
+        buckets.append((parameters.experts, layout.tensor_parallel * replicas // layout.expert_parallel))
+    padded = [(_bucket_elements(names, ranks), ranks) for names, ranks in buckets]
+    total = sum(elements for elements, _ in padded)
+    return StateBytes(total * item, total * gradient_item_bytes,
+                      sum(elements // ranks for elements, ranks in padded) * per_element)
 
 
 def weight_bytes(parameters: StageParameters, dtype: str) -> int:
     """Without gradients and optimizer: a worker for forward passes, or a snapshot."""
-    return num_elements(parameters) * ITEM_BYTES[dtype]
+    return parameters.num_elements * ITEM_BYTES[dtype]
 
 
-def _bucket_elements(sizes: list[int], data_parallel: int) -> int:
-    """Each parameter starts at a multiple of 64; a bucket is a multiple of 128 and of the data-parallel size. Buckets
-    are not cut smaller, because the reduction is not overlapped with the backward pass."""
-    elements, multiple = sum(-(-size // 64) * 64 for size in sizes), math.lcm(data_parallel, 128)
+def _split_shared(dense: Shapes, shares_embeddings: bool) -> tuple[Shapes, Shapes]:
+    shared = {name: size for name, size in dense.items() if shares_embeddings and name in _SHARED}
+    return {name: size for name, size in dense.items() if name not in shared}, shared
+
+
+def _bucket_elements(parameters: Shapes, ranks: int) -> int:
+    """Each parameter starts at a multiple of 64; a bucket is a multiple of 128 and of the ranks that share it out.
+    Buckets are not cut smaller, because the reduction is not overlapped with the backward pass."""
+    elements = sum(-(-math.prod(size) // 64) * 64 for size in parameters.values())
+    multiple = math.lcm(ranks, 128)
     return -(-elements // multiple) * multiple
