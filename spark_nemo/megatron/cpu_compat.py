@@ -84,7 +84,7 @@ class _NoStream:
 def _patch_cuda_entry_points() -> None:
     """Functions that take no tensor cannot be met by a function mode; they are replaced once per process."""
     from megatron.core.tensor_parallel import random as megatron_random
-    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.synchronize = lambda *args, **kwargs: None
@@ -95,3 +95,6 @@ def _patch_cuda_entry_points() -> None:
     megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
     if not hasattr(moe_utils, "te_general_gemm"):  # routers test for None what the failed import left undefined
         moe_utils.te_general_gemm = None
+    # Split sizes must be numbers for the exchange between experts; only those that come from CUDA are converted.
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor)

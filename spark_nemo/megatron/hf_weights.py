@@ -21,6 +21,8 @@ from spark_nemo.config.errors import ConfigError
 from .families import FAMILIES, Rule
 from .model_shape import ModelShape
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
 
 @dataclass(frozen=True)
 class PlacedRule:
@@ -74,6 +76,8 @@ def load_tensors(model: torch.nn.Module, shape: ModelShape, source: Mapping[str,
     """
     check_names(set(source), shape, origin)
     here = _Place.of_this_rank()
+    if here.stage == 0:
+        check_tied_head(source, shape, origin)
     parameters, written = dict(model.named_parameters()), set()
     for placed in placed_rules(shape, here.pp, here.ep):
         if placed.stage != here.stage or placed.expert_rank not in (None, here.ep_rank):
@@ -168,13 +172,20 @@ def _read(source: Mapping[str, Tensor], name: str, size: tuple[int, ...], origin
     return tensor
 
 
+def check_tied_head(source: Mapping[str, Tensor], shape: ModelShape, origin: str) -> None:
+    """Raise ``ConfigError`` when a tied model brings an output layer of its own: it would be lost without a word."""
+    if shape.tied_embeddings and HEAD in source and not torch.equal(source[HEAD], source[EMBEDDING]):
+        raise ConfigError(f"tensor {HEAD} in {origin} is not {EMBEDDING}, though config.json has "
+                          "tie_word_embeddings=true: set it to false, or remove the tensor")
+
+
 def check_names(names: set[str], shape: ModelShape, origin: str) -> None:
     """Raise ``ConfigError`` naming the first tensor that ``origin`` lacks or has too many."""
     expected = set(hf_tensor_shapes(shape))
     # Caches of rotary angles, and a stored copy of a tied head, hold nothing of their own.
     ignored = {name for name in names if re.search(r"rotary_emb\.inv_freq$", name)}
     if shape.tied_embeddings:
-        ignored.add("lm_head.weight")
+        ignored.add(HEAD)
     if missing := sorted(expected - names):
         raise ConfigError(f"{origin} lacks tensor {missing[0]}"
                           + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))

@@ -77,6 +77,7 @@ def construct(shape: ModelShape, layout: MegatronConfig) -> PackedGPT:
     model.rotary_pos_emb.inv_freq = inverse_frequencies(shape)
     model.real_vocab_size = shape.vocab_size
     _mark_sharded_weights(model)
+    _mark_experts(model)
     return model
 
 
@@ -88,6 +89,14 @@ def _mark_sharded_weights(model: PackedGPT) -> None:
         weight = getattr(module, "weight", None)
         if type(module) in dimension and weight is not None and not hasattr(weight, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(weight, True, dimension[type(module)], 1)
+
+
+def _mark_experts(model: PackedGPT) -> None:
+    """Gradients of experts are summed over all ranks that hold the same expert. Megatron does that only where experts
+    are spread (expert_parallel > 1), but tensor ranks that each hold them all see only part of the tokens, too."""
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False
 
 
 def transformer_config(shape: ModelShape, layout: MegatronConfig) -> TransformerConfig:

@@ -23,6 +23,7 @@ from .cpu_compat import device, on_this_device, seed_everything
 from .model import DTYPES, build_model
 from .model_shape import ModelShape, read_hf_config
 from .optimizer import NonFiniteGradient, build_optimizer, clip_and_step, wrap_for_gradients
+from .vocabulary import check_tokenizer
 
 LossFn = Callable[[Tensor, Tensor | None, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
 """``(logprobs_T, entropy_T | None, batch) -> (loss_sum, metric_sums)``.
@@ -90,7 +91,9 @@ class MegatronWorker:
         missing folder, the offending tensor, or the ``megatron.*`` setting that does not fit the model.
         """
         hf_config = read_hf_config(model_dir)
-        worker = cls(hf_config, ModelShape.from_hf(hf_config, f"{model_dir}/config.json"), layout, seed)
+        shape = ModelShape.from_hf(hf_config, f"{model_dir}/config.json")
+        check_tokenizer(model_dir, shape)
+        worker = cls(hf_config, shape, layout, seed)
         worker.load_hf_weights(model_dir)
         return worker._with_optimizer(optimizer, total_steps)
 
