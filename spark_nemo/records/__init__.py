@@ -5,6 +5,7 @@ from .types import (
     LabelEvidence,
     LabelledSolution,
     Merge,
+    PolicyExample,
     Problem,
     ReferenceVerification,
     Revision,
@@ -31,7 +32,7 @@ from .voting import VoteCount, count_votes, majority
 
 __all__ = [
     "Critique", "EngineError", "Failure", "FormatViolation", "LabelEvidence", "LabelledSolution", "Merge", "Outcome",
-    "ParseFailure", "Problem", "ReferenceVerification", "Revision", "Rollout", "Solution", "TokenSpan", "Truncated",
-    "Verdict", "Verification", "VoteCount", "content_key", "count_votes", "derive_seed", "majority",
+    "ParseFailure", "PolicyExample", "Problem", "ReferenceVerification", "Revision", "Rollout", "Solution", "TokenSpan",
+    "Truncated", "Verdict", "Verification", "VoteCount", "content_key", "count_votes", "derive_seed", "majority",
     "outcome_from_json", "outcome_kind", "outcome_to_json",
 ]

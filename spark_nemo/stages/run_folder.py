@@ -5,6 +5,7 @@
     run.dir/
       config.yaml           the resolved configuration
       data/                 problem files made for the small world
+      sft/                  data.json, metrics.jsonl, checkpoints/, model/ of the policy's format SFT
       stage1/store/         shards of solutions and verifications     stage1/stats-*.json, ledger-*.json
       stage2/<method>/      labels.jsonl, metrics.jsonl, checkpoints/, model/, processbench.json
       stage3/<reward>/      metrics.jsonl, checkpoints/, evaluations.jsonl, samples.jsonl, verifier.jsonl, model/
@@ -28,6 +29,11 @@ from spark_nemo.config.rl import VERIFIER_KNOBS
 from spark_nemo.records.jsonl import write_json_atomic
 
 DONE, PROGRESS = "DONE.json", "progress.json"
+
+
+def sft_folder(run: RunConfig) -> Path:
+    """The policy's format SFT."""
+    return Path(run.dir) / "sft"
 
 
 def stage1_folder(run: RunConfig) -> Path:
