@@ -40,7 +40,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class PolicyExample:
-    """A response in the policy's format to learn from; some model's own text, right or wrong, that no key has judged."""
+    """A response in the policy's format to learn from; some model's own text, which no key has judged."""
 
     problem_id: str
     question: str

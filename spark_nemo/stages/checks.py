@@ -21,11 +21,11 @@ def check_sft(config: SparkConfig) -> None:
     shape = _model(Path(config.models.policy_base), "models.policy_base")
     shape.check_layout(config.megatron)
     if config.sft.max_length > shape.max_positions:
-        raise ConfigError(f"sft.max_length={config.sft.max_length}: models.policy_base={config.models.policy_base} has a "
-                          f"context of {shape.max_positions}")
+        raise ConfigError(f"sft.max_length={config.sft.max_length}: models.policy_base={config.models.policy_base} has "
+                          f"a context of {shape.max_positions}")
     if not Path(_set(config, "data.sft_examples")).is_file():
-        raise ConfigError(f"data.sft_examples={config.data.sft_examples}: no such file (JSONL with problem_id, question "
-                          "and response)")
+        raise ConfigError(f"data.sft_examples={config.data.sft_examples}: no such file (JSONL with problem_id, "
+                          "question and response)")
 
 
 def check_stage1(config: SparkConfig) -> None:

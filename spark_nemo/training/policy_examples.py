@@ -58,8 +58,8 @@ def split_held_out(
     ids = sorted({example.problem_id for example in examples}, key=lambda each: derive_seed("sft-held-out", seed, each))
     count = round(share * len(ids))
     if share > 0 and not 0 < count < len(ids):
-        raise ConfigError(f"sft.held_out={share}: holds out {count} of {len(ids)} problems; choose another share, 0 for "
-                          "none")
+        raise ConfigError(f"sft.held_out={share}: holds out {count} of {len(ids)} problems; choose another share, 0 "
+                          "for none")
     chosen = frozenset(ids[:count])
     return ([example for example in examples if example.problem_id not in chosen],
             [example for example in examples if example.problem_id in chosen])
@@ -75,8 +75,8 @@ def policy_sequences(
 
 def _example(row: dict[str, object]) -> PolicyExample:
     if unknown := sorted(row.keys() - set(FIELDS)):
-        raise ValueError(f"unknown field {unknown[0]!r}: an example has {', '.join(FIELDS)} and nothing else, no answer "
-                         "key above all")
+        raise ValueError(f"unknown field {unknown[0]!r}: an example has {', '.join(FIELDS)} and nothing else, no "
+                         "answer key above all")
     values = {name: text_of(row, name) for name in FIELDS}
     if blank := [name for name, value in values.items() if not value.strip()]:
         raise ValueError(f"{blank[0]!r} must not be empty")

@@ -1,4 +1,4 @@
-"""The loop of stage II and of the policy's format SFT: supervised fine-tuning on packed sequences, with exact resume."""
+"""The loop of stage II and of the policy's format SFT: fine-tuning on packed sequences, with exact resume."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def train_sft(
     """Train from the newest checkpoint in ``run_folder`` (or from the start) to the last step or a requested stop.
 
     ``batch_size`` counts sequences per optimizer step over all data-parallel ranks; the loss is the mean over all
-    response tokens of the step. With ``held_out`` sequences every ``eval_every``-th step's row has their loss too, as it
-    was before the step. Writes ``metrics.jsonl``, TensorBoard and ``checkpoints/``: every ``save_every``
-    steps, at the end and when stopping. After a resume, rows from the resumed step on are dropped and written again.
+    response tokens of the step. With ``held_out`` sequences every ``eval_every``-th step's row has their loss, measured
+    before the step. Writes ``metrics.jsonl``, TensorBoard and ``checkpoints/``: every ``save_every`` steps, at the end
+    and when stopping. After a resume, rows from the resumed step on are dropped and written again.
 
     Collective: all ranks call it with the same sequences. Raises ``ValueError`` when there is nothing to train on and
     ``ConfigError`` when the checkpoint was made from other data or another order.
