@@ -9,13 +9,14 @@ second case needs a bug to occur; the response then falls back to what is known 
 docstring says what that is.
 
 **Inflation**: splitting a correct step in two (same tokens, one more span) changes no response's total advantage under
-``selective``, ``prefix`` and ``capo``. It does under ``global_step``, and under ``min_form`` if no step is incorrect.
+``selective``, ``prefix`` and ``capo``. It does under ``global_step`` (with or without penalty), and under ``min_form``
+if no step is incorrect.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -104,6 +105,22 @@ def global_step_advantages(responses: Sequence[ScoredResponse], outcome_N: Tenso
             z_K = (rewards_K - all_S.mean()) / (spread + STD_EPS)
             rows[i] += (STEP_SHARE * _returns(_at_step_ends(responses[i], z_K))).to(torch.float32)
     return rows
+
+
+def global_step_penalty_advantages(
+    responses: Sequence[ScoredResponse], outcome_N: Tensor, *, min_steps: int, max_steps: int,
+) -> list[Tensor]:
+    """``global_step_advantages`` where a response of fewer than ``min_steps`` or more than ``max_steps`` steps has no
+    step rewards: it keeps 0.8 A and, like one whose labels do not fit its steps, touches nobody's step statistics (this
+    package's reading of "step rewards 0"). Source: arXiv 2512.03244, global step-reward with step penalty; 3 and 20 in
+    the published code.
+
+    Does *not* resist inflation within the bounds: splitting a correct step changes what ``global_step_advantages`` says
+    it does. The bounds close the way to one all-correct step, and to more steps than ``max_steps``.
+    """
+    inside = [min_steps <= len(response.step_spans) <= max_steps for response in responses]
+    return global_step_advantages(
+        [response if ok else replace(response, step_labels=None) for response, ok in zip(responses, inside)], outcome_N)
 
 
 def min_form_advantages(
