@@ -16,6 +16,7 @@ from spark_nemo.cli.data import add_data_commands
 from spark_nemo.cli.errors import USER_ERRORS
 from spark_nemo.cli.evaluate import add_evaluate_arguments, score_model, score_saved
 from spark_nemo.cli.explain import add_explain_command
+from spark_nemo.cli.plan import add_plan_command
 from spark_nemo.cli.slurm_plan import add_plan_arguments, slurm_plan
 from spark_nemo.cli.status import run_status
 from spark_nemo.config import ConfigError, SparkConfig
@@ -32,6 +33,7 @@ EXAMPLES = """examples:
   spark-nemo report compare old=runs/a0 old=runs/a1 new=runs/b0 new=runs/b1 --out runs/comparison
   spark-nemo evaluate math --model runs/first/stage3/process_aware/model +experiment=toy
   spark-nemo evaluate processbench --predictions run1.jsonl run2.jsonl --data gsm8k.json
+  spark-nemo plan --stage stage3 --nodes 6 +experiment=spark/base
   spark-nemo data stats runs/first
   spark-nemo explain runs/first step_consistency:0df7a6
 """
@@ -104,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="how far a run on a cluster is, from its files only")
     status.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder (run.dir)")
     status.set_defaults(run=_status)
+    add_plan_command(commands)
     add_data_commands(commands)
     add_explain_command(commands)
     toy = commands.add_parser("toy", help="build the small world's base models from a seed (the shipped ones were)")
