@@ -17,9 +17,9 @@ EXAMPLES = """examples:
   spark-nemo plan --stage stage2 --model Qwen2.5-72B-Instruct --nodes 16 --json
   spark-nemo plan --stage sft --model models/Qwen2.5-Math-7B --nodes 1 --gpu-memory-gb 141 megatron.recompute=full
 
-It reads config.json files and starts nothing. Memory is counted (docs/planning.md says how well), times are arithmetic on
-the rates printed below them: set them to what your cluster achieves. Exit status 2 when nothing fits; the message says
-what is missing and which setting helps."""
+It reads config.json files and starts nothing. Memory is counted (docs/planning.md says how well), times are arithmetic
+on the rates printed below them: set them to what your cluster achieves. Exit status 2 when nothing fits; the message
+says what is missing and which setting helps."""
 
 
 def add_plan_command(commands: argparse._SubParsersAction) -> None:
@@ -52,7 +52,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _flags(rates, Rates, {
         "train_tflops": "per GPU, training", "prefill_tflops": "per GPU, reading prompts",
         "memory_gbs": "GB/s of a GPU's memory", "nvlink_gbs": "GB/s between GPUs of a node",
-        "network_gbs": "GB/s per GPU between nodes", "disk_gbs": "GB/s of the shared file system",
+        "network_gbs": "GB/s per GPU between nodes", "collective_us": "microseconds of a small collective in a node",
+        "disk_gbs": "GB/s of the shared file system",
         "mean_length": "mean length of texts as a share of their limit",
         "kv_share": "share of a GPU that an engine takes for weights and KV cache"})
     parser.set_defaults(run=partial(_plan))

@@ -42,7 +42,8 @@ def test_one_rank_holds_what_is_planned(model):
 @pytest.mark.slow
 def test_every_rank_holds_what_is_planned(tmp_path):
     """On every one of four ranks, under TP x PP of 1x1, 2x1, 1x2 and 2x2, with and without the distributed optimizer
-    and sequence parallelism, and with more tensor ranks than key-value heads: states within 1 %, activations of four micro-batches in the pipeline within 15 %."""
+    and sequence parallelism, and with more tensor ranks than key-value heads: states within 1 %, activations of four
+    micro-batches in the pipeline within 15 %."""
     run_ranks(cases.four_ranks, 4, str(tmp_path), timeout=300)
     results = json.loads((tmp_path / "measured.json").read_text())
     assert len(results) == sum(len(cases.layouts(4, model)) for model in cases.MODELS)

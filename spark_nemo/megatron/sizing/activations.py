@@ -12,9 +12,9 @@ q and k rows of all query and of all key-value heads, F the MLP's inner size. A 
     gate and up, the gate's sigmoid or SiLU, and their product   4 F / t
 
 and in float32 a norm's statistics (2 / s) and the attention's log-sum-exp (heads / t). Differences between the two
-layer specs: ours keeps bfloat16 cosines and sines per layer (Megatron's fused rotary keeps one table), rotates inside the
-attention, so that ``recompute=selective`` keeps unrotated q instead, and copies sequences of unequal length into padded
-blocks (``PackedRows``; the padding, at most about 15 % of the attention's share, is not counted).
+layer specs: ours keeps bfloat16 cosines and sines per layer (Megatron's fused rotary keeps one table), rotates inside
+the attention, so that ``recompute=selective`` keeps unrotated q instead, and copies sequences of unequal length into
+padded blocks (``PackedRows``; the padding, at most about 15 % of the attention's share, is not counted).
 """
 
 from __future__ import annotations

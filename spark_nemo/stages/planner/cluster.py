@@ -1,4 +1,4 @@
-"""The cluster, and the rates that estimates assume. Every default here is an assumption with a name, none is measured."""
+"""The cluster, and the rates that estimates assume. Every default is an assumption with a name, none is measured."""
 
 from __future__ import annotations
 
@@ -55,6 +55,8 @@ class Rates:
     """GB/s and direction between GPUs of a node: two thirds of 450."""
     network_gbs: float = 40.0
     """GB/s and GPU between nodes: 80 % of 400 Gbit/s."""
+    collective_us: float = 15.0
+    """Microseconds of one small all-reduce between GPUs of a node, of which decoding needs two per layer and token."""
     disk_gbs: float = 2.0
     """GB/s of the file system that all nodes share."""
     mean_length: float = 0.5

@@ -56,7 +56,7 @@ def engine_memory(generation: Generation, tensor_parallel: int, max_batch_size: 
     weights = engine_weight_bytes(generation.model, tensor_parallel)
     per_token = kv_bytes_per_token(generation.model.shape, tensor_parallel)
     room = int((cluster.gpu_memory_gb * GB * rates.kv_share - weights) // per_token)
-    mean = generation.prompt_tokens + generation.new_tokens * rates.mean_length
+    mean = generation.context * rates.mean_length
     return EngineMemory(tensor_parallel, weights, per_token, room, max(0, min(max_batch_size, int(room // mean))))
 
 

@@ -35,11 +35,11 @@ class Candidate:
 
 
 def evaluate(work: Training, layout: MegatronConfig, cluster: Cluster, rates: Rates, sync_bytes: int = 0,
-             gradient_item_bytes: int = 4) -> Candidate:
+             gradient_item_bytes: int = 4, transformer_engine: bool = True) -> Candidate:
     """Raises ``ConfigError`` when the model cannot be split so."""
     stages = rank_memory(
         work.model.shape, layout, work.batch(layout.data_parallel, layout.tokens_per_micro_batch),
-        transformer_engine=True, sync_bytes=sync_bytes, snapshots=work.snapshots,
+        transformer_engine=transformer_engine, sync_bytes=sync_bytes, snapshots=work.snapshots,
         gradient_item_bytes=gradient_item_bytes)
     worst = worst_rank(stages)
     return Candidate(layout, worst, training_seconds(work, layout, worst, cluster, rates))
@@ -77,12 +77,13 @@ def _sizes(work: Training, gpus: int, cluster: Cluster) -> Iterator[tuple[int, i
         tp *= 2
 
 
-def advice(work: Training, candidate: Candidate, cluster: Cluster, rates: Rates, sync_bytes: int = 0) -> list[str]:
+def advice(work: Training, candidate: Candidate, cluster: Cluster, rates: Rates, sync_bytes: int = 0,
+           transformer_engine: bool = True) -> list[str]:
     """One line per setting that needs fewer bytes than ``candidate``, the most helpful first."""
     layout, lines = candidate.layout, []
     for text, other in _knobs(work, layout):
         try:
-            changed = evaluate(work, other, cluster, rates, sync_bytes)
+            changed = evaluate(work, other, cluster, rates, sync_bytes, transformer_engine=transformer_engine)
         except ConfigError:
             continue
         saved = candidate.worst.peak - changed.worst.peak

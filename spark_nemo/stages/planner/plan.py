@@ -94,9 +94,9 @@ def make_plan(config: SparkConfig, stage: str, cluster: Cluster, rates: Rates, *
         synced = sync_seconds(total, transport, rates)
     if check:
         if config.megatron.world_size > left:
+            more = math.ceil((config.megatron.world_size - left) / cluster.gpus_per_node)
             raise ConfigError(f"megatron.* needs {config.megatron.world_size} GPUs and {left} of {cluster.gpus} are "
-                              f"the trainer's: use {math.ceil((config.megatron.world_size - left) / cluster.gpus_per_node)} "
-                              "more --nodes, or lower megatron.data_parallel")
+                              f"the trainer's: use {more} more --nodes, or lower megatron.data_parallel")
         found = [evaluate(training, config.megatron, cluster, rates, sync_bytes)]
     else:
         found = candidates(training, config.megatron, left, cluster, rates, sync_bytes)

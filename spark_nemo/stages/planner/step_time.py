@@ -66,16 +66,18 @@ def _pass_seconds(work: Training, layout: MegatronConfig, tokens: float, flops: 
 
 def generation_seconds(work: Generation, engine: EngineMemory, engines: int, rates: Rates) -> float:
     """Reading the prompts, limited by products, then decoding, limited by memory: each decoding step reads the weights
-    once and the cache of every running text. Not below one text of full length decoded alone."""
-    mean_new = work.new_tokens * rates.mean_length
-    context = work.prompt_tokens + mean_new / 2
-    flops = forward_flops_per_token(work.model.shape, work.prompt_tokens)
-    prefill = work.sequences * work.prompt_tokens * flops / (
+    once and the cache of every running text, and waits for two collectives per layer. Not below one text of full
+    length decoded alone. A prompt that several texts share is read once (prefix caching)."""
+    mean_new, prompt = work.new_tokens * rates.mean_length, work.prompt_tokens * rates.mean_length
+    context = prompt + mean_new / 2
+    flops = forward_flops_per_token(work.model.shape, prompt)
+    prefill = work.prompts * prompt * flops / (
         engines * engine.tensor_parallel * rates.prefill_tflops * 1e12)
     running = max(1, min(engine.running, math.ceil(work.sequences / engines)))
 
     def step(texts: float) -> float:
-        return (engine.weights + texts * context * engine.kv_token) / rates.memory_gbs / GB
+        collectives = 2 * work.model.shape.num_layers * rates.collective_us / 1e6 if engine.tensor_parallel > 1 else 0
+        return (engine.weights + texts * context * engine.kv_token) / rates.memory_gbs / GB + collectives
 
     decode = work.sequences / engines / running * mean_new * step(running)
     return prefill + max(decode, work.new_tokens * step(1))

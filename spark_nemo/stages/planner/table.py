@@ -8,6 +8,7 @@ from typing import Any
 from .cluster import GB
 from .layouts import Candidate
 from .plan import EnginePlan, Plan
+from .workload import PROBLEMS
 
 _SHOWN = 8
 
@@ -20,12 +21,12 @@ def plan_text(plan: Plan) -> str:
     lines += [_engine_line(engine) for engine in plan.engines]
     if plan.work.training is not None:
         lines += ["", *_trainer_lines(plan)]
-    unit = "problem" if plan.work.training is None else "step"
+    unit = f"{PROBLEMS:,} problems" if plan.work.training is None else "a step"
     phases = "  ".join(f"{name} {seconds:,.1f}" for name, seconds in plan.step_seconds.items())
     total = sum(plan.step_seconds.values())
-    lines += ["", f"seconds of a {unit}, estimated: {phases}  together {total:,.1f}",
-              "assumed: " + ", ".join(f"{name.replace('_', '-')} {value:g}" for name, value in vars(plan.rates).items()),
-              "", "recommended: " + " ".join(plan.overrides)]
+    assumed = ", ".join(f"{name.replace('_', '-')} {value:g}" for name, value in vars(plan.rates).items())
+    lines += ["", f"seconds of {unit}, estimated: {phases}  together {total:,.1f}",
+              f"assumed: {assumed}", "", "recommended: " + " ".join(plan.overrides)]
     return "\n".join(lines)
 
 

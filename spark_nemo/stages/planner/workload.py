@@ -14,6 +14,8 @@ from spark_nemo.megatron.sizing.rank import TrainBatch
 from spark_nemo.stages.plan import PROMPT_ROOM
 from spark_nemo.stages.published import PUBLISHED
 
+PROBLEMS = 1000
+"""What stage I's times are told for."""
 STAGES = ("stage1", "stage2", "stage3", "sft")
 
 
@@ -32,8 +34,12 @@ class Generation:
 
     role: str
     model: Model
+    prompts: int
+    """Different prompts."""
     sequences: int
+    """Texts: several may answer one prompt."""
     prompt_tokens: int
+    """The limit of a prompt."""
     new_tokens: int
     """The limit of a text, not its mean."""
 
@@ -69,7 +75,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Workload:
-    """One step of a stage; for stage I one problem."""
+    """One step of a stage; for stage I ``PROBLEMS`` problems."""
 
     stage: str
     training: Training | None
@@ -99,8 +105,9 @@ def _stage1(config: SparkConfig, model: str | None) -> tuple[Generation, ...]:
     generator = find_model(model or config.models.generator, "models.generator")
     verifier = find_model(config.models.verifier, "models.verifier") if config.models.verifier else generator
     written = one.generator_sampling.max_new_tokens
-    return (Generation("policy", generator, one.solutions_per_problem, PROMPT_ROOM, written),
-            Generation("verifier", verifier, one.solutions_per_problem * one.verifications_per_solution,
+    solutions = PROBLEMS * one.solutions_per_problem
+    return (Generation("policy", generator, PROBLEMS, solutions, PROMPT_ROOM, written),
+            Generation("verifier", verifier, solutions, solutions * one.verifications_per_solution,
                        PROMPT_ROOM + written, one.verifier_sampling.max_new_tokens))
 
 
@@ -108,10 +115,10 @@ def _stage3(config: SparkConfig, model: str | None) -> Workload:
     rl = config.rl
     policy = find_model(model or config.models.policy, "models.policy", config.models.policy_base)
     rollouts, new = rl.prompts_per_step * rl.group_size, rl.sampling.max_new_tokens
-    generations = [Generation("policy", policy, rollouts, _prompt_room(policy, new), new)]
+    generations = [Generation("policy", policy, rl.prompts_per_step, rollouts, _prompt_room(policy, new), new)]
     if rl.asks_reward_model:
         verifier = find_model(config.models.reward_base, "models.reward_base") if config.models.reward_base else policy
-        generations.append(Generation("verifier", verifier, rollouts * rl.verifier_votes, PROMPT_ROOM + new,
+        generations.append(Generation("verifier", verifier, rollouts, rollouts * rl.verifier_votes, PROMPT_ROOM + new,
                                       rl.verifier_sampling.max_new_tokens))
     has_reference = rl.kl_estimator != "none"
     training = Training(
