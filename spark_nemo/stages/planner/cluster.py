@@ -16,8 +16,8 @@ class Cluster:
 
     nodes: int
     gpus_per_node: int = 8
-    gpu_memory_gb: float = 80.0
-    """10^9 bytes of one GPU."""
+    gpu_memory_gb: float = 84.9
+    """10^9 bytes of one GPU as CUDA tells them: 79.1 GiB for an H100 sold as 80 GB."""
     reserve: float = 0.1
     """Share of a GPU's memory that no figure of ours accounts for: the CUDA context, NCCL's buffers, the kernels'
     workspaces and the allocator's fragmentation. Assumed."""

@@ -79,9 +79,10 @@ def _sizes(work: Training, gpus: int, cluster: Cluster) -> Iterator[tuple[int, i
 
 def advice(work: Training, candidate: Candidate, cluster: Cluster, rates: Rates, sync_bytes: int = 0,
            transformer_engine: bool = True) -> list[str]:
-    """One line per setting that needs fewer bytes than ``candidate``, the most helpful first."""
+    """One line per setting that needs fewer bytes than ``candidate``: what makes it fit first, then what needs no more
+    GPUs."""
     layout, lines = candidate.layout, []
-    for text, other in _knobs(work, layout):
+    for order, (text, other) in enumerate(_knobs(work, layout)):
         try:
             changed = evaluate(work, other, cluster, rates, sync_bytes, transformer_engine=transformer_engine)
         except ConfigError:
@@ -89,8 +90,9 @@ def advice(work: Training, candidate: Candidate, cluster: Cluster, rates: Rates,
         saved = candidate.worst.peak - changed.worst.peak
         if saved > 0:
             verdict = "fits" if changed.shortage(cluster) <= 0 else f"lacks {changed.shortage(cluster) / GB:.1f} GB"
-            lines.append((changed.shortage(cluster) > 0, -saved, f"{text} saves {saved / GB:.1f} GB: {verdict}"))
-    return [line for _, _, line in sorted(lines)]
+            line = f"{text} saves {saved / GB:.1f} GB: {verdict}"
+            lines.append((changed.shortage(cluster) > 0, other.world_size > layout.world_size, order, line))
+    return [line for *_, line in sorted(lines)]
 
 
 def _knobs(work: Training, layout: MegatronConfig) -> Iterator[tuple[str, MegatronConfig]]:
