@@ -59,6 +59,11 @@ def build_model(shape: ModelShape, layout: MegatronConfig) -> PackedGPT:
 
     Raises ``ConfigError`` when the model cannot be split as ``layout`` says.
     """
+    return construct(shape, layout).to(device())
+
+
+def construct(shape: ModelShape, layout: MegatronConfig) -> PackedGPT:
+    """``build_model`` without moving it to the device: under ``torch.device("meta")`` it takes no memory."""
     shape.check_layout(layout)
     config = transformer_config(shape, layout)
     with cuda_means_cpu():
@@ -73,7 +78,7 @@ def build_model(shape: ModelShape, layout: MegatronConfig) -> PackedGPT:
     model.real_vocab_size = shape.vocab_size
     _mark_sharded_weights(model)
     _mark_experts(model)
-    return model.to(device())
+    return model
 
 
 def _mark_sharded_weights(model: PackedGPT) -> None:

@@ -7,11 +7,11 @@ import random
 from pathlib import Path
 
 from spark_nemo.records.jsonl import write_text_atomic
-from spark_nemo.toy.habits import ERROR_RICH, write_solution
+from spark_nemo.toy.habits import ERROR_RICH, GeneratorHabits, tagged_response, write_solution
 from spark_nemo.toy.oracle import written_truths
 from spark_nemo.toy.problems import ToyProblem, sample_problems
 
-SPLITS = ("eval", "processbench", "stage1", "rl")
+SPLITS = ("eval", "processbench", "stage1", "rl", "sft")
 """In the order in which they are drawn: a split avoids the questions of those before it."""
 _HELD_OUT_SIZE = 2000
 _HELD_OUT_SEED = 20_26
@@ -34,8 +34,8 @@ def split_problems(split: str, count: int, seed: int) -> list[ToyProblem]:
             raise ValueError(f"toy:{split}:{count}: the split holds {_HELD_OUT_SIZE} problems")
         return _held_out(split)[:count]
     avoid = held_out_questions()
-    if split == "rl":
-        avoid |= frozenset(p.question for p in sample_problems(2000, _stream(seed, "stage1"), avoid))
+    for before in {"rl": ("stage1",), "sft": ("stage1", "rl")}.get(split, ()):
+        avoid |= frozenset(p.question for p in sample_problems(2000, _stream(seed, before), avoid))
     return sample_problems(count, _stream(seed, split), avoid)
 
 
@@ -51,6 +51,17 @@ def write_answers(split: str, count: int, seed: int, folder: Path) -> Path:
     rows = [{"problem_id": p.record().problem_id, "question": p.question, "answer": str(p.values[-1])}
             for p in split_problems(split, count, seed)]
     return _write_rows(folder / f"{split}-{count}-seed{seed}_answers.jsonl", rows)
+
+
+def write_policy_examples(count: int, seed: int, folder: Path) -> Path:
+    """Responses in the policy's format with the generator's mistakes in them: they teach the format, no answer."""
+    rng = random.Random(f"toy sft {seed}")
+    rows = []
+    for problem in split_problems("sft", count, seed):
+        solution = write_solution(problem, GeneratorHabits(), rng)
+        rows.append({"problem_id": problem.record().problem_id, "question": problem.question,
+                     "response": tagged_response([step.text for step in solution.steps], str(solution.answer))})
+    return _write_rows(folder / f"sft-{count}-seed{seed}_examples.jsonl", rows)
 
 
 def write_processbench(count: int, folder: Path) -> Path:
