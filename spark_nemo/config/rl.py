@@ -66,7 +66,7 @@ class RLConfig:
     """Of selective and selective_half: a response of fewer steps has outcome reward 0. None is no bound, as in the
     paper; the published code has 4."""
     selective_max_steps: int | None = None
-    """The same for more steps; the published code has 20."""
+    """The same for more steps; the published code has 20. A step that is split may cross either bound."""
     step_penalty_min: int | None = None
     """Of global_step_penalty: a response of fewer steps has no step rewards. None is 3, as in the published code."""
     step_penalty_max: int | None = None

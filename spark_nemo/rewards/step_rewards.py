@@ -20,7 +20,8 @@ def step_average_reward(format_violation: FormatViolation | None, outcome: Varia
     so it is worth 0 in this package, and a final verdict never stands in for missing labels: an ORM's raises
     ``ValueError``.
 
-    Splitting a correct step in two raises the reward (and so the total advantage) whenever a step is wrong.
+    Does *not* resist inflation: splitting a correct step in two raises the reward (and so the total advantage)
+    whenever a step is wrong.
     Failures and errors are those of ``process_aware_reward``.
     """
     return _gated(format_violation, outcome, correct_share)
@@ -29,8 +30,9 @@ def step_average_reward(format_violation: FormatViolation | None, outcome: Varia
 def step_augmented_reward(format_violation: FormatViolation | None, outcome: VariantOutcome | None) -> float | Failure:
     """``r = f * (0.4 * k / n + 0.6 * y)``; for labels C, I, C, C and verdict Yes it is 0.9.
 
-    Splitting a correct step in two raises the reward (and so the total advantage) whenever a step is wrong, by 0.4
-    times what it does to the step average. Failures and errors are those of ``process_aware_reward``.
+    Does *not* resist inflation: splitting a correct step in two raises the reward (and so the total advantage)
+    whenever a step is wrong, by 0.4 times what it does to the step average. Failures and errors are those of
+    ``process_aware_reward``.
     """
     return _gated(format_violation, outcome, lambda verdict: (
         STEP_WEIGHT * correct_share(verdict) + VERDICT_WEIGHT * verdict.answer_correct))

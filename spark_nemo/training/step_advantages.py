@@ -71,7 +71,8 @@ def selective_advantages(
     and ``discount * A`` where it does not; tokens outside steps keep A. ``discount`` is 0 (zero) or 0.5 (half).
     Source: arXiv 2512.03244, selective advantage. ``outcome_N`` holds A, group-normalised from f * y.
 
-    Without usable labels every token keeps A. Splitting a correct step changes no response's total advantage.
+    Without usable labels every token keeps A.
+    Resists inflation: splitting a correct step changes no response's total advantage.
     """
     rows = broadcast_advantages(responses, outcome_N)
     for response, row_R, advantage in zip(responses, rows, outcome_N.tolist()):
@@ -135,7 +136,9 @@ def min_form_advantages(
 
     Without usable labels a response counts as one step over all its tokens with reward 2 * reward - 1, so breaking the
     format (reward 0) is the worst step there is, not an escape from the judge. A group with fewer than two valid
-    members gives 0. Resists inflation in part. Splitting a correct step never changes the sum of the credits, hence the
+    members gives 0.
+
+    Does *not* resist inflation in full. Splitting a correct step never changes the sum of the credits, hence the
     advantage at the first token, by more than exp(-2 / temperature). With an incorrect step in the response all credit
     lies on the incorrect ones and no token changes either. In a response of correct steps only, the same credit is
     spread over other step ends, so the total over tokens changes (either way, with the place of the cut).
@@ -168,7 +171,7 @@ def prefix_advantages(
 
     When no step is incorrect and yet the verdict is No, the error is in the answer: the prefix ends with the last step.
     Without usable labels there is no prefix. A group with fewer than two valid members gives 0.
-    Splitting a correct step changes no response's total advantage: the prefix is a set of tokens.
+    Resists inflation: splitting a correct step changes no response's total advantage, the prefix is a set of tokens.
     """
     rows = [torch.zeros(r.num_tokens) for r in responses]
     for members in _groups(responses):
@@ -191,7 +194,7 @@ def capo_advantages(
     the group's tokens is this package's reading.
 
     Without usable labels no token is penalised. A group with fewer than two valid members, or without contrast, gives
-    0. Splitting a correct step changes no response's total advantage.
+    0. Resists inflation: splitting a correct step changes no response's total advantage.
     """
     if not whole > wrong_step >= 0:
         raise ValueError(f"capo_advantages: whole={whole} must be larger than wrong_step={wrong_step} >= 0")
