@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from world import SMALL, VERIFIER, environment, rows, run
 
+import spark_nemo
 from spark_nemo.records.store import RecordStore
 from spark_nemo.toy.data import split_problems, write_processbench
 from spark_nemo.verification.collect import SOLUTION, VERIFICATION
@@ -119,7 +120,8 @@ def test_one_answer_read_in_training_code_is_noticed(tmp_path: Path) -> None:
         files = write_world(tmp_path / f"{name}-data", poisoned=name == "poisoned")
         command = [sys.executable, str(Path(__file__).with_name("leaky_stage3.py")), *SMALL, *files, *RL,
                    f"run.dir={tmp_path / name}", f"rl.reward_model={VERIFIER}"]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+        here = {**environment(), "PYTHONPATH": str(Path(spark_nemo.__file__).parents[1])}
+        done = subprocess.run(command, env=here, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
         return tmp_path / name
 
