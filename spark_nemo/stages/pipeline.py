@@ -22,7 +22,8 @@ from spark_nemo.stages.run_folder import comparable_rl
 from spark_nemo.stages.schedule import plan_jobs
 
 log = logging.getLogger(__name__)
-_FREE = ("pipeline.", "engine.", "rl.failures.", "rl.save_every", "stage1.max_failure_rate", "stage2.save_every")
+_FREE = ("pipeline.", "engine.", "sft.", "data.sft_examples", "models.policy_base", "rl.failures.",
+         "rl.save_every", "stage1.max_failure_rate", "stage2.save_every")
 """Settings that may change while a run is unfinished: finished parts do not depend on them."""
 _FIXED = ("pipeline.rounds",)  # decides which reward model stage III had
 

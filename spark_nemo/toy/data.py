@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from functools import lru_cache
 from pathlib import Path
 
 from spark_nemo.records.jsonl import write_text_atomic
@@ -17,6 +18,7 @@ _HELD_OUT_SIZE = 2000
 _HELD_OUT_SEED = 20_26
 
 
+@lru_cache(maxsize=1)
 def held_out_questions() -> frozenset[str]:
     """Questions of the evaluation splits; pretraining and every training split avoid them."""
     return frozenset(p.question for split in ("eval", "processbench") for p in _held_out(split))
@@ -33,10 +35,7 @@ def split_problems(split: str, count: int, seed: int) -> list[ToyProblem]:
         if count > _HELD_OUT_SIZE:
             raise ValueError(f"toy:{split}:{count}: the split holds {_HELD_OUT_SIZE} problems")
         return _held_out(split)[:count]
-    avoid = held_out_questions()
-    for before in {"rl": ("stage1",), "sft": ("stage1", "rl")}.get(split, ()):
-        avoid |= frozenset(p.question for p in sample_problems(2000, _stream(seed, before), avoid))
-    return sample_problems(count, _stream(seed, split), avoid)
+    return sample_problems(count, _stream(seed, split), _avoided(split, seed))
 
 
 def write_problems(split: str, count: int, seed: int, folder: Path) -> Path:
@@ -80,6 +79,18 @@ def write_processbench(count: int, folder: Path) -> Path:
     path = folder / f"processbench-{count}.json"
     write_text_atomic(path, json.dumps(rows, indent=1))
     return path
+
+
+def _avoided(split: str, seed: int) -> frozenset[str]:
+    """Questions that a training split must not have: those held out, and the first of every training split before."""
+    before = SPLITS[SPLITS.index("stage1"):SPLITS.index(split)]
+    return held_out_questions().union(*(_first_questions(each, seed) for each in before))
+
+
+@lru_cache(maxsize=8)
+def _first_questions(split: str, seed: int) -> frozenset[str]:
+    problems = sample_problems(_HELD_OUT_SIZE, _stream(seed, split), _avoided(split, seed))
+    return frozenset(problem.question for problem in problems)
 
 
 def _held_out(split: str) -> list[ToyProblem]:
