@@ -15,6 +15,7 @@ from spark_nemo.evaluation.completions import SavedCompletion, read_completions,
 from spark_nemo.evaluation.math_data import read_math
 from spark_nemo.evaluation.predictions import score_saved_predictions
 
+
 def lines(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

@@ -20,8 +20,8 @@ from spark_nemo.evaluation.processbench import boxed_vote, majority_prediction
 
 DATA = Path(os.environ.get("SPARK_NEMO_DATA") or Path(__file__).parents[2].parent / "shared" / "data") / "processbench"
 BOXED = ("", " 1 ", "-1", "-7", "2.0", "1.5", "99999999999999999999", "01", "\\text{1}", "\\frac{1}{2}", "one", "+1",
-         "1_0", "\n0\n", "{1}", "3", "\uff12", "\u0663", "\u2212" + "1", "\u20031\u2003", "1e0", "0x1", "None", "nan", "-0",
-         "- 1", "paragraph_1", "\\boxed{2", "9" * 5000, "\ud800", "\x00", "1\x00")
+         "1_0", "\n0\n", "{1}", "3", "\uff12", "\u0663", "\u2212" + "1", "\u20031\u2003", "1e0", "0x1", "None", "nan",
+         "-0", "- 1", "paragraph_1", "\\boxed{2", "9" * 5000, "\ud800", "\x00", "1\x00")
 TEXTS = ("", "no box", "\\boxed{0}\\boxed{2}", "\\boxed{1", "boxed{1}", "\\boxed{1}\\boxed{}", "\\boxed {1}",
          "\\Boxed{1}", "\\\\boxed{1}", "\\boxed{1}} \\boxed{", "\\boxed{\\boxed{1}}", "\\boxed{-1}\n\\boxed{",
          "} \\boxed{2} {", "\\fbox{1}", "\\boxed\n{1}", *(f"so \\boxed{{{content}}}." for content in BOXED))
@@ -89,7 +89,8 @@ def test_a_hundred_sets_score_alike_from_files(tmp_path: Path) -> None:
         rows = [{"id": f"{name}-{i}", "generated_critique": texts[0] if len(texts) == 1 else texts, "prediction": 0}
                 for name, split in splits.items() for i, (_, texts) in enumerate(split)]
         (tmp_path / "said.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        check(score_saved_predictions([tmp_path / "said.jsonl"], [tmp_path / f"{name}.json" for name in splits]), splits)
+        data = [tmp_path / f"{name}.json" for name in splits]
+        check(score_saved_predictions([tmp_path / "said.jsonl"], data), splits)
 
 
 @given(st.text(st.sampled_from("\\boxed{}{1 \n"), max_size=60) | st.lists(st.sampled_from(PIECES)).map("".join))
