@@ -148,10 +148,18 @@ def _model_math(config: SparkConfig, arguments: argparse.Namespace, data: list[s
 
 def _model_processbench(config: SparkConfig, arguments: argparse.Namespace, data: list[str], output: Path) -> str:
     from spark_nemo.engines.served import ServedModel
-    from spark_nemo.evaluation.judging import Critic, RewardModelJudge, check_votes, judge_processbench
+    from spark_nemo.evaluation.judging import (
+        Critic,
+        RewardModelJudge,
+        check_names_steps,
+        check_votes,
+        judge_processbench,
+    )
     from spark_nemo.evaluation.predictions import read_splits
     from spark_nemo.grammar import prompt_set
 
+    if not arguments.critic:
+        check_names_steps(config.stage2.variant)
     judge = Critic() if arguments.critic else RewardModelJudge(
         config.stage2.variant, prompt_set(config.stage1.prompt_set))
     sampling = config.stage2.eval_sampling

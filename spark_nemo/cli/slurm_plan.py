@@ -39,11 +39,18 @@ def slurm_plan(stage: str, config: SparkConfig, model: str | None) -> str:
 
 
 def _chain(config: SparkConfig) -> dict[str, str]:
+    from spark_nemo.stages.arms import arm_settings, pipeline_arms
     from spark_nemo.stages.checks import check_pipeline
     from spark_nemo.stages.pipeline import claim_run_folder
     if config.pipeline.rounds > 1:
         raise ConfigError(f"pipeline.rounds={config.pipeline.rounds}: slurm/pipeline.sh submits one round; later ones "
                           "run with spark-nemo pipeline, or stage by stage")
+    scripted = {"rl.reward", "rl.reward_model", "data.rl_answers"}
+    for arm in pipeline_arms(config):
+        if len(config.reward_models) > 1 or not arm_settings(config, arm).keys() <= scripted:
+            raise ConfigError(f"stage III, arm {arm.name}: slurm/pipeline.sh submits one reward model, and arms that "
+                              "rl.reward alone tells apart; submit it with slurm/stage3_rl.sh, or run spark-nemo "
+                              "pipeline")
     check_pipeline(config)
     claim_run_folder(config)
     return {"WORLD_SIZE": str(config.megatron.world_size), "METHODS": " ".join(config.pipeline.label_methods),
@@ -59,11 +66,11 @@ def _part(stage: str, config: SparkConfig, model: str | None) -> dict[str, str]:
         return _described(config, stage1_folder(config.run) / shard_name(config.stage1), ranks=1, total=0)
     if stage == "stage2":
         check_stage2(config)
-        folder = stage2_folder(config.run, config.stage2.method)
+        folder = stage2_folder(config.run, config.stage2.method, config.stage2.variant)
         return _described(config, folder, ranks=config.megatron.world_size, total=0)
     if stage == "stage3":
         check_stage3(config)
-        folder = stage3_folder(config.run, config.rl.reward)
+        folder = stage3_folder(config.run, config.arm)
         return _described(config, folder, ranks=config.megatron.world_size, total=config.rl.steps)
     if stage == "report":
         return {"PART": "report", "DONE_FILE": str(Path(config.run.dir).resolve() / "report.html")}

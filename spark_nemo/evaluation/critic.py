@@ -1,4 +1,7 @@
-"""A generative reward model as ProcessBench critic: prompts, generations, predictions, score; every text is saved."""
+"""A generative reward model on ProcessBench-format cases: prompts, generations, predictions, score; texts are saved.
+
+A PRM or PRM-CoT is a ProcessBench critic. An ORM is not, and has a score and a file of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from pathlib import Path
 from spark_nemo.config import SparkConfig
 from spark_nemo.engines.served import ServedModel
 from spark_nemo.grammar import Variant, parse_generation, prompt_set
-from spark_nemo.records import EngineError, outcome_kind, outcome_to_json
+from spark_nemo.records import EngineError, outcome_from_json, outcome_kind, outcome_to_json
 from spark_nemo.records.jsonl import write_json_atomic
 
-from .judging import RewardModelJudge, ask_all
+from .judging import RewardModelJudge, ask_all, check_names_steps
 from .processbench import (
     ProcessBenchCase,
     ProcessBenchScore,
@@ -19,17 +22,19 @@ from .processbench import (
     read_processbench,
     score_processbench,
 )
+from .whole_solution import WholeSolutionScore, said_yes, score_whole_solutions
 
 
 def score_reward_model(model: Path, config: SparkConfig, output: Path) -> ProcessBenchScore:
     """Judge every case of ``data.processbench`` with the PRM or PRM-CoT in ``model``; predictions go to ``output``.
 
     A generation that is no verdict counts as a wrong prediction, as the benchmark's rule is, and is counted by kind.
-    Raises ``EngineFailure`` when the engine stopped on the way.
+    Raises ``EngineFailure`` when the engine stopped on the way, ``ConfigError`` for an ORM.
     """
-    cases = read_processbench(config.data.processbench)
-    served = ServedModel.load(config.engine, model, "verifier", output.parent / "servers")
-    rows = asyncio.run(_judge_all(served, cases, config))
+    check_names_steps(config.stage2.variant)
+    cases, rows = _judged(model, config, output)
+    for row in rows:
+        row["prediction"] = predict_first_error(outcome_from_json(row["outcome"]))
     score = score_processbench([case.label for case in cases], [row["prediction"] for row in rows])
     write_json_atomic(output, {
         "f1": score.f1, "acc_error": score.acc_error, "acc_correct": score.acc_correct,
@@ -37,6 +42,29 @@ def score_reward_model(model: Path, config: SparkConfig, output: Path) -> Proces
         "num_tokens": sum(row["num_tokens"] for row in rows), "cases": rows,
     })
     return score
+
+
+def score_orm(model: Path, config: SparkConfig, output: Path) -> WholeSolutionScore:
+    """Ask the ORM in ``model`` about every case of ``data.processbench``; what it said goes to ``output``.
+
+    A generation that is no verdict counts as wrong and is counted. Raises ``EngineFailure`` like the other.
+    """
+    cases, rows = _judged(model, config, output)
+    score = score_whole_solutions([case.label for case in cases],
+                                  [said_yes(outcome_from_json(row["outcome"])) for row in rows])
+    write_json_atomic(output, {
+        "verdict_harmonic_mean": score.verdict_harmonic_mean, "verdict_acc_error": score.verdict_acc_error,
+        "verdict_acc_correct": score.verdict_acc_correct, "num_error": score.num_error,
+        "num_correct": score.num_correct, "num_unparsed": score.num_unparsed,
+        "num_tokens": sum(row["num_tokens"] for row in rows), "cases": rows,
+    })
+    return score
+
+
+def _judged(model: Path, config: SparkConfig, output: Path) -> tuple[list[ProcessBenchCase], list[dict]]:
+    cases = read_processbench(config.data.processbench)
+    served = ServedModel.load(config.engine, model, "verifier", output.parent / "servers")
+    return cases, asyncio.run(_judge_all(served, cases, config))
 
 
 async def _judge_all(served: ServedModel, cases: list[ProcessBenchCase], config: SparkConfig) -> list[dict]:
@@ -53,7 +81,6 @@ async def _judge_all(served: ServedModel, cases: list[ProcessBenchCase], config:
             outcome = EngineError(reply.error)
         else:
             outcome = parse_generation(reply.text, reply.finish_reason, reply.num_tokens, len(case.steps), variant)
-        rows.append({"id": case.case_id, "label": case.label, "prediction": predict_first_error(outcome),
-                     "text": reply.text, "kind": outcome_kind(outcome), "outcome": outcome_to_json(outcome),
-                     "num_tokens": reply.num_tokens})
+        rows.append({"id": case.case_id, "label": case.label, "text": reply.text, "kind": outcome_kind(outcome),
+                     "outcome": outcome_to_json(outcome), "num_tokens": reply.num_tokens})
     return rows

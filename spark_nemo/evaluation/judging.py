@@ -66,13 +66,13 @@ class Critic(Judge):
 
 
 class RewardModelJudge(Judge):
-    """A PRM or PRM-CoT: its verdict's first wrong step votes; what is no verdict does not."""
+    """A PRM or PRM-CoT: its verdict's first wrong step votes; what is no verdict does not.
+
+    An ORM can be asked the same way, but ``vote`` raises ``ValueError`` for its verdict (see ``check_names_steps``).
+    """
 
     def __init__(self, variant: Variant | str, prompts: PromptSet) -> None:
         self.variant, self.prompts = Variant(variant), prompts
-        if self.variant is Variant.ORM:
-            raise ConfigError("stage2.variant=orm: an ORM names no step and has no ProcessBench score; choose prm or "
-                              "prm_cot, or ask the model as a critic")
         self.name, self.version = str(self.variant), prompts.version
 
     def messages(self, case: ProcessBenchCase) -> ChatMessages:
@@ -122,6 +122,13 @@ def judge_processbench(
         "kinds": dict(Counter(kind for row in rows for kind in row["kinds"])),
         "num_tokens": sum(row["num_tokens"] for row in rows), "cases": rows})
     return score
+
+
+def check_names_steps(variant: str) -> None:
+    """Raise ``ConfigError`` for a kind of reward model that has no ProcessBench score."""
+    if variant == Variant.ORM:
+        raise ConfigError("stage2.variant=orm: an ORM names no step and has no ProcessBench score; `spark-nemo stage2` "
+                          "scores its verdicts on whole solutions")
 
 
 def check_votes(votes: int, sampling: SamplingConfig) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spark_nemo.records import Outcome, Verdict
+from spark_nemo.records import AnswerVerdict, VariantOutcome, Verdict
 
 from .bootstrap import Hits
 from .reading import DataFileError, read_rows, required, required_text
@@ -86,8 +86,13 @@ def average_f1(scores: Iterable[ProcessBenchScore]) -> float:
     return sum(values) / len(values)
 
 
-def predict_first_error(outcome: Outcome) -> int | None:
-    """What a generative PRM predicts: its verdict's first wrong step; None for every kind of failure."""
+def predict_first_error(outcome: VariantOutcome) -> int | None:
+    """What a generative PRM predicts: its verdict's first wrong step; None for every kind of failure.
+
+    Raises ``ValueError`` for an ORM's verdict, which names no step.
+    """
+    if isinstance(outcome, AnswerVerdict):
+        raise ValueError("an ORM's verdict names no step: it has no ProcessBench score, see evaluation.critic")
     return outcome.first_error if isinstance(outcome, Verdict) else None
 
 

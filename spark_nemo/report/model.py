@@ -78,14 +78,31 @@ class MethodScores:
 
 
 @dataclass(frozen=True)
+class WholeSolutionScores:
+    """Yes or No about whole solutions, over ``cases``: not a ProcessBench score, for no step is named."""
+
+    cases: int
+    verdict_acc_error: Figure
+    verdict_acc_correct: Figure
+    verdict_harmonic_mean: Figure
+    unparsed: int = 0
+    """Cases without a verdict; they count as wrong."""
+
+
+@dataclass(frozen=True)
 class Stage2Summary:
-    """Reward models by label method. ``f1`` repeats ``methods[...].f1.value`` for readers of the JSON."""
+    """Reward models by label method, with ``-prm`` or ``-orm`` after it for those kinds.
+
+    ``f1`` repeats ``methods[...].f1.value`` for readers of the JSON.
+    """
 
     cases: int
     f1: dict[str, float]
     methods: dict[str, MethodScores]
     f1_gain_interval: tuple[float, float] | None = None
     """95% interval of F1(step_consistency) - F1(single), paired over the cases."""
+    whole_solutions: dict[str, WholeSolutionScores] = field(default_factory=dict)
+    """Of every reward model when one of them is an ORM, whose only score this is."""
 
     def __post_init__(self) -> None:
         if self.f1 != {name: scores.f1.value for name, scores in self.methods.items()}:
@@ -131,10 +148,11 @@ class ScoredSolution:
 
 @dataclass(frozen=True)
 class Stage3Summary:
-    """Policies by arm: ``base`` (before RL), ``spark`` (reference-free) and ``rlvr`` (answer keys).
+    """Policies by arm: ``base`` (before RL), ``spark`` (reference-free: process-aware with a PRM-CoT), and the other
+    arms by folder: a reward design, with ``-prm`` or ``-orm`` for that kind of reward model. ``rlvr`` read answer keys.
 
     ``accuracy`` is the mean over ``samples_per_problem`` samples at temperature; ``greedy`` is one greedy sample.
-    ``differences`` are paired over problems and named ``spark_minus_base``, ``spark_minus_rlvr``.
+    ``differences`` are paired over problems and named ``spark_minus_base``, ``spark_minus_rlvr`` and so on.
     """
 
     problems: int

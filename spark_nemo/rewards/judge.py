@@ -1,4 +1,4 @@
-"""The PRM-CoT as a judge of rollouts: gate the format, ask, retry what gave no verdict, and keep the reason."""
+"""The reward model as a judge of rollouts: gate the format, ask, retry what gave no verdict, and keep the reason."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass
 
 from spark_nemo.grammar import ParsedResponse, StepFormat, check_format, split_response
-from spark_nemo.records import EngineError, FormatViolation, Outcome, Rollout, Verdict, derive_seed
+from spark_nemo.records import EngineError, Failure, FormatViolation, Rollout, VariantOutcome, derive_seed
 
 from .prm_service import Answer, Case, PRMService
 from .votes import aggregate_votes
@@ -17,7 +17,7 @@ class Judgement:
     """What became of one rollout. ``outcome`` is None exactly when the format gate kept it from the verifier."""
 
     violation: FormatViolation | None
-    outcome: Outcome | None
+    outcome: VariantOutcome | None
     num_tokens: int = 0
 
 
@@ -57,7 +57,7 @@ class RewardJudge:
         return Judgement(None, outcome, sum(answer.num_tokens for answer in answers))
 
     async def _vote(self, rollout: Rollout, case: Case, vote: int) -> Answer:
-        outcome: Outcome = EngineError("never asked")
+        outcome: VariantOutcome = EngineError("never asked")
         num_tokens = 0
         for attempt in range(self.retries + 1):
             answer = await self.service.verify(case, vote_seed(rollout, attempt, vote))
@@ -65,7 +65,7 @@ class RewardJudge:
             num_tokens += answer.num_tokens
             # A greedy attempt would fail the same way again, unless it was the engine that failed.
             repeats = self.service.sampling.temperature == 0 and not isinstance(outcome, EngineError)
-            if isinstance(outcome, Verdict) or repeats:
+            if not isinstance(outcome, Failure) or repeats:
                 break
         return Answer(outcome, num_tokens)
 

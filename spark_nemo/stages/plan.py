@@ -9,6 +9,8 @@ from typing import Any
 from spark_nemo.config import ConfigError, PoolConfig, SparkConfig
 from spark_nemo.config.engine import POOLS
 from spark_nemo.megatron.model_shape import ModelShape, read_hf_config
+from spark_nemo.stages.arms import arm_config, pipeline_arms
+from spark_nemo.stages.run_folder import stage2_folder
 
 PROMPT_ROOM = 1024
 """Tokens that must be left for a problem: the longest prompt of the paper's policy SFT."""
@@ -57,13 +59,9 @@ def check_without_files(config: SparkConfig) -> None:
                 f"{field}: {needs} tokens with {PROMPT_ROOM} for the problem, but {model}={_value(config, model)} has "
                 f"a context of {limit} here: lower max_new_tokens" + (
                     "" if limit < config.engine.max_context else " or raise engine.max_context"))
-    if "rlvr" in config.pipeline.rewards and config.pipeline.rl_answers is None:
-        raise ConfigError("pipeline.rewards has rlvr: set pipeline.rl_answers (JSONL with problem_id and answer)")
-    if "process_aware" in config.pipeline.rewards and config.rl.reward_model is None:
-        if config.stage2.variant != "prm_cot":
-            raise ConfigError(f"stage2.variant={config.stage2.variant}: rl.reward=process_aware asks a PRM-CoT; choose "
-                              "stage2.variant=prm_cot, or pipeline.rewards=[]")
-        if config.stage2.method not in config.pipeline.label_methods:
+    for arm in pipeline_arms(config):
+        arm_config(config, arm)
+        if arm.comes_from_stage2(config) and config.stage2.method not in config.pipeline.label_methods:
             raise ConfigError(f"stage2.method={config.stage2.method} rewards stage III: add it to "
                               "pipeline.label_methods")
 
@@ -90,7 +88,7 @@ def _texts(config: SparkConfig) -> Iterator[tuple[str, str, int, int]]:
         response = config.rl.sampling.max_new_tokens
         rows += [("rl.sampling", "models.policy", response),
                  ("evaluation", "models.policy", config.evaluation.max_new_tokens)]
-        if "process_aware" in config.pipeline.rewards:
+        if any(arm.variant for arm in pipeline_arms(config)):
             rows.append(("rl.verifier_sampling", "models.reward_base",
                          response + config.rl.verifier_sampling.max_new_tokens))
     for field, model, tokens in rows:
@@ -143,21 +141,22 @@ def _generations(config: SparkConfig) -> list[str]:
     lines.append(f"labels       {_selection(config)}")
     for method in config.pipeline.label_methods:
         examples = problems * solutions
-        lines.append(f"stage II     {method}, {two.variant}: {basis}, at most {examples:,} examples x {two.epochs} "
-                     f"epochs, {examples * two.epochs * two.max_length:,} trained tokens")
-    for reward in config.pipeline.rewards:
+        for variant in config.reward_models if method == two.method else [two.variant]:
+            lines.append(f"stage II     {method}, {variant}: {basis}, at most {examples:,} examples x {two.epochs} "
+                         f"epochs, {examples * two.epochs * two.max_length:,} trained tokens")
+    for arm in pipeline_arms(config):
         rollouts = rl.steps * rl.prompts_per_step * rl.group_size
-        judged = rollouts * rl.verifier_votes if reward == "process_aware" else 0
+        judged = rollouts * rl.verifier_votes if arm.variant else 0
         # A verification that fails may be tried again; that is not the expected case but belongs to a bound.
         judged_tokens = judged * (1 + rl.failures.retries) * rl.verifier_sampling.max_new_tokens
-        note = ", READS ANSWER KEYS" if reward == "rlvr" else ""
-        lines.append(f"stage III    {reward}{note}: {rl.steps} steps, {rollouts:,} rollouts of at most "
+        note = ", READS ANSWER KEYS" if arm.reads_answer_keys else ""
+        lines.append(f"stage III    {arm.name}{note}: {rl.steps} steps, {rollouts:,} rollouts of at most "
                      f"{rollouts * rl.sampling.max_new_tokens:,} tokens, {judged:,} verifications of at most "
                      f"{judged_tokens:,} tokens with all retries")
         samples = config.evaluation.samples_per_problem + 1
         evals = rl.steps // rl.eval_every + 1
         held, held_basis = _count(config.data.eval_problems)
-        lines.append(f"evaluation   {reward}: {held_basis}, about {evals} times, {evals * held * samples:,} "
+        lines.append(f"evaluation   {arm.name}: {held_basis}, about {evals} times, {evals * held * samples:,} "
                      f"completions of at most {evals * held * samples * config.evaluation.max_new_tokens:,} tokens")
     return lines
 
@@ -182,8 +181,10 @@ def _files(config: SparkConfig) -> list[str]:
         state = "made on the run" if value.startswith("toy:") else "here" if Path(value).exists() else "missing"
         lines.append(f"reads        {field}: {value} ({state})")
     folder = config.run.dir
-    written = ["config.yaml", "stage1/store", *(f"stage2/{m}/model" for m in config.pipeline.label_methods),
-               *(f"stage3/{r}/model" for r in config.pipeline.rewards), "summary.json", "report.html"]
+    models = [stage2_folder(config.run, method, variant).name for method in config.pipeline.label_methods
+              for variant in (config.reward_models if method == config.stage2.method else [config.stage2.variant])]
+    written = ["config.yaml", "stage1/store", *(f"stage2/{name}/model" for name in models),
+               *(f"stage3/{arm.name}/model" for arm in pipeline_arms(config)), "summary.json", "report.html"]
     return [*lines, *(f"writes       {folder}/{name}" for name in written)]
 
 

@@ -14,7 +14,7 @@ from spark_nemo.engines.served import ServedModel
 from spark_nemo.evaluation.accuracy import problem_rates
 from spark_nemo.evaluation.answers import EvalProblem, answer_matches, read_answer_keys
 from spark_nemo.evaluation.policy import PolicyAccuracy, evaluate_policy
-from spark_nemo.grammar import ParsedResponse, StepFormat, extract_boxed, prompt_set, split_response
+from spark_nemo.grammar import ParsedResponse, StepFormat, Variant, extract_boxed, prompt_set, split_response
 from spark_nemo.records import Problem, Verdict, outcome_to_json
 from spark_nemo.records.jsonl import write_text_atomic
 from spark_nemo.rewards.judge import RewardJudge
@@ -73,7 +73,9 @@ def open_session(config: SparkConfig, folder: Path) -> RLSession:
         checker = answer_checker(config)
     if rl.asks_reward_model:
         served = ServedModel.load(config.engine, reward_model_folder(config), "verifier", folder / SERVERS)
-        service = PRMService(served, prompts, rl.verifier_sampling, ServiceLimits.from_config(rl))
+        # Asked with the words that stage II trained it on, not with those of the policy's prompt set.
+        service = PRMService(served, prompt_set(config.stage1.prompt_set), rl.verifier_sampling,
+                             ServiceLimits.from_config(rl), Variant(config.reward_variant))
         judge = RewardJudge(service, rl.failures.retries, rl.verifier_votes, rl.min_votes)
     policy = ServedModel.load(config.engine, config.models.policy, "policy", folder / SERVERS)
     freeze_heap()

@@ -38,7 +38,7 @@ def run_stage3(config: SparkConfig) -> bool:
     uninterrupted run. Raises ``ConfigError`` on bad input before any work.
     """
     check_stage3(config)
-    rl, folder = config.rl, stage3_folder(config.run, config.rl.reward)
+    rl, folder = config.rl, stage3_folder(config.run, config.arm)
     problems, eval_problems = read_problems(config.data.rl_problems), read_eval_problems(config.data.eval_problems)
     worker = MegatronWorker.from_hf(
         config.models.policy, config.megatron, config.run.seed, rl.optimizer, rl.steps * rl.updates_per_step)
@@ -51,7 +51,7 @@ def run_stage3(config: SparkConfig) -> bool:
     writer, clock = MetricsWriter(folder, is_main=worker.is_main), Clock(folder)
     writer.truncate_from(start)
 
-    bar = tqdm(total=rl.steps, initial=start, desc=f"rl {rl.reward}", unit="step", disable=not worker.is_main)
+    bar = tqdm(total=rl.steps, initial=start, desc=f"rl {config.arm}", unit="step", disable=not worker.is_main)
     with StopFlag(folder) as stop:
         for step in range(start, rl.steps):
             _sync(sync, worker, session, step)

@@ -56,7 +56,7 @@ def test_a_recipe_says_only_what_differs_and_keeps_its_own_folder(path: Path) ->
     ("engine.max_context=8192", "or raise engine.max_context"),
     ("megatron.tensor_parallel=8", "megatron.tensor_parallel"),
     ("megatron.pipeline_parallel=3", "megatron.pipeline_parallel"),
-    ("stage2.variant=prm", "asks a PRM-CoT"),
+    ("stage2.variant=orm pipeline.rewards=[step_average]", "an ORM gives none"),
     ("stage2.method=single", "add it to pipeline.label_methods"),
     ("models.policy=''", "models.policy is not set"),
 ])
@@ -64,7 +64,7 @@ def test_a_plan_that_cannot_work_is_refused(override: str, message: str) -> None
     """Proves the 4,096-token context of Qwen2.5-Math-7B binds (3,072 response tokens are the most), and so do layouts
     and the parts' needs of each other."""
     with pytest.raises(ConfigError) as raised:
-        dry_run(compose_config(["+experiment=spark/base", override]))
+        dry_run(compose_config(["+experiment=spark/base", *override.split()]))
     assert message in str(raised.value)
 
 
