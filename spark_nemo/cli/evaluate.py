@@ -50,6 +50,14 @@ def _add_math_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--k", nargs="+", type=int, default=[], help="the k of pass@k and maj@k")
 
 
+def overrides_after_data(arguments: argparse.Namespace) -> None:
+    """Give the overrides their words that stand behind ``--data FILE...``, which argparse takes for more files."""
+    if arguments.data is not None:
+        words = [word for word in arguments.data if word[:1] in "+~" or ("=" in word and not Path(word).exists())]
+        arguments.data = [word for word in arguments.data if word not in words]
+        arguments.overrides += words
+
+
 def score_saved(kind: str, arguments: argparse.Namespace) -> str:
     """The table for ``--predictions``."""
     if not arguments.data:

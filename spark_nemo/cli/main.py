@@ -18,6 +18,7 @@ from spark_nemo.cli.evaluate import (
     add_compare_arguments,
     add_evaluate_arguments,
     compare_saved,
+    overrides_after_data,
     score_model,
     score_saved,
 )
@@ -227,6 +228,7 @@ def _compare(runs: list[str], out: Path | None) -> int:
 
 
 def _evaluate(kind: str, arguments: argparse.Namespace) -> int:
+    overrides_after_data(arguments)
     if arguments.predictions is not None:
         print(score_saved(kind, arguments))
     elif config := _configured(arguments):
