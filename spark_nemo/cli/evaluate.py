@@ -74,7 +74,8 @@ def score_saved(kind: str, arguments: argparse.Namespace) -> str:
 
 
 def score_model(kind: str, config: SparkConfig, arguments: argparse.Namespace) -> str:
-    """The table for ``--model``; what it said is saved under ``run.dir/evaluate``."""
+    """The table for ``--model``, its last line the overall figure; what the model said is saved under
+    ``run.dir/evaluate``, and the first line says how to score that again."""
     name, configured = (("data.processbench", config.data.processbench) if kind == "processbench" else
                         ("data.eval_problems", config.data.eval_problems))
     data = arguments.data or ([configured] if configured else [])
@@ -130,7 +131,7 @@ def _saved_math(arguments: argparse.Namespace) -> str:
 def _model_math(config: SparkConfig, arguments: argparse.Namespace, data: list[str], output: Path) -> str:
     from spark_nemo.engines.client import run_async
     from spark_nemo.engines.served import ServedModel
-    from spark_nemo.evaluation.completions import score_sets, write_completions
+    from spark_nemo.evaluation.completions import average_estimates, score_sets, write_completions
     from spark_nemo.evaluation.math_data import read_math_sets
     from spark_nemo.evaluation.policy import sample_policy
     from spark_nemo.grammar import prompt_set
@@ -148,10 +149,11 @@ def _model_math(config: SparkConfig, arguments: argparse.Namespace, data: list[s
         run_async(served.engine.close())
     write_completions(output, completions)
     scores = score_sets(completions, sets, arguments.k, settings.bootstrap_samples)
-    again = f"spark-nemo evaluate math --predictions {output} --data {' '.join(data)}"
-    return (f"{_math_table(scores)}\n{len(problems)} problems: sampled {settings.samples_per_problem} times at "
-            f"T={settings.temperature}, once greedily; score again with: {again}"
-            + (f" --benchmark {arguments.benchmark}" if arguments.benchmark else ""))
+    again = _again("math", output, data) + (f" --benchmark {arguments.benchmark}" if arguments.benchmark else "")
+    overall = average_estimates(scores, settings.bootstrap_samples)
+    count = settings.samples_per_problem
+    return (f"{again}\n{_math_table(scores)}\n{len(problems)} problems: sampled {_shown(overall[f'avg@{count}'])} "
+            f"(avg@{count}, T={settings.temperature}), greedy {_shown(overall['greedy pass@1'])}")
 
 
 def _model_processbench(config: SparkConfig, arguments: argparse.Namespace, data: list[str], output: Path) -> str:
@@ -176,8 +178,11 @@ def _model_processbench(config: SparkConfig, arguments: argparse.Namespace, data
     served = ServedModel.load(config.engine, arguments.model, "verifier", output.parent / "servers")
     score = judge_processbench(
         served, judge, splits, sampling, arguments.votes, 2 * config.engine.slots("verifier"), output)
-    return (f"{_processbench_table(score)}\nscore again with: spark-nemo evaluate processbench --predictions {output} "
-            f"--data {' '.join(data)}")
+    return f"{_again('processbench', output, data)}\n{_processbench_table(score)}"
+
+
+def _again(kind: str, output: Path, data: list[str]) -> str:
+    return f"score again with: spark-nemo evaluate {kind} --predictions {output} --data {' '.join(data)}"
 
 
 def _processbench_table(score: SavedScore) -> str:
