@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from .engine import SamplingConfig
 from .errors import ConfigError, at_least, in_unit_interval, one_of, without_effect
+from .rollout import RolloutConfig
 from .trainer import OptimizerConfig
 
 MODEL_REWARDS = {"process_aware", "step_average", "step_augmented"}
@@ -59,6 +60,7 @@ class RLConfig:
     reward_model: str | None = None
     """Folder of the PRM-CoT; None takes stage II's result in ``run.dir``. Baselines have none."""
     prompt_set: str = "paper"
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     verifier_sampling: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(temperature=0.0, max_new_tokens=4096))
@@ -127,6 +129,7 @@ class RLConfig:
         self._check_verifier()
         self._check_estimator()
         self._check_advantage()
+        self.rollout.check(self.steps, self.importance_cap, self.estimator)
 
     @property
     def asks_reward_model(self) -> bool:

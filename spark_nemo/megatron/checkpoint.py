@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import queue
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,17 @@ def has_checkpoint(folder: str | Path) -> bool:
     return (Path(folder) / LATEST).is_file()
 
 
+def newest(folder: str | Path) -> Path:
+    """The folder of the newest complete checkpoint of ``folder``, which has one."""
+    return Path(folder) / (Path(folder) / LATEST).read_text().strip()
+
+
 def save(folder: str | Path, model: PackedGPT, optimizer: ChainedOptimizer, scheduler: OptimizerParamScheduler,
-         state: dict[str, Any], keep: int) -> Path:
+         state: dict[str, Any], keep: int, files: Mapping[str, bytes]) -> Path:
     """Write a checkpoint of step ``scheduler.num_steps`` and return its folder. Collective.
 
-    ``state`` must survive JSON (``TypeError`` names it otherwise). Older checkpoints than the newest ``keep`` go.
+    ``state`` must survive JSON (``TypeError`` names it otherwise). ``files`` of the main rank lie in the folder under
+    their names. Older checkpoints than the newest ``keep`` go.
     """
     name, text = f"step-{scheduler.num_steps:08d}", json.dumps(state)
     folder = Path(folder)
@@ -56,6 +63,8 @@ def save(folder: str | Path, model: PackedGPT, optimizer: ChainedOptimizer, sche
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         (temporary / STATE_FILE).write_text(text)
+        for file_name, content in files.items():
+            (temporary / file_name).write_bytes(content)
 
     def finish() -> None:
         replace_folder(temporary, target)
@@ -85,7 +94,7 @@ def load(folder: str | Path, model: PackedGPT, optimizer: ChainedOptimizer,
     """
     if not has_checkpoint(folder):
         raise ConfigError(f"{folder} has no checkpoint (no file {LATEST!r} in it)")
-    source = Path(folder) / (Path(folder) / LATEST).read_text().strip()
+    source = newest(folder)
     if not source.is_dir():
         raise ConfigError(f"checkpoint {source} is gone, though {Path(folder) / LATEST} names it")
     with cuda_means_cpu():

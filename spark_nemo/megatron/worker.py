@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -300,13 +300,15 @@ class MegatronWorker:
 
     # Checkpoints
 
-    def save_checkpoint(self, folder: str | Path, state: dict[str, Any], keep: int = 2) -> Path:
+    def save_checkpoint(self, folder: str | Path, state: dict[str, Any], keep: int = 2,
+                        files: Mapping[str, bytes] | None = None) -> Path:
         """Write ``folder/step-N`` and point ``folder/latest`` at it; the newest ``keep`` checkpoints stay.
 
-        ``state`` is the caller's own, JSON-able, the same on every rank.
+        ``state`` is the caller's own, JSON-able, the same on every rank; ``files`` are more of it, from the main rank,
+        to be read in ``checkpoint.newest(folder)``.
         """
         self._need_optimizer()
-        return checkpoint.save(folder, self.model, self._optimizer, self._scheduler, state, keep)
+        return checkpoint.save(folder, self.model, self._optimizer, self._scheduler, state, keep, files or {})
 
     def load_checkpoint(self, folder: str | Path) -> dict[str, Any]:
         """Restore the newest checkpoint, saved under any layout, and return the caller's state.
