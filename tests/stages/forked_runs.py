@@ -1,9 +1,9 @@
 """Runs of stage III that die by SIGKILL at the end of a phase and are started again: ``forked_runs.py FOLDER < arms``.
 
 The imports, most of a small run's time, are made once: every run is a fork of this process and calls the command's
-``main``. ``arms`` is a JSON list of ``{"name", "overrides", "phase", "step"}``; an arm without a phase runs undisturbed.
-Two go on at a time. The killing is installed here, from outside; the package knows nothing of it. Writes
-``FOLDER/statuses.json``: for every arm, how its processes ended (negative: by that signal).
+``main``. ``arms`` is a JSON list of ``{"name", "overrides", "phase", "step", "responses"}``; an arm without a phase
+runs undisturbed. Two go on at a time. The killing is installed here, from outside; the package knows nothing of it.
+Writes ``FOLDER/statuses.json``: for every arm, how its processes ended (negative: by that signal).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from spark_nemo.megatron import checkpoint
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.stages.rl_session import RLSession
 from spark_nemo.stages.timeline import GENERATE, Timeline
+from spark_nemo.toy.data import write_answers, write_problems
 
 Arm = dict[str, object]
 
@@ -103,40 +103,36 @@ def install(phase: str, step: int, responses: int) -> None:
             raise ValueError(f"unknown phase {phase}")
 
 
-def launch(folder: Path, arm: Arm, *, killed: bool) -> int:
+def launch(folder: Path, common: list[str], arm: Arm, *, killed: bool) -> int:
     """One run in a child process; its exit status."""
     if (child := os.fork()) == 0:
-        status = 1
         with (folder / f"{arm['name']}.log").open("a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-        try:
-            if killed:
-                install(str(arm["phase"]), int(arm["step"]), int(arm["responses"]))  # type: ignore[call-overload]
-            line = command("stage3", folder / str(arm["name"]), f"rl.reward_model={VERIFIER}", *arm["overrides"])
-            status = main(line[3:])
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
+        if killed:
+            install(str(arm["phase"]), int(arm["step"]), int(arm["responses"]))  # type: ignore[call-overload]
+        raise SystemExit(main(command("stage3", folder / str(arm["name"]), *common, *arm["overrides"])[3:]))
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def run_arm(folder: Path, arm: Arm) -> None:
+def run_arm(folder: Path, common: list[str], arm: Arm) -> None:
     """The run that dies, if it is to, and the one that goes on."""
-    statuses = [launch(folder, arm, killed=True)] if arm["phase"] else []
-    statuses.append(launch(folder, arm, killed=False))
+    statuses = [launch(folder, common, arm, killed=True)] if arm["phase"] else []
+    statuses.append(launch(folder, common, arm, killed=False))
     (folder / f"{arm['name']}.json").write_text(json.dumps(statuses))
 
 
 def run_all(folder: Path, arms: list[Arm]) -> None:
-    """Two processes share the arms."""
+    """Two processes share the arms, and all arms the problem files, which take longer to make than a run."""
+    problems, eval_problems = write_problems("rl", 7, 0, folder), write_answers("eval", 6, 0, folder)
+    common = [f"rl.reward_model={VERIFIER}", "pipeline.rewards=[process_aware]", "pipeline.rl_answers=null",
+              f"data.rl_problems={problems}", f"data.eval_problems={eval_problems}",
+              f"data.stage1_problems={problems}", f"data.processbench={problems}"]
     halves = []
     for half in (0, 1):
         if (child := os.fork()) == 0:
             for arm in arms[half::2]:
-                run_arm(folder, arm)
+                run_arm(folder, common, arm)
             os._exit(0)
         halves.append(child)
     for child in halves:
