@@ -122,6 +122,15 @@ class MegatronWorker:
         """Of the weights, and of what ``export_hf`` gives."""
         return DTYPES[self.layout.dtype]
 
+    @property
+    def quadratic_cost(self) -> float:
+        """c in the cost ``T + c T^2`` of a sequence of T positions: multiplications of causal attention (queries by
+        keys, weights by values, over T / 2 positions on average) per multiplication with a weight matrix."""
+        shape = self.shape
+        attention = shape.num_layers * shape.num_heads * shape.head_dim
+        layer = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim + 3 * shape.ffn_size
+        return attention / (shape.hidden_size * (shape.num_layers * layer + shape.vocab_size))
+
     # Forward passes
 
     def logprobs(self, micro_batches: Sequence[PackedBatch], temperature: float = 1.0) -> list[Tensor]:
