@@ -7,12 +7,15 @@ from itertools import permutations
 from types import SimpleNamespace
 
 import pytest
+from fake_sglang import FakeSglang
 
 from spark_nemo.config import EngineConfig, RLConfig, SamplingConfig
 from spark_nemo.config.rollout import RolloutConfig
-from spark_nemo.engines.base import FinishReason, Generation
+from spark_nemo.engines.base import FinishReason, Generation, GenerationRequest, SamplingParams
 from spark_nemo.engines.client import until_idle
+from spark_nemo.engines.fleet import Fleet
 from spark_nemo.engines.served import Completion, ServedModel
+from spark_nemo.engines.sglang import SglangServer
 from spark_nemo.grammar import prompt_set
 from spark_nemo.records import Problem
 from spark_nemo.rewards.judge import Judgement
@@ -168,6 +171,31 @@ def test_an_abort_on_the_embedded_engine_leaves_no_trace() -> None:
         return tuple(logprob for one in done for logprob in one.generation.logprobs)
 
     assert asyncio.run(sample(True)) == asyncio.run(sample(False))
+
+
+def test_an_abort_reaches_the_servers_of_a_pool() -> None:
+    """Against the fake SGLang server, behind a fleet: when the batch is there the requests of the group that was not
+    needed have been aborted by name, and nothing else runs on the server."""
+    class Remote(SlowPolicy):
+        async def complete(self, messages, sampling, seed):
+            name = messages[-1]["content"].split()[0]
+            await self.engine.generate(GenerationRequest((1, 2), SamplingParams(100 if "d-" in name else 1)))
+            return await super().complete(messages, sampling, seed)
+
+    async def run() -> None:
+        async with FakeSglang() as fake:
+            fake.faults.token_s = 0.05
+            server = SglangServer(fake.url, api_key=None, vocab_size=64, max_context=122, max_in_flight=16,
+                                  request_timeout_s=20.0, control_timeout_s=5.0)
+            policy = Remote({})
+            policy.engine = Fleet({"one": server})
+            batch = await dynamic_batch(session(policy, 2, 2.0), problems(*NAMES), 0)
+            assert kept(batch) == ["a-mixed", "c-mixed"]
+            assert all(request.aborted for request in fake.running.values())
+            assert len([path for path, _ in fake.calls if path == "/abort_request"]) == 2
+            await policy.engine.close()
+
+    asyncio.run(run())
 
 
 def test_a_response_is_judged_while_its_siblings_still_decode() -> None:
