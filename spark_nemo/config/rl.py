@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from .engine import SamplingConfig
 from .errors import ConfigError, at_least, in_unit_interval, one_of, without_effect
+from .hacking import HackingConfig
 from .trainer import OptimizerConfig
 
 MODEL_REWARDS = {"process_aware", "step_average", "step_augmented"}
@@ -97,6 +98,7 @@ class RLConfig:
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-6))
     eval_every: int = 10
     save_every: int = 50
+    hacking: HackingConfig = field(default_factory=HackingConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "updates_per_step", "eval_every", "save_every"):
@@ -127,6 +129,8 @@ class RLConfig:
         self._check_verifier()
         self._check_estimator()
         self._check_advantage()
+        self.hacking.check_rl(self.reward, self.advantage, self.sampling.max_new_tokens,
+                              asks_reward_model=self.asks_reward_model)
 
     @property
     def asks_reward_model(self) -> bool:

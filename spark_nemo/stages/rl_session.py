@@ -21,6 +21,7 @@ from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService, ServiceLimits
 from spark_nemo.rewards.rlvr import Checker
 from spark_nemo.stages.checks import reward_model_folder
+from spark_nemo.stages.hacking_watch import HackingWatch
 from spark_nemo.stages.rollouts import RolloutSession, ScoredBatch
 
 EVALUATIONS, SAMPLES, VERIFIER, SERVERS = "evaluations.jsonl", "samples.jsonl", "verifier.jsonl", "servers"
@@ -35,6 +36,7 @@ class RLSession:
     rollouts: RolloutSession
     config: SparkConfig
     folder: Path
+    watch: HackingWatch
 
     async def batch(self, problems: Sequence[Problem], step: int) -> ScoredBatch:
         """A scored batch; a few of its samples are kept for a person to read.
@@ -64,21 +66,24 @@ class RLSession:
             run_async(self.rollouts.judge.service.served.engine.close())
 
 
-def open_session(config: SparkConfig, folder: Path) -> RLSession:
-    """Load the engines. Raises ``ConfigError`` when there is no reward model."""
+def open_session(config: SparkConfig, folder: Path, verifier: ServedModel | None = None) -> RLSession:
+    """Load the engines; a ``verifier`` that is given takes the reward model's place.
+
+    Raises ``ConfigError`` when there is no reward model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rl, prompts = config.rl, prompt_set(config.rl.prompt_set)
     judge, checker = None, None
     if rl.reward == "rlvr":
         checker = answer_checker(config)
     if rl.asks_reward_model:
-        served = ServedModel.load(config.engine, reward_model_folder(config), "verifier", folder / SERVERS)
+        served = verifier or ServedModel.load(config.engine, reward_model_folder(config), "verifier", folder / SERVERS)
         service = PRMService(served, prompts, rl.verifier_sampling, ServiceLimits.from_config(rl))
-        judge = RewardJudge(service, rl.failures.retries, rl.verifier_votes, rl.min_votes)
+        judge = RewardJudge(service, rl.failures.retries, rl.verifier_votes, rl.min_votes, rl.hacking.constraints)
     policy = ServedModel.load(config.engine, config.models.policy, "policy", folder / SERVERS)
     freeze_heap()
     rollouts = RolloutSession(policy, prompts, rl, config.run.seed, judge, checker)
-    return RLSession(policy, rollouts, config, folder)
+    return RLSession(policy, rollouts, config, folder, HackingWatch(config, folder))
 
 
 def answer_checker(config: SparkConfig) -> Checker:

@@ -94,7 +94,7 @@ class RolloutSession:
             case "majority":
                 return list(majority_rewards(rollouts, normalise_answer))
             case "random":
-                return [random_reward(gate(rollout), derive_seed("random-reward", self.seed, step, position))
+                return [random_reward(gate(rollout, self.config.hacking.constraints), derive_seed("random-reward", self.seed, step, position))
                         for position, rollout in enumerate(rollouts)]
             case "rlvr":
                 assert self.checker is not None
