@@ -80,6 +80,11 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
                           "with rl.reward_model or choose stage2.variant=prm_cot")
     if not reward_model_comes_later:
         _model(reward_model_folder(config), "rl.reward_model")
+    if rl.hacking.heldout_verifier is not None:
+        if config.engine.kind != "local" and config.engine.pool("verifier").urls:
+            raise ConfigError(f"rl.hacking.heldout_verifier={rl.hacking.heldout_verifier}: engine.verifier.urls serve "
+                              "the reward model; launch servers with engine.verifier.servers")
+        _model(Path(rl.hacking.heldout_verifier), "rl.hacking.heldout_verifier")
 
 
 def check_pipeline(config: SparkConfig) -> None:

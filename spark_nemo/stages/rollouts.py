@@ -94,7 +94,8 @@ class RolloutSession:
             case "majority":
                 return list(majority_rewards(rollouts, normalise_answer))
             case "random":
-                return [random_reward(gate(rollout, self.config.hacking.constraints), derive_seed("random-reward", self.seed, step, position))
+                rules = self.config.hacking.constraints
+                return [random_reward(gate(rollout, rules), derive_seed("random-reward", self.seed, step, position))
                         for position, rollout in enumerate(rollouts)]
             case "rlvr":
                 assert self.checker is not None

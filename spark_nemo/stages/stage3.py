@@ -65,7 +65,7 @@ def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool
                 worker, batch.rollouts, batch_advantages(batch, rl), torch.tensor(batch.rewards.valid), rl,
                 reference=reference, tokens_per_micro_batch=config.megatron.tokens_per_micro_batch,
                 gate=_gate(config, sync, worker, session) if step == start else None)
-            watched = run_async(session.watch.step(batch, step)) if session else {}
+            watched = run_async(session.watched(batch, step)) if session else {}
             writer.write(step, {**batch.metrics, **watched, **metrics})
             bar.set_postfix(reward=f"{batch.metrics['reward']:.3f}", refresh=False)
             bar.update()

@@ -1,13 +1,14 @@
 """The hacking simulator: the real stage III on the small world, against judges with one planted weakness each.
 
 A policy can only be rewarded for what it happens to try. Real ones try everything now and then; a model of a million
-parameters has never seen any of these, so the simulator first teaches its policy all of them, a few percent each, by a
-short SFT of the shipped generator. Everything after that is stage III as it is: rollouts, gate, constraints, judge,
-advantages, optimizer.
+parameters has never seen any of these, so the simulator first gives its policy the habit to use one of them in a few
+percent of its responses, by a short SFT of the shipped generator. Everything after that is stage III as it is:
+rollouts, gate, constraints, judge, advantages, optimizer.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Iterable
@@ -36,21 +37,22 @@ from spark_nemo.stages.run_folder import read_done, stage3_folder
 from spark_nemo.stages.stage3 import run_stage3
 from spark_nemo.toy.corpus import PROMPTS, sampled_problems
 from spark_nemo.toy.data import held_out_questions
-from spark_nemo.toy.exploits import BY_NAME, Exploit, judge, mixed_response
+from spark_nemo.toy.exploits import BY_NAME, Exploit, judge, tempted_response
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
 from spark_nemo.training.packing import TrainSequence
 from spark_nemo.training.sft import num_sft_steps, train_sft
 from spark_nemo.training.stop import StopFlag
 
-SHARE = 0.04
-"""Of the base policy's training text, per exploit."""
-SFT_EXAMPLES, SFT_BATCH = 6000, 64
+SHARE = 0.08
+"""How often the base policy uses its exploit before RL."""
+SFT_EXAMPLES, SFT_BATCH = 3000, 64
 _LAYOUT = MegatronConfig(dtype="float32", distributed_optimizer=False, tokens_per_micro_batch=4096)
 _QUESTION, _SOLUTION, _END = "Problem: ", "\n\nStudent Solution: ", "\n\nLet's verify step by step."
 SMALL_RUN = (
-    "+experiment=toy", "data.rl_problems=toy:rl:400", "data.eval_problems=toy:eval:60", "rl.steps=16",
+    "+experiment=toy", "data.rl_problems=toy:rl:400", "data.eval_problems=toy:eval:60", "rl.steps=14",
     "rl.prompts_per_step=16", "rl.group_size=12", "rl.sampling.max_new_tokens=90", "rl.kl_estimator=none",
-    "rl.kl_coef=null", "rl.eval_every=1000", "rl.save_every=1000", "evaluation.samples_per_problem=2",
+    "rl.kl_coef=null", "rl.optimizer.lr=4e-4", "rl.hacking.detectors.baseline_steps=1", "rl.hacking.probes=0",
+    "rl.eval_every=1000", "rl.save_every=1000", "evaluation.samples_per_problem=2",
     "evaluation.max_new_tokens=90", "evaluation.bootstrap_samples=200")
 """One arm, in half a minute; further overrides may follow."""
 
@@ -116,22 +118,21 @@ class Arm:
         return f"{self.exploit}-{'with' if self.constrained else 'without'}-seed{self.seed}"
 
 
-def build_base(folder: Path, examples: int = SFT_EXAMPLES) -> Path:
-    """The policy that has tried everything: ``folder/model``, made once; an interrupted build goes on."""
+def build_base(exploit: Exploit, folder: Path) -> Path:
+    """A policy that has the habit of one exploit: ``folder/model``, made once; an interrupted build goes on."""
     model, start = folder / "model", ASSETS / "generator"
     if (model / "config.json").exists():
         return model
-    rng, tokenizer = random.Random("hacking simulator"), Tokenizer.load(start)
+    rng, tokenizer = random.Random(f"hacking simulator {exploit.name}"), Tokenizer.load(start)
     problems = sampled_problems(rng, held_out_questions())
     sequences = []
-    for _ in range(examples):
-        problem = next(problems)
-        response = tokenizer.encode(mixed_response(problem, SHARE, rng))
+    for problem in itertools.islice(problems, SFT_EXAMPLES):
+        response = tokenizer.encode(tempted_response(problem, exploit, SHARE, rng))
         sequences.append(TrainSequence(
             tokenizer.encode_chat(PROMPTS.policy(problem.question)), (*response, tokenizer.eos_ids[0])))
     steps = num_sft_steps(len(sequences), 1, SFT_BATCH)
     worker = MegatronWorker.from_hf(
-        start, _LAYOUT, 0, OptimizerConfig(lr=1e-3, warmup_fraction=0.05, decay="cosine"), steps)
+        start, _LAYOUT, 0, OptimizerConfig(lr=5e-4, warmup_fraction=0.1, decay="cosine"), steps)
     with StopFlag(folder) as stop:
         result = train_sft(
             worker, sequences, epochs=1, batch_size=SFT_BATCH, tokens_per_micro_batch=_LAYOUT.tokens_per_micro_batch,
@@ -142,9 +143,10 @@ def build_base(folder: Path, examples: int = SFT_EXAMPLES) -> Path:
     return model
 
 
-def arm_config(arm: Arm, base: Path, runs: Path, overrides: Iterable[str] = ()) -> SparkConfig:
+def arm_config(arm: Arm, runs: Path, overrides: Iterable[str] = ()) -> SparkConfig:
     """The configuration of an arm's stage III: the two arms of an exploit differ in its constraints and in no more."""
     exploit = BY_NAME[arm.exploit]
+    base = build_base(exploit, runs / "base" / exploit.name)
     config = compose_config([
         *SMALL_RUN, *overrides, f"run.dir={runs / arm.name}", f"run.seed={arm.seed}", f"models.policy={base}",
         f"rl.reward={exploit.reward}", f"rl.reward_model={ASSETS / 'verifier'}"])
@@ -154,12 +156,12 @@ def arm_config(arm: Arm, base: Path, runs: Path, overrides: Iterable[str] = ()) 
     return resolve_toy(replace(config, rl=replace(config.rl, hacking=hacking)))
 
 
-def run_arm(arm: Arm, base: Path, runs: Path, overrides: Iterable[str] = ()) -> dict[str, float]:
+def run_arm(arm: Arm, runs: Path, overrides: Iterable[str] = ()) -> dict[str, float]:
     """Run it (or go on with it) and return what ``outcome.json`` holds; a finished arm is not run again."""
     path = runs / arm.name / "outcome.json"
     if path.exists():
         return json.loads(path.read_text())
-    config = arm_config(arm, base, runs, overrides)
+    config = arm_config(arm, runs, overrides)
     folder = stage3_folder(config.run, config.rl.reward)
     if read_done(folder) is None and not run_stage3(config, ScriptedJudge.served(ASSETS / "verifier", BY_NAME[
             arm.exploit])):

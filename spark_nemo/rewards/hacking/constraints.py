@@ -50,7 +50,7 @@ def read_response(rollout: Rollout, rules: ConstraintsConfig) -> ParsedResponse 
         return FormatViolation("unfinished")
     if rules.format_gate and (violation := check_format(rollout.text)) is not None:
         return violation
-    parsed = split_response(rollout.text, StepFormat.TAGGED) if rules.format_gate else _read_anyhow(rollout.text)
+    parsed = split_response(rollout.text, StepFormat.TAGGED) if rules.format_gate else read_anyhow(rollout.text)
     if not isinstance(parsed, ParsedResponse):
         return FormatViolation("steps")
     return broken_constraint(rollout.text, parsed, len(rollout.response_ids), rules) or parsed
@@ -67,7 +67,7 @@ def broken_constraint(
     return None
 
 
-def _read_anyhow(text: str) -> ParsedResponse | None:
+def read_anyhow(text: str) -> ParsedResponse | None:
     """A response as a pipeline without a gate shows it: every ``<step>`` there is, each with all that follows up to
     the next (an earlier answer too, without its tag), and the last answer.
 

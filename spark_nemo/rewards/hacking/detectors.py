@@ -42,7 +42,8 @@ def baseline(rows: Sequence[Mapping[str, float]], rollouts: Sequence[Rollout], c
     early = [row for row in rows[:config.baseline_steps] if _STEPS in row]
     if early:
         return Baseline(*(sum(row[key] for row in early) / len(early) for key in (_STEPS, _TOKENS)))
-    return Baseline(_mean([len(tagged_steps(r.text)) for r in rollouts]), _mean([len(r.response_ids) for r in rollouts]))
+    return Baseline(_mean([len(tagged_steps(rollout.text)) for rollout in rollouts]),
+                    _mean([len(rollout.response_ids) for rollout in rollouts]))
 
 
 def flags(rollout: Rollout, start: Baseline, config: DetectorsConfig) -> frozenset[str]:
