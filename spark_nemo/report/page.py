@@ -11,6 +11,7 @@ from markupsafe import Markup
 from spark_nemo.verification import REASONS
 
 from .charts import WIDTH, Bar, Series, Style, interval_chart, legend_mark, line_chart, percent, percent_tick
+from .hacking_view import hacking_views
 from .model import CurvePoint, Figure, Stage2Summary, Stage3Summary, Summary, read_summary
 
 BLUE, VERMILION, GREY, PURPLE = "#0072B2", "#D55E00", "#5F6B7A", "#AA4499"
@@ -49,7 +50,7 @@ def report_page(summary: Mapping[str, Any]) -> str:
         method=lambda name: METHOD_NAMES.get(name, _words(name)), arm=lambda name: ARM_NAMES.get(name, _words(name)))
     return environment.get_template("template.html.j2").render(
         run=run, headlines=_headlines(run), charts=_charts(run), arms=_arms(run), methods=_ordered(run),
-        removals=_removals(run),
+        removals=_removals(run), watched=hacking_views(run.stage3),
         key=lambda name: legend_mark(STYLES.get(name, _OTHER)))
 
 

@@ -79,7 +79,8 @@ def test_without_the_gate_the_verifier_sees_all_steps_and_the_last_answer() -> N
     assert read.canonical() == "Step 1: 7+5=12\nStep 2: 12*2=24 \\boxed{23}\nStep 3: 2+3=5\nAnswer: 5"
 
 
-@pytest.mark.parametrize("text", ["", "no tags", "<step>", r"<step></step><answer>\boxed{1}</answer>", r"\boxed{2}", "<step>a</step>"])
+@pytest.mark.parametrize("text", [
+    "", "no tags", "<step>", r"<step></step><answer>\boxed{1}</answer>", r"\boxed{2}", "<step>a</step>"])
 def test_without_the_gate_what_has_no_step_or_no_answer_is_still_refused(text: str) -> None:
     """There is nothing to verify; never an exception."""
     assert isinstance(read_response(rollout(text), ConstraintsConfig(format_gate=False)), FormatViolation)
