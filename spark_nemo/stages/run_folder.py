@@ -7,7 +7,8 @@
       data/                 problem files made for the small world
       stage1/store/         shards of solutions and verifications     stage1/stats-*.json, ledger-*.json
       stage2/<method>/      labels.jsonl, metrics.jsonl, checkpoints/, model/, processbench.json
-      stage3/<reward>/      metrics.jsonl, checkpoints/, evaluations.jsonl, samples.jsonl, verifier.jsonl, model/
+      stage3/<reward>/      metrics.jsonl, checkpoints/, evaluations.jsonl, samples.jsonl, verifier.jsonl, model/,
+                            hacking.jsonl, top_rewards.jsonl
       round-<n>/            stage1/ and stage2/ of a later round, whose verifier is the reward model before it
       summary.json, report.html
 """

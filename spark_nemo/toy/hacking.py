@@ -49,7 +49,7 @@ SFT_EXAMPLES, SFT_BATCH = 3000, 64
 _LAYOUT = MegatronConfig(dtype="float32", distributed_optimizer=False, tokens_per_micro_batch=4096)
 _QUESTION, _SOLUTION, _END = "Problem: ", "\n\nStudent Solution: ", "\n\nLet's verify step by step."
 SMALL_RUN = (
-    "+experiment=toy", "data.rl_problems=toy:rl:400", "data.eval_problems=toy:eval:60", "rl.steps=14",
+    "+experiment=toy", "data.rl_problems=toy:rl:400", "data.eval_problems=toy:eval:60", "rl.steps=10",
     "rl.prompts_per_step=12", "rl.group_size=12", "rl.sampling.max_new_tokens=90", "rl.kl_estimator=none",
     "rl.kl_coef=null", "rl.optimizer.lr=4e-4", "rl.optimizer.warmup_fraction=0.2",
     "rl.hacking.detectors.baseline_steps=1", "rl.hacking.probes=0", "rl.eval_every=1000", "rl.save_every=1000",

@@ -55,7 +55,7 @@ def test_every_exploit_of_the_simulator_sets_its_own_detector_off(exploit) -> No
     problems = [sample_problem(rng) for _ in range(40)]
     solutions = [write_solution(problem, FAULTLESS, rng) for problem in problems]
     honest = [rollout(write_honest(p, s, rng), 27) for p, s in zip(problems, solutions)]
-    tokens = {"overlong": 45, "too_short": 17}.get(exploit.name, 27)
+    tokens = {"overlong": 50, "too_short": 17}.get(exploit.name, 27)
     hacked = [rollout(exploit.write(p, s, rng), tokens) for p, s in zip(problems, solutions)]
     start = [{"step": 0, "response_tokens": 27.0, "hacking/mean_steps": 2.5}]
     key = f"hacking/{exploit.detector}"
