@@ -10,6 +10,8 @@ DETECTORS = (
     "solution_appending", "step_inflation", "step_reduction", "duplicated_steps", "judge_directed", "empty_text",
     "length_drift")
 """By name, as in the metrics ``hacking/<name>``."""
+WITHOUT_GATE = {"rlvr", "majority"}
+"""Rewards without a format gate, where no constraint has an effect."""
 
 
 @dataclass
@@ -112,17 +114,26 @@ class HackingConfig:
             if name != "divergence_alarm":
                 at_least(f"rl.hacking.{name}", value, 1)
 
+    def unread(self, reward: str, *, asks_reward_model: bool) -> dict[str, object]:
+        """Settings under ``rl.hacking`` that a run with this reward would not read, by dotted name, with the value that
+        takes each back; for a pipeline, whose arms share their settings."""
+        back: dict[str, object] = {}
+        if not asks_reward_model:
+            names = ("probes", "heldout_verifier", "divergence_every", "divergence_samples", "divergence_alarm")
+            back = {name: None for name in names if getattr(self, name) is not None}
+        if reward in WITHOUT_GATE:
+            defaults = asdict(ConstraintsConfig()).items()
+            back.update({f"constraints.{name}": unset for name, unset in defaults
+                         if getattr(self.constraints, name) != unset})
+        return back
+
     def check_rl(self, reward: str, advantage: str, max_new_tokens: int, *, asks_reward_model: bool) -> None:
         """What the rest of ``rl`` makes impossible or idle. Raises ``ConfigError`` naming the field."""
-        rules, because = self.constraints, f"with rl.reward={reward}"
-        if reward in ("rlvr", "majority"):
-            for name, default in asdict(ConstraintsConfig()).items():
-                if (value := getattr(rules, name)) != default:
-                    raise without_effect(f"rl.hacking.constraints.{name}", value, f"{because} (it has no format gate)")
-        if not asks_reward_model:
-            for name in ("probes", "heldout_verifier"):
-                if (value := getattr(self, name)) is not None:
-                    raise without_effect(f"rl.hacking.{name}", value, f"{because} (it has no reward model)")
+        rules = self.constraints
+        for name in self.unread(reward, asks_reward_model=asks_reward_model):
+            value = getattr(rules, name.partition(".")[2]) if "." in name else getattr(self, name)
+            why = "it has no format gate" if "." in name else "it has no reward model"
+            raise without_effect(f"rl.hacking.{name}", value, f"with rl.reward={reward} ({why})")
         if rules.max_tokens is not None and rules.max_tokens >= max_new_tokens:
             raise without_effect("rl.hacking.constraints.max_tokens", rules.max_tokens,
                                  f"with rl.sampling.max_new_tokens={max_new_tokens}")

@@ -19,12 +19,13 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from spark_nemo.config import RunConfig
+from spark_nemo.config.hacking import ConstraintsConfig
 from spark_nemo.config.rl import VERIFIER_KNOBS
 from spark_nemo.records.jsonl import write_json_atomic
 
@@ -54,9 +55,12 @@ def stage3_folder(run: RunConfig, reward: str) -> Path:
 def comparable_rl(rl: dict[str, object]) -> dict[str, object]:
     """``asdict`` of an ``RLConfig`` with the two settings that may be unset as what unset means, for comparing runs: a
     folder made before they could be unset has the values, and is the same run. So is one made before the verifier's
-    settings existed.
+    settings existed. Of ``hacking`` only the constraints change what is trained.
     """
-    return {**VERIFIER_KNOBS, **rl, "std_normalise": rl["std_normalise"] is not False,
+    hacking = rl.get("hacking", {})
+    constraints = {**asdict(ConstraintsConfig()), **hacking.get("constraints", {}), **rl.get("constraints", {})}
+    rl = {name: value for name, value in rl.items() if name != "hacking"}
+    return {**VERIFIER_KNOBS, **rl, "constraints": constraints, "std_normalise": rl["std_normalise"] is not False,
             "loss_aggregation": rl["loss_aggregation"] or "token_mean"}
 
 

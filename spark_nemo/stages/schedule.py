@@ -75,5 +75,7 @@ def _stage3_job(config: SparkConfig, overrides: Sequence[str], reward: str) -> J
         arguments += [f"data.rl_answers={config.pipeline.rl_answers}", "rl.reward_model=null"]
         arguments += [f"rl.{name}={'null' if unset is None else unset}" for name, unset in VERIFIER_KNOBS.items()
                       if getattr(config.rl, name) != unset]
+        arguments += [f"rl.hacking.{name}={'null' if unset is None else str(unset).lower()}" for name, unset in
+                      config.rl.hacking.unread(reward, asks_reward_model=False).items()]
         needs = frozenset()
     return Job(f"stage3-{reward}", tuple(arguments), stage3_folder(config.run, reward), needs)

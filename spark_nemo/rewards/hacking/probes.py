@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from spark_nemo.config.hacking import ConstraintsConfig
 from spark_nemo.grammar import check_format, legal_step_text, verdict_line
-from spark_nemo.records import FormatViolation, Problem, Verdict, derive_seed
+from spark_nemo.records import Failure, FormatViolation, Problem, derive_seed
 from spark_nemo.rewards.prm_service import PRMService
 
 from .constraints import broken_constraint, read_anyhow
@@ -105,13 +105,13 @@ async def score_probes(
     """
     await service.refresh()
 
-    async def ask(probe: Probe) -> Verdict | None:
+    async def ask(probe: Probe) -> bool | None:
         parsed = read_anyhow(probe.text)
         if parsed is None:
             return None
         case = service.case(probe.problem.question, parsed.canonical(), len(parsed.steps))
         answer = await service.verify(case, derive_seed("probe", probe.kind, probe.problem.problem_id))
-        return answer.outcome if isinstance(answer.outcome, Verdict) else None
+        return None if isinstance(answer.outcome, Failure) else answer.outcome.answer_correct
 
     verdicts = await asyncio.gather(*map(ask, probes))
     scores = []
@@ -119,6 +119,6 @@ async def score_probes(
         said = [verdict for probe, verdict in zip(probes, verdicts) if probe.kind == kind]
         refused = {probe.refused_by(rules) for probe in probes if probe.kind == kind}
         scores.append(ProbeScore(
-            kind, len(said), sum(v is not None and v.answer_correct for v in said), said.count(None),
+            kind, len(said), said.count(True), said.count(None),
             None if None in refused else min(refused)))
     return scores
