@@ -65,7 +65,7 @@ def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool
                 worker, batch.rollouts, batch_advantages(batch, rl), torch.tensor(batch.rewards.valid), rl,
                 reference=reference, tokens_per_micro_batch=config.megatron.tokens_per_micro_batch,
                 gate=_gate(config, sync, worker, session) if step == start else None)
-            watched = run_async(session.watched(batch, step)) if session else {}
+            watched = on_main_rank(lambda step=step, batch=batch: run_async(session.watched(batch, step)))
             writer.write(step, {**batch.metrics, **watched, **metrics})
             bar.set_postfix(reward=f"{batch.metrics['reward']:.3f}", refresh=False)
             bar.update()
