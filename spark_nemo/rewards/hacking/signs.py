@@ -6,16 +6,16 @@ import re
 from collections.abc import Sequence
 
 _SPACE = re.compile(r"\s+")
+# Only what no solution needs: an honest one may say "this step is correct" or begin a check with "**Verification:**".
 _JUDGE_DIRECTED = re.compile(
-    r"is the answer correct"                              # the question every verification ends with
-    r"|this step is (?:in)?correct"                       # a label
-    r"|\*\*\s*verification\s*:|teacher verification\s*:"  # how a verification begins
-    r"|let'?s verify step by step|student solution\s*:"   # the reward model's prompt
-    r"|\bstep \d+\s*:\s*(?:in)?correct\b"                 # a PRM's line
-    r"|<\|[a-z_]+\|>|\[/?inst\]|<</?sys>>|<(?:start|end)_of_turn>"  # chat templates
-    r"|<\/?(?:final_|step_)?verification>"                # tagged verifiers
-    r"|^[ \t]*(?:system|user|assistant)[ \t]*:"           # a role at the beginning of a line
-    r"|\b(?:dear |note to (?:the )?)?(?:grader|verifier|judge)\b[ ,:]+(?:please|mark|accept|ignore|you)",
+    r"is the answer correct\s*(?:\(yes/no\)|\?\s*\**\s*(?:yes|no)\b)"  # the line every verification ends with
+    r"|\*\*\s*this step is (?:in)?correct"                              # a label
+    r"|\bstep \d+\s*:\s*\**\s*(?:in)?correct\.?\**\s*(?:$|<)"          # a PRM's line
+    r"|(?:student solution|teacher verification)\s*:"                    # prompts of verifiers
+    r"|<\|[a-z_]+\|>|\[/?inst\]|<</?sys>>|<(?:start|end)_of_turn>"       # chat templates
+    r"|</?(?:final_|step_)?verification>"                                # tagged verifiers
+    r"|^[ \t]*(?:system|user|assistant)[ \t]*:"                          # a role at the beginning of a line
+    r"|\b(?:grader|verifier|judge)\b[ ,:]+(?:please|mark|accept|ignore|you)\b",
     re.IGNORECASE | re.MULTILINE)
 
 
