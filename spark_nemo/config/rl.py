@@ -17,6 +17,7 @@ from .designs import (
 )
 from .engine import SamplingConfig
 from .errors import ConfigError, at_least, in_unit_interval, one_of, without_effect
+from .hacking import HackingConfig
 from .rollout import RolloutConfig
 from .trainer import OptimizerConfig
 
@@ -115,6 +116,7 @@ class RLConfig:
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-6))
     eval_every: int = 10
     save_every: int = 50
+    hacking: HackingConfig = field(default_factory=HackingConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "updates_per_step", "eval_every", "save_every"):
@@ -145,6 +147,8 @@ class RLConfig:
         self._check_advantage()
         self._check_shaping()
         self.rollout.check(self.steps, self.importance_cap, self.estimator)
+        self.hacking.check_rl(self.reward, self.advantage, self.sampling.max_new_tokens,
+                              asks_reward_model=self.asks_reward_model)
 
     @property
     def asks_reward_model(self) -> bool:

@@ -130,8 +130,9 @@ class RolloutSession:
             case "majority":
                 return list(majority_rewards(rollouts, normalise_answer))
             case "random":
-                return [random_reward(gate(rollout), derive_seed("random-reward", self.seed, step, position))
-                        for position, rollout in enumerate(rollouts, start=rollouts[0].group * self.config.group_size)]
+                rules, first = self.config.hacking.constraints, rollouts[0].group * self.config.group_size
+                return [random_reward(gate(rollout, rules), derive_seed("random-reward", self.seed, step, position))
+                        for position, rollout in enumerate(rollouts, start=first)]
             case "rlvr":
                 assert self.checker is not None
                 return [rlvr_reward(rollout, self.checker) for rollout in rollouts]
