@@ -117,8 +117,9 @@ def _watch(config: SparkConfig, folder: Path, judge: RewardJudge | None) -> Hack
         served = ServedModel.load(config.engine, model, "verifier", folder / SERVERS / "heldout")
         held_out = reward_judge(config, served, Variant.PRM_COT)
     reward = MODEL_REWARDS[config.rl.reward]
-    return HackingWatch(config, folder, reward_judge(config, judge.service.served).service, held_out,
-                        lambda judgement: reward(judgement.violation, judgement.outcome))
+    probing = reward_judge(config, judge.service.served, judge.service.variant).service
+    return HackingWatch(
+        config, folder, probing, held_out, lambda judgement: reward(judgement.violation, judgement.outcome))
 
 
 def answer_checker(config: SparkConfig) -> Checker:
