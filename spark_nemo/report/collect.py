@@ -12,6 +12,7 @@ from typing import Any
 
 from spark_nemo.config import LABEL_METHODS, SparkConfig
 from spark_nemo.config.designs import VARIANTS, variant_suffix
+from spark_nemo.config.hacking import DETECTORS
 from spark_nemo.evaluation import (
     f1_difference,
     f1_estimate,
@@ -23,11 +24,13 @@ from spark_nemo.evaluation.processbench import ProcessBenchScore
 from spark_nemo.evaluation.whole_solution import said_yes, score_whole_solutions
 from spark_nemo.records import Verdict, outcome_from_json, outcome_kind
 from spark_nemo.records.store import RecordStore
+from spark_nemo.report.answer_keys import answer_key_readers
 from spark_nemo.report.labels import Oracle, figure, label_scores
 from spark_nemo.report.model import (
     CurvePoint,
     Figure,
     MethodScores,
+    ProbeResult,
     RoundSummary,
     ScoredSolution,
     ScoredStep,
@@ -60,7 +63,8 @@ def collect_summary(
     return to_plain(Summary(
         title=f"SPARK-NeMo run {folder.name}", seeds=[config.run.seed], environment=_environment(),
         stage1=stage1, stage2=stage2, stage3=stage3, rounds=_rounds(folder, config, oracle),
-        seconds=_seconds(folder), tokens=_tokens(folder), commands=list(commands)))
+        seconds=_seconds(folder), tokens=_tokens(folder), commands=list(commands),
+        reads_answer_keys=answer_key_readers(_round_folders(folder), config)))
 
 
 def _stage1(folder: Path, config: SparkConfig, oracle: Oracle | None) -> Stage1Summary | None:
@@ -156,7 +160,9 @@ def _stage3(folder: Path, config: SparkConfig, oracle: Oracle | None) -> Stage3S
         differences={f"spark_minus_{other}": _difference(ends["spark"], ends[other])
                      for other in ends if other != "spark" and "spark" in ends},
         curves={arm: _curve(path, evaluations[arm]) for arm, path in arms.items()},
-        solutions=[s for arm, path in arms.items() for s in _solutions(path / "samples.jsonl", arm, oracle)])
+        solutions=[s for arm, path in arms.items() for s in _solutions(path / "samples.jsonl", arm, oracle)],
+        probes={arm: [ProbeResult(**each) for each in rows[-1]["probes"]]
+                for arm, path in arms.items() if (rows := _rows(path / "hacking.jsonl"))})
 
 
 def _difference(first: dict, second: dict) -> Figure:
@@ -172,7 +178,9 @@ def _curve(folder: Path, evaluations: list[dict]) -> list[CurvePoint]:
         row = metrics.get(step, {})
         rates = {key.removeprefix("failure/"): value for key, value in row.items() if key.startswith("failure/")}
         mismatch = row.get("engine_logprob_diff_mean")
-        points.append(CurvePoint(step, row.get("reward"), accuracy.get(step), rates, row.get("entropy"), mismatch))
+        detectors = {name: row[f"hacking/{name}"] for name in DETECTORS if f"hacking/{name}" in row}
+        points.append(CurvePoint(
+            step, row.get("reward"), accuracy.get(step), rates, row.get("entropy"), mismatch, detectors))
     return points
 
 
