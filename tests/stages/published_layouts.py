@@ -33,8 +33,7 @@ class Published:
 
 ACCEPTED = [
     Published("NeMo-RL performance/grpo-llama3.1-8b-instruct-1n8g", "llama-3.1-8b", 1, 1, 2, 4096, 512, "full"),
-    Published("NeMo-RL performance/grpo-llama3.1-8b-instruct-2n8g", "llama-3.1-8b", 2, 1, 2, 4096, 512, "full",
-              quarter_fits=True),
+    Published("NeMo-RL performance/grpo-llama3.1-8b-instruct-2n8g", "llama-3.1-8b", 2, 1, 2, 4096, 512, "full"),
     Published("NeMo-RL dpo-llama3.1-8b-instruct-4n8g-megatrontp2pp2-quick", "llama-3.1-8b", 4, 2, 2, 2048, 256,
               quarter_fits=True),
     Published("NeMo-RL performance/grpo-qwen3-32b-4n8g", "qwen3-32b", 4, 4, 4, 4096, 512),
