@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import fields
-from functools import partial
 
 from spark_nemo.config import ConfigError
 from spark_nemo.config.compose import compose_config, config_yaml
@@ -57,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "disk_gbs": "GB/s of the shared file system",
         "mean_length": "mean length of texts as a share of their limit",
         "kv_share": "share of a GPU that an engine takes for weights and KV cache"})
-    parser.set_defaults(run=partial(_plan))
+    parser.set_defaults(run=_plan)
 
 
 def _flags(group: argparse._ArgumentGroup, kind: type, texts: dict[str, str]) -> None:
