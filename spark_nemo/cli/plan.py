@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import fields
-from functools import partial
 
 from spark_nemo.config import ConfigError
 from spark_nemo.config.compose import compose_config, config_yaml
@@ -46,9 +45,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
                                                                          "stage3; default: a sixth of the nodes")
     cluster = parser.add_argument_group("cluster")
     cluster.add_argument("--nodes", type=int, required=True)
-    _flags(cluster, Cluster, {"gpus_per_node": "", "gpu_memory_gb": "10^9 bytes of one GPU as CUDA tells them; an H100 of 80 GB "
-                              "has 79.1 GiB",
-                              "reserve": "share of it for CUDA, NCCL and fragmentation"})
+    _flags(cluster, Cluster, {
+        "gpus_per_node": "", "gpu_memory_gb": "10^9 bytes of one GPU as CUDA tells them: 79.1 GiB on an H100 of 80 GB",
+        "reserve": "share of it for CUDA, NCCL and fragmentation"})
     rates = parser.add_argument_group("rates", "What is achieved. The defaults are assumptions for H100 in bfloat16.")
     _flags(rates, Rates, {
         "train_tflops": "per GPU, training", "prefill_tflops": "per GPU, reading prompts",
@@ -57,7 +56,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "disk_gbs": "GB/s of the shared file system",
         "mean_length": "mean length of texts as a share of their limit",
         "kv_share": "share of a GPU that an engine takes for weights and KV cache"})
-    parser.set_defaults(run=partial(_plan))
+    parser.set_defaults(run=_plan)
 
 
 def _flags(group: argparse._ArgumentGroup, kind: type, texts: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.megatron.layer_spec import uses_transformer_engine
 from spark_nemo.stages.planner.cluster import GB, Cluster, Rates
 from spark_nemo.stages.planner.layouts import Candidate, advice, evaluate
-from spark_nemo.stages.planner.workload import Training, workload
+from spark_nemo.stages.planner.workload import Training, training
 
 
 def check_memory(config: SparkConfig, *stages: str) -> None:
@@ -24,12 +24,11 @@ def check_memory(config: SparkConfig, *stages: str) -> None:
     """
     cluster, what = this_machine(config.megatron.world_size)
     for stage in stages:
-        training = workload(config, stage).training
-        assert training is not None, "stage I trains nothing"
+        work = training(config, stage)
         found = evaluate(
-            training, config.megatron, cluster, Rates(), transformer_engine=uses_transformer_engine())
+            work, config.megatron, cluster, Rates(), transformer_engine=uses_transformer_engine())
         if found.shortage(cluster) > 0:
-            raise ConfigError(_refusal(stage, training, found, cluster, what))
+            raise ConfigError(_refusal(stage, work, found, cluster, what))
 
 
 def this_machine(world_size: int) -> tuple[Cluster, str]:
@@ -55,10 +54,10 @@ def local_ranks(world_size: int) -> int:
     return min(world_size, int(tasks[0])) if tasks and int(tasks[0]) else world_size
 
 
-def _refusal(stage: str, training: Training, found: Candidate, cluster: Cluster, what: str) -> str:
+def _refusal(stage: str, work: Training, found: Candidate, cluster: Cluster, what: str) -> str:
     worst, states = found.worst, found.worst.states
-    helps = advice(training, found, cluster, Rates(), transformer_engine=uses_transformer_engine())
-    return (f"megatron.*: {training.model.name} in {stage} needs {worst.peak / GB:.1f} GB on a rank of pipeline stage "
+    helps = advice(work, found, cluster, Rates(), transformer_engine=uses_transformer_engine())
+    return (f"megatron.*: {work.model.name} in {stage} needs {worst.peak / GB:.1f} GB on a rank of pipeline stage "
             f"{worst.stage} (weights {states.weights / GB:.1f}, gradients {states.gradients / GB:.1f}, optimizer "
             f"{states.optimizer / GB:.1f}, the rest {(worst.peak - states.total) / GB:.1f}), and {what}: "
             f"{found.shortage(cluster) / GB:.1f} GB too much; " + "; ".join(helps[:3]))

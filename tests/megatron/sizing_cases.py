@@ -63,6 +63,23 @@ def measure(model, layout):
             "parameters": sum(parameter.numel() for parameter in worker.model.parameters())}
 
 
+def step_peak(config, layout, lengths):
+    """The most bytes alive in a step's forward and backward passes beyond weights, gradients and optimizer state."""
+    worker = MegatronWorker.from_config(config, layout, seed=0, optimizer=OptimizerConfig())
+    batch, peak = cases.pack(cases.make_sequences(0, lengths)), []
+    worker.train_step([batch], cases.loss_fn, with_entropy=True)
+    existing = [*worker.model.parameters(), *batch.extras.values()]
+    for buffer in worker._trained.buffers:
+        existing += [flat for flat in (buffer.grad_data, buffer.param_data) if flat is not None]
+    for part in worker._optimizer.chained_optimizers:
+        for state in part.optimizer.state.values():
+            existing += state.values()
+        existing += [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
+    with cases._Allocations(existing) as allocations:
+        worker.train_step([batch], cases.loss_fn, with_entropy=True, check=lambda: peak.append(allocations.peak))
+    return peak[0]
+
+
 def storages(tensors):
     """Size of every storage behind ``tensors``, each once."""
     return {each.data_ptr(): each.nbytes() for each in (tensor.untyped_storage() for tensor in tensors)}

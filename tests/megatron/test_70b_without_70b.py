@@ -109,3 +109,19 @@ def fills(ranges, length):
     """Do these [start, stop) ranges lie end to end from 0 to ``length``?"""
     ordered = sorted(ranges)
     return ordered[0][0] == 0 and ordered[-1][1] == length and all(a[1] == b[0] for a, b in pairwise(ordered))
+
+
+@pytest.mark.parametrize(("tp", "dp", "ep"), [(1, 4, 4), (2, 2, 4), (2, 1, 2), (2, 2, 1)])
+def test_experts_are_built_as_the_table_says(tp, dp, ep):
+    """A mixture of 8 experts over expert-parallel ranks: the first and the last rank of each stage have the names and
+    shapes that the table has for them. Widths are small; what an expert-parallel rank allocates is not measured."""
+    config = {"model_type": "qwen3_moe", "num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 160,
+              "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16, "vocab_size": 67, "num_experts": 8,
+              "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True}
+    shape = ModelShape.from_hf(config)
+    layout = MegatronConfig(tensor_parallel=tp, pipeline_parallel=2, data_parallel=dp, expert_parallel=ep,
+                            sequence_parallel=tp > 1)
+    expected = stage_parameters(shape, layout)
+    for rank in (0, tp * dp - 1, tp * dp, 2 * tp * dp - 1):
+        (_, stage), built = meta_ranks.built_parameters(shape, layout, rank)
+        assert built == expected[stage].all

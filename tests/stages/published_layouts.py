@@ -1,8 +1,8 @@
 """Trainer layouts that NVIDIA publishes for H100, as numbers.
 
 Sources: github.com/NVIDIA-NeMo/RL, examples/configs/recipes/llm/ (``source`` is the file; what a file does not say
-comes from its defaults, as in sft.yaml: gradients reduced in bfloat16, a distributed optimizer, one sequence or one pack
-of max_total_sequence_length per micro-batch; float32 optimizer states are our assumption), and
+comes from its defaults, as in sft.yaml: gradients reduced in bfloat16, a distributed optimizer, one sequence or one
+pack of max_total_sequence_length per micro-batch; float32 optimizer states are our assumption), and
 github.com/NVIDIA-NeMo/Megatron-Bridge, scripts/performance/configs/llama/llama3_workload_base_configs.py and
 recipes/qwen/qwen3.py (``qwen3_32b_sft_config``).
 """
@@ -33,8 +33,7 @@ class Published:
 
 ACCEPTED = [
     Published("NeMo-RL performance/grpo-llama3.1-8b-instruct-1n8g", "llama-3.1-8b", 1, 1, 2, 4096, 512, "full"),
-    Published("NeMo-RL performance/grpo-llama3.1-8b-instruct-2n8g", "llama-3.1-8b", 2, 1, 2, 4096, 512, "full",
-              quarter_fits=True),
+    Published("NeMo-RL performance/grpo-llama3.1-8b-instruct-2n8g", "llama-3.1-8b", 2, 1, 2, 4096, 512, "full"),
     Published("NeMo-RL dpo-llama3.1-8b-instruct-4n8g-megatrontp2pp2-quick", "llama-3.1-8b", 4, 2, 2, 2048, 256,
               quarter_fits=True),
     Published("NeMo-RL performance/grpo-qwen3-32b-4n8g", "qwen3-32b", 4, 4, 4, 4096, 512),
@@ -47,5 +46,5 @@ ACCEPTED = [
 """Megatron-Bridge's 70B runs an interleaved schedule (5 chunks per stage), which we have not: planned without it."""
 BOUND_TOO_HIGH = Published(
     "NeMo-RL sft-llama3.1-70b-8n8g-tp4pp2-long-megatron", "llama-3.1-70b", 8, 4, 2, 4096, 512, "none", False)
-"""One unpacked sequence per micro-batch: 4,096 tokens are its limit. That its data (OpenMathInstruct-2) stay below it is
-our guess at why it runs."""
+"""One unpacked sequence per micro-batch: 4,096 tokens are its limit. That its data (OpenMathInstruct-2) stay below it
+is our guess at why it runs."""

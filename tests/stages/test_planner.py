@@ -13,7 +13,7 @@ import torch
 from published_layouts import ACCEPTED, BOUND_TOO_HIGH
 
 from spark_nemo.cli.main import main
-from spark_nemo.config import ConfigError, MegatronConfig, SparkConfig
+from spark_nemo.config import ConfigError, MegatronConfig, RLConfig, SamplingConfig, SparkConfig
 from spark_nemo.config.compose import compose_config
 from spark_nemo.config.sft import SftConfig
 from spark_nemo.megatron.model_shape import ModelShape
@@ -62,8 +62,8 @@ def test_published_layouts_fit_as_published(published):
 
 @pytest.mark.parametrize("published", ACCEPTED, ids=lambda p: p.source)
 def test_published_layouts_fit_here_and_not_on_a_quarter(published, tmp_path):
-    """As this package trains they are accepted (two of them with full recomputation, refused without), and on a quarter
-    of the GPUs they are refused, for bytes or because TP x PP alone is more; two 8B recipes really fit a quarter."""
+    """As this package trains they are accepted (two of them with full recomputation, refused without). On a quarter of
+    the GPUs they are refused, GRPO together with the servers of its policy; one 8B recipe really fits a quarter."""
     cluster = Cluster(published.nodes)
     assert check(published, cluster, published.recompute_here, tmp_path).layouts
     if published.recompute_here:
@@ -74,7 +74,13 @@ def test_published_layouts_fit_here_and_not_on_a_quarter(published, tmp_path):
         assert check(published, quarter, None, tmp_path).layouts
         return
     with pytest.raises(ConfigError, match=r"GB too much|megatron.* needs [0-9]+ GPUs"):
-        check(published, quarter, published.recompute_here, tmp_path)
+        if "grpo" in published.source:
+            rl = RLConfig(reward="majority", prompts_per_step=64, group_size=32, updates_per_step=4,
+                          sampling=SamplingConfig(max_new_tokens=3072))
+            config = SparkConfig(rl=rl, megatron=layout(published, 1))
+            make_plan(config, "stage3", quarter, Rates(), model=str(tmp_path))
+        else:
+            check(published, quarter, published.recompute_here, tmp_path)
 
 
 def test_a_bound_may_refuse_what_others_run(tmp_path):

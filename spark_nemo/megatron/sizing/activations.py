@@ -44,7 +44,7 @@ class ActivationBytes:
     recomputed: int
     """Kept besides while the backward pass recomputes a layer, one layer at a time."""
     working: int
-    """The largest set of gradients and results inside one layer's backward pass. An estimate, not a count."""
+    """The largest set of gradients and results inside one layer's backward pass."""
     logits: int
     """What the last stage's loss holds while it runs (``megatron/logprobs.py``); 0 on other stages."""
 
@@ -70,7 +70,9 @@ def activation_bytes(shape: ModelShape, layout: MegatronConfig, tokens: int, *, 
     total = layers * kept + head + (tokens * _EMBEDDED if first else 0)
     width = shape.ffn_size // layout.tensor_parallel if shape.experts is None else (
         shape.experts.per_token * shape.experts.ffn_size // split)
-    working = tokens * (4 * width + 2 * shape.hidden_size) * item
+    # Gradients of gate, up and their product beside the product; the residual stream's; ours norms in float32.
+    norms = 8 if item != 4 and not transformer_engine else 0
+    working = tokens * (4 * width * item + shape.hidden_size * (4 * item + norms))
     return ActivationBytes(total, head, recomputed, working, logits_bytes(shape, layout, tokens) if last else 0)
 
 
@@ -139,6 +141,6 @@ def logits_bytes(shape: ModelShape, layout: MegatronConfig, tokens: int) -> int:
     chunk = min(tokens, rows_per_chunk(rows)) * rows
     copy = item if item != 4 else 0
     embedding = rows * shape.hidden_size
-    forward = chunk * (4 + 4 + copy)
-    backward = chunk * (4 + copy) + embedding * (4 + item) + tokens * shape.hidden_size * item
-    return max(forward, backward)
+    forward = chunk * (4 + max(4, copy))
+    backward = max(chunk * (4 + copy), chunk * item + embedding * item) + embedding * 4
+    return max(forward, backward + tokens * shape.hidden_size * item)

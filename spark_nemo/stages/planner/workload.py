@@ -86,18 +86,26 @@ def workload(config: SparkConfig, stage: str, model: str | None = None) -> Workl
     """The step of ``stage``; ``model`` (a folder or a published name) takes the place of the model that it trains, in
     stage I of the generator. Raises ``ConfigError`` for a model that is neither here nor known by name."""
     one_of("--stage", stage, STAGES)
-    match stage:
-        case "stage1":
-            return Workload(stage, None, _stage1(config, model))
-        case "stage2":
-            trained = find_model(model or config.models.reward_base, "models.reward_base")
-            two = config.stage2
-            return Workload(stage, Training(trained, two.batch_size, _within(two.max_length, trained)), ())
-        case "sft":
-            trained = find_model(model or config.models.policy_base or config.models.policy, "models.policy_base")
-            sft = config.sft
-            return Workload(stage, Training(trained, sft.batch_size, _within(sft.max_length, trained)), ())
-    return _stage3(config, model)
+    if stage == "stage1":
+        return Workload(stage, None, _stage1(config, model))
+    work = training(config, stage, model)
+    return Workload(stage, work, _stage3(config, work) if stage == "stage3" else ())
+
+
+def training(config: SparkConfig, stage: str, model: str | None = None) -> Training:
+    """What ``stage`` (not stage1) trains; of the other models nothing is read."""
+    if stage == "stage2":
+        trained = find_model(model or config.models.reward_base, "models.reward_base")
+        return Training(trained, config.stage2.batch_size, min(config.stage2.max_length, trained.shape.max_positions))
+    if stage == "sft":
+        trained = find_model(model or config.models.policy_base or config.models.policy, "models.policy_base")
+        return Training(trained, config.sft.batch_size, min(config.sft.max_length, trained.shape.max_positions))
+    rl = config.rl
+    trained = find_model(model or config.models.policy, "models.policy", config.models.policy_base)
+    new, has_reference = rl.sampling.max_new_tokens, rl.kl_estimator != "none"
+    return Training(
+        trained, rl.prompts_per_step * rl.group_size, _prompt_room(trained, new) + new, rl.updates_per_step,
+        has_reference + (rl.updates_per_step > 1), 2 if has_reference else 0, syncs=True)
 
 
 def _stage1(config: SparkConfig, model: str | None) -> tuple[Generation, ...]:
@@ -111,20 +119,15 @@ def _stage1(config: SparkConfig, model: str | None) -> tuple[Generation, ...]:
                        PROMPT_ROOM + written, one.verifier_sampling.max_new_tokens))
 
 
-def _stage3(config: SparkConfig, model: str | None) -> Workload:
-    rl = config.rl
-    policy = find_model(model or config.models.policy, "models.policy", config.models.policy_base)
-    rollouts, new = rl.prompts_per_step * rl.group_size, rl.sampling.max_new_tokens
-    generations = [Generation("policy", policy, rl.prompts_per_step, rollouts, _prompt_room(policy, new), new)]
+def _stage3(config: SparkConfig, work: Training) -> tuple[Generation, ...]:
+    rl, policy, new = config.rl, work.model, config.rl.sampling.max_new_tokens
+    generations = [Generation("policy", policy, rl.prompts_per_step, work.sequences, _prompt_room(policy, new), new)]
     if rl.asks_reward_model:
-        verifier = find_model(config.models.reward_base, "models.reward_base") if config.models.reward_base else policy
-        generations.append(Generation("verifier", verifier, rollouts, rollouts * rl.verifier_votes, PROMPT_ROOM + new,
-                                      rl.verifier_sampling.max_new_tokens))
-    has_reference = rl.kl_estimator != "none"
-    training = Training(
-        policy, rollouts, generations[0].context, rl.updates_per_step, has_reference + (rl.updates_per_step > 1),
-        2 if has_reference else 0, syncs=True)
-    return Workload("stage3", training, tuple(generations))
+        name = rl.reward_model or config.models.reward_base
+        verifier = find_model(name, "rl.reward_model", config.models.reward_base) if name else policy
+        generations.append(Generation("verifier", verifier, work.sequences, work.sequences * rl.verifier_votes,
+                                      PROMPT_ROOM + new, rl.verifier_sampling.max_new_tokens))
+    return tuple(generations)
 
 
 def find_model(name: str, field: str, made_from: str | None = None) -> Model:
@@ -137,14 +140,10 @@ def find_model(name: str, field: str, made_from: str | None = None) -> Model:
     elif folder.name in PUBLISHED:
         config = PUBLISHED[folder.name]
     elif made_from and folder.name == "model":
-        return find_model(made_from, f"{field}_base")
+        return find_model(made_from, field)
     else:
         raise ConfigError(f"{field}={name}: no config.json there, and the name is none of {', '.join(PUBLISHED)}")
     return Model(folder.name, config, ModelShape.from_hf(config, f"{name}/config.json"))
-
-
-def _within(tokens: int, model: Model) -> int:
-    return min(tokens, model.shape.max_positions)
 
 
 def _prompt_room(model: Model, new_tokens: int) -> int:
