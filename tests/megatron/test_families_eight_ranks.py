@@ -58,6 +58,14 @@ def test_experts_on_several_ranks(launch, layout):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_sequence_parallel_with_recomputation(launch, family):
+    """Norms of queries and keys, shared key-value heads and experts at TP4 x PP2 with sequence parallelism and full
+    recomputation: the same numbers as transformers."""
+    same_as_transformers(launch[f"{family}_recompute"])
+
+
+@pytest.mark.slow
 def test_experts_resume_under_another_layout(launch):
     """Experts' weights and optimizer state, saved at TP2 x EP2 by the distributed optimizer: the next two steps are the
     same bit for bit there, and to 1e-5 at PP2 x EP4."""
