@@ -118,20 +118,25 @@ def eight_ranks(folders, store):
     """Everything that needs several ranks, in one launch. Rank 0 writes what the tests assert."""
     results = {}
 
-    def layout(tp, pp, ep=1, dtype="float32", experts=False):
+    def layout(tp, pp, ep=1, dtype="float32", split_rows=False, **more):
         return MegatronConfig(
             tensor_parallel=tp, pipeline_parallel=pp, data_parallel=8 // (tp * pp), expert_parallel=ep, dtype=dtype,
-            sequence_parallel=experts and tp > 1, distributed_optimizer=False)
+            sequence_parallel=split_rows and tp > 1, **{"distributed_optimizer": False, **more})
 
     for (name, sizes), family in itertools.product(LAYOUTS.items(), FAMILIES):
         experts = family == "qwen3_moe"
-        results[f"{family}_{name}"] = compare(folders[family], layout(*sizes, experts=experts))
+        results[f"{family}_{name}"] = compare(folders[family], layout(*sizes, split_rows=experts))
         results[f"{family}_{name}"]["bfloat16"] = export_bfloat16(
-            folders[family], layout(*sizes, dtype="bfloat16", experts=experts))
+            folders[family], layout(*sizes, dtype="bfloat16", split_rows=experts))
     for name, sizes in EXPERT_LAYOUTS.items():
-        results[f"qwen3_moe_{name}"] = compare(folders["qwen3_moe"], layout(*sizes, experts=True))
+        results[f"qwen3_moe_{name}"] = compare(folders["qwen3_moe"], layout(*sizes, split_rows=True))
         results[f"qwen3_moe_{name}"]["bfloat16"] = export_bfloat16(
-            folders["qwen3_moe"], layout(*sizes, dtype="bfloat16", experts=True))
+            folders["qwen3_moe"], layout(*sizes, dtype="bfloat16", split_rows=True))
+    for family in ("qwen3", "qwen3_moe"):
+        results[f"{family}_recompute"] = compare(folders[family], layout(4, 2, split_rows=True, recompute="full"))
+    saved, other = (layout(*sizes, split_rows=True, distributed_optimizer=True) for sizes in ((2, 1, 2), (1, 2, 4)))
+    expected, resumed = cases.resume(folders["qwen3_moe"], f"{store}/checkpoint", saved, [saved, other])
+    results["resume"] = {"expected": expected, "resumed": resumed}
     if torch.distributed.get_rank() == 0:
         (Path(store) / "results.json").write_text(json.dumps(results))
 

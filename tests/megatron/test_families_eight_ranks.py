@@ -55,3 +55,20 @@ def test_experts_on_several_ranks(launch, layout):
     result = launch[f"qwen3_moe_{layout}"]
     same_as_transformers(result)
     assert result["export"] == 0 and result["bfloat16"][0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_sequence_parallel_with_recomputation(launch, family):
+    """Norms of queries and keys, shared key-value heads and experts at TP4 x PP2 with sequence parallelism and full
+    recomputation: the same numbers as transformers."""
+    same_as_transformers(launch[f"{family}_recompute"])
+
+
+@pytest.mark.slow
+def test_experts_resume_under_another_layout(launch):
+    """Experts' weights and optimizer state, saved at TP2 x EP2 by the distributed optimizer: the next two steps are the
+    same bit for bit there, and to 1e-5 at PP2 x EP4."""
+    (same, other), expected = launch["resume"]["resumed"], launch["resume"]["expected"]
+    assert same == expected
+    assert all(step == pytest.approx(want, abs=1e-5) for step, want in zip(other, expected, strict=True))
