@@ -14,8 +14,16 @@ from pathlib import Path
 
 from spark_nemo.cli.data import add_data_commands
 from spark_nemo.cli.errors import USER_ERRORS
-from spark_nemo.cli.evaluate import add_evaluate_arguments, score_model, score_saved
+from spark_nemo.cli.evaluate import (
+    add_compare_arguments,
+    add_evaluate_arguments,
+    compare_saved,
+    overrides_after_data,
+    score_model,
+    score_saved,
+)
 from spark_nemo.cli.explain import add_explain_command
+from spark_nemo.cli.plan import add_plan_command
 from spark_nemo.cli.slurm_plan import add_plan_arguments, slurm_plan
 from spark_nemo.cli.status import run_status
 from spark_nemo.config import ConfigError, SparkConfig
@@ -31,7 +39,10 @@ EXAMPLES = """examples:
   spark-nemo stage2 +experiment=toy stage2.method=single --print-config
   spark-nemo report compare old=runs/a0 old=runs/a1 new=runs/b0 new=runs/b1 --out runs/comparison
   spark-nemo evaluate math --model runs/first/stage3/process_aware/model +experiment=toy
+  spark-nemo evaluate processbench --model models/chat --critic --data gsm8k.json math.json +experiment=spark/base
   spark-nemo evaluate processbench --predictions run1.jsonl run2.jsonl --data gsm8k.json
+  spark-nemo plan --stage stage3 --nodes 6 +experiment=spark/base
+  spark-nemo evaluate compare a.jsonl b.jsonl --data math500.jsonl aime24.jsonl
   spark-nemo data stats runs/first
   spark-nemo explain runs/first step_consistency:0df7a6
 """
@@ -98,12 +109,16 @@ def _parser() -> argparse.ArgumentParser:
         command = _config_command(kinds, kind, summary)
         add_evaluate_arguments(kind, command)
         command.set_defaults(run=partial(_evaluate, kind))
+    command = kinds.add_parser("compare", help="two runs of `evaluate math`, paired problem by problem")
+    add_compare_arguments(command)
+    command.set_defaults(run=_evaluate_compare)
     plan = _config_command(commands, "slurm-plan", "check a configuration and tell the scripts in slurm/ what it needs")
     add_plan_arguments(plan)
     plan.set_defaults(run=_slurm_plan)
     status = commands.add_parser("status", help="how far a run on a cluster is, from its files only")
     status.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder (run.dir)")
     status.set_defaults(run=_status)
+    add_plan_command(commands)
     add_data_commands(commands)
     add_explain_command(commands)
     toy = commands.add_parser("toy", help="build the small world's base models from a seed (the shipped ones were)")
@@ -245,10 +260,16 @@ def _compare(runs: list[str], out: Path | None) -> int:
 
 
 def _evaluate(kind: str, arguments: argparse.Namespace) -> int:
+    overrides_after_data(arguments)
     if arguments.predictions is not None:
         print(score_saved(kind, arguments))
     elif config := _configured(arguments):
         print(score_model(kind, config, arguments))
+    return 0
+
+
+def _evaluate_compare(arguments: argparse.Namespace) -> int:
+    print(compare_saved(arguments))
     return 0
 
 

@@ -32,7 +32,9 @@ def slurm_plan(stage: str, config: SparkConfig, model: str | None) -> str:
     if stage != "nodes":
         lines |= _chain(config) if stage == "pipeline" else _part(stage, config, model)
     servers = _servers(config) if stage == "stage3" else ()
-    plan = [*lines.items(), *servers, *(("NEEDS", str(path.resolve())) for path in _needed_files(stage, config, model))]
+    jobs = _jobs(config) if stage == "pipeline" else ()
+    needs = [("NEEDS", str(path.resolve())) for path in _needed_files(stage, config, model)]
+    plan = [*lines.items(), *servers, *jobs, *needs]
     for name, value in plan:
         if "\n" in value:
             raise ConfigError(f"{name}={value!r}: a path with a line break cannot be used on a cluster")
@@ -40,22 +42,31 @@ def slurm_plan(stage: str, config: SparkConfig, model: str | None) -> str:
 
 
 def _chain(config: SparkConfig) -> dict[str, str]:
-    from spark_nemo.stages.arms import arm_settings, pipeline_arms
     from spark_nemo.stages.checks import check_pipeline
     from spark_nemo.stages.pipeline import claim_run_folder
     if config.pipeline.rounds > 1:
         raise ConfigError(f"pipeline.rounds={config.pipeline.rounds}: slurm/pipeline.sh submits one round; later ones "
                           "run with spark-nemo pipeline, or stage by stage")
-    scripted = {"rl.reward", "rl.reward_model", "data.rl_answers"}
-    for arm in pipeline_arms(config):
-        if len(config.reward_models) > 1 or not arm_settings(config, arm).keys() <= scripted:
-            raise ConfigError(f"stage III, arm {arm.name}: slurm/pipeline.sh submits one reward model, and arms that "
-                              "rl.reward alone tells apart; submit it with slurm/stage3_rl.sh, or run spark-nemo "
-                              "pipeline")
     check_pipeline(config)
     claim_run_folder(config)
-    return {"WORLD_SIZE": str(config.megatron.world_size), "METHODS": " ".join(config.pipeline.label_methods),
-            "REWARDS": " ".join(config.pipeline.rewards), "REWARD_METHOD": config.stage2.method}
+    return {"WORLD_SIZE": str(config.megatron.world_size)}
+
+
+def _jobs(config: SparkConfig) -> Iterator[tuple[str, str]]:
+    """The chain's reward models and arms: its folder's name, for an arm its reward model's (``-`` for none of this
+    chain), and the overrides that make it, parted by tabs."""
+    from spark_nemo.stages.schedule import plan_jobs
+
+    for job in plan_jobs(config, []):
+        stage, *own = job.arguments
+        # Hydra's own reference: the file's name needs no quoting.
+        own = ["data.rl_answers=${pipeline.rl_answers}" if word.startswith("data.rl_answers=") and "null" not in word
+               else word for word in own]
+        if stage == "stage2":
+            yield "MODEL", "\t".join([job.folder.name, *own])
+        if stage == "stage3":
+            needs = next((name.removeprefix("stage2-") for name in job.after), "-")
+            yield "ARM", "\t".join([job.folder.name, needs, *own])
 
 
 def _part(stage: str, config: SparkConfig, model: str | None) -> dict[str, str]:

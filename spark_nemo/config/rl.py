@@ -17,6 +17,7 @@ from .designs import (
 )
 from .engine import SamplingConfig
 from .errors import ConfigError, at_least, in_unit_interval, one_of, without_effect
+from .rollout import RolloutConfig
 from .trainer import OptimizerConfig
 
 
@@ -75,6 +76,7 @@ class RLConfig:
     """DAPO's soft over-long punishment, added to the reward: over the last so many tokens before
     rl.sampling.max_new_tokens it falls from 0 to -1. None adds nothing."""
     prompt_set: str = "paper"
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     verifier_sampling: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(temperature=0.0, max_new_tokens=4096))
@@ -142,6 +144,7 @@ class RLConfig:
         self._check_estimator()
         self._check_advantage()
         self._check_shaping()
+        self.rollout.check(self.steps, self.importance_cap, self.estimator)
 
     @property
     def asks_reward_model(self) -> bool:

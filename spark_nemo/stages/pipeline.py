@@ -17,6 +17,7 @@ from spark_nemo.report.collect import Oracle, collect_summary
 from spark_nemo.report.write import write_report
 from spark_nemo.stages.checks import check_pipeline
 from spark_nemo.stages.jobs import run_jobs
+from spark_nemo.stages.layout_check import check_memory
 from spark_nemo.stages.run_folder import comparable_rl
 from spark_nemo.stages.schedule import plan_jobs
 
@@ -34,6 +35,8 @@ def run_pipeline(config: SparkConfig, overrides: Sequence[str], oracle: Oracle |
     world has them, for the report only.
     """
     check_pipeline(config)
+    trained = [("stage2", config.pipeline.label_methods), ("stage3", config.pipeline.rewards)]
+    check_memory(config, *(stage for stage, parts in trained if parts))
     folder = Path(config.run.dir)
     jobs = plan_jobs(config, overrides)
     claim_run_folder(config)

@@ -21,6 +21,7 @@ from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService, ServiceLimits
 from spark_nemo.rewards.rlvr import Checker
 from spark_nemo.stages.checks import reward_model_folder
+from spark_nemo.stages.dynamic import dynamic_batch
 from spark_nemo.stages.rollouts import RolloutSession, ScoredBatch
 
 EVALUATIONS, SAMPLES, VERIFIER, SERVERS = "evaluations.jsonl", "samples.jsonl", "verifier.jsonl", "servers"
@@ -42,7 +43,8 @@ class RLSession:
         What the verifier was spared goes to verifier.jsonl, not to the metrics: a resumed run, whose cache is empty,
         has the metrics of an uninterrupted one and asks more.
         """
-        batch = await self.rollouts.batch(problems, step)
+        dynamic = self.config.rl.rollout.oversample is not None
+        batch = await (dynamic_batch if dynamic else RolloutSession.batch)(self.rollouts, problems, step)
         if (judge := self.rollouts.judge) is not None:
             rewrite_rows(self.folder / VERIFIER, step, [{"step": step, **judge.service.take_counts().metrics()}])
         if step % self.config.rl.eval_every == 0 or step + 1 == self.config.rl.steps:

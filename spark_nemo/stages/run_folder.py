@@ -9,8 +9,8 @@
       stage1/store/         shards of solutions and verifications     stage1/stats-*.json, ledger-*.json
       stage2/<method>/      labels.jsonl, metrics.jsonl, checkpoints/, model/, processbench.json: a PRM-CoT
       stage2/<method>-<variant>/   the same of a PRM; an ORM (method-orm) has whole_solution.json instead
-      stage3/<design>/      metrics.jsonl, checkpoints/, evaluations.jsonl, samples.jsonl, verifier.jsonl, model/:
-                            a reward design with a PRM-CoT, or a baseline
+      stage3/<design>/      metrics.jsonl, checkpoints/, evaluations.jsonl, samples.jsonl, verifier.jsonl, timing.jsonl,
+                            model/: a reward design with a PRM-CoT, or a baseline
       stage3/<design>-<variant>/   the same with another kind of reward model
       round-<n>/            stage1/ and stage2/ of a later round, whose verifier is the reward model before it
       summary.json, report.html

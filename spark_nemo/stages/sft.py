@@ -12,6 +12,7 @@ from spark_nemo.grammar import prompt_set
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records.jsonl import write_json_atomic
 from spark_nemo.stages.checks import check_sft
+from spark_nemo.stages.layout_check import check_memory
 from spark_nemo.stages.run_folder import Clock, mark_done, sft_folder
 from spark_nemo.training.packing import TrainSequence, drop_longer_than
 from spark_nemo.training.policy_examples import policy_sequences, read_policy_examples, split_held_out
@@ -37,6 +38,7 @@ def run_sft(config: SparkConfig) -> bool:
     """
     stage, folder, base = config.sft, sft_folder(config.run), config.models.policy_base
     data = sft_data(config)
+    check_memory(config, "sft")
     log.info("%s", data.counts)
     total_steps = num_sft_steps(len(data.trained), stage.epochs, stage.batch_size)
     worker = MegatronWorker.from_hf(base, config.megatron, config.run.seed, stage.optimizer, total_steps)

@@ -27,11 +27,25 @@ def test_the_chain_and_its_folder(capsys: pytest.CaptureFixture[str], tmp_path: 
     run = tmp_path / "a run"
     said = plan(capsys, "pipeline", f"run.dir='{run}'", "megatron.data_parallel=2")
     assert said["RUN_DIR"] == [str(run)] and said["WORLD_SIZE"] == ["2"]
-    assert said["METHODS"] == ["single outcome_consistency step_consistency"]
-    assert said["REWARDS"] == ["process_aware rlvr"] and said["REWARD_METHOD"] == ["step_consistency"]
+    assert said["MODEL"] == [f"{m}\tstage2.method={m}" for m in ("step_consistency", "single", "outcome_consistency")]
+    assert said["ARM"] == ["process_aware\tstep_consistency\trl.reward=process_aware",
+                           "rlvr\t-\trl.reward=rlvr\tdata.rl_answers=${pipeline.rl_answers}"]
     assert all(Path(path).exists() for path in said["NEEDS"])
     assert main(["slurm-plan", "--stage", "pipeline", "--", *TOY, f"run.dir='{run}'", "rl.steps=7"]) == 2
     assert "was made with" in capsys.readouterr().err
+
+
+def test_every_arm_is_a_job_with_its_own_reward_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Folder, the model it waits for and what tells it apart, as ``spark-nemo pipeline`` would run it."""
+    said = plan(capsys, "pipeline", f"run.dir={tmp_path}/run", "pipeline.rewards=[process_aware,selective,random]",
+                "pipeline.rl_answers=null", "pipeline.variants=[prm_cot,orm]",
+                "pipeline.label_methods=[step_consistency]", "rl.verifier_queue=9")
+    assert said["MODEL"][1] == "step_consistency-orm\tstage2.method=step_consistency\tstage2.variant=orm"
+    assert [line.split("\t")[:2] for line in said["ARM"]] == [
+        ["process_aware", "step_consistency"], ["process_aware-orm", "step_consistency-orm"],
+        ["selective", "step_consistency"], ["random", "-"]]
+    assert said["ARM"][1].endswith("rl.reward=process_aware\trl.reward_variant=orm")
+    assert said["ARM"][3].endswith("rl.reward=random\trl.verifier_queue=null")
 
 
 def test_servers_are_described_word_by_word(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -134,10 +134,12 @@ def test_what_cannot_be_read_is_counted_and_is_no_zero(batch, variant: str) -> N
         batch(config_of("process_aware", *asked, "rl.failures.max_rate=0.9"), (RESPONSE,), ("The answer seems fine.",))
 
 
-def test_a_box_outside_the_answer_tag_is_out_of_format(batch) -> None:
+@pytest.mark.parametrize("loophole", [
+    r"<think><step>3+4=7</step></think>\boxed{14}<answer>fourteen</answer>",
+    r"<think><step>3+4=\boxed{14}</step></think><answer>fourteen</answer>"])
+def test_a_box_outside_the_answer_tag_is_out_of_format(batch, loophole: str) -> None:
     """Defect 5: the published gate counts boxes and tags and does not ask where the box is. Here such a response is
     never shown to the reward model, and is worth 0 by the gate's own name."""
-    loophole = r"<think><step>3+4=7</step></think>\boxed{14}<answer>fourteen</answer>"
     scored, model = batch(config_of("process_aware"), (loophole,), (f"{analyses(True)}\n\n{YES}",))
     assert scored.rewards.rewards == (0.0, 0.0) and model.messages == []
     assert scored.metrics["violation/box_in_answer"] == 1.0
