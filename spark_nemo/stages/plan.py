@@ -212,15 +212,18 @@ def _reward_models(config: SparkConfig, parts: Parts) -> list[str]:
 def _training(config: SparkConfig, arm: Arm) -> list[str]:
     rl = config.rl
     rollouts = rl.steps * rl.prompts_per_step * rl.group_size
-    judged = rollouts * rl.verifier_votes if arm.variant else 0
-    # A verification that fails may be tried again; that is not the expected case but belongs to a bound.
-    judged_tokens = judged * (1 + rl.failures.retries) * rl.verifier_sampling.max_new_tokens
+    verified = "no verifications"
+    if arm.variant:
+        judged = rollouts * rl.verifier_votes
+        tokens = judged * rl.verifier_sampling.max_new_tokens
+        # A verification that fails may be tried again; that is not the expected case but belongs to a bound.
+        verified = (f"{judged:,} verifications of at most {tokens:,} tokens, {tokens * (1 + rl.failures.retries):,} if "
+                    f"all were retried {rl.failures.retries} times")
     note = ", READS ANSWER KEYS" if arm.reads_answer_keys else ""
     samples, evals = config.evaluation.samples_per_problem + 1, rl.steps // rl.eval_every + 1
     held, basis = _count(config.data.eval_problems)
     return [f"stage III    {arm.name}{note}: {rl.steps} steps, {rollouts:,} rollouts of at most "
-            f"{rollouts * rl.sampling.max_new_tokens:,} tokens, {judged:,} verifications of at most "
-            f"{judged_tokens:,} tokens with all retries",
+            f"{rollouts * rl.sampling.max_new_tokens:,} tokens, {verified}",
             f"evaluation   {arm.name}: {basis}, about {evals} times, {evals * held * samples:,} "
             f"completions of at most {evals * held * samples * config.evaluation.max_new_tokens:,} tokens"]
 

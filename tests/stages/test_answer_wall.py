@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import importlib
 import pkgutil
+import sys
 import types
 import typing
 from collections import defaultdict
@@ -78,19 +79,28 @@ def parts_of(hint: object) -> Iterator[object]:
 
 
 def reaches(hint: object, seen: list) -> Iterator[object]:
-    """``parts_of`` a type, and of the fields of every dataclass among them."""
+    """``parts_of`` a type, and of the fields of every dataclass of this package among them."""
     for part in parts_of(hint):
         if part not in seen:
             seen.append(part)
             yield part
-            if isinstance(part, type) and dataclasses.is_dataclass(part):
+            own = getattr(part, "__module__", "").startswith("spark_nemo.")
+            if own and isinstance(part, type) and dataclasses.is_dataclass(part):
                 for field_type in hints_of(part).values():
                     yield from reaches(field_type, seen)
 
 
 def hints_of(data_type: type) -> dict[str, object]:
-    """Types of the fields; names that only type checkers import are taken from the package."""
-    return typing.get_type_hints(data_type, localns={"AnswerKey": AnswerKey, "EvalProblem": EvalProblem})
+    """Types of the fields. A name that only type checkers import is looked for in every module that is loaded; one that
+    only they define is taken for ``object``."""
+    names = {"AnswerKey": AnswerKey, "EvalProblem": EvalProblem}
+    while True:
+        try:
+            return typing.get_type_hints(data_type, localns=names)
+        except NameError as error:
+            found = [vars(module)[error.name] for name, module in sys.modules.items()
+                     if name.startswith(("spark_nemo", "torch")) and error.name in vars(module)]
+            names[error.name] = next(iter(found), object)
 
 
 def trees(*rooms: str) -> Iterator[tuple[str, ast.Module]]:
