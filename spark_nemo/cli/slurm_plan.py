@@ -12,9 +12,10 @@ from pathlib import Path
 
 from spark_nemo.cli.evaluate import model_output
 from spark_nemo.config import ConfigError, SparkConfig
-from spark_nemo.stages.run_folder import DONE, stage1_folder, stage2_folder, stage3_folder
+from spark_nemo.stages.run_folder import DONE, sft_folder, stage1_folder, stage2_folder, stage3_folder
 
-STAGES = ("stage1", "stage2", "stage3", "pipeline", "nodes", "report", "evaluate-math", "evaluate-processbench")
+STAGES = ("sft", "stage1", "stage2", "stage3", "pipeline", "nodes", "report", "evaluate-math",
+          "evaluate-processbench")
 
 
 def add_plan_arguments(command: argparse.ArgumentParser) -> None:
@@ -72,6 +73,11 @@ def _part(stage: str, config: SparkConfig, model: str | None) -> dict[str, str]:
     from spark_nemo.stages.checks import check_stage1, check_stage2, check_stage3
     from spark_nemo.stages.stage1 import shard_name
 
+    if stage == "sft":
+        from spark_nemo.stages.sft import sft_data
+
+        sft_data(config)
+        return _described(config, sft_folder(config.run), ranks=config.megatron.world_size, total=0)
     if stage == "stage1":
         check_stage1(config)
         return _described(config, stage1_folder(config.run) / shard_name(config.stage1), ranks=1, total=0)
@@ -126,8 +132,10 @@ def _servers(config: SparkConfig) -> Iterator[tuple[str, str]]:
 
 def _needed_files(stage: str, config: SparkConfig, model: str | None) -> Iterator[Path]:
     """Models and data that the nodes of this job read."""
-    names = {"pipeline": (*(f"models.{name}" for name in vars(config.models)),
-                          *(f"data.{name}" for name in vars(config.data)), "pipeline.rl_answers"),
+    names = {"pipeline": (*(f"models.{name}" for name in vars(config.models) if name != "policy_base"),
+                          *(f"data.{name}" for name in vars(config.data) if name != "sft_examples"),
+                          "pipeline.rl_answers"),
+             "sft": ("models.policy_base", "data.sft_examples"),
              "stage1": ("models.generator", "models.verifier", "data.stage1_problems"),
              "stage2": ("models.reward_base", "data.processbench"),
              "stage3": ("models.policy", "data.rl_problems", "data.eval_problems", "data.rl_answers"),

@@ -13,6 +13,7 @@ from .engine import EngineConfig
 from .errors import ConfigError, at_least, one_of, without_effect
 from .labels import LABEL_METHODS, REFERENCE_GUIDED, REVISED_METHODS, VOTE_METHODS, LabelsConfig
 from .rl import RLConfig
+from .sft import SftConfig
 from .trainer import MegatronConfig
 from .verification import Stage1Config, Stage2Config
 from .weight_sync import WeightSyncConfig
@@ -46,6 +47,9 @@ class ModelsConfig:
     """What stage II fine-tunes."""
     policy: str = ""
     """Where stage III starts."""
+    policy_base: str | None = None
+    """What ``spark-nemo sft`` teaches the policy's format; models.policy is then the folder it writes,
+    ``RUN/sft/model``."""
 
 
 @dataclass
@@ -59,6 +63,8 @@ class DataConfig:
     rl_answers: str | None = None
     """Answer keys of ``rl_problems``: allowed only with ``rl.reward=rlvr``."""
     processbench: str = ""
+    sft_examples: str = ""
+    """Responses in the policy's format (JSONL with ``problem_id``, ``question`` and ``response``); read by sft only."""
 
 
 @dataclass
@@ -122,6 +128,7 @@ class SparkConfig:
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
     stage1: Stage1Config = field(default_factory=Stage1Config)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     stage2: Stage2Config = field(default_factory=Stage2Config)

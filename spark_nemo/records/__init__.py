@@ -5,6 +5,7 @@ from .types import (
     LabelEvidence,
     LabelledSolution,
     Merge,
+    PolicyExample,
     Problem,
     ReferenceVerification,
     Revision,
@@ -33,7 +34,7 @@ from .voting import VoteCount, count_votes, majority
 
 __all__ = [
     "AnswerVerdict", "Critique", "EngineError", "Failure", "FormatViolation", "LabelEvidence", "LabelledSolution",
-    "Merge", "Outcome", "ParseFailure", "Problem", "ReferenceVerification", "Revision", "Rollout", "Solution",
-    "TokenSpan", "Truncated", "VariantOutcome", "Verdict", "Verification", "VoteCount", "content_key", "count_votes",
-    "derive_seed", "majority", "outcome_from_json", "outcome_kind", "outcome_to_json",
+    "Merge", "Outcome", "ParseFailure", "PolicyExample", "Problem", "ReferenceVerification", "Revision", "Rollout",
+    "Solution", "TokenSpan", "Truncated", "VariantOutcome", "Verdict", "Verification", "VoteCount", "content_key",
+    "count_votes", "derive_seed", "majority", "outcome_from_json", "outcome_kind", "outcome_to_json",
 ]

@@ -23,6 +23,7 @@ from spark_nemo.evaluation.processbench import ProcessBenchScore
 from spark_nemo.evaluation.whole_solution import said_yes, score_whole_solutions
 from spark_nemo.records import Verdict, outcome_from_json, outcome_kind
 from spark_nemo.records.store import RecordStore
+from spark_nemo.report.answer_keys import answer_key_readers
 from spark_nemo.report.labels import Oracle, figure, label_scores
 from spark_nemo.report.model import (
     CurvePoint,
@@ -60,7 +61,8 @@ def collect_summary(
     return to_plain(Summary(
         title=f"SPARK-NeMo run {folder.name}", seeds=[config.run.seed], environment=_environment(),
         stage1=stage1, stage2=stage2, stage3=stage3, rounds=_rounds(folder, config, oracle),
-        seconds=_seconds(folder), tokens=_tokens(folder), commands=list(commands)))
+        seconds=_seconds(folder), tokens=_tokens(folder), commands=list(commands),
+        reads_answer_keys=answer_key_readers(_round_folders(folder), config)))
 
 
 def _stage1(folder: Path, config: SparkConfig, oracle: Oracle | None) -> Stage1Summary | None:

@@ -198,6 +198,8 @@ class Summary:
     """Empty for a run of one round."""
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    reads_answer_keys: dict[str, str] | None = None
+    """Parts of the run that read answer keys to train, and what for; None in summaries made before it was kept."""
 
 
 def read_summary(data: Mapping[str, Any]) -> Summary:

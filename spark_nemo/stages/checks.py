@@ -16,6 +16,20 @@ from spark_nemo.stages.arms import arm_config, pipeline_arms
 from spark_nemo.stages.run_folder import read_done, stage2_folder
 
 
+def check_sft(config: SparkConfig) -> None:
+    """The base model, its layout and context, and that there are examples; ``run_sft`` reads them before any work."""
+    if not config.models.policy_base:
+        raise ConfigError("models.policy_base is not set: name the model that is to learn the policy's format")
+    shape = _model(Path(config.models.policy_base), "models.policy_base")
+    shape.check_layout(config.megatron)
+    if config.sft.max_length > shape.max_positions:
+        raise ConfigError(f"sft.max_length={config.sft.max_length}: models.policy_base={config.models.policy_base} has "
+                          f"a context of {shape.max_positions}")
+    if not Path(_set(config, "data.sft_examples")).is_file():
+        raise ConfigError(f"data.sft_examples={config.data.sft_examples}: no such file (JSONL with problem_id, "
+                          "question and response)")
+
+
 def check_stage1(config: SparkConfig) -> None:
     """Problems, models, their engines and samplings. Raises ``ConfigError`` or ``DataFileError``."""
     stage, engine = config.stage1, config.engine
@@ -62,6 +76,9 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
     config.engine.require("policy")
     if rl.asks_reward_model:
         config.engine.require("verifier")
+    if config.models.policy_base and not (Path(_set(config, "models.policy")) / "config.json").exists():
+        raise ConfigError(f"models.policy={config.models.policy}: no model there; `spark-nemo sft` makes it of "
+                          f"models.policy_base={config.models.policy_base}")
     _trained_model(config, "models.policy")
     read_problems(_set(config, "data.rl_problems"))
     read_eval_problems(_set(config, "data.eval_problems"))

@@ -5,6 +5,7 @@
     run.dir/
       config.yaml           the resolved configuration
       data/                 problem files made for the small world
+      sft/                  data.json, metrics.jsonl, checkpoints/, model/ of the policy's format SFT
       stage1/store/         shards of solutions and verifications     stage1/stats-*.json, ledger-*.json
       stage2/<method>/      labels.jsonl, metrics.jsonl, checkpoints/, model/, processbench.json: a PRM-CoT
       stage2/<method>-<variant>/   the same of a PRM; an ORM (method-orm) has whole_solution.json instead
@@ -33,6 +34,11 @@ from spark_nemo.records.jsonl import write_json_atomic
 DONE, PROGRESS = "DONE.json", "progress.json"
 PROCESSBENCH, WHOLE_SOLUTION = "processbench.json", "whole_solution.json"
 """What stage II's model scored: as a critic of steps, or of whole solutions."""
+
+
+def sft_folder(run: RunConfig) -> Path:
+    """The policy's format SFT."""
+    return Path(run.dir) / "sft"
 
 
 def stage1_folder(run: RunConfig) -> Path:

@@ -16,6 +16,7 @@ from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import LabelledSolution
 from spark_nemo.stages.checks import check_stage2
 from spark_nemo.stages.labels import make_labels
+from spark_nemo.stages.layout_check import check_memory
 from spark_nemo.stages.run_folder import PROCESSBENCH, WHOLE_SOLUTION, Clock, mark_done, stage2_folder
 from spark_nemo.training.packing import TrainSequence, drop_longer_than
 from spark_nemo.training.sft import num_sft_steps, train_sft
@@ -32,6 +33,7 @@ def run_stage2(config: SparkConfig) -> bool:
     """
     stage, folder = config.stage2, stage2_folder(config.run, config.stage2.method, config.stage2.variant)
     check_stage2(config)
+    check_memory(config, "stage2")
     base = Path(config.models.reward_base)
     labelled = make_labels(config)
     sequences = _sequences(config, labelled, Tokenizer.load(base))

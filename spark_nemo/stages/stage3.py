@@ -19,6 +19,7 @@ from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records.jsonl import read_problems
 from spark_nemo.stages.checks import check_stage3
 from spark_nemo.stages.credit import batch_advantages
+from spark_nemo.stages.layout_check import check_memory
 from spark_nemo.stages.rl_session import RLSession, open_session
 from spark_nemo.stages.run_folder import Clock, comparable_rl, mark_done, stage3_folder
 from spark_nemo.training.grpo import train_on_rollouts
@@ -38,6 +39,7 @@ def run_stage3(config: SparkConfig) -> bool:
     uninterrupted run. Raises ``ConfigError`` on bad input before any work.
     """
     check_stage3(config)
+    check_memory(config, "stage3")
     rl, folder = config.rl, stage3_folder(config.run, config.arm)
     problems, eval_problems = read_problems(config.data.rl_problems), read_eval_problems(config.data.eval_problems)
     worker = MegatronWorker.from_hf(

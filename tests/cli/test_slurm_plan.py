@@ -74,3 +74,17 @@ def test_what_cannot_run_is_one_line(
     assert main(["slurm-plan", *arguments, f"run.dir={tmp_path}/run"]) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and reason in error[0]
+
+
+def test_the_format_sft_needs_its_base_and_its_examples(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Its part, its marker and its two inputs; a response out of format ends the job here, before nodes are used."""
+    said = plan(capsys, "sft", f"run.dir={tmp_path}/run", "data.sft_examples=toy:sft:20")
+    assert said["PART"] == ["sft"] and said["DONE_FILE"] == [str(tmp_path / "run/sft/DONE.json")]
+    assert len(said["NEEDS"]) == 2 and said["NEEDS"][1].endswith("sft-20-seed0_examples.jsonl")
+    examples = Path(said["NEEDS"][1])
+    examples.write_text(examples.read_text().replace("</think>", "", 1))
+    command = ["slurm-plan", "--stage", "sft", "--", *TOY, f"run.dir={tmp_path}/run", f"data.sft_examples={examples}"]
+    assert main(command) == 2
+    assert f"{examples}:1: 'response' breaks the format rule tagged_steps" in capsys.readouterr().err
