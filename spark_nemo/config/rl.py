@@ -17,6 +17,8 @@ from .designs import (
 )
 from .engine import SamplingConfig
 from .errors import ConfigError, at_least, in_unit_interval, one_of, without_effect
+from .hacking import HackingConfig
+from .rollout import RolloutConfig
 from .trainer import OptimizerConfig
 
 
@@ -75,6 +77,7 @@ class RLConfig:
     """DAPO's soft over-long punishment, added to the reward: over the last so many tokens before
     rl.sampling.max_new_tokens it falls from 0 to -1. None adds nothing."""
     prompt_set: str = "paper"
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     verifier_sampling: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(temperature=0.0, max_new_tokens=4096))
@@ -113,6 +116,7 @@ class RLConfig:
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-6))
     eval_every: int = 10
     save_every: int = 50
+    hacking: HackingConfig = field(default_factory=HackingConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "updates_per_step", "eval_every", "save_every"):
@@ -142,6 +146,9 @@ class RLConfig:
         self._check_estimator()
         self._check_advantage()
         self._check_shaping()
+        self.rollout.check(self.steps, self.importance_cap, self.estimator)
+        self.hacking.check_rl(self.reward, self.advantage, self.sampling.max_new_tokens,
+                              asks_reward_model=self.asks_reward_model)
 
     @property
     def asks_reward_model(self) -> bool:

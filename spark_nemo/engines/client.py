@@ -6,11 +6,15 @@ import asyncio
 import atexit
 import functools
 import gc
+import logging
+import threading
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, Generic, TypeVar
 
 from .base import Engine, EngineFailure, Generation, GenerationRequest
 
+log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 MAX_IN_FLIGHT = 1024
 
@@ -76,3 +80,49 @@ def run_async(coroutine: Coroutine[Any, Any, Result]) -> Result:
     calls nothing runs: requests in flight wait. Raises ``RuntimeError`` inside a running event loop.
     """
     return _runner().run(coroutine)
+
+
+class BackgroundWork(Generic[Result]):
+    """``run_async`` of one coroutine in a thread of its own, while the caller's thread does something else.
+
+    The loop is the process's one: nobody may call ``run_async`` until ``result`` or ``cancel`` has returned.
+    """
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Result]) -> None:
+        self._stop: Callable[[], object] = lambda: None
+        self._begun = threading.Event()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="run_async")
+        self._future = self._thread.submit(run_async, self._cancellable(coroutine))
+
+    async def _cancellable(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert task is not None
+        self._stop = lambda: loop.call_soon_threadsafe(task.cancel)
+        self._begun.set()
+        return await coroutine
+
+    def result(self) -> Result:
+        """Wait for it. Raises what the coroutine raised."""
+        try:
+            return self._future.result()
+        finally:
+            self._thread.shutdown()
+
+    def cancel(self) -> None:
+        """End the coroutine, wait until it has ended and forget its result. Harmless when it is over."""
+        while not self._future.done() and not self._begun.wait(0.01):
+            pass
+        if not self._future.done():
+            self._stop()
+        wait([self._future])
+        self._thread.shutdown()
+
+
+async def until_idle(engine: Engine, timeout_s: float = 10.0) -> None:
+    """Return when nothing is in flight at ``engine`` any more, cancelled requests included, or after ``timeout_s``."""
+    end = asyncio.get_running_loop().time() + timeout_s
+    while (health := await engine.health()).running or health.waiting:
+        if asyncio.get_running_loop().time() > end:
+            log.warning("%d requests are still in flight %g s after they were aborted", health.running, timeout_s)
+            return
+        await asyncio.sleep(0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +125,15 @@ class MegatronWorker:
     def dtype(self) -> torch.dtype:
         """Of the weights, and of what ``export_hf`` gives."""
         return DTYPES[self.layout.dtype]
+
+    @property
+    def quadratic_cost(self) -> float:
+        """c in the cost ``T + c T^2`` of a sequence of T positions: multiplications of causal attention (queries by
+        keys, weights by values, over T / 2 positions on average) per multiplication with a weight matrix."""
+        shape = self.shape
+        attention = shape.num_layers * shape.num_heads * shape.head_dim
+        layer = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim + 3 * shape.ffn_size
+        return attention / (shape.hidden_size * (shape.num_layers * layer + shape.vocab_size))
 
     # Forward passes
 
@@ -313,13 +322,16 @@ class MegatronWorker:
 
     # Checkpoints
 
-    def save_checkpoint(self, folder: str | Path, state: dict[str, Any], keep: int = 2) -> Path:
+    def save_checkpoint(self, folder: str | Path, state: dict[str, Any], keep: int = 2,
+                        files: Mapping[str, bytes] | None = None) -> Path:
         """Write ``folder/step-N`` and point ``folder/latest`` at it; the newest ``keep`` checkpoints stay.
 
-        ``state`` is the caller's own, JSON-able, the same on every rank.
+        ``state`` is the caller's own, JSON-able, the same on every rank; ``files`` are more of it, from the main rank,
+        to be read in ``checkpoint.newest(folder)``.
         """
         self._need_optimizer()
-        return checkpoint.save(folder, self.model, self._optimizer, self._scheduler, state, keep, self.hf_config)
+        return checkpoint.save(
+            folder, self.model, self._optimizer, self._scheduler, state, keep, files or {}, self.hf_config)
 
     def load_checkpoint(self, folder: str | Path) -> dict[str, Any]:
         """Restore the newest checkpoint, saved under any layout, and return the caller's state.

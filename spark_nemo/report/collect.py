@@ -12,6 +12,7 @@ from typing import Any
 
 from spark_nemo.config import LABEL_METHODS, SparkConfig
 from spark_nemo.config.designs import VARIANTS, variant_suffix
+from spark_nemo.config.hacking import DETECTORS
 from spark_nemo.evaluation import (
     f1_difference,
     f1_estimate,
@@ -29,6 +30,7 @@ from spark_nemo.report.model import (
     CurvePoint,
     Figure,
     MethodScores,
+    ProbeResult,
     RoundSummary,
     ScoredSolution,
     ScoredStep,
@@ -158,7 +160,9 @@ def _stage3(folder: Path, config: SparkConfig, oracle: Oracle | None) -> Stage3S
         differences={f"spark_minus_{other}": _difference(ends["spark"], ends[other])
                      for other in ends if other != "spark" and "spark" in ends},
         curves={arm: _curve(path, evaluations[arm]) for arm, path in arms.items()},
-        solutions=[s for arm, path in arms.items() for s in _solutions(path / "samples.jsonl", arm, oracle)])
+        solutions=[s for arm, path in arms.items() for s in _solutions(path / "samples.jsonl", arm, oracle)],
+        probes={arm: [ProbeResult(**each) for each in rows[-1]["probes"]]
+                for arm, path in arms.items() if (rows := _rows(path / "hacking.jsonl"))})
 
 
 def _difference(first: dict, second: dict) -> Figure:
@@ -174,7 +178,9 @@ def _curve(folder: Path, evaluations: list[dict]) -> list[CurvePoint]:
         row = metrics.get(step, {})
         rates = {key.removeprefix("failure/"): value for key, value in row.items() if key.startswith("failure/")}
         mismatch = row.get("engine_logprob_diff_mean")
-        points.append(CurvePoint(step, row.get("reward"), accuracy.get(step), rates, row.get("entropy"), mismatch))
+        detectors = {name: row[f"hacking/{name}"] for name in DETECTORS if f"hacking/{name}" in row}
+        points.append(CurvePoint(
+            step, row.get("reward"), accuracy.get(step), rates, row.get("entropy"), mismatch, detectors))
     return points
 
 

@@ -122,6 +122,20 @@ class CurvePoint:
     entropy: float | None = None
     mismatch: float | None = None
     """Mean absolute difference of the engine's and the trainer's log-probabilities, in nats per token."""
+    hacking: dict[str, float] = field(default_factory=dict)
+    """Share of the responses that each detector of reward hacking counts, by its name."""
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Adversarial responses of one kind at the last evaluation: how many the reward model accepted, how many got no
+    verdict, and the constraint that refuses the kind (None: nothing does)."""
+
+    kind: str
+    asked: int
+    accepted: int
+    failed: int = 0
+    refused_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +177,8 @@ class Stage3Summary:
     differences: dict[str, Figure] = field(default_factory=dict)
     curves: dict[str, list[CurvePoint]] = field(default_factory=dict)
     solutions: list[ScoredSolution] = field(default_factory=list)
+    probes: dict[str, list[ProbeResult]] = field(default_factory=dict)
+    """By arm; only arms with a reward model have any."""
 
     def __post_init__(self) -> None:
         if unknown := self.accuracy_intervals.keys() - self.accuracy.keys():

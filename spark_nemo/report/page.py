@@ -11,6 +11,7 @@ from markupsafe import Markup
 from spark_nemo.verification import REASONS
 
 from .charts import WIDTH, Bar, Series, Style, interval_chart, legend_mark, line_chart, percent, percent_tick
+from .hacking_view import hacking_views
 from .model import CurvePoint, Figure, Stage2Summary, Stage3Summary, Summary, read_summary
 from .names import METHOD_NAMES, arm_name, arm_order, difference_name, method_name
 
@@ -44,7 +45,7 @@ def report_page(summary: Mapping[str, Any]) -> str:
         method=method_name, arm=arm_name)
     return environment.get_template("template.html.j2").render(
         run=run, headlines=_headlines(run), charts=_charts(run), arms=_arms(run), methods=_ordered(run),
-        removals=_removals(run),
+        removals=_removals(run), watched=hacking_views(run.stage3),
         key=lambda name: legend_mark(_style(name, _arms(run))))
 
 

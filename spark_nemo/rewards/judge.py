@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from spark_nemo.grammar import ParsedResponse, StepFormat, check_format, split_response
+from spark_nemo.config.hacking import ConstraintsConfig
+from spark_nemo.grammar import ParsedResponse
 from spark_nemo.records import EngineError, Failure, FormatViolation, Rollout, VariantOutcome, derive_seed
 
+from .hacking.constraints import read_response
 from .prm_service import Answer, Case, PRMService
 from .votes import aggregate_votes
 
@@ -21,16 +23,9 @@ class Judgement:
     num_tokens: int = 0
 
 
-def gate(rollout: Rollout) -> ParsedResponse | FormatViolation:
-    """The format gate f: the response in its steps, or the rule it broke.
-
-    A truncated rollout breaks the format whatever its text says: nobody knows how it would have ended.
-    """
-    violation = FormatViolation("unfinished") if rollout.finish_reason != "stop" else check_format(rollout.text)
-    parsed = split_response(rollout.text, StepFormat.TAGGED)
-    if violation is not None or not isinstance(parsed, ParsedResponse):
-        return violation or FormatViolation("steps")
-    return parsed
+def gate(rollout: Rollout, constraints: ConstraintsConfig | None = None) -> ParsedResponse | FormatViolation:
+    """The gate f: the response in its steps, or the rule it broke. None: the constraints' defaults."""
+    return read_response(rollout, constraints or ConstraintsConfig())
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +40,11 @@ class RewardJudge:
     retries: int
     votes: int = 1
     min_votes: int = 1
+    constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)
 
     async def judge(self, rollout: Rollout) -> Judgement:
         """Check the format, then verify the canonical steps, so policy and reward model share one text."""
-        parsed = gate(rollout)
+        parsed = gate(rollout, self.constraints)
         if isinstance(parsed, FormatViolation):
             return Judgement(parsed, None)
         case = self.service.case(rollout.problem.question, parsed.canonical(), len(parsed.steps))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.config.designs import (
@@ -93,19 +94,29 @@ def arm_settings(config: SparkConfig, arm: Arm) -> dict[str, object]:
     for name, unset in unread_knobs(arm.design).items():
         if getattr(config.rl, name) != unset:
             settings[f"rl.{name}"] = unset
-    return settings
+    unread = config.rl.hacking.unread(reward, asks_reward_model=asks_reward_model(arm.design))
+    return {**settings, **{f"rl.hacking.{name}": unset for name, unset in unread.items()}}
 
 
 def arm_config(config: SparkConfig, arm: Arm) -> SparkConfig:
     """The configuration that the arm's job will have. Raises ``ConfigError`` like the job would."""
-    sections: dict[str, dict[str, object]] = {"data": {}, "rl": {}}
-    for name, value in arm_settings(config, arm).items():
-        section, field = name.split(".")
-        sections[section][field] = value
-    return replace(config, **{
-        section: replace(getattr(config, section), **values) for section, values in sections.items()})
+    # All at once and inside out: a setting alone may contradict the others.
+    return _with(config, {tuple(name.split(".")): value for name, value in arm_settings(config, arm).items()})
+
+
+def _with(section: Any, values: Mapping[tuple[str, ...], object]) -> Any:
+    """A copy of a configuration dataclass with ``values`` at their paths."""
+    changed = {path[0]: value for path, value in values.items() if len(path) == 1}
+    for name in {path[0] for path in values if len(path) > 1}:
+        inner = {path[1:]: value for path, value in values.items() if path[0] == name}
+        changed[name] = _with(getattr(section, name), inner)
+    return replace(section, **changed)
 
 
 def as_overrides(settings: Mapping[str, object]) -> list[str]:
     """Settings as Hydra overrides."""
-    return [f"{name}={'null' if value is None else value}" for name, value in settings.items()]
+    return [f"{name}={_written(value)}" for name, value in settings.items()]
+
+
+def _written(value: object) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

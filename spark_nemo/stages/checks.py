@@ -102,6 +102,11 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
         if made != config.reward_variant:
             raise ConfigError(f"rl.reward_variant={config.reward_variant} (or stage2.variant): {folder} was trained as "
                               f"{made}; set rl.reward_variant={made} or name another rl.reward_model")
+    if rl.hacking.heldout_verifier is not None:
+        if config.engine.kind != "local" and config.engine.pool("verifier").urls:
+            raise ConfigError(f"rl.hacking.heldout_verifier={rl.hacking.heldout_verifier}: engine.verifier.urls serve "
+                              "the reward model; launch servers with engine.verifier.servers")
+        _model(Path(rl.hacking.heldout_verifier), "rl.hacking.heldout_verifier")
 
 
 def check_pipeline(config: SparkConfig) -> None:

@@ -6,9 +6,9 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from spark_nemo.config import RLConfig
+from spark_nemo.config import FailurePolicy, RLConfig
 from spark_nemo.engines.served import ServedModel
 from spark_nemo.evaluation.answers import normalise_answer
 from spark_nemo.grammar import (
@@ -34,7 +34,10 @@ from spark_nemo.rewards import (
 from spark_nemo.rewards.judge import Judgement, RewardJudge, gate
 from spark_nemo.rewards.length import overlong_penalty
 from spark_nemo.rewards.rlvr import Checker
+from spark_nemo.stages.timeline import GENERATE, VERIFY, Timeline
 
+Judged = tuple[Rollout, Judgement | None]
+"""A rollout and, where a reward model is asked, what became of it."""
 MODEL_REWARDS = {
     "process_aware": process_aware_reward, "step_average": step_average_reward, "step_augmented": step_augmented_reward,
 }
@@ -42,12 +45,16 @@ MODEL_REWARDS = {
 
 @dataclass(frozen=True, slots=True)
 class ScoredBatch:
-    """One step's rollouts with their rewards; ``judgements`` is empty for the baselines without a reward model."""
+    """One step's rollouts with their rewards; ``judgements`` is empty for the baselines without a reward model.
+
+    ``consumed`` is how many prompts of the data went into it, when that is not the number of its groups.
+    """
 
     rollouts: tuple[Rollout, ...]
     rewards: RewardBatch
     judgements: tuple[Judgement, ...]
     metrics: dict[str, float]
+    consumed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,37 +67,54 @@ class RolloutSession:
     seed: int
     judge: RewardJudge | None
     checker: Checker | None
+    timeline: Timeline = field(default_factory=Timeline)
 
     async def batch(self, problems: Sequence[Problem], step: int) -> ScoredBatch:
         """``group_size`` rollouts of every problem, scored.
 
         Raises ``EngineFailure`` when the policy's engine fails (a group must be whole) and ``FailureRateExceeded``.
         """
+        await self.refresh()
+        groups = await asyncio.gather(*(self.group(number, problem, step) for number, problem in enumerate(problems)))
+        return self.scored([judged for group in groups for judged in group], step, self.config.failures)
+
+    async def refresh(self) -> None:
+        """Before every batch: results of a reward model that has changed are not used again."""
         if self.judge is not None:
             await self.judge.service.refresh()
-        pairs = [(group, problem, index) for group, problem in enumerate(problems)
-                 for index in range(self.config.group_size)]
-        results = await asyncio.gather(*(self._one(group, problem, index, step) for group, problem, index in pairs))
-        rollouts = tuple(rollout for rollout, _ in results)
-        judgements = tuple(judgement for _, judgement in results if judgement is not None)
+
+    async def group(self, number: int, problem: Problem, step: int, again: int = 0) -> list[Judged]:
+        """The rollouts of one problem, each judged as soon as it is finished, while its siblings still decode.
+
+        ``again`` counts earlier groups of the same problem in this step: they must not draw the same samples.
+        """
+        return await asyncio.gather(
+            *(self._one(number, problem, index, step, again) for index in range(self.config.group_size)))
+
+    def scored(self, judged: Sequence[Judged], step: int, failures: FailurePolicy) -> ScoredBatch:
+        """The batch of whole groups, in order. Raises ``FailureRateExceeded``."""
+        rollouts = tuple(rollout for rollout, _ in judged)
+        judgements = tuple(judgement for _, judgement in judged if judgement is not None)
         scores = self._shaped(rollouts, self._scores(rollouts, judgements, step))
         shown = sum(judgement.outcome is not None for judgement in judgements)
-        rewards = apply_failure_policy(scores, self.config.failures, num_verifications=shown if self.judge else None)
+        rewards = apply_failure_policy(scores, failures, num_verifications=shown if self.judge else None)
         labels_steps = self.judge is None or self.judge.service.variant is not Variant.ORM
         return ScoredBatch(rollouts, rewards, judgements, batch_metrics(
             rollouts, rewards, judgements, labels_steps=labels_steps))
 
-    async def _one(
-        self, group: int, problem: Problem, index: int, step: int
-    ) -> tuple[Rollout, Judgement | None]:
-        seed = derive_seed("rollout", self.seed, step, problem.problem_id, index)
-        done = await self.policy.complete(self.prompts.policy(problem.question), self.config.sampling, seed)
+    async def _one(self, group: int, problem: Problem, index: int, step: int, again: int) -> Judged:
+        seed = derive_seed("rollout", self.seed, step, problem.problem_id, index, *([again] if again else []))
+        with self.timeline.during(GENERATE, step):
+            done = await self.policy.complete(self.prompts.policy(problem.question), self.config.sampling, seed)
         generation = done.generation
         rollout = Rollout(
             problem=problem, group=group, prompt_ids=done.prompt_ids, response_ids=generation.token_ids,
             logprobs=generation.logprobs, weight_versions=generation.weight_versions, text=done.text,
             finish_reason=str(generation.finish_reason), step_spans=self._spans(generation.token_ids))
-        return rollout, await self.judge.judge(rollout) if self.judge else None
+        if self.judge is None:
+            return rollout, None
+        with self.timeline.during(VERIFY, step):
+            return rollout, await self.judge.judge(rollout)
 
     def _spans(self, response_ids: tuple[int, ...]) -> tuple[TokenSpan, ...]:
         token_bytes = self.policy.tokenizer.token_bytes(response_ids)
@@ -106,8 +130,9 @@ class RolloutSession:
             case "majority":
                 return list(majority_rewards(rollouts, normalise_answer))
             case "random":
-                return [random_reward(gate(rollout), derive_seed("random-reward", self.seed, step, position))
-                        for position, rollout in enumerate(rollouts)]
+                rules, first = self.config.hacking.constraints, rollouts[0].group * self.config.group_size
+                return [random_reward(gate(rollout, rules), derive_seed("random-reward", self.seed, step, position))
+                        for position, rollout in enumerate(rollouts, start=first)]
             case "rlvr":
                 assert self.checker is not None
                 return [rlvr_reward(rollout, self.checker) for rollout in rollouts]

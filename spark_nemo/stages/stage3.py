@@ -12,19 +12,23 @@ from tqdm import tqdm
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.engines.client import run_async
 from spark_nemo.engines.fleet import Fleet
+from spark_nemo.engines.served import ServedModel
 from spark_nemo.evaluation.answers import read_eval_problems
-from spark_nemo.megatron.checkpoint import has_checkpoint
+from spark_nemo.megatron.checkpoint import has_checkpoint, newest
 from spark_nemo.megatron.distributed import gather_objects, on_main_rank
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records.jsonl import read_problems
 from spark_nemo.stages.checks import check_stage3
 from spark_nemo.stages.credit import batch_advantages
+from spark_nemo.stages.feed import BatchFeed
 from spark_nemo.stages.layout_check import check_memory
-from spark_nemo.stages.rl_session import RLSession, open_session
+from spark_nemo.stages.rl_session import RLSession, open_session, rewrite_rows
+from spark_nemo.stages.rollouts import ScoredBatch
 from spark_nemo.stages.run_folder import Clock, comparable_rl, mark_done, stage3_folder
+from spark_nemo.stages.timeline import TIMING, TRAIN, Timeline
 from spark_nemo.training.grpo import train_on_rollouts
 from spark_nemo.training.metrics import MetricsWriter
-from spark_nemo.training.sft import CHECKPOINTS, batch_indices
+from spark_nemo.training.sft import CHECKPOINTS
 from spark_nemo.training.stop import StopFlag
 from spark_nemo.weight_sync.gate import FirstStepGate
 from spark_nemo.weight_sync.push import WeightSync
@@ -32,11 +36,12 @@ from spark_nemo.weight_sync.push import WeightSync
 log = logging.getLogger(__name__)
 
 
-def run_stage3(config: SparkConfig) -> bool:
+def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool:
     """Generate, verify, train, sync; evaluate and save now and then. Collective over the trainer ranks.
 
     Returns False when asked to stop before the last step; the same call resumes, and the next losses are those of an
-    uninterrupted run. Raises ``ConfigError`` on bad input before any work.
+    uninterrupted run. A ``verifier`` that is served already (the hacking simulator's) is asked instead of the reward
+    model's folder. Raises ``ConfigError`` on bad input before any work.
     """
     check_stage3(config)
     check_memory(config, "stage3")
@@ -47,30 +52,35 @@ def run_stage3(config: SparkConfig) -> bool:
     sync = WeightSync.build(
         config.weight_sync, worker, engine_kind=config.engine.kind, folder=folder,
         source_dir=Path(config.models.policy), engine_tensor_parallel=config.engine.policy.tensor_parallel or 1)
-    session = _open_on_main_rank(config, folder, sync)
+    session = _open_on_main_rank(config, folder, sync, verifier)
     reference = worker.snapshot() if rl.kl_estimator != "none" else None
-    start = _resume(worker, config, folder / CHECKPOINTS)
+    feed = BatchFeed(config, problems, session)
+    start = _resume(worker, config, folder / CHECKPOINTS, feed)
     writer, clock = MetricsWriter(folder, is_main=worker.is_main), Clock(folder)
     writer.truncate_from(start)
+    timeline = session.rollouts.timeline if session is not None else Timeline()
 
     bar = tqdm(total=rl.steps, initial=start, desc=f"rl {config.arm}", unit="step", disable=not worker.is_main)
-    with StopFlag(folder) as stop:
+    with StopFlag(folder) as stop, feed:
         for step in range(start, rl.steps):
             _sync(sync, worker, session, step)
             if step % rl.eval_every == 0:
                 on_main_rank(lambda step=step: run_async(session.evaluate(eval_problems, step)))
-            asked = [problems[i] for i in batch_indices(step, len(problems), rl.prompts_per_step, config.run.seed)]
-            batch = on_main_rank(lambda step=step, asked=asked: run_async(session.batch(asked, step)))
-            metrics = train_on_rollouts(
-                worker, batch.rollouts, batch_advantages(batch, rl), torch.tensor(batch.rewards.valid), rl,
-                reference=reference, tokens_per_micro_batch=config.megatron.tokens_per_micro_batch,
-                gate=_gate(config, sync, worker, session) if step == start else None)
-            writer.write(step, {**batch.metrics, **metrics})
+            batch = feed.take(step)
+            with timeline.during(TRAIN, step):
+                metrics = train_on_rollouts(
+                    worker, batch.rollouts, batch_advantages(batch, rl), torch.tensor(batch.rewards.valid), rl,
+                    reference=reference, tokens_per_micro_batch=config.megatron.tokens_per_micro_batch,
+                    gate=_gate(config, sync, worker, session, feed) if _compares(start, step, feed, batch) else None)
+            feed.settle()
+            watched = on_main_rank(lambda step=step, batch=batch: run_async(session.watched(batch, step)))
+            writer.write(step, {**batch.metrics, **feed.metrics(batch, step), **watched, **metrics})
+            _write_timing(folder, timeline, step, worker.is_main)
             bar.set_postfix(reward=f"{batch.metrics['reward']:.3f}", refresh=False)
             bar.update()
             stopping = any(gather_objects(stop.requested)) and step + 1 < rl.steps
             if stopping or (step + 1) % rl.save_every == 0 or step + 1 == rl.steps:
-                worker.save_checkpoint(folder / CHECKPOINTS, {"step": step + 1, "made_with": _made_with(config)})
+                _save(worker, config, folder, step + 1, feed)
                 on_main_rank(clock.save)
             if stopping:
                 log.info("stopped after step %d of %d (%s); run again to go on", step + 1, rl.steps, stop.reason)
@@ -81,13 +91,15 @@ def run_stage3(config: SparkConfig) -> bool:
     return True
 
 
-def _open_on_main_rank(config: SparkConfig, folder: Path, sync: WeightSync) -> RLSession | None:
+def _open_on_main_rank(
+    config: SparkConfig, folder: Path, sync: WeightSync, verifier: ServedModel | None,
+) -> RLSession | None:
     """The session on the main rank, None on the others. An error is every rank's, or they would wait for it.
 
     A server of a fleet that returns in the middle of a step gets the current weights from ``sync`` before it serves.
     """
     opened: list[RLSession] = []
-    on_main_rank(lambda: opened.append(open_session(config, folder)))
+    on_main_rank(lambda: opened.append(open_session(config, folder, verifier)))
     if opened and isinstance(opened[0].policy.engine, Fleet):
         opened[0].policy.engine.on_return = sync.restore
     return opened[0] if opened else None
@@ -100,7 +112,12 @@ def _made_with(config: SparkConfig) -> dict[str, object]:
     return {**settings, "run.seed": config.run.seed}
 
 
-def _resume(worker: MegatronWorker, config: SparkConfig, checkpoints: Path) -> int:
+def _save(worker: MegatronWorker, config: SparkConfig, folder: Path, step: int, feed: BatchFeed) -> None:
+    state = {"step": step, "made_with": _made_with(config), **feed.state()}
+    worker.save_checkpoint(folder / CHECKPOINTS, state, files=feed.files())
+
+
+def _resume(worker: MegatronWorker, config: SparkConfig, checkpoints: Path, feed: BatchFeed) -> int:
     """The step to go on from. Raises ``ConfigError`` when the checkpoint is of a run with other settings."""
     if not has_checkpoint(checkpoints):
         return 0
@@ -109,6 +126,7 @@ def _resume(worker: MegatronWorker, config: SparkConfig, checkpoints: Path) -> i
         if (before := state.get("made_with", {}).get(name, value)) != value:
             raise ConfigError(f"{checkpoints} was made with {name}={before}, this run has {value}: "
                               "use another run.dir or the same settings")
+    feed.restore(state, newest(checkpoints))
     return int(state["step"])
 
 
@@ -128,9 +146,27 @@ def _sync(sync: WeightSync, worker: MegatronWorker, session: RLSession | None, v
     run_async(sync.push(worker, session.policy.engine if session else None, version))
 
 
-def _gate(config: SparkConfig, sync: WeightSync, worker: MegatronWorker, session: RLSession | None) -> FirstStepGate:
+def _compares(start: int, step: int, feed: BatchFeed, batch: ScoredBatch) -> bool:
+    """Does the first-step gate look at this batch? Not at one that older weights sampled: it would differ."""
+    if step == start and not feed.is_current(batch, step):
+        log.info("first-step gate: the batch of step %d was sampled with older weights and is not compared", step)
+    return step == start and feed.is_current(batch, step)
+
+
+def _gate(config: SparkConfig, sync: WeightSync, worker: MegatronWorker, session: RLSession | None,
+          feed: BatchFeed) -> FirstStepGate:
     engine = session.policy.engine if session else None
     show = session.policy.tokenizer.decode_response if session else None
+
+    def differing_tensors() -> list[str] | None:
+        feed.abandon()  # the run ends here, and the engine can only be asked when nobody else talks to it
+        return run_async(sync.differing_tensors(worker, engine))
+
     return FirstStepGate(
-        config.weight_sync, lambda: run_async(sync.differing_tensors(worker, engine)),
-        **({"show": lambda token: show((token,))} if show else {}))
+        config.weight_sync, differing_tensors, **({"show": lambda token: show((token,))} if show else {}))
+
+
+def _write_timing(folder: Path, timeline: Timeline, step: int, is_main: bool) -> None:
+    if is_main:
+        rewrite_rows(folder / TIMING, step, [{"step": step, **timeline.row(step)}])
+        timeline.forget_before(step)

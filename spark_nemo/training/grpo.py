@@ -69,7 +69,8 @@ def train_on_rollouts(
         if config.kl_estimator == "none":
             sequences = without_idle(sequences)
         num_computed += len(sequences)
-        packed = pack_for_rank(sequences, tokens_per_micro_batch, worker.dp_rank, worker.dp_size)
+        packed = pack_for_rank(sequences, tokens_per_micro_batch, worker.dp_rank, worker.dp_size,
+                               worker.quadratic_cost)
         updates.append(packed.micro_batches)
     if config.kl_estimator != "none":
         with worker.use_weights(dict(reference)):  # type: ignore[arg-type]

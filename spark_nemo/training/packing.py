@@ -75,13 +75,20 @@ def first_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]
     return sorted(sorted(pack) for pack in packs)
 
 
-def split_over_ranks(lengths: Sequence[int], dp_size: int) -> list[list[int]]:
-    """Give every item to exactly one rank, so that ranks get about the same number of tokens.
+def sequence_cost(length: int, quadratic_cost: float) -> float:
+    """What training on a sequence of ``length`` positions costs, in units of one position's matrix products:
+    ``T + c T^2``, with c = ``MegatronWorker.quadratic_cost`` for attention over what comes before."""
+    return length + quadratic_cost * length ** 2
 
-    Longest first to the least loaded rank: no rank exceeds the average by more than one longest item. Deterministic,
-    so each rank computes the same split without talking. A rank gets nothing only if there are fewer items than ranks.
+
+def split_over_ranks(lengths: Sequence[float], dp_size: int) -> list[list[int]]:
+    """Give every item to exactly one rank, so that ranks get about the same sum of lengths (or costs).
+
+    Longest first to the least loaded rank: no rank exceeds the average by more than one longest item, nor 4/3 of the
+    best split there is (Graham 1969). Deterministic, so each rank computes the same split without talking. A rank gets
+    nothing only if there are fewer items than ranks.
     """
-    load = [0] * dp_size
+    load = [0.0] * dp_size
     shares: list[list[int]] = [[] for _ in range(dp_size)]
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         rank = min(range(dp_size), key=lambda r: (load[r], len(shares[r]), r))
@@ -111,12 +118,17 @@ def pack(sequences: Sequence[TrainSequence], tokens_per_micro_batch: int) -> Pac
 
 def pack_for_rank(
     sequences: Sequence[TrainSequence], tokens_per_micro_batch: int, dp_rank: int, dp_size: int,
+    quadratic_cost: float = 0.0,
 ) -> PackedSequences:
     """This rank's share of the sequences of one optimizer step, packed.
 
-    With fewer sequences than ranks some rank has no micro-batch; it still has to call the worker, which handles that.
+    The slowest rank is what a step waits for, so shares are balanced by ``sequence_cost``; the budget of a micro-batch
+    is about memory and counts positions. Ranks may have different numbers of micro-batches: gradients are reduced once,
+    after the last, and a pipeline's stages only talk within one data-parallel rank. With fewer sequences than ranks
+    some rank has none; it still has to call the worker, which handles that.
     """
-    share = split_over_ranks([sequence.num_positions for sequence in sequences], dp_size)[dp_rank]
+    costs = [sequence_cost(sequence.num_positions, quadratic_cost) for sequence in sequences]
+    share = split_over_ranks(costs, dp_size)[dp_rank]
     return pack([sequences[index] for index in share], tokens_per_micro_batch)
 
 

@@ -90,7 +90,8 @@ def train_sft(
             measured = {"held_out_loss": held_out_loss(worker, held_out, tokens_per_micro_batch)}
         started = time.perf_counter()
         batch = [sequences[index] for index in batch_indices(step, len(sequences), batch_size, seed)]
-        packed = pack_for_rank(batch, tokens_per_micro_batch, worker.dp_rank, worker.dp_size)
+        packed = pack_for_rank(batch, tokens_per_micro_batch, worker.dp_rank, worker.dp_size,
+                               worker.quadratic_cost)
         result = worker.train_step(packed.micro_batches, sft_loss)
         loss, seconds = result.loss, time.perf_counter() - started
         writer.write(step, {

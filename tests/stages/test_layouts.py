@@ -61,3 +61,18 @@ def test_the_first_loss_with_step_advantages_does_not_depend_on_the_layout(tmp_p
     for name, step in steps.items():
         assert step["loss"] == pytest.approx(steps["one"]["loss"], abs=1e-5), name
         assert step["grad_norm"] == pytest.approx(steps["one"]["grad_norm"], rel=1e-4), name
+
+
+def test_a_step_ahead_with_dynamic_sampling_does_not_depend_on_the_layout(tmp_path: Path) -> None:
+    """Proves it over two data-parallel ranks, of which one generates in the background while both train: the second
+    batch comes from the first weights, so it is the same tokens, and the losses agree."""
+    knobs = [f"rl.reward_model={VERIFIER}", "rl.steps=2", "rl.rollout.one_step_off=true", "rl.rollout.oversample=1.5"]
+    steps = {}
+    for layout in ("one", "dp2"):
+        done = run("stage3", tmp_path / layout, *LAYOUTS[layout], *knobs)
+        assert done.returncode == 0, done.stderr
+        steps[layout] = rows(tmp_path / layout / "stage3/process_aware/metrics.jsonl")
+    for one, two, lag in zip(steps["one"], steps["dp2"], (0.0, 1.0), strict=True):
+        assert one["weight_lag"] == two["weight_lag"] == lag
+        assert (one["reward"], one["sampled_tokens"]) == (two["reward"], two["sampled_tokens"])
+        assert two["loss"] == pytest.approx(one["loss"], abs=1e-4)

@@ -20,7 +20,7 @@ class BigramWorker:
         generator = torch.Generator().manual_seed(seed)
         self.table_VV = torch.randn(vocab_size, vocab_size, generator=generator).requires_grad_()
         self.optimizer = torch.optim.AdamW([self.table_VV], lr=lr)
-        self.dp_rank, self.dp_size, self.is_main = 0, 1, True
+        self.dp_rank, self.dp_size, self.is_main, self.quadratic_cost = 0, 1, True, 0.0
         self.grads: list[torch.Tensor] = []
         self.logprob_passes = 0
 

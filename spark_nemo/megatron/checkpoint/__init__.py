@@ -4,6 +4,6 @@
 convert a tensor at a time, ``stored`` reads Megatron's distributed format lazily, ``compare`` and ``inspection`` look.
 """
 
-from .training import LATEST, STATE_FILE, has_checkpoint, load, save
+from .training import LATEST, STATE_FILE, has_checkpoint, load, newest, save
 
-__all__ = ["LATEST", "STATE_FILE", "has_checkpoint", "load", "save"]
+__all__ = ["LATEST", "STATE_FILE", "has_checkpoint", "load", "newest", "save"]

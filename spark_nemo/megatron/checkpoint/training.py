@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import queue
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,18 @@ def has_checkpoint(folder: str | Path) -> bool:
     return (Path(folder) / LATEST).is_file()
 
 
+def newest(folder: str | Path) -> Path:
+    """The folder of the newest complete checkpoint of ``folder``, which has one."""
+    return Path(folder) / (Path(folder) / LATEST).read_text().strip()
+
+
 def save(folder: str | Path, model: PackedGPT, optimizer: ChainedOptimizer, scheduler: OptimizerParamScheduler,
-         state: dict[str, Any], keep: int, hf_config: dict[str, Any] | None = None) -> Path:
+         state: dict[str, Any], keep: int, files: Mapping[str, bytes], hf_config: dict[str, Any] | None = None) -> Path:
     """Write a checkpoint of step ``scheduler.num_steps`` and return its folder. Collective.
 
-    ``state`` must survive JSON (``TypeError`` names it otherwise). Older checkpoints than the newest ``keep`` go. With
-    ``hf_config`` the folder converts to Hugging Face on its own.
+    ``state`` must survive JSON (``TypeError`` names it otherwise). ``files`` of the main rank lie in the folder under
+    their names. Older checkpoints than the newest ``keep`` go. With ``hf_config`` the folder converts to Hugging Face
+    on its own.
     """
     name, text = f"step-{scheduler.num_steps:08d}", json.dumps(state)
     folder = Path(folder)
@@ -62,6 +69,8 @@ def save(folder: str | Path, model: PackedGPT, optimizer: ChainedOptimizer, sche
         if hf_config is not None:
             (temporary / HF_FILES).mkdir()
             (temporary / HF_FILES / "config.json").write_text(json.dumps(hf_config, indent=2))
+        for file_name, content in files.items():
+            (temporary / file_name).write_bytes(content)
 
     def finish() -> None:
         replace_folder(temporary, target)
@@ -91,7 +100,7 @@ def load(folder: str | Path, model: PackedGPT, optimizer: ChainedOptimizer,
     """
     if not has_checkpoint(folder):
         raise ConfigError(f"{folder} has no checkpoint (no file {LATEST!r} in it)")
-    source = Path(folder) / (Path(folder) / LATEST).read_text().strip()
+    source = newest(folder)
     if not source.is_dir():
         raise ConfigError(f"checkpoint {source} is gone, though {Path(folder) / LATEST} names it")
     with cuda_means_cpu():

@@ -1,0 +1,49 @@
+"""A scored batch as bytes, for the checkpoint of a run whose next batch is made before it is needed.
+
+Pickle keeps token ids and log-probabilities exact at a few bytes each. It is read with a reader that builds this
+package's data classes and nothing else, and only if they still have the fields that they had when it was written.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from dataclasses import fields
+
+from spark_nemo.config import ConfigError
+from spark_nemo.records import Problem, Rollout, TokenSpan, Verdict
+from spark_nemo.rewards import RewardBatch
+from spark_nemo.rewards.judge import Judgement
+from spark_nemo.stages.rollouts import ScoredBatch
+
+IN_FLIGHT = "in_flight.bin"
+_CLASSES = (ScoredBatch, RewardBatch, Judgement, Rollout, Problem, TokenSpan, Verdict)
+
+
+def batch_to_bytes(batch: ScoredBatch) -> bytes:
+    """One line of JSON with the fields of each class, then the pickle."""
+    return json.dumps(_fields()).encode() + b"\n" + pickle.dumps(batch, protocol=5)
+
+
+def batch_from_bytes(data: bytes) -> ScoredBatch:
+    """Inverse of ``batch_to_bytes``. Raises ``ConfigError`` when another version of this package wrote it."""
+    head, _, body = data.partition(b"\n")
+    for name, written in json.loads(head).items():
+        if (now := _fields().get(name)) != written:
+            raise ConfigError(f"the checkpoint's batch in flight was written by another version of spark_nemo: {name} "
+                              f"had the fields {written} and has {now}: go on with that version, or start anew")
+    batch = _Reader(io.BytesIO(body)).load()
+    assert isinstance(batch, ScoredBatch)
+    return batch
+
+
+def _fields() -> dict[str, list[str]]:
+    return {one.__name__: [field.name for field in fields(one)] for one in _CLASSES}
+
+
+class _Reader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> object:
+        if module.partition(".")[0] != "spark_nemo":
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of a scored batch")
+        return super().find_class(module, name)

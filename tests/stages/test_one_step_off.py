@@ -1,0 +1,156 @@
+"""The parts of working one step ahead: the background call, the batch in a checkpoint, and what was hidden."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import pickle
+import threading
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from spark_nemo.config import ConfigError, RLConfig
+from spark_nemo.config.rollout import RolloutConfig
+from spark_nemo.engines.client import BackgroundWork, run_async
+from spark_nemo.records import EngineError, FormatViolation, Problem, Rollout, TokenSpan, Verdict
+from spark_nemo.rewards import RewardBatch
+from spark_nemo.rewards.judge import Judgement
+from spark_nemo.stages.feed import BatchFeed
+from spark_nemo.stages.in_flight import batch_from_bytes, batch_to_bytes
+from spark_nemo.stages.rollouts import ScoredBatch
+from spark_nemo.stages.timeline import GENERATE, TRAIN, VERIFY, Timeline, shared_seconds, union
+
+
+def batch(version: int = 3) -> ScoredBatch:
+    rollouts = tuple(
+        Rollout(Problem(f"p{n}", "1 + 1?"), n // 2, (1, 2), (3, 4), (-0.1, -math.pi), (version, version), "text",
+                "stop", (TokenSpan(0, 2),)) for n in range(4))
+    judgements = (Judgement(None, Verdict((True, False), False), 7), Judgement(FormatViolation("steps"), None),
+                  Judgement(None, EngineError("gone"), 0), Judgement(None, Verdict((True,), True), 5))
+    rewards = RewardBatch((0.0, 0.0, math.nan, 1.0), (True, True, False, True), {"engine_error": 1 / 3})
+    return ScoredBatch(rollouts, rewards, judgements, {"reward": 1 / 3}, consumed=5)
+
+
+def test_a_batch_comes_back_from_a_checkpoint_as_it_was() -> None:
+    """Every log-probability to the last bit, failures as failures, the masked reward as NaN, the data cursor."""
+    came = batch_from_bytes(batch_to_bytes(batch()))
+    assert math.isnan(came.rewards.rewards[2])
+    whole = RewardBatch((0.0, 0.0, 0.0, 1.0), *vars_of(came.rewards)[1:])
+    assert replace(came, rewards=whole) == replace(batch(), rewards=whole)
+    assert came.rewards.valid == batch().rewards.valid
+
+
+def vars_of(rewards: RewardBatch) -> tuple:
+    return rewards.rewards, rewards.valid, rewards.failure_rates
+
+
+def test_a_batch_of_another_version_or_of_foreign_objects_is_refused() -> None:
+    """Slots would be filled in order whatever their names, and a pickle may name any function there is."""
+    data = batch_to_bytes(batch())
+    with pytest.raises(ConfigError, match="another version"):
+        batch_from_bytes(data.replace(b'"weight_versions"', b'"versions"', 1))
+    head = data.partition(b"\n")[0]
+    with pytest.raises(pickle.UnpicklingError, match="no part of a scored batch"):
+        batch_from_bytes(head + b"\n" + pickle.dumps(threading.get_ident))
+
+
+def test_background_work_runs_beside_its_caller_and_hands_over_result_or_error() -> None:
+    """It ends although the caller's thread never yields to the loop in between; the loop can be used afterwards."""
+    seen = threading.Event()
+
+    async def work(fail: bool) -> int:
+        await asyncio.sleep(0)
+        seen.set()
+        if fail:
+            raise ValueError("no")
+        return threading.get_ident()
+
+    running = BackgroundWork(work(False))
+    assert seen.wait(10)
+    assert running.result() != threading.get_ident()
+    with pytest.raises(ValueError, match="no"):
+        BackgroundWork(work(True)).result()
+    assert run_async(work(False)) == threading.get_ident()
+
+
+def test_cancelled_background_work_has_ended() -> None:
+    """A run that fails in training must not wait for a generation that may take an hour."""
+    ended = threading.Event()
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    BackgroundWork(work()).cancel()
+    assert ended.is_set()
+    run_async(asyncio.sleep(0))
+
+
+class Session:
+    """Makes batches that say which weights sampled them: the newest that were synced when it was asked."""
+
+    version = 0
+
+    def __init__(self) -> None:
+        self.made: list[int] = []
+
+    async def batch(self, problems: list[Problem], step: int) -> ScoredBatch:
+        self.made.append(step)
+        return batch(self.version)
+
+
+def config(one_step_off: bool) -> SimpleNamespace:
+    rollout = RolloutConfig(one_step_off=one_step_off)
+    return SimpleNamespace(rl=RLConfig(steps=3, prompts_per_step=2, rollout=rollout), run=SimpleNamespace(seed=0))
+
+
+@pytest.mark.parametrize(("one_step_off", "lags"), [(False, [0, 0, 0]), (True, [0, 1, 1])])
+def test_batches_are_at_most_one_version_behind(one_step_off: bool, lags: list[int]) -> None:
+    """As in the loop of stage III: sync, take, train, settle. Every step's batch is made once, none after the last;
+    only where versions match has the first-step gate something to compare."""
+    session = Session()
+    feed = BatchFeed(config(one_step_off), [Problem(str(n), "?") for n in range(5)], session)
+    for step in range(3):
+        session.version = step
+        taken = feed.take(step)
+        assert step - taken.rollouts[0].weight_versions[0] == lags[step]
+        assert feed.is_current(taken, step) is (lags[step] == 0)
+        feed.settle()
+    assert session.made == [0, 1, 2]
+    assert feed.files() == {}
+
+
+def test_the_batch_ahead_is_in_the_checkpoint(tmp_path) -> None:
+    """Resumed after step 0, step 1 trains on the batch that version 0 had made, and does not make it again."""
+    problems, session = [Problem(str(n), "?") for n in range(5)], Session()
+    feed = BatchFeed(config(True), problems, session)
+    feed.take(0)
+    feed.settle()
+    for name, content in feed.files().items():
+        (tmp_path / name).write_bytes(content)
+    resumed = Session()
+    resumed.version = 1
+    after = BatchFeed(config(True), problems, resumed)
+    after.restore(feed.state(), tmp_path)
+    assert after.take(1).rollouts == batch(0).rollouts
+    after.settle()
+    assert resumed.made == [2]
+
+
+def test_hidden_is_the_share_of_verification_within_generation_or_training() -> None:
+    """Of 6 s in which step 1's responses were verified, 1 s lay in a generation and 2 s in another step's training.
+    Overlapping verifications count once."""
+    timeline = Timeline([(GENERATE, 1, 0.0, 3.0), (VERIFY, 1, 2.0, 5.0), (VERIFY, 1, 4.0, 8.0), (TRAIN, 0, 6.0, 9.0)])
+    assert timeline.row(1) == {
+        "generate_seconds": 3.0, "verify_seconds": 6.0, "train_seconds": 0.0, "verify_hidden": 0.5}
+    assert "verify_hidden" not in timeline.row(0)
+
+
+def test_unions_and_intersections_of_intervals() -> None:
+    """Touching intervals merge, an empty one vanishes."""
+    assert union([(3, 4), (0, 1), (1, 2), (5, 5)]) == [(0, 2), (3, 4)]
+    assert shared_seconds([(0, 2), (3, 4)], [(1, 3.5)]) == pytest.approx(1.5)
