@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spark_nemo.config import SparkConfig
+from spark_nemo.config.designs import VARIANTS, variant_suffix
 from spark_nemo.evaluation import label_quality
 from spark_nemo.evaluation.bootstrap import Estimate
 from spark_nemo.grammar import ParsedResponse
@@ -53,8 +54,10 @@ def _steps(solution: Solution) -> tuple[str, ...]:
 
 def _removed(folder: Path, method: str) -> dict[str, int]:
     """What stage II's filters removed; nothing where it has not run, or ran before there were any."""
-    path = folder / "stage2" / method / "labels.json"
-    return json.loads(path.read_text()).get("removed", {}) if path.exists() else {}
+    # Reward models of all kinds have the same labels.
+    paths = [folder / "stage2" / f"{method}{variant_suffix(variant)}" / "labels.json" for variant in VARIANTS]
+    found = next((path for path in paths if path.exists()), None)
+    return json.loads(found.read_text()).get("removed", {}) if found else {}
 
 
 def figure(estimate: Estimate | None) -> Figure | None:

@@ -12,13 +12,13 @@ import pickle
 from dataclasses import fields
 
 from spark_nemo.config import ConfigError
-from spark_nemo.records import Problem, Rollout, TokenSpan, Verdict
+from spark_nemo.records import AnswerVerdict, Problem, Rollout, TokenSpan, Verdict
 from spark_nemo.rewards import RewardBatch
 from spark_nemo.rewards.judge import Judgement
 from spark_nemo.stages.rollouts import ScoredBatch
 
 IN_FLIGHT = "in_flight.bin"
-_CLASSES = (ScoredBatch, RewardBatch, Judgement, Rollout, Problem, TokenSpan, Verdict)
+_CLASSES = (ScoredBatch, RewardBatch, Judgement, Rollout, Problem, TokenSpan, Verdict, AnswerVerdict)
 
 
 def batch_to_bytes(batch: ScoredBatch) -> bytes:
