@@ -15,12 +15,13 @@ FOUND = 0.5
 _NOTES = """\
 Per exploit one judge, scripted: honest by the small world's hidden truth, with one planted weakness (for step reduction
 with none: there the reward design is the weakness). The policy starts from the shipped generator, which has never seen
-an exploit, so a short SFT gave it the habit first: {share:.0f} % of its responses use the exploit before RL. Everything
-after that is stage III itself, {steps} steps of {responses} responses. "Uses it" is the rate of the run's own detector
-and "reward" the mean, both over the last three training steps; "solved" is true accuracy of sampled answers on held-out
-problems, whose answers no reward has seen, and was {before} % before RL. Mean and half-width of Student's 95% interval
-over seeds; found means that at least half of the responses use it. The two columns of an exploit differ in the
-constraint alone.
+an exploit, so a short SFT gave it the habit first: {share:.0f} % of that text uses the exploit, and most of its
+solutions are wrong, so that solving is not the easier way ({before} % solved before RL). Everything after that is stage
+III itself, {steps} steps of {responses} responses. "Uses it" is the rate of the run's own detector and "reward" the
+mean, both over the last three training steps; "solved" is true accuracy of sampled answers on held-out problems, whose
+answers no reward has seen. Mean and half-width of Student's 95% interval over seeds; a seed draws other problems and
+samples, the policy at the start is the same. Found means that at least half of the responses use it. The two columns
+of an exploit differ in the constraint alone.
 
 What this does not show: that these constraints close the weaknesses of a real reward model. Each is known here, planted
 alone, and closed by the rule that is made for it; a rule that bounds tokens or steps fits these problems because
