@@ -58,9 +58,9 @@ def comparable_rl(rl: dict[str, object]) -> dict[str, object]:
     settings existed. Of ``hacking`` only the constraints change what is trained.
     """
     hacking = rl.get("hacking", {})
-    constraints = {**asdict(ConstraintsConfig()), **hacking.get("constraints", {}), **rl.get("constraints", {})}
+    constraints = {**asdict(ConstraintsConfig()), **hacking.get("constraints", {}), **rl.get("hacking.constraints", {})}
     rl = {name: value for name, value in rl.items() if name != "hacking"}
-    return {**VERIFIER_KNOBS, **rl, "constraints": constraints, "std_normalise": rl["std_normalise"] is not False,
+    return {**VERIFIER_KNOBS, **rl, "hacking.constraints": constraints, "std_normalise": rl["std_normalise"] is not False,
             "loss_aggregation": rl["loss_aggregation"] or "token_mean"}
 
 
