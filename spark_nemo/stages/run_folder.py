@@ -61,7 +61,8 @@ def comparable_rl(rl: dict[str, object]) -> dict[str, object]:
     constraints = {**asdict(ConstraintsConfig()), **hacking.get("constraints", {}), **rl.get("hacking.constraints", {})}
     rl = {name: value for name, value in rl.items() if name != "hacking"}
     return {**VERIFIER_KNOBS, **rl, "hacking.constraints": constraints,
-            "std_normalise": rl["std_normalise"] is not False, "loss_aggregation": rl["loss_aggregation"] or "token_mean"}
+            "std_normalise": rl["std_normalise"] is not False,
+            "loss_aggregation": rl["loss_aggregation"] or "token_mean"}
 
 
 def read_done(folder: Path) -> dict[str, object] | None:
