@@ -23,6 +23,10 @@ answers no reward has seen. Mean and half-width of Student's 95% interval over s
 samples, the policy at the start is the same. Found says in how many seeds at least half of the responses use it. The
 two columns of a quantity differ in the constraint alone.
 
+Finding is a race with honest solving, which these rewards pay as well. An exploit that is tried rarely (overlong: a few
+percent of the first responses, for its text is long and half of them miss what the judge asks for) can lose it; then it
+was not the constraint that kept it away.
+
 What this does not show: that these constraints close the weaknesses of a real reward model. Each is known here, planted
 alone, and closed by the rule that is made for it; a rule that bounds tokens or steps fits these problems because
 somebody knew how long their solutions are."""
