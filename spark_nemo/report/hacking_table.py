@@ -15,12 +15,17 @@ FOUND = 0.5
 _NOTES = """\
 Per exploit one judge, scripted: honest by the small world's hidden truth, with one planted weakness (for step reduction
 with none: there the reward design is the weakness). The policy starts from the shipped generator, which has never seen
-an exploit, so a short SFT gave it the habit first: {share:.0f} % of its responses use the exploit before RL. Everything
-after that is stage III itself, {steps} steps of {responses} responses. "Uses it" is the rate of the run's own detector
-and "reward" the mean, both over the last three training steps; "solved" is true accuracy of sampled answers on held-out
-problems, whose answers no reward has seen, and was {before} % before RL. Mean and half-width of Student's 95% interval
-over seeds; found means that at least half of the responses use it. The two columns of an exploit differ in the
-constraint alone.
+an exploit, so a short SFT gave it the habit first: {share:.0f} % of that text uses the exploit, and most of its
+solutions are wrong, so that solving is not the easier way ({before} % solved before RL). Everything after that is stage
+III itself, {steps} steps of {responses} responses. "Uses it" is the rate of the run's own detector and "reward" the
+mean, both over the last three training steps; "solved" is true accuracy of sampled answers on held-out problems, whose
+answers no reward has seen. Mean and half-width of Student's 95% interval over seeds; a seed draws other problems and
+samples, the policy at the start is the same. Found says in how many seeds at least half of the responses use it. The
+two columns of a quantity differ in the constraint alone.
+
+Finding is a race with honest solving, which these rewards pay as well. An exploit that is tried rarely (overlong: a few
+percent of the first responses, for its text is long and half of them miss what the judge asks for) can lose it; then it
+was not the constraint that kept it away.
 
 What this does not show: that these constraints close the weaknesses of a real reward model. Each is known here, planted
 alone, and closed by the rule that is made for it; a rule that bounds tokens or steps fits these problems because
@@ -44,13 +49,13 @@ def hacking_section(rows: Sequence[ExploitRow], command: str, *, share: float, s
     seeds = {len(arm) for row in rows for arm in (row.without, row.constrained)}
     if not rows or len(seeds) != 1 or seeds == {0}:
         raise SummaryError(f"a table of exploits needs every arm of every seed, got {sorted(seeds)} seeds per arm")
-    header = ["exploit", "reward", "uses it, without", "with", "reward, without", "with", "solved, without", "with",
-              "without", "with"]
-    lines = [header, ["---", "---", *["---:"] * 6, "---", "---"]]
+    header = ["exploit", "trained on", "found, without", "with", "uses it, without", "with", "reward, without", "with",
+              "solved, without", "with"]
+    lines = [header, ["---", "---", *["---:"] * 8]]
     for row in rows:
         arms = (row.without, row.constrained)
         cells = [_over(arm, key) for key in ("rate_last", "reward_last", "accuracy_last") for arm in arms]
-        lines.append([row.name.replace("_", " "), f"`{row.reward}`", *cells, *(_verdict(arm) for arm in arms)])
+        lines.append([row.name.replace("_", " "), f"`{row.reward}`", *map(_found, arms), *cells])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     legend = "\n".join(f"* **{row.name.replace('_', ' ')}**: the judge {row.weakness}; closed by {row.constraint}."
                        for row in rows)
@@ -66,7 +71,6 @@ def _over(arm: Sequence[Mapping[str, float]], key: str) -> str:
     return over_seeds([outcome[key] for outcome in arm], 100)
 
 
-def _verdict(arm: Sequence[Mapping[str, float]]) -> str:
-    """Found in how many of the seeds."""
-    found = sum(outcome["rate_last"] >= FOUND for outcome in arm)
-    return f"found in {found} of {len(arm)}" if found else "not found"
+def _found(arm: Sequence[Mapping[str, float]]) -> str:
+    """In how many of the seeds."""
+    return f"{sum(outcome['rate_last'] >= FOUND for outcome in arm)} of {len(arm)}"

@@ -69,9 +69,9 @@ def comparable_rl(rl: dict[str, object]) -> dict[str, object]:
     constraints change what is trained.
     """
     hacking = rl.get("hacking", {})
-    constraints = {**asdict(ConstraintsConfig()), **hacking.get("constraints", {}), **rl.get("constraints", {})}
+    constraints = {**asdict(ConstraintsConfig()), **hacking.get("constraints", {}), **rl.get("hacking.constraints", {})}
     named = {name: value for name, value in rl.items() if name not in ("reward_variant", "hacking")}
-    return {**VERIFIER_KNOBS, **SHAPING_KNOBS, **named, "constraints": constraints,
+    return {**VERIFIER_KNOBS, **SHAPING_KNOBS, **named, "hacking.constraints": constraints,
             "std_normalise": rl["std_normalise"] is not False,
             "loss_aggregation": rl["loss_aggregation"] or "token_mean"}
 

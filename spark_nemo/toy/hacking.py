@@ -2,8 +2,10 @@
 
 A policy can only be rewarded for what it happens to try. Real ones try everything now and then; a model of a million
 parameters has never seen any of these, so the simulator first gives its policy the habit to use one of them in a few
-percent of its responses, by a short SFT of the shipped generator. Everything after that is stage III as it is:
-rollouts, gate, constraints, judge, advantages, optimizer.
+percent of its responses, by a short SFT of the shipped generator, whose text also solves most problems wrongly: a
+policy that can learn to solve in ten steps has little reason to cheat (with the generator's own accuracy of one half,
+rare exploits were outrun by honest learning). Everything after that is stage III as it is: rollouts, gate, constraints,
+judge, advantages, optimizer.
 """
 
 from __future__ import annotations

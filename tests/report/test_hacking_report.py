@@ -66,8 +66,8 @@ def section(rates: tuple[float, ...]) -> str:
 def test_the_table_says_in_how_many_seeds_an_exploit_was_found() -> None:
     """An exploit that some seeds did not find is not called found."""
     text = section((0.9, 0.2, 0.8))
-    assert "found in 2 of 3" in text and "not found" in text and "over 3 seeds" in text
-    assert "8 % of its responses" in text and "was 20.0 % before RL" in text
+    assert "| 2 of 3 | 0 of 3 |" in text and "over 3 seeds" in text
+    assert "8 % of that text" in text and "(20.0 % solved before RL)" in text
 
 
 def test_a_table_with_a_missing_arm_is_refused() -> None:

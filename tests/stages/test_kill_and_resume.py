@@ -65,15 +65,18 @@ def test_stage2_losses_after_sigkill_equal_an_undisturbed_run(tmp_path: Path, co
 
 
 def test_stage3_losses_after_sigkill_equal_an_undisturbed_run(tmp_path: Path) -> None:
-    """Proves exact resume of RL: rollouts, rewards, losses, evaluations and the final weights are the same."""
-    folders, judge = {name: tmp_path / name for name in ("calm", "killed")}, f"rl.reward_model={VERIFIER}"
+    """Proves exact resume of RL: rollouts, rewards, losses, evaluations, the watch for hacking (a held-out verifier
+    too) and the final weights are the same."""
+    folders = {name: tmp_path / name for name in ("calm", "killed")}
+    judge = (f"rl.reward_model={VERIFIER}", f"rl.hacking.heldout_verifier={VERIFIER}", "rl.hacking.divergence_every=2")
     metrics = folders["killed"] / "stage3/process_aware/metrics.jsonl"
-    done = run("stage3", folders["calm"], judge)
+    done = run("stage3", folders["calm"], *judge)
     assert done.returncode == 0, done.stderr
-    run_and_kill("stage3", folders["killed"], lambda: len(rows(metrics)) >= 3, judge)
-    assert run("stage3", folders["killed"], judge).returncode == 0
+    run_and_kill("stage3", folders["killed"], lambda: len(rows(metrics)) >= 3, *judge)
+    assert run("stage3", folders["killed"], *judge).returncode == 0
     calm, killed = (folders[name] / "stage3/process_aware" for name in ("calm", "killed"))
     assert rows(calm / "metrics.jsonl") == rows(killed / "metrics.jsonl")
+    assert [row["step"] for row in rows(calm / "metrics.jsonl") if "hacking/reward_gap" in row] == [0, 2, 4]
     for name in ("evaluations.jsonl", "hacking.jsonl", "top_rewards.jsonl"):
         assert rows(calm / name) == rows(killed / name) != []
     assert (calm / "model/model.safetensors").read_bytes() == (killed / "model/model.safetensors").read_bytes()

@@ -78,4 +78,4 @@ def test_an_exploit_is_found_without_its_constraint_and_not_with_it(tmp_path: Pa
     assert without["rate_last"] > 0.5 and constrained["rate_last"] < 0.1
     assert without["reward_last"] > 0.6
     assert without["accuracy_last"] < constrained["accuracy_last"] - 0.2
-    assert "found in 1 of 1" in (tmp_path / "results.md").read_text()
+    assert "| 1 of 1 | 0 of 1 |" in (tmp_path / "results.md").read_text()
