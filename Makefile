@@ -8,7 +8,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo test test-slurm test-sglang lint results labels rounds bench clean
+.PHONY: help venv demo test test-slurm test-sglang lint results labels rounds study hacking bench clean
 
 help:            ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -47,6 +47,12 @@ labels: venv     ## label quality of every method over five seeds, a section of 
 
 rounds: venv     ## labels and reward models round by round over three seeds, a section of docs/results.md
 	$(BIN)/python tools/rounds.py --seeds 0 1 2 --rounds 2
+
+study: venv      ## label methods, kinds of reward model and reward designs over five seeds, a section of docs/results.md
+	$(BIN)/python tools/study.py --seeds 0 1 2 3 4
+
+hacking: venv    ## policies against reward models with planted weaknesses, a section of docs/results.md
+	$(BIN)/python tools/hacking_simulator.py --seeds 0 1 2
 
 bench: venv      ## ratios against named peers, printed
 	$(BIN)/python benchmarks/generation.py

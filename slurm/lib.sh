@@ -11,7 +11,7 @@ RESTART=${SLURM_RESTART_COUNT:-0}
 STOPPING=""          # limit (Slurm's warning signal) or cancel (scancel, preemption)
 SIGNALS=0            # how many there were
 LOG_DIR="" PART="" PART_DIR="" RUN_DIR="" DONE_FILE="" ENGINE="" WORLD_SIZE=1 TOTAL=0
-export METHODS="" REWARDS="" REWARD_METHOD=""  # read by pipeline.sh
+declare -ga MODELS=() ARMS=()  # read by pipeline.sh
 STARTED=$(date +%s)
 DONE_BEFORE=0
 POLICY_SERVERS="" VERIFIER_SERVERS="" POLICY_GPUS=1 VERIFIER_GPUS=1 POLICY_PYTHON="" VERIFIER_PYTHON=""
@@ -128,9 +128,11 @@ read_plan() {
     while IFS='=' read -r name value; do
         case $name in
             NEEDS) NEEDS+=("$value") ;;
-            RUN_DIR|PART|PART_DIR|DONE_FILE|ENGINE|WORLD_SIZE|TOTAL|METHODS|REWARDS|REWARD_METHOD|\
+            RUN_DIR|PART|PART_DIR|DONE_FILE|ENGINE|WORLD_SIZE|TOTAL|\
             POLICY_SERVERS|VERIFIER_SERVERS|POLICY_GPUS|VERIFIER_GPUS|POLICY_PYTHON|VERIFIER_PYTHON)
                 declare -g "$name=$value" ;;
+            MODEL) MODELS+=("$value") ;;
+            ARM) ARMS+=("$value") ;;
             POLICY_WORD) POLICY_WORD+=("$value") ;;
             VERIFIER_WORD) VERIFIER_WORD+=("$value") ;;
             POLICY_ENV) POLICY_ENV+=("$value") ;;

@@ -67,21 +67,22 @@ check "${stage1[@]}"; check "${stage2[@]}"; check "${stage3[@]}"; check "$SLURM_
 
 : > "$chain.new"
 submit stage1 "" "${stage1[@]}" -- "${OVERRIDES[@]}"
-generated=$JOB_ID trained="" ends=()
+generated=$JOB_ID ends=()
+declare -A trained=()
 log "stage I   $generated (${OPTIONS[shards]} shards)"
-for method in $METHODS; do
-    submit "stage2/$method" "$generated" "${stage2[@]}" -- "${OVERRIDES[@]}" "stage2.method=$method"
-    log "stage II  $JOB_ID ($method)"
-    [[ $method != "$REWARD_METHOD" ]] || trained=$JOB_ID
+for line in "${MODELS[@]}"; do  # folder, overrides
+    IFS=$'\t' read -ra words <<< "$line"
+    submit "stage2/${words[0]}" "$generated" "${stage2[@]}" -- "${OVERRIDES[@]}" "${words[@]:1}"
+    log "stage II  $JOB_ID (${words[0]})"
+    trained[${words[0]}]=$JOB_ID
     ends+=("$JOB_ID")
 done
-for reward in $REWARDS; do
-    more=("${STAGE3_OVERRIDES[@]}" "rl.reward=$reward") after=${trained:-$generated}
-    # Hydra's own reference: the file's name needs no quoting. The declared baseline waits for nobody.
-    # shellcheck disable=SC2016
-    if [[ $reward == rlvr ]]; then more+=('data.rl_answers=${pipeline.rl_answers}' rl.reward_model=null); after=""; fi
-    submit "stage3/$reward" "$after" "${stage3[@]}" -- "${OVERRIDES[@]}" "${more[@]}"
-    log "stage III $JOB_ID ($reward)"
+for line in "${ARMS[@]}"; do  # folder, its reward model's folder (- for none), overrides
+    IFS=$'\t' read -ra words <<< "$line"
+    # A baseline waits for nobody.
+    submit "stage3/${words[0]}" "${trained[${words[1]}]:-}" "${stage3[@]}" -- "${OVERRIDES[@]}" "${STAGE3_OVERRIDES[@]}" \
+        "${words[@]:2}"
+    log "stage III $JOB_ID (${words[0]})"
     ends+=("$JOB_ID")
 done
 submit report "$(join_by : "${ends[@]:-$generated}")" "$SLURM_DIR/report.sh" -- "${OVERRIDES[@]}"

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from spark_nemo.config import ConfigError
+from spark_nemo.config.designs import VARIANTS
 from spark_nemo.records.shards import shard_paths
 from spark_nemo.records.store import RecordStore
 
@@ -54,8 +55,13 @@ def read_made_by(folder: Path) -> dict[str, object]:
 
 
 def label_files(folder: Path) -> list[Path]:
-    """Every labels.jsonl that stage II wrote from this store, by method."""
-    return sorted(folder.parent.parent.glob("stage2/*/labels.jsonl")) if folder.parent.name == "stage1" else []
+    """One labels.jsonl of every method that stage II labelled this store by: its models of all kinds have the same."""
+    found = sorted(folder.parent.parent.glob("stage2/*/labels.jsonl")) if folder.parent.name == "stage1" else []
+    by_method: dict[str, Path] = {}
+    for path in found:
+        method, _, variant = path.parent.name.rpartition("-")
+        by_method.setdefault(method if variant in VARIANTS else path.parent.name, path)
+    return list(by_method.values())
 
 
 def _command(kinds: argparse._SubParsersAction, name: str, run: object, summary: str) -> argparse.ArgumentParser:

@@ -1,12 +1,21 @@
-"""``spark-nemo evaluate math|processbench``: score a model, or outputs that were saved before."""
+"""``spark-nemo evaluate math|processbench|compare``: score a model, or outputs that were saved before."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spark_nemo.config import ConfigError, SparkConfig
-from spark_nemo.evaluation.bootstrap import Estimate
+
+if TYPE_CHECKING:
+    from spark_nemo.evaluation.bootstrap import Estimate
+    from spark_nemo.evaluation.completions import MathScore
+    from spark_nemo.evaluation.math_compare import MathComparison
+    from spark_nemo.evaluation.predictions import SavedScore
+
+_SOURCES = "JSONL, JSON, Parquet or hf:owner/name[:config][:split]"
 
 
 def add_evaluate_arguments(kind: str, command: argparse.ArgumentParser) -> None:
@@ -16,10 +25,37 @@ def add_evaluate_arguments(kind: str, command: argparse.ArgumentParser) -> None:
     source.add_argument("--model", help="Hugging Face model folder to ask; needs a configuration")
     source.add_argument("--predictions", nargs=many, metavar="FILE", help="score saved outputs, without a model" + (
         "; several files vote" if many else ""))
-    command.add_argument("--data", nargs=many, metavar="FILE", help="what --predictions are about")
+    configured = "data.processbench" if kind == "processbench" else "data.eval_problems"
+    command.add_argument("--data", nargs="+", metavar="FILE",
+                         help=f"what --predictions are about, or what --model is asked in place of {configured}: "
+                              f"{_SOURCES}")
     if kind == "math":
-        command.add_argument("--benchmark", help="format of --data where its name does not tell, e.g. amc23")
-        command.add_argument("--k", nargs="+", type=int, default=[], help="the k of pass@k and maj@k")
+        _add_math_arguments(command)
+    else:
+        command.add_argument("--critic", action="store_true", help="ask --model as the benchmark's critic (any chat "
+                             "model), not as a reward model of stage2.variant")
+        command.add_argument("--votes", type=int, default=1, metavar="N", help="with --model: majority over N replies")
+
+
+def add_compare_arguments(command: argparse.ArgumentParser) -> None:
+    """Two files of completions and their problems."""
+    command.add_argument("first", metavar="FIRST.jsonl", help="completions that `evaluate math` saved")
+    command.add_argument("second", metavar="SECOND.jsonl", help="another run's completions of the same problems")
+    command.add_argument("--data", nargs="+", metavar="FILE", required=True, help=f"the problems: {_SOURCES}")
+    _add_math_arguments(command)
+
+
+def _add_math_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--benchmark", help="format of --data where its name does not tell, e.g. amc23")
+    command.add_argument("--k", nargs="+", type=int, default=[], help="the k of pass@k and maj@k")
+
+
+def overrides_after_data(arguments: argparse.Namespace) -> None:
+    """Give the overrides their words that stand behind ``--data FILE...``, which argparse takes for more files."""
+    if arguments.data is not None:
+        words = [word for word in arguments.data if word[:1] in "+~" or ("=" in word and not Path(word).exists())]
+        arguments.data = [word for word in arguments.data if word not in words]
+        arguments.overrides += words
 
 
 def score_saved(kind: str, arguments: argparse.Namespace) -> str:
@@ -28,6 +64,9 @@ def score_saved(kind: str, arguments: argparse.Namespace) -> str:
         raise ConfigError("--predictions needs --data: the file with the problems the predictions are about")
     if arguments.overrides:
         raise ConfigError(f"{arguments.overrides[0]} has no effect with --predictions: no model is asked")
+    if kind == "processbench" and (arguments.critic or arguments.votes != 1):
+        raise ConfigError(f"{'--critic' if arguments.critic else '--votes'} has no effect with --predictions: no model "
+                          "is asked; the file says what was voted")
     try:
         return (_saved_processbench if kind == "processbench" else _saved_math)(arguments)
     except ValueError as error:
@@ -35,25 +74,118 @@ def score_saved(kind: str, arguments: argparse.Namespace) -> str:
 
 
 def score_model(kind: str, config: SparkConfig, arguments: argparse.Namespace) -> str:
-    """One line for ``--model``; what it said is saved under ``run.dir/evaluate``."""
-    if arguments.data:
-        raise ConfigError("--data has no effect with --model: set data.eval_problems or data.processbench")
-    score = _model_processbench if kind == "processbench" else _model_math
-    return score(config, arguments.model, model_output(kind, config, arguments.model))
+    """The table for ``--model``, its last line the overall figure; what the model said is saved under
+    ``run.dir/evaluate``, and the first line says how to score that again."""
+    name, configured = (("data.processbench", config.data.processbench) if kind == "processbench" else
+                        ("data.eval_problems", config.data.eval_problems))
+    data = arguments.data or ([configured] if configured else [])
+    if not data:
+        raise ConfigError(f"{name} is not set; or name files with --data")
+    output = model_output(kind, config, arguments.model, _judge_suffix(arguments) if kind == "processbench" else "")
+    try:
+        if kind == "processbench":
+            return _model_processbench(config, arguments, data, output)
+        return _model_math(config, arguments, data, output)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
-def model_output(kind: str, config: SparkConfig, model: str) -> Path:
+def compare_saved(arguments: argparse.Namespace) -> str:
+    """The table for ``compare``."""
+    from spark_nemo.evaluation.math_compare import compare_completions
+    from spark_nemo.evaluation.math_data import read_math_sets
+
+    try:
+        sets = read_math_sets(arguments.data, arguments.benchmark)
+        return _comparison_table(compare_completions(arguments.first, arguments.second, sets, arguments.k))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def model_output(kind: str, config: SparkConfig, model: str, suffix: str = "") -> Path:
     """Where ``score_model`` saves what the model said."""
     # All trained models are called `model`; the folder above tells them apart.
     name = "-".join(Path(model).resolve().parts[-2:])
-    ending = "processbench.json" if kind == "processbench" else "completions.jsonl"
+    ending = f"processbench{suffix}.json" if kind == "processbench" else "completions.jsonl"
     return Path(config.run.dir) / "evaluate" / f"{name}-{ending}"
+
+
+def _judge_suffix(arguments: argparse.Namespace) -> str:
+    return ("-critic" if arguments.critic else "") + (f"-{arguments.votes}votes" if arguments.votes != 1 else "")
 
 
 def _saved_processbench(arguments: argparse.Namespace) -> str:
     from spark_nemo.evaluation.predictions import score_saved_predictions
 
-    score = score_saved_predictions(arguments.predictions, arguments.data)
+    return _processbench_table(score_saved_predictions(arguments.predictions, arguments.data))
+
+
+def _saved_math(arguments: argparse.Namespace) -> str:
+    from spark_nemo.evaluation.completions import read_completions, score_sets
+    from spark_nemo.evaluation.math_data import read_math_sets
+
+    sets = read_math_sets(arguments.data, arguments.benchmark)
+    return _math_table(score_sets(read_completions(arguments.predictions), sets, arguments.k))
+
+
+def _model_math(config: SparkConfig, arguments: argparse.Namespace, data: list[str], output: Path) -> str:
+    from spark_nemo.engines.client import run_async
+    from spark_nemo.engines.served import ServedModel
+    from spark_nemo.evaluation.completions import average_estimates, score_sets, write_completions
+    from spark_nemo.evaluation.math_data import read_math_sets
+    from spark_nemo.evaluation.policy import sample_policy
+    from spark_nemo.grammar import prompt_set
+
+    settings = config.evaluation
+    for k in arguments.k:
+        if not 1 <= k <= settings.samples_per_problem:
+            raise ConfigError(f"--k {k}: evaluation.samples_per_problem is {settings.samples_per_problem}")
+    sets = read_math_sets(data, arguments.benchmark)
+    problems = [problem.problem for each in sets.values() for problem in each]
+    served = ServedModel.load(config.engine, arguments.model, "policy", output.parent / "servers")
+    try:
+        completions, _ = run_async(sample_policy(served, problems, prompt_set(config.rl.prompt_set), settings))
+    finally:
+        run_async(served.engine.close())
+    write_completions(output, completions)
+    scores = score_sets(completions, sets, arguments.k, settings.bootstrap_samples)
+    again = _again("math", output, data) + (f" --benchmark {arguments.benchmark}" if arguments.benchmark else "")
+    overall = average_estimates(scores, settings.bootstrap_samples)
+    count = settings.samples_per_problem
+    return (f"{again}\n{_math_table(scores)}\n{len(problems)} problems: sampled {_shown(overall[f'avg@{count}'])} "
+            f"(avg@{count}, T={settings.temperature}), greedy {_shown(overall['greedy pass@1'])}")
+
+
+def _model_processbench(config: SparkConfig, arguments: argparse.Namespace, data: list[str], output: Path) -> str:
+    from spark_nemo.engines.served import ServedModel
+    from spark_nemo.evaluation.judging import (
+        Critic,
+        RewardModelJudge,
+        check_names_steps,
+        check_votes,
+        judge_processbench,
+    )
+    from spark_nemo.evaluation.predictions import read_splits
+    from spark_nemo.grammar import prompt_set
+
+    if not arguments.critic:
+        check_names_steps(config.stage2.variant)
+    judge = Critic() if arguments.critic else RewardModelJudge(
+        config.stage2.variant, prompt_set(config.stage1.prompt_set))
+    sampling = config.stage2.eval_sampling
+    check_votes(arguments.votes, sampling)
+    splits = read_splits(data)
+    served = ServedModel.load(config.engine, arguments.model, "verifier", output.parent / "servers")
+    score = judge_processbench(
+        served, judge, splits, sampling, arguments.votes, 2 * config.engine.slots("verifier"), output)
+    return f"{_again('processbench', output, data)}\n{_processbench_table(score)}"
+
+
+def _again(kind: str, output: Path, data: list[str]) -> str:
+    return f"score again with: spark-nemo evaluate {kind} --predictions {output} --data {' '.join(data)}"
+
+
+def _processbench_table(score: SavedScore) -> str:
     lines = [f"{'split':<16}{'acc_error':>10}{'acc_correct':>12}{'F1':>8}{'cases':>8}{'unparsed':>10}"]
     for name, split in score.splits.items():
         lines.append(f"{name:<16}{100 * split.acc_error:>10.1f}{100 * split.acc_correct:>12.1f}{100 * split.f1:>8.1f}"
@@ -63,48 +195,33 @@ def _saved_processbench(arguments: argparse.Namespace) -> str:
                               f"{100 * score.interval.high:.1f}], {how}"])
 
 
-def _saved_math(arguments: argparse.Namespace) -> str:
-    from spark_nemo.evaluation.completions import read_completions, score_completions
-    from spark_nemo.evaluation.math_data import read_math
+def _math_table(scores: Mapping[str, MathScore]) -> str:
+    from spark_nemo.evaluation.completions import average_estimates
 
-    problems = read_math(arguments.data, arguments.benchmark)
-    score = score_completions(read_completions(arguments.predictions), problems, arguments.k)
-    return "\n".join([f"{score.problems} problems", *(
-        f"{name:<14}{_shown(estimate)}" for name, estimate in score.estimates.items())])
-
-
-def _model_math(config: SparkConfig, model: str, output: Path) -> str:
-    from spark_nemo.engines.client import run_async
-    from spark_nemo.engines.served import ServedModel
-    from spark_nemo.evaluation.completions import write_completions
-    from spark_nemo.evaluation.math_data import read_math
-    from spark_nemo.evaluation.policy import evaluate_policy
-    from spark_nemo.grammar import prompt_set
-
-    if not config.data.eval_problems:
-        raise ConfigError("data.eval_problems is not set")
-    problems = read_math(config.data.eval_problems)
-    served = ServedModel.load(config.engine, model, "policy", output.parent / "servers")
-    try:
-        result = run_async(evaluate_policy(served, problems, prompt_set(config.rl.prompt_set), config.evaluation))
-    finally:
-        run_async(served.engine.close())
-    write_completions(output, result.completions)
-    return (f"{len(problems)} problems: sampled {_shown(result.sampled)} "
-            f"(avg@{config.evaluation.samples_per_problem}, T={config.evaluation.temperature}), "
-            f"greedy {_shown(result.greedy)}; score again with: spark-nemo evaluate math --predictions {output} "
-            f"--data {config.data.eval_problems}")
+    parts = []
+    for name, score in scores.items():
+        late = f", {score.unjudged} answers not judged within the limits: wrong" if score.unjudged else ""
+        parts += [f"{name}: {score.problems} problems{late}", *_rows(score.estimates)]
+    if len(scores) > 1:
+        parts += [f"average of {len(scores)} benchmarks", *_rows(average_estimates(scores))]
+    return "\n".join(parts)
 
 
-def _model_processbench(config: SparkConfig, model: str, output: Path) -> str:
-    from spark_nemo.evaluation.critic import score_reward_model
+def _rows(estimates: Mapping[str, Estimate]) -> list[str]:
+    return [f"{name:<14}{_shown(estimate)}" for name, estimate in estimates.items()]
 
-    if not config.data.processbench:
-        raise ConfigError("data.processbench is not set")
-    score = score_reward_model(Path(model), config, output)
-    return (f"F1 {score.f1:.3f}, accuracy on {score.num_error} erroneous {score.acc_error:.3f}, "
-            f"on {score.num_correct} correct {score.acc_correct:.3f}, {score.num_unparsed} unparsed; score again with: "
-            f"spark-nemo evaluate processbench --predictions {output} --data {config.data.processbench}")
+
+def _comparison_table(comparison: MathComparison) -> str:
+    lines = [f"{'benchmark':<16}{'':<18}{'first':>8}{'second':>8}{'first - second, 95%':>26}"]
+    for row in comparison.differences:
+        value, low, high = row.difference
+        lines.append(f"{row.benchmark:<16}{row.name:<18}{row.first:>8.3f}{row.second:>8.3f}"
+                     f"{f'{value:+.3f} [{low:+.3f}, {high:+.3f}]':>26}{'  *' if row.differs else ''}")
+    lines.append("* the interval excludes 0 (paired bootstrap over problems); unmarked: no difference shown")
+    for which, names in (("first", comparison.only_first), ("second", comparison.only_second)):
+        if names:
+            lines.append(f"only the {which} run has {', '.join(names)}")
+    return "\n".join(lines)
 
 
 def _shown(estimate: Estimate) -> str:

@@ -14,8 +14,16 @@ from pathlib import Path
 
 from spark_nemo.cli.data import add_data_commands
 from spark_nemo.cli.errors import USER_ERRORS
-from spark_nemo.cli.evaluate import add_evaluate_arguments, score_model, score_saved
+from spark_nemo.cli.evaluate import (
+    add_compare_arguments,
+    add_evaluate_arguments,
+    compare_saved,
+    overrides_after_data,
+    score_model,
+    score_saved,
+)
 from spark_nemo.cli.explain import add_explain_command
+from spark_nemo.cli.plan import add_plan_command
 from spark_nemo.cli.slurm_plan import add_plan_arguments, slurm_plan
 from spark_nemo.cli.status import run_status
 from spark_nemo.config import ConfigError, SparkConfig
@@ -26,11 +34,15 @@ from spark_nemo.toy.resolve import oracle_for, resolve_toy
 EXAMPLES = """examples:
   spark-nemo pipeline +experiment=toy run.dir=runs/first
   spark-nemo pipeline +experiment=spark/base --dry-run
+  spark-nemo sft +experiment=toy run.dir=runs/first
   spark-nemo stage3 +experiment=toy rl.group_size=8 megatron.tensor_parallel=2
   spark-nemo stage2 +experiment=toy stage2.method=single --print-config
   spark-nemo report compare old=runs/a0 old=runs/a1 new=runs/b0 new=runs/b1 --out runs/comparison
   spark-nemo evaluate math --model runs/first/stage3/process_aware/model +experiment=toy
+  spark-nemo evaluate processbench --model models/chat --critic --data gsm8k.json math.json +experiment=spark/base
   spark-nemo evaluate processbench --predictions run1.jsonl run2.jsonl --data gsm8k.json
+  spark-nemo plan --stage stage3 --nodes 6 +experiment=spark/base
+  spark-nemo evaluate compare a.jsonl b.jsonl --data math500.jsonl aime24.jsonl
   spark-nemo data stats runs/first
   spark-nemo explain runs/first step_consistency:0df7a6
 """
@@ -72,18 +84,20 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, run, summary in (
+        ("sft", _sft, "teach the policy its format, before stage III"),
         ("stage1", _stage1, "sample solutions and verifications"),
         ("stage2", _stage2, "label, fine-tune the reward model, score it"),
         ("stage3", _stage3, "GRPO with the reward model"),
     ):
         command = _config_command(commands, name, summary)
-        command.set_defaults(run=run)
+        command.add_argument("--dry-run", action="store_true", help="check and print the plan, start and write nothing")
+        command.set_defaults(run=run, part=name)
         if name == "stage3":
             command.add_argument("--servers", action="append", default=[], metavar="ROLE=URL[,URL...]",
                                  help="slurm/stage3_rl.sh: where it has launched the servers of policy or verifier")
     pipeline = _config_command(commands, "pipeline", "all three stages and the report")
     pipeline.add_argument("--dry-run", action="store_true", help="check and print the plan, start and write nothing")
-    pipeline.set_defaults(run=_pipeline)
+    pipeline.set_defaults(run=_pipeline, part="pipeline")
     report = _config_command(
         commands, "report", "write summary.json and report.html of a run; `report compare RUN...` compares over seeds")
     report.add_argument("--out", type=Path, help="with compare: folder for compare.md and compare.html")
@@ -95,12 +109,16 @@ def _parser() -> argparse.ArgumentParser:
         command = _config_command(kinds, kind, summary)
         add_evaluate_arguments(kind, command)
         command.set_defaults(run=partial(_evaluate, kind))
+    command = kinds.add_parser("compare", help="two runs of `evaluate math`, paired problem by problem")
+    add_compare_arguments(command)
+    command.set_defaults(run=_evaluate_compare)
     plan = _config_command(commands, "slurm-plan", "check a configuration and tell the scripts in slurm/ what it needs")
     add_plan_arguments(plan)
     plan.set_defaults(run=_slurm_plan)
     status = commands.add_parser("status", help="how far a run on a cluster is, from its files only")
     status.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder (run.dir)")
     status.set_defaults(run=_status)
+    add_plan_command(commands)
     add_data_commands(commands)
     add_explain_command(commands)
     toy = commands.add_parser("toy", help="build the small world's base models from a seed (the shipped ones were)")
@@ -126,9 +144,35 @@ def _configured(arguments: argparse.Namespace) -> SparkConfig | None:
     return resolve_toy(config)
 
 
+def _planned(arguments: argparse.Namespace) -> bool:
+    """Print the plan of the subcommand when that is all that was asked."""
+    if not arguments.dry_run or arguments.print_config:
+        return False
+    from spark_nemo.stages.plan import dry_run
+
+    print(dry_run(compose_config(arguments.overrides), arguments.part))
+    return True
+
+
+def _sft(arguments: argparse.Namespace) -> int:
+    def check(config: SparkConfig) -> None:
+        from spark_nemo.stages.sft import sft_data
+
+        sft_data(config)
+
+    def run(config: SparkConfig) -> bool:
+        from spark_nemo.stages.sft import run_sft
+
+        return run_sft(config)
+
+    return _on_all_ranks(arguments, check, run)
+
+
 def _stage1(arguments: argparse.Namespace) -> int:
     from spark_nemo.stages.stage1 import run_stage1
 
+    if _planned(arguments):
+        return 0
     if config := _configured(arguments):
         run_stage1(config)
     return 0
@@ -161,6 +205,8 @@ def _on_all_ranks(
 ) -> int:
     from spark_nemo.cli.launch import launch_ranks, must_launch
 
+    if _planned(arguments):
+        return 0
     config = _configured(arguments)
     if config is None:
         return 0
@@ -177,10 +223,8 @@ def _on_all_ranks(
 
 def _pipeline(arguments: argparse.Namespace) -> int:
     from spark_nemo.stages.pipeline import run_pipeline
-    from spark_nemo.stages.plan import dry_run
 
-    if arguments.dry_run and not arguments.print_config:
-        print(dry_run(compose_config(arguments.overrides)))
+    if _planned(arguments):
         return 0
     config = _configured(arguments)
     if config is None:
@@ -216,10 +260,16 @@ def _compare(runs: list[str], out: Path | None) -> int:
 
 
 def _evaluate(kind: str, arguments: argparse.Namespace) -> int:
+    overrides_after_data(arguments)
     if arguments.predictions is not None:
         print(score_saved(kind, arguments))
     elif config := _configured(arguments):
         print(score_model(kind, config, arguments))
+    return 0
+
+
+def _evaluate_compare(arguments: argparse.Namespace) -> int:
+    print(compare_saved(arguments))
     return 0
 
 

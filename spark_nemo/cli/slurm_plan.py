@@ -12,9 +12,10 @@ from pathlib import Path
 
 from spark_nemo.cli.evaluate import model_output
 from spark_nemo.config import ConfigError, SparkConfig
-from spark_nemo.stages.run_folder import DONE, stage1_folder, stage2_folder, stage3_folder
+from spark_nemo.stages.run_folder import DONE, sft_folder, stage1_folder, stage2_folder, stage3_folder
 
-STAGES = ("stage1", "stage2", "stage3", "pipeline", "nodes", "report", "evaluate-math", "evaluate-processbench")
+STAGES = ("sft", "stage1", "stage2", "stage3", "pipeline", "nodes", "report", "evaluate-math",
+          "evaluate-processbench")
 
 
 def add_plan_arguments(command: argparse.ArgumentParser) -> None:
@@ -31,7 +32,9 @@ def slurm_plan(stage: str, config: SparkConfig, model: str | None) -> str:
     if stage != "nodes":
         lines |= _chain(config) if stage == "pipeline" else _part(stage, config, model)
     servers = _servers(config) if stage == "stage3" else ()
-    plan = [*lines.items(), *servers, *(("NEEDS", str(path.resolve())) for path in _needed_files(stage, config, model))]
+    jobs = _jobs(config) if stage == "pipeline" else ()
+    needs = [("NEEDS", str(path.resolve())) for path in _needed_files(stage, config, model)]
+    plan = [*lines.items(), *servers, *jobs, *needs]
     for name, value in plan:
         if "\n" in value:
             raise ConfigError(f"{name}={value!r}: a path with a line break cannot be used on a cluster")
@@ -46,24 +49,45 @@ def _chain(config: SparkConfig) -> dict[str, str]:
                           "run with spark-nemo pipeline, or stage by stage")
     check_pipeline(config)
     claim_run_folder(config)
-    return {"WORLD_SIZE": str(config.megatron.world_size), "METHODS": " ".join(config.pipeline.label_methods),
-            "REWARDS": " ".join(config.pipeline.rewards), "REWARD_METHOD": config.stage2.method}
+    return {"WORLD_SIZE": str(config.megatron.world_size)}
+
+
+def _jobs(config: SparkConfig) -> Iterator[tuple[str, str]]:
+    """The chain's reward models and arms: its folder's name, for an arm its reward model's (``-`` for none of this
+    chain), and the overrides that make it, parted by tabs."""
+    from spark_nemo.stages.schedule import plan_jobs
+
+    for job in plan_jobs(config, []):
+        stage, *own = job.arguments
+        # Hydra's own reference: the file's name needs no quoting.
+        own = ["data.rl_answers=${pipeline.rl_answers}" if word.startswith("data.rl_answers=") and "null" not in word
+               else word for word in own]
+        if stage == "stage2":
+            yield "MODEL", "\t".join([job.folder.name, *own])
+        if stage == "stage3":
+            needs = next((name.removeprefix("stage2-") for name in job.after), "-")
+            yield "ARM", "\t".join([job.folder.name, needs, *own])
 
 
 def _part(stage: str, config: SparkConfig, model: str | None) -> dict[str, str]:
     from spark_nemo.stages.checks import check_stage1, check_stage2, check_stage3
     from spark_nemo.stages.stage1 import shard_name
 
+    if stage == "sft":
+        from spark_nemo.stages.sft import sft_data
+
+        sft_data(config)
+        return _described(config, sft_folder(config.run), ranks=config.megatron.world_size, total=0)
     if stage == "stage1":
         check_stage1(config)
         return _described(config, stage1_folder(config.run) / shard_name(config.stage1), ranks=1, total=0)
     if stage == "stage2":
         check_stage2(config)
-        folder = stage2_folder(config.run, config.stage2.method)
+        folder = stage2_folder(config.run, config.stage2.method, config.stage2.variant)
         return _described(config, folder, ranks=config.megatron.world_size, total=0)
     if stage == "stage3":
         check_stage3(config)
-        folder = stage3_folder(config.run, config.rl.reward)
+        folder = stage3_folder(config.run, config.arm)
         return _described(config, folder, ranks=config.megatron.world_size, total=config.rl.steps)
     if stage == "report":
         return {"PART": "report", "DONE_FILE": str(Path(config.run.dir).resolve() / "report.html")}
@@ -108,8 +132,10 @@ def _servers(config: SparkConfig) -> Iterator[tuple[str, str]]:
 
 def _needed_files(stage: str, config: SparkConfig, model: str | None) -> Iterator[Path]:
     """Models and data that the nodes of this job read."""
-    names = {"pipeline": (*(f"models.{name}" for name in vars(config.models)),
-                          *(f"data.{name}" for name in vars(config.data)), "pipeline.rl_answers"),
+    names = {"pipeline": (*(f"models.{name}" for name in vars(config.models) if name != "policy_base"),
+                          *(f"data.{name}" for name in vars(config.data) if name != "sft_examples"),
+                          "pipeline.rl_answers"),
+             "sft": ("models.policy_base", "data.sft_examples"),
              "stage1": ("models.generator", "models.verifier", "data.stage1_problems"),
              "stage2": ("models.reward_base", "data.processbench"),
              "stage3": ("models.policy", "data.rl_problems", "data.eval_problems", "data.rl_answers"),

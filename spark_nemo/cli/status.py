@@ -85,10 +85,11 @@ def _part_files(run_dir: Path) -> Iterator[Path]:
     for stage in ("stage1", "stage2", "stage3"):
         for name in (DONE, PROGRESS, "metrics.jsonl"):
             yield from run_dir.glob(f"{stage}/*/{name}")
+    yield from (path for name in (DONE, "metrics.jsonl") if (path := run_dir / "sft" / name).exists())
 
 
 def _stage(part: str) -> str:
-    return part.split("/")[0].replace("report", "stage9").replace("evaluate", "stage8")
+    return {"report": "stage9", "evaluate": "stage8", "sft": "stage0"}.get(stage := part.split("/")[0], stage)
 
 
 def _submitted(run_dir: Path) -> dict[str, str]:
@@ -126,10 +127,10 @@ def _progress(folder: Path, config: dict) -> tuple[int, int | None]:
     rows = (folder / "metrics.jsonl").read_text().split("\n")[:-1] if (folder / "metrics.jsonl").exists() else []
     if not rows:
         return 0, None
-    last = json.loads(rows[-1])
+    last, section = json.loads(rows[-1]), "sft" if folder.name == "sft" else "stage2"
     if last.get("epoch") and config:
-        # Stage II: `epoch` is the share of the data seen before the row's step.
-        return last["step"] + 1, round(config["stage2"]["epochs"] * last["step"] / last["epoch"] + 0.499)
+        # Stage II and the format SFT: `epoch` is the share of the data seen before the row's step.
+        return last["step"] + 1, round(config[section]["epochs"] * last["step"] / last["epoch"] + 0.499)
     return last["step"] + 1, None
 
 
@@ -149,7 +150,7 @@ def _refused(run_dir: Path, job: str) -> dict[str, str]:
 
 def _shown_progress(part: PartStatus) -> str:
     unit = "verifications" if part.name.startswith("stage1") else "steps"
-    if not part.name.startswith("stage"):
+    if not part.name.startswith(("stage", "sft")):
         return ""
     return f"{part.done:,} of {part.total:,} {unit}" if part.total else f"{part.done:,} {unit}"
 

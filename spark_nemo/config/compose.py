@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, OverrideParseException
@@ -40,6 +41,8 @@ def compose_config(overrides: list[str]) -> SparkConfig:
         config = OmegaConf.to_object(tree)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"a file in {config_folder()} is not YAML: {' '.join(str(error).split())}") from error
     assert isinstance(config, SparkConfig)
     return config
 

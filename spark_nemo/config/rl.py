@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from .designs import (
+    ADVANTAGES,
+    BASELINES,
+    MODEL_REWARDS,
+    NEEDS_STEP_LABELS,
+    OWN_BASELINE,
+    STEP_BOUNDS,
+    VARIANTS,
+    VERIFIER_KNOBS,
+)
 from .engine import SamplingConfig
 from .errors import ConfigError, at_least, in_unit_interval, one_of, without_effect
+from .hacking import HackingConfig
 from .rollout import RolloutConfig
 from .trainer import OptimizerConfig
-
-MODEL_REWARDS = {"process_aware", "step_average", "step_augmented"}
-ON_OUTCOME_ADVANTAGE = {"selective", "selective_half", "global_step"}
-"""Per-token advantages that start from the estimator's."""
-OWN_BASELINE = {"min_form", "prefix", "capo"}
-"""Per-token advantages that read no estimator."""
-VERIFIER_KNOBS = {"verifier_votes": 1, "verifier_min_votes": None, "verifier_queue": None, "verifier_deadline": None,
-                  "verifier_cache": None}
-"""How the reward model is asked, with the values that mean *not set*; no baseline reads them."""
 
 
 @dataclass
@@ -52,19 +54,34 @@ class RLConfig:
     updates_per_step: int = 1
     """Optimizer steps per rollout batch; the batch is split by groups."""
     reward: str = "process_aware"
-    """From the PRM-CoT's verdict: process_aware (format gate times final verdict), step_average, step_augmented.
+    """From the reward model: process_aware (format gate times final verdict), step_average, step_augmented.
     Baselines: rlvr (answer key, declared), majority (the group's own majority answer), random (a coin)."""
     advantage: str = "outcome"
-    """Per response: outcome. Per token, from step labels: selective, selective_half, global_step, min_form, prefix or
-    capo; all are defined on rl.reward=process_aware."""
+    """Per response: outcome. Per token, from step labels: selective, selective_half, global_step, global_step_penalty,
+    min_form, prefix or capo; all are defined on rl.reward=process_aware."""
     reward_model: str | None = None
-    """Folder of the PRM-CoT; None takes stage II's result in ``run.dir``. Baselines have none."""
+    """Folder of the reward model; None takes stage II's result in ``run.dir``. Baselines have none."""
+    reward_variant: str | None = None
+    """What kind of reward model is asked: prm_cot, prm, or orm, which has no step labels. None is stage2.variant.
+    Baselines have none."""
+    selective_min_steps: int | None = None
+    """Of selective and selective_half: a response of fewer steps has outcome reward 0. None is no bound, as in the
+    paper; the published code has 4."""
+    selective_max_steps: int | None = None
+    """The same for more steps; the published code has 20. A step that is split may cross either bound."""
+    step_penalty_min: int | None = None
+    """Of global_step_penalty: a response of fewer steps has no step rewards. None is 3, as in the published code."""
+    step_penalty_max: int | None = None
+    """The same for more steps. None is 20."""
+    overlong_buffer: int | None = None
+    """DAPO's soft over-long punishment, added to the reward: over the last so many tokens before
+    rl.sampling.max_new_tokens it falls from 0 to -1. None adds nothing."""
     prompt_set: str = "paper"
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     verifier_sampling: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(temperature=0.0, max_new_tokens=4096))
-    """How the PRM-CoT is sampled as a reward; not read by the baselines."""
+    """How the reward model is sampled as a reward; not read by the baselines."""
     verifier_votes: int = 1
     """Verifications of every rollout; step labels and the verdict are the majority's. More than one needs
     verifier_sampling.temperature > 0."""
@@ -99,12 +116,13 @@ class RLConfig:
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-6))
     eval_every: int = 10
     save_every: int = 50
+    hacking: HackingConfig = field(default_factory=HackingConfig)
 
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "updates_per_step", "eval_every", "save_every"):
             at_least(f"rl.{name}", getattr(self, name), 1)
         at_least("rl.group_size", self.group_size, 2)
-        one_of("rl.reward", self.reward, MODEL_REWARDS | {"rlvr", "majority", "random"})
+        one_of("rl.reward", self.reward, MODEL_REWARDS | BASELINES)
         if self.loss_aggregation is not None:
             one_of("rl.loss_aggregation", self.loss_aggregation, {"token_mean", "sequence_mean", "length_constant"})
         one_of("rl.kl_estimator", self.kl_estimator, {"none", "k1", "k2", "k3"})
@@ -124,17 +142,28 @@ class RLConfig:
                 raise ConfigError(f"rl.{name}={value}: must be positive")
         if self.importance_cap is not None:
             at_least("rl.importance_cap", self.importance_cap, 1)
-        if not self.asks_reward_model and self.reward_model is not None:
-            raise without_effect("rl.reward_model", self.reward_model, f"with rl.reward={self.reward}")
         self._check_verifier()
         self._check_estimator()
         self._check_advantage()
+        self._check_shaping()
         self.rollout.check(self.steps, self.importance_cap, self.estimator)
+        self.hacking.check_rl(self.reward, self.advantage, self.sampling.max_new_tokens,
+                              asks_reward_model=self.asks_reward_model)
 
     @property
     def asks_reward_model(self) -> bool:
-        """Is the reward made from a PRM-CoT's verdicts?"""
+        """Is the reward made from a reward model's verdicts?"""
         return self.reward in MODEL_REWARDS
+
+    @property
+    def design(self) -> str:
+        """What an arm of the pipeline is called after: the advantage where it reads step labels, else the reward."""
+        return self.reward if self.advantage == "outcome" else self.advantage
+
+    @property
+    def step_penalty_bounds(self) -> tuple[int, int]:
+        """``step_penalty_min`` and ``step_penalty_max``, resolved."""
+        return self.step_penalty_min or 3, self.step_penalty_max or 20
 
     @property
     def min_votes(self) -> int:
@@ -154,9 +183,12 @@ class RLConfig:
         if self.verifier_deadline is not None and not 0 < self.verifier_deadline < math.inf:
             raise ConfigError(f"rl.verifier_deadline={self.verifier_deadline}: must be positive and finite")
         if not self.asks_reward_model:
-            for name, unset in VERIFIER_KNOBS.items():
+            for name, unset in {**VERIFIER_KNOBS, "reward_model": None, "reward_variant": None}.items():
                 if (value := getattr(self, name)) != unset:
                     raise without_effect(f"rl.{name}", value, f"with rl.reward={self.reward}")
+        if self.reward_variant is not None:
+            one_of("rl.reward_variant", self.reward_variant, VARIANTS)
+            check_variant(self.design, self.reward_variant, "rl.reward_variant")
         if self.verifier_votes > 1 and self.verifier_sampling.temperature == 0:
             raise ConfigError(f"rl.verifier_votes={self.verifier_votes}: greedy votes are all the same; give "
                               "rl.verifier_sampling.temperature a positive value or ask for one vote")
@@ -178,7 +210,7 @@ class RLConfig:
                               "choose rl.estimator=grpo with rl.std_normalise=false")
 
     def _check_advantage(self) -> None:
-        one_of("rl.advantage", self.advantage, {"outcome"} | ON_OUTCOME_ADVANTAGE | OWN_BASELINE)
+        one_of("rl.advantage", self.advantage, {"outcome"} | ADVANTAGES)
         if self.advantage != "outcome" and self.reward != "process_aware":
             raise ConfigError(f"rl.advantage={self.advantage} reads step labels and the verdict as its reward: "
                               f"choose rl.reward=process_aware instead of {self.reward}, or rl.advantage=outcome")
@@ -188,3 +220,31 @@ class RLConfig:
                 raise without_effect("rl.estimator", self.estimator, because)
             if self.std_normalise is not None:
                 raise without_effect("rl.std_normalise", self.std_normalise, because)
+
+    def _check_shaping(self) -> None:
+        for name, readers in STEP_BOUNDS.items():
+            if (value := getattr(self, name)) is not None:
+                at_least(f"rl.{name}", value, 1)
+                if self.design not in readers:
+                    raise without_effect(f"rl.{name}", value, f"with the reward design {self.design}: only "
+                                         f"{', '.join(sorted(readers))} reads it")
+        low, high = self.step_penalty_bounds
+        for names, bounds in (("selective_", (self.selective_min_steps, self.selective_max_steps)),
+                              ("step_penalty_", (low, high))):
+            if None not in bounds and bounds[0] > bounds[1]:
+                raise ConfigError(f"rl.{names}*: at least {bounds[0]} steps and at most {bounds[1]} leaves no response")
+        if self.overlong_buffer is None:
+            return
+        if not 1 <= self.overlong_buffer <= self.sampling.max_new_tokens:
+            raise ConfigError(f"rl.overlong_buffer={self.overlong_buffer}: must lie in 1.."
+                              f"{self.sampling.max_new_tokens}, the tokens of rl.sampling.max_new_tokens")
+        if self.advantage in OWN_BASELINE:
+            raise ConfigError(f"rl.overlong_buffer={self.overlong_buffer}: rl.advantage={self.advantage} takes the "
+                              "reward for the verdict, which a punishment of length would falsify; remove it")
+
+
+def check_variant(design: str, variant: str, field: str) -> None:
+    """Raise ``ConfigError`` that names ``field`` when the design needs step labels and the variant gives none."""
+    if variant == "orm" and design in NEEDS_STEP_LABELS:
+        raise ConfigError(f"{field}=orm: an ORM labels no steps, which the reward design {design} is made of; choose "
+                          "prm or prm_cot, or the design process_aware")

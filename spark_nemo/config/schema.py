@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .designs import DESIGNS, VARIANTS, asks_reward_model, variant_suffix
 from .engine import EngineConfig
 from .errors import ConfigError, at_least, one_of, without_effect
 from .labels import LABEL_METHODS, REFERENCE_GUIDED, REVISED_METHODS, VOTE_METHODS, LabelsConfig
 from .rl import RLConfig
+from .sft import SftConfig
 from .trainer import MegatronConfig
 from .verification import Stage1Config, Stage2Config
 from .weight_sync import WeightSyncConfig
@@ -45,6 +47,9 @@ class ModelsConfig:
     """What stage II fine-tunes."""
     policy: str = ""
     """Where stage III starts."""
+    policy_base: str | None = None
+    """What ``spark-nemo sft`` teaches the policy's format; models.policy is then the folder it writes,
+    ``RUN/sft/model``."""
 
 
 @dataclass
@@ -58,6 +63,8 @@ class DataConfig:
     rl_answers: str | None = None
     """Answer keys of ``rl_problems``: allowed only with ``rl.reward=rlvr``."""
     processbench: str = ""
+    sft_examples: str = ""
+    """Responses in the policy's format (JSONL with ``problem_id``, ``question`` and ``response``); read by sft only."""
 
 
 @dataclass
@@ -87,6 +94,10 @@ class PipelineConfig:
     """From round 2 on the reward model of the round before verifies, and the labels of ``stage2.method`` are made anew
     from its votes on the same solutions; the last round's reward model is stage III's."""
     rewards: list[str] = field(default_factory=lambda: ["process_aware"])
+    """Reward designs, an arm of stage III for each: a name of rl.reward, or of rl.advantage (on process_aware)."""
+    variants: list[str] = field(default_factory=list)
+    """Kinds of reward model that stage2.method's labels train, with an arm of stage III for every design that asks one
+    and each of them; an orm gets the designs that need no step labels. Empty is stage2.variant alone."""
     rl_answers: str | None = None
     """Answer keys, handed to the rlvr arm only."""
 
@@ -96,8 +107,12 @@ class PipelineConfig:
         for method in self.label_methods:
             one_of("pipeline.label_methods", method, set(LABEL_METHODS))
         for reward in self.rewards:
-            one_of("pipeline.rewards", reward, {"process_aware", "rlvr"})
-        for name in ("label_methods", "rewards"):
+            one_of("pipeline.rewards", reward, DESIGNS)
+        for variant in self.variants:
+            one_of("pipeline.variants", variant, VARIANTS)
+        if self.variants and not self.label_methods:
+            raise without_effect("pipeline.variants", self.variants, "with pipeline.label_methods=[]")
+        for name in ("label_methods", "rewards", "variants"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ConfigError(f"pipeline.{name}={getattr(self, name)}: name each only once")
         if self.rl_answers is not None and "rlvr" not in self.rewards:
@@ -113,6 +128,7 @@ class SparkConfig:
     data: DataConfig = field(default_factory=DataConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     megatron: MegatronConfig = field(default_factory=MegatronConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
     stage1: Stage1Config = field(default_factory=Stage1Config)
     labels: LabelsConfig = field(default_factory=LabelsConfig)
     stage2: Stage2Config = field(default_factory=Stage2Config)
@@ -127,6 +143,7 @@ class SparkConfig:
                               "would launch its own on the same devices; set 1, or name running servers by urls")
         if self.data.rl_answers is not None and self.rl.reward != "rlvr":
             raise without_effect("data.rl_answers", self.data.rl_answers, f"with rl.reward={self.rl.reward}")
+        self._check_variants()
         if self.pipeline.rounds > 1 and self.stage2.variant != "prm_cot":
             raise ConfigError(f"pipeline.rounds={self.pipeline.rounds}: a later round needs verifications as a prm_cot "
                               f"writes them, stage2.variant is {self.stage2.variant}")
@@ -135,6 +152,38 @@ class SparkConfig:
                               f"{self.stage2.method}: add it to pipeline.label_methods")
         self.weight_sync.check_engine(self.engine.kind)
         self._check_label_methods()
+
+    @property
+    def reward_variant(self) -> str | None:
+        """``rl.reward_variant``, resolved: the kind of reward model that stage III asks, None for a baseline."""
+        return self.reward_variant_asked if asks_reward_model(self.rl.design) else None
+
+    @property
+    def reward_variant_asked(self) -> str:
+        """The kind that a reward model is asked as, whether or not the reward asks one."""
+        return self.rl.reward_variant or self.stage2.variant
+
+    @property
+    def arm(self) -> str:
+        """The name of stage III's folder: the design, and the variant where it is not a PRM-CoT."""
+        return f"{self.rl.design}{variant_suffix(self.reward_variant)}"
+
+    @property
+    def reward_models(self) -> list[str]:
+        """``pipeline.variants``, resolved."""
+        return self.pipeline.variants or [self.stage2.variant]
+
+    def _check_variants(self) -> None:
+        variants = self.pipeline.variants
+        if not variants:
+            return
+        # A stage II job of the pipeline gets stage2.variant on top of the same settings.
+        if self.stage2.variant not in variants:
+            raise ConfigError(f"pipeline.variants={variants}: add stage2.variant={self.stage2.variant}, which every "
+                              "other label method is trained in, or change that")
+        if self.pipeline.rounds > 1 and variants != ["prm_cot"]:
+            raise ConfigError(f"pipeline.rounds={self.pipeline.rounds}: only a prm_cot writes verifications that a "
+                              f"later round can learn from, pipeline.variants is {variants}")
 
     def _check_label_methods(self) -> None:
         """What the label methods need of stage I, and what only they read."""

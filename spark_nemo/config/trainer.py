@@ -14,6 +14,9 @@ class MegatronConfig:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     data_parallel: int = 1
+    expert_parallel: int = 1
+    """Ranks that share out the experts of a layer, out of the tensor-parallel x data-parallel ones of a stage. An
+    expert itself is never cut."""
     sequence_parallel: bool = False
     dtype: str = "bfloat16"
     recompute: str = "none"
@@ -23,7 +26,8 @@ class MegatronConfig:
     """Packed tokens per micro-batch; a longer sequence gets a micro-batch of its own."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor_parallel", "pipeline_parallel", "data_parallel", "tokens_per_micro_batch"):
+        for name in ("tensor_parallel", "pipeline_parallel", "data_parallel", "expert_parallel",
+                     "tokens_per_micro_batch"):
             at_least(f"megatron.{name}", getattr(self, name), 1)
         one_of("megatron.dtype", self.dtype, {"float32", "bfloat16"})
         one_of("megatron.recompute", self.recompute, {"none", "selective", "full"})

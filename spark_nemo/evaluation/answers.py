@@ -16,7 +16,7 @@ from pathlib import Path
 
 from spark_nemo.records import Problem
 
-from .checker import shared_checker
+from .checker import Judgement, shared_checker
 from .reading import DataFileError, read_rows, required_text
 
 MAX_ANSWER_CHARS = 1000
@@ -72,39 +72,49 @@ def read_answer_keys(path: str | Path) -> dict[str, AnswerKey]:
 
 
 def answer_matches(predicted: str | None, gold: str) -> bool:
+    """Whether ``judge_answer`` finds the two equal."""
+    return judge_answer(predicted, gold) is Judgement.EQUAL
+
+
+def judge_answer(predicted: str | None, gold: str) -> Judgement:
     """Whether a final answer equals the reference answer. No prediction (None, blank) is wrong.
 
     In this order: equal after ``normalise_answer``; both plain numbers, compared exactly (``27.0`` = ``27``,
-    ``0.5`` = ``\\frac{1}{2}``); otherwise math-verify 0.8+, ``verify(gold, answer)``, in a worker process with a time
-    limit (``checker``). A string that math-verify cannot judge in time is wrong, and counted in the checker's
-    statistics. Results of the slow path are remembered, so a hostile string costs its time limit once.
+    ``0.5`` = ``\\frac{1}{2}``); otherwise math-verify 0.8+, ``verify(gold, answer)``, in a worker process with limits
+    of time and memory (``checker``). A string that math-verify cannot judge within them is ``LATE`` or ``DIED``.
+    Results of the slow path are remembered, so a hostile string costs its time limit once.
 
     Two things that math-verify accepts are refused here because a policy could learn them: an equation whose left side
     is not one symbol (``6 = 5`` for 5), and unbalanced braces or a second box inside the answer.
     """
     if predicted is None or not predicted.strip():
-        return False
+        return Judgement.DIFFERENT
     if predicted.strip() == gold.strip():
-        return True
+        return Judgement.EQUAL
     if len(predicted) > MAX_ANSWER_CHARS:
-        return False
+        return Judgement.DIFFERENT
     left, right = normalise_answer(predicted), normalise_answer(gold)
     if left == right:
-        return bool(left)
+        return Judgement.EQUAL if left else Judgement.DIFFERENT
     number, gold_number = _number(left), _number(right)
     if number is not None and number == gold_number:
-        return True
+        return Judgement.EQUAL
     if _INTEGER.fullmatch(left) and _INTEGER.fullmatch(right):
-        return False
+        return Judgement.DIFFERENT
     if not left or ("=" in left and "=" not in right) or "\\boxed" in left or not _balanced(left):
-        return False
+        return Judgement.DIFFERENT
     return _checked(left, right)
 
 
 def grade_answers(pairs: Sequence[tuple[str | None, str]]) -> list[bool]:
     """``answer_matches`` of every ``(predicted, gold)``, the slow ones at the same time in the checker's workers."""
+    return [judgement is Judgement.EQUAL for judgement in judge_answers(pairs)]
+
+
+def judge_answers(pairs: Sequence[tuple[str | None, str]]) -> list[Judgement]:
+    """``judge_answer`` of every ``(predicted, gold)``, the slow ones at the same time in the checker's workers."""
     with ThreadPoolExecutor(shared_checker().workers) as threads:
-        return list(threads.map(lambda pair: answer_matches(*pair), pairs))
+        return list(threads.map(lambda pair: judge_answer(*pair), pairs))
 
 
 def normalise_answer(text: str) -> str:
@@ -155,5 +165,5 @@ def _balanced(text: str) -> bool:
 
 
 @lru_cache(maxsize=65536)
-def _checked(predicted: str, gold: str) -> bool:
-    return shared_checker().equivalent(gold, predicted)
+def _checked(predicted: str, gold: str) -> Judgement:
+    return shared_checker().judge(gold, predicted)

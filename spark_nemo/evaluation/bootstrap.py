@@ -53,6 +53,19 @@ def mean_difference(
     return mean_estimate(first - second, samples, seed, level)
 
 
+def grouped_mean_estimate(
+    groups: Sequence[ArrayLike], samples: int = DEFAULT_SAMPLES, seed: int = 0, level: float = 0.95,
+) -> Estimate:
+    """The plain mean of the groups' means, as of benchmarks of different sizes; units are resampled within groups."""
+    if not groups:
+        raise ValueError("bootstrap: mean of no groups")
+    arrays, rng = [_checked(group, "group") for group in groups], np.random.default_rng(seed)
+    replicates = np.mean([
+        np.array([array[rng.integers(len(array), size=len(array))].mean() for _ in range(samples)])
+        for array in arrays], axis=0)
+    return _estimate(float(np.mean([array.mean() for array in arrays])), replicates, level)
+
+
 def ratio_estimate(
     numerators: ArrayLike, denominators: ArrayLike, samples: int = DEFAULT_SAMPLES, seed: int = 0, level: float = 0.95,
 ) -> Estimate:

@@ -1,8 +1,8 @@
 """math-verify in a worker process, so that no answer string can hang, exhaust or crash the caller.
 
 Symbolic comparison may run forever or fill the memory (``9^{9^{9^9}}``). math-verify's own limits are signals, which
-do not interrupt a long C computation and work in the main thread only. The worker is another Python process that
-answers JSON lines; it is started when first needed, killed when it is late and replaced for the next question.
+do not interrupt a long C computation and work in the main thread only. The worker is another Python process, started
+when first needed, that answers JSON lines through a child of its own; a child that is late is killed and replaced.
 """
 
 from __future__ import annotations
@@ -18,13 +18,27 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cache
 
 logger = logging.getLogger(__name__)
 
 START_LIMIT_S = 120.0
 """How long the worker may take to import sympy and math-verify."""
-MEMORY_LIMIT_BYTES = 4 << 30
+MEMORY_LIMIT_BYTES = 2 << 30
+"""Address space of one worker's child; an answer that needs more is not judged."""
+GRACE_S = 2.0
+"""How much later than its limit a worker may report a late answer, before it is taken for hanging itself."""
+
+
+class Judgement(StrEnum):
+    """What came of comparing an answer with its key. ``LATE`` and ``DIED`` say nothing about the answer: nobody could
+    tell within the limits of time and memory; a score counts them as wrong and says how many there were."""
+
+    EQUAL = "equal"
+    DIFFERENT = "different"
+    LATE = "late"
+    DIED = "died"
 
 
 @dataclass
@@ -47,19 +61,19 @@ class MathChecker:
         self._owner = os.getpid()
 
     def equivalent(self, gold: str, answer: str) -> bool:
-        """``math_verify.verify(gold, answer)``; the order matters. False when the worker is late or dies (counted).
+        """``math_verify.verify(gold, answer)``; the order matters. False when the worker is late or dies (counted)."""
+        return self.judge(gold, answer) is Judgement.EQUAL
 
-        Raises ``RuntimeError`` when the worker cannot be started at all.
-        """
-        question = json.dumps({"gold": gold, "answer": answer}).encode() + b"\n"
+    def judge(self, gold: str, answer: str) -> Judgement:
+        """``equivalent`` with the reason. Raises ``RuntimeError`` when the worker cannot be started at all."""
+        question = json.dumps({"gold": gold, "answer": answer, "limit_s": self.limit_s}).encode() + b"\n"
         with self._lock:
             self.stats.questions += 1
             if os.getpid() != self._owner:  # after a fork the pipe belongs to the parent
                 self._process, self._owner = None, os.getpid()
             if self._process is None or self._process.poll() is not None:
                 self._start()
-            reply = self._ask(question)
-        return reply == "true"
+            return self._ask(question)
 
     def close(self) -> None:
         """Stop the worker; the next question starts another."""
@@ -73,8 +87,7 @@ class MathChecker:
     def _start(self) -> None:
         self.close()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "spark_nemo.evaluation.checker_worker", str(MEMORY_LIMIT_BYTES),
-             str(int(self.limit_s) + 5)],
+            [sys.executable, "-m", "spark_nemo.evaluation.checker_worker", str(MEMORY_LIMIT_BYTES)],
             bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
                  "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)})
@@ -82,21 +95,22 @@ class MathChecker:
             self.close()
             raise RuntimeError("the answer checker did not start: is math-verify installed in this environment?")
 
-    def _ask(self, question: bytes) -> str | None:
+    def _ask(self, question: bytes) -> Judgement:
         try:
             self._process.stdin.write(question)
-            reply = self._read_line(self.limit_s)
+            reply = self._read_line(self.limit_s + GRACE_S)
         except BrokenPipeError:
             reply = ""
-        if reply is None:
+        if not reply:
+            self.close()  # the worker itself hangs or has died, not its child
+        judgement = Judgement(reply) if reply else Judgement.LATE if reply is None else Judgement.DIED
+        if judgement is Judgement.LATE:
             self.stats.timeouts += 1
             logger.warning("answer checker: no result within %.1f s, counted as not equal", self.limit_s)
-        elif reply == "":
+        elif judgement is Judgement.DIED:
             self.stats.crashes += 1
             logger.warning("answer checker: the worker died, counted as not equal")
-        if not reply:
-            self.close()
-        return reply
+        return judgement
 
     def _read_line(self, limit_s: float) -> str | None:
         """One line without its newline; None when it does not come in time, an empty string at end of file."""
@@ -134,9 +148,13 @@ class CheckerPool:
 
     def equivalent(self, gold: str, answer: str) -> bool:
         """As ``MathChecker.equivalent``; waits for a free worker, which does not count against the time limit."""
+        return self.judge(gold, answer) is Judgement.EQUAL
+
+    def judge(self, gold: str, answer: str) -> Judgement:
+        """As ``MathChecker.judge``, by a free worker."""
         checker = self._free.get()
         try:
-            return checker.equivalent(gold, answer)
+            return checker.judge(gold, answer)
         finally:
             self._free.put(checker)
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spark_nemo.grammar import extract_boxed
 from spark_nemo.records.jsonl import write_text_atomic
 
-from .accuracy import GradedSample, greedy_accuracy, majority_at_k, mean_accuracy, pass_at_k
-from .answers import EvalProblem, grade_answers
-from .bootstrap import DEFAULT_SAMPLES, Estimate
+from .accuracy import GradedSample, greedy_values, majority_values, pass_at_k_values, problem_rates
+from .answers import EvalProblem, judge_answers
+from .bootstrap import DEFAULT_SAMPLES, Estimate, grouped_mean_estimate, mean_estimate
+from .checker import Judgement
 from .reading import DataFileError, read_rows, required, required_text
 
 
@@ -28,12 +29,16 @@ class SavedCompletion:
 
 @dataclass(frozen=True, slots=True)
 class MathScore:
-    """Estimates by name: ``greedy pass@1`` where there are greedy completions, ``avg@k`` and so on where sampled."""
+    """Values of each problem by name: ``greedy pass@1`` where there are greedy completions, ``avg@k`` and so on where
+    sampled. ``estimates`` are their means with intervals; ``unjudged`` counts answers that no checker could judge in
+    time or without dying, which count as wrong."""
 
     problems: int
+    values: dict[str, dict[str, float]]
     estimates: dict[str, Estimate]
     greedy: list[GradedSample]
     sampled: list[GradedSample]
+    unjudged: int
 
 
 def write_completions(path: str | Path, completions: Sequence[SavedCompletion]) -> None:
@@ -74,18 +79,46 @@ def score_completions(
     if unknown := [row.problem_id for row in completions if row.problem_id not in keys]:
         raise ValueError(f"completion of problem {unknown[0]!r}, which the data does not have")
     answers = [extract_boxed(row.text) for row in completions]
-    right = grade_answers([(answer, keys[row.problem_id]) for answer, row in zip(answers, completions)])
+    judged = judge_answers([(answer, keys[row.problem_id]) for answer, row in zip(answers, completions)])
     greedy, sampled = [], []
-    for row, correct, answer in zip(completions, right, answers):
-        (greedy if row.greedy else sampled).append(GradedSample(row.problem_id, row.sample, correct, answer))
+    for row, judgement, answer in zip(completions, judged, answers):
+        (greedy if row.greedy else sampled).append(
+            GradedSample(row.problem_id, row.sample, judgement is Judgement.EQUAL, answer))
     for name, rows in (("greedy", greedy), ("sampled", sampled)):
         if rows and (missing := keys.keys() - {row.problem_id for row in rows}):
             raise ValueError(f"problem {min(missing)!r} has no {name} completion: a score needs every problem")
-    estimates = {"greedy pass@1": greedy_accuracy(greedy, samples)} if greedy else {}
+    values: dict[str, dict[str, float]] = {"greedy pass@1": greedy_values(greedy)} if greedy else {}
     if sampled:
         count = len(sampled) // len(keys)
-        estimates[f"avg@{count}"] = mean_accuracy(sampled, samples)
+        values[f"avg@{count}"] = problem_rates(sampled)
         for k in ks or sorted({2 ** n for n in range(1, count.bit_length())} | {count} - {1}):
-            estimates[f"pass@{k}"] = pass_at_k(sampled, k, samples)
-            estimates[f"maj@{k}"] = majority_at_k(sampled, k, samples)
-    return MathScore(len(keys), estimates, greedy, sampled)
+            values[f"pass@{k}"] = pass_at_k_values(sampled, k)
+            values[f"maj@{k}"] = majority_values(sampled, k)
+    return MathScore(
+        len(keys), values, {name: mean_estimate(list(each.values()), samples) for name, each in values.items()},
+        greedy, sampled, sum(judgement in (Judgement.LATE, Judgement.DIED) for judgement in judged))
+
+
+def score_sets(
+    completions: Sequence[SavedCompletion], sets: Mapping[str, Sequence[EvalProblem]], ks: Sequence[int] = (),
+    samples: int = DEFAULT_SAMPLES,
+) -> dict[str, MathScore]:
+    """``score_completions`` of each benchmark; every completion must belong to one of them."""
+    owner = {problem.problem.problem_id: name for name, problems in sets.items() for problem in problems}
+    parts: dict[str, list[SavedCompletion]] = {name: [] for name in sets}
+    for row in completions:
+        if row.problem_id not in owner:
+            raise ValueError(f"completion of problem {row.problem_id!r}, which the data does not have")
+        parts[owner[row.problem_id]].append(row)
+    for name, rows in parts.items():
+        if not rows:
+            raise ValueError(f"no completion of {name}, problem {sets[name][0].problem.problem_id!r} first")
+    return {name: score_completions(parts[name], problems, ks, samples) for name, problems in sets.items()}
+
+
+def average_estimates(scores: Mapping[str, MathScore], samples: int = DEFAULT_SAMPLES) -> dict[str, Estimate]:
+    """The plain mean over benchmarks of each number that all of them have; problems are resampled within each."""
+    shared = [name for name in next(iter(scores.values())).values
+              if all(name in score.values for score in scores.values())]
+    return {name: grouped_mean_estimate([list(score.values[name].values()) for score in scores.values()], samples)
+            for name in shared}

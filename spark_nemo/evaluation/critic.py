@@ -1,4 +1,7 @@
-"""A generative reward model as ProcessBench critic: prompts, generations, predictions, score; every text is saved."""
+"""A generative reward model on ProcessBench-format cases: prompts, generations, predictions, score; texts are saved.
+
+A PRM or PRM-CoT is a ProcessBench critic. An ORM is not, and has a score and a file of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,12 @@ import asyncio
 from pathlib import Path
 
 from spark_nemo.config import SparkConfig
-from spark_nemo.engines.base import EngineFailure, EngineLost
 from spark_nemo.engines.served import ServedModel
-from spark_nemo.grammar import Variant, legal_step_text, parse_generation, prompt_set, render_solution
-from spark_nemo.records import EngineError, derive_seed, outcome_kind, outcome_to_json
+from spark_nemo.grammar import Variant, parse_generation, prompt_set
+from spark_nemo.records import EngineError, outcome_from_json, outcome_kind, outcome_to_json
 from spark_nemo.records.jsonl import write_json_atomic
 
+from .judging import RewardModelJudge, ask_all, check_names_steps
 from .processbench import (
     ProcessBenchCase,
     ProcessBenchScore,
@@ -19,17 +22,19 @@ from .processbench import (
     read_processbench,
     score_processbench,
 )
+from .whole_solution import WholeSolutionScore, said_yes, score_whole_solutions
 
 
 def score_reward_model(model: Path, config: SparkConfig, output: Path) -> ProcessBenchScore:
     """Judge every case of ``data.processbench`` with the PRM or PRM-CoT in ``model``; predictions go to ``output``.
 
     A generation that is no verdict counts as a wrong prediction, as the benchmark's rule is, and is counted by kind.
-    Raises ``EngineFailure`` when the engine stopped on the way.
+    Raises ``EngineFailure`` when the engine stopped on the way, ``ConfigError`` for an ORM.
     """
-    cases = read_processbench(config.data.processbench)
-    served = ServedModel.load(config.engine, model, "verifier", output.parent / "servers")
-    rows = asyncio.run(_judge_all(served, cases, config))
+    check_names_steps(config.stage2.variant)
+    cases, rows = _judged(model, config, output)
+    for row in rows:
+        row["prediction"] = predict_first_error(outcome_from_json(row["outcome"]))
     score = score_processbench([case.label for case in cases], [row["prediction"] for row in rows])
     write_json_atomic(output, {
         "f1": score.f1, "acc_error": score.acc_error, "acc_correct": score.acc_correct,
@@ -39,32 +44,43 @@ def score_reward_model(model: Path, config: SparkConfig, output: Path) -> Proces
     return score
 
 
+def score_orm(model: Path, config: SparkConfig, output: Path) -> WholeSolutionScore:
+    """Ask the ORM in ``model`` about every case of ``data.processbench``; what it said goes to ``output``.
+
+    A generation that is no verdict counts as wrong and is counted. Raises ``EngineFailure`` like the other.
+    """
+    cases, rows = _judged(model, config, output)
+    score = score_whole_solutions([case.label for case in cases],
+                                  [said_yes(outcome_from_json(row["outcome"])) for row in rows])
+    write_json_atomic(output, {
+        "verdict_harmonic_mean": score.verdict_harmonic_mean, "verdict_acc_error": score.verdict_acc_error,
+        "verdict_acc_correct": score.verdict_acc_correct, "num_error": score.num_error,
+        "num_correct": score.num_correct, "num_unparsed": score.num_unparsed,
+        "num_tokens": sum(row["num_tokens"] for row in rows), "cases": rows,
+    })
+    return score
+
+
+def _judged(model: Path, config: SparkConfig, output: Path) -> tuple[list[ProcessBenchCase], list[dict]]:
+    cases = read_processbench(config.data.processbench)
+    served = ServedModel.load(config.engine, model, "verifier", output.parent / "servers")
+    return cases, asyncio.run(_judge_all(served, cases, config))
+
+
 async def _judge_all(served: ServedModel, cases: list[ProcessBenchCase], config: SparkConfig) -> list[dict]:
-    slots = asyncio.Semaphore(2 * config.engine.slots("verifier"))
-    prompts, variant = prompt_set(config.stage1.prompt_set), Variant(config.stage2.variant)
-
-    async def judge(case: ProcessBenchCase) -> dict:
-        solution = render_solution([legal_step_text(step) for step in case.steps], None)
-        messages = prompts.reward(variant, case.problem, solution)
-        text, num_tokens = "", 0
-        async with slots:
-            try:
-                seed = derive_seed("critic", case.case_id)
-                done = await served.complete(messages, config.stage2.eval_sampling, seed)
-                text, num_tokens = done.text, len(done.generation.token_ids)
-                reason = str(done.generation.finish_reason)
-                outcome = parse_generation(text, reason, num_tokens, len(case.steps), variant)
-            except EngineLost:
-                raise
-            except EngineFailure as failure:
-                outcome = EngineError(str(failure))
-        return {"id": case.case_id, "label": case.label, "prediction": predict_first_error(outcome), "text": text,
-                "kind": outcome_kind(outcome), "outcome": outcome_to_json(outcome), "num_tokens": num_tokens}
-
+    variant = Variant(config.stage2.variant)
+    judge = RewardModelJudge(variant, prompt_set(config.stage1.prompt_set))
     try:
-        rows = await asyncio.gather(*(judge(case) for case in cases))
-        if not (await served.engine.health()).alive:
-            raise EngineFailure("the engine stopped during the reward model's evaluation: there is no score, run again")
-        return rows
+        replies = await ask_all(served, cases, judge.messages, config.stage2.eval_sampling, 1,
+                                2 * config.engine.slots("verifier"))
     finally:
         await served.engine.close()
+    rows = []
+    for case, [reply] in zip(cases, replies):
+        if reply.finish_reason is None:
+            outcome = EngineError(reply.error)
+        else:
+            outcome = parse_generation(reply.text, reply.finish_reason, reply.num_tokens, len(case.steps), variant)
+        rows.append({"id": case.case_id, "label": case.label, "text": reply.text, "kind": outcome_kind(outcome),
+                     "outcome": outcome_to_json(outcome), "num_tokens": reply.num_tokens})
+    return rows

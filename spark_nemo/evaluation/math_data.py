@@ -1,105 +1,137 @@
-"""The mathematics benchmarks in the formats in which they are distributed, and the Skywork prompts without answers.
+"""The mathematics benchmarks as they are distributed, and the Skywork prompts without answers.
 
-Each loader gives ``EvalProblem`` rows whose ``problem_id`` is the benchmark's name and the file's own identifier. Every
-``DataFileError`` names the file, the line (or row) and the field.
+Files and Hugging Face datasets of one benchmark name their columns differently, so each part of a problem is looked for
+under the names that are in use. Every ``DataFileError`` names the file, the line (or row) and the field.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+import re
+from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
 
 from spark_nemo.grammar import extract_boxed
-from spark_nemo.records import Problem
+from spark_nemo.records import Problem, content_key
 from spark_nemo.records.verl_parquet import read_verl_problems
 
 from .answers import EvalProblem, read_eval_problems
-from .reading import DataFileError, read_rows, required, required_text
+from .reading import DataFileError, read_rows, required_text
+from .tables import source_name
+
+logger = logging.getLogger(__name__)
 
 read_skywork_prompts = read_verl_problems
 
-_QUESTION = "the question's text"
+BENCHMARKS: dict[str, int] = {
+    "math500": 500, "aime24": 30, "aime25": 30, "amc23": 40, "minerva_math": 272, "olympiadbench": 675}
+"""Benchmarks and how many problems published figures are over (QwenLM/Qwen2.5-Math; AIME has two papers of 15)."""
+
+_SPELLINGS = {"aime2024": "aime24", "aime2025": "aime25", "amc2023": "amc23", "minerva": "minerva_math"} | {
+    re.sub("[^a-z0-9]", "", name): name for name in BENCHMARKS}
+_IDS = ("unique_id", "problem_id", "id", "idx", "ID", "problem_idx")
+_QUESTIONS = ("problem", "question", "Problem", "Question")
+_ANSWERS = ("answer", "final_answer", "Answer", "expected_answer")
+_SOLUTIONS = ("solution", "Solution")
 _MAX_EXACT = 2 ** 53
 """Beyond it a JSON float no longer says which integer was meant."""
 
 Row = dict[str, object]
 
 
-@dataclass(frozen=True, slots=True)
-class MathFormat:
-    """Where a benchmark's rows keep their identifier and question, and how the reference answer is read."""
-
-    id_field: str
-    question_field: str
-    answer: Callable[[str, Row], str]
+def benchmark_of(source: str | Path) -> str | None:
+    """The benchmark that a file's or dataset's name says (``MATH-500.parquet``, ``hf:math-ai/aime25``), else None."""
+    return _SPELLINGS.get(re.sub("[^a-z0-9]", "", source_name(source).lower()))
 
 
-def read_math(path: str | Path, benchmark: str | None = None) -> list[EvalProblem]:
-    """Read a benchmark file. ``benchmark`` is a key of ``FORMATS``; None takes the file's stem.
+def read_math(source: str | Path, benchmark: str | None = None) -> list[EvalProblem]:
+    """Read a benchmark from JSONL, JSON, Parquet or ``hf:owner/name[:config][:split]``.
 
-    A file of no known benchmark must have our own fields (``problem_id``, ``question``, ``answer``). Raises
-    ``DataFileError`` for a malformed row or a repeated identifier, ``ValueError`` for an unknown ``benchmark``.
+    ``benchmark`` is a key of ``BENCHMARKS``; None takes it from the source's name. A ``problem_id`` is the benchmark's
+    name and the row's own identifier, or 12 digits of a hash of the question where rows have none. A source of no known
+    benchmark must have our own fields (``problem_id``, ``question``, ``answer``). Raises ``DataFileError`` for a
+    malformed row or a repeated identifier, ``ValueError`` for an unknown ``benchmark``.
     """
-    path = Path(path)
-    if benchmark is not None and benchmark not in FORMATS:
-        raise ValueError(f"benchmark {benchmark!r}: known are {', '.join(FORMATS)}")
-    name = benchmark or path.stem
-    if name not in FORMATS:
-        return read_eval_problems(path)
-    layout, problems = FORMATS[name], {}
-    for place, row in read_rows(path):
-        problem_id = f"{name}-{_identifier(place, row, layout.id_field)}"
+    if benchmark is not None and benchmark not in BENCHMARKS:
+        raise ValueError(f"benchmark {benchmark!r}: known are {', '.join(BENCHMARKS)}")
+    name = benchmark or benchmark_of(source)
+    if name is None:
+        return read_eval_problems(source)
+    problems: dict[str, EvalProblem] = {}
+    for place, row in read_rows(source):
+        field = _field(place, row, _QUESTIONS, "the question's text")
+        question = required_text(place, row, field, "the question's text")
+        id_field, identifier = _identifier(place, row, question, field)
+        problem_id = f"{name}-{identifier}"
         if problem_id in problems:
-            raise DataFileError(f"{place}: field {layout.id_field!r} repeats {row[layout.id_field]!r}: must be unique")
-        question = required_text(place, row, layout.question_field, _QUESTION)
-        problems[problem_id] = EvalProblem(Problem(problem_id, question, name), layout.answer(place, row))
+            raise DataFileError(f"{place}: field {id_field!r} repeats {str(row[id_field])[:40]!r}: must be unique")
+        problems[problem_id] = EvalProblem(Problem(problem_id, question, name), _answer(place, row))
     return list(problems.values())
 
 
-def _identifier(place: str, row: Row, field: str) -> str:
-    if type(row.get(field)) is int:
-        return str(row[field])
-    return required_text(place, row, field, "a number or string that identifies the problem")
+def read_math_sets(sources: Sequence[str | Path], benchmark: str | None = None) -> dict[str, list[EvalProblem]]:
+    """``read_math`` of several sources by benchmark (or by the source's name); two of one benchmark are joined.
+
+    A set of another size than published figures are over is said in the log. Raises ``DataFileError`` as ``read_math``
+    does, and for a problem that two sources have.
+    """
+    sets: dict[str, list[EvalProblem]] = {}
+    seen: set[str] = set()
+    for source in sources:
+        problems = read_math(source, benchmark)
+        if repeated := seen & {problem.problem.problem_id for problem in problems}:
+            raise DataFileError(f"{source}: problem {min(repeated)!r} is in another file of --data too")
+        seen |= {problem.problem.problem_id for problem in problems}
+        sets.setdefault(benchmark or benchmark_of(source) or source_name(source), []).extend(problems)
+    for name, problems in sets.items():
+        _warn_of_size(name, len(problems))
+    return sets
 
 
-def _text_answer(place: str, row: Row) -> str:
-    return required_text(place, row, "answer", "the reference answer, a string")
+def _warn_of_size(name: str, count: int) -> None:
+    if name == "amc23" and count == 83:
+        logger.warning("amc23: these 83 problems are those of AMC 2022 and 2023 together (AI-MO), not the 40 that "
+                       "published figures are over: do not compare with those")
+    elif count != BENCHMARKS.get(name, count):
+        logger.warning("%s: %d problems, where published figures are over %d", name, count, BENCHMARKS[name])
 
 
-def _number_answer(place: str, row: Row) -> str:
-    """AMC 2023 keeps its answers as floats, all of them whole: 27.0 is 27."""
-    if "answer" not in row:
-        raise DataFileError(f"{place}: field 'answer' is missing: the reference answer, a number")
-    value = row["answer"]
-    if type(value) not in (int, float) or not isfinite(value) or abs(value) > _MAX_EXACT:
-        raise DataFileError(f"{place}: field 'answer' is {str(value)[:40]!r}, but must be a finite number up to 2^53")
-    return str(int(value)) if value == int(value) else str(value)
+def _field(place: str, row: Row, names: Sequence[str], meaning: str) -> str:
+    for name in names:
+        if name in row:
+            return name
+    raise DataFileError(f"{place}: field {names[0]!r} is missing: {meaning} (also read: {', '.join(names[1:])})")
 
 
-def _boxed_answer(place: str, row: Row) -> str:
-    """Minerva Math has no answer field: it is the last box of the worked solution."""
-    answer = extract_boxed(required_text(place, row, "solution", "the worked solution"))
-    if not answer:
-        raise DataFileError(f"{place}: field 'solution' has no \\boxed{{...}} with the reference answer")
-    return answer
+def _identifier(place: str, row: Row, question: str, question_field: str) -> tuple[str, str]:
+    """The field that identifies a row, and what it says. A hash of the question does not change with the order."""
+    field = next((name for name in _IDS if name in row), None)
+    if field is None:
+        return question_field, content_key(question)[:12]
+    if type(row[field]) is int:
+        return field, str(row[field])
+    return field, required_text(place, row, field, "a number or string that identifies the problem")
 
 
-def _listed_answer(place: str, row: Row) -> str:
-    """OlympiadBench's open-ended text problems hold one string, several answers separated by commas inside it."""
-    answers = required(place, row, "final_answer", list, "a list with one reference answer")
-    if len(answers) != 1 or not isinstance(answers[0], str) or not answers[0].strip():
-        raise DataFileError(f"{place}: field 'final_answer' must be a list with one string that is not blank")
-    return answers[0]
-
-
-FORMATS: dict[str, MathFormat] = {
-    "math500": MathFormat("unique_id", "problem", _text_answer),
-    "aime24": MathFormat("id", "problem", _text_answer),
-    "amc23": MathFormat("id", "problem", _number_answer),
-    "minerva_math": MathFormat("idx", "problem", _boxed_answer),
-    "olympiadbench": MathFormat("id", "question", _listed_answer),
-}
-"""By benchmark, which is also the stem of its file in QwenLM/Qwen2.5-Math and NJUNLP/R-PRM."""
-
+def _answer(place: str, row: Row) -> str:
+    """A field of its own, or the last box of the worked solution (Minerva Math has nothing else)."""
+    if not any(name in row for name in _ANSWERS) and (name := next((n for n in _SOLUTIONS if n in row), None)):
+        answer = extract_boxed(required_text(place, row, name, "the worked solution"))
+        if not answer:
+            raise DataFileError(f"{place}: field {name!r} has no \\boxed{{...}} with the reference answer")
+        return answer
+    field = _field(place, row, _ANSWERS, "the reference answer")
+    value = row[field]
+    if isinstance(value, list):
+        # OlympiadBench's open-ended text problems hold one string, several answers separated by commas inside it.
+        if len(value) != 1:
+            raise DataFileError(f"{place}: field {field!r} must be one reference answer or a list with one")
+        value = value[0]
+    if type(value) is float:
+        if not isfinite(value) or abs(value) > _MAX_EXACT:
+            raise DataFileError(f"{place}: field {field!r} is {str(value)[:40]!r}, but must be a finite number up to "
+                                "2^53")
+        return str(int(value)) if value == int(value) else str(value)  # AMC 2023 keeps whole numbers as 27.0
+    return str(value) if type(value) is int else required_text(
+        place, {field: value}, field, "the reference answer, a string or a number")

@@ -36,9 +36,28 @@ async def evaluate_policy(
 ) -> PolicyAccuracy:
     """``samples_per_problem`` samples at ``temperature`` and one greedy completion of each problem, graded.
 
-    The last ``\\boxed{}`` is the prediction; a completion without one is wrong. Seeds depend on the problem alone, so
-    two policies are compared on the same draws. Raises ``EngineFailure`` when the engine cannot serve a problem: that
-    says nothing about the policy.
+    The last ``\\boxed{}`` is the prediction; a completion without one is wrong. Raises ``EngineFailure`` when the
+    engine cannot serve a problem: that says nothing about the policy.
+    """
+    completions, num_tokens = await sample_policy(served, [p.problem for p in problems], prompts, config)
+    # Graded when every completion is there: a symbolic answer can take its checker seconds, and decoding would wait.
+    keys = {p.problem.problem_id: p.answer for p in problems}
+    answers = [extract_boxed(row.text) for row in completions]
+    right = grade_answers([(answer, keys[row.problem_id]) for row, answer in zip(completions, answers)])
+    rows = [GradedSample(row.problem_id, row.sample, correct, answer)
+            for row, correct, answer in zip(completions, right, answers)]
+    num_sampled = len(problems) * config.samples_per_problem
+    return PolicyAccuracy(
+        mean_accuracy(rows[:num_sampled], config.bootstrap_samples),
+        mean_accuracy(rows[num_sampled:], config.bootstrap_samples), rows[:num_sampled], num_tokens, completions)
+
+
+async def sample_policy(
+    served: ServedModel, problems: Sequence[Problem], prompts: PromptSet, config: EvaluationConfig
+) -> tuple[list[SavedCompletion], int]:
+    """The sampled completions of all problems, then the greedy ones, and the number of tokens they have together.
+
+    Seeds depend on the problem alone, so two policies are compared on the same draws. Raises ``EngineFailure``.
     """
     sampled = SamplingConfig(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
     greedy = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
@@ -50,16 +69,7 @@ async def evaluate_policy(
 
     jobs = [(p, index, sampled) for p in problems for index in range(config.samples_per_problem)]
     jobs += [(p, 0, greedy) for p in problems]
-    replies = await asyncio.gather(*(ask(p.problem, index, sampling) for p, index, sampling in jobs))
-    # Graded when every completion is there: a symbolic answer can take its checker seconds, and decoding would wait.
-    answers = [extract_boxed(text) for text, _ in replies]
-    right = grade_answers([(answer, p.answer) for (p, _, _), answer in zip(jobs, answers)])
-    rows = [GradedSample(p.problem.problem_id, index, correct, answer)
-            for (p, index, _), correct, answer in zip(jobs, right, answers)]
-    num_sampled = len(problems) * config.samples_per_problem
-    completions = [SavedCompletion(p.problem.problem_id, index, sampling is greedy, text)
+    replies = await asyncio.gather(*(ask(*job) for job in jobs))
+    completions = [SavedCompletion(p.problem_id, index, sampling is greedy, text)
                    for (p, index, sampling), (text, _) in zip(jobs, replies)]
-    return PolicyAccuracy(
-        mean_accuracy(rows[:num_sampled], config.bootstrap_samples),
-        mean_accuracy(rows[num_sampled:], config.bootstrap_samples),
-        rows[:num_sampled], sum(tokens for _, tokens in replies), completions)
+    return completions, sum(tokens for _, tokens in replies)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .bootstrap import Estimate, f1_estimate
 from .processbench import (
+    ProcessBenchCase,
     ProcessBenchScore,
     average_f1,
     boxed_vote,
@@ -18,6 +19,7 @@ from .processbench import (
     score_processbench,
 )
 from .reading import DataFileError, read_rows, required_text
+from .tables import source_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,31 +35,47 @@ class SavedScore:
     votes: int
 
 
+def read_splits(data: Sequence[str | Path]) -> dict[str, list[ProcessBenchCase]]:
+    """The cases of all files (or ``hf:Qwen/ProcessBench::gsm8k``) by split, which is what a file is called.
+
+    Raises ``DataFileError`` for a malformed row, two files of one name, or an identifier that two splits have.
+    """
+    splits = {source_name(path): read_processbench(path) for path in data}
+    if len(splits) < len(data):
+        raise DataFileError(f"{data[-1]}: two data files have the same name; the name is the split's")
+    counts = Counter(case.case_id for cases in splits.values() for case in cases)
+    if repeated := [case_id for case_id, count in counts.items() if count > 1]:
+        raise DataFileError(f"{data[-1]}: field 'id' repeats {repeated[0]!r} of another split")
+    return splits
+
+
 def score_saved_predictions(predictions: Sequence[str | Path], data: Sequence[str | Path]) -> SavedScore:
     """Score the rows of all ``predictions`` files against all ``data`` splits; several files vote on their cases.
 
     Raises ``DataFileError`` that names file, row and field for a malformed row, an unknown or repeated identifier, a
     case without a prediction, or cases with different numbers of votes: such a score would compare unlike things.
     """
-    splits = {Path(path).stem: read_processbench(path) for path in data}
-    if len(splits) < len(data):
-        raise DataFileError(f"{data[-1]}: two data files have the same name; the name is the split's")
-    owner = [(case.case_id, name) for name, cases in splits.items() for case in cases]
-    if repeated := [case_id for case_id, count in Counter(case_id for case_id, _ in owner).items() if count > 1]:
-        raise DataFileError(f"{data[-1]}: field 'id' repeats {repeated[0]!r} of another split")
-    votes: dict[str, list[str | None]] = {case_id: [] for case_id, _ in owner}
+    splits = read_splits(data)
+    votes: dict[str, list[str | None]] = {case.case_id: [] for cases in splits.values() for case in cases}
     for path in predictions:
         _collect(path, votes)
-    counts = {case_id: len(found) for case_id, found in votes.items()}
-    for case_id, count in counts.items():
-        if count == 0 or count != counts[owner[0][0]]:
-            raise DataFileError(f"{predictions[-1]}: case {case_id!r} has {count} predictions, {owner[0][0]!r} has "
-                                f"{counts[owner[0][0]]}: give every case the same number, at least one")
+    first = next(iter(votes))
+    for case_id, found in votes.items():
+        if not found or len(found) != len(votes[first]):
+            raise DataFileError(f"{predictions[-1]}: case {case_id!r} has {len(found)} predictions, {first!r} has "
+                                f"{len(votes[first])}: give every case the same number, at least one")
+    return score_votes(splits, votes)
+
+
+def score_votes(
+    splits: Mapping[str, Sequence[ProcessBenchCase]], votes: Mapping[str, Sequence[str | None]],
+) -> SavedScore:
+    """Score the majority of each case's votes; every case must have the same number of them, None for no vote."""
     scores = {name: score_processbench([case.label for case in cases],
                                        [majority_vote(votes[case.case_id]) for case in cases])
               for name, cases in splits.items()}
     return SavedScore(scores, average_f1(scores.values()), f1_estimate([score.hits for score in scores.values()]),
-                      counts[owner[0][0]])
+                      len(next(iter(votes.values()))))
 
 
 def _collect(path: str | Path, votes: dict[str, list[str | None]]) -> None:
@@ -89,13 +107,19 @@ def _prediction_rows(path: Path) -> list[tuple[str, dict[str, object]]]:
 
 
 def _votes(place: str, row: dict[str, object]) -> list[str | None]:
-    """The strings a row votes for. A critic's text is read anew; ``prediction`` is a whole number or null."""
+    """The strings a row votes for. A critic's text is read anew; a reward model's ``votes`` are indices as text or
+    null; ``prediction`` is a whole number or null."""
     if "generated_critique" in row:
         texts = row["generated_critique"]
         texts = [texts] if isinstance(texts, str) else texts
         if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
             raise DataFileError(f"{place}: field 'generated_critique' must be a text or a non-empty list of texts")
         return [boxed_vote(text) for text in texts]
+    if "votes" in row:
+        votes = row["votes"]
+        if not isinstance(votes, list) or not votes or not all(vote is None or isinstance(vote, str) for vote in votes):
+            raise DataFileError(f"{place}: field 'votes' must be a non-empty list of strings or nulls")
+        return votes
     if "prediction" not in row:
         raise DataFileError(f"{place}: has neither field 'generated_critique' (a critic's text) nor 'prediction'")
     value = row["prediction"]

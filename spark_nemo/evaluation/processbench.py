@@ -6,7 +6,6 @@ The format, the scoring and the reading of a critic's ``\\boxed{}`` are those of
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from spark_nemo.records import Outcome, Verdict
+from spark_nemo.records import AnswerVerdict, VariantOutcome, Verdict
 
 from .bootstrap import Hits
 from .reading import DataFileError, read_rows, required, required_text
 
-_BOX = re.compile(r"\\boxed\{([^}]*)\}")
+_BOX = "\\boxed{"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +86,13 @@ def average_f1(scores: Iterable[ProcessBenchScore]) -> float:
     return sum(values) / len(values)
 
 
-def predict_first_error(outcome: Outcome) -> int | None:
-    """What a generative PRM predicts: its verdict's first wrong step; None for every kind of failure."""
+def predict_first_error(outcome: VariantOutcome) -> int | None:
+    """What a generative PRM predicts: its verdict's first wrong step; None for every kind of failure.
+
+    Raises ``ValueError`` for an ORM's verdict, which names no step.
+    """
+    if isinstance(outcome, AnswerVerdict):
+        raise ValueError("an ORM's verdict names no step: it has no ProcessBench score, see evaluation.critic")
     return outcome.first_error if isinstance(outcome, Verdict) else None
 
 
@@ -114,9 +118,16 @@ def majority_vote(votes: Iterable[str | None]) -> int | None:
 
 
 def boxed_vote(text: str) -> str | None:
-    """What a critic's text votes for: the stripped content of its last box; None without a box."""
-    boxes = _BOX.findall(text)
-    return boxes[-1].strip() if boxes else None
+    r"""What a critic's text votes for: the stripped content of its last box; None without a box.
+
+    The official pattern is ``\\boxed\{([^}]*)\}``: a box ends at the first closing brace, none begins inside another.
+    Found here in one pass, where the pattern takes minutes on a megabyte of boxes that never close.
+    """
+    content, start = None, text.find(_BOX)
+    while start >= 0 and (end := text.find("}", start)) >= 0:
+        content = text[start + len(_BOX):end]
+        start = text.find(_BOX, end)
+    return None if content is None else content.strip()
 
 
 def _to_int(text: str) -> int | None:

@@ -9,24 +9,20 @@ from typing import TypeVar
 
 from spark_nemo.records.jsonl import DataFileError
 
+from .tables import HubName, hub_rows, parquet_rows
+
 T = TypeVar("T")
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, object]]]:
-    """Yield ``(place, row)`` of a ``.jsonl`` file (blank lines are skipped) or of a ``.json`` list of objects.
+    """Yield ``(place, row)`` of a ``.jsonl`` file (blank lines are skipped), a ``.json`` list of objects, a
+    ``.parquet`` file, or a Hugging Face dataset written ``hf:owner/name[:config][:split]``.
 
     ``place`` reads ``file:line 3`` or ``file:row 3``, counted from 1. Raises ``DataFileError`` for a missing or empty
-    file, bytes that are not UTF-8, bad JSON, or a row that is not an object.
+    file, bytes that are not UTF-8, bad JSON or Parquet, a row that is not an object, or a dataset that is not there.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataFileError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise DataFileError(f"{path}: byte {error.start} is not UTF-8") from error
     count = 0
-    for place, row in _json_rows(path, text) if path.suffix == ".json" else _jsonl_rows(path, text):
+    for place, row in _any_rows(path):
         if not isinstance(row, dict):
             raise DataFileError(f"{place}: must be a JSON object, not {type(row).__name__}")
         count += 1
@@ -50,6 +46,21 @@ def required_text(place: str, row: dict[str, object], field: str, meaning: str) 
     if not text.strip():
         raise DataFileError(f"{place}: field {field!r} is blank, but must be {meaning}")
     return text
+
+
+def _any_rows(source: str | Path) -> Iterator[tuple[str, object]]:
+    if hub := HubName.parse(source):
+        return hub_rows(hub)
+    path = Path(source)
+    if path.suffix == ".parquet":
+        return parquet_rows(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataFileError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise DataFileError(f"{path}: byte {error.start} is not UTF-8") from error
+    return _json_rows(path, text) if path.suffix == ".json" else _jsonl_rows(path, text)
 
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:

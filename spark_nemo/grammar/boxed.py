@@ -3,7 +3,7 @@ r"""Finds ``\boxed{...}`` with nested braces, in one pass over the text."""
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # The order matters: a backslash takes the next character with it, so "\\boxed{" (two backslashes) opens no box and
 # "\{" opens no group.
@@ -12,11 +12,17 @@ _TOKEN = re.compile(r"\\boxed\{|\\.|[{}]", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    r"""One complete ``\boxed{content}``; ``start`` and ``end`` bound all of it, backslash and braces included."""
+    r"""One complete ``\boxed{content}`` of ``text``; ``start`` and ``end`` bound all of it, backslash too."""
 
+    text: str = field(repr=False)
     start: int
+    content_start: int
     end: int
-    content: str
+
+    @property
+    def content(self) -> str:
+        """What is inside. Cut out when asked for: those of a megabyte of nested boxes would take gigabytes."""
+        return self.text[self.content_start:self.end - 1]
 
 
 def find_boxes(text: str) -> tuple[Box, ...]:
@@ -29,7 +35,7 @@ def find_boxes(text: str) -> tuple[Box, ...]:
         elif token.group() == "}" and open_groups:
             is_box, start, content_start = open_groups.pop()
             if is_box:
-                boxes.append(Box(start, token.end(), text[content_start:token.start()]))
+                boxes.append(Box(text, start, content_start, token.end()))
     return tuple(sorted(boxes, key=lambda box: box.start))
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 
-from ..records import EngineError, Failure, ParseFailure, Truncated, Verdict
+from ..records import AnswerVerdict, EngineError, ParseFailure, Truncated, VariantOutcome, Verdict
 from .headers import FLAGS
 from .verification import (
     StepJudgement,
@@ -32,15 +31,6 @@ class Variant(StrEnum):
     PRM = "prm"
     PRM_COT = "prm_cot"
 
-
-@dataclass(frozen=True, slots=True)
-class AnswerVerdict:
-    """What an ORM says. Not a ``Verdict``: it has no step labels, so it cannot be mistaken for one that has."""
-
-    answer_correct: bool
-
-
-VariantOutcome = Verdict | AnswerVerdict | Failure
 
 _PRM_LINE = re.compile(
     r"^[ \t]*+\**+Step[ \t]++(?P<number>[0-9]++)[ \t]*+:[ \t]*+\**+[ \t]*+(?P<negation>in)?correct\.?\**+[ \t\r]*+$",

@@ -71,18 +71,20 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 class _NoStream:
-    """Stands for a CUDA stream or event. A class, because others write ``torch.cuda.Stream | None``."""
+    """Stands for a CUDA stream or event, and gives one (``record_event``). A class, because others write
+    ``torch.cuda.Stream | None``."""
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
+    def __getattr__(self, name: str) -> Callable[..., _NoStream]:
+        return lambda *args, **kwargs: _NoStream()
 
 
 @functools.cache
 def _patch_cuda_entry_points() -> None:
     """Functions that take no tensor cannot be met by a function mode; they are replaced once per process."""
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.synchronize = lambda *args, **kwargs: None
@@ -91,3 +93,8 @@ def _patch_cuda_entry_points() -> None:
     torch.cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()  # recomputation
     megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
+    if not hasattr(moe_utils, "te_general_gemm"):  # routers test for None what the failed import left undefined
+        moe_utils.te_general_gemm = None
+    # Split sizes must be numbers for the exchange between experts; only those that come from CUDA are converted.
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor)

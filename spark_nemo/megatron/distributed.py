@@ -119,11 +119,14 @@ def _join(rank: int, world_size: int) -> None:
 def _build_groups(layout: MegatronConfig) -> None:
     from megatron.core import parallel_state
 
-    sizes = (layout.tensor_parallel, layout.pipeline_parallel)
+    sizes = (layout.tensor_parallel, layout.pipeline_parallel, layout.expert_parallel)
     if parallel_state.model_parallel_is_initialized():
         if sizes == (parallel_state.get_tensor_model_parallel_world_size(),
-                     parallel_state.get_pipeline_model_parallel_world_size()):
+                     parallel_state.get_pipeline_model_parallel_world_size(),
+                     parallel_state.get_expert_model_parallel_world_size()):
             return
         parallel_state.destroy_model_parallel()
     with cuda_means_cpu():
-        parallel_state.initialize_model_parallel(*sizes)
+        parallel_state.initialize_model_parallel(
+            layout.tensor_parallel, layout.pipeline_parallel, expert_model_parallel_size=layout.expert_parallel,
+            expert_tensor_parallel_size=1)

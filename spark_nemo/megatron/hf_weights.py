@@ -1,13 +1,14 @@
-"""Hugging Face weights to and from this rank's share of a Megatron model: a table of names and transforms.
+"""Hugging Face weights to and from this rank's share of a Megatron model, by the table of its family.
 
-A new model family is a new table. Nothing is defaulted: a tensor that is missing, surplus or misshapen is an error that
-names it, and so is a Megatron parameter that no rule wrote.
+Nothing is defaulted: a tensor that is missing, surplus or misshapen is an error that names it, and so is a Megatron
+parameter that no rule wrote.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,122 +18,47 @@ from torch import Tensor
 
 from spark_nemo.config.errors import ConfigError
 
+from .families import FAMILIES, Rule
 from .model_shape import ModelShape
 
-Shards = list[Tensor]
-"""One tensor per tensor-parallel rank."""
-
-
-@dataclass(frozen=True)
-class Transform:
-    """How Hugging Face tensors become the shards of one Megatron parameter, and back."""
-
-    to_shards: Callable[[list[Tensor], ModelShape, int], Shards]
-    from_gathered: Callable[[Tensor, ModelShape, int], list[Tensor]]
-    """From the shards below each other in one tensor: what is cut by rows needs no second copy."""
-
-
-def _chunks(tensor: Tensor, tp: int, dim: int) -> Shards:
-    return list(tensor.chunk(tp, dim))
-
-
-REPLICATED = Transform(lambda hf, shape, tp: [hf[0]] * tp, lambda gathered, shape, tp: [gathered])
-SPLIT_COLUMNS = Transform(lambda hf, shape, tp: _chunks(hf[0], tp, 1),
-                          lambda gathered, shape, tp: [torch.cat(gathered.chunk(tp), 1)])
-
-
-def _pad_vocab(hf: list[Tensor], shape: ModelShape, tp: int) -> Shards:
-    missing = shape.padded_vocab_size(tp) - shape.vocab_size
-    return _chunks(torch.cat([hf[0], hf[0].new_zeros(missing, hf[0].shape[1])]), tp, 0)
-
-
-VOCAB_ROWS = Transform(_pad_vocab, lambda gathered, shape, tp: [gathered[:shape.vocab_size]])
-
-
-def _fuse_qkv(hf: list[Tensor], shape: ModelShape, tp: int) -> Shards:
-    """Rows in Megatron's order: for each key-value head its query heads, then the key, then the value."""
-    grouped = [x.reshape(shape.num_kv_heads, -1, *x.shape[1:]) for x in hf]
-    return _chunks(torch.cat(grouped, 1).reshape(-1, *hf[0].shape[1:]), tp, 0)
-
-
-def _split_qkv(fused: Tensor, shape: ModelShape, tp: int) -> list[Tensor]:
-    grouped = fused.reshape(shape.num_kv_heads, -1, *fused.shape[1:])
-    queries = shape.num_heads // shape.num_kv_heads * shape.head_dim
-    parts = grouped.split([queries, shape.head_dim, shape.head_dim], 1)
-    return [x.reshape(-1, *fused.shape[1:]) for x in parts]
-
-
-QKV = Transform(_fuse_qkv, _split_qkv)
-GATE_UP = Transform(
-    lambda hf, shape, tp: [torch.cat(pair) for pair in zip(_chunks(hf[0], tp, 0), _chunks(hf[1], tp, 0))],
-    lambda gathered, shape, tp: [torch.cat(x) for x in zip(*(shard.chunk(2) for shard in gathered.chunk(tp)))])
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One Megatron parameter (``{i}`` is the layer within its stage) and the Hugging Face tensors it is made of."""
-
-    megatron: tuple[str, ...]
-    """Its possible names; Transformer Engine fuses a norm into the linear layer that follows."""
-    hf: dict[str, tuple[int, ...]]
-    """Names (``{i}`` is the layer of the whole model) and shapes, in the order of ``transform``."""
-    transform: Transform
-
-
-def qwen2_rules(shape: ModelShape) -> dict[str, list[Rule]]:
-    """The table of Qwen2 and Qwen2.5: rules for the ``first`` stage, every ``layer`` and the ``last`` stage."""
-    H, q, kv, ffn = (shape.hidden_size, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim,
-                     shape.ffn_size)
-    hf, mg = "model.layers.{i}.", "decoder.layers.{i}."
-    vocab = (shape.vocab_size, H)
-    output = "model.embed_tokens.weight" if shape.tied_embeddings else "lm_head.weight"
-
-    def attention(kind: str, *columns: int) -> dict[str, tuple[int, ...]]:
-        return {f"{hf}self_attn.{x}_proj.{kind}": (rows, *columns) for x, rows in (("q", q), ("k", kv), ("v", kv))}
-
-    return {
-        "first": [Rule(("embedding.word_embeddings.weight",), {"model.embed_tokens.weight": vocab}, VOCAB_ROWS)],
-        "layer": [
-            Rule((f"{mg}input_layernorm.weight", f"{mg}self_attention.linear_qkv.layer_norm_weight"),
-                 {f"{hf}input_layernorm.weight": (H,)}, REPLICATED),
-            Rule((f"{mg}self_attention.linear_qkv.weight",), attention("weight", H), QKV),
-            Rule((f"{mg}self_attention.linear_qkv.bias",), attention("bias"), QKV),
-            Rule((f"{mg}self_attention.linear_proj.weight",), {f"{hf}self_attn.o_proj.weight": (H, q)}, SPLIT_COLUMNS),
-            Rule((f"{mg}pre_mlp_layernorm.weight", f"{mg}mlp.linear_fc1.layer_norm_weight"),
-                 {f"{hf}post_attention_layernorm.weight": (H,)}, REPLICATED),
-            Rule((f"{mg}mlp.linear_fc1.weight",),
-                 {f"{hf}mlp.gate_proj.weight": (ffn, H), f"{hf}mlp.up_proj.weight": (ffn, H)}, GATE_UP),
-            Rule((f"{mg}mlp.linear_fc2.weight",), {f"{hf}mlp.down_proj.weight": (H, ffn)}, SPLIT_COLUMNS),
-        ],
-        "last": [
-            Rule(("decoder.final_layernorm.weight",), {"model.norm.weight": (H,)}, REPLICATED),
-            Rule(("output_layer.weight",), {output: vocab}, VOCAB_ROWS),
-        ],
-    }
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
 class PlacedRule:
-    """A rule for one layer: the pipeline stage that holds it, and names with the layer filled in."""
+    """A rule for one layer: the pipeline stage that holds it, and names with layer and expert filled in."""
 
     stage: int
     rule: Rule
     megatron: tuple[str, ...]
     hf: dict[str, tuple[int, ...]]
+    expert: int | None = None
+    """Which of its layer's experts this is; None for what is no expert."""
+    expert_rank: int | None = None
+    """The expert-parallel rank that holds the expert; None where all do."""
 
 
-def placed_rules(shape: ModelShape, pipeline_parallel: int) -> Iterator[PlacedRule]:
+def placed_rules(shape: ModelShape, pipeline_parallel: int, expert_parallel: int = 1) -> Iterator[PlacedRule]:
     """Every parameter of the whole model in Hugging Face order, with where it lives. The same on every rank."""
-    table, per_stage = qwen2_rules(shape), shape.num_layers // pipeline_parallel
+    table, per_stage = FAMILIES[shape.family].table(shape), shape.num_layers // pipeline_parallel
+    per_rank = shape.experts.count // expert_parallel if shape.experts else 0
 
-    def place(stage: int, rule: Rule, layer: int = 0) -> PlacedRule:
-        local = tuple(name.format(i=layer % per_stage) for name in rule.megatron)
-        return PlacedRule(stage, rule, local, {name.format(i=layer): size for name, size in rule.hf.items()})
+    def place(stage: int, rule: Rule, layer: int = 0, expert: int | None = None) -> PlacedRule:
+        inside = {"i": layer % per_stage, "e": expert % per_rank if expert is not None else None}
+        local = tuple(name.format(**inside) for name in rule.megatron)
+        hf = {name.format(i=layer, e=expert): size for name, size in rule.hf.items()}
+        return PlacedRule(stage, rule, local, hf, expert, None if expert is None else expert // per_rank)
 
-    yield from (place(0, rule) for rule in table["first"])
+    def in_layer(layer: int) -> Iterator[PlacedRule]:
+        for each, rules in itertools.groupby(table.layer, lambda rule: rule.per_expert):
+            rules = list(rules)
+            for expert in range(shape.experts.count) if each else [None]:
+                yield from (place(layer // per_stage, rule, layer, expert) for rule in rules)
+
+    yield from (place(0, rule) for rule in table.first)
     for layer in range(shape.num_layers):
-        yield from (place(layer // per_stage, rule, layer) for rule in table["layer"])
-    for rule in table["last"]:
+        yield from in_layer(layer)
+    for rule in table.last:
         # Tied embeddings on one stage are one parameter; on several, the last stage has a copy of its own.
         if not ("output_layer.weight" in rule.megatron and shape.tied_embeddings and pipeline_parallel == 1):
             yield place(pipeline_parallel - 1, rule)
@@ -148,62 +74,88 @@ def load_tensors(model: torch.nn.Module, shape: ModelShape, source: Mapping[str,
 
     Raises ``ConfigError`` naming the tensor that is missing from ``origin``, surplus in it, or of another shape.
     """
-    _check_names(set(source), shape, origin)
-    tp, tp_rank = (parallel_state.get_tensor_model_parallel_world_size(),
-                   parallel_state.get_tensor_model_parallel_rank())
-    pp, stage = (parallel_state.get_pipeline_model_parallel_world_size(),
-                 parallel_state.get_pipeline_model_parallel_rank())
+    check_names(set(source), shape, origin)
+    here = _Place.of_this_rank()
+    if here.stage == 0:
+        check_tied_head(source, shape, origin)
     parameters, written = dict(model.named_parameters()), set()
-    for placed in placed_rules(shape, pp):
-        if placed.stage != stage:
+    for placed in placed_rules(shape, here.pp, here.ep):
+        if placed.stage != here.stage or placed.expert_rank not in (None, here.ep_rank):
             continue
         tensors = [_read(source, name, size, origin) for name, size in placed.hf.items()]
         name = _find(placed, parameters)
+        tp, tp_rank = here.shards_of(placed)
         shard = placed.rule.transform.to_shards(tensors, shape, tp)[tp_rank]
         with torch.no_grad():
             parameters[name].copy_(shard)
         written.add(name)
     if forgotten := sorted(set(parameters) - written):
-        raise ConfigError(f"parameter {forgotten[0]} has no rule in megatron/hf_weights.py")
+        raise ConfigError(f"parameter {forgotten[0]} has no rule in megatron/families/{shape.family}.py")
 
 
 def export_tensors(model: torch.nn.Module, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
     """Full Hugging Face tensors one parameter at a time, on every rank. Collective: all ranks iterate to the end.
 
-    The owning stage gathers over its tensor-parallel group, then hands the tensor on over the pipeline group.
+    The owning stage gathers over its tensor-parallel group (an expert's owner hands it on over the expert-parallel
+    group), then hands the tensor on over the pipeline group.
     """
-    pp, stage = (parallel_state.get_pipeline_model_parallel_world_size(),
-                 parallel_state.get_pipeline_model_parallel_rank())
-    tp = parallel_state.get_tensor_model_parallel_world_size()
+    here = _Place.of_this_rank()
     parameters, seen = dict(model.named_parameters()), set()
-    for placed in placed_rules(shape, pp):
+    for placed in placed_rules(shape, here.pp, here.ep):
         if seen.issuperset(placed.hf):  # the last stage's copy of tied embeddings
             continue
         seen.update(placed.hf)
-        if placed.stage == stage:
+        if placed.stage == here.stage and placed.expert_rank in (None, here.ep_rank):
+            tp, _ = here.shards_of(placed)
             parameter = parameters[_find(placed, parameters)].detach()
-            gathered = parameter if placed.rule.transform is REPLICATED else _gather(parameter)
+            gathered = parameter if tp == 1 or placed.rule.transform.shard_dim is None else _gather(parameter)
             tensors = [x.contiguous() for x in placed.rule.transform.from_gathered(gathered, shape, tp)]
             del gathered
         else:
             some = next(iter(parameters.values()))
             tensors = [torch.empty(size, dtype=some.dtype, device=some.device) for size in placed.hf.values()]
         for name, tensor in zip(placed.hf, tensors):
-            if pp > 1:
-                group = parallel_state.get_pipeline_model_parallel_group()
-                dist.broadcast(tensor, src=dist.get_global_rank(group, placed.stage), group=group)
+            if placed.stage == here.stage and placed.expert_rank is not None and here.ep > 1:
+                _broadcast(tensor, placed.expert_rank, parallel_state.get_expert_model_parallel_group())
+            if here.pp > 1:
+                _broadcast(tensor, placed.stage, parallel_state.get_pipeline_model_parallel_group())
             yield name, tensor
         del tensors, tensor  # not beside the next parameter's
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where this rank stands in the groups of the model's parallel layout."""
+
+    tp: int
+    tp_rank: int
+    pp: int
+    stage: int
+    ep: int
+    ep_rank: int
+
+    @classmethod
+    def of_this_rank(cls) -> _Place:
+        return cls(
+            parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_pipeline_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_rank(),
+            parallel_state.get_expert_model_parallel_world_size(), parallel_state.get_expert_model_parallel_rank())
+
+    def shards_of(self, placed: PlacedRule) -> tuple[int, int]:
+        """In how many shards the parameter is cut, and which is here. An expert is never cut."""
+        return (self.tp, self.tp_rank) if placed.expert is None else (1, 0)
 
 
 def _gather(parameter: Tensor) -> Tensor:
     """The shards of all tensor-parallel ranks below each other."""
     group = parallel_state.get_tensor_model_parallel_group()
-    if group.size() == 1:
-        return parameter
     gathered = parameter.new_empty(group.size() * parameter.shape[0], *parameter.shape[1:])
     dist.all_gather(list(gathered.chunk(group.size())), parameter.contiguous(), group=group)
     return gathered
+
+
+def _broadcast(tensor: Tensor, group_rank: int, group: dist.ProcessGroup) -> None:
+    dist.broadcast(tensor, src=dist.get_global_rank(group, group_rank), group=group)
 
 
 def _find(placed: PlacedRule, parameters: dict[str, torch.nn.Parameter]) -> str:
@@ -220,12 +172,20 @@ def _read(source: Mapping[str, Tensor], name: str, size: tuple[int, ...], origin
     return tensor
 
 
-def _check_names(names: set[str], shape: ModelShape, origin: str) -> None:
+def check_tied_head(source: Mapping[str, Tensor], shape: ModelShape, origin: str) -> None:
+    """Raise ``ConfigError`` when a tied model brings an output layer of its own: it would be lost without a word."""
+    if shape.tied_embeddings and HEAD in source and not torch.equal(source[HEAD], source[EMBEDDING]):
+        raise ConfigError(f"tensor {HEAD} in {origin} is not {EMBEDDING}, though config.json has "
+                          "tie_word_embeddings=true: set it to false, or remove the tensor")
+
+
+def check_names(names: set[str], shape: ModelShape, origin: str) -> None:
+    """Raise ``ConfigError`` naming the first tensor that ``origin`` lacks or has too many."""
     expected = set(hf_tensor_shapes(shape))
     # Caches of rotary angles, and a stored copy of a tied head, hold nothing of their own.
     ignored = {name for name in names if re.search(r"rotary_emb\.inv_freq$", name)}
     if shape.tied_embeddings:
-        ignored.add("lm_head.weight")
+        ignored.add(HEAD)
     if missing := sorted(expected - names):
         raise ConfigError(f"{origin} lacks tensor {missing[0]}"
                           + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))

@@ -33,10 +33,15 @@ def vocab_parallel_logprobs(
     world, rank = (1, 0) if group is None else (group.size(), group.rank())
     first = rank * weight_VH.shape[0]
     valid = min(weight_VH.shape[0], vocab_size - first)
-    rows = chunk_rows or max(16, CHUNK_ELEMENTS // weight_VH.shape[0])
+    rows = chunk_rows or rows_per_chunk(weight_VH.shape[0])
     logprobs_T, entropy_T = _Logprobs.apply(
         hidden_TH, weight_VH, labels_T - first, valid, temperature, with_entropy, group if world > 1 else None, rows)
     return logprobs_T, entropy_T if with_entropy else None
+
+
+def rows_per_chunk(vocabulary_rows: int) -> int:
+    """Positions whose logits over this rank's ``vocabulary_rows`` are alive together."""
+    return max(16, CHUNK_ELEMENTS // vocabulary_rows)
 
 
 class _Logprobs(torch.autograd.Function):

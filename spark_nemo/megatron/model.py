@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -25,6 +27,7 @@ from .cpu_compat import cuda_means_cpu, device
 from .layer_spec import layer_spec, packing_arguments, uses_transformer_engine
 from .logprobs import vocab_parallel_logprobs
 from .model_shape import ModelShape
+from .rope import inverse_frequencies
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -56,6 +59,11 @@ def build_model(shape: ModelShape, layout: MegatronConfig) -> PackedGPT:
 
     Raises ``ConfigError`` when the model cannot be split as ``layout`` says.
     """
+    return construct(shape, layout).to(device())
+
+
+def construct(shape: ModelShape, layout: MegatronConfig) -> PackedGPT:
+    """``build_model`` without moving it to the device: under ``torch.device("meta")`` it takes no memory."""
     shape.check_layout(layout)
     config = transformer_config(shape, layout)
     with cuda_means_cpu():
@@ -66,9 +74,11 @@ def build_model(shape: ModelShape, layout: MegatronConfig) -> PackedGPT:
             post_process=parallel_state.is_pipeline_last_stage(),
             share_embeddings_and_output_weights=shape.tied_embeddings, position_embedding_type="rope",
             rotary_base=shape.rope_theta, parallel_output=True)
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(shape)
     model.real_vocab_size = shape.vocab_size
     _mark_sharded_weights(model)
-    return model.to(device())
+    _mark_experts(model)
+    return model
 
 
 def _mark_sharded_weights(model: PackedGPT) -> None:
@@ -81,8 +91,16 @@ def _mark_sharded_weights(model: PackedGPT) -> None:
             set_tensor_model_parallel_attributes(weight, True, dimension[type(module)], 1)
 
 
+def _mark_experts(model: PackedGPT) -> None:
+    """Gradients of experts are summed over all ranks that hold the same expert. Megatron does that only where experts
+    are spread (expert_parallel > 1), but tensor ranks that each hold them all see only part of the tokens, too."""
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False
+
+
 def transformer_config(shape: ModelShape, layout: MegatronConfig) -> TransformerConfig:
-    """Megatron's configuration of a Qwen2-like model."""
+    """Megatron's configuration of a model of any of ``families``."""
     dtype = DTYPES[layout.dtype]
     pipelined = layout.pipeline_parallel > 1
     recompute = {
@@ -94,7 +112,8 @@ def transformer_config(shape: ModelShape, layout: MegatronConfig) -> Transformer
         num_layers=shape.num_layers, hidden_size=shape.hidden_size, ffn_hidden_size=shape.ffn_size,
         num_attention_heads=shape.num_heads, num_query_groups=shape.num_kv_heads, kv_channels=shape.head_dim,
         normalization="RMSNorm", layernorm_epsilon=shape.norm_eps, gated_linear_unit=True, activation_func=F.silu,
-        add_bias_linear=False, add_qkv_bias=True, hidden_dropout=0.0, attention_dropout=0.0,
+        add_bias_linear=False, add_qkv_bias=shape.qkv_bias, qk_layernorm=shape.qk_norm, hidden_dropout=0.0,
+        attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_parallel, pipeline_model_parallel_size=layout.pipeline_parallel,
         sequence_parallel=layout.sequence_parallel, params_dtype=dtype, pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16, use_cpu_initialization=True,
@@ -108,4 +127,18 @@ def transformer_config(shape: ModelShape, layout: MegatronConfig) -> Transformer
         # Micro-batches differ in length, so stages send each other the shape first. Padding all of them to the longest
         # would cost attention and linear layers over nothing. (Megatron wants alltoall for it, even without experts.)
         variable_seq_lengths=pipelined, moe_token_dispatcher_type="alltoall",
-        deallocate_pipeline_outputs=pipelined, batch_p2p_sync=torch.cuda.is_available(), **recompute)
+        deallocate_pipeline_outputs=pipelined, batch_p2p_sync=torch.cuda.is_available(), **recompute,
+        **_expert_settings(shape, layout))
+
+
+def _expert_settings(shape: ModelShape, layout: MegatronConfig) -> dict[str, Any]:
+    if (experts := shape.experts) is None:
+        return {}
+    return {
+        "num_moe_experts": experts.count, "moe_ffn_hidden_size": experts.ffn_size,
+        "moe_router_topk": experts.per_token,
+        # Softmax over the chosen experts equals softmax over all divided by the sum of the chosen.
+        "moe_router_pre_softmax": not experts.normalised,
+        "moe_router_load_balancing_type": "none", "moe_grouped_gemm": uses_transformer_engine(),
+        "expert_model_parallel_size": layout.expert_parallel, "expert_tensor_parallel_size": 1,
+    }

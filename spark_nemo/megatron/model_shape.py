@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from spark_nemo.config import MegatronConfig
-from spark_nemo.config.errors import ConfigError
+from spark_nemo.config.errors import ConfigError, without_effect
 
-MODEL_TYPES = ("qwen2",)
+from .families import Experts, Family, RopeScaling, family_of
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class ModelShape:
     num_layers: int
     hidden_size: int
     ffn_size: int
+    """Width of the feed-forward network; of models with experts, what config.json says and no tensor has."""
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -30,35 +31,53 @@ class ModelShape:
     rope_theta: float
     max_positions: int
     init_std: float
+    family: str = "qwen2"
+    """config.json's model_type, a key of ``families.FAMILIES``."""
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    rope_scaling: RopeScaling | None = None
+    experts: Experts | None = None
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], source: str = "config.json") -> ModelShape:
-        """Read a Hugging Face configuration. ``ConfigError`` for a missing key or a feature we would ignore."""
+        """Read a Hugging Face configuration. ``ConfigError`` for a missing or impossible value, or a feature that we
+        would ignore."""
 
         def get(key: str) -> Any:
-            if key not in config:
+            if config.get(key) is None:
                 raise ConfigError(f"{source} has no {key!r}: is this a Hugging Face language model?")
             return config[key]
 
-        if get("model_type") not in MODEL_TYPES:
-            raise ConfigError(f"{source}: model_type={config['model_type']!r} is not supported, only "
-                              f"{', '.join(MODEL_TYPES)} (add its tensors to megatron/hf_weights.py)")
-        if config.get("use_sliding_window"):
-            raise ConfigError(f"{source}: use_sliding_window=true is not supported: set it to false")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise ConfigError(f"{source}: rope type {rope.get('rope_type', rope.get('type'))!r} is not supported, "
-                              "only 'default'")
-        heads = get("num_attention_heads")
+        def count(key: str, default: int | None = None) -> int:
+            value = get(key) if default is None or config.get(key) is not None else default
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{source}: {key}={value!r} must be a positive whole number")
+            return value
+
+        family = family_of(get("model_type"), source)
+        _refuse_features(family, config, source)
+        for key in family.required:
+            get(key)
+        heads = count("num_attention_heads")
+        kv_heads = count("num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise ConfigError(f"{source}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}")
+        theta, scaling = _rope(family, config, source)
+        try:
+            experts = None if family.experts is None else family.experts(config, get)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{source}: {error}") from error
+        hidden = count("hidden_size")
         return cls(
-            num_layers=get("num_hidden_layers"), hidden_size=get("hidden_size"), ffn_size=get("intermediate_size"),
-            num_heads=heads, num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or get("hidden_size") // heads, vocab_size=get("vocab_size"),
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
-            max_positions=config.get("max_position_embeddings", 32768),
-            init_std=config.get("initializer_range", 0.02))
+            num_layers=count("num_hidden_layers"), hidden_size=hidden, ffn_size=count("intermediate_size"),
+            num_heads=heads, num_kv_heads=kv_heads, head_dim=count("head_dim", hidden // heads),
+            vocab_size=count("vocab_size"), tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            norm_eps=config.get("rms_norm_eps", 1e-6), rope_theta=theta,
+            max_positions=count("max_position_embeddings", 32768), init_std=config.get("initializer_range", 0.02),
+            family=family.model_type, qkv_bias=family.qkv_bias, qk_norm=family.qk_norm, rope_scaling=scaling,
+            experts=experts)
 
     def padded_vocab_size(self, tensor_parallel: int) -> int:
         """Rows of the embedding after padding to a multiple of ``tensor_parallel``."""
@@ -66,17 +85,36 @@ class ModelShape:
 
     def check_layout(self, layout: MegatronConfig) -> None:
         """Raise ``ConfigError`` unless the model can be split as ``layout`` says."""
+        kv, feed_forward = self.num_kv_heads, "" if self.experts else f", ffn size {self.ffn_size} (mlp.gate_proj)"
 
-        def splits_heads(tp: int) -> bool:
-            return (self.num_heads % tp == 0 and self.num_kv_heads % tp == 0 and self.ffn_size % tp == 0
-                    and self.vocab_size >= tp * tp)
+        def splits(tp: int) -> bool:
+            return (self.num_heads % tp == 0 and (kv % tp == 0 or tp % kv == 0)
+                    and (self.num_heads + 2 * kv) * self.head_dim % tp == 0
+                    and (self.experts is not None or self.ffn_size % tp == 0) and self.vocab_size >= tp * tp)
 
         _check_divisor(
-            "megatron.tensor_parallel", layout.tensor_parallel, splits_heads,
-            f"{self.num_heads} attention heads, {self.num_kv_heads} key-value heads and ffn size {self.ffn_size}")
+            "megatron.tensor_parallel", layout.tensor_parallel, splits,
+            f"{self.num_heads} attention heads (self_attn.q_proj), {kv} key-value heads (self_attn.k_proj; a multiple "
+            f"of them will do){feed_forward}")
         _check_divisor(
             "megatron.pipeline_parallel", layout.pipeline_parallel, lambda pp: self.num_layers % pp == 0,
             f"{self.num_layers} layers")
+        self._check_experts(layout)
+
+    def _check_experts(self, layout: MegatronConfig) -> None:
+        name, ep = "megatron.expert_parallel", layout.expert_parallel
+        if self.experts is None:
+            if ep > 1:
+                raise without_effect(name, ep, f"for model_type={self.family}, which has no experts")
+            return
+        _check_divisor(name, ep, lambda n: self.experts.count % n == 0, f"{self.experts.count} experts")
+        ranks = layout.tensor_parallel * layout.data_parallel
+        if ranks % ep:
+            raise ConfigError(f"{name}={ep} does not divide megatron.tensor_parallel x data_parallel = {ranks}: "
+                              "experts are spread over those ranks")
+        if layout.tensor_parallel > 1 and not layout.sequence_parallel:
+            raise ConfigError(f"megatron.tensor_parallel={layout.tensor_parallel} with experts needs "
+                              "megatron.sequence_parallel=true: otherwise every tensor rank would compute all tokens")
 
 
 def read_hf_config(folder: str | Path) -> dict[str, Any]:
@@ -88,12 +126,46 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"model folder {folder} has no config.json")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        config = json.loads(path.read_text())
+    except ValueError as error:  # also for bytes that are no text
         raise ConfigError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds a {type(config).__name__}, not a model's settings")
+    return config
 
 
 def _check_divisor(name: str, value: int, allowed: Callable[[int], bool], what: str) -> None:
     if not allowed(value):
         choices = ", ".join(str(n) for n in range(1, 129) if allowed(n))
         raise ConfigError(f"{name}={value} does not divide the model's {what}: choose one of {choices}")
+
+
+def _refuse_features(family: Family, config: dict[str, Any], source: str) -> None:
+    """Whatever would change the numbers and is not computed here is an error, not a difference found later."""
+    for key, supported in family.only.items():
+        if config.get(key) not in (None, supported):
+            raise ConfigError(f"{source}: {key}={config[key]!r} is not supported for {family.model_type}, only "
+                              f"{supported!r}")
+    if kinds := sorted(set(config.get("layer_types") or ()) - {"full_attention"}):
+        raise ConfigError(f"{source}: layer_types has {kinds[0]!r}, which is not supported, only 'full_attention'")
+
+
+def _rope(family: Family, config: dict[str, Any], source: str) -> tuple[float, RopeScaling | None]:
+    """Base and stretch of the rotary frequencies; transformers 4 writes rope_scaling, 5 rope_parameters."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in family.rope_types:
+        raise ConfigError(f"{source}: rope type {kind!r} is not supported for {family.model_type}, only "
+                          f"{', '.join(map(repr, family.rope_types))}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(f"{source}: partial_rotary_factor={rope['partial_rotary_factor']} is not supported, only 1.0")
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    if kind == "default":
+        return theta, None
+    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if missing := [key for key in keys if rope.get(key) is None]:
+        raise ConfigError(f"{source}: rope type 'llama3' lacks {missing[0]!r}")
+    try:
+        return theta, RopeScaling(*(rope[key] for key in keys))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{source}: {error}") from error

@@ -23,6 +23,7 @@ from .cpu_compat import device, on_this_device, seed_everything
 from .model import DTYPES, build_model
 from .model_shape import ModelShape, read_hf_config
 from .optimizer import NonFiniteGradient, build_optimizer, clip_and_step, wrap_for_gradients
+from .vocabulary import check_tokenizer
 
 LossFn = Callable[[Tensor, Tensor | None, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
 """``(logprobs_T, entropy_T | None, batch) -> (loss_sum, metric_sums)``.
@@ -66,6 +67,7 @@ class MegatronWorker:
         """Process groups and an unfilled model; for ``from_hf`` and ``from_config``."""
         from megatron.core import parallel_state
 
+        shape.check_layout(layout)
         distributed.initialize(layout)
         seed_everything(seed)
         self.hf_config, self.shape, self.layout = hf_config, shape, layout
@@ -90,7 +92,9 @@ class MegatronWorker:
         missing folder, the offending tensor, or the ``megatron.*`` setting that does not fit the model.
         """
         hf_config = read_hf_config(model_dir)
-        worker = cls(hf_config, ModelShape.from_hf(hf_config, f"{model_dir}/config.json"), layout, seed)
+        shape = ModelShape.from_hf(hf_config, f"{model_dir}/config.json")
+        check_tokenizer(model_dir, shape)
+        worker = cls(hf_config, shape, layout, seed)
         worker.load_hf_weights(model_dir)
         return worker._with_optimizer(optimizer, total_steps)
 
@@ -145,7 +149,8 @@ class MegatronWorker:
     @on_this_device
     def _forward(self, micro_batches: Sequence[PackedBatch], temperature: float,
                  with_entropy: bool) -> list[tuple[Tensor, Tensor | None]]:
-        if not micro_batches:
+        together = self._in_step(micro_batches)
+        if not together:
             return []
         outputs: list[tuple[Tensor, Tensor | None]] = []
 
@@ -156,7 +161,7 @@ class MegatronWorker:
         self.model.eval()  # recomputation is for training
         try:
             with torch.no_grad():
-                self._schedule(self.model, micro_batches, temperature, with_entropy, keep, forward_only=True)
+                self._schedule(self.model, together, temperature, with_entropy, keep, forward_only=True)
         finally:
             self.model.train()
         return [self._from_last_stage(batch.num_tokens, with_entropy, outputs[i] if outputs else None)
@@ -201,7 +206,8 @@ class MegatronWorker:
         self._trained.zero_grad_buffer()
         self._optimizer.zero_grad()
         # A rank without work still has to take part in the gradient reduction.
-        self._schedule(self._trained, micro_batches or [_NOTHING], temperature, with_entropy, loss, forward_only=False)
+        together = self._in_step(micro_batches) or [_NOTHING]
+        self._schedule(self._trained, together, temperature, with_entropy, loss, forward_only=False)
         total, metrics = self._sum_reports(reports)
         if check is not None:
             check()
@@ -212,6 +218,13 @@ class MegatronWorker:
             raise NonFiniteGradient(f"optimizer step {self.step}: {error} (loss={total / num_tokens})") from error
         self._scheduler.step(1)
         return StepResult(total / num_tokens, grad_norm, lr, num_tokens, metrics)
+
+    def _in_step(self, micro_batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """These and, where ranks exchange tokens in every layer, as many empty ones as the busiest rank has more."""
+        if self.layout.expert_parallel == 1:
+            return list(micro_batches)
+        longest = max(distributed.gather_objects(len(micro_batches)))
+        return [*micro_batches, *[_NOTHING] * (longest - len(micro_batches))]
 
     def _global_num_tokens(self, micro_batches: Sequence[PackedBatch]) -> float:
         own = math.fsum(float(batch.loss_mask_T.double().sum()) for batch in micro_batches)
@@ -317,7 +330,8 @@ class MegatronWorker:
         to be read in ``checkpoint.newest(folder)``.
         """
         self._need_optimizer()
-        return checkpoint.save(folder, self.model, self._optimizer, self._scheduler, state, keep, files or {})
+        return checkpoint.save(
+            folder, self.model, self._optimizer, self._scheduler, state, keep, files or {}, self.hf_config)
 
     def load_checkpoint(self, folder: str | Path) -> dict[str, Any]:
         """Restore the newest checkpoint, saved under any layout, and return the caller's state.

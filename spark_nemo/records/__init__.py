@@ -5,6 +5,7 @@ from .types import (
     LabelEvidence,
     LabelledSolution,
     Merge,
+    PolicyExample,
     Problem,
     ReferenceVerification,
     Revision,
@@ -16,12 +17,14 @@ from .types import (
     derive_seed,
 )
 from .verdict import (
+    AnswerVerdict,
     EngineError,
     Failure,
     FormatViolation,
     Outcome,
     ParseFailure,
     Truncated,
+    VariantOutcome,
     Verdict,
     outcome_from_json,
     outcome_kind,
@@ -30,8 +33,8 @@ from .verdict import (
 from .voting import VoteCount, count_votes, majority
 
 __all__ = [
-    "Critique", "EngineError", "Failure", "FormatViolation", "LabelEvidence", "LabelledSolution", "Merge", "Outcome",
-    "ParseFailure", "Problem", "ReferenceVerification", "Revision", "Rollout", "Solution", "TokenSpan", "Truncated",
-    "Verdict", "Verification", "VoteCount", "content_key", "count_votes", "derive_seed", "majority",
-    "outcome_from_json", "outcome_kind", "outcome_to_json",
+    "AnswerVerdict", "Critique", "EngineError", "Failure", "FormatViolation", "LabelEvidence", "LabelledSolution",
+    "Merge", "Outcome", "ParseFailure", "PolicyExample", "Problem", "ReferenceVerification", "Revision", "Rollout",
+    "Solution", "TokenSpan", "Truncated", "VariantOutcome", "Verdict", "Verification", "VoteCount", "content_key",
+    "count_votes", "derive_seed", "majority", "outcome_from_json", "outcome_kind", "outcome_to_json",
 ]

@@ -32,16 +32,9 @@ def read_problems(path: str | Path) -> list[Problem]:
         return read_verl_problems(path)
     problems: list[Problem] = []
     seen: dict[str, int] = {}
-    # Bytes split at newline characters only; str.splitlines would also split at U+2028 inside a question.
-    try:
-        lines = Path(path).read_bytes().removesuffix(b"\n").split(b"\n")
-    except OSError as error:
-        raise DataFileError(f"{path}: cannot be read ({error.strerror})") from None
-    if lines == [b""]:
-        raise DataFileError(f"{path}: the file is empty: it needs one JSON object per line")
-    for number, line in enumerate(lines, start=1):
+    for number, row in json_rows(path):
         try:
-            problem = _problem(line)
+            problem = _problem(row)
         except ValueError as error:
             raise DataFileError(f"{path}:{number}: {error}") from None
         if problem.problem_id in seen:
@@ -52,7 +45,27 @@ def read_problems(path: str | Path) -> list[Problem]:
     return problems
 
 
-def _problem(line: bytes) -> Problem:
+def json_rows(path: str | Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """The objects of a JSONL file with their line numbers, from 1.
+
+    Raises ``DataFileError`` for a file that cannot be read or is empty, and naming file and line for an empty line and
+    for one that is no JSON object in UTF-8.
+    """
+    # Bytes split at newline characters only; str.splitlines would also split at U+2028 inside a question.
+    try:
+        lines = Path(path).read_bytes().removesuffix(b"\n").split(b"\n")
+    except OSError as error:
+        raise DataFileError(f"{path}: cannot be read ({error.strerror})") from None
+    if lines == [b""]:
+        raise DataFileError(f"{path}: the file is empty: it needs one JSON object per line")
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield number, _object(line)
+        except ValueError as error:
+            raise DataFileError(f"{path}:{number}: {error}") from None
+
+
+def _object(line: bytes) -> dict[str, object]:
     if not line.strip():
         raise ValueError("empty line: remove it")
     try:
@@ -61,18 +74,27 @@ def _problem(line: bytes) -> Problem:
         raise ValueError(f"not JSON in UTF-8 ({' '.join(str(error).split())})") from None
     if not isinstance(data, dict):
         raise ValueError(f"a JSON object is needed, not {type(data).__name__}")
+    return data
+
+
+def _problem(data: dict[str, object]) -> Problem:
     _use_other_names(data)
     values = {}
     for name, default in (("problem_id", None), ("question", None), ("source", "")):
-        value = data.get(name, default)
-        if not isinstance(value, str):
-            raise ValueError(f"{name!r} must be a string" + (", it is missing" if name not in data else ""))
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError(f"{name!r} holds half of a surrogate pair, which is no character") from None
-        values[name] = value
+        values[name] = text_of(data, name, default)
     return Problem(**values)
+
+
+def text_of(data: dict[str, object], name: str, default: str | None = None) -> str:
+    """``data[name]``, a string that UTF-8 can hold. Raises ``ValueError`` naming the field."""
+    value = data.get(name, default)
+    if not isinstance(value, str):
+        raise ValueError(f"{name!r} must be a string" + (", it is missing" if name not in data else ""))
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{name!r} holds half of a surrogate pair, which is no character") from None
+    return value
 
 
 def _use_other_names(data: dict[str, object]) -> None:

@@ -39,6 +39,15 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyExample:
+    """A response in the policy's format to learn from; some model's own text, which no key has judged."""
+
+    problem_id: str
+    question: str
+    response: str
+
+
+@dataclass(frozen=True, slots=True)
 class Solution:
     """One sampled step-by-step solution. ``key`` identifies everything that determined it."""
 

@@ -56,14 +56,25 @@ class FormatViolation:
     rule: str
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerVerdict:
+    """What an ORM says of a whole solution. It has no field ``step_labels``, not an empty one: whatever counts steps
+    fails on it instead of seeing a solution without steps."""
+
+    answer_correct: bool
+
+
 Failure = ParseFailure | Truncated | EngineError | FormatViolation
 Outcome = Verdict | Failure
+VariantOutcome = Verdict | AnswerVerdict | Failure
+"""Of any kind of reward model. Labels are made of ``Outcome`` only."""
 
 
-def outcome_kind(outcome: Outcome) -> str:
+def outcome_kind(outcome: VariantOutcome) -> str:
     """Snake-case name of the case, used as the metric key (``verdict``, ``parse_failure``, ...)."""
     return {
         Verdict: "verdict",
+        AnswerVerdict: "answer_verdict",
         ParseFailure: "parse_failure",
         Truncated: "truncated",
         EngineError: "engine_error",
@@ -71,7 +82,7 @@ def outcome_kind(outcome: Outcome) -> str:
     }[type(outcome)]
 
 
-def outcome_to_json(outcome: Outcome) -> dict[str, object]:
+def outcome_to_json(outcome: VariantOutcome) -> dict[str, object]:
     """A plain dict that ``outcome_from_json`` turns back into an equal object."""
     fields = {name: getattr(outcome, name) for name in outcome.__dataclass_fields__}
     if isinstance(outcome, Verdict):
@@ -79,12 +90,14 @@ def outcome_to_json(outcome: Outcome) -> dict[str, object]:
     return {"kind": outcome_kind(outcome), **fields}
 
 
-def outcome_from_json(data: dict[str, object]) -> Outcome:
+def outcome_from_json(data: dict[str, object]) -> VariantOutcome:
     """Inverse of ``outcome_to_json``. Raises ``ValueError`` on an unknown kind."""
     fields = {key: value for key, value in data.items() if key != "kind"}
     match data.get("kind"):
         case "verdict":
             return Verdict(tuple(fields["step_labels"]), bool(fields["answer_correct"]))  # type: ignore[arg-type]
+        case "answer_verdict":
+            return AnswerVerdict(**fields)  # type: ignore[arg-type]
         case "parse_failure":
             return ParseFailure(**fields)  # type: ignore[arg-type]
         case "truncated":

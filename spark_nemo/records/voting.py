@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from .verdict import Outcome, Verdict, outcome_kind
+from .verdict import AnswerVerdict, Outcome, Verdict, outcome_kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +26,14 @@ class VoteCount:
 def count_votes(outcomes: Iterable[Outcome]) -> VoteCount:
     """Count the verdicts and the failures among the outcomes of one solution.
 
-    Raises ``ValueError`` when two verdicts have different numbers of steps: the parser turns a verification that does
-    not cover the solution's steps into a ``ParseFailure``, so verdicts of one solution that disagree on the number of
-    steps belong to different solutions, and adding them up step by step would mean nothing.
+    Raises ``ValueError`` for an ORM's verdict, which labels no steps, and when two verdicts have different numbers of
+    steps: the parser turns a verification that does not cover the solution's steps into a ``ParseFailure``, so verdicts
+    of one solution that disagree on the number of steps belong to different solutions, and adding them up step by step
+    would mean nothing.
     """
     outcomes = list(outcomes)
+    if any(isinstance(outcome, AnswerVerdict) for outcome in outcomes):
+        raise ValueError("an ORM's verdict was given as a vote on steps: it labels none")
     verdicts = [outcome for outcome in outcomes if isinstance(outcome, Verdict)]
     lengths = {len(verdict.step_labels) for verdict in verdicts}
     if len(lengths) > 1:

@@ -13,6 +13,7 @@ from .model import (
     Stage3Summary,
     Summary,
     SummaryError,
+    WholeSolutionScores,
     read_summary,
     to_plain,
 )
@@ -22,7 +23,7 @@ from .write import REPORT_FILE, SUMMARY_FILE, write_report
 
 __all__ = [
     "REPORT_FILE", "SUMMARY_FILE", "CurvePoint", "Figure", "LabelScores", "MethodScores", "ScoredSolution",
-    "ScoredStep", "Stage1Summary", "Stage2Summary", "Stage3Summary", "Summary", "SummaryError", "compare_runs",
-    "comparison_markdown", "comparison_page", "read_runs", "read_summary", "report_page", "results_markdown",
-    "to_plain", "write_comparison", "write_report",
+    "ScoredStep", "Stage1Summary", "Stage2Summary", "Stage3Summary", "Summary", "SummaryError", "WholeSolutionScores",
+    "compare_runs", "comparison_markdown", "comparison_page", "read_runs", "read_summary", "report_page",
+    "results_markdown", "to_plain", "write_comparison", "write_report",
 ]

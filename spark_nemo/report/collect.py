@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from spark_nemo.config import LABEL_METHODS, SparkConfig
+from spark_nemo.config.designs import VARIANTS, variant_suffix
+from spark_nemo.config.hacking import DETECTORS
 from spark_nemo.evaluation import (
     f1_difference,
     f1_estimate,
@@ -19,13 +21,16 @@ from spark_nemo.evaluation import (
     score_processbench,
 )
 from spark_nemo.evaluation.processbench import ProcessBenchScore
-from spark_nemo.records import Verdict, outcome_kind
+from spark_nemo.evaluation.whole_solution import said_yes, score_whole_solutions
+from spark_nemo.records import Verdict, outcome_from_json, outcome_kind
 from spark_nemo.records.store import RecordStore
+from spark_nemo.report.answer_keys import answer_key_readers
 from spark_nemo.report.labels import Oracle, figure, label_scores
 from spark_nemo.report.model import (
     CurvePoint,
     Figure,
     MethodScores,
+    ProbeResult,
     RoundSummary,
     ScoredSolution,
     ScoredStep,
@@ -33,16 +38,20 @@ from spark_nemo.report.model import (
     Stage2Summary,
     Stage3Summary,
     Summary,
+    WholeSolutionScores,
     to_plain,
 )
+from spark_nemo.report.names import arm_order
 from spark_nemo.verification.collect import SOLUTION, VERIFICATION
 from spark_nemo.verification.collected import read_collected
 from spark_nemo.verification.reference import REFERENCE_VERIFICATION
 from spark_nemo.verification.revise import CRITIQUE, MERGE
 
 _VERIFYING = (VERIFICATION, CRITIQUE, MERGE, REFERENCE_VERIFICATION)
-_ARMS = {"process_aware": "spark", "rlvr": "rlvr"}
+_ARM_KEYS = {"process_aware": "spark"}
+"""Keys of arms in a summary that are not their folders' names: the paper's own design with a PRM-CoT."""
 _SHOWN_SOLUTIONS = 16
+PROCESSBENCH, WHOLE_SOLUTION = "processbench.json", "whole_solution.json"
 
 
 def collect_summary(
@@ -54,7 +63,8 @@ def collect_summary(
     return to_plain(Summary(
         title=f"SPARK-NeMo run {folder.name}", seeds=[config.run.seed], environment=_environment(),
         stage1=stage1, stage2=stage2, stage3=stage3, rounds=_rounds(folder, config, oracle),
-        seconds=_seconds(folder), tokens=_tokens(folder), commands=list(commands)))
+        seconds=_seconds(folder), tokens=_tokens(folder), commands=list(commands),
+        reads_answer_keys=answer_key_readers(_round_folders(folder), config)))
 
 
 def _stage1(folder: Path, config: SparkConfig, oracle: Oracle | None) -> Stage1Summary | None:
@@ -73,21 +83,44 @@ def _stage1(folder: Path, config: SparkConfig, oracle: Oracle | None) -> Stage1S
 
 def _stage2(folder: Path) -> Stage2Summary | None:
     scores: dict[str, ProcessBenchScore] = {}
-    paths = {path.parent.name: path for path in folder.glob("stage2/*/processbench.json")}
-    for path in (paths[method] for method in LABEL_METHODS if method in paths):
+    for path in _by_method(folder, PROCESSBENCH):
         cases = json.loads(path.read_text())["cases"]
         scores[path.parent.name] = score_processbench([c["label"] for c in cases], [c["prediction"] for c in cases])
-    if not scores:
+    whole = _whole_solutions(folder)
+    if not scores and not whole:
         return None
     methods = {name: _method_scores(score) for name, score in scores.items()}
     gain = None
     if {"single", "step_consistency"} <= scores.keys():
         estimate = f1_difference([scores["step_consistency"].hits], [scores["single"].hits])
         gain = (estimate.low, estimate.high)
-    first = next(iter(scores.values()))
+    first = next(iter(scores.values()), None)
+    cases = first.num_error + first.num_correct if first else next(iter(whole.values())).cases
     return Stage2Summary(
-        cases=first.num_error + first.num_correct, f1={name: m.f1.value for name, m in methods.items()},
-        methods=methods, f1_gain_interval=gain)
+        cases=cases, f1={name: m.f1.value for name, m in methods.items()}, methods=methods, f1_gain_interval=gain,
+        whole_solutions=whole)
+
+
+def _by_method(folder: Path, file: str) -> list[Path]:
+    """The files of reward models in the order of their labels' methods, each method's PRM-CoT first."""
+    paths = {path.parent.name: path for path in folder.glob(f"stage2/*/{file}")}
+    names = [f"{method}{variant_suffix(variant)}" for method in LABEL_METHODS for variant in VARIANTS]
+    return [paths[name] for name in names if name in paths]
+
+
+def _whole_solutions(folder: Path) -> dict[str, WholeSolutionScores]:
+    """Yes or No about whole solutions, of all reward models, when one of them is an ORM: else nobody asks."""
+    scores: dict[str, WholeSolutionScores] = {}
+    orms = _by_method(folder, WHOLE_SOLUTION)
+    for path in [*_by_method(folder, PROCESSBENCH), *orms] if orms else []:
+        cases = json.loads(path.read_text())["cases"]
+        score = score_whole_solutions([c["label"] for c in cases],
+                                      [said_yes(outcome_from_json(c["outcome"])) for c in cases])
+        # The bootstrap of a harmonic mean of two accuracies is that of an F1, whatever the two are of.
+        scores[path.parent.name] = WholeSolutionScores(
+            len(cases), figure(mean_estimate(score.hits.error)), figure(mean_estimate(score.hits.correct)),
+            figure(f1_estimate([score.hits])), score.num_unparsed)
+    return scores
 
 
 def _method_scores(score: ProcessBenchScore) -> MethodScores:
@@ -112,8 +145,9 @@ def _round_folders(folder: Path) -> list[Path]:
 
 
 def _stage3(folder: Path, config: SparkConfig, oracle: Oracle | None) -> Stage3Summary | None:
-    arms = {arm: folder / "stage3" / reward for reward, arm in _ARMS.items()
-            if (folder / "stage3" / reward / "evaluations.jsonl").exists()}
+    found = {_ARM_KEYS.get(path.parent.name, path.parent.name): path.parent
+             for path in sorted(folder.glob("stage3/*/evaluations.jsonl"))}
+    arms = {name: found[name] for name in arm_order(list(found))}
     if not arms:
         return None
     evaluations = {arm: _rows(path / "evaluations.jsonl") for arm, path in arms.items()}
@@ -124,9 +158,11 @@ def _stage3(folder: Path, config: SparkConfig, oracle: Oracle | None) -> Stage3S
         accuracy_intervals={arm: (row["sampled"]["low"], row["sampled"]["high"]) for arm, row in ends.items()},
         greedy={arm: Figure(**row["greedy"]) for arm, row in ends.items()},
         differences={f"spark_minus_{other}": _difference(ends["spark"], ends[other])
-                     for other in ("base", "rlvr") if {"spark", other} <= ends.keys()},
+                     for other in ends if other != "spark" and "spark" in ends},
         curves={arm: _curve(path, evaluations[arm]) for arm, path in arms.items()},
-        solutions=[s for arm, path in arms.items() for s in _solutions(path / "samples.jsonl", arm, oracle)])
+        solutions=[s for arm, path in arms.items() for s in _solutions(path / "samples.jsonl", arm, oracle)],
+        probes={arm: [ProbeResult(**each) for each in rows[-1]["probes"]]
+                for arm, path in arms.items() if (rows := _rows(path / "hacking.jsonl"))})
 
 
 def _difference(first: dict, second: dict) -> Figure:
@@ -142,7 +178,9 @@ def _curve(folder: Path, evaluations: list[dict]) -> list[CurvePoint]:
         row = metrics.get(step, {})
         rates = {key.removeprefix("failure/"): value for key, value in row.items() if key.startswith("failure/")}
         mismatch = row.get("engine_logprob_diff_mean")
-        points.append(CurvePoint(step, row.get("reward"), accuracy.get(step), rates, row.get("entropy"), mismatch))
+        detectors = {name: row[f"hacking/{name}"] for name in DETECTORS if f"hacking/{name}" in row}
+        points.append(CurvePoint(
+            step, row.get("reward"), accuracy.get(step), rates, row.get("entropy"), mismatch, detectors))
     return points
 
 
@@ -153,7 +191,7 @@ def _solutions(path: Path, arm: str, oracle: Oracle | None) -> list[ScoredSoluti
     for row in rows[::step][:_SHOWN_SOLUTIONS]:
         labels = row["step_labels"] or [None] * len(row["steps"])
         truths = oracle(row["question"], row["steps"]) if oracle else [None] * len(row["steps"])
-        verdict = row["outcome"]["answer_correct"] if row["outcome"] and row["outcome"]["kind"] == "verdict" else None
+        verdict = said_yes(outcome_from_json(row["outcome"])) if row["outcome"] else None
         failure = row["violation"] or (row["outcome"]["kind"] if row["outcome"] and verdict is None else None)
         shown.append(ScoredSolution(
             question=row["question"], arm=arm, verdict=verdict, reward=row["reward"], failure=failure,

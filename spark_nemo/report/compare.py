@@ -16,13 +16,14 @@ from spark_nemo.records.jsonl import write_text_atomic
 
 from .charts import Series, Style, legend_mark, line_chart, percent
 from .model import CurvePoint, Summary, SummaryError, read_summary
-from .page import ARM_NAMES, METHOD_NAMES
+from .names import arm_name, method_name
 from .results import mean_and_half_width
 from .write import SUMMARY_FILE
 
 Seed = tuple[int, ...]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#332288", "#000000")
 _MARKERS = ("circle", "square", "triangle")
+_WHOLE_SOLUTIONS = "Reward models: Yes or No about whole solutions, harmonic mean of two accuracies"
 _DASHES = ("", "7 4", "2 3", "10 3 2 3")
 
 NOTES = (
@@ -150,10 +151,11 @@ def write_comparison(folder: str | Path, comparison: Comparison) -> Path:
 def _values(run: Summary) -> list[tuple[str, str, float]]:
     values = []
     if run.stage2:
-        values += [("Reward models: ProcessBench F1", METHOD_NAMES.get(name, name), f1)
-                   for name, f1 in run.stage2.f1.items()]
+        values += [("Reward models: ProcessBench F1", method_name(name), f1) for name, f1 in run.stage2.f1.items()]
+        values += [(_WHOLE_SOLUTIONS, method_name(name), scores.verdict_harmonic_mean.value)
+                   for name, scores in run.stage2.whole_solutions.items()]
     if run.stage3:
-        values += [("Policies: held-out problems solved", ARM_NAMES.get(name, name), accuracy)
+        values += [("Policies: held-out problems solved", arm_name(name), accuracy)
                    for name, accuracy in run.stage3.accuracy.items()]
     return values
 
@@ -178,7 +180,7 @@ def _charts(comparison: Comparison) -> list[tuple[str, Markup, list[tuple[str, M
             for arm, points in (run.stage3.curves if run.stage3 else {}).items():
                 line = {point.step: y for point in points if (y := value(point)) is not None}
                 if line:
-                    curves.setdefault(_named(group, ARM_NAMES.get(arm, arm)), []).append(line)
+                    curves.setdefault(_named(group, arm_name(arm)), []).append(line)
         series = [_banded(name, index, lines) for index, (name, lines) in enumerate(curves.items())]
         series = [line for line in series if line.points]
         if series:

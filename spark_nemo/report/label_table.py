@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .model import LabelScores, SummaryError
-from .page import METHOD_NAMES
+from .names import METHOD_NAMES
 from .results import over_seeds
 from .sections import marked
 

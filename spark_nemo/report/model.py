@@ -78,14 +78,31 @@ class MethodScores:
 
 
 @dataclass(frozen=True)
+class WholeSolutionScores:
+    """Yes or No about whole solutions, over ``cases``: not a ProcessBench score, for no step is named."""
+
+    cases: int
+    verdict_acc_error: Figure
+    verdict_acc_correct: Figure
+    verdict_harmonic_mean: Figure
+    unparsed: int = 0
+    """Cases without a verdict; they count as wrong."""
+
+
+@dataclass(frozen=True)
 class Stage2Summary:
-    """Reward models by label method. ``f1`` repeats ``methods[...].f1.value`` for readers of the JSON."""
+    """Reward models by label method, with ``-prm`` or ``-orm`` after it for those kinds.
+
+    ``f1`` repeats ``methods[...].f1.value`` for readers of the JSON.
+    """
 
     cases: int
     f1: dict[str, float]
     methods: dict[str, MethodScores]
     f1_gain_interval: tuple[float, float] | None = None
     """95% interval of F1(step_consistency) - F1(single), paired over the cases."""
+    whole_solutions: dict[str, WholeSolutionScores] = field(default_factory=dict)
+    """Of every reward model when one of them is an ORM, whose only score this is."""
 
     def __post_init__(self) -> None:
         if self.f1 != {name: scores.f1.value for name, scores in self.methods.items()}:
@@ -105,6 +122,20 @@ class CurvePoint:
     entropy: float | None = None
     mismatch: float | None = None
     """Mean absolute difference of the engine's and the trainer's log-probabilities, in nats per token."""
+    hacking: dict[str, float] = field(default_factory=dict)
+    """Share of the responses that each detector of reward hacking counts, by its name."""
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Adversarial responses of one kind at the last evaluation: how many the reward model accepted, how many got no
+    verdict, and the constraint that refuses the kind (None: nothing does)."""
+
+    kind: str
+    asked: int
+    accepted: int
+    failed: int = 0
+    refused_by: str | None = None
 
 
 @dataclass(frozen=True)
@@ -131,10 +162,11 @@ class ScoredSolution:
 
 @dataclass(frozen=True)
 class Stage3Summary:
-    """Policies by arm: ``base`` (before RL), ``spark`` (reference-free) and ``rlvr`` (answer keys).
+    """Policies by arm: ``base`` (before RL), ``spark`` (reference-free: process-aware with a PRM-CoT), and the other
+    arms by folder: a reward design, with ``-prm`` or ``-orm`` for that kind of reward model. ``rlvr`` read answer keys.
 
     ``accuracy`` is the mean over ``samples_per_problem`` samples at temperature; ``greedy`` is one greedy sample.
-    ``differences`` are paired over problems and named ``spark_minus_base``, ``spark_minus_rlvr``.
+    ``differences`` are paired over problems and named ``spark_minus_base``, ``spark_minus_rlvr`` and so on.
     """
 
     problems: int
@@ -145,6 +177,8 @@ class Stage3Summary:
     differences: dict[str, Figure] = field(default_factory=dict)
     curves: dict[str, list[CurvePoint]] = field(default_factory=dict)
     solutions: list[ScoredSolution] = field(default_factory=list)
+    probes: dict[str, list[ProbeResult]] = field(default_factory=dict)
+    """By arm; only arms with a reward model have any."""
 
     def __post_init__(self) -> None:
         if unknown := self.accuracy_intervals.keys() - self.accuracy.keys():
@@ -180,6 +214,8 @@ class Summary:
     """Empty for a run of one round."""
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    reads_answer_keys: dict[str, str] | None = None
+    """Parts of the run that read answer keys to train, and what for; None in summaries made before it was kept."""
 
 
 def read_summary(data: Mapping[str, Any]) -> Summary:

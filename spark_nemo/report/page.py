@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -11,17 +11,12 @@ from markupsafe import Markup
 from spark_nemo.verification import REASONS
 
 from .charts import WIDTH, Bar, Series, Style, interval_chart, legend_mark, line_chart, percent, percent_tick
+from .hacking_view import hacking_views
 from .model import CurvePoint, Figure, Stage2Summary, Stage3Summary, Summary, read_summary
+from .names import METHOD_NAMES, arm_name, arm_order, difference_name, method_name
 
 BLUE, VERMILION, GREY, PURPLE = "#0072B2", "#D55E00", "#5F6B7A", "#AA4499"
 
-METHOD_NAMES = {
-    "single": "Single verification", "outcome_consistency": "Outcome consistency",
-    "step_consistency": "Step consistency", "meta_critique": "Meta-critique",
-    "hybrid_outcome": "Meta-critique of the outcome pick", "hybrid_step": "Meta-critique of the step pick",
-    "reference_guided": "Reference-guided, sees the answer",
-}
-ARM_NAMES = {"base": "Before RL", "spark": "SPARK, no answer keys", "rlvr": "RLVR, with answer keys"}
 FAILURE_NAMES = {
     "parse_failure": "Unreadable verifications", "truncated": "Cut off at the token limit",
     "engine_error": "Engine errors", "format_violation": "Solutions out of format",
@@ -33,7 +28,8 @@ STYLES = {
     "base": Style(GREY, "triangle", "2 3"), "spark": Style(BLUE, "circle"), "rlvr": Style(VERMILION, "square", "7 4"),
 }
 SMALL_WIDTH = 330
-_OTHER = Style("#332288", "square", "4 3")
+_OTHERS = [Style(colour, shape, dash) for shape, dash in (("square", "4 3"), ("triangle", "8 3 2 3"), ("circle", "1 3"))
+           for colour in ("#332288", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")]
 
 
 def report_page(summary: Mapping[str, Any]) -> str:
@@ -44,13 +40,13 @@ def report_page(summary: Mapping[str, Any]) -> str:
         trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
         pct=percent, interval=_interval, signed=_signed, duration=_duration, count=_count, words=_words,
-        difference=_difference, part=lambda name: PART_NAMES.get(name, _words(name)),
+        difference=difference_name, part=lambda name: PART_NAMES.get(name, _words(name)),
         failure=lambda kind: FAILURE_NAMES.get(kind, _words(kind)),
-        method=lambda name: METHOD_NAMES.get(name, _words(name)), arm=lambda name: ARM_NAMES.get(name, _words(name)))
+        method=method_name, arm=arm_name)
     return environment.get_template("template.html.j2").render(
         run=run, headlines=_headlines(run), charts=_charts(run), arms=_arms(run), methods=_ordered(run),
-        removals=_removals(run),
-        key=lambda name: legend_mark(STYLES.get(name, _OTHER)))
+        removals=_removals(run), watched=hacking_views(run.stage3),
+        key=lambda name: legend_mark(_style(name, _arms(run))))
 
 
 def _headlines(run: Summary) -> list[dict[str, Any]]:
@@ -64,20 +60,20 @@ def _headlines(run: Summary) -> list[dict[str, Any]]:
                 "stage": "Stage I", "what": "Step labels that are right", "figure": step, "unit": "%",
                 "beside": [(METHOD_NAMES["single"], f"{percent(single.step_accuracy.value)}%")]
                 if name != "single" and single and single.step_accuracy else [],
-                "note": f"{METHOD_NAMES.get(name, name)}; {percent(labels[name].share_kept)}% of solutions kept"})
-    if run.stage2:
+                "note": f"{method_name(name)}; {percent(labels[name].share_kept)}% of solutions kept"})
+    if run.stage2 and run.stage2.f1:
         name = _best(run.stage2.f1)
         cards.append({
             "stage": "Stage II", "what": "First wrong step found, F1", "figure": run.stage2.methods[name].f1,
             "unit": "", "beside": _gain(run.stage2),
-            "note": f"{METHOD_NAMES.get(name, name)}; {_count(run.stage2.cases)} ProcessBench-format cases"})
+            "note": f"{method_name(name)}; {_count(run.stage2.cases)} ProcessBench-format cases"})
     if run.stage3:
         arm = next(name for name in ("spark", "rlvr", "base", *run.stage3.accuracy) if name in run.stage3.accuracy)
         cards.append({
             "stage": "Stage III", "what": "Problems solved", "figure": _accuracy(run.stage3, arm), "unit": "%",
-            "beside": [(ARM_NAMES.get(other, other), f"{percent(value)}%")
+            "beside": [(arm_name(other), f"{percent(value)}%")
                        for other, value in run.stage3.accuracy.items() if other != arm],
-            "note": f"{ARM_NAMES.get(arm, arm)}; mean of {run.stage3.samples_per_problem} samples on "
+            "note": f"{arm_name(arm)}; mean of {run.stage3.samples_per_problem} samples on "
                     f"{_count(run.stage3.problems)} held-out problems"})
     return cards
 
@@ -94,24 +90,25 @@ def _gain(stage: Stage2Summary) -> list[tuple[str, str]]:
 def _charts(run: Summary) -> dict[str, Markup]:
     charts: dict[str, Markup] = {}
     if run.stage1:
-        bars = [_bar(name, METHOD_NAMES, scores.step_accuracy) for name, scores in run.stage1.label_quality.items()
+        bars = [_bar(method_name(name), name, scores.step_accuracy) for name, scores in run.stage1.label_quality.items()
                 if scores.step_accuracy is not None]
         if bars:
             charts["labels"] = interval_chart(
                 bars, "step labels that are right, out of 100", "Step label accuracy by labelling method", (None, 1.0))
-    if run.stage2:
+    if run.stage2 and run.stage2.methods:
         charts["f1"] = interval_chart(
-            [_bar(name, METHOD_NAMES, run.stage2.methods[name].f1) for name in run.stage2.methods],
+            [_bar(method_name(name), name, run.stage2.methods[name].f1) for name in run.stage2.methods],
             "F1 (times 100)", "ProcessBench F1 by labelling method")
     if run.stage3:
         charts["accuracy"] = interval_chart(
-            [_bar(arm, ARM_NAMES, _accuracy(run.stage3, arm)) for arm in _arms(run) if arm in run.stage3.accuracy],
+            [_bar(arm_name(arm), arm, _accuracy(run.stage3, arm), _arms(run)) for arm in _arms(run)
+             if arm in run.stage3.accuracy],
             "problems solved, out of 100", "Held-out accuracy before RL and after each kind of RL")
-        charts.update(_curves(run.stage3))
+        charts.update(_curves(run.stage3, _arms(run)))
     return charts
 
 
-def _curves(stage: Stage3Summary) -> dict[str, Markup]:
+def _curves(stage: Stage3Summary, arms: Sequence[str]) -> dict[str, Markup]:
     """A chart per quantity that any arm recorded; an arm without it has no line."""
     quantities = {
         "reward": (lambda p: p.reward, "mean reward, times 100", percent_tick, (0.0, None)),
@@ -122,7 +119,7 @@ def _curves(stage: Stage3Summary) -> dict[str, Markup]:
     }
     charts = {}
     for name, (value, label, show, bounds) in quantities.items():
-        series = [Series(ARM_NAMES.get(arm, arm), STYLES.get(arm, _OTHER), [(p.step, value(p)) for p in points])
+        series = [Series(arm_name(arm), _style(arm, arms), [(p.step, value(p)) for p in points])
                   for arm, points in stage.curves.items()]
         series = [line for line in series if any(y is not None for _, y in line.points)]
         if series:
@@ -135,8 +132,16 @@ def _total_failures(point: CurvePoint) -> float | None:
     return sum(point.failure_rates.values()) if point.failure_rates else None
 
 
-def _bar(name: str, names: Mapping[str, str], figure: Figure) -> Bar:
-    return Bar(names.get(name, _words(name)), STYLES.get(name, _OTHER), figure.value, figure.low, figure.high)
+def _bar(name: str, key: str, figure: Figure, others: Sequence[str] = ()) -> Bar:
+    return Bar(name, _style(key, others), figure.value, figure.low, figure.high)
+
+
+def _style(key: str, others: Sequence[str]) -> Style:
+    """The colour of a name; of names without one each has its own by its place among them, as long as there are any."""
+    if key in STYLES:
+        return STYLES[key]
+    free = [name for name in others if name not in STYLES]
+    return _OTHERS[free.index(key) % len(_OTHERS)] if key in free else _OTHERS[0]
 
 
 def _accuracy(stage: Stage3Summary, arm: str) -> Figure:
@@ -147,7 +152,7 @@ def _arms(run: Summary) -> list[str]:
     if run.stage3 is None:
         return []
     names = [*run.stage3.accuracy, *run.stage3.curves, *(s.arm for s in run.stage3.solutions)]
-    return [n for n in dict.fromkeys([*ARM_NAMES, *names]) if n in names]
+    return arm_order(names)
 
 
 def _ordered(run: Summary) -> list[str]:
@@ -175,12 +180,6 @@ def _interval(figure: Figure) -> str:
 
 def _signed(value: float) -> str:
     return f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")
-
-
-def _difference(name: str) -> str:
-    first, minus, second = name.partition("_minus_")
-    short = {"base": "before RL", "spark": "SPARK", "rlvr": "RLVR"}
-    return f"{short.get(first, first)} minus {short.get(second, second)}" if minus else _words(name)
 
 
 def _short(value: float) -> str:

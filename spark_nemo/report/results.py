@@ -7,6 +7,7 @@ from math import sqrt
 from typing import Any
 
 from .model import Summary, SummaryError, read_summary
+from .names import arm_name, arm_order
 
 # Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom.
 _T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
@@ -44,18 +45,21 @@ def results_markdown(summaries: Sequence[Mapping[str, Any]]) -> str:
             ("step consistency", lambda r: _f1(r, "step_consistency"), _percent),
             ("gain of step consistency over single", _gain, _signed),
         ], {"gain of step consistency over single": _gain_interval}),
-        "## Policies: held-out problems solved\n\n" + _table(runs, [
-            ("before RL", lambda r: _accuracy(r, "base"), _percent),
-            ("SPARK", lambda r: _accuracy(r, "spark"), _percent),
-            ("RLVR (reads answer keys)", lambda r: _accuracy(r, "rlvr"), _percent),
-        ], {name: _accuracy_interval(arm) for name, arm in (
-            ("before RL", "base"), ("SPARK", "spark"), ("RLVR (reads answer keys)", "rlvr"))}),
+        "## Policies: held-out problems solved\n\n" + _policies(runs),
         "## Seconds of work by stage (jobs that ran side by side are added up)\n\n" + _table(runs, [
             *((part.replace("_", " "), lambda r, part=part: r.seconds.get(part), _seconds)
               for part in dict.fromkeys(part for run in runs for part in run.seconds)),
             ("all", lambda r: sum(r.seconds.values()) if r.seconds else None, _seconds),
         ], {}),
         _NOT_SHOWN]) + "\n"
+
+
+def _policies(runs: Sequence[Summary]) -> str:
+    arms = {"base": "before RL", "spark": "SPARK", "rlvr": "RLVR (reads answer keys)"}
+    found = [arm for run in runs if run.stage3 for arm in run.stage3.accuracy]
+    names = {arm: arms.get(arm) or arm_name(arm) for arm in arm_order([*arms, *found])}
+    return _table(runs, [(name, lambda r, arm=arm: _accuracy(r, arm), _percent) for arm, name in names.items()],
+                  {name: _accuracy_interval(arm) for arm, name in names.items()})
 
 
 Column = tuple[str, Callable[[Summary], float | None], Callable[[float], str]]

@@ -11,7 +11,10 @@ from spark_nemo.records import FormatViolation, Rollout
 
 
 def random_reward(gated: ParsedResponse | FormatViolation, seed: int) -> float:
-    """``r = f * Bernoulli(0.5)``, a coin that depends on ``seed`` alone. Source: arXiv 2512.03244, figure 4."""
+    """``r = f * Bernoulli(0.5)``, a coin that depends on ``seed`` alone. Source: arXiv 2512.03244, figure 4.
+
+    Resists inflation: no step is read.
+    """
     return 0.0 if isinstance(gated, FormatViolation) else float(random.Random(seed).random() < 0.5)
 
 
@@ -21,6 +24,8 @@ def majority_rewards(rollouts: Sequence[Rollout], key: Callable[[str], str]) -> 
 
     ``key`` maps answers of equal meaning to one string. A response without an answer has no vote and is worth 0 by this
     definition. Among equally frequent answers the one seen first wins. Groups go by id and may differ in size.
+
+    Resists inflation: no step is read.
     """
     answers = [extract_boxed(rollout.text) for rollout in rollouts]
     keys = [key(answer) if answer else "" for answer in answers]

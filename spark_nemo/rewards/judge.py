@@ -1,13 +1,15 @@
-"""The PRM-CoT as a judge of rollouts: gate the format, ask, retry what gave no verdict, and keep the reason."""
+"""The reward model as a judge of rollouts: gate the format, ask, retry what gave no verdict, and keep the reason."""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from spark_nemo.grammar import ParsedResponse, StepFormat, check_format, split_response
-from spark_nemo.records import EngineError, FormatViolation, Outcome, Rollout, Verdict, derive_seed
+from spark_nemo.config.hacking import ConstraintsConfig
+from spark_nemo.grammar import ParsedResponse
+from spark_nemo.records import EngineError, Failure, FormatViolation, Rollout, VariantOutcome, derive_seed
 
+from .hacking.constraints import read_response
 from .prm_service import Answer, Case, PRMService
 from .votes import aggregate_votes
 
@@ -17,20 +19,13 @@ class Judgement:
     """What became of one rollout. ``outcome`` is None exactly when the format gate kept it from the verifier."""
 
     violation: FormatViolation | None
-    outcome: Outcome | None
+    outcome: VariantOutcome | None
     num_tokens: int = 0
 
 
-def gate(rollout: Rollout) -> ParsedResponse | FormatViolation:
-    """The format gate f: the response in its steps, or the rule it broke.
-
-    A truncated rollout breaks the format whatever its text says: nobody knows how it would have ended.
-    """
-    violation = FormatViolation("unfinished") if rollout.finish_reason != "stop" else check_format(rollout.text)
-    parsed = split_response(rollout.text, StepFormat.TAGGED)
-    if violation is not None or not isinstance(parsed, ParsedResponse):
-        return violation or FormatViolation("steps")
-    return parsed
+def gate(rollout: Rollout, constraints: ConstraintsConfig | None = None) -> ParsedResponse | FormatViolation:
+    """The gate f: the response in its steps, or the rule it broke. None: the constraints' defaults."""
+    return read_response(rollout, constraints or ConstraintsConfig())
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +40,11 @@ class RewardJudge:
     retries: int
     votes: int = 1
     min_votes: int = 1
+    constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)
 
     async def judge(self, rollout: Rollout) -> Judgement:
         """Check the format, then verify the canonical steps, so policy and reward model share one text."""
-        parsed = gate(rollout)
+        parsed = gate(rollout, self.constraints)
         if isinstance(parsed, FormatViolation):
             return Judgement(parsed, None)
         case = self.service.case(rollout.problem.question, parsed.canonical(), len(parsed.steps))
@@ -57,7 +53,7 @@ class RewardJudge:
         return Judgement(None, outcome, sum(answer.num_tokens for answer in answers))
 
     async def _vote(self, rollout: Rollout, case: Case, vote: int) -> Answer:
-        outcome: Outcome = EngineError("never asked")
+        outcome: VariantOutcome = EngineError("never asked")
         num_tokens = 0
         for attempt in range(self.retries + 1):
             answer = await self.service.verify(case, vote_seed(rollout, attempt, vote))
@@ -65,7 +61,7 @@ class RewardJudge:
             num_tokens += answer.num_tokens
             # A greedy attempt would fail the same way again, unless it was the engine that failed.
             repeats = self.service.sampling.temperature == 0 and not isinstance(outcome, EngineError)
-            if isinstance(outcome, Verdict) or repeats:
+            if not isinstance(outcome, Failure) or repeats:
                 break
         return Answer(outcome, num_tokens)
 

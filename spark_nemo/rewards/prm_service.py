@@ -18,7 +18,7 @@ from spark_nemo.config import RLConfig, SamplingConfig
 from spark_nemo.engines.base import EngineFailure, EngineLost
 from spark_nemo.engines.served import ServedModel
 from spark_nemo.grammar import GRAMMAR_VERSION, PromptSet, Variant, parse_generation
-from spark_nemo.records import EngineError, Outcome, content_key
+from spark_nemo.records import EngineError, VariantOutcome, content_key
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class ServiceLimits:
 class Answer:
     """What one verification came to, and the tokens it took the verifier (also when they were not sampled anew)."""
 
-    outcome: Outcome
+    outcome: VariantOutcome
     num_tokens: int
 
 
@@ -59,11 +59,12 @@ class Case:
     num_steps: int
     prompts: PromptSet
     served: ServedModel
+    variant: Variant = Variant.PRM_COT
 
     @cached_property
     def prompt_ids(self) -> tuple[int, ...]:
-        """The step-wise prompt in token ids: equal ids let an engine share the prefix across votes."""
-        messages = self.prompts.reward(Variant.PRM_COT, self.question, self.canonical)
+        """The variant's prompt in token ids: equal ids let an engine share the prefix across votes."""
+        messages = self.prompts.reward(self.variant, self.question, self.canonical)
         return self.served.tokenizer.encode_chat(messages)
 
 
@@ -94,17 +95,19 @@ class ServiceCounts:
 
 
 class PRMService:
-    """Asks one served PRM-CoT. Belongs to the event loop it is first used in.
+    """Asks one served reward model of one kind: with that kind's prompt, read by that kind's parser. Belongs to the
+    event loop it is first used in.
 
     Remembered are verdicts, parse failures and truncations: with its seed, or greedily, a request would give the same
     again. An ``EngineError`` says nothing about the content and is never remembered. The key is the content (question,
-    canonical response, number of steps, prompt set, grammar), the sampling with its seed (which carries vote and
-    attempt; a greedy request has none), the reward model's identity and its weight version.
+    canonical response, number of steps, prompt set, grammar), the kind of reward model, the sampling with its seed
+    (which carries vote and attempt; a greedy request has none), the reward model's identity and its weight version.
     """
 
     def __init__(self, served: ServedModel, prompts: PromptSet, sampling: SamplingConfig,
-                 limits: ServiceLimits = ServiceLimits()) -> None:
+                 limits: ServiceLimits = ServiceLimits(), variant: Variant = Variant.PRM_COT) -> None:
         self.served, self.prompts, self.sampling, self.limits = served, prompts, sampling, limits
+        self.variant = Variant(variant)
         self._room = asyncio.Semaphore(limits.queue)
         self._remembered: OrderedDict[str, Answer] = OrderedDict()
         self._flights: dict[str, _Flight] = {}
@@ -128,7 +131,7 @@ class PRMService:
 
     def case(self, question: str, canonical: str, num_steps: int) -> Case:
         """A response to ``verify``, once or several times."""
-        return Case(question, canonical, num_steps, self.prompts, self.served)
+        return Case(question, canonical, num_steps, self.prompts, self.served, self.variant)
 
     async def verify(self, case: Case, seed: int) -> Answer:
         """The verification of ``case`` drawn with ``seed``; raises ``EngineLost`` alone, for a pool without servers.
@@ -158,8 +161,8 @@ class PRMService:
     def _key(self, case: Case, seed: int, version: int) -> str:
         drawn = None if self.sampling.temperature == 0 else seed
         return content_key(
-            "prm", self.served.identity, version, GRAMMAR_VERSION, self.prompts.version, asdict(self.sampling), drawn,
-            case.question, case.canonical, case.num_steps)
+            "prm", self.variant, self.served.identity, version, GRAMMAR_VERSION, self.prompts.version,
+            asdict(self.sampling), drawn, case.question, case.canonical, case.num_steps)
 
     async def _wait(self, key: str, flight: _Flight) -> Answer:
         flight.waiting += 1
@@ -209,5 +212,6 @@ class PRMService:
                     f"deadline: no verification within {self.limits.deadline:g} s (rl.verifier_deadline)"), 0), set()
         num_tokens = len(done.generation.token_ids)
         self._counts.sampled_tokens += num_tokens
-        outcome = parse_generation(done.text, str(done.generation.finish_reason), num_tokens, case.num_steps)
+        reason = str(done.generation.finish_reason)
+        outcome = parse_generation(done.text, reason, num_tokens, case.num_steps, self.variant)
         return Answer(outcome, num_tokens), set(done.generation.weight_versions)

@@ -11,5 +11,8 @@ Checker = Callable[[str, str], bool]
 
 
 def rlvr_reward(rollout: Rollout, checker: Checker) -> float:
-    """1.0 when the checker accepts the rollout's text, else 0.0. The paper's RLVR baseline has no format gate."""
+    """1.0 when the checker accepts the rollout's text, else 0.0. The paper's RLVR baseline has no format gate.
+
+    Resists inflation: no step is read.
+    """
     return float(checker(rollout.problem.problem_id, rollout.text))

@@ -9,27 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from spark_nemo.records import Failure, FormatViolation, Outcome, Verdict
+from spark_nemo.records import AnswerVerdict, Failure, FormatViolation, VariantOutcome, Verdict
 
 STEP_WEIGHT, VERDICT_WEIGHT = 0.4, 0.6
 """Of the step-augmented reward."""
 
 
-def step_average_reward(format_violation: FormatViolation | None, outcome: Outcome | None) -> float | Failure:
+def step_average_reward(format_violation: FormatViolation | None, outcome: VariantOutcome | None) -> float | Failure:
     """``r = k / n``. The paper has no format gate here; a response that is not in the format has no steps to be judged,
-    so it is worth 0 in this package, and a final verdict never stands in for missing labels.
+    so it is worth 0 in this package, and a final verdict never stands in for missing labels: an ORM's raises
+    ``ValueError``.
 
-    Splitting a correct step in two raises the reward (and so the total advantage) whenever a step is wrong.
+    Does *not* resist inflation: splitting a correct step in two raises the reward (and so the total advantage)
+    whenever a step is wrong.
     Failures and errors are those of ``process_aware_reward``.
     """
     return _gated(format_violation, outcome, correct_share)
 
 
-def step_augmented_reward(format_violation: FormatViolation | None, outcome: Outcome | None) -> float | Failure:
+def step_augmented_reward(format_violation: FormatViolation | None, outcome: VariantOutcome | None) -> float | Failure:
     """``r = f * (0.4 * k / n + 0.6 * y)``; for labels C, I, C, C and verdict Yes it is 0.9.
 
-    Splitting a correct step in two raises the reward (and so the total advantage) whenever a step is wrong, by 0.4
-    times what it does to the step average. Failures and errors are those of ``process_aware_reward``.
+    Does *not* resist inflation: splitting a correct step in two raises the reward (and so the total advantage)
+    whenever a step is wrong, by 0.4 times what it does to the step average. Failures and errors are those of
+    ``process_aware_reward``.
     """
     return _gated(format_violation, outcome, lambda verdict: (
         STEP_WEIGHT * correct_share(verdict) + VERDICT_WEIGHT * verdict.answer_correct))
@@ -41,8 +44,10 @@ def correct_share(verdict: Verdict) -> float:
 
 
 def _gated(
-    format_violation: FormatViolation | None, outcome: Outcome | None, score: Callable[[Verdict], float],
+    format_violation: FormatViolation | None, outcome: VariantOutcome | None, score: Callable[[Verdict], float],
 ) -> float | Failure:
+    if isinstance(outcome, AnswerVerdict):
+        raise ValueError("an ORM's verdict has no step labels: a reward that counts steps cannot be made of it")
     if format_violation is not None or isinstance(outcome, FormatViolation):
         return 0.0
     if outcome is None:

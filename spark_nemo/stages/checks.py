@@ -5,13 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 from spark_nemo.config import ConfigError, EvaluationConfig, SamplingConfig, SparkConfig
+from spark_nemo.config.rl import check_variant
 from spark_nemo.engines.served import GRAMMAR_TEXTS
 from spark_nemo.engines.tokenizer import Tokenizer, TokenizerError
 from spark_nemo.evaluation.answers import read_answer_keys, read_eval_problems
 from spark_nemo.evaluation.processbench import read_processbench
 from spark_nemo.megatron.model_shape import ModelShape, read_hf_config
 from spark_nemo.records.jsonl import read_problems
-from spark_nemo.stages.run_folder import stage2_folder
+from spark_nemo.stages.arms import arm_config, pipeline_arms
+from spark_nemo.stages.run_folder import read_done, stage2_folder
+
+
+def check_sft(config: SparkConfig) -> None:
+    """The base model, its layout and context, and that there are examples; ``run_sft`` reads them before any work."""
+    if not config.models.policy_base:
+        raise ConfigError("models.policy_base is not set: name the model that is to learn the policy's format")
+    shape = _model(Path(config.models.policy_base), "models.policy_base")
+    shape.check_layout(config.megatron)
+    if config.sft.max_length > shape.max_positions:
+        raise ConfigError(f"sft.max_length={config.sft.max_length}: models.policy_base={config.models.policy_base} has "
+                          f"a context of {shape.max_positions}")
+    if not Path(_set(config, "data.sft_examples")).is_file():
+        raise ConfigError(f"data.sft_examples={config.data.sft_examples}: no such file (JSONL with problem_id, "
+                          "question and response)")
 
 
 def check_stage1(config: SparkConfig) -> None:
@@ -46,10 +62,9 @@ def check_stage2(config: SparkConfig) -> None:
     labels = [case.label for case in read_processbench(_set(config, "data.processbench"))]
     config.engine.require("verifier")
     if -1 not in labels or max(labels) == -1:
-        raise ConfigError(f"data.processbench={config.data.processbench}: F1 needs cases with an error and without")
+        raise ConfigError(f"data.processbench={config.data.processbench}: a score needs cases with an error and "
+                          "without")
     _fits(config, "stage2.eval_sampling", config.stage2.eval_sampling)
-    if config.stage2.variant == "orm":
-        raise ConfigError("stage2.variant=orm is not scored on steps yet: choose prm or prm_cot")
 
 
 def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False) -> None:
@@ -61,6 +76,9 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
     config.engine.require("policy")
     if rl.asks_reward_model:
         config.engine.require("verifier")
+    if config.models.policy_base and not (Path(_set(config, "models.policy")) / "config.json").exists():
+        raise ConfigError(f"models.policy={config.models.policy}: no model there; `spark-nemo sft` makes it of "
+                          f"models.policy_base={config.models.policy_base}")
     _trained_model(config, "models.policy")
     read_problems(_set(config, "data.rl_problems"))
     read_eval_problems(_set(config, "data.eval_problems"))
@@ -75,27 +93,40 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
     if not rl.asks_reward_model:
         return
     _fits(config, "rl.verifier_sampling", rl.verifier_sampling)
-    if rl.reward_model is None and config.stage2.variant != "prm_cot":
-        raise ConfigError(f"stage2.variant={config.stage2.variant}: rl.reward={rl.reward} asks a PRM-CoT; name one "
-                          "with rl.reward_model or choose stage2.variant=prm_cot")
+    assert config.reward_variant is not None, "the reward asks a model"
+    check_variant(rl.design, config.reward_variant, "rl.reward_variant (or stage2.variant)")
     if not reward_model_comes_later:
-        _model(reward_model_folder(config), "rl.reward_model")
+        folder = reward_model_folder(config)
+        _model(folder, "rl.reward_model")
+        made = (read_done(folder.parent) or {}).get("variant", config.reward_variant)
+        if made != config.reward_variant:
+            raise ConfigError(f"rl.reward_variant={config.reward_variant} (or stage2.variant): {folder} was trained as "
+                              f"{made}; set rl.reward_variant={made} or name another rl.reward_model")
+    if rl.hacking.heldout_verifier is not None:
+        if config.engine.kind != "local" and config.engine.pool("verifier").urls:
+            raise ConfigError(f"rl.hacking.heldout_verifier={rl.hacking.heldout_verifier}: engine.verifier.urls serve "
+                              "the reward model; launch servers with engine.verifier.servers")
+        _model(Path(rl.hacking.heldout_verifier), "rl.hacking.heldout_verifier")
 
 
 def check_pipeline(config: SparkConfig) -> None:
-    """The stages that the pipeline has, before the first of them starts."""
+    """The stages that the pipeline has, with every arm of stage III, before the first of them starts."""
     check_stage1(config)
     if config.pipeline.label_methods:
         check_stage2(config)
-    if config.pipeline.rewards:
-        check_stage3(config, reward_model_comes_later=True)
+    for arm in pipeline_arms(config):
+        try:
+            check_stage3(arm_config(config, arm), reward_model_comes_later=arm.comes_from_stage2(config))
+        except ConfigError as error:
+            raise ConfigError(f"stage III, arm {arm.name}: {error}") from error
     if config.pipeline.rl_answers is not None:
         read_answer_keys(config.pipeline.rl_answers)
 
 
 def reward_model_folder(config: SparkConfig) -> Path:
-    """Where the PRM-CoT is: named, or stage II's result in this run. Raises ``ConfigError`` when there is none."""
-    model = Path(config.rl.reward_model or stage2_folder(config.run, config.stage2.method) / "model")
+    """Where the reward model is: named, or stage II's result in this run. Raises ``ConfigError`` when there is none."""
+    made = stage2_folder(config.run, config.stage2.method, config.reward_variant) / "model"
+    model = Path(config.rl.reward_model or made)
     if not (model / "config.json").exists():
         raise ConfigError(f"rl.reward_model={model}: no model there; run `spark-nemo stage2` or name one")
     return model

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from spark_nemo.config import RLConfig
-from spark_nemo.records import Verdict
+from spark_nemo.records import AnswerVerdict, Verdict
 from spark_nemo.stages.rollouts import ScoredBatch
 from spark_nemo.training.advantages import estimate_advantages
 from spark_nemo.training.step_advantages import (
     ScoredResponse,
     capo_advantages,
     global_step_advantages,
+    global_step_penalty_advantages,
     min_form_advantages,
     prefix_advantages,
     selective_advantages,
@@ -41,6 +42,9 @@ def batch_advantages(batch: ScoredBatch, config: RLConfig) -> Tensor | list[Tens
             return selective_advantages(responses, outcome_N, discount=0.5)
         case "global_step":
             return global_step_advantages(responses, outcome_N)
+        case "global_step_penalty":
+            low, high = config.step_penalty_bounds
+            return global_step_penalty_advantages(responses, outcome_N, min_steps=low, max_steps=high)
         case "min_form":
             return min_form_advantages(responses)
         case "prefix":
@@ -54,10 +58,13 @@ def scored_responses(batch: ScoredBatch) -> list[ScoredResponse]:
     """What an advantage design may know of the batch. Labels exist only where the verifier came to a verdict.
 
     A verdict whose labels do not fit the sampled steps is logged; ``ScoredResponse`` then makes no use of the labels.
+    Raises ``ValueError`` for an ORM's verdict, which has none.
     """
     responses = []
     for rollout, judgement, reward, valid in zip(
             batch.rollouts, batch.judgements, batch.rewards.rewards, batch.rewards.valid, strict=True):
+        if isinstance(judgement.outcome, AnswerVerdict):
+            raise ValueError("an ORM's verdict has no step labels: an advantage per step cannot be made of it")
         labels = judgement.outcome.step_labels if isinstance(judgement.outcome, Verdict) else None
         response = ScoredResponse(rollout.group, len(rollout.response_ids), reward, valid, rollout.step_spans, labels)
         if labels is not None and response.labelled_steps is None:

@@ -30,7 +30,7 @@ def make_labels(config: SparkConfig) -> list[LabelledSolution]:
 
     Raises ``ConfigError`` when there is no store, or when not one label is left, with what would help.
     """
-    method, folder = config.stage2.method, stage2_folder(config.run, config.stage2.method)
+    method, folder = config.stage2.method, stage2_folder(config.run, config.stage2.method, config.stage2.variant)
     labelled, dropped = _label(config)
     log.info("%s: %d labelled, dropped %s", method, len(labelled), dropped or "none")
     if not labelled:

@@ -17,11 +17,13 @@ from spark_nemo.report.collect import Oracle, collect_summary
 from spark_nemo.report.write import write_report
 from spark_nemo.stages.checks import check_pipeline
 from spark_nemo.stages.jobs import run_jobs
+from spark_nemo.stages.layout_check import check_memory
 from spark_nemo.stages.run_folder import comparable_rl
 from spark_nemo.stages.schedule import plan_jobs
 
 log = logging.getLogger(__name__)
-_FREE = ("pipeline.", "engine.", "rl.failures.", "rl.save_every", "stage1.max_failure_rate", "stage2.save_every")
+_FREE = ("pipeline.", "engine.", "sft.", "data.sft_examples", "models.policy_base", "rl.failures.",
+         "rl.save_every", "stage1.max_failure_rate", "stage2.save_every")
 """Settings that may change while a run is unfinished: finished parts do not depend on them."""
 _FIXED = ("pipeline.rounds",)  # decides which reward model stage III had
 
@@ -33,6 +35,8 @@ def run_pipeline(config: SparkConfig, overrides: Sequence[str], oracle: Oracle |
     world has them, for the report only.
     """
     check_pipeline(config)
+    trained = [("stage2", config.pipeline.label_methods), ("stage3", config.pipeline.rewards)]
+    check_memory(config, *(stage for stage, parts in trained if parts))
     folder = Path(config.run.dir)
     jobs = plan_jobs(config, overrides)
     claim_run_folder(config)

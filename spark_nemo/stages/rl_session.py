@@ -14,7 +14,7 @@ from spark_nemo.engines.served import ServedModel
 from spark_nemo.evaluation.accuracy import problem_rates
 from spark_nemo.evaluation.answers import EvalProblem, answer_matches, read_answer_keys
 from spark_nemo.evaluation.policy import PolicyAccuracy, evaluate_policy
-from spark_nemo.grammar import ParsedResponse, StepFormat, extract_boxed, prompt_set, split_response
+from spark_nemo.grammar import ParsedResponse, StepFormat, Variant, extract_boxed, prompt_set, split_response
 from spark_nemo.records import Problem, Verdict, outcome_to_json
 from spark_nemo.records.jsonl import write_text_atomic
 from spark_nemo.rewards.judge import RewardJudge
@@ -22,7 +22,8 @@ from spark_nemo.rewards.prm_service import PRMService, ServiceLimits
 from spark_nemo.rewards.rlvr import Checker
 from spark_nemo.stages.checks import reward_model_folder
 from spark_nemo.stages.dynamic import dynamic_batch
-from spark_nemo.stages.rollouts import RolloutSession, ScoredBatch
+from spark_nemo.stages.hacking_watch import HACKING, TOP_REWARDS, HackingWatch
+from spark_nemo.stages.rollouts import MODEL_REWARDS, RolloutSession, ScoredBatch
 
 EVALUATIONS, SAMPLES, VERIFIER, SERVERS = "evaluations.jsonl", "samples.jsonl", "verifier.jsonl", "servers"
 _SAMPLES_PER_STEP = 4
@@ -36,6 +37,7 @@ class RLSession:
     rollouts: RolloutSession
     config: SparkConfig
     folder: Path
+    watch: HackingWatch
 
     async def batch(self, problems: Sequence[Problem], step: int) -> ScoredBatch:
         """A scored batch; a few of its samples are kept for a person to read.
@@ -57,30 +59,67 @@ class RLSession:
         row = {"step": step, "sampled": accuracy.sampled._asdict(), "greedy": accuracy.greedy._asdict(),
                "num_tokens": accuracy.num_tokens, "rates": problem_rates(accuracy.samples)}
         rewrite_rows(self.folder / EVALUATIONS, step, [row])
+        if probed := await self.watch.probe([p.problem for p in problems], step):
+            rewrite_rows(self.folder / HACKING, step, probed)
         return accuracy
+
+    async def watched(self, batch: ScoredBatch, step: int) -> dict[str, float]:
+        """The metrics ``hacking/...`` of a step before its row is written; its highest rewards go to a file."""
+        metrics = await self.watch.metrics(batch, step)
+        if top := self.watch.top(batch, step):
+            interval = step - step % self.config.rl.eval_every
+            rewrite_rows(self.folder / TOP_REWARDS, step, [
+                {**sample_row(batch, index, step), "interval": interval, "detectors": detectors}
+                for index, detectors in top])
+        return metrics
 
     def close(self) -> None:
         """Release the engines."""
         run_async(self.policy.engine.close())
         if self.rollouts.judge is not None:
             run_async(self.rollouts.judge.service.served.engine.close())
+        run_async(self.watch.close())
 
 
-def open_session(config: SparkConfig, folder: Path) -> RLSession:
-    """Load the engines. Raises ``ConfigError`` when there is no reward model."""
+def open_session(config: SparkConfig, folder: Path, verifier: ServedModel | None = None) -> RLSession:
+    """Load the engines; a ``verifier`` that is given takes the reward model's place.
+
+    Raises ``ConfigError`` when there is no reward model.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rl, prompts = config.rl, prompt_set(config.rl.prompt_set)
     judge, checker = None, None
     if rl.reward == "rlvr":
         checker = answer_checker(config)
     if rl.asks_reward_model:
-        served = ServedModel.load(config.engine, reward_model_folder(config), "verifier", folder / SERVERS)
-        service = PRMService(served, prompts, rl.verifier_sampling, ServiceLimits.from_config(rl))
-        judge = RewardJudge(service, rl.failures.retries, rl.verifier_votes, rl.min_votes)
+        served = verifier or ServedModel.load(config.engine, reward_model_folder(config), "verifier", folder / SERVERS)
+        judge = reward_judge(config, served, Variant(config.reward_variant))
     policy = ServedModel.load(config.engine, config.models.policy, "policy", folder / SERVERS)
     freeze_heap()
     rollouts = RolloutSession(policy, prompts, rl, config.run.seed, judge, checker)
-    return RLSession(policy, rollouts, config, folder)
+    return RLSession(policy, rollouts, config, folder, _watch(config, folder, judge))
+
+
+def reward_judge(config: SparkConfig, served: ServedModel, variant: Variant) -> RewardJudge:
+    """A reward model as the configuration asks it: with the words that stage II trained it on, not with those of the
+    policy's prompt set."""
+    rl, prompts = config.rl, prompt_set(config.stage1.prompt_set)
+    service = PRMService(served, prompts, rl.verifier_sampling, ServiceLimits.from_config(rl), variant)
+    return RewardJudge(service, rl.failures.retries, rl.verifier_votes, rl.min_votes, rl.hacking.constraints)
+
+
+def _watch(config: SparkConfig, folder: Path, judge: RewardJudge | None) -> HackingWatch:
+    """Probes have a service of their own, so that verifier.jsonl counts the rewards' verifications alone."""
+    if judge is None:
+        return HackingWatch(config, folder)
+    held_out = None
+    if (model := config.rl.hacking.heldout_verifier) is not None:
+        served = ServedModel.load(config.engine, model, "verifier", folder / SERVERS / "heldout")
+        held_out = reward_judge(config, served, Variant.PRM_COT)
+    reward = MODEL_REWARDS[config.rl.reward]
+    probing = reward_judge(config, judge.service.served, judge.service.variant).service
+    return HackingWatch(
+        config, folder, probing, held_out, lambda judgement: reward(judgement.violation, judgement.outcome))
 
 
 def answer_checker(config: SparkConfig) -> Checker:
@@ -100,21 +139,23 @@ def answer_checker(config: SparkConfig) -> Checker:
 def sample_rows(batch: ScoredBatch, step: int) -> list[dict[str, object]]:
     """A few random samples of a batch with what was decided about each step; nothing here trains."""
     chosen = random.Random(step).sample(range(len(batch.rollouts)), min(_SAMPLES_PER_STEP, len(batch.rollouts)))
-    rows = []
-    for index in sorted(chosen):
-        rollout, valid = batch.rollouts[index], batch.rewards.valid[index]
-        parsed = split_response(rollout.text, StepFormat.TAGGED)
-        judgement = batch.judgements[index] if batch.judgements else None
-        outcome = judgement.outcome if judgement else None
-        rows.append({
-            "step": step, "problem_id": rollout.problem.problem_id, "question": rollout.problem.question,
-            "text": rollout.text, "steps": list(parsed.step_texts) if isinstance(parsed, ParsedResponse) else None,
-            "step_labels": list(outcome.step_labels) if isinstance(outcome, Verdict) else None,
-            "violation": judgement.violation.rule if judgement and judgement.violation else None,
-            "outcome": outcome_to_json(outcome) if outcome else None,
-            "reward": batch.rewards.rewards[index] if valid else None,
-        })
-    return rows
+    return [sample_row(batch, index, step) for index in sorted(chosen)]
+
+
+def sample_row(batch: ScoredBatch, index: int, step: int) -> dict[str, object]:
+    """One sample with everything that was decided about it."""
+    rollout, valid = batch.rollouts[index], batch.rewards.valid[index]
+    parsed = split_response(rollout.text, StepFormat.TAGGED)
+    judgement = batch.judgements[index] if batch.judgements else None
+    outcome = judgement.outcome if judgement else None
+    return {
+        "step": step, "problem_id": rollout.problem.problem_id, "question": rollout.problem.question,
+        "text": rollout.text, "steps": list(parsed.step_texts) if isinstance(parsed, ParsedResponse) else None,
+        "step_labels": list(outcome.step_labels) if isinstance(outcome, Verdict) else None,
+        "violation": judgement.violation.rule if judgement and judgement.violation else None,
+        "outcome": outcome_to_json(outcome) if outcome else None,
+        "reward": batch.rewards.rewards[index] if valid else None,
+    }
 
 
 def rewrite_rows(path: Path, step: int, rows: list[dict[str, object]]) -> None:

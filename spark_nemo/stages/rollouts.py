@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,15 @@ from dataclasses import dataclass, field
 from spark_nemo.config import FailurePolicy, RLConfig
 from spark_nemo.engines.served import ServedModel
 from spark_nemo.evaluation.answers import normalise_answer
-from spark_nemo.grammar import ParsedResponse, PromptSet, StepFormat, decode_tokens, split_response, token_spans
+from spark_nemo.grammar import (
+    ParsedResponse,
+    PromptSet,
+    StepFormat,
+    Variant,
+    decode_tokens,
+    split_response,
+    token_spans,
+)
 from spark_nemo.records import Failure, Problem, Rollout, TokenSpan, Verdict, derive_seed
 from spark_nemo.rewards import (
     RewardBatch,
@@ -23,6 +32,7 @@ from spark_nemo.rewards import (
     step_average_reward,
 )
 from spark_nemo.rewards.judge import Judgement, RewardJudge, gate
+from spark_nemo.rewards.length import overlong_penalty
 from spark_nemo.rewards.rlvr import Checker
 from spark_nemo.stages.timeline import GENERATE, VERIFY, Timeline
 
@@ -85,10 +95,12 @@ class RolloutSession:
         """The batch of whole groups, in order. Raises ``FailureRateExceeded``."""
         rollouts = tuple(rollout for rollout, _ in judged)
         judgements = tuple(judgement for _, judgement in judged if judgement is not None)
-        scores = self._scores(rollouts, judgements, step)
+        scores = self._shaped(rollouts, self._scores(rollouts, judgements, step))
         shown = sum(judgement.outcome is not None for judgement in judgements)
         rewards = apply_failure_policy(scores, failures, num_verifications=shown if self.judge else None)
-        return ScoredBatch(rollouts, rewards, judgements, batch_metrics(rollouts, rewards, judgements))
+        labels_steps = self.judge is None or self.judge.service.variant is not Variant.ORM
+        return ScoredBatch(rollouts, rewards, judgements, batch_metrics(
+            rollouts, rewards, judgements, labels_steps=labels_steps))
 
     async def _one(self, group: int, problem: Problem, index: int, step: int, again: int) -> Judged:
         seed = derive_seed("rollout", self.seed, step, problem.problem_id, index, *([again] if again else []))
@@ -118,21 +130,39 @@ class RolloutSession:
             case "majority":
                 return list(majority_rewards(rollouts, normalise_answer))
             case "random":
-                return [random_reward(gate(rollout), derive_seed("random-reward", self.seed, step, position))
-                        for position, rollout in enumerate(rollouts, start=rollouts[0].group * self.config.group_size)]
+                rules, first = self.config.hacking.constraints, rollouts[0].group * self.config.group_size
+                return [random_reward(gate(rollout, rules), derive_seed("random-reward", self.seed, step, position))
+                        for position, rollout in enumerate(rollouts, start=first)]
             case "rlvr":
                 assert self.checker is not None
                 return [rlvr_reward(rollout, self.checker) for rollout in rollouts]
         return [MODEL_REWARDS[self.config.reward](j.violation, j.outcome) for j in judgements]
 
+    def _shaped(self, rollouts: Sequence[Rollout], scores: Sequence[float | Failure]) -> list[float | Failure]:
+        """The scores with the configured bounds on steps and length; a failure stays the failure it is."""
+        low, high = self.config.selective_min_steps, self.config.selective_max_steps
+        shaped: list[float | Failure] = []
+        for rollout, score in zip(rollouts, scores, strict=True):
+            if isinstance(score, float) and not (low or 0) <= len(rollout.step_spans) <= (high or math.inf):
+                score = 0.0
+            if isinstance(score, float) and (buffer := self.config.overlong_buffer) is not None:
+                score += overlong_penalty(len(rollout.response_ids), self.config.sampling.max_new_tokens, buffer)
+            shaped.append(score)
+        return shaped
+
 
 def batch_metrics(
-    rollouts: Sequence[Rollout], rewards: RewardBatch, judgements: Sequence[Judgement]
+    rollouts: Sequence[Rollout], rewards: RewardBatch, judgements: Sequence[Judgement], *, labels_steps: bool = True,
 ) -> dict[str, float]:
-    """Means over the batch, as fractions or tokens; ``failure/...`` are shares of the verifications asked for."""
+    """Means over the batch, as fractions or tokens; ``failure/...`` are shares of the verifications asked for.
+
+    Without ``labels_steps`` (an ORM) there is no ``correct_step_fraction``: it would be a 0 that nobody said.
+    """
     valid = [reward for reward, ok in zip(rewards.rewards, rewards.valid) if ok]
     violations = Counter(j.violation.rule for j in judgements if j.violation is not None)
     verdicts = [j.outcome for j in judgements if isinstance(j.outcome, Verdict)]
+    correct_steps = {"correct_step_fraction": (
+        sum(sum(v.step_labels) for v in verdicts) / max(1, sum(len(v.step_labels) for v in verdicts)))}
     return {
         "reward": sum(valid) / max(1, len(valid)),
         "valid_fraction": len(valid) / len(rollouts),
@@ -141,8 +171,7 @@ def batch_metrics(
         "steps_per_response": sum(len(r.step_spans) for r in rollouts) / len(rollouts),
         "format_violations": sum(violations.values()) / len(rollouts),
         "failure_rate": rewards.failure_rate,
-        "correct_step_fraction": (
-            sum(sum(v.step_labels) for v in verdicts) / max(1, sum(len(v.step_labels) for v in verdicts))),
+        **(correct_steps if labels_steps else {}),
         "sampled_tokens": float(sum(len(r.response_ids) for r in rollouts)),
         "verifier_tokens": float(sum(j.num_tokens for j in judgements)),
         **{f"failure/{kind}": rate for kind, rate in rewards.failure_rates.items()},

@@ -5,10 +5,13 @@
     run.dir/
       config.yaml           the resolved configuration
       data/                 problem files made for the small world
+      sft/                  data.json, metrics.jsonl, checkpoints/, model/ of the policy's format SFT
       stage1/store/         shards of solutions and verifications     stage1/stats-*.json, ledger-*.json
-      stage2/<method>/      labels.jsonl, metrics.jsonl, checkpoints/, model/, processbench.json
-      stage3/<reward>/      metrics.jsonl, checkpoints/, evaluations.jsonl, samples.jsonl, verifier.jsonl, timing.jsonl,
-                            model/
+      stage2/<method>/      labels.jsonl, metrics.jsonl, checkpoints/, model/, processbench.json: a PRM-CoT
+      stage2/<method>-<variant>/   the same of a PRM; an ORM (method-orm) has whole_solution.json instead
+      stage3/<design>/      metrics.jsonl, checkpoints/, evaluations.jsonl, samples.jsonl, verifier.jsonl, timing.jsonl,
+                            hacking.jsonl, top_rewards.jsonl, model/: a reward design with a PRM-CoT, or a baseline
+      stage3/<design>-<variant>/   the same with another kind of reward model
       round-<n>/            stage1/ and stage2/ of a later round, whose verifier is the reward model before it
       summary.json, report.html
 """
@@ -19,16 +22,24 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from spark_nemo.config import RunConfig
-from spark_nemo.config.rl import VERIFIER_KNOBS
+from spark_nemo.config.designs import SHAPING_KNOBS, VERIFIER_KNOBS, variant_suffix
+from spark_nemo.config.hacking import ConstraintsConfig
 from spark_nemo.records.jsonl import write_json_atomic
 
 DONE, PROGRESS = "DONE.json", "progress.json"
+PROCESSBENCH, WHOLE_SOLUTION = "processbench.json", "whole_solution.json"
+"""What stage II's model scored: as a critic of steps, or of whole solutions."""
+
+
+def sft_folder(run: RunConfig) -> Path:
+    """The policy's format SFT."""
+    return Path(run.dir) / "sft"
 
 
 def stage1_folder(run: RunConfig) -> Path:
@@ -41,22 +52,27 @@ def round_run(run: RunConfig, number: int) -> RunConfig:
     return run if number == 1 else replace(run, dir=str(Path(run.dir) / f"round-{number}"))
 
 
-def stage2_folder(run: RunConfig, method: str) -> Path:
-    """One reward model, by the labels it was trained on."""
-    return Path(run.dir) / "stage2" / method
+def stage2_folder(run: RunConfig, method: str, variant: str | None) -> Path:
+    """One reward model, by the labels it was trained on and its kind."""
+    return Path(run.dir) / "stage2" / f"{method}{variant_suffix(variant)}"
 
 
-def stage3_folder(run: RunConfig, reward: str) -> Path:
-    """One RL run, by its reward."""
-    return Path(run.dir) / "stage3" / reward
+def stage3_folder(run: RunConfig, arm: str) -> Path:
+    """One RL run, by ``SparkConfig.arm``: its reward design and kind of reward model."""
+    return Path(run.dir) / "stage3" / arm
 
 
 def comparable_rl(rl: dict[str, object]) -> dict[str, object]:
     """``asdict`` of an ``RLConfig`` with the two settings that may be unset as what unset means, for comparing runs: a
-    folder made before they could be unset has the values, and is the same run. So is one made before the verifier's
-    settings existed.
+    folder made before they could be unset has the values, and is the same run. So is one made before the settings of
+    the verifier and of shaping existed. The kind of reward model is in the folder's name. Of ``hacking`` only the
+    constraints change what is trained.
     """
-    return {**VERIFIER_KNOBS, **rl, "std_normalise": rl["std_normalise"] is not False,
+    hacking = rl.get("hacking", {})
+    constraints = {**asdict(ConstraintsConfig()), **hacking.get("constraints", {}), **rl.get("constraints", {})}
+    named = {name: value for name, value in rl.items() if name not in ("reward_variant", "hacking")}
+    return {**VERIFIER_KNOBS, **SHAPING_KNOBS, **named, "constraints": constraints,
+            "std_normalise": rl["std_normalise"] is not False,
             "loss_aggregation": rl["loss_aggregation"] or "token_mean"}
 
 

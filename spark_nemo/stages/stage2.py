@@ -1,4 +1,7 @@
-"""Stage II: a generative reward model, fine-tuned on one method's labels and scored on ProcessBench-format cases."""
+"""Stage II: a generative reward model, fine-tuned on one method's labels and scored on ProcessBench-format cases.
+
+A PRM or PRM-CoT has a ProcessBench F1; an ORM, which names no step, a score of its verdicts under other names.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,14 @@ from pathlib import Path
 
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.engines.tokenizer import Tokenizer
-from spark_nemo.evaluation.critic import score_reward_model
+from spark_nemo.evaluation.critic import score_orm, score_reward_model
 from spark_nemo.grammar import Variant, prompt_set
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import LabelledSolution
 from spark_nemo.stages.checks import check_stage2
 from spark_nemo.stages.labels import make_labels
-from spark_nemo.stages.run_folder import Clock, mark_done, stage2_folder
+from spark_nemo.stages.layout_check import check_memory
+from spark_nemo.stages.run_folder import PROCESSBENCH, WHOLE_SOLUTION, Clock, mark_done, stage2_folder
 from spark_nemo.training.packing import TrainSequence, drop_longer_than
 from spark_nemo.training.sft import num_sft_steps, train_sft
 from spark_nemo.training.stop import StopFlag
@@ -27,8 +31,9 @@ def run_stage2(config: SparkConfig) -> bool:
 
     Collective over the trainer ranks. Raises ``ConfigError`` on bad input before any work.
     """
-    stage, folder = config.stage2, stage2_folder(config.run, config.stage2.method)
+    stage, folder = config.stage2, stage2_folder(config.run, config.stage2.method, config.stage2.variant)
     check_stage2(config)
+    check_memory(config, "stage2")
     base = Path(config.models.reward_base)
     labelled = make_labels(config)
     sequences = _sequences(config, labelled, Tokenizer.load(base))
@@ -46,11 +51,19 @@ def run_stage2(config: SparkConfig) -> bool:
         return False
     worker.save_hf(folder / "model", source_dir=base)
     if worker.is_main:
-        score = score_reward_model(folder / "model", config, folder / "processbench.json")
+        scored = _scored(folder, config)
         clock.save()
-        mark_done(folder, {"f1": score.f1, "seconds": clock.seconds, "examples": len(sequences),
+        mark_done(folder, {**scored, "variant": stage.variant, "seconds": clock.seconds, "examples": len(sequences),
                            "tokens": sum(s.num_positions for s in sequences) * stage.epochs})
     return True
+
+
+def _scored(folder: Path, config: SparkConfig) -> dict[str, float]:
+    """The finished model's one figure, by its name."""
+    if config.stage2.variant == Variant.ORM:
+        whole = score_orm(folder / "model", config, folder / WHOLE_SOLUTION)
+        return {"verdict_harmonic_mean": whole.verdict_harmonic_mean}
+    return {"f1": score_reward_model(folder / "model", config, folder / PROCESSBENCH).f1}
 
 
 def _sequences(config: SparkConfig, labelled: list[LabelledSolution], tokenizer: Tokenizer) -> list[TrainSequence]:

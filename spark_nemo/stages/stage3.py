@@ -12,6 +12,7 @@ from tqdm import tqdm
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.engines.client import run_async
 from spark_nemo.engines.fleet import Fleet
+from spark_nemo.engines.served import ServedModel
 from spark_nemo.evaluation.answers import read_eval_problems
 from spark_nemo.megatron.checkpoint import has_checkpoint, newest
 from spark_nemo.megatron.distributed import gather_objects, on_main_rank
@@ -20,6 +21,7 @@ from spark_nemo.records.jsonl import read_problems
 from spark_nemo.stages.checks import check_stage3
 from spark_nemo.stages.credit import batch_advantages
 from spark_nemo.stages.feed import BatchFeed
+from spark_nemo.stages.layout_check import check_memory
 from spark_nemo.stages.rl_session import RLSession, open_session, rewrite_rows
 from spark_nemo.stages.rollouts import ScoredBatch
 from spark_nemo.stages.run_folder import Clock, comparable_rl, mark_done, stage3_folder
@@ -34,21 +36,23 @@ from spark_nemo.weight_sync.push import WeightSync
 log = logging.getLogger(__name__)
 
 
-def run_stage3(config: SparkConfig) -> bool:
+def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool:
     """Generate, verify, train, sync; evaluate and save now and then. Collective over the trainer ranks.
 
     Returns False when asked to stop before the last step; the same call resumes, and the next losses are those of an
-    uninterrupted run. Raises ``ConfigError`` on bad input before any work.
+    uninterrupted run. A ``verifier`` that is served already (the hacking simulator's) is asked instead of the reward
+    model's folder. Raises ``ConfigError`` on bad input before any work.
     """
     check_stage3(config)
-    rl, folder = config.rl, stage3_folder(config.run, config.rl.reward)
+    check_memory(config, "stage3")
+    rl, folder = config.rl, stage3_folder(config.run, config.arm)
     problems, eval_problems = read_problems(config.data.rl_problems), read_eval_problems(config.data.eval_problems)
     worker = MegatronWorker.from_hf(
         config.models.policy, config.megatron, config.run.seed, rl.optimizer, rl.steps * rl.updates_per_step)
     sync = WeightSync.build(
         config.weight_sync, worker, engine_kind=config.engine.kind, folder=folder,
         source_dir=Path(config.models.policy), engine_tensor_parallel=config.engine.policy.tensor_parallel or 1)
-    session = _open_on_main_rank(config, folder, sync)
+    session = _open_on_main_rank(config, folder, sync, verifier)
     reference = worker.snapshot() if rl.kl_estimator != "none" else None
     feed = BatchFeed(config, problems, session)
     start = _resume(worker, config, folder / CHECKPOINTS, feed)
@@ -56,7 +60,7 @@ def run_stage3(config: SparkConfig) -> bool:
     writer.truncate_from(start)
     timeline = session.rollouts.timeline if session is not None else Timeline()
 
-    bar = tqdm(total=rl.steps, initial=start, desc=f"rl {rl.reward}", unit="step", disable=not worker.is_main)
+    bar = tqdm(total=rl.steps, initial=start, desc=f"rl {config.arm}", unit="step", disable=not worker.is_main)
     with StopFlag(folder) as stop, feed:
         for step in range(start, rl.steps):
             _sync(sync, worker, session, step)
@@ -69,7 +73,8 @@ def run_stage3(config: SparkConfig) -> bool:
                     reference=reference, tokens_per_micro_batch=config.megatron.tokens_per_micro_batch,
                     gate=_gate(config, sync, worker, session, feed) if _compares(start, step, feed, batch) else None)
             feed.settle()
-            writer.write(step, {**batch.metrics, **feed.metrics(batch, step), **metrics})
+            watched = on_main_rank(lambda step=step, batch=batch: run_async(session.watched(batch, step)))
+            writer.write(step, {**batch.metrics, **feed.metrics(batch, step), **watched, **metrics})
             _write_timing(folder, timeline, step, worker.is_main)
             bar.set_postfix(reward=f"{batch.metrics['reward']:.3f}", refresh=False)
             bar.update()
@@ -86,13 +91,15 @@ def run_stage3(config: SparkConfig) -> bool:
     return True
 
 
-def _open_on_main_rank(config: SparkConfig, folder: Path, sync: WeightSync) -> RLSession | None:
+def _open_on_main_rank(
+    config: SparkConfig, folder: Path, sync: WeightSync, verifier: ServedModel | None,
+) -> RLSession | None:
     """The session on the main rank, None on the others. An error is every rank's, or they would wait for it.
 
     A server of a fleet that returns in the middle of a step gets the current weights from ``sync`` before it serves.
     """
     opened: list[RLSession] = []
-    on_main_rank(lambda: opened.append(open_session(config, folder)))
+    on_main_rank(lambda: opened.append(open_session(config, folder, verifier)))
     if opened and isinstance(opened[0].policy.engine, Fleet):
         opened[0].policy.engine.on_return = sync.restore
     return opened[0] if opened else None

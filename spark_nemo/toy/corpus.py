@@ -20,6 +20,7 @@ from spark_nemo.toy.habits import (
     expected_step,
     is_complete,
     misquote,
+    tagged_response,
     write_solution,
 )
 from spark_nemo.toy.problems import MAX_VALUE, OPERATIONS, ToyProblem, apply, legal_operands, sample_problem
@@ -84,9 +85,7 @@ def _solution_example(problem: ToyProblem, solution: WrittenSolution, rng: rando
     steps, answer = [step.text for step in solution.steps], str(solution.answer)
     if rng.random() < 0.5:
         return CorpusExample(PROMPTS.solve(problem.question), render_solution(steps, answer))
-    body = "".join(f"<step>{step}</step>" for step in steps)
-    text = f"<think>{body}</think><answer>\\boxed{{{answer}}}</answer>"
-    return CorpusExample(PROMPTS.policy(problem.question), text)
+    return CorpusExample(PROMPTS.policy(problem.question), tagged_response(steps, answer))
 
 
 def _verification_example(

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import random
+from functools import lru_cache
 from pathlib import Path
 
 from spark_nemo.records.jsonl import write_text_atomic
-from spark_nemo.toy.habits import ERROR_RICH, write_solution
+from spark_nemo.toy.habits import ERROR_RICH, GeneratorHabits, tagged_response, write_solution
 from spark_nemo.toy.oracle import written_truths
 from spark_nemo.toy.problems import ToyProblem, sample_problems
 
-SPLITS = ("eval", "processbench", "stage1", "rl")
+SPLITS = ("eval", "processbench", "stage1", "rl", "sft")
 """In the order in which they are drawn: a split avoids the questions of those before it."""
 _HELD_OUT_SIZE = 2000
 _HELD_OUT_SEED = 20_26
 
 
+@lru_cache(maxsize=1)
 def held_out_questions() -> frozenset[str]:
     """Questions of the evaluation splits; pretraining and every training split avoid them."""
     return frozenset(p.question for split in ("eval", "processbench") for p in _held_out(split))
@@ -33,10 +35,7 @@ def split_problems(split: str, count: int, seed: int) -> list[ToyProblem]:
         if count > _HELD_OUT_SIZE:
             raise ValueError(f"toy:{split}:{count}: the split holds {_HELD_OUT_SIZE} problems")
         return _held_out(split)[:count]
-    avoid = held_out_questions()
-    if split == "rl":
-        avoid |= frozenset(p.question for p in sample_problems(2000, _stream(seed, "stage1"), avoid))
-    return sample_problems(count, _stream(seed, split), avoid)
+    return sample_problems(count, _stream(seed, split), _avoided(split, seed))
 
 
 def write_problems(split: str, count: int, seed: int, folder: Path) -> Path:
@@ -51,6 +50,17 @@ def write_answers(split: str, count: int, seed: int, folder: Path) -> Path:
     rows = [{"problem_id": p.record().problem_id, "question": p.question, "answer": str(p.values[-1])}
             for p in split_problems(split, count, seed)]
     return _write_rows(folder / f"{split}-{count}-seed{seed}_answers.jsonl", rows)
+
+
+def write_policy_examples(count: int, seed: int, folder: Path) -> Path:
+    """Responses in the policy's format with the generator's mistakes in them: they teach the format, no answer."""
+    rng = random.Random(f"toy sft {seed}")
+    rows = []
+    for problem in split_problems("sft", count, seed):
+        solution = write_solution(problem, GeneratorHabits(), rng)
+        rows.append({"problem_id": problem.record().problem_id, "question": problem.question,
+                     "response": tagged_response([step.text for step in solution.steps], str(solution.answer))})
+    return _write_rows(folder / f"sft-{count}-seed{seed}_examples.jsonl", rows)
 
 
 def write_processbench(count: int, folder: Path) -> Path:
@@ -69,6 +79,18 @@ def write_processbench(count: int, folder: Path) -> Path:
     path = folder / f"processbench-{count}.json"
     write_text_atomic(path, json.dumps(rows, indent=1))
     return path
+
+
+def _avoided(split: str, seed: int) -> frozenset[str]:
+    """Questions that a training split must not have: those held out, and the first of every training split before."""
+    before = SPLITS[SPLITS.index("stage1"):SPLITS.index(split)]
+    return held_out_questions().union(*(_first_questions(each, seed) for each in before))
+
+
+@lru_cache(maxsize=8)
+def _first_questions(split: str, seed: int) -> frozenset[str]:
+    problems = sample_problems(_HELD_OUT_SIZE, _stream(seed, split), _avoided(split, seed))
+    return frozenset(problem.question for problem in problems)
 
 
 def _held_out(split: str) -> list[ToyProblem]:

@@ -9,6 +9,7 @@ greedy verification is worse than a vote over sampled ones, which is what consis
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from spark_nemo.toy.problems import MAX_VALUE, OPERATIONS, ToyProblem, apply
@@ -94,6 +95,12 @@ def write_solution(problem: ToyProblem, habits: GeneratorHabits, rng: random.Ran
         value = result
     answer = _near(value, rng) if rng.random() < habits.wrong_answer_line else value
     return WrittenSolution(tuple(steps), answer)
+
+
+def tagged_response(steps: Sequence[str], answer: str) -> str:
+    """The policy's format."""
+    body = "".join(f"<step>{step}</step>" for step in steps)
+    return f"<think>{body}</think><answer>\\boxed{{{answer}}}</answer>"
 
 
 def expected_step(problem: ToyProblem, index: int, left: int) -> WrittenStep | None:

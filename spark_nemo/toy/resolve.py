@@ -58,5 +58,7 @@ def _file(field: str, name: str, value: str | None, config: SparkConfig) -> str 
     folder, seed = Path(config.run.dir) / "data", config.run.seed
     if name == "processbench":
         return str(data.write_processbench(int(count), folder))
+    if name == "sft_examples":
+        return str(data.write_policy_examples(int(count), seed, folder))
     write = data.write_answers if name in _WITH_ANSWERS else data.write_problems
     return str(write(split, int(count), seed, folder))

@@ -1,4 +1,4 @@
-"""Stage II's loop: supervised fine-tuning on packed sequences, with exact resume."""
+"""The loop of stage II and of the policy's format SFT: fine-tuning on packed sequences, with exact resume."""
 
 from __future__ import annotations
 
@@ -63,12 +63,14 @@ def batch_indices(step: int, num_sequences: int, batch_size: int, seed: int) -> 
 def train_sft(
     worker: MegatronWorker, sequences: Sequence[TrainSequence], *, epochs: int, batch_size: int,
     tokens_per_micro_batch: int, seed: int, run_folder: Path, save_every: int, stop: StopFlag,
+    held_out: Sequence[TrainSequence] = (), eval_every: int = 100,
 ) -> SftResult:
     """Train from the newest checkpoint in ``run_folder`` (or from the start) to the last step or a requested stop.
 
     ``batch_size`` counts sequences per optimizer step over all data-parallel ranks; the loss is the mean over all
-    response tokens of the step. Writes ``metrics.jsonl``, TensorBoard and ``checkpoints/``: every ``save_every``
-    steps, at the end and when stopping. After a resume, rows from the resumed step on are dropped and written again.
+    response tokens of the step. With ``held_out`` sequences every ``eval_every``-th step's row has their loss, measured
+    before the step. Writes ``metrics.jsonl``, TensorBoard and ``checkpoints/``: every ``save_every`` steps, at the end
+    and when stopping. After a resume, rows from the resumed step on are dropped and written again.
 
     Collective: all ranks call it with the same sequences. Raises ``ValueError`` when there is nothing to train on and
     ``ConfigError`` when the checkpoint was made from other data or another order.
@@ -83,6 +85,9 @@ def train_sft(
     loss: float | None = None
     bar = tqdm(total=total_steps, initial=step, desc="sft", unit="step", disable=not worker.is_main)
     while step < total_steps and not any(gather_objects(stop.requested)):
+        measured = {}
+        if held_out and step % eval_every == 0:
+            measured = {"held_out_loss": held_out_loss(worker, held_out, tokens_per_micro_batch)}
         started = time.perf_counter()
         batch = [sequences[index] for index in batch_indices(step, len(sequences), batch_size, seed)]
         packed = pack_for_rank(batch, tokens_per_micro_batch, worker.dp_rank, worker.dp_size,
@@ -92,7 +97,7 @@ def train_sft(
         writer.write(step, {
             "loss": loss, "grad_norm": result.grad_norm, "lr": result.lr, "loss_tokens": result.num_tokens,
             "epoch": step * batch_size / len(sequences), "seconds": seconds,
-            "tokens_per_second": sum(sequence.num_positions for sequence in batch) / seconds,
+            "tokens_per_second": sum(sequence.num_positions for sequence in batch) / seconds, **measured,
         })
         step += 1
         bar.update()
@@ -107,6 +112,16 @@ def train_sft(
     if step < total_steps:
         log.info("stopped after step %d of %d (%s); run again to go on", step, total_steps, stop.reason)
     return SftResult(step, total_steps, loss)
+
+
+def held_out_loss(worker: MegatronWorker, sequences: Sequence[TrainSequence], tokens_per_micro_batch: int) -> float:
+    """Mean nats per response token of sequences that are not trained on. Collective; the same on every rank."""
+    packed = pack_for_rank(sequences, tokens_per_micro_batch, worker.dp_rank, worker.dp_size)
+    rows = packed.unpack(worker.logprobs(packed.micro_batches))
+    own = -math.fsum(float(row_R.double().sum()) for row_R in rows)
+    # Tensor and pipeline ranks of one data-parallel rank have the same sum.
+    by_rank = dict(gather_objects((worker.dp_rank, own)))
+    return math.fsum(by_rank.values()) / sum(len(sequence.response_ids) for sequence in sequences)
 
 
 def data_fingerprint(sequences: Sequence[TrainSequence]) -> str:

@@ -9,13 +9,14 @@ second case needs a bug to occur; the response then falls back to what is known 
 docstring says what that is.
 
 **Inflation**: splitting a correct step in two (same tokens, one more span) changes no response's total advantage under
-``selective``, ``prefix`` and ``capo``. It does under ``global_step``, and under ``min_form`` if no step is incorrect.
+``selective``, ``prefix`` and ``capo``. It does under ``global_step`` (with or without penalty), and under ``min_form``
+if no step is incorrect.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -70,7 +71,8 @@ def selective_advantages(
     and ``discount * A`` where it does not; tokens outside steps keep A. ``discount`` is 0 (zero) or 0.5 (half).
     Source: arXiv 2512.03244, selective advantage. ``outcome_N`` holds A, group-normalised from f * y.
 
-    Without usable labels every token keeps A. Splitting a correct step changes no response's total advantage.
+    Without usable labels every token keeps A.
+    Resists inflation: splitting a correct step changes no response's total advantage.
     """
     rows = broadcast_advantages(responses, outcome_N)
     for response, row_R, advantage in zip(responses, rows, outcome_N.tolist()):
@@ -106,6 +108,22 @@ def global_step_advantages(responses: Sequence[ScoredResponse], outcome_N: Tenso
     return rows
 
 
+def global_step_penalty_advantages(
+    responses: Sequence[ScoredResponse], outcome_N: Tensor, *, min_steps: int, max_steps: int,
+) -> list[Tensor]:
+    """``global_step_advantages`` where a response of fewer than ``min_steps`` or more than ``max_steps`` steps has no
+    step rewards: it keeps 0.8 A and, like one whose labels do not fit its steps, touches nobody's step statistics (this
+    package's reading of "step rewards 0"). Source: arXiv 2512.03244, global step-reward with step penalty; 3 and 20 in
+    the published code.
+
+    Does *not* resist inflation within the bounds: splitting a correct step changes what ``global_step_advantages`` says
+    it does. The bounds close the way to one all-correct step, and to more steps than ``max_steps``.
+    """
+    inside = [min_steps <= len(response.step_spans) <= max_steps for response in responses]
+    return global_step_advantages(
+        [response if ok else replace(response, step_labels=None) for response, ok in zip(responses, inside)], outcome_N)
+
+
 def min_form_advantages(
     responses: Sequence[ScoredResponse], *, temperature: float = MIN_FORM_TEMPERATURE,
 ) -> list[Tensor]:
@@ -118,7 +136,9 @@ def min_form_advantages(
 
     Without usable labels a response counts as one step over all its tokens with reward 2 * reward - 1, so breaking the
     format (reward 0) is the worst step there is, not an escape from the judge. A group with fewer than two valid
-    members gives 0. Resists inflation in part. Splitting a correct step never changes the sum of the credits, hence the
+    members gives 0.
+
+    Does *not* resist inflation in full. Splitting a correct step never changes the sum of the credits, hence the
     advantage at the first token, by more than exp(-2 / temperature). With an incorrect step in the response all credit
     lies on the incorrect ones and no token changes either. In a response of correct steps only, the same credit is
     spread over other step ends, so the total over tokens changes (either way, with the place of the cut).
@@ -151,7 +171,7 @@ def prefix_advantages(
 
     When no step is incorrect and yet the verdict is No, the error is in the answer: the prefix ends with the last step.
     Without usable labels there is no prefix. A group with fewer than two valid members gives 0.
-    Splitting a correct step changes no response's total advantage: the prefix is a set of tokens.
+    Resists inflation: splitting a correct step changes no response's total advantage, the prefix is a set of tokens.
     """
     rows = [torch.zeros(r.num_tokens) for r in responses]
     for members in _groups(responses):
@@ -174,7 +194,7 @@ def capo_advantages(
     the group's tokens is this package's reading.
 
     Without usable labels no token is penalised. A group with fewer than two valid members, or without contrast, gives
-    0. Splitting a correct step changes no response's total advantage.
+    0. Resists inflation: splitting a correct step changes no response's total advantage.
     """
     if not whole > wrong_step >= 0:
         raise ValueError(f"capo_advantages: whole={whole} must be larger than wrong_step={wrong_step} >= 0")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from spark_nemo.cli.data import label_files
 from spark_nemo.cli.main import main
 from spark_nemo.grammar import GRAMMAR_VERSION, prompt_set
 from spark_nemo.records import ParseFailure, Problem, Solution, Truncated, Verdict, Verification, content_key
@@ -217,3 +218,14 @@ def test_looking_changes_nothing(run: Path, capsys: pytest.CaptureFixture[str]) 
                     ["explain", run, VOTES[0].key]):
         output(capsys, *command)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_the_labels_of_several_reward_models_of_one_method_are_shown_once(tmp_path: Path) -> None:
+    """A PRM and an ORM trained on the labels of a PRM-CoT have the same labels."""
+    store = tmp_path / "stage1/store"
+    store.mkdir(parents=True)
+    names = ("single-orm", "single-prm", "step_consistency", "step_consistency-orm")
+    for name in names:
+        (tmp_path / "stage2" / name).mkdir(parents=True)
+        (tmp_path / "stage2" / name / "labels.jsonl").write_text("")
+    assert [path.parent.name for path in label_files(store)] == ["single-orm", "step_consistency"]

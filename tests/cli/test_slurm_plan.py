@@ -27,11 +27,25 @@ def test_the_chain_and_its_folder(capsys: pytest.CaptureFixture[str], tmp_path: 
     run = tmp_path / "a run"
     said = plan(capsys, "pipeline", f"run.dir='{run}'", "megatron.data_parallel=2")
     assert said["RUN_DIR"] == [str(run)] and said["WORLD_SIZE"] == ["2"]
-    assert said["METHODS"] == ["single outcome_consistency step_consistency"]
-    assert said["REWARDS"] == ["process_aware rlvr"] and said["REWARD_METHOD"] == ["step_consistency"]
+    assert said["MODEL"] == [f"{m}\tstage2.method={m}" for m in ("step_consistency", "single", "outcome_consistency")]
+    assert said["ARM"] == ["process_aware\tstep_consistency\trl.reward=process_aware",
+                           "rlvr\t-\trl.reward=rlvr\tdata.rl_answers=${pipeline.rl_answers}"]
     assert all(Path(path).exists() for path in said["NEEDS"])
     assert main(["slurm-plan", "--stage", "pipeline", "--", *TOY, f"run.dir='{run}'", "rl.steps=7"]) == 2
     assert "was made with" in capsys.readouterr().err
+
+
+def test_every_arm_is_a_job_with_its_own_reward_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Folder, the model it waits for and what tells it apart, as ``spark-nemo pipeline`` would run it."""
+    said = plan(capsys, "pipeline", f"run.dir={tmp_path}/run", "pipeline.rewards=[process_aware,selective,random]",
+                "pipeline.rl_answers=null", "pipeline.variants=[prm_cot,orm]",
+                "pipeline.label_methods=[step_consistency]", "rl.verifier_queue=9")
+    assert said["MODEL"][1] == "step_consistency-orm\tstage2.method=step_consistency\tstage2.variant=orm"
+    assert [line.split("\t")[:2] for line in said["ARM"]] == [
+        ["process_aware", "step_consistency"], ["process_aware-orm", "step_consistency-orm"],
+        ["selective", "step_consistency"], ["random", "-"]]
+    assert said["ARM"][1].endswith("rl.reward=process_aware\trl.reward_variant=orm")
+    assert said["ARM"][3].endswith("rl.reward=random\trl.verifier_queue=null")
 
 
 def test_servers_are_described_word_by_word(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -60,3 +74,17 @@ def test_what_cannot_run_is_one_line(
     assert main(["slurm-plan", *arguments, f"run.dir={tmp_path}/run"]) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and reason in error[0]
+
+
+def test_the_format_sft_needs_its_base_and_its_examples(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Its part, its marker and its two inputs; a response out of format ends the job here, before nodes are used."""
+    said = plan(capsys, "sft", f"run.dir={tmp_path}/run", "data.sft_examples=toy:sft:20")
+    assert said["PART"] == ["sft"] and said["DONE_FILE"] == [str(tmp_path / "run/sft/DONE.json")]
+    assert len(said["NEEDS"]) == 2 and said["NEEDS"][1].endswith("sft-20-seed0_examples.jsonl")
+    examples = Path(said["NEEDS"][1])
+    examples.write_text(examples.read_text().replace("</think>", "", 1))
+    command = ["slurm-plan", "--stage", "sft", "--", *TOY, f"run.dir={tmp_path}/run", f"data.sft_examples={examples}"]
+    assert main(command) == 2
+    assert f"{examples}:1: 'response' breaks the format rule tagged_steps" in capsys.readouterr().err

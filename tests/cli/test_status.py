@@ -86,3 +86,13 @@ def test_nothing_to_tell_is_an_error(tmp_path: Path) -> None:
         run_status(tmp_path)
     with pytest.raises(ConfigError, match="no such run folder"):
         run_status(tmp_path / "absent")
+
+
+def test_the_format_sft_is_a_part_of_its_own(tmp_path: Path) -> None:
+    """Its total comes from its own epochs, and it stands before the stages."""
+    (tmp_path / "config.yaml").write_text("sft: {epochs: 3}\nstage2: {epochs: 2}\n")
+    write_rows(tmp_path, "stage3/random", [{"step": 0}])
+    write_rows(tmp_path, "sft", [{"step": i, "epoch": i * 4 / 51} for i in range(8)])
+    parts = read_status(tmp_path)
+    assert [part.name for part in parts] == ["sft", "stage3/random"] and (parts[0].done, parts[0].total) == (8, 39)
+    assert "8 of 39 steps" in run_status(tmp_path)

@@ -35,6 +35,16 @@ def test_an_override_that_does_not_parse_is_repeated(override: str) -> None:
     assert override in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_recipe_that_is_not_yaml_is_one_line_with_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves a typing error in a user's own recipe shows the file and the line, not a traceback."""
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("rl: {steps: 3\nrun: [\n")
+    monkeypatch.setenv("SPARK_NEMO_CONF", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"mine\.yaml.*line 2") as error:
+        compose_config(["+experiment=mine"])
+    assert "\n" not in str(error.value)
+
+
 def test_greedy_with_top_p_is_refused() -> None:
     """Proves a sampling knob without effect is an error, wherever it is built."""
     with pytest.raises(ConfigError, match="top_p"):

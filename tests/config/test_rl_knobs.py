@@ -35,6 +35,19 @@ SAMPLED = SamplingConfig(temperature=0.8)
     ("rl.verifier_deadline", {"verifier_deadline": float("nan")}),
     ("rl.verifier_cache", {"verifier_cache": -1}),
     ("rl.estimator", {"estimator": "ppo"}),
+    ("rl.reward_variant", {"reward": "random", "reward_variant": "prm"}),
+    ("rl.reward_variant", {"reward_variant": "cot"}),
+    ("rl.reward_variant", {"reward": "step_average", "reward_variant": "orm"}),
+    ("rl.reward_variant", {"advantage": "selective", "reward_variant": "orm"}),
+    ("rl.selective_min_steps", {"selective_min_steps": 4}),
+    ("rl.selective_max_steps", {"advantage": "global_step_penalty", "selective_max_steps": 20}),
+    ("rl.selective_", {"advantage": "selective", "selective_min_steps": 5, "selective_max_steps": 4}),
+    ("rl.step_penalty_min", {"advantage": "global_step", "step_penalty_min": 3}),
+    ("rl.step_penalty_max", {"advantage": "global_step_penalty", "step_penalty_max": 0}),
+    ("rl.step_penalty_", {"advantage": "global_step_penalty", "step_penalty_min": 21}),
+    ("rl.overlong_buffer", {"overlong_buffer": 2049}),
+    ("rl.overlong_buffer", {"overlong_buffer": 0}),
+    ("rl.overlong_buffer", {"overlong_buffer": 8, "advantage": "prefix"}),
 ])
 def test_a_knob_without_effect_is_named(named: str, settings: dict[str, object]) -> None:
     """One line that names the field."""
@@ -51,6 +64,9 @@ def test_a_knob_without_effect_is_named(named: str, settings: dict[str, object])
     {"reward": "step_augmented", "std_normalise": False},
     {"verifier_votes": 4, "verifier_min_votes": 2, "verifier_sampling": SAMPLED},
     {"verifier_queue": 1, "verifier_deadline": 0.5, "verifier_cache": 0},
+    {"reward_variant": "orm"}, {"reward": "step_augmented", "reward_variant": "prm"},
+    {"advantage": "selective_half", "selective_min_steps": 4, "selective_max_steps": 20},
+    {"advantage": "global_step_penalty", "step_penalty_min": 2}, {"reward": "rlvr", "overlong_buffer": 2048},
 ])
 def test_what_has_an_effect_is_accepted(settings: dict[str, object]) -> None:
     """The other side of the same rule."""

@@ -21,7 +21,7 @@ from spark_nemo.evaluation import (
     read_math,
     read_skywork_prompts,
 )
-from spark_nemo.evaluation.math_data import FORMATS
+from spark_nemo.evaluation.math_data import BENCHMARKS, benchmark_of, read_math_sets
 from spark_nemo.grammar import extract_boxed
 from spark_nemo.records import Problem
 from spark_nemo.records.jsonl import read_problems
@@ -90,13 +90,14 @@ def write(folder: Path, name: str, *rows: object) -> Path:
 GOOD = {
     "math500": {"unique_id": "test/a.json", "problem": "1+1?", "answer": "2"},
     "aime24": {"id": 60, "problem": "1+1?", "answer": "002"},
+    "aime25": {"problem_idx": 3, "problem": "1+1?", "answer": 2},
     "amc23": {"id": 0, "problem": "1+1?", "answer": 2.0},
     "minerva_math": {"idx": 0, "problem": "1+1?", "solution": "first \\boxed{3}, no: \\boxed{2}"},
     "olympiadbench": {"id": 1, "question": "1+1?", "final_answer": ["$2$"]},
 }
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_format_reads_its_question_and_answer(tmp_path: Path, name: str) -> None:
     """Proves each format on one row made up here, so also without the data files."""
     [problem] = read_math(write(tmp_path, name, GOOD[name]))
@@ -119,29 +120,84 @@ def test_another_file_name_needs_the_benchmark_or_our_own_fields(tmp_path: Path)
 @pytest.mark.parametrize(("name", "change", "message"), [
     ("math500", {"answer": None}, "field 'answer' is None"),
     ("math500", {"problem": "  "}, "field 'problem' is blank"),
-    ("aime24", {"answer": 2}, "field 'answer' is 2"),
+    ("aime24", {"answer": True}, "field 'answer' is True"),
     ("aime24", {"id": None}, "field 'id' is None"),
-    ("amc23", {"answer": "2"}, "field 'answer' is '2'"),
+    ("amc23", {"answer": ""}, "field 'answer' is blank"),
+    ("amc23", {"answer": 1e300}, "field 'answer' is '1e+300'"),
     ("amc23", {"answer": float("nan")}, "field 'answer' is 'nan'"),
     ("minerva_math", {"solution": "no box"}, "field 'solution' has no"),
     ("olympiadbench", {"final_answer": []}, "field 'final_answer' must be"),
-    ("olympiadbench", {"final_answer": "2"}, "field 'final_answer' is '2'"),
+    ("olympiadbench", {"final_answer": ["2", "3"]}, "field 'final_answer' must be"),
+    ("olympiadbench", {"final_answer": [None]}, "field 'final_answer' is None"),
 ])
 def test_a_malformed_row_is_named_with_file_line_and_field(
     tmp_path: Path, name: str, change: dict[str, object], message: str
 ) -> None:
     """Proves the error names the second line, where the fault is."""
-    path = write(tmp_path, name, GOOD[name], {**GOOD[name], **{"id": 7, "idx": 7, "unique_id": "b"}, **change})
+    path = write(tmp_path, name, GOOD[name], {**GOOD[name], next(iter(GOOD[name])): 7, **change})
     with pytest.raises(DataFileError) as raised:
         read_math(path)
     assert f"{path}:line 2: {message}" in str(raised.value)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", GOOD)
 def test_a_repeated_identifier_is_refused(tmp_path: Path, name: str) -> None:
     """Proves two rows with one identifier would not silently become one problem."""
-    with pytest.raises(DataFileError, match=f"line 2: field '{FORMATS[name].id_field}' repeats"):
+    id_field = next(iter(GOOD[name]))
+    with pytest.raises(DataFileError, match=f"line 2: field '{id_field}' repeats"):
         read_math(write(tmp_path, name, GOOD[name], GOOD[name]))
+
+
+@pytest.mark.parametrize("row", [
+    {"ID": "2024-I-4", "Problem": "1+1?", "Solution": "so \\boxed{9}", "Answer": 2},
+    {"question": "1+1?", "answer": "2", "solution": "so \\boxed{9}"},
+    {"id": "0", "problem": "1+1?", "expected_answer": "2"},
+    {"idx": 0, "question": "1+1?", "final_answer": "$2$"},
+    {"problem": "1+1?", "solution": "so \\boxed{2}"},
+])
+def test_the_column_names_of_the_public_datasets_are_read(tmp_path: Path, row: dict[str, object]) -> None:
+    """Proves each spelling in use, that an answer column goes before a worked solution, and that a problem without an
+    identifier keeps the same one when the rows change places."""
+    other = {**row, **{key: "1+2?" for key in row if key.lower() in ("problem", "question")},
+             **{key: f"{value}x" for key, value in row.items() if key.lower() in ("id", "idx")}}
+    first = read_math(write(tmp_path, "aime24", row, other))
+    second = read_math(write(tmp_path, "aime24", other, row))
+    assert first == second[::-1] and len(first) == 2
+    assert first[0].problem.question == "1+1?" and answer_matches("2", first[0].answer)
+
+
+@pytest.mark.parametrize(("source", "benchmark"), [
+    ("MATH-500.parquet", "math500"), ("x/AIME_2025.jsonl", "aime25"), ("hf:math-ai/aime25", "aime25"),
+    ("hf:HuggingFaceH4/MATH-500::test", "math500"), ("hf:opencompass/AIME2025:AIME2025-I", "aime25"),
+    ("hf:math-ai/minervamath", "minerva_math"), ("hf:some/sets::olympiadbench", "olympiadbench"),
+    ("test-00000-of-00001.parquet", None), ("hf:AI-MO/aimo-validation-amc", None),
+])
+def test_the_name_of_a_file_or_dataset_says_its_benchmark(source: str, benchmark: str | None) -> None:
+    """Proves usual spellings, and that a name which says nothing is not guessed: --benchmark is for it."""
+    assert benchmark_of(source) == benchmark
+
+
+def test_sets_of_an_unusual_size_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Proves the 83-problem AMC, which is another set, is named; a whole AMC and a set of our own are not."""
+    rows = [{"id": i, "problem": f"{i}?", "answer": float(i)} for i in range(83)]
+    own = write(tmp_path, "mine", {"problem_id": "a", "question": "1+1?", "answer": 2})
+    assert list(read_math_sets([write(tmp_path, "amc23", *rows[:40]), own])) == ["amc23", "mine"]
+    assert not caplog.records
+    read_math_sets([write(tmp_path, "amc23", *rows)])
+    assert "not the 40" in caplog.text
+    read_math_sets([write(tmp_path, "amc23", *rows[:7])])
+    assert "7 problems, where published figures are over 40" in caplog.text
+
+
+def test_two_files_of_one_benchmark_are_joined_and_a_shared_problem_is_refused(tmp_path: Path) -> None:
+    """Proves AIME 2025's two papers make one set."""
+    for name, rows in (("one", range(2)), ("two", range(2, 4))):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, "aime25", *({"question": f"{i}?", "answer": i} for i in rows))
+    sources = [tmp_path / name / "aime25.jsonl" for name in ("one", "two")]
+    assert {name: len(rows) for name, rows in read_math_sets(sources).items()} == {"aime25": 4}
+    with pytest.raises(DataFileError, match="is in another file"):
+        read_math_sets([sources[0], sources[0]])
 
 
 def test_the_tool_writes_prompts_that_stage_one_reads_and_no_answer(tmp_path: Path) -> None:

@@ -259,8 +259,8 @@ def test_layouts_that_do_not_divide_the_model_are_named():
     shape = ModelShape(num_layers=4, hidden_size=64, ffn_size=96, num_heads=8, num_kv_heads=2, head_dim=8,
                        vocab_size=67, tied_embeddings=True, norm_eps=1e-6, rope_theta=1e4, max_positions=64,
                        init_std=0.02)
-    with pytest.raises(ConfigError, match=r"^megatron.tensor_parallel=4 does not divide .* choose one of 1, 2$"):
-        shape.check_layout(MegatronConfig(tensor_parallel=4))
+    with pytest.raises(ConfigError, match=r"^megatron.tensor_parallel=3 does not divide .* choose one of 1, 2, 4, 8$"):
+        shape.check_layout(MegatronConfig(tensor_parallel=3))
     with pytest.raises(ConfigError, match=r"^megatron.pipeline_parallel=3 does not divide .* 1, 2, 4$"):
         shape.check_layout(MegatronConfig(pipeline_parallel=3))
 

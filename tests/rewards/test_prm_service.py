@@ -11,7 +11,7 @@ import pytest
 from spark_nemo.config import SamplingConfig
 from spark_nemo.engines.base import EngineFailure, FinishReason, Generation
 from spark_nemo.engines.served import Completion
-from spark_nemo.grammar import StepFormat, StepJudgement, prompt_set, render_verification, split_response
+from spark_nemo.grammar import StepFormat, StepJudgement, Variant, prompt_set, render_verification, split_response
 from spark_nemo.records import EngineError, ParseFailure, Problem, Rollout, Truncated, Verdict, derive_seed
 from spark_nemo.rewards.judge import RewardJudge, vote_seed
 from spark_nemo.rewards.prm_service import PRMService, ServiceLimits
@@ -95,15 +95,18 @@ def test_the_same_request_is_asked_once() -> None:
 
 @pytest.mark.parametrize("change", [
     {"question": "3 + 5?"}, {"canonical": "## Step 1: b"}, {"num_steps": 3}, {"seed": 2}, {"identity": "other"},
-    {"version": 1}, {"sampling": SamplingConfig(temperature=0.5)}, {"prompts": prompt_set("paper")}],
+    {"version": 1}, {"sampling": SamplingConfig(temperature=0.5)}, {"prompts": prompt_set("paper")},
+    {"variant": Variant.PRM}],
     ids=lambda change: next(iter(change)))
 def test_every_part_of_the_key_counts(change: dict[str, object]) -> None:
-    """Content, seed (vote and attempt), model, weights, sampling and prompts: another one is another request."""
+    """Content, seed (vote and attempt), model and its kind, weights, sampling and prompts: another one is another
+    request."""
     async def scenario():
         service = await service_of(prm := Prm())
         await verify(service)
         parts = dict(change)
-        for name, owner in (("identity", prm), ("version", prm), ("sampling", service), ("prompts", service)):
+        for name, owner in (("identity", prm), ("version", prm), ("sampling", service), ("prompts", service),
+                            ("variant", service)):
             if name in parts:
                 setattr(owner, name, parts.pop(name))
         await service.refresh()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from spark_nemo.records import FormatViolation, ParseFailure, Verdict
+from spark_nemo.records import AnswerVerdict, FormatViolation, ParseFailure, Verdict
 from spark_nemo.rewards import process_aware_reward, step_augmented_reward, step_average_reward
 from spark_nemo.rewards.length import overlong_penalty
 
@@ -38,6 +38,18 @@ def test_a_failure_is_no_score_and_a_broken_format_is_zero(reward) -> None:
     assert reward(BROKEN, None) == reward(None, BROKEN) == reward(BROKEN, CICC) == 0.0
     with pytest.raises(ValueError, match="not verified"):
         reward(None, None)
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_an_orms_verdict_is_worth_its_answer_and_nothing_that_counts_steps(answer: bool) -> None:
+    """Zero steps would be worth 0 of them: a design that counts steps refuses instead, also behind a broken format."""
+    said = AnswerVerdict(answer)
+    assert not hasattr(said, "step_labels")
+    assert process_aware_reward(None, said) == float(answer) and process_aware_reward(BROKEN, said) == 0.0
+    for reward in (step_average_reward, step_augmented_reward):
+        for violation in (None, BROKEN):
+            with pytest.raises(ValueError, match="no step labels"):
+                reward(violation, said)
 
 
 def test_overlong_penalty_is_zero_then_a_line_then_minus_one() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spark_nemo.records import EngineError, ParseFailure, Truncated, Verdict
+from spark_nemo.records import AnswerVerdict, EngineError, ParseFailure, Truncated, Verdict, count_votes
 from spark_nemo.rewards import aggregate_votes
 
 T, F = True, False
@@ -26,6 +26,25 @@ def test_golden_votes(votes, expected) -> None:
     """One vote, a plain majority, a vote lost on the way, a tie (against the response), and a verdict that outvotes
     its own labels."""
     assert aggregate_votes(votes, 1) == expected
+
+
+YES, NO = AnswerVerdict(True), AnswerVerdict(False)
+
+
+@pytest.mark.parametrize(("votes", "minimum", "expected"), [
+    ([YES], 1, YES), ([YES, NO, YES], 2, YES), ([YES, NO], 1, NO), ([YES, LOST, GONE], 1, YES),
+    ([YES, LOST, LOST], 2, LOST)])
+def test_an_orms_votes_are_counted_on_the_answer(votes, minimum: int, expected) -> None:
+    """A tie is a No, failures do not vote, and too few verdicts are a failure, as with steps."""
+    assert aggregate_votes(votes, minimum) == expected
+
+
+def test_verdicts_with_and_without_steps_are_not_one_vote() -> None:
+    """Two kinds of reward model were mixed up. Nor does an ORM's verdict ever make a label of stage I."""
+    with pytest.raises(ValueError, match="labels none"):
+        aggregate_votes([YES, Verdict((T,), T)], 1)
+    with pytest.raises(ValueError, match="labels none"):
+        count_votes([YES, YES])
 
 
 @pytest.mark.parametrize(("votes", "minimum", "expected"), [

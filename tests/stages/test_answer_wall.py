@@ -1,18 +1,104 @@
-"""Answers stay on their side: no record of stages I to III can hold one, and poisoned ones change nothing."""
+"""Answers stay on their side: what the types, the imports and the code of stages I to III say.
+
+``test_poisoned_answers`` runs them.
+"""
 
 from __future__ import annotations
 
+import ast
 import dataclasses
-import json
+import importlib
+import pkgutil
+import types
+import typing
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
-from world import VERIFIER, rows, run
-
+import spark_nemo
 from spark_nemo import records
-from spark_nemo.toy.data import write_answers
+from spark_nemo.config import SparkConfig
+from spark_nemo.evaluation.answers import AnswerKey, EvalProblem
 
+PACKAGE = Path(spark_nemo.__file__).parent
 FORBIDDEN = ("gold", "truth", "reference", "answer_key", "expected")
+ROOMS = ("records", "grammar", "verification", "rewards", "training", "engines", "megatron", "weight_sync")
+"""Where stages I to III do their work; ``stages`` puts them together."""
+
+ANSWER_FILES = {
+    "data.eval_problems": "read by evaluation only",
+    "data.rl_answers": "the RLVR baseline's",
+    "pipeline.rl_answers": "the same, for the pipeline's rlvr arm",
+    "stage1.reference_answers": "the reference-guided baseline's",
+    "labels.reference_answers": "balancing by ground truth, a declared baseline",
+}
+"""Every setting that names a file with answers; ``ConfigError`` keeps each from having an effect elsewhere."""
+ABOUT_THE_BASELINE = {"stage1.reference_verifications", "labels.reference_pick"}
+"""Settings of the reference-guided baseline that name no file."""
+CLOSURES = {
+    ("spark_nemo.stages.rollouts", "RolloutSession", "checker"): "the RLVR baseline's, None with any other reward",
+    ("spark_nemo.verification.selection", "Selection", "correct"): "balancing by ground truth",
+}
+"""Fields that hold a function with answers behind it."""
+READERS = {
+    "spark_nemo.stages.after_votes": {"ask_with_answer"},
+    "spark_nemo.stages.labels": {"_correctness"},
+    "spark_nemo.stages.rl_session": {"RLSession.evaluate", "answer_checker"},
+    "spark_nemo.stages.stage3": {"run_stage3"},
+    "spark_nemo.stages.checks": {"check_stage3", "check_pipeline", "_has_answers"},
+}
+"""Every function of the stages that names an answer's type or a function that reads or compares answers."""
+KEY_NAMES = {"AnswerKey", "EvalProblem", "read_answer_keys", "read_eval_problems", "answer_matches", "grade_answers"}
+KEY_FIELDS = {"answer", "correct_answer", "original_answer", "final_answer", "gold", "ground_truth", "reward_model"}
+"""What a data file calls a reference answer."""
+
+
+def modules(*rooms: str) -> Iterator[types.ModuleType]:
+    """Every module of these folders that can be imported here."""
+    for room in rooms:
+        package = importlib.import_module(f"spark_nemo.{room}")
+        for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            # Files that run inside a server's own environment.
+            if not found.name.startswith(("spark_nemo.engines.sglang.", "spark_nemo.engines.vllm.")):
+                yield importlib.import_module(found.name)
+
+
+def data_types(*rooms: str) -> dict[tuple[str, str], type]:
+    """Dataclasses that are made there, by module and name."""
+    return {(t.__module__, t.__qualname__): t for module in modules(*rooms) for t in vars(module).values()
+            if isinstance(t, type) and dataclasses.is_dataclass(t) and t.__module__ == module.__name__}
+
+
+def parts_of(hint: object) -> Iterator[object]:
+    """A type and, through all containers, its arguments."""
+    yield hint
+    for argument in typing.get_args(hint):
+        for each in argument if isinstance(argument, list) else [argument]:
+            yield from parts_of(each)
+
+
+def reaches(hint: object, seen: list) -> Iterator[object]:
+    """``parts_of`` a type, and of the fields of every dataclass among them."""
+    for part in parts_of(hint):
+        if part not in seen:
+            seen.append(part)
+            yield part
+            if isinstance(part, type) and dataclasses.is_dataclass(part):
+                for field_type in hints_of(part).values():
+                    yield from reaches(field_type, seen)
+
+
+def hints_of(data_type: type) -> dict[str, object]:
+    """Types of the fields; names that only type checkers import are taken from the package."""
+    return typing.get_type_hints(data_type, localns={"AnswerKey": AnswerKey, "EvalProblem": EvalProblem})
+
+
+def trees(*rooms: str) -> Iterator[tuple[str, ast.Module]]:
+    """Parsed sources by module name."""
+    for room in rooms:
+        for path in sorted((PACKAGE / room).rglob("*.py")):
+            name = ".".join(("spark_nemo", *path.relative_to(PACKAGE).with_suffix("").parts))
+            yield name, ast.parse(path.read_text())
 
 
 def test_no_record_has_a_field_for_an_answer_key() -> None:
@@ -28,34 +114,91 @@ def test_no_record_has_a_field_for_an_answer_key() -> None:
             assert "AnswerKey" not in str(field.type) and "EvalProblem" not in str(field.type), (record, field.name)
 
 
-def test_no_room_below_the_stages_knows_what_an_answer_key_is() -> None:
-    """Proves records, grammar and verification have no name of an answer's type and no import of the room that has: the
-    reference-guided baseline and balancing by ground truth reach them as closures. Import-linter says the same of
-    imports; this says it of type hints and strings too."""
-    package = Path(records.__file__).parents[1]
-    sources = [path for room in ("records", "grammar", "verification") for path in (package / room).glob("*.py")]
-    assert len(sources) > 20
-    for path in sources:
-        text = path.read_text()
-        found = [name for name in ("AnswerKey", "EvalProblem", "answer_keys", "answer_matches") if name in text]
-        assert not found, (path, found)
+def test_no_type_of_the_stages_can_hold_an_answer_key() -> None:
+    """Proves it by type, through containers and nested dataclasses, for every dataclass of stages I to III and of what
+    they are made of. A name would not do: the type decides.
+
+    Does not cover a value typed ``object`` or ``Any``; what runs is compared in test_poisoned_answers.
+    """
+    found = data_types(*ROOMS, "stages")
+    assert len(found) > 60
+    holders = {key for key, each in found.items() if {AnswerKey, EvalProblem} & set(reaches(each, []))}
+    assert holders == set()
 
 
-@pytest.mark.slow
-def test_poisoned_evaluation_answers_change_no_training_number_and_no_weight(tmp_path: Path) -> None:
-    """Proves RL with the reward model never reads an answer: only the evaluations differ. Stages I and II are given no
-    file that holds one."""
-    honest = write_answers("eval", 12, 0, tmp_path)
-    poisoned = tmp_path / "poisoned.jsonl"
-    poisoned.write_text("".join(
-        json.dumps({**json.loads(line), "answer": "-1"}) + "\n" for line in honest.read_text().splitlines()))
-    folders = []
-    for name, path in (("honest", honest), ("poisoned", poisoned)):
-        done = run("stage3", tmp_path / name, f"rl.reward_model={VERIFIER}", "rl.steps=2", f"data.eval_problems={path}")
-        assert done.returncode == 0, done.stderr
-        folders.append(tmp_path / name / "stage3/process_aware")
-    first, second = folders
-    assert rows(first / "metrics.jsonl") == rows(second / "metrics.jsonl")
-    assert (first / "model/model.safetensors").read_bytes() == (second / "model/model.safetensors").read_bytes()
-    assert rows(first / "evaluations.jsonl") != rows(second / "evaluations.jsonl")
-    assert all(row["sampled"]["value"] == 0 for row in rows(second / "evaluations.jsonl"))
+def test_functions_with_answers_behind_them_are_held_where_declared_and_nowhere_else() -> None:
+    """Proves the only fields of a stage's types that hold a function from a problem or a text to right or wrong are the
+    declared baselines' closures."""
+    holders = set()
+    for (module, name), each in data_types("rewards", "verification", "training", "stages").items():
+        for field, hint in hints_of(each).items():
+            functions_in = [part for part in parts_of(hint) if typing.get_origin(part) is Callable]
+            if any(typing.get_args(part)[-1] is bool for part in functions_in):
+                holders.add((module, name, field))
+    assert holders == set(CLOSURES)
+
+
+def test_the_settings_that_name_a_file_with_answers_are_the_declared_ones() -> None:
+    """Proves no other setting's name speaks of answers, keys or references. Each declared one is refused where its
+    baseline is not asked for: test_compose, test_label_knobs."""
+    words, found = (*FORBIDDEN, "answer"), set()
+    for section in dataclasses.fields(SparkConfig):
+        for field in dataclasses.fields(hints_of(SparkConfig)[section.name]):
+            if any(word in field.name for word in words):
+                found.add(f"{section.name}.{field.name}")
+    assert found == (ANSWER_FILES.keys() - {"data.eval_problems"}) | ABOUT_THE_BASELINE
+
+
+def test_no_room_below_the_stages_imports_or_names_an_answer_key() -> None:
+    """Proves the rooms where labels, rewards, losses and samples are made import nothing of evaluation, directly or
+    through one another (import-linter: the layers), and do not even name an answer's type or reader: a declared
+    baseline reaches them as a closure."""
+    count = 0
+    for name, tree in trees(*ROOMS):
+        count += 1
+        for node in ast.walk(tree):
+            assert not any("evaluation" in module for module in imported(node)), name
+            assert not KEY_NAMES & {getattr(node, "id", None), getattr(node, "attr", None)}, name
+    assert count > 60
+
+
+def test_the_functions_that_touch_answers_are_the_declared_ones() -> None:
+    """Proves which functions of ``stages`` name an answer's type, reader or comparison: evaluation, checks before work,
+    and the declared baselines' three closures. A new one fails here and has to be declared."""
+    found = defaultdict(set)
+    for name, tree in trees("stages"):
+        for function, body in functions(tree):
+            names = {getattr(node, "id", getattr(node, "attr", None)) for node in ast.walk(body)}
+            if names & KEY_NAMES:
+                found[name].add(function)
+    assert dict(found) == READERS
+
+
+def test_no_training_code_looks_for_an_answer_in_a_row_of_data() -> None:
+    """Proves no ``row["answer"]`` or ``row.get("ground_truth")``, by any name that the data files at hand use, in rooms
+    and stages: an answer cannot come in beside the typed readers."""
+    for name, tree in trees(*ROOMS, "stages"):
+        for node in ast.walk(tree):
+            keys = []
+            if isinstance(node, ast.Subscript):
+                keys = [node.slice]
+            elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("get", "pop"):
+                keys = node.args[:1]
+            looked_for = {key.value for key in keys if isinstance(key, ast.Constant)} & KEY_FIELDS
+            assert not looked_for, (name, node.lineno, looked_for)
+
+
+def imported(node: ast.AST) -> list[str]:
+    """Modules that an import statement names."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    return [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+
+
+def functions(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
+    """Top-level functions and methods by name; module-level statements under ``<module>``, imports aside."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            yield from ((f"{node.name}.{getattr(each, 'name', '<class>')}", each) for each in node.body)
+        elif not isinstance(node, ast.Import | ast.ImportFrom):
+            yield getattr(node, "name", "<module>"), node

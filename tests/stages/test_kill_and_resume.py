@@ -74,5 +74,6 @@ def test_stage3_losses_after_sigkill_equal_an_undisturbed_run(tmp_path: Path) ->
     assert run("stage3", folders["killed"], judge).returncode == 0
     calm, killed = (folders[name] / "stage3/process_aware" for name in ("calm", "killed"))
     assert rows(calm / "metrics.jsonl") == rows(killed / "metrics.jsonl")
-    assert rows(calm / "evaluations.jsonl") == rows(killed / "evaluations.jsonl")
+    for name in ("evaluations.jsonl", "hacking.jsonl", "top_rewards.jsonl"):
+        assert rows(calm / name) == rows(killed / name) != []
     assert (calm / "model/model.safetensors").read_bytes() == (killed / "model/model.safetensors").read_bytes()

@@ -7,16 +7,26 @@ from types import SimpleNamespace
 
 import pytest
 
-from spark_nemo.config import FailurePolicy, RLConfig
-from spark_nemo.config.rl import MODEL_REWARDS
+from spark_nemo.config import FailurePolicy, RLConfig, SamplingConfig
+from spark_nemo.config.designs import MODEL_REWARDS
 from spark_nemo.engines.base import FinishReason, Generation
 from spark_nemo.engines.served import Completion
-from spark_nemo.grammar import StepFormat, Variant, prompt_set, split_response
-from spark_nemo.records import Problem
+from spark_nemo.grammar import PROMPT_SETS, StepFormat, Variant, prompt_set, split_response
+from spark_nemo.records import (
+    AnswerVerdict,
+    LabelEvidence,
+    LabelledSolution,
+    ParseFailure,
+    Problem,
+    Rollout,
+    Solution,
+)
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService, ServiceLimits
 from spark_nemo.stages.credit import batch_advantages
+from spark_nemo.stages.rl_session import sample_rows
 from spark_nemo.stages.rollouts import RolloutSession
+from spark_nemo.verification.targets import sft_example
 
 PROMPTS = prompt_set("compact")
 
@@ -63,13 +73,14 @@ class Scripted:
     complete_prompt = complete
 
 
-def scored(reward: str, advantage: str = "outcome"):
+def scored(reward: str, advantage: str = "outcome", variant: Variant = Variant.PRM_COT, replies=JUDGE,
+           max_rate: float = 0.5, **settings):
     """One group of four: fine, one step wrong, a verification of another step count, and no format."""
     config = RLConfig(reward=reward, advantage=advantage, group_size=4,
-                      failures=FailurePolicy(max_rate=0.5, retries=0))
-    model = Scripted(JUDGE)
+                      failures=FailurePolicy(max_rate=max_rate, retries=0), **settings)
+    model = Scripted(replies)
     # Without a cache, for the script answers the same greedy request differently.
-    service = PRMService(model, PROMPTS, config.verifier_sampling, ServiceLimits(cache_entries=0))
+    service = PRMService(model, PROMPTS, config.verifier_sampling, ServiceLimits(cache_entries=0), variant)
     judge = RewardJudge(service, 0) if config.asks_reward_model else None
     session = RolloutSession(Scripted(POLICY), PROMPTS, config, 0, judge, lambda problem_id, text: "8" in text)
     return asyncio.run(session.batch([Problem("p", "3 + 4?")], 0)), model, config
@@ -99,6 +110,74 @@ def test_every_reward_from_the_model_sends_the_step_wise_prompt(reward: str) -> 
     _, model, _ = scored(reward)
     canonical = [split_response(text, StepFormat.TAGGED).canonical() for text in POLICY[:3]]
     assert model.messages == [PROMPTS.reward(Variant.PRM_COT, "3 + 4?", text) for text in canonical]
+
+
+LINES = ["Step 1: Correct\nStep 2: Correct", "Step 1: Correct\nStep 2: Incorrect", "Step 1: Correct"]
+PRM = [f"{line}\n{verification((True,), 'Yes').splitlines()[-1]}" for line in LINES]
+ORM = ["Yes", "No", "Yes, I think"]
+
+
+@pytest.mark.parametrize("reward", sorted(MODEL_REWARDS))
+def test_a_prm_gives_the_rewards_of_a_prm_cot_that_says_the_same(reward: str) -> None:
+    """Labels and verdicts without analyses, read by a parser of its own: the analyses' text is a failure to it, and its
+    lines are one to the PRM-CoT's parser."""
+    as_prm, as_cot = scored(reward, variant=Variant.PRM, replies=PRM)[0], scored(reward)[0]
+    assert [j.outcome for j in as_prm.judgements[:2]] == [j.outcome for j in as_cot.judgements[:2]]
+    assert as_prm.rewards.valid == as_cot.rewards.valid == (True, True, False, True)
+    for variant, replies in ((Variant.PRM, JUDGE), (Variant.PRM_COT, PRM), (Variant.ORM, PRM)):
+        wrong = scored("process_aware", variant=variant, replies=replies, max_rate=1.0)[0]
+        assert wrong.metrics["failure/parse_failure"] == 1.0
+
+
+def test_an_orm_gives_a_verdict_and_no_step_labels() -> None:
+    """Yes is 1, No is 0, anything else is a parse failure that is masked; there is no figure of correct steps."""
+    batch, _, _ = scored("process_aware", variant=Variant.ORM, replies=ORM)
+    assert [j.outcome for j in batch.judgements[:2]] == [AnswerVerdict(True), AnswerVerdict(False)]
+    assert isinstance(batch.judgements[2].outcome, ParseFailure)
+    assert batch.rewards.rewards[:2] == (1.0, 0.0) and batch.rewards.valid == (True, True, False, True)
+    assert "correct_step_fraction" not in batch.metrics and batch.metrics["failure_rate"] == pytest.approx(1 / 3)
+    assert [row["outcome"]["kind"] for row in sample_rows(batch, 0) if row["outcome"]] == [
+        "answer_verdict", "answer_verdict", "parse_failure"]
+    assert all(row["step_labels"] is None for row in sample_rows(batch, 0))
+
+
+@pytest.mark.parametrize("variant", Variant)
+@pytest.mark.parametrize("prompts", sorted(PROMPT_SETS))
+def test_a_reward_model_is_asked_with_the_very_words_it_was_trained_on(variant: Variant, prompts: str) -> None:
+    """The messages of stage II's training example for a plain solution are those sent for the same steps in tags."""
+    plain = "Step 1: line 0\nStep 2: line 1\nAnswer: 7"
+    label = LabelledSolution(
+        "single", Solution("s", "p", "3 + 4?", plain, "stop", 9), (True, False), True,
+        verification((True, False), "Yes"), LabelEvidence((1, 0), 1, 1, 0, 1))
+    trained, _ = sft_example(label, prompt_set(prompts), variant)
+    model = Scripted(["nothing"])
+    service = PRMService(model, prompt_set(prompts), RLConfig().verifier_sampling, variant=variant)
+    rollout = Rollout(Problem("p", "3 + 4?"), 0, (1,), (2,), (-1.0,), (0,), response("7"), "stop")
+    asyncio.run(RewardJudge(service, 0).judge(rollout))
+    assert model.messages == [trained]
+
+
+def test_a_selective_response_outside_its_bounds_has_no_outcome() -> None:
+    """Both responses have two steps; a bound of three takes the reward of all, and a failure stays a failure."""
+    inside = scored("process_aware", "selective", selective_min_steps=2, selective_max_steps=2)[0]
+    assert inside.rewards.rewards[:2] == (1.0, 1.0)
+    for bounds in ({"selective_min_steps": 3}, {"selective_max_steps": 1}):
+        outside = scored("process_aware", "selective", **bounds)[0]
+        assert outside.rewards.rewards[:2] == (0.0, 0.0) and outside.rewards.valid == inside.rewards.valid
+
+
+@pytest.mark.parametrize("reward", ["process_aware", "rlvr"])
+def test_the_overlong_punishment_is_added_to_whatever_the_reward_is(reward: str) -> None:
+    """Tokens are bytes here: a response of R of at most M tokens, with a buffer of M, loses R / M. The masked one stays
+    masked."""
+    limit = 200
+    plain = scored(reward)[0]
+    batch = scored(reward, sampling=SamplingConfig(max_new_tokens=limit), overlong_buffer=limit)[0]
+    for rollout, ok, before, after in zip(
+            batch.rollouts, batch.rewards.valid, plain.rewards.rewards, batch.rewards.rewards):
+        if ok:
+            assert after == pytest.approx(before - len(rollout.response_ids) / limit)
+    assert batch.rewards.valid == plain.rewards.valid
 
 
 def test_sampled_step_spans_meet_the_labels_they_belong_to() -> None:

@@ -4,9 +4,10 @@ import pytest
 import torch
 from bigram import BigramWorker
 
+from spark_nemo.training.losses import sft_loss
 from spark_nemo.training.metrics import METRICS_FILE, read_metrics
-from spark_nemo.training.packing import TrainSequence
-from spark_nemo.training.sft import batch_indices, num_sft_steps, train_sft
+from spark_nemo.training.packing import TrainSequence, pack
+from spark_nemo.training.sft import batch_indices, held_out_loss, num_sft_steps, train_sft
 from spark_nemo.training.stop import StopFlag
 
 SEQUENCES = [TrainSequence((n % 3,), tuple((n + k) % 8 for k in range(1 + n % 4))) for n in range(10)]
@@ -103,3 +104,18 @@ def test_a_checkpoint_of_other_data_or_order_is_refused(tmp_path):
     with pytest.raises(ValueError, match="data="):
         train_sft(BigramWorker(), SEQUENCES[:-1] + [TrainSequence((1,), (2,))], run_folder=tmp_path,
                   stop=StopFlag(tmp_path), **SETTINGS)
+
+
+def test_held_out_loss_is_the_loss_of_a_step_that_did_not_train(tmp_path):
+    """The same mean over response tokens as the training loss, whatever the packing; measured before its step, and it
+    changes no training number."""
+    worker = BigramWorker()
+    expected = BigramWorker().train_step(pack(SEQUENCES, 5).micro_batches, sft_loss).loss
+    assert held_out_loss(worker, SEQUENCES, 5) == pytest.approx(expected, abs=1e-6)
+    assert held_out_loss(worker, SEQUENCES, 1000) == pytest.approx(expected, abs=1e-6)
+    run(worker, tmp_path / "with", held_out=SEQUENCES[:4], eval_every=4)
+    run(BigramWorker(), tmp_path / "without")
+    rows = read_metrics(tmp_path / "with" / METRICS_FILE)
+    assert [row["step"] for row in rows if "held_out_loss" in row] == [0, 4, 8]
+    assert rows[0]["held_out_loss"] == pytest.approx(held_out_loss(BigramWorker(), SEQUENCES[:4], 5))
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")

@@ -16,6 +16,7 @@ from spark_nemo.training.step_advantages import (
     ScoredResponse,
     capo_advantages,
     global_step_advantages,
+    global_step_penalty_advantages,
     min_form_advantages,
     min_form_credit,
     prefix_advantages,
@@ -42,6 +43,7 @@ DESIGNS = {
     "selective": lambda rs: selective_advantages(rs, outcome(rs), discount=0.0),
     "selective_half": lambda rs: selective_advantages(rs, outcome(rs), discount=0.5),
     "global_step": lambda rs: global_step_advantages(rs, outcome(rs)),
+    "global_step_penalty": lambda rs: global_step_penalty_advantages(rs, outcome(rs), min_steps=2, max_steps=5),
     "min_form": min_form_advantages,
     "prefix": prefix_advantages,
     "prefix_relu": partial(prefix_advantages, relu=True),
@@ -103,6 +105,21 @@ def test_global_steps_are_normalised_over_the_group_and_not_over_the_batch() -> 
     together = DESIGNS["global_step"](sizes)
     alone = DESIGNS["global_step"](sizes[:2]) + DESIGNS["global_step"](sizes[2:])
     assert all(torch.equal(a, b) for a, b in zip(together, alone))
+
+
+def test_the_step_penalty_takes_the_step_rewards_and_keeps_the_outcome() -> None:
+    """Four steps where at least five are asked for: 0.8 A on every token, and the others' step statistics are as if it
+    were absent. Within the bounds it is the plain design."""
+    odd = response(1.0, (True,) * 5, (*SPANS, TokenSpan(7, 8)))
+    batch, outcome_N = [odd, BATCH[0], BATCH[1]], torch.tensor([1.0, 0.5, -1.5])
+    for low, high in ((1, 4), (6, 20)):
+        rows = global_step_penalty_advantages(batch, outcome_N, min_steps=low, max_steps=high)
+        assert rows[0].tolist() == pytest.approx([0.8] * 9)
+    inside = global_step_penalty_advantages(batch, outcome_N, min_steps=1, max_steps=4)
+    plain = global_step_advantages(batch[1:], outcome_N[1:])
+    assert all(torch.equal(a, b) for a, b in zip(inside[1:], plain))
+    wide = global_step_penalty_advantages(batch, outcome_N, min_steps=3, max_steps=20)
+    assert all(torch.equal(a, b) for a, b in zip(wide, global_step_advantages(batch, outcome_N)))
 
 
 def test_golden_prefix() -> None:

@@ -122,10 +122,11 @@ def test_more_ranks_than_key_value_heads():
 
 
 @pytest.mark.parametrize("tp", SIZES)
-def test_slices_are_what_the_trainer_shards(tp):
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_slices_are_what_the_trainer_shards(family, tp):
     """The plan's slices hold exactly the values that ``hf_weights`` puts on each rank when it loads, also with 8 ranks
     for 2 key-value heads. Every element has its own number, so a wrong row would show."""
-    config = {"model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24,
+    config = {"model_type": family, "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "head_dim": 4,
               "num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": 70, "tie_word_embeddings": False}
     shape, numbers = ModelShape.from_hf(config), ModelNumbers.from_config(config)
     shapes = checkpoint_tensors(numbers)
@@ -148,11 +149,10 @@ def test_slices_are_what_the_trainer_shards(tp):
 
 
 def test_the_trainer_exports_what_the_plan_says():
-    """Names, shapes and order of the plan are those of the trainer's own export, for the family it trains."""
+    """Names, shapes and order of the plan are those of the trainer's own export, for every family of both."""
     for model, config in SHAPES.items():
-        if config["model_type"] == "qwen2":
-            shapes = hf_weights.hf_tensor_shapes(ModelShape.from_hf(config))
-            assert list(shapes.items()) == list(checkpoint_tensors(ModelNumbers.from_config(config)).items()), model
+        shapes = hf_weights.hf_tensor_shapes(ModelShape.from_hf(config))
+        assert list(shapes.items()) == list(checkpoint_tensors(ModelNumbers.from_config(config)).items()), model
 
 
 @pytest.mark.parametrize(("change", "message"), [

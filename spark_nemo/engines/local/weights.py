@@ -42,8 +42,10 @@ class Qwen2Shape:
             raise EngineFailure(f"{path} is missing: a model folder needs config.json and *.safetensors")
         config = json.loads(path.read_text())
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if config.get("model_type") != "qwen2":
+            raise EngineFailure(f"{path}: the embedded engine serves qwen2 only, not model_type="
+                                f"{config.get('model_type')!r}: use engine.kind=sglang")
         unsupported = {
-            "model_type": config.get("model_type") != "qwen2",
             "hidden_act": config.get("hidden_act", "silu") != "silu",
             "use_sliding_window": bool(config.get("use_sliding_window", False)),
             "rope_parameters": rope.get("rope_type", rope.get("type", "default")) != "default",

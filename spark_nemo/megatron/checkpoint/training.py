@@ -28,14 +28,16 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from spark_nemo.config.errors import ConfigError
 from spark_nemo.records.jsonl import write_text_atomic
 
-from . import distributed
-from .cpu_compat import cuda_means_cpu
-from .hf_files import replace_folder
-from .model import PackedGPT
-from .optimizer import prime_state, separate_steps, set_step
+from .. import distributed
+from ..cpu_compat import cuda_means_cpu
+from ..hf_files import replace_folder
+from ..model import PackedGPT
+from ..optimizer import prime_state, separate_steps, set_step
 
 LATEST = "latest"
 STATE_FILE = "state.json"
+HF_FILES = "hf"
+"""Subfolder of a Megatron checkpoint with the files of the Hugging Face model that are not weights."""
 
 
 def has_checkpoint(folder: str | Path) -> bool:
@@ -49,11 +51,12 @@ def newest(folder: str | Path) -> Path:
 
 
 def save(folder: str | Path, model: PackedGPT, optimizer: ChainedOptimizer, scheduler: OptimizerParamScheduler,
-         state: dict[str, Any], keep: int, files: Mapping[str, bytes]) -> Path:
+         state: dict[str, Any], keep: int, files: Mapping[str, bytes], hf_config: dict[str, Any] | None = None) -> Path:
     """Write a checkpoint of step ``scheduler.num_steps`` and return its folder. Collective.
 
     ``state`` must survive JSON (``TypeError`` names it otherwise). ``files`` of the main rank lie in the folder under
-    their names. Older checkpoints than the newest ``keep`` go.
+    their names. Older checkpoints than the newest ``keep`` go. With ``hf_config`` the folder converts to Hugging Face
+    on its own.
     """
     name, text = f"step-{scheduler.num_steps:08d}", json.dumps(state)
     folder = Path(folder)
@@ -63,6 +66,9 @@ def save(folder: str | Path, model: PackedGPT, optimizer: ChainedOptimizer, sche
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         (temporary / STATE_FILE).write_text(text)
+        if hf_config is not None:
+            (temporary / HF_FILES).mkdir()
+            (temporary / HF_FILES / "config.json").write_text(json.dumps(hf_config, indent=2))
         for file_name, content in files.items():
             (temporary / file_name).write_bytes(content)
 
@@ -100,6 +106,8 @@ def load(folder: str | Path, model: PackedGPT, optimizer: ChainedOptimizer,
     with cuda_means_cpu():
         prime_state(optimizer)
         wanted = _sharded_state(model, optimizer, loading=True)
+        # FP8 scales of Transformer Engine. A checkpoint written without it has none, and they are not used here.
+        wanted["model"] = {key: value for key, value in wanted["model"].items() if "_extra_state" not in key}
         try:
             loaded = dist_checkpointing.load(wanted, str(source), get_default_load_sharded_strategy(str(source)))
         except (CheckpointingException, KeyError) as error:

@@ -1,0 +1,120 @@
+"""Two checkpoints, tensor by tensor: of models in any two formats, or of training states with their optimizers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spark_nemo.config.errors import ConfigError
+
+from .opened import OpenedCheckpoint
+from .stored import StoredCheckpoint
+
+BLOCK_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One tensor of two checkpoints."""
+
+    name: str
+    found: str
+    """"same" bits, "differs", "missing" in the second, "surplus" in the second, or other "shape" or "dtype"."""
+    max_abs: float = 0.0
+    """Largest absolute difference of values; infinite where one has NaN."""
+    detail: str = ""
+
+
+def compare_models(one: OpenedCheckpoint, other: OpenedCheckpoint) -> Iterator[Difference]:
+    """Every Hugging Face tensor of two models, two at a time in memory."""
+    yield from _compare(one.tensors, other.tensors)
+
+
+def compare_stored(one: StoredCheckpoint, other: StoredCheckpoint) -> Iterator[Difference]:
+    """Every tensor of two torch_dist folders under their stored names, optimizer included, layer by layer.
+
+    The layout that wrote them does not matter. Step, learning rate and generator state are not compared.
+    """
+    for name in [*one.tensors, *(x for x in other.tensors if x not in one.tensors)]:
+        a, b = one.tensors.get(name), other.tensors.get(name)
+        if a is None or b is None:
+            yield Difference(name, "surplus" if a is None else "missing")
+        elif a.shape != b.shape or a.dtype != b.dtype:
+            yield _unlike(name, a.shape, b.shape, a.dtype, b.dtype)
+        else:
+            yield _worst(name, [_values(name, one.read(name, offset, size), other.read(name, offset, size))
+                                for offset, size in _blocks(a.shape, a.dtype.itemsize)])
+
+
+def _blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Boxes of at most ``BLOCK_BYTES``, or one row, over the first axis."""
+    if not shape:
+        yield (), ()
+        return
+    rows = max(1, BLOCK_BYTES // max(1, math.prod(shape[1:]) * itemsize))
+    for start in range(0, shape[0], rows):
+        yield (start, *(0,) * (len(shape) - 1)), (min(rows, shape[0] - start), *shape[1:])
+
+
+def _worst(name: str, parts: list[Difference]) -> Difference:
+    found = "differs" if any(part.found == "differs" for part in parts) else "same"
+    return Difference(name, found, max((part.max_abs for part in parts), default=0.0))
+
+
+def _compare(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Iterator[Difference]:
+    for name in [*one, *(x for x in other if x not in one)]:
+        if name not in one or name not in other:
+            yield Difference(name, "missing" if name in one else "surplus")
+            continue
+        a, b = one[name], other[name]
+        if a.shape != b.shape or a.dtype != b.dtype:
+            yield _unlike(name, tuple(a.shape), tuple(b.shape), a.dtype, b.dtype, a, b)
+        else:
+            yield _values(name, a, b)
+
+
+def _unlike(name: str, shape_a: tuple[int, ...], shape_b: tuple[int, ...], dtype_a: torch.dtype, dtype_b: torch.dtype,
+            a: Tensor | None = None, b: Tensor | None = None) -> Difference:
+    if shape_a != shape_b:
+        return Difference(name, "shape", math.inf, f"{shape_a} and {shape_b}")
+    max_abs = _values(name, a, b).max_abs if a is not None and b is not None else math.inf
+    return Difference(name, "dtype", max_abs, f"{dtype_a} and {dtype_b}")
+
+
+def _values(name: str, a: Tensor, b: Tensor) -> Difference:
+    if a.dtype == b.dtype and torch.equal(a.contiguous().reshape(-1).view(torch.uint8),
+                                          b.contiguous().reshape(-1).view(torch.uint8)):
+        return Difference(name, "same")
+    largest = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
+    return Difference(name, "differs", math.inf if math.isnan(largest) else largest)
+
+
+@torch.no_grad()
+def logits_difference(one: OpenedCheckpoint, other: OpenedCheckpoint, text: str, tokenizer: Path,
+                      max_tokens: int = 512) -> float:
+    """Largest absolute difference of float32 logits on ``text``, by transformers. Both models are built, one after the
+    other; ``ConfigError`` when there is no tokenizer or the text is empty."""
+    from transformers import AutoTokenizer
+
+    if not (tokenizer / "tokenizer.json").is_file() and not (tokenizer / "tokenizer_config.json").is_file():
+        raise ConfigError(f"{tokenizer} has no tokenizer: the text cannot be encoded")
+    ids = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)(text)["input_ids"][:max_tokens]
+    if not ids:
+        raise ConfigError("the text has no tokens")
+    logits = [_logits(checkpoint, torch.tensor([ids])) for checkpoint in (one, other)]
+    return float((logits[0] - logits[1]).abs().max())
+
+
+def _logits(checkpoint: OpenedCheckpoint, ids_1T: Tensor) -> Tensor:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = {key: value for key, value in checkpoint.hf_config.items() if key not in ("auto_map", "model_type")}
+    config = AutoConfig.for_model(checkpoint.hf_config["model_type"], **values)
+    model = AutoModelForCausalLM.from_pretrained(
+        None, config=config, state_dict=dict(checkpoint.tensors.items()), dtype=torch.float32)
+    return model.eval()(ids_1T).logits[0]

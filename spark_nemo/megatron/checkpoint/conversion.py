@@ -1,0 +1,110 @@
+"""Conversion between Hugging Face, Megatron (torch_dist) and NeMo 2 folders, a tensor at a time.
+
+No model is built and no process group is needed. Memory is bounded by a file's worth of tensors
+(``streaming.FILE_BYTES``) and the largest tensor. Values are copied, so a round trip is bit-exact.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from spark_nemo.config.errors import ConfigError
+
+from ..hf_files import MAX_SHARD_BYTES, copy_companions, plan_files, write_model_files, write_tensors
+from ..hf_weights import hf_tensor_shapes
+from . import nemo
+from .global_tensors import GlobalTensors
+from .opened import OpenedCheckpoint, hf_config_text, open_checkpoint
+from .resumable import fingerprint, resumable_folder
+from .streaming import Box, Source, no_extra_state, write_torch_dist
+from .training import HF_FILES
+
+FORMATS = ("hf", "megatron", "nemo")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion did."""
+
+    folder: Path
+    num_tensors: int
+    """Hugging Face tensors."""
+    num_bytes: int
+    seconds: float
+
+
+def convert(source: str | Path, target: str | Path, to: str, hf_config_from: str | Path | None = None,
+            dtype: torch.dtype | None = None, trust_pickle: bool = False, show_progress: bool = False,
+            max_shard_bytes: int = MAX_SHARD_BYTES) -> Converted:
+    """Write the checkpoint ``source`` (of any format) into the new folder ``target`` in format ``to``.
+
+    The folder appears when it is complete. After a kill the same call goes on where it was: finished files are kept.
+    ``ConfigError`` names the file or tensor that is wrong, and nothing is left behind.
+    """
+    if to not in FORMATS:
+        raise ConfigError(f"to={to!r} is not one of {', '.join(FORMATS)}")
+    source, target, start = Path(source), Path(target), time.monotonic()
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"output folder {target} is inside {source}: name another")
+    opened = open_checkpoint(source, hf_config_from, dtype, trust_pickle)
+    shapes = hf_tensor_shapes(opened.shape)
+    num_bytes = sum(map(math.prod, shapes.values())) * opened.dtype.itemsize
+    job = {"from": opened.kind, "to": to, "files": fingerprint(source), "dtype": str(opened.dtype),
+           "max_shard_bytes": max_shard_bytes}
+    with resumable_folder(target, job) as folder, tqdm(
+            total=num_bytes, unit="B", unit_scale=True, unit_divisor=1024, disable=not show_progress,
+            desc=f"{opened.kind} -> {to}") as bar:
+        if to == "hf":
+            _write_hf(folder, opened, shapes, bar, max_shard_bytes)
+        else:
+            _write_megatron(folder, opened, to, bar)
+    return Converted(target, len(shapes), num_bytes, time.monotonic() - start)
+
+
+def _write_hf(folder: Path, opened: OpenedCheckpoint, shapes: dict[str, tuple[int, ...]], bar: tqdm,
+              max_shard_bytes: int) -> None:
+    for companions in opened.companions:
+        copy_companions(companions, folder)
+    write_model_files(folder, opened.hf_config, opened.dtype, None)
+    file_of = plan_files(shapes, opened.dtype.itemsize, max_shard_bytes)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        finished = {file for file in set(file_of.values()) if (folder / file).exists()}
+        for name in shapes:
+            if file_of[name] not in finished:
+                yield name, opened.tensors[name]
+            bar.update(math.prod(shapes[name]) * opened.dtype.itemsize)
+
+    write_tensors(folder, tensors(), shapes, opened.dtype, max_shard_bytes)
+
+
+def _write_megatron(folder: Path, opened: OpenedCheckpoint, to: str, bar: tqdm) -> None:
+    expected = GlobalTensors.of(opened.shape)
+
+    def read(number: int) -> Tensor:
+        placed = expected.pieces[number].placed
+        return placed.rule.transform.to_shards([opened.tensors[name] for name in placed.hf], opened.shape, 1)[0]
+
+    if to == "nemo":
+        weights, prefix = folder / nemo.WEIGHTS, nemo.PREFIX
+        nemo.write_context(folder, opened.hf_config, opened.shape, opened.dtype, opened.companions)
+    else:
+        weights, prefix, companions = folder, "", folder / HF_FILES
+        shutil.rmtree(companions, ignore_errors=True)
+        companions.mkdir()
+        for path in opened.companions:
+            copy_companions(path, companions)
+        (companions / "config.json").write_text(hf_config_text(opened.hf_config))
+    boxes = [Box(prefix + piece.key, expected.shapes[piece.key], opened.dtype, piece.offset, piece.size)
+             for piece in expected.pieces]
+    objects = dict.fromkeys((prefix + name for name in expected.extra_states), no_extra_state)
+    write_torch_dist(weights, Source(boxes, read, objects), bar.update)

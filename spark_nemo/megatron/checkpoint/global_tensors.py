@@ -1,0 +1,110 @@
+"""What Megatron's distributed checkpoint (torch_dist) of a model holds: keys, global shapes, and who goes where.
+
+The tensors there know nothing of parallel ranks: those of all layers are stacked under one key, experts on a second
+axis. Names are Transformer Engine's, which Megatron writes for its local layers too.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+
+from spark_nemo.config.errors import ConfigError
+
+from ..hf_weights import PlacedRule, placed_rules
+from ..model_shape import ModelShape
+
+_IN_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
+_IN_EXPERT = re.compile(r"^mlp\.experts\.(linear_fc[12]\.weight)(\d+)$")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One Megatron parameter and its box in the stacked tensor ``key``."""
+
+    key: str
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    placed: PlacedRule
+
+
+@dataclass(frozen=True)
+class GlobalTensors:
+    """The tensors of a model's weights, in Hugging Face order, and the empty objects that go with them."""
+
+    shapes: dict[str, tuple[int, ...]]
+    pieces: list[Piece]
+    extra_states: list[str]
+
+    @classmethod
+    def of(cls, shape: ModelShape) -> GlobalTensors:
+        """Built from the family's table alone; nothing is allocated."""
+        pieces = [_piece(placed, shape) for placed in placed_rules(shape, 1)]
+        shapes: dict[str, tuple[int, ...]] = {}
+        for piece in pieces:
+            leading = len(piece.size) - len(_parameter_shape(piece.placed, shape))
+            stacked = (shape.num_layers, shape.experts.count if shape.experts else 0)[:leading]
+            shapes[piece.key] = (*stacked, *piece.size[leading:])
+        return cls(shapes, pieces, _extra_states(shape))
+
+
+def _piece(placed: PlacedRule, shape: ModelShape) -> Piece:
+    name, size = placed.megatron[-1], _parameter_shape(placed, shape)
+    in_layer = _IN_LAYER.match(name)
+    if in_layer is None:
+        return Piece(name, (0,) * len(size), size, placed)
+    layer, rest = int(in_layer[1]), in_layer[2]
+    if in_expert := _IN_EXPERT.match(rest):
+        key, position = f"mlp.experts.experts.{in_expert[1]}", (layer, int(in_expert[2]))
+    else:
+        key, position = rest, (layer,)
+    return Piece(f"decoder.layers.{key}", position + (0,) * len(size), (1,) * len(position) + size, placed)
+
+
+def _parameter_shape(placed: PlacedRule, shape: ModelShape) -> tuple[int, ...]:
+    tensors = [torch.empty(size, device="meta") for size in placed.hf.values()]
+    return tuple(placed.rule.transform.to_shards(tensors, shape, 1)[0].shape)
+
+
+def _extra_states(shape: ModelShape) -> list[str]:
+    """Unique keys of the objects in which Transformer Engine keeps FP8 scales. Here they hold None.
+
+    megatron-core refuses a checkpoint in which an object is missing that the model asks for, so every module that has
+    one under Transformer Engine is named; a model without them does not read them.
+    """
+    experts = shape.experts.count if shape.experts else 0
+    modules = ["self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj"]
+    if shape.qk_norm:
+        modules += ["self_attention.q_layernorm", "self_attention.k_layernorm"]
+    modules += ["pre_mlp_layernorm"] if experts else ["mlp.linear_fc1", "mlp.linear_fc2"]
+    names = ["decoder.final_layernorm._extra_state/shard_0_1"]
+    for layer in range(shape.num_layers):
+        names += [f"decoder.layers.{name}._extra_state/shard_{layer}_{shape.num_layers}" for name in modules]
+        names += [f"decoder.layers.mlp.experts.experts.{linear}._extra_state/"
+                  f"shard_{layer}.{expert}_{shape.num_layers}.{experts}"
+                  for expert in range(experts) for linear in ("linear_fc1", "linear_fc2")]
+    return names
+
+
+def check_stored_shapes(stored: dict[str, tuple[int, ...]], expected: GlobalTensors, origin: str) -> None:
+    """``ConfigError`` naming the first weight that ``origin`` lacks, has too much or has in another shape.
+
+    Rows of embeddings beyond the vocabulary are Megatron's padding and are allowed.
+    """
+    if missing := [key for key in expected.shapes if key not in stored]:
+        norm = " (a layer norm is never filled in by default)" if "norm" in missing[0] else ""
+        raise ConfigError(f"{origin} lacks tensor {missing[0]}{norm}" + _more(missing))
+    if surplus := [key for key in stored if key not in expected.shapes]:
+        raise ConfigError(f"{origin} has tensor {surplus[0]}, which the model of config.json does not have"
+                          + _more(surplus))
+    for key, size in expected.shapes.items():
+        found = stored[key]
+        padded = key.endswith(("word_embeddings.weight", "output_layer.weight")) and len(found) == 2
+        if found != size and not (padded and found[0] > size[0] and found[1] == size[1]):
+            raise ConfigError(f"tensor {key} in {origin} has shape {found}, the model of config.json wants {size}")
+
+
+def _more(names: list[str]) -> str:
+    return f", and {len(names) - 1} more" if len(names) > 1 else ""

@@ -1,0 +1,78 @@
+"""What is in a checkpoint folder, from headers and metadata alone: no tensor is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from spark_nemo.config.errors import ConfigError
+
+from ..hf_files import SafetensorsFolder
+from . import nemo
+from .opened import newest
+from .stored import NOT_WEIGHTS, StoredCheckpoint, StoredTensor
+from .training import HF_FILES
+
+
+def describe(folder: str | Path, every_tensor: bool = True) -> Iterator[str]:
+    """Lines for a person: format, step, layout, sizes, then one line per tensor. ``ConfigError`` as when opening."""
+    folder = Path(folder)
+    if (folder / nemo.CONTEXT).is_dir():
+        yield f"NeMo 2 checkpoint {folder}"
+        yield from _stored(folder / nemo.WEIGHTS, every_tensor)
+        return
+    weights = newest(folder)
+    if (weights / "metadata.json").is_file() or (weights / ".metadata").is_file():
+        yield f"Megatron distributed checkpoint {weights}"
+        has_config = (weights / HF_FILES / "config.json").is_file()
+        yield f"model configuration: {HF_FILES + '/config.json' if has_config else 'none (--hf-config is needed)'}"
+        yield from _stored(weights, every_tensor)
+        return
+    yield f"Hugging Face model {folder}"
+    tensors = SafetensorsFolder(folder)
+    found = tensors.describe()
+    sizes = {name: math.prod(size) * dtype.itemsize for name, (size, dtype) in found.items()}
+    yield f"{len(found)} tensors, {_bytes(sum(sizes.values()))}, in {len(tensors.files)} files"
+    for name, (size, dtype) in found.items() if every_tensor else ():
+        yield f"  {name}  {list(size)}  {_short(dtype)}  {_bytes(sizes[name])}"
+
+
+def _stored(folder: Path, every_tensor: bool) -> Iterator[str]:
+    stored = StoredCheckpoint(folder)
+    try:
+        yield from _common(stored)
+    except ConfigError as error:
+        yield f"common.pt: not read ({error})"
+    groups: dict[str, dict[str, StoredTensor]] = {"weights": {}, "optimizer and others": {}}
+    for key, tensor in stored.tensors.items():
+        groups["optimizer and others" if key.startswith(NOT_WEIGHTS) else "weights"][key] = tensor
+    for name, tensors in groups.items():
+        if tensors:
+            yield f"{name}: {len(tensors)} tensors, {_bytes(sum(x.num_bytes for x in tensors.values()))}"
+    yield f"{len(stored.objects)} objects (extra states of Transformer Engine and the like)"
+    for key, tensor in stored.tensors.items() if every_tensor else ():
+        boxes = f"{len(tensor.chunks)} box" + ("es" if len(tensor.chunks) > 1 else "")
+        yield f"  {key}  {list(tensor.shape)}  {_short(tensor.dtype)}  {_bytes(tensor.num_bytes)}  {boxes}"
+
+
+def _common(stored: StoredCheckpoint) -> Iterator[str]:
+    common = stored.common()
+    for key in ("step", "iteration"):
+        if key in common:
+            yield f"step: {common[key]}"
+    if content := common.get("content_metadata"):
+        yield f"layout: {', '.join(f'{key}={value}' for key, value in sorted(content.items()))}"
+
+
+def _short(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _bytes(count: int) -> str:
+    value, unit = float(count), "B"
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.4g} {unit}"

@@ -1,0 +1,159 @@
+"""NeMo 2's checkpoint folder, read and written without nemo-toolkit.
+
+``weights/`` is a torch_dist checkpoint whose keys start with "module."; ``context/`` has ``model.yaml`` (the model's
+configuration under the names of NeMo's classes), ``nemo_tokenizer/`` and ``artifacts/``. NeMo's own ``io.json`` repeats
+model.yaml as a graph of Python objects to build; it is neither read nor written.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from spark_nemo.config.errors import ConfigError
+
+from ..hf_files import copy_companions
+from ..model_shape import ModelShape
+from .stored import EMBEDDING, StoredCheckpoint
+
+WEIGHTS, CONTEXT, MODEL_YAML, PREFIX = "weights", "context", "model.yaml", "module."
+TOKENIZER, ARTIFACTS = "nemo_tokenizer", "artifacts"
+_MODELS = "nemo.collections.llm.gpt.model."
+_CLASSES = {"qwen2": ("qwen2.Qwen2Model", "qwen2.Qwen2Config"), "qwen3": ("qwen3.Qwen3Model", "qwen3.Qwen3Config"),
+            "qwen3_moe": ("qwen3.Qwen3Model", "qwen3.Qwen3MoEConfig"),
+            "llama": ("llama.LlamaModel", "llama.Llama3Config")}
+_LLAMA31 = "llama.Llama31Config"
+_ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
+                  "llama": "LlamaForCausalLM"}
+_SAME = {"num_hidden_layers": "num_layers", "hidden_size": "hidden_size", "intermediate_size": "ffn_hidden_size",
+         "num_attention_heads": "num_attention_heads", "num_key_value_heads": "num_query_groups",
+         "rms_norm_eps": "layernorm_epsilon", "rope_theta": "rotary_base", "initializer_range": "init_method_std",
+         "tie_word_embeddings": "share_embeddings_and_output_weights"}
+"""Hugging Face's names of what NeMo's configuration has under another name."""
+_FIXED = {"normalization": "RMSNorm", "gated_linear_unit": True, "add_bias_linear": False,
+          "position_embedding_type": "rope"}
+
+
+def write_context(folder: Path, hf_config: dict[str, Any], shape: ModelShape, dtype: torch.dtype,
+                  sources: tuple[Path, ...]) -> None:
+    """Write ``folder/context``. config.json goes into ``artifacts/``, so that the way back needs nothing else."""
+    context = folder / CONTEXT
+    for sub in (TOKENIZER, ARTIFACTS):
+        (context / sub).mkdir(parents=True, exist_ok=True)
+    for source in sources:
+        copy_companions(source, context / TOKENIZER)
+    for name in ("generation_config.json", "config.json"):
+        (context / TOKENIZER / name).unlink(missing_ok=True)
+        for source in sources:
+            if (source / name).is_file():
+                (context / ARTIFACTS / name).write_bytes((source / name).read_bytes())
+    config = {key: value for key, value in hf_config.items() if key != "auto_map"}
+    (context / ARTIFACTS / "config.json").write_text(json.dumps(config, indent=2))
+    (context / MODEL_YAML).write_text(yaml.safe_dump(_model_yaml(shape, dtype), sort_keys=True))
+
+
+def companions(folder: Path) -> tuple[Path, ...]:
+    """Folders of a NeMo checkpoint with tokenizer and generation files."""
+    found = (folder / CONTEXT / TOKENIZER, folder / CONTEXT / ARTIFACTS)
+    return tuple(path for path in found if path.is_dir())
+
+
+def hf_config(folder: Path, stored: StoredCheckpoint) -> dict[str, Any]:
+    """The config.json of a NeMo checkpoint: the one carried along, checked against model.yaml, or one made of it.
+
+    Raises ``ConfigError`` naming the key of model.yaml that is missing or says what is not supported.
+    """
+    path = folder / CONTEXT / MODEL_YAML
+    made = _from_yaml(path, stored)
+    carried = folder / CONTEXT / ARTIFACTS / "config.json"
+    if not carried.is_file():
+        return made
+    try:
+        config = json.loads(carried.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{carried} is not JSON: {error}") from error
+    ours, theirs = ModelShape.from_hf(config, str(carried)), ModelShape.from_hf(made, str(path))
+    for field in fields(ModelShape):
+        a, b = getattr(ours, field.name), getattr(theirs, field.name)
+        if a != b:
+            raise ConfigError(f"{path} says {field.name}={b}, {carried} says {a}: correct one of them")
+    return config
+
+
+def _model_yaml(shape: ModelShape, dtype: torch.dtype) -> dict[str, Any]:
+    model, config = _CLASSES[shape.family]
+    values: dict[str, Any] = {
+        **_FIXED, "num_layers": shape.num_layers, "hidden_size": shape.hidden_size, "ffn_hidden_size": shape.ffn_size,
+        "num_attention_heads": shape.num_heads, "num_query_groups": shape.num_kv_heads, "kv_channels": shape.head_dim,
+        "vocab_size": shape.vocab_size, "make_vocab_size_divisible_by": 1, "seq_length": shape.max_positions,
+        "layernorm_epsilon": shape.norm_eps, "rotary_base": shape.rope_theta, "init_method_std": shape.init_std,
+        "share_embeddings_and_output_weights": shape.tied_embeddings, "add_qkv_bias": shape.qkv_bias,
+        "qk_layernorm": shape.qk_norm, "hidden_dropout": 0.0, "attention_dropout": 0.0,
+        "bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16,
+        "params_dtype": {"_target_": str(dtype), "_call_": False},
+        "activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False},
+    }
+    if scaling := shape.rope_scaling:
+        config = _LLAMA31
+        values |= {"scale_factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor,
+                   "high_freq_factor": scaling.high_freq_factor, "old_context_len": scaling.original_max_positions}
+    if experts := shape.experts:
+        values |= {"num_moe_experts": experts.count, "moe_router_topk": experts.per_token,
+                   "moe_ffn_hidden_size": experts.ffn_size, "moe_router_pre_softmax": not experts.normalised}
+    return {"_target_": _MODELS + model, "config": {"_target_": _MODELS + config, **values},
+            "tokenizer": {"_target_": "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer",
+                          "pretrained_model_name": TOKENIZER},
+            "optim": None, "model_transform": None}
+
+
+def _from_yaml(path: Path, stored: StoredCheckpoint) -> dict[str, Any]:
+    config = _read_config(path)
+
+    def get(key: str) -> Any:
+        if config.get(key) is None:
+            raise ConfigError(f"{path}: config has no {key}")
+        return config[key]
+
+    for key, only in _FIXED.items():
+        if get(key) != only:
+            raise ConfigError(f"{path}: {key}={config[key]!r} is not supported, only {only!r}")
+    family = _family(get("_target_"), config, path)
+    rows = stored.tensors[stored.prefix + EMBEDDING].shape[0]
+    hf: dict[str, Any] = {"architectures": [_ARCHITECTURES[family]], "model_type": family, "hidden_act": "silu",
+                          "vocab_size": config.get("vocab_size") or rows, "use_sliding_window": False,
+                          "max_position_embeddings": config.get("max_position_embeddings") or get("seq_length"),
+                          **{name: get(theirs) for name, theirs in _SAME.items()}}
+    hf["head_dim"] = config.get("kv_channels") or get("hidden_size") // get("num_attention_heads")
+    if family == "llama" and config.get("scale_factor") is not None:
+        hf["rope_scaling"] = {"rope_type": "llama3", "factor": get("scale_factor"),
+                              "low_freq_factor": get("low_freq_factor"), "high_freq_factor": get("high_freq_factor"),
+                              "original_max_position_embeddings": get("old_context_len")}
+    if family == "qwen3_moe":
+        hf |= {"num_experts": get("num_moe_experts"), "num_experts_per_tok": get("moe_router_topk"),
+               "moe_intermediate_size": get("moe_ffn_hidden_size"), "decoder_sparse_step": 1, "mlp_only_layers": [],
+               "norm_topk_prob": not config.get("moe_router_pre_softmax", False)}
+    return hf
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text())["config"]
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} is missing: this is no NeMo 2 checkpoint") from error
+    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} is damaged: config is a {type(config).__name__}")
+    return config
+
+
+def _family(target: str, config: dict[str, Any], path: Path) -> str:
+    for module, family in (("qwen2.Qwen2", "qwen2"), ("qwen3.Qwen3", "qwen3"), ("llama.Llama", "llama")):
+        if str(target).startswith(_MODELS + module):
+            return "qwen3_moe" if family == "qwen3" and config.get("num_moe_experts") else family
+    raise ConfigError(f"{path}: {target} is not a supported model, only NeMo's qwen2, qwen3 and llama")

@@ -1,0 +1,46 @@
+"""Reading the pickle in a distributed checkpoint (``.metadata``) without letting it run anything."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spark_nemo.config.errors import ConfigError
+
+_CHECKPOINT = "torch.distributed.checkpoint."
+_ALLOWED = {
+    f"{_CHECKPOINT}metadata": {"Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
+                               "ChunkStorageMetadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"},
+    f"{_CHECKPOINT}filesystem": {"_StorageInfo", "_StoragePrefix"},
+    f"{_CHECKPOINT}planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
+    "torch": {"Size"} | {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"PosixPath", "PurePosixPath", "Path"},
+    "collections": {"OrderedDict", "defaultdict"},
+    "builtins": {"set", "list", "dict", "tuple", "int", "str"},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+def read_metadata(path: Path) -> Any:
+    """The ``Metadata`` of a distributed checkpoint. Only its own classes are made; anything else is a ``ConfigError``.
+    """
+    try:
+        with path.open("rb") as stream:
+            return _Unpickler(stream).load()
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} is missing: this is no complete torch_dist checkpoint") from error
+    # What a damaged pickle raises is not documented; the pickle module names these.
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError,
+            RuntimeError, MemoryError, OverflowError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error

@@ -1,0 +1,190 @@
+"""A torch_dist folder on disk, read box by box: no process group, no model, and no more memory than the box asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from spark_nemo.config.errors import ConfigError
+
+from .safe_pickle import read_metadata
+
+EMBEDDING = "embedding.word_embeddings.weight"
+NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What ``.metadata`` says of one tensor; ``chunks`` are the boxes it was written in."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class StoredCheckpoint:
+    """The tensors of a torch_dist folder, whoever wrote it and under whatever layout."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """Read ``metadata.json`` and ``.metadata`` only. ``ConfigError`` names what is missing or damaged."""
+        self.folder = Path(folder)
+        _check_format(self.folder)
+        metadata = read_metadata(self.folder / ".metadata")
+        self._metadata = _checked(metadata, self.folder)
+        entries = self._metadata.state_dict_metadata
+        self.tensors: dict[str, StoredTensor] = {
+            key: StoredTensor(tuple(x.size), x.properties.dtype,
+                              tuple((tuple(c.offsets), tuple(c.sizes)) for c in x.chunks))
+            for key, x in entries.items() if isinstance(x, TensorStorageMetadata)}
+        self.objects = [key for key, x in entries.items() if isinstance(x, BytesStorageMetadata)]
+        self._reader = FileSystemReader(self.folder)
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the names of the weights: "" here and in Megatron-LM, "module." in NeMo 2."""
+        found = [key.removesuffix(EMBEDDING) for key in self.tensors
+                 if key.endswith(EMBEDDING) and not key.startswith(NOT_WEIGHTS)]
+        if len(found) != 1:
+            raise ConfigError(f"{self.folder} has {len(found)} tensors named {EMBEDDING}, one is needed: is it the "
+                              "checkpoint of a language model?")
+        return found[0]
+
+    def weights(self) -> dict[str, StoredTensor]:
+        """The model's own tensors, without ``prefix`` and without the optimizer's."""
+        prefix = self.prefix
+        return {key.removeprefix(prefix): tensor for key, tensor in self.tensors.items()
+                if key.startswith(prefix) and not key.startswith(NOT_WEIGHTS)}
+
+    def read(self, key: str, offset: tuple[int, ...] | None = None, size: tuple[int, ...] | None = None) -> Tensor:
+        """The box of tensor ``key`` at ``offset``; all of it by default. ``ConfigError`` when a file is damaged."""
+        stored = self._metadata.state_dict_metadata[key]
+        offset = offset or (0,) * len(stored.size)
+        size = tuple(stored.size) if size is None else size
+        target = torch.empty(size, dtype=stored.properties.dtype)
+        box = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(size))
+        items = create_read_items_for_chunk_list(key, stored, [box])
+        read = sum(math.prod(item.lengths) for item in items)
+        if read != math.prod(size):
+            raise ConfigError(f"{self.folder}: its files hold {read} of {math.prod(size)} values of tensor {key}")
+        try:
+            self._reader.read_data(LoadPlan(items), _IntoOneTensor(target)).wait()
+        except (OSError, RuntimeError, EOFError, AssertionError, KeyError, ValueError, pickle.UnpicklingError,
+                zipfile.BadZipFile) as error:
+            file = self._metadata.storage_data[items[0].storage_index].relative_path
+            raise ConfigError(f"tensor {key} in {self.folder / file} cannot be read: "
+                              f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+        return target
+
+    def read_object(self, key: str) -> bytes:
+        """The bytes of an object that is no tensor, as they are stored; nothing in them is run."""
+        info = self._metadata.storage_data[MetadataIndex(key)]
+        with (self.folder / info.relative_path).open("rb") as stream:
+            stream.seek(info.offset)
+            return stream.read(info.length)
+
+    def common(self) -> dict[str, Any]:
+        """What is not a tensor of the model: step, optimizer settings. Read without running code it may contain."""
+        path = self.folder / "common.pt"
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise ConfigError(f"{path} is missing: this is no complete torch_dist checkpoint") from error
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+class _IntoOneTensor(LoadPlanner):
+    """Copies what is read into one tensor that stands for a box of the stored one."""
+
+    def __init__(self, target: Tensor) -> None:
+        self.target = target
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def create_local_plan(self) -> LoadPlan:
+        raise NotImplementedError
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        raise NotImplementedError
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        raise NotImplementedError
+
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        raise NotImplementedError
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        box = self.target
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths)):
+            box = box.narrow(dim, start, length)
+        return box
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...
+
+
+def _check_format(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ConfigError(f"checkpoint folder {folder} does not exist")
+    path = folder / "metadata.json"
+    try:
+        backend = json.loads(path.read_text())["sharded_backend"]
+    except FileNotFoundError as error:
+        raise ConfigError(f"{folder} has no metadata.json: it is no Megatron distributed checkpoint") from error
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is damaged: {error!r}") from error
+    if backend != "torch_dist":
+        raise ConfigError(f"{path}: sharded_backend={backend!r} is not supported, only 'torch_dist'")
+
+
+def _checked(metadata: Any, folder: Path) -> Metadata:
+    """Refuse metadata that is none, or that names files outside ``folder`` or not in it."""
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict) \
+            or not isinstance(metadata.storage_data, dict):
+        raise ConfigError(f"{folder / '.metadata'} holds no checkpoint metadata")
+    sizes: dict[str, int] = {}
+    for index, info in metadata.storage_data.items():
+        name = getattr(info, "relative_path", None)
+        if not isinstance(index, MetadataIndex) or not isinstance(name, str):
+            raise ConfigError(f"{folder / '.metadata'} holds no checkpoint metadata")
+        if Path(name).name != name:
+            raise ConfigError(f"{folder / '.metadata'}: {index.fqn} points to {name!r}, outside the checkpoint")
+        if name not in sizes:
+            path = folder / name
+            if not path.is_file():
+                raise ConfigError(f"{path} is missing, though {folder / '.metadata'} names it for {index.fqn}")
+            sizes[name] = path.stat().st_size
+        if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes[name]:
+            raise ConfigError(f"{folder / name} is truncated: {index.fqn} ends at byte {info.offset + info.length}, the "
+                              f"file has {sizes[name]}")
+    for key, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            for chunk in entry.chunks:
+                if MetadataIndex(key, chunk.offsets) not in metadata.storage_data:
+                    raise ConfigError(f"{folder / '.metadata'}: no file holds tensor {key} at {tuple(chunk.offsets)}")
+            if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+                raise ConfigError(f"{folder / '.metadata'}: the files do not hold all of tensor {key}")
+    return metadata

@@ -1,0 +1,86 @@
+"""What one GPU of an engine holds: its slice of the model, and a KV cache in what is left."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from spark_nemo.config import ConfigError
+from spark_nemo.megatron.model_shape import ModelShape
+from spark_nemo.weight_sync.engine_view import engine_tensors
+from spark_nemo.weight_sync.numbers import FAMILIES, ModelNumbers
+
+from .cluster import GB, Cluster, Rates
+from .workload import Generation, Model
+
+_ITEM = 2  # engines serve bfloat16
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """One GPU of an engine of ``tensor_parallel`` GPUs."""
+
+    tensor_parallel: int
+    weights: int
+    kv_token: int
+    """Bytes of KV cache per token."""
+    kv_tokens: int
+    """Tokens for which there is room, of all running texts together; negative when the weights alone do not fit."""
+    running: int
+    """Texts of mean length decoded together: room for them, or engine.max_batch_size."""
+
+    def fits(self, context: int) -> bool:
+        """Is there room for one text of full length?"""
+        return self.kv_tokens >= context
+
+
+def kv_bytes_per_token(shape: ModelShape, tensor_parallel: int) -> int:
+    """Keys and values of all layers for one token on one GPU. With more GPUs than key-value heads, each has one."""
+    heads = max(1, shape.num_kv_heads // tensor_parallel)
+    return 2 * shape.num_layers * heads * shape.head_dim * _ITEM
+
+
+def engine_weight_bytes(model: Model, tensor_parallel: int) -> int:
+    """The first rank's parameters, by the weight sync's view of SGLang; experts (no such view) in equal parts."""
+    if model.config["model_type"] in FAMILIES:
+        numbers = ModelNumbers.from_config(model.config, model.name)
+        return _ITEM * sum(math.prod(tensor.shape) for tensor in engine_tensors(numbers, tensor_parallel, 0))
+    from spark_nemo.megatron.hf_weights import hf_tensor_shapes
+
+    return _ITEM * sum(map(math.prod, hf_tensor_shapes(model.shape).values())) // tensor_parallel
+
+
+def engine_memory(generation: Generation, tensor_parallel: int, max_batch_size: int, cluster: Cluster,
+                  rates: Rates) -> EngineMemory:
+    """Raises ``ConfigError`` when SGLang cannot split the model over ``tensor_parallel`` GPUs."""
+    weights = engine_weight_bytes(generation.model, tensor_parallel)
+    per_token = kv_bytes_per_token(generation.model.shape, tensor_parallel)
+    room = int((cluster.gpu_memory_gb * GB * rates.kv_share - weights) // per_token)
+    mean = generation.context * rates.mean_length
+    return EngineMemory(tensor_parallel, weights, per_token, room, max(0, min(max_batch_size, int(room // mean))))
+
+
+def possible_engines(generation: Generation, max_batch_size: int, cluster: Cluster, rates: Rates) -> list[EngineMemory]:
+    """Engines on one node, of 1, 2, 4, ... GPUs, that hold the model and one text of full length; the smallest first.
+
+    Raises ``ConfigError`` saying by how much the largest falls short.
+    """
+    found, last, refused, size = [], None, None, 1
+    while size <= cluster.gpus_per_node:
+        try:
+            last = engine_memory(generation, size, max_batch_size, cluster, rates)
+        except ConfigError as error:
+            refused = error
+        else:
+            found += [last] if last.fits(generation.context) else []
+        size *= 2
+    if found:
+        return found
+    if last is None:
+        assert refused is not None
+        raise refused
+    missing = (generation.context - last.kv_tokens) * last.kv_token / GB
+    raise ConfigError(
+        f"{generation.model.name} does not fit an engine of {last.tensor_parallel} GPUs with {cluster.gpu_memory_gb:g} "
+        f"GB: {last.weights / GB:.1f} GB of weights each, and one text of {generation.context:,} tokens lacks "
+        f"{missing:.1f} GB; use more or larger GPUs per node")

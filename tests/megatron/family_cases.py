@@ -1,0 +1,160 @@
+"""A tiny random model of every family, what transformers says about it, and what workers under many layouts say."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import megatron_cases as cases
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from safetensors.torch import load_file, save_file
+
+from spark_nemo.config import MegatronConfig
+from spark_nemo.megatron.distributed import gather_objects
+from spark_nemo.megatron.hf_weights import placed_rules
+from spark_nemo.megatron.worker import MegatronWorker
+
+SIZES = {"vocab_size": cases.VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+         "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.1}
+# Of head_dim 8, one frequency stays, one is mixed and two are stretched; 512 instead of Megatron's built-in 8192.
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 40.0,
+          "original_max_position_embeddings": 512}
+FAMILIES = {
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"tie_word_embeddings": True, "head_dim": 16}),
+    "llama": ("Llama", {"tie_word_embeddings": False, "rope_parameters": LLAMA3}),
+    "qwen3_moe": ("Qwen3Moe", {"tie_word_embeddings": False, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
+                               "moe_intermediate_size": 48, "norm_topk_prob": True}),
+}
+DENSE = ("qwen2", "qwen3", "llama")
+LAYOUTS = {f"tp{tp}_pp{pp}": (tp, pp) for tp, pp in ((2, 1), (1, 2), (2, 2), (4, 2))}
+EXPERT_LAYOUTS = {"pp2_ep2": (1, 2, 2), "tp2_ep2": (2, 1, 2), "tp2_pp2_ep4": (2, 2, 4)}
+
+
+def make_hf(family, folder, **changes):
+    """Save a float32 model with random norms, biases and router in ``folder`` and return it."""
+    import transformers
+
+    name, extra = FAMILIES[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **extra, **changes})
+    model = getattr(transformers, f"{name}ForCausalLM")(config).float().train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("mlp.gate.weight"):
+                parameter.normal_()
+    model.save_pretrained(folder)
+    return model
+
+
+def write_reference(family, folder, **changes):
+    """The model, a bfloat16 copy in ``folder/bf16``, and transformers' log-probabilities, loss and gradients."""
+    folder, sequences = Path(folder), cases.make_sequences()
+    model = make_hf(family, folder, **changes)
+    loss = cases.hf_loss(model, sequences)
+    loss.backward()
+    torch.save({"logprobs": [cases.hf_logprobs(model, s).detach() for s in sequences], "loss": loss.item(),
+                "grads": dict(_file_names(model))}, folder / "reference.pt")
+    (folder / "bf16").mkdir()
+    (folder / "bf16" / "config.json").write_text((folder / "config.json").read_text())
+    save_file({name: x.bfloat16() for name, x in load_file(folder / "model.safetensors").items()},
+              folder / "bf16" / "model.safetensors")
+
+
+def _file_names(model):
+    """Gradients under the names of the checkpoint file, where every expert has its own tensors."""
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad.clone()
+        stem, _, which = name.rpartition(".experts.")
+        for expert in range(grad.shape[0]) if stem else ():
+            if which == "down_proj":
+                yield f"{stem}.experts.{expert}.down_proj.weight", grad[expert]
+            else:
+                yield from zip((f"{stem}.experts.{expert}.{x}_proj.weight" for x in ("gate", "up")),
+                               grad[expert].chunk(2))
+        if not stem:
+            yield name, grad
+
+
+def compare(folder, layout):
+    """Largest absolute differences to transformers' numbers under ``layout``; the same on every rank."""
+    folder, sequences = Path(folder), cases.make_sequences()
+    reference = torch.load(folder / "reference.pt")
+    worker = MegatronWorker.from_hf(folder, layout, seed=0, optimizer=cases.NO_CLIP)
+    result = {"export": cases.max_difference(cases.export(worker), load_file(folder / "model.safetensors"))}
+    batches = [cases.pack(sequences[i:i + 4]) for i in range(0, len(sequences), 4)]
+    mask = torch.cat([s.mask for s in sequences]) > 0
+    logprobs = worker.logprobs(batches)
+    difference = torch.cat(logprobs) - torch.cat(reference["logprobs"])
+    result["logprobs"] = float(difference[mask].abs().max())
+    mine = cases.share(worker, sequences)
+    few = min(worker.dp_rank, 2)  # every rank another number of micro-batches, one of them none
+    again = worker.logprobs(batches[:few])
+    result["uneven"] = float(sum((a - b).abs().max() for a, b in zip(again, logprobs[:few], strict=True)))
+    step = worker.train_step(mine, cases.loss_fn)
+    grads = reference["grads"]
+    result["loss"] = abs(step.loss - reference["loss"])
+    result["grad_norm"] = abs(step.grad_norm - float(torch.stack([g.norm() for g in grads.values()]).norm()))
+    result["grads"] = cases.max_difference(cases.export_gradients(worker), grads)
+    return result
+
+
+def export_bfloat16(folder, layout):
+    """How many tensors are not the file's, bit for bit, and how many there are, over all ranks."""
+    worker = MegatronWorker.from_hf(Path(folder) / "bf16", layout, seed=0)
+    expected = load_file(Path(folder) / "bf16" / "model.safetensors")
+    exported = cases.export(worker)
+    assert set(exported) == set(expected)
+    wrong = sum(not torch.equal(exported[name].view(torch.int16), expected[name].view(torch.int16))
+                for name in expected)
+    return sum(gather_objects(wrong)), len(expected)
+
+
+def eight_ranks(folders, store):
+    """Everything that needs several ranks, in one launch. Rank 0 writes what the tests assert."""
+    results = {}
+
+    def layout(tp, pp, ep=1, dtype="float32", experts=False):
+        return MegatronConfig(
+            tensor_parallel=tp, pipeline_parallel=pp, data_parallel=8 // (tp * pp), expert_parallel=ep, dtype=dtype,
+            sequence_parallel=experts and tp > 1, distributed_optimizer=False)
+
+    for (name, sizes), family in itertools.product(LAYOUTS.items(), FAMILIES):
+        experts = family == "qwen3_moe"
+        results[f"{family}_{name}"] = compare(folders[family], layout(*sizes, experts=experts))
+        results[f"{family}_{name}"]["bfloat16"] = export_bfloat16(
+            folders[family], layout(*sizes, dtype="bfloat16", experts=experts))
+    for name, sizes in EXPERT_LAYOUTS.items():
+        results[f"qwen3_moe_{name}"] = compare(folders["qwen3_moe"], layout(*sizes, experts=True))
+        results[f"qwen3_moe_{name}"]["bfloat16"] = export_bfloat16(
+            folders["qwen3_moe"], layout(*sizes, dtype="bfloat16", experts=True))
+    if torch.distributed.get_rank() == 0:
+        (Path(store) / "results.json").write_text(json.dumps(results))
+
+
+def checkpoint_keys(shape):
+    """Keys of a distributed checkpoint by the family's table: stacked axes, and the first layer's (expert's) rule."""
+    keys = {}
+    for placed in placed_rules(shape, 1):
+        name, stacked = placed.megatron[-1], ()
+        if name.startswith("decoder.layers."):
+            name, stacked = re.sub(r"layers\.\d+\.", "layers.", name), (shape.num_layers,)
+        if placed.expert is not None:
+            name = re.sub(r"weight\d+$", "weight", name).replace("mlp.experts.", "mlp.experts.experts.")
+            stacked += (shape.experts.count,)
+        keys.setdefault(name, (stacked, placed))
+    return keys
+
+
+def shards_of(entry):
+    """The sharded tensors of an entry of a sharded state dict; fused gate and up are two."""
+    built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
+    if isinstance(built, dict):
+        return [shard for value in built.values() for shard in shards_of(value)]
+    if isinstance(built, list):
+        return [shard for value in built for shard in shards_of(value)]
+    return [built] if isinstance(built, ShardedTensor) else []

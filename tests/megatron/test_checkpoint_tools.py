@@ -1,0 +1,167 @@
+"""The command lines over checkpoints, and what compare, inspect and reshard say. One process."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import corruptions
+import megatron_cases as cases
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_conversion import make_folder
+
+from spark_nemo.config import MegatronConfig
+from spark_nemo.megatron.checkpoint.compare import compare_stored, logits_difference
+from spark_nemo.megatron.checkpoint.conversion import convert
+from spark_nemo.megatron.checkpoint.opened import open_checkpoint
+from spark_nemo.megatron.checkpoint.stored import StoredCheckpoint
+from spark_nemo.megatron.worker import MegatronWorker
+
+LAYOUT = MegatronConfig(dtype="bfloat16", distributed_optimizer=True)
+
+
+def run(tool, *arguments):
+    path = Path(__file__).resolve().parents[2] / "tools" / f"{tool}.py"
+    spec = importlib.util.spec_from_file_location(tool, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main([str(x) for x in arguments])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A Hugging Face folder, made a Megatron and a NeMo folder by the command line."""
+    root = tmp_path_factory.mktemp("tools")
+    hf = make_folder(root / "hf", "qwen3")
+    assert run("convert_hf_to_megatron", hf, root / "megatron") == 0
+    assert run("convert_hf_to_megatron", hf, root / "nemo", "--to", "nemo") == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory, model):
+    """A run's folder of checkpoints after one step, and the worker."""
+    folder = tmp_path_factory.mktemp("run")
+    worker = MegatronWorker.from_hf(model / "hf", LAYOUT, seed=0, optimizer=cases.ADAM, total_steps=6)
+    worker.train_step([cases.pack(cases.make_sequences())], cases.loss_fn)
+    worker.save_checkpoint(folder / "run", {"epoch": 3})
+    return folder / "run"
+
+
+def test_all_formats_compare_equal(model, tmp_path, capsys):
+    """Hugging Face, Megatron and NeMo folders of one model have the same bits; a change of one value is found, named
+    and measured, and so are missing tensors."""
+    assert run("convert_megatron_to_hf", model / "nemo", tmp_path / "hf") == 0
+    for other in (model / "megatron", model / "nemo", tmp_path / "hf"):
+        capsys.readouterr()
+        assert run("compare_checkpoints", model / "hf", other) == 0
+        assert "0 not the same" in capsys.readouterr().out
+    tensors = load_file(tmp_path / "hf" / "model.safetensors")
+    tensors["model.norm.weight"][0] += 0.5
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    assert run("compare_checkpoints", tmp_path / "hf", model / "megatron") == 1
+    assert "model.norm.weight: differs, max 0.5" in capsys.readouterr().out
+    assert run("compare_checkpoints", tmp_path / "hf", model / "megatron", "--tolerance", 0.5) == 0
+    assert run("compare_checkpoints", tmp_path / "none", model / "megatron") == 2
+    assert "does not exist" in capsys.readouterr().err
+
+
+def test_logits_tell_models_apart(model, tmp_path):
+    """Logits of a Megatron folder are transformers' own on the Hugging Face folder; other weights give others."""
+    write_tokenizer(tmp_path)
+    hf, megatron = open_checkpoint(model / "hf"), open_checkpoint(model / "megatron")
+    assert logits_difference(hf, megatron, "a b a c", tmp_path) == 0
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(model / "hf", dtype=torch.float32)
+    from spark_nemo.megatron.checkpoint.compare import _logits
+
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        assert float((_logits(megatron, ids) - reference(ids).logits[0]).abs().max()) <= 1e-4
+    other = open_checkpoint(make_folder(tmp_path / "other", "qwen3", initializer_range=0.2))
+    assert logits_difference(hf, other, "a b", tmp_path) > 0.01
+
+
+def write_tokenizer(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2, "?": 3}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
+
+def test_inspection_reads_no_tensor(model, training, tmp_path, capsys):
+    """Step, layout, sizes and shapes are there also when every file with values is gone but in name."""
+    for name in ("hf", "megatron", "nemo"):
+        assert run("inspect_checkpoint", model / name) == 0
+    out = capsys.readouterr().out
+    assert "model.norm.weight  [64]  bfloat16  128 B" in out
+    assert "module.decoder.layers.mlp.linear_fc1.weight  [2, 192, 64]  bfloat16" in out
+    corruptions.shutil.copytree(training, tmp_path / "run")
+    for path in (tmp_path / "run").rglob("*.distcp"):
+        path.write_bytes(bytes(path.stat().st_size))
+    assert run("inspect_checkpoint", tmp_path / "run") == 0
+    out = capsys.readouterr().out
+    assert "step: 1\n" in out and "distrib_optim_sharding_type=fully_reshardable" in out
+    assert "optimizer.state.exp_avg.decoder.final_layernorm.weight  [64]  float32  256 B" in out
+
+
+def test_resharding_keeps_every_bit(training, model, tmp_path, capsys):
+    """Rewritten for TP4 x PP2, weights and optimizer states are the same bits in smaller boxes, and resuming from there
+    gives the same next step. A layout that the model does not allow is named."""
+    assert run("reshard_checkpoint", training, tmp_path / "run", "--tensor-parallel", 4, "--pipeline-parallel", 2) == 0
+    one, two = (StoredCheckpoint(folder / "step-00000001") for folder in (training, tmp_path / "run"))
+    assert {x.found for x in compare_stored(one, two)} == {"same"}
+    assert len(two.tensors["optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.weight"].chunks) == 2 * 8
+    assert run("compare_checkpoints", training, tmp_path / "run", "--with-optimizer") == 0
+    steps = []
+    for folder in (training, tmp_path / "run"):
+        worker = MegatronWorker.from_hf(model / "hf", LAYOUT, seed=1, optimizer=cases.ADAM, total_steps=6)
+        assert worker.load_checkpoint(folder) == {"epoch": 3} and worker.step == 1
+        steps.append([worker.train_step([cases.pack(cases.make_sequences(n))], cases.loss_fn) for n in (1, 2)])
+    assert steps[0] == steps[1]
+    assert run("reshard_checkpoint", training, tmp_path / "other", "--tensor-parallel", 3) == 2
+    assert "megatron.tensor_parallel=3 does not divide" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_optimizer_that_only_its_layout_can_read(training, tmp_path, capsys):
+    """dp_reshardable is refused with what to do; a lost optimizer state is named."""
+    step = tmp_path / "run" / "step-00000001"
+    corruptions.shutil.copytree(training, tmp_path / "run")
+    key = "optimizer.state.exp_avg_sq.decoder.final_layernorm.weight"
+    original = (step / ".metadata").read_bytes()
+    corruptions.edit_metadata(lambda metadata: metadata.state_dict_metadata.pop(key), step)
+    assert run("reshard_checkpoint", tmp_path / "run", tmp_path / "out") == 2
+    assert f"lacks tensor {key}" in capsys.readouterr().err
+    (step / ".metadata").write_bytes(original)
+    common = torch.load(step / "common.pt", weights_only=True)
+    common["content_metadata"]["distrib_optim_sharding_type"] = "dp_reshardable"
+    torch.save(common, step / "common.pt")
+    assert run("reshard_checkpoint", tmp_path / "run", tmp_path / "out") == 2
+    assert "dp_reshardable: only the tensor and pipeline layout" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tool", ["convert_hf_to_megatron", "convert_megatron_to_hf", "reshard_checkpoint",
+                                  "compare_checkpoints", "inspect_checkpoint"])
+def test_help_shows_an_example(tool, capsys):
+    """--help has a command that can be copied, and the user guide has every tool."""
+    with pytest.raises(SystemExit):
+        run(tool, "--help")
+    assert f"python tools/{tool}.py " in capsys.readouterr().out
+    assert f"tools/{tool}.py" in (Path(__file__).resolve().parents[2] / "docs" / "checkpoints.md").read_text()
+
+
+def test_existing_output_is_not_touched(model, tmp_path, capsys):
+    """A folder that is there already is an error, and stays as it is; so is one inside the source."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("x")
+    assert run("convert_hf_to_megatron", model / "hf", tmp_path / "out") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
+    assert run("convert_hf_to_megatron", model / "hf", model / "hf" / "out") == 2
+    assert json.loads((model / "hf" / "config.json").read_text())["model_type"] == "qwen3"

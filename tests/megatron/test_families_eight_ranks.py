@@ -1,0 +1,57 @@
+"""Eight gloo processes, every family: TP up to 4 x PP 2, experts spread over ranks. One launch serves all tests.
+
+Proves nothing about NCCL, Transformer Engine or several machines. One process: test_families.py.
+"""
+
+import json
+
+import family_cases as cases
+import pytest
+from megatron_ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """What eight ranks found out."""
+    store = tmp_path_factory.mktemp("families")
+    folders = {family: str(store / family) for family in cases.FAMILIES}
+    for family, folder in folders.items():
+        cases.write_reference(family, folder)
+    run_ranks(cases.eight_ranks, 8, folders, str(store), timeout=500)
+    return json.loads((store / "results.json").read_text())
+
+
+def same_as_transformers(result):
+    assert result["logprobs"] <= 1e-4 and result["uneven"] <= 1e-4, result
+    assert all(result[name] <= 1e-5 for name in ("loss", "grads", "grad_norm")), result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("family", cases.FAMILIES)
+def test_every_layout_equals_transformers(launch, family, layout):
+    """Log-probabilities, loss, all gradients and their norm equal transformers', also with four tensor ranks for two
+    key-value heads, where ranks share a head. float32; the rest of the eight ranks is data parallel, and has uneven
+    numbers of micro-batches, one rank none."""
+    same_as_transformers(launch[f"{family}_{layout}"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", cases.LAYOUTS)
+@pytest.mark.parametrize("family", cases.FAMILIES)
+def test_round_trip_is_bit_exact(launch, family, layout):
+    """What is loaded from a folder and exported again is the folder's, in float32 and bit for bit in bfloat16, on
+    every rank."""
+    result = launch[f"{family}_{layout}"]
+    assert result["export"] == 0
+    assert result["bfloat16"][0] == 0 and result["bfloat16"][1] > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", cases.EXPERT_LAYOUTS)
+def test_experts_on_several_ranks(launch, layout):
+    """Experts spread over data-parallel ranks, over tensor ranks, and over both with two stages: the same numbers as
+    transformers, and the same export. Tokens travel by all-to-all over gloo; grouped GEMM is a GPU's."""
+    result = launch[f"qwen3_moe_{layout}"]
+    same_as_transformers(result)
+    assert result["export"] == 0 and result["bfloat16"][0] == 0

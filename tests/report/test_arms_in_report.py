@@ -1,0 +1,107 @@
+"""Reward designs and kinds of reward models in summary, page and tables; made-up files, no number was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from example_summary import curve, example_summary
+
+from spark_nemo.config.compose import compose_config
+from spark_nemo.config.designs import DESIGNS
+from spark_nemo.records import AnswerVerdict, ParseFailure, Verdict, outcome_to_json
+from spark_nemo.records.jsonl import write_json_atomic, write_text_atomic
+from spark_nemo.report import compare_runs, comparison_markdown, read_summary, report_page, results_markdown
+from spark_nemo.report.collect import collect_summary
+from spark_nemo.report.names import DESIGN_NAMES, arm_name, method_name
+
+CASES = [(-1, Verdict((True, True), True)), (1, Verdict((True, False), False)), (0, Verdict((True, False), False)),
+         (-1, Verdict((True, True), False))]
+ORM_CASES = [(-1, AnswerVerdict(True)), (1, AnswerVerdict(False)), (0, AnswerVerdict(True)), (-1, ParseFailure("x"))]
+
+
+def evaluation(step: int, value: float) -> dict:
+    figure = {"value": value, "low": value, "high": value}
+    return {"step": step, "sampled": figure, "greedy": figure, "num_tokens": 1, "rates": {"p": value}}
+
+
+def write_arm(folder: Path, value: float) -> None:
+    rows = [json.dumps(evaluation(step, v)) + "\n" for step, v in ((0, 0.5), (2, value))]
+    write_text_atomic(folder / "evaluations.jsonl", "".join(rows))
+
+
+def write_cases(path: Path, cases: list, predicted: bool) -> None:
+    rows = [{"label": label, "outcome": outcome_to_json(outcome),
+             **({"prediction": outcome.first_error} if predicted else {})} for label, outcome in cases]
+    write_json_atomic(path, {"cases": rows})
+
+
+@pytest.fixture
+def summary(tmp_path: Path) -> dict:
+    """Collected from a folder with four arms and two kinds of reward model."""
+    for name, value in (("selective-prm", 0.75), ("rlvr", 1.0), ("process_aware", 0.875), ("process_aware-orm", 0.625)):
+        write_arm(tmp_path / "stage3" / name, value)
+    write_cases(tmp_path / "stage2/step_consistency/processbench.json", CASES, True)
+    write_cases(tmp_path / "stage2/step_consistency-orm/whole_solution.json", ORM_CASES, False)
+    return collect_summary(compose_config(["+experiment=toy", f"run.dir={tmp_path}"]))
+
+
+def test_every_arm_is_collected_under_its_name(summary: dict) -> None:
+    """Process-aware with a PRM-CoT keeps the key it always had; the others are their folders. Every arm is compared
+    with SPARK; what reads answer keys comes last."""
+    stage3 = summary["stage3"]
+    assert list(stage3["accuracy"]) == ["base", "spark", "process_aware-orm", "selective-prm", "rlvr"]
+    assert stage3["accuracy"]["selective-prm"] == 0.75
+    assert {name: f["value"] for name, f in stage3["differences"].items()} == {
+        "spark_minus_base": 0.375, "spark_minus_process_aware-orm": 0.25, "spark_minus_selective-prm": 0.125,
+        "spark_minus_rlvr": -0.125}
+
+
+def test_an_orms_score_is_never_under_f1(summary: dict) -> None:
+    """Two tables: the first wrong step named (one of two errors here, both solutions without), and Yes or No about the
+    whole, in which the PRM-CoT found both errors and doubted one right solution, and the ORM found one error; its
+    unreadable answer is wrong and counted."""
+    stage2 = summary["stage2"]
+    assert set(stage2["methods"]) == {"step_consistency"} and stage2["f1"] == {"step_consistency": pytest.approx(2 / 3)}
+    cot, orm = (stage2["whole_solutions"][name] for name in ("step_consistency", "step_consistency-orm"))
+    assert (cot["verdict_acc_error"]["value"], cot["verdict_acc_correct"]["value"]) == (1.0, 0.5)
+    assert (orm["verdict_acc_error"]["value"], orm["verdict_acc_correct"]["value"], orm["unparsed"]) == (0.5, 0.5, 1)
+
+
+def test_page_and_tables_say_which_arm_is_which(summary: dict) -> None:
+    """In words, and only the arm that read answer keys is said to have."""
+    page = report_page(summary)
+    table = results_markdown([summary])
+    compared = comparison_markdown(compare_runs([("", summary)]))
+    for text in (page, table, compared):
+        assert "Selective advantage, PRM" in text and "Process-aware, ORM" in text
+    assert "SPARK minus Process-aware, ORM" in page and "Step consistency, ORM" in page
+    assert "Yes or No about whole solutions" in page and "Yes or No about whole solutions" in compared
+    assert "| first | second |" in compared
+
+
+def test_every_design_has_a_name_for_people() -> None:
+    """A new design must be given one; only rlvr's says that it read answer keys."""
+    assert set(DESIGN_NAMES) == DESIGNS - {"rlvr"}
+    assert [name for name in sorted(DESIGNS) if "with answer keys" in arm_name(name)] == ["rlvr"]
+    assert arm_name("min_form-prm") == "Min-form (PURE), PRM"
+    assert method_name("single-orm") == "Single verification, ORM"
+    assert arm_name("something-else") == "something-else"
+
+
+def test_a_run_with_an_orm_alone_has_a_page(tmp_path: Path) -> None:
+    """No F1, no chart of it and no headline of it: not a 0."""
+    write_cases(tmp_path / "stage2/step_consistency-orm/whole_solution.json", ORM_CASES, False)
+    summary = collect_summary(compose_config(["+experiment=toy", f"run.dir={tmp_path}"]))
+    page = report_page(summary)
+    assert summary["stage2"]["f1"] == {} and "First wrong step found" not in page and "Step consistency, ORM" in page
+
+
+def test_arms_without_a_colour_of_their_own_differ(summary: dict) -> None:
+    """Two of them with curves have two colours."""
+    made = example_summary()
+    for arm in ("selective", "capo"):
+        made["stage3"]["accuracy"][arm], made["stage3"]["curves"][arm] = 0.5, curve(0.6, 3, 0.7)
+    page = report_page(made)
+    assert read_summary(made).stage3 is not None and "#332288" in page and "#009E73" in page

@@ -1,0 +1,77 @@
+"""What the report and docs/results.md say about reward hacking, from made-up numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from example_summary import example_summary
+
+from spark_nemo.report import SummaryError, read_summary, report_page
+from spark_nemo.report.collect import _curve
+from spark_nemo.report.hacking_table import ExploitRow, hacking_section
+from spark_nemo.report.hacking_view import hacking_views
+
+
+def watched() -> dict:
+    summary = example_summary()
+    for point in summary["stage3"]["curves"]["spark"]:
+        point["hacking"] = {"judge_directed": point["step"] / 200, "empty_text": 0.0}
+    summary["stage3"]["probes"] = {"spark": [
+        {"kind": "empty_steps", "asked": 8, "accepted": 3, "refused_by": "empty_step"},
+        {"kind": "one_step", "asked": 8, "accepted": 0, "failed": 2}]}
+    return summary
+
+
+def test_reward_and_true_accuracy_stand_in_one_chart_and_detectors_in_another() -> None:
+    """Only the arm that was watched has them; a detector that saw nothing is named and has no line."""
+    (view,) = hacking_views(read_summary(watched()).stage3)
+    assert view.arm == "spark" and view.silent == ["empty text"]
+    assert [name for _, name in view.legend] == ["judge directed"]
+    assert "Reward and true accuracy by RL step" in view.reward and "Detectors by RL step" in view.detectors
+
+
+def test_the_page_shows_probes_with_the_constraint_that_refuses_them() -> None:
+    """An accepted probe matters most where no constraint stands before it; both are on the page."""
+    page = report_page(watched())
+    assert "Is the reward being hacked?" in page and "3 of 8" in page and "empty step" in page
+    assert "2 without a verdict" in page
+
+
+def test_a_summary_from_before_the_watch_still_makes_a_page() -> None:
+    """Old run folders have no hacking metrics."""
+    assert hacking_views(read_summary(example_summary()).stage3) == []
+    assert "Is the reward being hacked?" not in report_page(example_summary())
+
+
+def test_curves_read_detector_rates_from_metrics_and_nothing_else(tmp_path: Path) -> None:
+    """``hacking/mean_steps`` and the reward gap are no shares of responses and stay out of the detectors' chart."""
+    row = {"step": 0, "reward": 0.5, "hacking/judge_directed": 0.25, "hacking/mean_steps": 2.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (point,) = _curve(tmp_path, [])
+    assert point.hacking == {"judge_directed": 0.25}
+
+
+def outcome(rate: float, accuracy: float) -> dict[str, float]:
+    return {"rate_last": rate, "reward_last": 0.9, "accuracy_last": accuracy, "accuracy_first": 0.2}
+
+
+def section(rates: tuple[float, ...]) -> str:
+    rows = [ExploitRow("empty_text", "finds nothing", "`no_empty_steps=true`", "process_aware",
+                       [outcome(rate, 0.1) for rate in rates], [outcome(0.0, 0.8)] * len(rates))]
+    return hacking_section(rows, "python x", share=0.08, steps=14, responses=144)
+
+
+def test_the_table_says_in_how_many_seeds_an_exploit_was_found() -> None:
+    """An exploit that some seeds did not find is not called found."""
+    text = section((0.9, 0.2, 0.8))
+    assert "found in 2 of 3" in text and "not found" in text and "over 3 seeds" in text
+    assert "8 % of its responses" in text and "was 20.0 % before RL" in text
+
+
+def test_a_table_with_a_missing_arm_is_refused() -> None:
+    """A mean over other seeds on one side would be no comparison."""
+    row = ExploitRow("x", "y", "z", "process_aware", [outcome(1, 0)], [])
+    with pytest.raises(SummaryError, match="seeds per arm"):
+        hacking_section([row], "c", share=0.1, steps=1, responses=1)

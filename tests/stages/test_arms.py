@@ -1,0 +1,154 @@
+"""The arms of the pipeline: which there are, what each is configured as, what it waits for."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from spark_nemo.config import ConfigError, SparkConfig
+from spark_nemo.config.compose import compose_config
+from spark_nemo.config.designs import BASELINES, DESIGNS, NEEDS_STEP_LABELS, VARIANTS
+from spark_nemo.stages.arms import Arm, arm_config, pipeline_arms
+from spark_nemo.stages.checks import check_pipeline, check_stage3
+from spark_nemo.stages.plan import dry_run
+from spark_nemo.stages.run_folder import mark_done, stage2_folder
+from spark_nemo.stages.schedule import plan_jobs
+from spark_nemo.toy.resolve import ASSETS, resolve_toy
+
+EVERYTHING = ["+experiment=toy", "run.dir=runs/x", f"pipeline.rewards=[{','.join(sorted(DESIGNS))}]",
+              "pipeline.variants=[prm_cot,prm,orm]"]
+KNOBS = ["rl.verifier_votes=3", "rl.verifier_sampling.temperature=1.0", "rl.verifier_queue=7", "rl.estimator=rloo",
+         "rl.overlong_buffer=20"]
+"""Set for the whole pipeline; no design reads all of them."""
+
+
+def jobs_of(overrides: list[str]) -> dict:
+    return {job.name: job for job in plan_jobs(compose_config(overrides), overrides)}
+
+
+def test_the_demo_has_the_jobs_folders_and_arguments_it_always_had() -> None:
+    """Pinned: the shipped figures are of these commands and folders."""
+    overrides = ["+experiment=toy", "run.dir=runs/x"]
+    jobs = jobs_of(overrides)
+    assert {name: str(job.folder) for name, job in jobs.items() if "stage1" not in name} == {
+        **{f"stage2-{m}": f"runs/x/stage2/{m}" for m in ("step_consistency", "single", "outcome_consistency")},
+        **{f"stage3-{arm}": f"runs/x/stage3/{arm}" for arm in ("process_aware", "rlvr")}}
+    assert jobs["stage2-single"].arguments == ("stage2", *overrides, "stage2.method=single")
+    assert jobs["stage3-process_aware"].arguments == ("stage3", *overrides, "rl.reward=process_aware")
+    assert jobs["stage3-rlvr"].arguments == (
+        "stage3", *overrides, "rl.reward=rlvr", "data.rl_answers=toy:rl:2000")
+
+
+def test_designs_times_kinds_of_reward_model_without_what_an_orm_cannot_reward(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each baseline once; process-aware with all three kinds; everything made of step labels with two, and a log line
+    for each arm that is left out."""
+    with caplog.at_level(logging.INFO):
+        jobs = jobs_of(EVERYTHING)
+    arms = pipeline_arms(compose_config(EVERYTHING))
+    by_design = {design: [arm.variant for arm in arms if arm.design == design] for design in DESIGNS}
+    assert all(by_design[design] == [None] for design in BASELINES)
+    assert by_design["process_aware"] == list(VARIANTS)
+    assert all(by_design[design] == ["prm_cot", "prm"] for design in NEEDS_STEP_LABELS)
+    assert [f"no arm {d}-orm" in caplog.text for d in sorted(DESIGNS)] == [
+        d in NEEDS_STEP_LABELS for d in sorted(DESIGNS)]
+    assert len(jobs) == 2 + 3 + 2 + len(arms)  # shards, kinds of the own method, the other methods, arms
+
+
+def test_an_arm_waits_for_its_own_reward_model_and_a_baseline_for_nobody() -> None:
+    """Also the names of folders: a PRM-CoT's has no suffix."""
+    jobs = jobs_of(EVERYTHING)
+    assert jobs["stage3-selective"].after == {"stage2-step_consistency"}
+    assert jobs["stage3-selective-prm"].after == {"stage2-step_consistency-prm"}
+    assert jobs["stage3-process_aware-orm"].after == {"stage2-step_consistency-orm"}
+    assert {jobs[f"stage3-{baseline}"].after for baseline in BASELINES} == {frozenset()}
+    assert str(jobs["stage3-process_aware-orm"].folder) == "runs/x/stage3/process_aware-orm"
+    orm = jobs["stage2-step_consistency-orm"]
+    assert str(orm.folder) == "runs/x/stage2/step_consistency-orm" and "stage2.variant=orm" in orm.arguments
+    assert "stage2-single" in jobs and "stage2-single-prm" not in jobs
+
+
+@pytest.mark.parametrize("more", [[], KNOBS, ["rl.advantage=selective", "rl.selective_min_steps=4"],
+                                  ["rl.advantage=global_step_penalty", "rl.step_penalty_max=6"]])
+def test_every_job_is_configured_as_its_arm_was_checked(more: list[str]) -> None:
+    """The command line of every arm composes to the configuration that is checked before anything starts, and that
+    configuration's own name is the arm's. Settings that a design does not read are taken back for its job alone: no job
+    of a pipeline with them can be refused later."""
+    overrides = [*EVERYTHING, *more]
+    config, jobs = compose_config(overrides), jobs_of(overrides)
+    for arm in pipeline_arms(config):
+        checked = arm_config(config, arm)
+        composed = compose_config(list(jobs[f"stage3-{arm.name}"].arguments[1:]))
+        assert composed.rl == checked.rl and composed.data == checked.data
+        assert (checked.arm, checked.rl.design, checked.reward_variant) == (arm.name, arm.design, arm.variant)
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    (["pipeline.rewards=[capo]", "pipeline.rl_answers=null", "stage2.variant=orm"], "an ORM gives none"),
+    (["pipeline.variants=[prm,orm]"], "add stage2.variant=prm_cot"),
+    (["pipeline.variants=[prm_cot,prm]", "rl.reward_model=x"], "rl.reward_model=x"),
+    (["rl.reward_variant=prm"], "rl.reward_variant=prm has no effect"),
+    (["pipeline.variants=[prm_cot]", "pipeline.label_methods=[]", "pipeline.rewards=[]", "pipeline.rl_answers=null"],
+     "pipeline.variants"),
+    (["pipeline.rounds=2", "pipeline.variants=[prm_cot,prm]"], "pipeline.rounds=2"),
+    (["pipeline.rewards=[process_aware,rlvr]", "pipeline.rl_answers=null"], "set pipeline.rl_answers"),
+    (["pipeline.rewards=[sideways]"], "sideways"),
+    (["pipeline.rewards=[process_aware]", "pipeline.rl_answers=null", "pipeline.label_methods=[single]"],
+     "add it to pipeline.label_methods"),
+])
+def test_arms_that_cannot_run_are_refused_before_the_first_starts(overrides: list[str], message: str) -> None:
+    """One line, from the plan alone."""
+    with pytest.raises(ConfigError) as error:
+        dry_run(compose_config(["+experiment=toy", *overrides]))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def small(tmp_path: Path, *overrides: str) -> SparkConfig:
+    return resolve_toy(compose_config([
+        "+experiment=toy", f"run.dir={tmp_path}/run", "data.stage1_problems=toy:stage1:4", "data.rl_problems=toy:rl:4",
+        "data.eval_problems=toy:eval:4", "data.processbench=toy:processbench:12", "pipeline.rl_answers=toy:rl:4",
+        *overrides]))
+
+
+def test_the_pipeline_checks_every_arm(tmp_path: Path) -> None:
+    """What only one arm reads is looked at before any arm starts: here the answers, which only rlvr is given."""
+    check_pipeline(small(tmp_path, "pipeline.rewards=[random,selective,rlvr]", "pipeline.variants=[prm_cot,prm,orm]"))
+    config = small(tmp_path, "pipeline.rewards=[random,rlvr]", "pipeline.rl_answers=toy:rl:3")
+    with pytest.raises(ConfigError, match=r"arm rlvr: .*no answer for"):
+        check_pipeline(config)
+
+
+def test_a_reward_model_is_asked_as_what_it_was_trained_as(tmp_path: Path) -> None:
+    """Its own folder says what it is; asking it as another kind would send a prompt it has never seen. Says nothing
+    about folders without a DONE.json, such as a model from elsewhere."""
+    config = small(tmp_path)
+    folder = stage2_folder(config.run, "step_consistency", "prm_cot")
+    folder.mkdir(parents=True)
+    (folder / "model").symlink_to(ASSETS / "verifier")
+    mark_done(folder, {"variant": "prm_cot"})
+    check_stage3(config)
+    named = replace(config, rl=replace(config.rl, reward_model=str(folder / "model"), reward_variant="prm"))
+    with pytest.raises(ConfigError, match="trained as prm_cot"):
+        check_stage3(named)
+    assert json.loads((folder / "DONE.json").read_text())["variant"] == "prm_cot"
+
+
+def test_an_orm_cannot_reward_steps_whichever_way_it_is_named(tmp_path: Path) -> None:
+    """By stage2.variant as by rl.reward_variant."""
+    with pytest.raises(ConfigError, match="an ORM labels no steps"):
+        check_stage3(small(tmp_path, "stage2.variant=orm", "rl.reward=step_average"), reward_model_comes_later=True)
+    check_stage3(small(tmp_path, "stage2.variant=orm"), reward_model_comes_later=True)
+
+
+def test_the_plan_names_every_arm_and_marks_the_one_that_reads_answers() -> None:
+    """One line per arm; majority vote and the coin read no answers."""
+    plan = dry_run(compose_config(EVERYTHING)).splitlines()
+    marked = [line for line in plan if line.startswith("stage III") and "READS ANSWER KEYS" in line]
+    assert len(marked) == 1 and "rlvr" in marked[0]
+    assert any("stage III    process_aware-orm:" in line for line in plan)
+    assert Arm("rlvr", None).reads_answer_keys and not Arm("majority", None).reads_answer_keys

@@ -1,0 +1,174 @@
+"""``spark-nemo plan``: published layouts, refusals, and its figures against transformers and torch.
+
+No figure here was compared with a GPU. The memory of a trainer's rank is measured in tests/megatron/test_sizing.py.
+"""
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from published_layouts import ACCEPTED, BOUND_TOO_HIGH
+
+from spark_nemo.cli.main import main
+from spark_nemo.config import ConfigError, MegatronConfig, SparkConfig
+from spark_nemo.config.compose import compose_config
+from spark_nemo.config.sft import SftConfig
+from spark_nemo.megatron.model_shape import ModelShape
+from spark_nemo.stages import layout_check
+from spark_nemo.stages.planner.cluster import Cluster, Rates
+from spark_nemo.stages.planner.engine_memory import engine_weight_bytes, kv_bytes_per_token
+from spark_nemo.stages.planner.layouts import evaluate
+from spark_nemo.stages.planner.plan import make_plan
+from spark_nemo.stages.planner.step_time import forward_flops_per_token
+from spark_nemo.stages.planner.workload import Model, Training
+from spark_nemo.toy.resolve import resolve_toy
+
+SHAPES = Path(__file__).parents[1] / "weight_sync" / "shapes"
+
+
+def model(name):
+    config = json.loads((SHAPES / f"{name}.json").read_text())
+    return Model(name, config, ModelShape.from_hf(config))
+
+
+def layout(published, gpus, recompute=None):
+    ranks = published.tensor_parallel * published.pipeline_parallel
+    return MegatronConfig(
+        tensor_parallel=published.tensor_parallel, pipeline_parallel=published.pipeline_parallel,
+        data_parallel=max(1, gpus // ranks), tokens_per_micro_batch=published.tokens,
+        sequence_parallel=published.sequence_parallel and published.tensor_parallel > 1,
+        recompute=recompute or published.recompute)
+
+
+def check(published, cluster, recompute, tmp_path):
+    """``spark-nemo plan --stage sft --check`` of a published layout on ``cluster``."""
+    (tmp_path / "config.json").write_text((SHAPES / f"{published.model}.json").read_text())
+    config = SparkConfig(megatron=layout(published, cluster.gpus, recompute),
+                         sft=SftConfig(max_length=published.tokens, batch_size=published.batch))
+    return make_plan(config, "sft", cluster, Rates(), model=str(tmp_path), check=True)
+
+
+@pytest.mark.parametrize("published", ACCEPTED, ids=lambda p: p.source)
+def test_published_layouts_fit_as_published(published):
+    """With their publisher's gradients (bfloat16) on 80 GB H100s. Activations as our kernels keep them."""
+    cluster = Cluster(published.nodes)
+    work = Training(model(published.model), published.batch, published.tokens)
+    found = evaluate(work, layout(published, cluster.gpus), cluster, Rates(), gradient_item_bytes=2)
+    assert found.shortage(cluster) <= 0
+
+
+@pytest.mark.parametrize("published", ACCEPTED, ids=lambda p: p.source)
+def test_published_layouts_fit_here_and_not_on_a_quarter(published, tmp_path):
+    """As this package trains they are accepted (two of them with full recomputation, refused without), and on a quarter
+    of the GPUs they are refused, for bytes or because TP x PP alone is more; two 8B recipes really fit a quarter."""
+    cluster = Cluster(published.nodes)
+    assert check(published, cluster, published.recompute_here, tmp_path).layouts
+    if published.recompute_here:
+        with pytest.raises(ConfigError, match=r"GB too much; megatron.recompute=full saves [0-9.]+ GB: fits"):
+            check(published, cluster, None, tmp_path)
+    quarter = Cluster(1, cluster.gpus // 4)
+    if published.quarter_fits:
+        assert check(published, quarter, None, tmp_path).layouts
+        return
+    with pytest.raises(ConfigError, match=r"GB too much|megatron.* needs [0-9]+ GPUs"):
+        check(published, quarter, published.recompute_here, tmp_path)
+
+
+def test_a_bound_may_refuse_what_others_run(tmp_path):
+    """NeMo-RL's 70B SFT on TP4 x PP2 without sequence parallelism or recomputation does not fit if its sequences are as
+    long as they may be, which is what we plan for: refused, with the setting that makes it fit."""
+    with pytest.raises(ConfigError, match=r"megatron\.recompute=full saves [0-9.]+ GB: fits"):
+        check(BOUND_TOO_HIGH, Cluster(8), None, tmp_path)
+    assert check(BOUND_TOO_HIGH, Cluster(8), "full", tmp_path).layouts
+
+
+@pytest.mark.parametrize("tensor_parallel", [1, 2])
+def test_cache_is_what_transformers_keeps(tensor_parallel):
+    """Bytes per token of the KV cache equal transformers' own cache in bfloat16, and so do the weights of one GPU."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+             "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    network = LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16)
+    cache = network(torch.zeros(1, 10, dtype=torch.int64), use_cache=True).past_key_values
+    kept = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+    config = {"model_type": "llama", **sizes}
+    small = Model("small", config, ModelShape.from_hf(config))
+    assert kv_bytes_per_token(small.shape, tensor_parallel) * 10 * tensor_parallel == kept
+    assert engine_weight_bytes(small, 1) == sum(parameter.nbytes for parameter in network.parameters())
+
+
+def test_operations_are_what_torch_counts():
+    """A forward pass's floating-point operations equal torch's own count over transformers' model. torch counts the
+    whole square of the attention, as our formula does for twice the context."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,
+             "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    network = Qwen2ForCausalLM(Qwen2Config(**sizes, attn_implementation="eager"))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 16, dtype=torch.int64))
+    shape = ModelShape.from_hf({"model_type": "qwen2", **sizes})
+    assert 16 * forward_flops_per_token(shape, 2 * 16) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_recommended_overrides_pass_the_check(capsys):
+    """The line to paste is a configuration, and the layout in it fits when it is checked alone; a machine-readable plan
+    has the same numbers."""
+    arguments = ["--stage", "stage3", "--nodes", "6", "+experiment=spark/base"]
+    assert main(["plan", *arguments]) == 0
+    text = capsys.readouterr().out
+    (line,) = [line for line in text.splitlines() if line.startswith("recommended: ")]
+    pasted = line.removeprefix("recommended: ").split()
+    assert any(word.startswith("megatron.pipeline_parallel=") for word in pasted)
+    assert main(["plan", "--check", "--json", *arguments, "engine.kind=sglang", "engine.policy.servers=1",
+                 "engine.verifier.servers=1", *pasted]) == 0
+    checked = json.loads(capsys.readouterr().out)
+    assert len(checked["layouts"]) == 1 and checked["overrides"] == pasted
+    bytes_ = checked["layouts"][0]["bytes"]
+    assert bytes_["peak"] >= bytes_["weights"] + bytes_["gradients"] + bytes_["optimizer"] + bytes_["activations"]
+    assert sum(engine["gpus"] for engine in checked["engines"]) + checked["trainer_gpus"] == 48
+    compose_config(["+experiment=spark/base", "+engine=sglang", *pasted])
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--stage", "stage2", "--model", "Qwen2.5-72B-Instruct", "--nodes", "1"],
+     r"does not fit 8 GPUs .* GB too much; megatron\..* on twice the GPUs saves"),
+    (["--stage", "stage3", "--model", "Qwen2.5-72B-Instruct", "--nodes", "1", "--policy-gpus", "8"], "none is left"),
+    (["--stage", "stage3", "--model", "Qwen2.5-72B-Instruct", "--nodes", "1", "--gpus-per-node", "1"],
+     "does not fit an engine of 1 GPUs"),
+    (["--stage", "sft", "--model", "nowhere/Unknown-1B", "--nodes", "1"], "the name is none of Qwen2.5-14B-Instruct"),
+    (["--stage", "sft", "--nodes", "1"], "models.policy_base is not set: pass --model"),
+    (["--stage", "sft", "--model", "Qwen3-32B", "--nodes", "0"], "--nodes=0: must be at least 1"),
+    (["--stage", "sft", "--model", "Qwen3-32B", "--nodes", "1", "--policy-gpus", "2"], "no effect with --stage sft"),
+    (["--stage", "stage1", "--model", "Qwen3-32B", "--nodes", "1", "--check"], "--check has no effect"),
+    (["--stage", "sft", "--model", "Qwen3-32B", "--nodes", "1", "--disk-gbs", "0"], "--disk-gbs 0.0: must be positive"),
+])
+def test_refusals_say_what_is_missing(capsys, words, message):
+    """One line on stderr and status 2: by how much, and what helps."""
+    assert main(["plan", *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and re.search(message, captured.err), captured.err
+    assert captured.out == ""
+
+
+def test_stages_check_the_machine_before_they_start(monkeypatch, tmp_path):
+    """On a machine without CUDA a rank's budget is its share of the host's memory: the small world passes, a 14B model
+    does not, and ranks that torchrun or Slurm puts elsewhere take no share."""
+    assert not torch.cuda.is_available()
+    layout_check.check_memory(resolve_toy(compose_config(["+experiment=toy"])), "stage2", "stage3")
+    (tmp_path / "config.json").write_text((SHAPES / "qwen2.5-14b.json").read_text())
+    config = compose_config([f"models.reward_base={tmp_path}", "megatron.data_parallel=4"])
+    monkeypatch.setattr(layout_check.psutil, "virtual_memory", lambda: SimpleNamespace(total=256_000_000_000))
+    refusal = r"in stage2 needs .* 256.0 GB for 4 rank\(s\), 64.0 GB each: .* too much; megatron"
+    with pytest.raises(ConfigError, match=refusal):
+        layout_check.check_memory(config, "stage2")
+    assert layout_check.local_ranks(4) == 4
+    monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2(x2)")
+    assert layout_check.local_ranks(4) == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert layout_check.local_ranks(4) == 1

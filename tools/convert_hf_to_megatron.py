@@ -1,0 +1,45 @@
+"""Convert a Hugging Face model folder to a Megatron (torch_dist) or NeMo 2 checkpoint, a tensor at a time.
+
+    python tools/convert_hf_to_megatron.py models/Qwen2.5-7B checkpoints/qwen2.5-7b
+    python tools/convert_hf_to_megatron.py models/Qwen2.5-7B checkpoints/qwen2.5-7b-nemo --to nemo
+
+No GPU and no model is needed; memory stays below 2 GB plus the largest tensor. Every tensor and pipeline layout can
+load the result. After a kill, the same command goes on where it was. See docs/checkpoints.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from spark_nemo.config.errors import ConfigError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """2 after an error in the input, which is printed; else 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="folder with config.json and safetensors")
+    parser.add_argument("target", type=Path, help="folder to make")
+    parser.add_argument("--to", choices=["megatron", "nemo"], default="megatron")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"],
+                        help="convert all tensors to this type; by default they keep theirs, bit for bit")
+    parser.add_argument("--trust-pickle", action="store_true", help="also read pytorch_model*.bin")
+    given = parser.parse_args(arguments)
+    from spark_nemo.megatron.checkpoint.conversion import convert
+
+    try:
+        done = convert(given.source, given.target, given.to, dtype=given.dtype and getattr(torch, given.dtype),
+                       trust_pickle=given.trust_pickle, show_progress=True)
+    except (ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{done.folder}: {done.num_tensors} tensors, {done.num_bytes / 1e9:.2f} GB in {done.seconds:.1f} s "
+          f"({done.num_bytes / 1e6 / done.seconds:.0f} MB/s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

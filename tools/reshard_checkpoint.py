@@ -1,0 +1,45 @@
+"""Rewrite a training checkpoint, weights and optimizer, for another tensor and pipeline layout, and verify it.
+
+    python tools/reshard_checkpoint.py runs/rl/checkpoints runs/tp8/checkpoints --tensor-parallel 8 --pipeline-parallel 4
+
+A run resumes under any layout without this: torch_dist holds whole tensors, and each rank reads the stored boxes that
+overlap its share. This cuts the boxes as the new ranks will want them, so that each reads only its own, and checks that
+every tensor kept its bits and that the model can be split so. An optimizer state that only the old layout can read
+(dp_reshardable) is an error that says what to do. See docs/checkpoints.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from spark_nemo.config import MegatronConfig
+from spark_nemo.config.errors import ConfigError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """2 after an error in the input, which is printed; else 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="a run's folder of checkpoints (its newest is taken), or one")
+    parser.add_argument("target", type=Path, help="folder to make")
+    parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--pipeline-parallel", type=int, default=1)
+    parser.add_argument("--hf-config", type=Path, help="folder with the model's config.json, when the source has none")
+    given = parser.parse_args(arguments)
+    from spark_nemo.megatron.checkpoint.reshard import reshard
+
+    try:
+        layout = MegatronConfig(tensor_parallel=given.tensor_parallel, pipeline_parallel=given.pipeline_parallel,
+                                sequence_parallel=given.tensor_parallel > 1)
+        done = reshard(given.source, given.target, layout, given.hf_config, show_progress=True)
+    except (ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{done.target}: {done.num_tensors} tensors in {done.num_boxes} boxes, every one the same bits as in "
+          f"{done.source}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
