@@ -221,6 +221,9 @@ def _comparison_table(comparison: MathComparison) -> str:
     for which, names in (("first", comparison.only_first), ("second", comparison.only_second)):
         if names:
             lines.append(f"only the {which} run has {', '.join(names)}")
+    if any(comparison.unjudged):
+        first, second = comparison.unjudged
+        lines.append(f"answers not judged within the limits, which count as wrong: {first} and {second}")
     return "\n".join(lines)
 
 

@@ -30,11 +30,12 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class MathComparison:
-    """The differences, and the numbers that only one of the runs has."""
+    """The differences, the numbers that only one of the runs has, and how many answers of each nobody could judge."""
 
     differences: list[Difference]
     only_first: list[str]
     only_second: list[str]
+    unjudged: tuple[int, int]
 
 
 def compare_completions(
@@ -65,7 +66,8 @@ def compare_completions(
             _difference("average", _label(kind, every[0][0], every[1][0]),
                         [part[kind][1] for part in every[0]], [part[kind][1] for part in every[1]], samples)
             for kind in every[0][0] if kind in kinds[0] & kinds[1]]
-    return MathComparison(differences, sorted(kinds[0] - kinds[1]), sorted(kinds[1] - kinds[0]))
+    unjudged = tuple(sum(score.unjudged for score in each.values()) for each in scores)
+    return MathComparison(differences, sorted(kinds[0] - kinds[1]), sorted(kinds[1] - kinds[0]), unjudged)
 
 
 Values = dict[str, float]

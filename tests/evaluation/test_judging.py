@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from scripted_engine import Bytes, Scripted
 
 from spark_nemo.cli.main import main
 from spark_nemo.config import ConfigError, SamplingConfig
-from spark_nemo.engines.base import Engine, EngineFailure, EngineHealth, EngineLost, FinishReason, Generation
+from spark_nemo.engines.base import Engine, EngineFailure, EngineLost
 from spark_nemo.engines.served import ServedModel
 from spark_nemo.evaluation import ProcessBenchCase
 from spark_nemo.evaluation.judging import Critic, RewardModelJudge, judge_processbench
@@ -21,54 +20,8 @@ from spark_nemo.grammar import prompt_set
 from spark_nemo.grammar.critic_prompt import critic_messages
 from spark_nemo.toy.resolve import ASSETS
 
-END = 256
 SAMPLED = SamplingConfig(temperature=1.0, top_p=0.9, max_new_tokens=50)
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=50)
-
-
-class Bytes:
-    """One token per byte."""
-
-    eos_ids = (END,)
-
-    def encode_chat(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
-        return tuple(messages[0]["content"].encode())
-
-    def decode_response(self, ids: tuple[int, ...]) -> str:
-        return bytes(token for token in ids if token != END).decode()
-
-
-class Scripted(Engine):
-    """Says what ``script`` says of a prompt and how often that prompt has come; an exception is raised."""
-
-    def __init__(self, script: Callable[[str, int], str | Exception]) -> None:
-        self.script, self.seen, self.seeds, self.alive, self.closed = script, {}, [], True, False
-        self.running = self.most = 0
-
-    async def generate(self, request) -> Generation:
-        prompt = bytes(request.prompt_ids).decode()
-        count = self.seen[prompt] = self.seen.get(prompt, -1) + 1
-        self.seeds.append(request.sampling.seed)
-        self.running += 1
-        self.most = max(self.most, self.running)
-        await asyncio.sleep(0)
-        self.running -= 1
-        said = self.script(prompt, count)
-        if isinstance(said, Exception):
-            raise said
-        cut = said.endswith("...")
-        ids = tuple(said.encode()) if cut else (*said.encode(), END)
-        return Generation(ids, (0.0,) * len(ids), (0,) * len(ids), FinishReason.LENGTH if cut else FinishReason.STOP)
-
-    async def update_weights(self, tensors, version) -> None: ...
-    async def pause(self) -> None: ...
-    async def resume(self) -> None: ...
-
-    async def close(self) -> None:
-        self.closed = True
-
-    async def health(self) -> EngineHealth:
-        return EngineHealth(self.alive, False, 0, 0, 0, 0)
 
 
 def splits(*labels: int) -> dict[str, list[ProcessBenchCase]]:

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scripted_engine import Bytes, Scripted
 
 from spark_nemo.cli.main import main
+from spark_nemo.engines.served import ServedModel
 from spark_nemo.evaluation import DataFileError, mean_estimate
 from spark_nemo.evaluation.bootstrap import grouped_mean_estimate
 from spark_nemo.evaluation.completions import SavedCompletion, average_estimates, score_sets, write_completions
 from spark_nemo.evaluation.math_compare import compare_completions
 from spark_nemo.evaluation.math_data import read_math_sets
+from spark_nemo.toy.resolve import ASSETS
 
 SIZES = {"amc23": 40, "aime25": 30}
 
@@ -23,7 +26,7 @@ SIZES = {"amc23": 40, "aime25": 30}
 def data(tmp_path: Path) -> list[Path]:
     for name, size in SIZES.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(
-            json.dumps({"id": i, "problem": f"{i}?", "answer": i}) + "\n" for i in range(size)))
+            json.dumps({"id": i, "problem": f"{name} {i}?", "answer": i}) + "\n" for i in range(size)))
     return [tmp_path / f"{name}.jsonl" for name in SIZES]
 
 
@@ -109,3 +112,21 @@ def test_runs_on_different_problems_are_refused_and_the_first_is_named(
             compare_completions(a, b, sets)
     assert main(["evaluate", "compare", str(first), str(second), "--data", *map(str, data)]) == 2
     assert "'amc23-7' is only in" in capsys.readouterr().err
+
+
+def test_the_command_asks_a_model_and_one_command_scores_what_it_said_again(
+    tmp_path: Path, data: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Proves the way from --model over several benchmarks to the table, that every completion is saved, and that the
+    printed command gives the same figures without a model. The engine is scripted: every third reply is right."""
+    engine = Scripted(lambda prompt, count: f"\\boxed{{{prompt.split('?')[-2].split()[-1]}}}" if count == 1 else "no")
+    monkeypatch.setattr(ServedModel, "load", lambda *arguments: ServedModel(engine, Bytes(), "id"))
+    command = ["evaluate", "math", "--model", str(ASSETS / "generator"), "--k", "2", "--data", *map(str, data),
+               "+experiment=toy", f"run.dir={tmp_path / 'run'}", "evaluation.samples_per_problem=2"]
+    assert main(command) == 0
+    again, *table, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("70 problems: sampled 0.500") and "greedy 0.000" in last and "avg@2" in last
+    words = again.partition("spark-nemo ")[2].split()
+    assert len(Path(words[3]).read_text().splitlines()) == 3 * 70
+    assert main([*words, "--k", "2"]) == 0 and capsys.readouterr().out.splitlines() == table
+    assert main([*command, "--k", "3"]) == 2 and "evaluation.samples_per_problem is 2" in capsys.readouterr().err
