@@ -129,10 +129,12 @@ class MegatronWorker:
     @property
     def quadratic_cost(self) -> float:
         """c in the cost ``T + c T^2`` of a sequence of T positions: multiplications of causal attention (queries by
-        keys, weights by values, over T / 2 positions on average) per multiplication with a weight matrix."""
-        shape = self.shape
+        keys, weights by values, over T / 2 positions on average) per multiplication with a weight matrix. Of experts
+        those count that see a token."""
+        shape, experts = self.shape, self.shape.experts
         attention = shape.num_layers * shape.num_heads * shape.head_dim
-        layer = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim + 3 * shape.ffn_size
+        width = experts.per_token * experts.ffn_size if experts is not None else shape.ffn_size
+        layer = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim + 3 * width
         return attention / (shape.hidden_size * (shape.num_layers * layer + shape.vocab_size))
 
     # Forward passes
