@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import conversion_cases
 import megatron_cases as cases
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -128,6 +129,7 @@ def eight_ranks(folders, store):
         results[f"qwen3_moe_{name}"] = compare(folders["qwen3_moe"], layout(*sizes, experts=True))
         results[f"qwen3_moe_{name}"]["bfloat16"] = export_bfloat16(
             folders["qwen3_moe"], layout(*sizes, dtype="bfloat16", experts=True))
+    results["conversion"] = conversion_cases.eight_ranks(folders, store)
     if torch.distributed.get_rank() == 0:
         (Path(store) / "results.json").write_text(json.dumps(results))
 

@@ -178,8 +178,8 @@ def _checked(metadata: Any, folder: Path) -> Metadata:
                 raise ConfigError(f"{path} is missing, though {folder / '.metadata'} names it for {index.fqn}")
             sizes[name] = path.stat().st_size
         if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes[name]:
-            raise ConfigError(f"{folder / name} is truncated: {index.fqn} ends at byte {info.offset + info.length}, the "
-                              f"file has {sizes[name]}")
+            raise ConfigError(f"{folder / name} is truncated: {index.fqn} ends at byte {info.offset + info.length}, "
+                              f"the file has {sizes[name]}")
     for key, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
             for chunk in entry.chunks:
