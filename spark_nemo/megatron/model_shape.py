@@ -65,9 +65,9 @@ class ModelShape:
         theta, scaling = _rope(family, config, source)
         try:
             experts = None if family.experts is None else family.experts(config, get)
+        except ConfigError:
+            raise
         except (TypeError, ValueError) as error:
-            if isinstance(error, ConfigError):
-                raise
             raise ConfigError(f"{source}: {error}") from error
         hidden = count("hidden_size")
         return cls(

@@ -67,6 +67,7 @@ class MegatronWorker:
         """Process groups and an unfilled model; for ``from_hf`` and ``from_config``."""
         from megatron.core import parallel_state
 
+        shape.check_layout(layout)
         distributed.initialize(layout)
         seed_everything(seed)
         self.hf_config, self.shape, self.layout = hf_config, shape, layout
@@ -139,7 +140,8 @@ class MegatronWorker:
     @on_this_device
     def _forward(self, micro_batches: Sequence[PackedBatch], temperature: float,
                  with_entropy: bool) -> list[tuple[Tensor, Tensor | None]]:
-        if not micro_batches:
+        together = self._in_step(micro_batches)
+        if not together:
             return []
         outputs: list[tuple[Tensor, Tensor | None]] = []
 
@@ -150,7 +152,7 @@ class MegatronWorker:
         self.model.eval()  # recomputation is for training
         try:
             with torch.no_grad():
-                self._schedule(self.model, micro_batches, temperature, with_entropy, keep, forward_only=True)
+                self._schedule(self.model, together, temperature, with_entropy, keep, forward_only=True)
         finally:
             self.model.train()
         return [self._from_last_stage(batch.num_tokens, with_entropy, outputs[i] if outputs else None)
@@ -195,7 +197,8 @@ class MegatronWorker:
         self._trained.zero_grad_buffer()
         self._optimizer.zero_grad()
         # A rank without work still has to take part in the gradient reduction.
-        self._schedule(self._trained, micro_batches or [_NOTHING], temperature, with_entropy, loss, forward_only=False)
+        together = self._in_step(micro_batches) or [_NOTHING]
+        self._schedule(self._trained, together, temperature, with_entropy, loss, forward_only=False)
         total, metrics = self._sum_reports(reports)
         if check is not None:
             check()
@@ -206,6 +209,13 @@ class MegatronWorker:
             raise NonFiniteGradient(f"optimizer step {self.step}: {error} (loss={total / num_tokens})") from error
         self._scheduler.step(1)
         return StepResult(total / num_tokens, grad_norm, lr, num_tokens, metrics)
+
+    def _in_step(self, micro_batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """These and, where ranks exchange tokens in every layer, as many empty ones as the busiest rank has more."""
+        if self.layout.expert_parallel == 1:
+            return list(micro_batches)
+        longest = max(distributed.gather_objects(len(micro_batches)))
+        return [*micro_batches, *[_NOTHING] * (longest - len(micro_batches))]
 
     def _global_num_tokens(self, micro_batches: Sequence[PackedBatch]) -> float:
         own = math.fsum(float(batch.loss_mask_T.double().sum()) for batch in micro_batches)

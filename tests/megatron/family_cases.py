@@ -89,10 +89,14 @@ def compare(folder, layout):
     result = {"export": cases.max_difference(cases.export(worker), load_file(folder / "model.safetensors"))}
     batches = [cases.pack(sequences[i:i + 4]) for i in range(0, len(sequences), 4)]
     mask = torch.cat([s.mask for s in sequences]) > 0
-    difference = torch.cat(worker.logprobs(batches)) - torch.cat(reference["logprobs"])
+    logprobs = worker.logprobs(batches)
+    difference = torch.cat(logprobs) - torch.cat(reference["logprobs"])
     result["logprobs"] = float(difference[mask].abs().max())
-    own = cases.pack(sequences[worker.dp_rank::worker.dp_size])
-    step = worker.train_step([own], cases.loss_fn)
+    mine = cases.share(worker, sequences)
+    few = min(worker.dp_rank, 2)  # every rank another number of micro-batches, one of them none
+    again = worker.logprobs(batches[:few])
+    result["uneven"] = float(sum((a - b).abs().max() for a, b in zip(again, logprobs[:few], strict=True)))
+    step = worker.train_step(mine, cases.loss_fn)
     grads = reference["grads"]
     result["loss"] = abs(step.loss - reference["loss"])
     result["grad_norm"] = abs(step.grad_norm - float(torch.stack([g.norm() for g in grads.values()]).norm()))
@@ -115,20 +119,25 @@ def eight_ranks(folders, store):
     """Everything that needs several ranks, in one launch. Rank 0 writes what the tests assert."""
     results = {}
 
-    def layout(tp, pp, ep=1, dtype="float32", experts=False):
+    def layout(tp, pp, ep=1, dtype="float32", split_rows=False, **more):
         return MegatronConfig(
             tensor_parallel=tp, pipeline_parallel=pp, data_parallel=8 // (tp * pp), expert_parallel=ep, dtype=dtype,
-            sequence_parallel=experts and tp > 1, distributed_optimizer=False)
+            sequence_parallel=split_rows and tp > 1, **{"distributed_optimizer": False, **more})
 
     for (name, sizes), family in itertools.product(LAYOUTS.items(), FAMILIES):
         experts = family == "qwen3_moe"
-        results[f"{family}_{name}"] = compare(folders[family], layout(*sizes, experts=experts))
+        results[f"{family}_{name}"] = compare(folders[family], layout(*sizes, split_rows=experts))
         results[f"{family}_{name}"]["bfloat16"] = export_bfloat16(
-            folders[family], layout(*sizes, dtype="bfloat16", experts=experts))
+            folders[family], layout(*sizes, dtype="bfloat16", split_rows=experts))
     for name, sizes in EXPERT_LAYOUTS.items():
-        results[f"qwen3_moe_{name}"] = compare(folders["qwen3_moe"], layout(*sizes, experts=True))
+        results[f"qwen3_moe_{name}"] = compare(folders["qwen3_moe"], layout(*sizes, split_rows=True))
         results[f"qwen3_moe_{name}"]["bfloat16"] = export_bfloat16(
-            folders["qwen3_moe"], layout(*sizes, dtype="bfloat16", experts=True))
+            folders["qwen3_moe"], layout(*sizes, dtype="bfloat16", split_rows=True))
+    for family in ("qwen3", "qwen3_moe"):
+        results[f"{family}_recompute"] = compare(folders[family], layout(4, 2, split_rows=True, recompute="full"))
+    saved, other = (layout(*sizes, split_rows=True, distributed_optimizer=True) for sizes in ((2, 1, 2), (1, 2, 4)))
+    expected, resumed = cases.resume(folders["qwen3_moe"], f"{store}/checkpoint", saved, [saved, other])
+    results["resume"] = {"expected": expected, "resumed": resumed}
     results["conversion"] = conversion_cases.eight_ranks(folders, store)
     if torch.distributed.get_rank() == 0:
         (Path(store) / "results.json").write_text(json.dumps(results))

@@ -6,7 +6,9 @@ checked against what megatron-core writes without it.
 
 import dataclasses
 import json
+import math
 import shutil
+from pathlib import Path
 
 import family_cases as cases
 import pytest
@@ -34,6 +36,10 @@ VARIANTS = {
 NUMBERS = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "head_dim": 8,
            "num_key_value_heads": 2, "vocab_size": 67, "num_experts": 4, "num_experts_per_tok": 2,
            "moe_intermediate_size": 48, "norm_topk_prob": True}
+
+PUBLISHED = {
+    "qwen2.5-7b": 15231233024, "qwen3-32b": 65524246528, "llama-3.1-70b": 141107412992, "qwen3-30b-a3b": 61064245248}
+"""metadata.total_size in the model.safetensors.index.json of these models on huggingface.co: bytes in bfloat16."""
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +121,19 @@ def test_every_expert_is_somewhere(stages, ranks):
     places = [(p.stage, p.expert_rank, name) for p in rules for name in p.megatron]
     assert len(places) == len(set(places))
     assert {p.expert_rank for p in rules} == {None, *range(ranks)}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_tables_weigh_what_the_published_models_weigh(model):
+    """The tensors of a family's table have together exactly the bytes that the published checkpoint says it has. Their
+    names are those of transformers, which wrote the folders of the other tests."""
+    config = {"model_type": "qwen3_moe", "num_hidden_layers": 48, "hidden_size": 2048, "intermediate_size": 6144,
+              "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151936,
+              "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True}
+    if model != "qwen3-30b-a3b":
+        config = json.loads((Path(__file__).parents[1] / f"weight_sync/shapes/{model}.json").read_text())
+    shapes = hf_weights.hf_tensor_shapes(ModelShape.from_hf(config))
+    assert 2 * sum(math.prod(size) for size in shapes.values()) == PUBLISHED[model]
 
 
 @pytest.mark.parametrize("stretch", [
