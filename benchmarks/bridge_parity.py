@@ -1,6 +1,8 @@
-"""Does Megatron-Bridge 0.3.1 make the same Megatron tensors of a Hugging Face model as this project? Bit by bit, on a CPU.
+"""Does Megatron-Bridge 0.3.1 make the same Megatron tensors of a Hugging Face model as this project? Bit by bit.
 
-    pip install --no-deps --target BRIDGE megatron-bridge==0.3.1 transformers==4.57.6 'huggingface_hub<1' ...
+    pip install --no-deps --target BRIDGE megatron-bridge==0.3.1 transformers==4.57.6 'huggingface_hub<1' \\
+        'tokenizers<=0.23' requests urllib3 charset-normalizer certifi idna hydra-core omegaconf \\
+        antlr4-python3-runtime==4.9.3 einops
     python benchmarks/bridge_parity.py BRIDGE MODEL_FOLDER
 
 BRIDGE is a folder of packages that goes before the installed ones, since the bridge wants transformers 4 (and what that
@@ -20,8 +22,9 @@ import types
 from pathlib import Path
 from typing import Any
 
-ABSENT = ("transformer_engine", "triton", "mamba_ssm", "causal_conv1d", "nvidia_resiliency_ext", "fla", "mlflow", "wandb",
-          "nvtx", "modelopt", "flashinfer", "open_clip", "qwen_vl_utils", "timm", "datasets", "peft", "apex", "flash_attn")
+ABSENT = ("transformer_engine", "triton", "mamba_ssm", "causal_conv1d", "nvidia_resiliency_ext", "fla", "mlflow",
+          "wandb", "nvtx", "modelopt", "flashinfer", "open_clip", "qwen_vl_utils", "timm", "datasets", "peft", "apex",
+          "flash_attn")
 
 
 class _Nothing(types.ModuleType):
@@ -101,7 +104,8 @@ def main() -> int:
     seed_everything(0)
     with cuda_means_cpu(), tempfile.TemporaryDirectory() as scratch:
         ours = StoredCheckpoint(convert(given.model, Path(scratch) / "ours", "megatron").folder)
-        entries = list(bridge_model(given.model).sharded_state_dict(metadata={"singleton_local_shards": False}).values())
+        theirs = bridge_model(given.model).sharded_state_dict(metadata={"singleton_local_shards": False})
+        entries = list(theirs.values())
         seen, wrong = set(), []
         while entries:
             entry = entries.pop()

@@ -34,7 +34,7 @@ def loaded_and_saved_by_core(hf, store, experts):
     ``hf``; and after it has saved the model and that was converted back."""
     converted, wrong = Path(store) / "converted", {}
     if dist.get_rank() == 0:
-        convert(hf, converted, "megatron")
+        convert(hf, converted, "megatron", dtype=torch.bfloat16)  # the copied config.json says float32
     dist.barrier()
     expected = dict(SafetensorsFolder(hf))
     for tp, pp in LAYOUTS:
