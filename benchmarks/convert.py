@@ -3,8 +3,8 @@
     python benchmarks/convert.py --folder /scratch/tmp [--gigabytes 8]
 
 Random bfloat16 weights with the shapes of Qwen2.5-7B and as many layers as fit. Every measurement is a process of its
-own; each starts with the pages of its input in memory (they were just written or read) and ends with an fsync of what it
-wrote. Everything is below a new folder in ``--folder`` and is deleted at the end; it needs four times --gigabytes.
+own; each finds its input as the step before left it in the page cache, and ends with an fsync of what it wrote.
+Everything is below a new folder in ``--folder`` and is deleted at the end; it needs four times --gigabytes.
 """
 
 from __future__ import annotations

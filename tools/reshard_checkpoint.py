@@ -1,6 +1,6 @@
 """Rewrite a training checkpoint, weights and optimizer, for another tensor and pipeline layout, and verify it.
 
-    python tools/reshard_checkpoint.py runs/rl/checkpoints runs/tp8/checkpoints --tensor-parallel 8 --pipeline-parallel 4
+    python tools/reshard_checkpoint.py runs/rl/checkpoints runs/tp8 --tensor-parallel 8 --pipeline-parallel 4
 
 A run resumes under any layout without this: torch_dist holds whole tensors, and each rank reads the stored boxes that
 overlap its share. This cuts the boxes as the new ranks will want them, so that each reads only its own, and checks that

@@ -47,7 +47,7 @@ class SafetensorsFolder(Mapping[str, Tensor]):
             self._file_of = {}
             for file in files:
                 with self._open(file.name) as tensors:
-                    for name in tensors.keys():
+                    for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
                         if name in self._file_of:
                             raise ConfigError(f"tensor {name} is in {self.folder / self._file_of[name]} and in {file}")
                         self._file_of[name] = file.name
@@ -76,7 +76,7 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for file in self.files:
             with self._open(file) as tensors:
-                for name in tensors.keys():
+                for name in tensors.keys():  # noqa: SIM118
                     if self._file_of.get(name) != file:
                         raise ConfigError(f"{self.folder / file} has tensor {name}, which {INDEX} "
                                           + ("does not list" if name not in self._file_of else
@@ -111,13 +111,13 @@ def _read_index(folder: Path) -> dict[str, str]:
         raise ConfigError(f"{path}: weight_map names no tensors")
     for name, file in file_of.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ConfigError(f"{path} puts tensor {name} into {file!r}: only .safetensors files of the same folder are "
-                              "read")
+            raise ConfigError(f"{path} puts tensor {name} into {file!r}: only .safetensors files of the same folder "
+                              "are read")
     return file_of
 
 
 def check_inside(path: Path, folder: Path) -> None:
-    """``ConfigError`` when ``path`` is a link out of ``folder``. Links into a Hugging Face cache's blobs are allowed."""
+    """``ConfigError`` when ``path`` is a link out of ``folder``; those into a Hugging Face cache's blobs are fine."""
     allowed = (folder.resolve(), (folder / ".." / ".." / "blobs").resolve())
     if path.is_symlink() and path.resolve().parent not in allowed:
         raise ConfigError(f"{path} is a link to {path.resolve()}, outside its folder: copy the file there")

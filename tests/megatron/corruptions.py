@@ -139,7 +139,8 @@ def hugging_face():
     yield "surplus in the index", partial(edit_json, INDEX, lambda v: v["weight_map"].update(
         {"model.extra": v["weight_map"]["model.norm.weight"]}))
     yield "surplus tensor", partial(edit_tensors, lambda t, n: t.update(extra=torch.zeros(1)), "model.norm.weight")
-    for text in (b"", b"{", b"[]", b"null", b'{"weight_map": []}', b'{"weight_map": {}}', b'{"weight_map": 1}', b"\xff"):
+    for text in (b"", b"{", b"[]", b"null", b'{"weight_map": []}', b'{"weight_map": {}}', b'{"weight_map": 1}',
+                 b"\xff"):
         yield f"index is {text!r}", partial(write, INDEX, text)
     yield from config_of("config.json")
     yield "pickles only", _only_pickles

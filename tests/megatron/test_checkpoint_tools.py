@@ -13,7 +13,6 @@ from test_conversion import make_folder
 
 from spark_nemo.config import MegatronConfig
 from spark_nemo.megatron.checkpoint.compare import compare_stored, logits_difference
-from spark_nemo.megatron.checkpoint.conversion import convert
 from spark_nemo.megatron.checkpoint.opened import open_checkpoint
 from spark_nemo.megatron.checkpoint.stored import StoredCheckpoint
 from spark_nemo.megatron.worker import MegatronWorker

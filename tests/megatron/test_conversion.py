@@ -6,6 +6,11 @@ Proves nothing about Transformer Engine on a GPU, nor that NeMo itself reads the
 import hashlib
 import json
 import pickle
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import corruptions
 import family_cases as families
@@ -164,6 +169,39 @@ def test_a_killed_conversion_goes_on(folders, tmp_path, monkeypatch, to):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     back = tmp_path / "out" if to == "hf" else convert(tmp_path / "out", tmp_path / "back", "hf").folder
     assert same_tensors(hf, back)
+
+
+@pytest.mark.slow
+def test_checkpoints_of_other_code_are_read(tmp_path):
+    """What a script that knows only megatron-core's public API has saved, by one rank and by two tensor ranks with the
+    vocabulary padded, becomes the same Hugging Face folder, with the values the script's own model has."""
+    config = {"model_type": "qwen2", "num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 48,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 69, "tie_word_embeddings": False,
+              "rms_norm_eps": 1e-5, "rope_theta": 1e4, "max_position_embeddings": 64}
+    script, found = Path(__file__).with_name("plain_megatron.py"), []
+    assert "spark_nemo" not in re.sub(r'""".*?"""', "", script.read_text(), flags=re.DOTALL)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for tp in (1, 2):
+        (tmp_path / f"tp{tp}").mkdir()
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        ranks = [subprocess.Popen([sys.executable, script, tmp_path / f"tp{tp}", str(tp), str(rank), port],
+                                  stderr=subprocess.PIPE, text=True) for rank in range(tp)]
+        for rank in ranks:
+            _, err = rank.communicate(timeout=300)
+            assert rank.returncode == 0, err[-2000:]
+        found.append(SafetensorsFolder(convert(tmp_path / f"tp{tp}", tmp_path / f"hf{tp}", "hf",
+                                               hf_config_from=tmp_path).folder))
+    assert set(found[0]) == set(found[1]) and all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    own = torch.load(tmp_path / "tp1" / "plain.pt", weights_only=False)
+    for theirs, ours in (("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+                         ("decoder.layers.2.input_layernorm.weight", "model.layers.2.input_layernorm.weight"),
+                         ("decoder.layers.1.mlp.linear_fc2.weight", "model.layers.1.mlp.down_proj.weight")):
+        assert torch.equal(own[theirs][:69] if "embed" in ours else own[theirs], found[0][ours])
+    # Rows of the first key-value head: its two query heads, its key, its value.
+    qkv = own["decoder.layers.0.self_attention.linear_qkv.bias"]
+    assert torch.equal(found[0]["model.layers.0.self_attn.k_proj.bias"][:8], qkv[16:24])
 
 
 def test_layer_norms_are_never_made_up(folders, tmp_path):

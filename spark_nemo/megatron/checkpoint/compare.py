@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from spark_nemo.config.errors import ConfigError
 
+from .conversion import write_hf
 from .opened import OpenedCheckpoint
 from .stored import StoredCheckpoint
 
@@ -98,7 +100,8 @@ def _values(name: str, a: Tensor, b: Tensor) -> Difference:
 def logits_difference(one: OpenedCheckpoint, other: OpenedCheckpoint, text: str, tokenizer: Path,
                       max_tokens: int = 512) -> float:
     """Largest absolute difference of float32 logits on ``text``, by transformers. Both models are built, one after the
-    other; ``ConfigError`` when there is no tokenizer or the text is empty."""
+    other, from a temporary folder where they are not Hugging Face's; ``ConfigError`` when there is no tokenizer or the
+    text is empty."""
     from transformers import AutoTokenizer
 
     if not (tokenizer / "tokenizer.json").is_file() and not (tokenizer / "tokenizer_config.json").is_file():
@@ -111,10 +114,12 @@ def logits_difference(one: OpenedCheckpoint, other: OpenedCheckpoint, text: str,
 
 
 def _logits(checkpoint: OpenedCheckpoint, ids_1T: Tensor) -> Tensor:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    values = {key: value for key, value in checkpoint.hf_config.items() if key not in ("auto_map", "model_type")}
-    config = AutoConfig.for_model(checkpoint.hf_config["model_type"], **values)
-    model = AutoModelForCausalLM.from_pretrained(
-        None, config=config, state_dict=dict(checkpoint.tensors.items()), dtype=torch.float32)
-    return model.eval()(ids_1T).logits[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = checkpoint.folder
+        if checkpoint.kind != "hf":
+            folder = Path(scratch)
+            write_hf(folder, checkpoint, lambda num_bytes: None)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        return model.eval()(ids_1T).logits[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,14 +64,16 @@ def convert(source: str | Path, target: str | Path, to: str, hf_config_from: str
             total=num_bytes, unit="B", unit_scale=True, unit_divisor=1024, disable=not show_progress,
             desc=f"{opened.kind} -> {to}") as bar:
         if to == "hf":
-            _write_hf(folder, opened, shapes, bar, max_shard_bytes)
+            write_hf(folder, opened, bar.update, max_shard_bytes)
         else:
             _write_megatron(folder, opened, to, bar)
     return Converted(target, len(shapes), num_bytes, time.monotonic() - start)
 
 
-def _write_hf(folder: Path, opened: OpenedCheckpoint, shapes: dict[str, tuple[int, ...]], bar: tqdm,
-              max_shard_bytes: int) -> None:
+def write_hf(folder: Path, opened: OpenedCheckpoint, progress: Callable[[int], object],
+             max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Fill ``folder`` with the Hugging Face form of a checkpoint; files that are finished there are kept."""
+    shapes = hf_tensor_shapes(opened.shape)
     for companions in opened.companions:
         copy_companions(companions, folder)
     write_model_files(folder, opened.hf_config, opened.dtype, None)
@@ -82,7 +84,7 @@ def _write_hf(folder: Path, opened: OpenedCheckpoint, shapes: dict[str, tuple[in
         for name in shapes:
             if file_of[name] not in finished:
                 yield name, opened.tensors[name]
-            bar.update(math.prod(shapes[name]) * opened.dtype.itemsize)
+            progress(math.prod(shapes[name]) * opened.dtype.itemsize)
 
     write_tensors(folder, tensors(), shapes, opened.dtype, max_shard_bytes)
 

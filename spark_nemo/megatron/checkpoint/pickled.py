@@ -56,8 +56,8 @@ class PickledFolder(Mapping[str, Tensor]):
         """Shape and dtype of every tensor."""
         for name, tensor in self._tensors.items():
             if not tensor.is_floating_point():
-                raise ConfigError(f"tensor {name} in {self.folder} has dtype {tensor.dtype}, weights are floating-point "
-                                  "numbers")
+                raise ConfigError(f"tensor {name} in {self.folder} has dtype {tensor.dtype}, weights are "
+                                  "floating-point numbers")
         return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()}
 
     def __getitem__(self, name: str) -> Tensor:

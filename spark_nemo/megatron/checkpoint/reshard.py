@@ -103,8 +103,9 @@ def _check_optimizer(stored: StoredCheckpoint) -> None:
     flat = [key for key in stored.tensors if key.startswith("optimizer.distributed")]
     if flat or kind not in (None, "fully_reshardable"):
         raise ConfigError(
-            f"the optimizer state of {stored.folder} is {kind or 'flat'}: only the tensor and pipeline layout that wrote "
-            f"it can read it. Resume it there and save it with {SHARDING}='fully_reshardable', as this project does")
+            f"the optimizer state of {stored.folder} is {kind or 'flat'}: only the tensor and pipeline layout that "
+            f"wrote it can read it. Resume it there and save it with {SHARDING}='fully_reshardable', as this project "
+            "does")
 
 
 def _boxes(stored: StoredCheckpoint, shape: ModelShape, tensors: GlobalTensors, layout: MegatronConfig) -> list[Box]:

@@ -84,20 +84,24 @@ class StoredCheckpoint:
         stored = self._metadata.state_dict_metadata[key]
         offset = offset or (0,) * len(stored.size)
         size = tuple(stored.size) if size is None else size
-        target = torch.empty(size, dtype=stored.properties.dtype)
         box = ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(size))
         items = create_read_items_for_chunk_list(key, stored, [box])
         read = sum(math.prod(item.lengths) for item in items)
         if read != math.prod(size):
             raise ConfigError(f"{self.folder}: its files hold {read} of {math.prod(size)} values of tensor {key}")
+        whole = len(items) == 1 and (tuple(offset), tuple(size)) in self.tensors[key].chunks
+        planner = _TakeIt() if whole else _IntoOneTensor(torch.empty(size, dtype=stored.properties.dtype))
         try:
-            self._reader.read_data(LoadPlan(items), _IntoOneTensor(target)).wait()
+            self._reader.read_data(LoadPlan(items), planner).wait()
         except (OSError, RuntimeError, EOFError, AssertionError, KeyError, ValueError, pickle.UnpicklingError,
                 zipfile.BadZipFile) as error:
             file = self._metadata.storage_data[items[0].storage_index].relative_path
             raise ConfigError(f"tensor {key} in {self.folder / file} cannot be read: "
                               f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
-        return target
+        if planner.target.dtype != stored.properties.dtype:
+            raise ConfigError(f"tensor {key} in {self.folder} is {planner.target.dtype}, .metadata says "
+                              f"{stored.properties.dtype}")
+        return planner.target
 
     def read_object(self, key: str) -> bytes:
         """The bytes of an object that is no tensor, as they are stored; nothing in them is run."""
@@ -146,6 +150,29 @@ class _IntoOneTensor(LoadPlanner):
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...
 
 
+class _TakeIt(_IntoOneTensor):
+    """Keeps what is read, when that is what was asked for: no second tensor of its size, and no copy.
+
+    The reader calls three methods of the tensor it is given; this is such a thing that remembers the values.
+    """
+
+    def __init__(self) -> None:
+        self.target = self._size = None
+
+    def resolve_tensor(self, read_item: ReadItem) -> Any:
+        self._size = read_item.lengths
+        return self
+
+    def detach(self) -> Any:
+        return self
+
+    def size(self) -> torch.Size:
+        return torch.Size(self._size)
+
+    def copy_(self, values: Tensor) -> None:
+        self.target = values
+
+
 def _check_format(folder: Path) -> None:
     if not folder.is_dir():
         raise ConfigError(f"checkpoint folder {folder} does not exist")
@@ -178,8 +205,8 @@ def _checked(metadata: Any, folder: Path) -> Metadata:
                 raise ConfigError(f"{path} is missing, though {folder / '.metadata'} names it for {index.fqn}")
             sizes[name] = path.stat().st_size
         if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes[name]:
-            raise ConfigError(f"{folder / name} is truncated: {index.fqn} ends at byte {info.offset + info.length}, the "
-                              f"file has {sizes[name]}")
+            raise ConfigError(f"{folder / name} is truncated: {index.fqn} ends at byte {info.offset + info.length}, "
+                              f"the file has {sizes[name]}")
     for key, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
             for chunk in entry.chunks:
