@@ -49,7 +49,8 @@ def loaded_and_saved_by_core(hf, store, experts):
                 saved.mkdir()
             dist.barrier()
             filesystem_async._results_queue = queue.Queue()  # instead of a process for it
-            dist_checkpointing.save(worker.model.sharded_state_dict(metadata=dict(METADATA)), str(saved), ("torch_dist", 1))
+            state = worker.model.sharded_state_dict(metadata=dict(METADATA))
+            dist_checkpointing.save(state, str(saved), ("torch_dist", 1))
         count = sum(gather_objects(sum(not torch.equal(loaded[name], expected[name]) for name in expected)))
         if dist.get_rank() == 0:
             again = SafetensorsFolder(convert(saved, back, "hf", hf_config_from=hf).folder)
