@@ -21,7 +21,7 @@ from spark_nemo.megatron.model_shape import read_hf_config
 from spark_nemo.megatron.worker import MegatronWorker
 
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 2))
-METADATA = {"singleton_local_shards": False}
+METADATA = {"singleton_local_shards": False}  # megatron-core writes the layout's groups into it: always a copy
 
 
 def layout(tp, pp, dtype="bfloat16", experts=False, distributed=False):
@@ -41,7 +41,7 @@ def loaded_and_saved_by_core(hf, store, experts):
         worker = MegatronWorker.from_config(read_hf_config(hf), layout(tp, pp, experts=experts), seed=9)
         saved, back = Path(store) / f"saved-{tp}-{pp}", Path(store) / f"back-{tp}-{pp}"
         with cuda_means_cpu():
-            wanted = worker.model.sharded_state_dict(metadata=METADATA)
+            wanted = worker.model.sharded_state_dict(metadata=dict(METADATA))
             state = dist_checkpointing.load(wanted, str(converted), strict="raise_unexpected")
             worker.model.load_state_dict(state, strict=False)
             loaded = cases.export(worker)
@@ -49,7 +49,8 @@ def loaded_and_saved_by_core(hf, store, experts):
                 saved.mkdir()
             dist.barrier()
             filesystem_async._results_queue = queue.Queue()  # instead of a process for it
-            dist_checkpointing.save(worker.model.sharded_state_dict(metadata=METADATA), str(saved), ("torch_dist", 1))
+            state = worker.model.sharded_state_dict(metadata=dict(METADATA))
+            dist_checkpointing.save(state, str(saved), ("torch_dist", 1))
         count = sum(gather_objects(sum(not torch.equal(loaded[name], expected[name]) for name in expected)))
         if dist.get_rank() == 0:
             again = SafetensorsFolder(convert(saved, back, "hf", hf_config_from=hf).folder)

@@ -10,6 +10,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,10 +82,15 @@ def write_hf(folder: Path, opened: OpenedCheckpoint, progress: Callable[[int], o
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         finished = {file for file in set(file_of.values()) if (folder / file).exists()}
-        for name in shapes:
-            if file_of[name] not in finished:
-                yield name, opened.tensors[name]
-            progress(math.prod(shapes[name]) * opened.dtype.itemsize)
+        wanted = [name for name in shapes if file_of[name] not in finished]
+        progress(sum(math.prod(shapes[name]) for name in set(shapes) - set(wanted)) * opened.dtype.itemsize)
+        with ThreadPoolExecutor(1) as reader:  # the next tensor is read while this one is written
+            coming = reader.submit(opened.tensors.__getitem__, wanted[0]) if wanted else None
+            for name, following in zip(wanted, [*wanted[1:], None]):
+                tensor = coming.result()
+                coming = reader.submit(opened.tensors.__getitem__, following) if following is not None else None
+                yield name, tensor
+                progress(math.prod(shapes[name]) * opened.dtype.itemsize)
 
     write_tensors(folder, tensors(), shapes, opened.dtype, max_shard_bytes)
 
