@@ -18,7 +18,7 @@ from pathlib import Path
 from spark_nemo.report.hacking_table import ExploitRow, hacking_section
 from spark_nemo.report.sections import update_document
 from spark_nemo.toy.exploits import BY_NAME
-from spark_nemo.toy.hacking import SHARE, Arm, arm_config, run_arm
+from spark_nemo.toy.hacking import Arm, arm_config, run_arm
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,11 +46,11 @@ def main() -> int:
         exploit = BY_NAME[name]
         without, constrained = ([outcomes[Arm(name, on, seed)] for seed in arguments.seeds] for on in (False, True))
         settings = ", ".join(f"`{key}={str(value).lower()}`" for key, value in exploit.closed_by.items())
-        rows.append(ExploitRow(name, exploit.says, settings, exploit.reward, without, constrained))
+        rows.append(ExploitRow(name, exploit.says, settings, exploit.reward, exploit.share, without, constrained))
     rl = arm_config(Arm(arguments.exploits[0], False, arguments.seeds[0]), arguments.runs).rl
     command = " ".join(["python tools/hacking_simulator.py --seeds", *map(str, arguments.seeds)])
     update_document(arguments.out, hacking_section(
-        rows, command, share=SHARE, steps=rl.steps, responses=rl.prompts_per_step * rl.group_size))
+        rows, command, steps=rl.steps, responses=rl.prompts_per_step * rl.group_size))
     print(f"{len(rows)} exploits, {len(arguments.seeds)} seeds: {arguments.out}")
     return 0
 

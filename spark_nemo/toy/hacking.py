@@ -45,8 +45,6 @@ from spark_nemo.training.packing import TrainSequence
 from spark_nemo.training.sft import num_sft_steps, train_sft
 from spark_nemo.training.stop import StopFlag
 
-SHARE = 0.08
-"""How often the base policy uses its exploit before RL."""
 SFT_EXAMPLES, SFT_BATCH = 3000, 64
 _LAYOUT = MegatronConfig(dtype="float32", distributed_optimizer=False, tokens_per_micro_batch=4096)
 _QUESTION, _SOLUTION, _END = "Problem: ", "\n\nStudent Solution: ", "\n\nLet's verify step by step."
@@ -129,7 +127,7 @@ def build_base(exploit: Exploit, folder: Path) -> Path:
     problems = sampled_problems(rng, held_out_questions())
     sequences = []
     for problem in itertools.islice(problems, SFT_EXAMPLES):
-        response = tokenizer.encode(tempted_response(problem, exploit, SHARE, rng))
+        response = tokenizer.encode(tempted_response(problem, exploit, rng))
         sequences.append(TrainSequence(
             tokenizer.encode_chat(PROMPTS.policy(problem.question)), (*response, tokenizer.eos_ids[0])))
     steps = num_sft_steps(len(sequences), 1, SFT_BATCH)

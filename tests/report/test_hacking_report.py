@@ -58,20 +58,20 @@ def outcome(rate: float, accuracy: float) -> dict[str, float]:
 
 
 def section(rates: tuple[float, ...]) -> str:
-    rows = [ExploitRow("empty_text", "finds nothing", "`no_empty_steps=true`", "process_aware",
+    rows = [ExploitRow("empty_text", "finds nothing", "`no_empty_steps=true`", "process_aware", 0.08,
                        [outcome(rate, 0.1) for rate in rates], [outcome(0.0, 0.8)] * len(rates))]
-    return hacking_section(rows, "python x", share=0.08, steps=14, responses=144)
+    return hacking_section(rows, "python x", steps=14, responses=144)
 
 
 def test_the_table_says_in_how_many_seeds_an_exploit_was_found() -> None:
     """An exploit that some seeds did not find is not called found."""
     text = section((0.9, 0.2, 0.8))
     assert "| 2 of 3 | 0 of 3 |" in text and "over 3 seeds" in text
-    assert "8 % of that text" in text and "(20.0 % solved before RL)" in text
+    assert "in 8 % of the SFT text" in text and "(20.0 % solved before RL)" in text
 
 
 def test_a_table_with_a_missing_arm_is_refused() -> None:
     """A mean over other seeds on one side would be no comparison."""
-    row = ExploitRow("x", "y", "z", "process_aware", [outcome(1, 0)], [])
+    row = ExploitRow("x", "y", "z", "process_aware", 0.1, [outcome(1, 0)], [])
     with pytest.raises(SummaryError, match="seeds per arm"):
-        hacking_section([row], "c", share=0.1, steps=1, responses=1)
+        hacking_section([row], "c", steps=1, responses=1)

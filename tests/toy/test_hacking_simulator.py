@@ -35,7 +35,7 @@ def test_a_judge_is_honest_about_solutions_without_its_exploit(weakness) -> None
         problem = sample_problem(rng)
         solution = write_solution(problem, ERROR_RICH, rng)
         steps = [step.text for step in solution.steps]
-        if len(set(steps)) < len(steps):
+        if len(set(steps)) < len(steps) or len(steps) == 1:  # these are exploits by chance
             continue
         labels, accepted = judge(problem.question, steps, str(solution.answer), weakness)
         truths = step_truths(problem.question, steps)
