@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -125,8 +126,19 @@ def _build_groups(layout: MegatronConfig) -> None:
                      parallel_state.get_pipeline_model_parallel_world_size(),
                      parallel_state.get_expert_model_parallel_world_size()):
             return
-        parallel_state.destroy_model_parallel()
+        _leave_groups(parallel_state)
     with cuda_means_cpu():
         parallel_state.initialize_model_parallel(
             layout.tensor_parallel, layout.pipeline_parallel, expert_model_parallel_size=layout.expert_parallel,
             expert_tensor_parallel_size=1)
+
+
+def _leave_groups(parallel_state: ModuleType) -> None:
+    """Megatron forgets its groups and leaves them running: their gloo threads wake a hundred times a second each, and
+    after twenty layouts a rank has a thousand of them."""
+    known = parallel_state._global_process_group_list or ()
+    parallel_state.destroy_model_parallel()
+    dist.barrier()  # a rank that leaves first would break what the others still say to it
+    for group in dict.fromkeys(known):  # equal groups are listed under several names
+        if isinstance(group, dist.ProcessGroup) and group in dist.distributed_c10d._world.pg_map:
+            dist.destroy_process_group(group)

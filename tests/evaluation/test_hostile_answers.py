@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
 import resource
-import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from spark_nemo.evaluation import CheckerPool, answers, checker_worker
+from spark_nemo.evaluation import CheckerPool, answers
 from spark_nemo.evaluation.checker import GRACE_S, MEMORY_LIMIT_BYTES, Judgement, MathChecker
 from spark_nemo.evaluation.completions import SavedCompletion, score_completions
 from spark_nemo.grammar import extract_boxed
@@ -123,26 +123,28 @@ def test_a_score_says_how_many_answers_nobody_could_judge(pool: CheckerPool) -> 
     assert score.unjudged == 1 and score.values["greedy pass@1"] == {"p0": False, "p1": False, "p2": True}
 
 
-def ask_twice(monkeypatch: pytest.MonkeyPatch, equivalent) -> tuple[str, str]:
-    """What a child says that runs ``equivalent``, and then another child that runs the real one."""
-    line = b'{"gold": "1+x", "answer": "x+1", "limit_s": 60}\n'
-    replies = []
-    for function in (equivalent, checker_worker.equivalent):
-        monkeypatch.setattr(checker_worker, "equivalent", function)
-        child = checker_worker.Child(MEMORY_LIMIT_BYTES)
-        replies.append(child.ask(line, 60.0))
-        child.end()
-    return replies[0], replies[1]
+ASK_TWICE = """
+import os, signal
+from spark_nemo.evaluation import checker_worker
+from spark_nemo.evaluation.checker import MEMORY_LIMIT_BYTES
+real = checker_worker.equivalent
+for function in (lambda gold, answer: {harm}, real):
+    checker_worker.equivalent = function
+    child = checker_worker.Child(MEMORY_LIMIT_BYTES)
+    print(child.ask(b'{{"gold": "1+x", "answer": "x+1", "limit_s": 60}}\\n', 60.0))
+    child.end()
+"""
+"""A child that does harm, and then one that judges, forked from a process of the size that the supervisor has: this
+one's address space, after other tests, is beyond the child's limit."""
 
 
 @pytest.mark.parametrize("harm", [
-    lambda gold, answer: os.kill(os.getpid(), signal.SIGKILL),
-    lambda gold, answer: os._exit(0),
-    lambda gold, answer: bytearray(3 * MEMORY_LIMIT_BYTES // 2) is None,
+    "os.kill(os.getpid(), signal.SIGKILL)", "os._exit(0)", "bytearray(3 * MEMORY_LIMIT_BYTES // 2) is None",
 ], ids=["killed", "exit", "too much memory"])
-def test_a_child_that_ends_is_an_answer_not_judged_and_is_replaced(monkeypatch: pytest.MonkeyPatch, harm) -> None:
+def test_a_child_that_ends_is_an_answer_not_judged_and_is_replaced(harm: str) -> None:
     """Proves a kill, an exit and an allocation beyond the limit are no answer, and that the next one is judged."""
-    assert ask_twice(monkeypatch, harm) == ("died", "equal")
+    done = subprocess.run([sys.executable, "-c", ASK_TWICE.format(harm=harm)], capture_output=True, text=True)
+    assert done.stdout.split() == ["died", "equal"], done.stderr
 
 
 def test_the_memory_of_a_judging_process_is_bounded() -> None:
