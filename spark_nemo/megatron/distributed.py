@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import socket
@@ -142,3 +143,4 @@ def _leave_groups(parallel_state: ModuleType) -> None:
     for group in dict.fromkeys(known):  # equal groups are listed under several names
         if isinstance(group, dist.ProcessGroup) and group in dist.distributed_c10d._world.pg_map:
             dist.destroy_process_group(group)
+    gc.collect()  # models that are no longer used, in cycles, still hold their groups
