@@ -18,6 +18,11 @@ Means over seeds and the half-width of Student's 95% interval over seeds; a seed
 verifications and trains every reward model and policy again. A difference is taken seed by seed and marked "differs"
 only when its interval excludes 0. One pair in twenty does so by chance, and there are many pairs here.
 
+PRM and ORM answer without writing a check down, and a model of this size cannot tell a right sum from a wrong one that
+way. After the three epochs that a PRM-CoT needs, the PRM also loses its format on benchmark cases, which end without
+the answer line that its training texts have: hence its F1. RL against such a reward learns to please it and to solve
+less than before; what gave no verdict was masked.
+
 What this does not show: how the designs rank on another model, or when RL goes on for longer. "Does not differ" means
 that these seeds show no difference, not that there is none. The small world's generator errs in a few known ways and
 has no habit of pleasing its judge, so designs that differ in what they resist may look alike here: the section on
