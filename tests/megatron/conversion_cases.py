@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from spark_nemo.config import MegatronConfig
 from spark_nemo.megatron.checkpoint.conversion import convert
 from spark_nemo.megatron.cpu_compat import cuda_means_cpu
-from spark_nemo.megatron.distributed import gather_objects
+from spark_nemo.megatron.distributed import gather_objects, initialize
 from spark_nemo.megatron.hf_files import SafetensorsFolder
 from spark_nemo.megatron.model_shape import read_hf_config
 from spark_nemo.megatron.worker import MegatronWorker
@@ -64,6 +64,7 @@ def eight_ranks(folders, store):
     folders = {family: Path(folder) / "bf16" for family, folder in folders.items()}
     scratch = {family: Path(store) / f"core-{family}" for family in folders}
     results = {family: {} for family in folders}
+    initialize(layout(*LAYOUTS[0], experts=False))
     for family in folders:
         converted(folders[family], scratch[family])
     for tp, pp in LAYOUTS:
