@@ -14,8 +14,9 @@ from spark_nemo.stages.arms import Arm, arm_config, pipeline_arms
 from spark_nemo.stages.published import PUBLISHED
 from spark_nemo.stages.run_folder import stage2_folder
 
-PROMPT_ROOM = 1024
-"""Tokens that must be left for a problem: the longest prompt of the paper's policy SFT."""
+PROMPT_ROOM, COMPACT_ROOM = 1024, 16
+"""Tokens that must be left for a problem: the longest prompt of the paper's policy SFT, and next to nothing for the
+small models that the compact prompts are for."""
 _GPUS_PER_NODE = 8
 
 
@@ -91,10 +92,11 @@ def check_without_files(config: SparkConfig, part: str = "pipeline") -> None:
     for field in parts.trained:
         if (shape := _hf_config(config, field)) is not None:
             ModelShape.from_hf(shape, field).check_layout(config.megatron)
-    for field, model, needs, limit in _texts(config, parts):
-        if needs > limit:
+    room = PROMPT_ROOM if "paper" in (config.stage1.prompt_set, config.rl.prompt_set) else COMPACT_ROOM
+    for field, model, tokens, limit in _texts(config, parts):
+        if tokens + room > limit:
             raise ConfigError(
-                f"{field}: {needs} tokens with {PROMPT_ROOM} for the problem, but {model}={_value(config, model)} has "
+                f"{field}: {tokens + room} tokens with {room} for the problem, but {model}={_value(config, model)} has "
                 f"a context of {limit} here: lower max_new_tokens" + (
                     "" if limit < config.engine.max_context else " or raise engine.max_context"))
     if parts.sft:
@@ -117,7 +119,7 @@ def _check_sft_length(config: SparkConfig) -> None:
 
 
 def _texts(config: SparkConfig, parts: Parts) -> Iterator[tuple[str, str, int, int]]:
-    """``(field, model field, tokens of its longest text, the context there is)`` of every kind of generation."""
+    """``(field, model field, tokens of its longest text without the problem, the context there is)`` of every kind."""
     written = config.stage1.generator_sampling.max_new_tokens
     verified = written + config.stage1.verifier_sampling.max_new_tokens
     response = config.rl.sampling.max_new_tokens
@@ -138,7 +140,7 @@ def _texts(config: SparkConfig, parts: Parts) -> Iterator[tuple[str, str, int, i
         shape = _hf_config(config, model)
         # A model of unknown size, such as the small world's, is checked when it is loaded.
         if shape is not None:
-            yield field, model, PROMPT_ROOM + tokens, min(_context(shape), config.engine.max_context)
+            yield field, model, tokens, min(_context(shape), config.engine.max_context)
 
 
 def _models(config: SparkConfig, parts: Parts) -> list[str]:

@@ -33,12 +33,14 @@ def main(folder, tp, rank, port):
     model = GPTModel(
         config=config, transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"), vocab_size=VOCAB,
         max_sequence_length=64, share_embeddings_and_output_weights=False, position_embedding_type="rope")
+    model = model.bfloat16()  # torch's norms are float32 otherwise
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases would be 1 and 0; the same on all tensor ranks
-            if parameter.dim() == 1:
+            if parameter.dim() == 1 and not getattr(parameter, "tensor_model_parallel", False):
                 parameter.add_(torch.linspace(0.1, 0.2, len(parameter)))
     if not torch.cuda.is_available():
-        torch.cuda.synchronize = lambda *arguments: None  # the saver calls it whatever the device
+        torch.cuda.synchronize = lambda *arguments: None  # the saver calls both whatever the device
+        torch.cuda.current_device = lambda: torch.device("cpu")
     dist_checkpointing.save(model.sharded_state_dict(), folder, ("torch_dist", 1))
     if tp == 1:
         torch.save(model.state_dict(), os.path.join(folder, "plain.pt"))

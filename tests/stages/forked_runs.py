@@ -20,7 +20,7 @@ from world import VERIFIER, command
 
 import spark_nemo.stages.stage3 as stage3
 from spark_nemo.cli.main import main
-from spark_nemo.megatron import checkpoint
+from spark_nemo.megatron.checkpoint import training as checkpoint
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.stages.rl_session import RLSession
 from spark_nemo.stages.timeline import GENERATE, Timeline

@@ -39,8 +39,9 @@ ABOUT_THE_BASELINE = {"stage1.reference_verifications", "labels.reference_pick"}
 CLOSURES = {
     ("spark_nemo.stages.rollouts", "RolloutSession", "checker"): "the RLVR baseline's, None with any other reward",
     ("spark_nemo.verification.selection", "Selection", "correct"): "balancing by ground truth",
+    ("spark_nemo.rewards.hacking.constraints", "Constraint", "holds"): "a rule of form: the text and settings alone",
 }
-"""Fields that hold a function with answers behind it."""
+"""Fields that hold a function from a text to right or wrong; but for the last, one with answers behind it."""
 READERS = {
     "spark_nemo.stages.after_votes": {"ask_with_answer"},
     "spark_nemo.stages.labels": {"_correctness"},
