@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -84,6 +86,28 @@ def prime_state(optimizer: ChainedOptimizer) -> None:
                 if not inner.state[parameter]:
                     inner.state[parameter] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter),
                                               "exp_avg_sq": torch.zeros_like(parameter)}
+
+
+@contextmanager
+def padding_counted(optimizer: ChainedOptimizer) -> Iterator[None]:
+    """While the state of a distributed optimizer is described for a checkpoint: what lies between its buckets counts.
+
+    Megatron gathers the state without the padding at the end of each bucket, and then cuts the parameters out at their
+    places in the padded buffer. Behind a first bucket with padding (a tied output layer on a last stage has a bucket of
+    its own) every parameter's state was saved shifted, without a word.
+    """
+    parts = [part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
+    buffers = [buffer for part in parts for buffer in part.buffers]
+    owners = [(owner, size) for buffer in buffers
+              for owner, size in ((buffer, buffer.numel), *((x, x.grad_data.numel()) for x in buffer.buckets))]
+    unpadded = [owner.numel_unpadded for owner, _ in owners]
+    try:
+        for owner, size in owners:
+            owner.numel_unpadded = size
+        yield
+    finally:
+        for (owner, _), size in zip(owners, unpadded, strict=True):
+            owner.numel_unpadded = size
 
 
 def separate_steps(optimizer: ChainedOptimizer) -> None:

@@ -32,7 +32,7 @@ from .. import distributed
 from ..cpu_compat import cuda_means_cpu
 from ..hf_files import replace_folder
 from ..model import PackedGPT
-from ..optimizer import prime_state, separate_steps, set_step
+from ..optimizer import padding_counted, prime_state, separate_steps, set_step
 
 LATEST = "latest"
 STATE_FILE = "state.json"
@@ -124,8 +124,9 @@ def load(folder: str | Path, model: PackedGPT, optimizer: ChainedOptimizer,
 def _sharded_state(model: PackedGPT, optimizer: ChainedOptimizer, loading: bool) -> dict[str, Any]:
     metadata = _metadata(optimizer)
     weights = model.sharded_state_dict(metadata=metadata)
-    return {"model": weights,
-            "optimizer": optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)}
+    with padding_counted(optimizer):
+        state = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
+    return {"model": weights, "optimizer": state}
 
 
 def _metadata(optimizer: ChainedOptimizer) -> dict[str, Any]:
