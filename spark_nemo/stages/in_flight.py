@@ -1,7 +1,7 @@
 """A scored batch as bytes, for the checkpoint of a run whose next batch is made before it is needed.
 
-Pickle keeps token ids and log-probabilities exact at a few bytes each. It is read with a reader that builds this
-package's data classes and nothing else, and only if they still have the fields that they had when it was written.
+Pickle keeps token ids and log-probabilities exact at a few bytes each. It is read with a reader that knows the data
+classes of a batch by name and nothing else, and only if they still have the fields that they had when it was written.
 """
 
 from __future__ import annotations
@@ -12,13 +12,25 @@ import pickle
 from dataclasses import fields
 
 from spark_nemo.config import ConfigError
-from spark_nemo.records import AnswerVerdict, Problem, Rollout, TokenSpan, Verdict
+from spark_nemo.records import (
+    AnswerVerdict,
+    EngineError,
+    FormatViolation,
+    ParseFailure,
+    Problem,
+    Rollout,
+    TokenSpan,
+    Truncated,
+    Verdict,
+)
 from spark_nemo.rewards import RewardBatch
 from spark_nemo.rewards.judge import Judgement
 from spark_nemo.stages.rollouts import ScoredBatch
 
 IN_FLIGHT = "in_flight.bin"
-_CLASSES = (ScoredBatch, RewardBatch, Judgement, Rollout, Problem, TokenSpan, Verdict, AnswerVerdict)
+_CLASSES = (ScoredBatch, RewardBatch, Judgement, Rollout, Problem, TokenSpan, Verdict, AnswerVerdict, ParseFailure,
+            Truncated, EngineError, FormatViolation)
+_BY_NAME = {(one.__module__, one.__qualname__): one for one in _CLASSES}
 
 
 def batch_to_bytes(batch: ScoredBatch) -> bytes:
@@ -27,14 +39,25 @@ def batch_to_bytes(batch: ScoredBatch) -> bytes:
 
 
 def batch_from_bytes(data: bytes) -> ScoredBatch:
-    """Inverse of ``batch_to_bytes``. Raises ``ConfigError`` when another version of this package wrote it."""
+    """Inverse of ``batch_to_bytes``. Raises ``ConfigError`` when another version of this package wrote it, or when it
+    is damaged or holds anything else."""
     head, _, body = data.partition(b"\n")
-    for name, written in json.loads(head).items():
-        if (now := _fields().get(name)) != written:
-            raise ConfigError(f"the checkpoint's batch in flight was written by another version of spark_nemo: {name} "
-                              f"had the fields {written} and has {now}: go on with that version, or start anew")
-    batch = _Reader(io.BytesIO(body)).load()
-    assert isinstance(batch, ScoredBatch)
+    try:
+        fields_then = json.loads(head)
+        for name, written in fields_then.items():
+            if (now := _fields().get(name)) != written:
+                raise ConfigError(f"the checkpoint's batch in flight was written by another version of spark_nemo: "
+                                  f"{name} had the fields {written} and has {now}: go on with that version, or start "
+                                  "anew")
+        batch = _Reader(io.BytesIO(body)).load()
+    except ConfigError:
+        raise
+    # What a damaged pickle raises is not documented; the pickle module names these.
+    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError,
+            MemoryError, OverflowError) as error:
+        raise ConfigError(f"the checkpoint's batch in flight cannot be read: {error}") from error
+    if not isinstance(batch, ScoredBatch):
+        raise ConfigError(f"the checkpoint's batch in flight is a {type(batch).__name__}, no scored batch")
     return batch
 
 
@@ -44,6 +67,8 @@ def _fields() -> dict[str, list[str]]:
 
 class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
-        if module.partition(".")[0] != "spark_nemo":
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of a scored batch")
-        return super().find_class(module, name)
+        # From a table: a prefix of the module would let "stages.jobs" + "subprocess.getoutput" through.
+        try:
+            return _BY_NAME[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"{module}.{name} is no part of a scored batch") from None

@@ -52,8 +52,22 @@ def test_a_batch_of_another_version_or_of_foreign_objects_is_refused() -> None:
     with pytest.raises(ConfigError, match="another version"):
         batch_from_bytes(data.replace(b'"weight_versions"', b'"versions"', 1))
     head = data.partition(b"\n")[0]
-    with pytest.raises(pickle.UnpicklingError, match="no part of a scored batch"):
+    with pytest.raises(ConfigError, match="no part of a scored batch"):
         batch_from_bytes(head + b"\n" + pickle.dumps(threading.get_ident))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        batch_from_bytes(data[:-9])
+    with pytest.raises(ConfigError, match="is a int"):
+        batch_from_bytes(head + b"\n" + pickle.dumps(3))
+
+
+def test_a_pickle_cannot_reach_a_function_through_a_module_of_this_package() -> None:
+    """A dotted name walks from a module of ours into what that module imported; only classes of a batch are made."""
+    head = batch_to_bytes(batch()).partition(b"\n")[0]
+    for module, name in (("spark_nemo.stages.jobs", "subprocess.getoutput"), ("spark_nemo.stages.jobs", "run_jobs")):
+        strings = b"".join(b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name))
+        call = b"\x80\x04" + strings + b"\x93\x8c\x04true\x85R."  # STACK_GLOBAL, "true", TUPLE1, REDUCE, STOP
+        with pytest.raises(ConfigError, match="no part of a scored batch"):
+            batch_from_bytes(head + b"\n" + call)
 
 
 def test_background_work_runs_beside_its_caller_and_hands_over_result_or_error() -> None:
