@@ -14,6 +14,7 @@ import logging
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Coroutine
 from datetime import timedelta
 from typing import Any
@@ -154,7 +155,8 @@ class _Group:
     def __init__(self, engines: list[Engine], engine_tensor_parallel: int, timeout_s: float) -> None:
         self.engines, self.timeout_s = list(engines), timeout_s
         self.world_size = 1 + len(engines) * engine_tensor_parallel
-        self.name = f"spark_nemo_weights_{next(_numbers)}"
+        # A server that outlives a killed trainer still has that one's group, and a process numbers its own from 0.
+        self.name = f"spark_nemo_weights_{uuid.uuid4().hex[:12]}_{next(_numbers)}"
         self.backend = "nccl" if torch.cuda.is_available() else "gloo"
         self.address = _own_address(str(getattr(engines[0], "url", "http://127.0.0.1"))) if engines else "127.0.0.1"
         with socket.socket() as probe:

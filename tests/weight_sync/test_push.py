@@ -5,6 +5,7 @@ tests/real_sglang does the same with the real one. NCCL and CUDA IPC are proven 
 """
 
 import errno
+import itertools
 import json
 import os
 import resource
@@ -118,6 +119,17 @@ def test_a_server_lost_half_way_costs_the_others_a_second_push(perturbed, tmp_pa
             assert set(run_async(fleet.generate(GenerationRequest((1, 2), params))).weight_versions) == {4}
         finally:
             run_async(fleet.close())
+
+
+def test_the_servers_of_a_killed_run_take_the_weights_of_the_next(perturbed, tmp_path, server, monkeypatch):
+    """A trainer that dies leaves its process group behind in servers that live on; the run that follows counts its
+    groups from the beginning and must not ask for the same name, which torch refuses."""
+    for version in (5, 6):
+        sync = sync_for(perturbed, tmp_path, "distributed")
+        monkeypatch.setattr("spark_nemo.weight_sync.distributed._numbers", itertools.count())  # as in a new process
+        run_async(sync.push(perturbed, server.engine, version))
+        sync.transport._group.leave()  # the trainer's end is gone, the server has not been told
+        assert run_async(server.engine.weight_version()) == version
 
 
 def test_a_server_of_a_fleet_with_wrong_weights_is_taken_out(perturbed, tmp_path):
