@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 
@@ -104,6 +105,16 @@ def test_text_for_the_judge_is_recognised(text: str) -> None:
 def test_mathematical_prose_is_not_taken_for_it(text: str) -> None:
     """Words that solutions need. Does not prove that no honest solution is ever refused."""
     assert not judge_directed(text)
+
+
+@pytest.mark.parametrize("start", ["Step 1:", "is the answer correct?", "judge", "**", "Step 1: correct"])
+@pytest.mark.parametrize("padding", [" ", "\n", " \n", "*", "* "])
+def test_a_response_padded_with_blanks_is_read_at_once(start: str, padding: str) -> None:
+    """A policy may sample nothing but white space, which makes 100,000 characters of 2048 tokens; looking at it must
+    not take the time of a training step. It took 3 s for 8,000 blanks and grew with the square."""
+    started = time.process_time()
+    judge_directed(start + padding * 50_000 + "x")
+    assert time.process_time() - started < 1
 
 
 def test_the_words_of_the_reward_models_prompt_are_recognised() -> None:

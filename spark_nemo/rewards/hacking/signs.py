@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 _SPACE = re.compile(r"\s+")
 # Only what no solution needs: an honest one may say "this step is correct" or begin a check with "**Verification:**".
+# Possessive (*+) where white space may stand on both sides of something that may be missing: a policy that pads
+# "Step 1:" with 100,000 blanks would otherwise stop the run's event loop for minutes.
 _JUDGE_DIRECTED = re.compile(
-    r"is the answer correct\s*(?:\(yes/no\)|\?\s*\**\s*(?:yes|no)\b)"  # the line every verification ends with
+    r"is the answer correct\s*(?:\(yes/no\)|\?\s*+\**+\s*+(?:yes|no)\b)"  # the line every verification ends with
     r"|\*\*\s*this step is (?:in)?correct"                              # a label
-    r"|\bstep \d+\s*:\s*\**\s*(?:in)?correct\.?\**\s*(?:$|<)"          # a PRM's line
+    r"|\bstep \d+\s*:\s*+\**+\s*+(?:in)?correct\.?\**\s*(?:$|<)"       # a PRM's line
     r"|(?:student solution|teacher verification)\s*:"                    # prompts of verifiers
     r"|<\|[a-z_]+\|>|\[/?inst\]|<</?sys>>|<(?:start|end)_of_turn>"       # chat templates
     r"|</?(?:final_|step_)?verification>"                                # tagged verifiers
