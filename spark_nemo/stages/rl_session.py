@@ -12,10 +12,11 @@ from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.engines.client import freeze_heap, run_async
 from spark_nemo.engines.served import ServedModel
 from spark_nemo.evaluation.accuracy import problem_rates
-from spark_nemo.evaluation.answers import EvalProblem, answer_matches, read_answer_keys
+from spark_nemo.evaluation.answers import EvalProblem, judge_answers, read_answer_keys
+from spark_nemo.evaluation.checker import Judgement
 from spark_nemo.evaluation.policy import PolicyAccuracy, evaluate_policy
 from spark_nemo.grammar import ParsedResponse, StepFormat, Variant, extract_boxed, prompt_set, split_response
-from spark_nemo.records import Problem, Verdict, outcome_to_json
+from spark_nemo.records import EngineError, Failure, Problem, Verdict, outcome_to_json
 from spark_nemo.records.jsonl import write_text_atomic
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService, ServiceLimits
@@ -123,15 +124,19 @@ def _watch(config: SparkConfig, folder: Path, judge: RewardJudge | None) -> Hack
 
 
 def answer_checker(config: SparkConfig) -> Checker:
-    """The RLVR baseline's reward: the one place where an answer key reaches training."""
+    """The RLVR baseline's reward: the one place where an answer key reaches training. An answer that could not be
+    compared within the checker's limits is neither right nor wrong, and ``rl.failures`` says what it costs."""
     path = config.data.rl_answers
     assert path is not None, "check_stage3 asks for it"
     keys = read_answer_keys(path)
 
-    def check(problem_id: str, text: str) -> bool:
-        if problem_id not in keys:
-            raise ConfigError(f"data.rl_answers={path}: no answer for problem {problem_id}")
-        return answer_matches(extract_boxed(text), keys[problem_id].answer)
+    def check(responses: Sequence[tuple[str, str]]) -> list[bool | Failure]:
+        for problem_id, _ in responses:
+            if problem_id not in keys:
+                raise ConfigError(f"data.rl_answers={path}: no answer for problem {problem_id}")
+        said = judge_answers([(extract_boxed(text), keys[problem_id].answer) for problem_id, text in responses])
+        return [EngineError(f"answer checker: {one}") if one in (Judgement.LATE, Judgement.DIED)
+                else one is Judgement.EQUAL for one in said]
 
     return check
 

@@ -27,7 +27,7 @@ from spark_nemo.rewards import (
     majority_rewards,
     process_aware_reward,
     random_reward,
-    rlvr_reward,
+    rlvr_rewards,
     step_augmented_reward,
     step_average_reward,
 )
@@ -135,7 +135,7 @@ class RolloutSession:
                         for position, rollout in enumerate(rollouts, start=first)]
             case "rlvr":
                 assert self.checker is not None
-                return [rlvr_reward(rollout, self.checker) for rollout in rollouts]
+                return rlvr_rewards(rollouts, self.checker)
         return [MODEL_REWARDS[self.config.reward](j.violation, j.outcome) for j in judgements]
 
     def _shaped(self, rollouts: Sequence[Rollout], scores: Sequence[float | Failure]) -> list[float | Failure]:

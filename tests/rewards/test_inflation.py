@@ -25,7 +25,7 @@ from spark_nemo.rewards import (
     majority_rewards,
     process_aware_reward,
     random_reward,
-    rlvr_reward,
+    rlvr_rewards,
     step_augmented_reward,
     step_average_reward,
 )
@@ -45,7 +45,7 @@ RESISTS, DOES_NOT = "Resists inflation", "Does *not* resist inflation"
 DECLARED: dict[str, tuple[str, Callable]] = {
     "process_aware": (RESISTS, process_aware_reward), "selective": (RESISTS, selective_advantages),
     "selective_half": (RESISTS, selective_advantages), "prefix": (RESISTS, prefix_advantages),
-    "capo": (RESISTS, capo_advantages), "rlvr": (RESISTS, rlvr_reward), "majority": (RESISTS, majority_rewards),
+    "capo": (RESISTS, capo_advantages), "rlvr": (RESISTS, rlvr_rewards), "majority": (RESISTS, majority_rewards),
     "random": (RESISTS, random_reward), "step_average": (DOES_NOT, step_average_reward),
     "step_augmented": (DOES_NOT, step_augmented_reward), "global_step": (DOES_NOT, global_step_advantages),
     "global_step_penalty": (DOES_NOT, global_step_penalty_advantages), "min_form": (DOES_NOT, min_form_advantages),
@@ -109,7 +109,7 @@ def totals(design: str, responses: list[Response], estimator: str = "grpo") -> l
     rollouts, judgements = [r.rollout() for r in responses], [r.judgement() for r in responses]
     match reward:
         case "rlvr":
-            scores = [rlvr_reward(rollout, lambda _, text: r"\boxed{7}" in text) for rollout in rollouts]
+            scores = rlvr_rewards(rollouts, lambda shown: [r"\boxed{7}" in text for _, text in shown])
         case "majority":
             scores = majority_rewards(rollouts, str)
         case "random":

@@ -6,7 +6,7 @@ import pytest
 
 from spark_nemo.config import FailurePolicy
 from spark_nemo.records import EngineError, FormatViolation, ParseFailure, Problem, Rollout, Truncated, Verdict
-from spark_nemo.rewards import FailureRateExceeded, apply_failure_policy, process_aware_reward, rlvr_reward
+from spark_nemo.rewards import FailureRateExceeded, apply_failure_policy, process_aware_reward, rlvr_rewards
 
 YES = Verdict((True, True), True)
 NO = Verdict((True, False), False)
@@ -85,7 +85,7 @@ def test_no_verification_at_all_is_no_failure():
 def test_rlvr_asks_the_checker_by_problem():
     """The reward holds no answers: it passes the id and the text on."""
     rollout = Rollout(Problem("p1", "1+1?"), 0, (1,), (2,), (-0.1,), (0,), "two", "stop")
+    late = EngineError("answer checker: late")
     asked = []
-    assert rlvr_reward(rollout, lambda *args: asked.append(args) or True) == 1.0
-    assert rlvr_reward(rollout, lambda *args: False) == 0.0
-    assert asked == [("p1", "two")]
+    assert rlvr_rewards([rollout] * 3, lambda shown: asked.extend(shown) or [True, False, late]) == [1.0, 0.0, late]
+    assert asked == [("p1", "two")] * 3

@@ -41,7 +41,7 @@ CLOSURES = {
     ("spark_nemo.verification.selection", "Selection", "correct"): "balancing by ground truth",
     ("spark_nemo.rewards.hacking.constraints", "Constraint", "holds"): "a rule of form: the text and settings alone",
 }
-"""Fields that hold a function from a text to right or wrong; but for the last, one with answers behind it."""
+"""Fields that hold a function from a text, or many, to right or wrong; but for the last, one with answers behind it."""
 READERS = {
     "spark_nemo.stages.after_votes": {"ask_with_answer"},
     "spark_nemo.stages.labels": {"_correctness"},
@@ -50,7 +50,8 @@ READERS = {
     "spark_nemo.stages.checks": {"check_stage3", "check_pipeline", "_has_answers"},
 }
 """Every function of the stages that names an answer's type or a function that reads or compares answers."""
-KEY_NAMES = {"AnswerKey", "EvalProblem", "read_answer_keys", "read_eval_problems", "answer_matches", "grade_answers"}
+KEY_NAMES = {"AnswerKey", "EvalProblem", "read_answer_keys", "read_eval_problems", "answer_matches", "grade_answers",
+             "judge_answer", "judge_answers"}
 KEY_FIELDS = {"answer", "correct_answer", "original_answer", "final_answer", "gold", "ground_truth", "reward_model"}
 """What a data file calls a reference answer."""
 
@@ -144,7 +145,7 @@ def test_functions_with_answers_behind_them_are_held_where_declared_and_nowhere_
     for (module, name), each in data_types("rewards", "verification", "training", "stages").items():
         for field, hint in hints_of(each).items():
             functions_in = [part for part in parts_of(hint) if typing.get_origin(part) is Callable]
-            if any(typing.get_args(part)[-1] is bool for part in functions_in):
+            if any(bool in parts_of(typing.get_args(part)[-1]) for part in functions_in):
                 holders.add((module, name, field))
     assert holders == set(CLOSURES)
 

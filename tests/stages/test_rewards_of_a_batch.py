@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from spark_nemo.config import FailurePolicy, RLConfig, SamplingConfig
+from spark_nemo.config import ConfigError, DataConfig, FailurePolicy, RLConfig, SamplingConfig, SparkConfig
 from spark_nemo.config.designs import MODEL_REWARDS
 from spark_nemo.engines.base import FinishReason, Generation
 from spark_nemo.engines.served import Completion
+from spark_nemo.evaluation.checker import Judgement
 from spark_nemo.grammar import PROMPT_SETS, StepFormat, Variant, prompt_set, split_response
 from spark_nemo.records import (
     AnswerVerdict,
@@ -23,6 +24,7 @@ from spark_nemo.records import (
 )
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService, ServiceLimits
+from spark_nemo.stages import rl_session
 from spark_nemo.stages.credit import batch_advantages
 from spark_nemo.stages.rl_session import sample_rows
 from spark_nemo.stages.rollouts import RolloutSession
@@ -74,7 +76,7 @@ class Scripted:
 
 
 def scored(reward: str, advantage: str = "outcome", variant: Variant = Variant.PRM_COT, replies=JUDGE,
-           max_rate: float = 0.5, **settings):
+           max_rate: float = 0.5, checker=lambda shown: ["8" in text for _, text in shown], **settings):
     """One group of four: fine, one step wrong, a verification of another step count, and no format."""
     config = RLConfig(reward=reward, advantage=advantage, group_size=4,
                       failures=FailurePolicy(max_rate=max_rate, retries=0), **settings)
@@ -82,7 +84,7 @@ def scored(reward: str, advantage: str = "outcome", variant: Variant = Variant.P
     # Without a cache, for the script answers the same greedy request differently.
     service = PRMService(model, PROMPTS, config.verifier_sampling, ServiceLimits(cache_entries=0), variant)
     judge = RewardJudge(service, 0) if config.asks_reward_model else None
-    session = RolloutSession(Scripted(POLICY), PROMPTS, config, 0, judge, lambda problem_id, text: "8" in text)
+    session = RolloutSession(Scripted(POLICY), PROMPTS, config, 0, judge, checker)
     return asyncio.run(session.batch([Problem("p", "3 + 4?")], 0)), model, config
 
 
@@ -187,3 +189,19 @@ def test_sampled_step_spans_meet_the_labels_they_belong_to() -> None:
     row = batch_advantages(batch, config)[1]
     punished = bytes(i for i, a in zip(batch.rollouts[1].response_ids, row.tolist()) if a < row.max())
     assert punished.decode() == "<step>line 1</step>"
+
+
+def test_an_answer_that_nobody_could_compare_is_no_reward(tmp_path, monkeypatch) -> None:
+    """math-verify that is late or dies says nothing about a response: the RLVR baseline masks it and counts it, as
+    rl.failures says. It used to be a reward of 0."""
+    path = tmp_path / "keys.jsonl"
+    path.write_text('{"problem_id": "p", "answer": "7"}\n')
+    says = {"7": Judgement.EQUAL, "8": Judgement.LATE, None: Judgement.DIED}
+    monkeypatch.setattr(rl_session, "judge_answers", lambda pairs: [says[answer] for answer, _ in pairs])
+    checker = rl_session.answer_checker(SparkConfig(
+        rl=RLConfig(reward="rlvr"), data=DataConfig(rl_answers=str(path))))
+    batch = scored("rlvr", checker=checker)[0]
+    assert batch.rewards.rewards[:2] == (1.0, 1.0) and batch.rewards.valid == (True, True, False, False)
+    assert batch.rewards.failure_rates == {"engine_error": 0.5}
+    with pytest.raises(ConfigError, match=r"data\.rl_answers.*no answer for problem q"):
+        checker([("q", "")])
