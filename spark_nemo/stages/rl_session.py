@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,11 +76,12 @@ class RLSession:
         return metrics
 
     def close(self) -> None:
-        """Release the engines."""
-        run_async(self.policy.engine.close())
-        if self.rollouts.judge is not None:
-            run_async(self.rollouts.judge.service.served.engine.close())
-        run_async(self.watch.close())
+        """Release the engines, each also when another will not be released."""
+        with ExitStack() as engines:
+            engines.callback(lambda: run_async(self.watch.close()))
+            if (judge := self.rollouts.judge) is not None:
+                engines.callback(lambda: run_async(judge.service.served.engine.close()))
+            engines.callback(lambda: run_async(self.policy.engine.close()))
 
 
 def open_session(config: SparkConfig, folder: Path, verifier: ServedModel | None = None) -> RLSession:

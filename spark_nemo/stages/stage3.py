@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,13 +14,14 @@ from tqdm import tqdm
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.engines.client import run_async
 from spark_nemo.engines.fleet import Fleet
-from spark_nemo.engines.served import ServedModel
+from spark_nemo.engines.served import ServedModel, model_identity
 from spark_nemo.evaluation.answers import read_eval_problems
 from spark_nemo.megatron.checkpoint import has_checkpoint, newest
 from spark_nemo.megatron.distributed import gather_objects, on_main_rank
 from spark_nemo.megatron.worker import MegatronWorker
+from spark_nemo.records import Problem, content_key
 from spark_nemo.records.jsonl import read_problems
-from spark_nemo.stages.checks import check_stage3
+from spark_nemo.stages.checks import check_stage3, reward_model_folder
 from spark_nemo.stages.credit import batch_advantages
 from spark_nemo.stages.feed import BatchFeed
 from spark_nemo.stages.layout_check import check_memory
@@ -53,15 +56,25 @@ def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool
         config.weight_sync, worker, engine_kind=config.engine.kind, folder=folder,
         source_dir=Path(config.models.policy), engine_tensor_parallel=config.engine.policy.tensor_parallel or 1)
     session = _open_on_main_rank(config, folder, sync, verifier)
+    try:
+        return _run(config, worker, sync, session, BatchFeed(config, problems, session), eval_problems,
+                    made_with(config, problems, verifier))
+    finally:
+        _release(sync, session)
+
+
+def _run(config: SparkConfig, worker: MegatronWorker, sync: WeightSync, session: RLSession | None, feed: BatchFeed,
+         eval_problems: list, made: dict[str, object]) -> bool:
+    """The steps that are missing. Was the last one made?"""
+    rl, folder = config.rl, stage3_folder(config.run, config.arm)
     reference = worker.snapshot() if rl.kl_estimator != "none" else None
-    feed = BatchFeed(config, problems, session)
-    start = _resume(worker, config, folder / CHECKPOINTS, feed)
+    start = _resume(worker, made, folder / CHECKPOINTS, feed)
     writer, clock = MetricsWriter(folder, is_main=worker.is_main), Clock(folder)
     writer.truncate_from(start)
     timeline = session.rollouts.timeline if session is not None else Timeline()
 
     bar = tqdm(total=rl.steps, initial=start, desc=f"rl {config.arm}", unit="step", disable=not worker.is_main)
-    with StopFlag(folder) as stop, feed:
+    with StopFlag(folder) as stop, feed, bar, closing(writer):
         for step in range(start, rl.steps):
             _sync(sync, worker, session, step)
             if step % rl.eval_every == 0:
@@ -80,13 +93,12 @@ def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool
             bar.update()
             stopping = any(gather_objects(stop.requested)) and step + 1 < rl.steps
             if stopping or (step + 1) % rl.save_every == 0 or step + 1 == rl.steps:
-                _save(worker, config, folder, step + 1, feed)
+                worker.save_checkpoint(
+                    folder / CHECKPOINTS, {"step": step + 1, "made_with": made, **feed.state()}, files=feed.files())
                 on_main_rank(clock.save)
             if stopping:
                 log.info("stopped after step %d of %d (%s); run again to go on", step + 1, rl.steps, stop.reason)
                 return False
-    bar.close()
-    writer.close()
     _finish(sync, worker, session, config, folder, clock, eval_problems)
     return True
 
@@ -105,24 +117,35 @@ def _open_on_main_rank(
     return opened[0] if opened else None
 
 
-def _made_with(config: SparkConfig) -> dict[str, object]:
-    """The settings that the steps depend on, by name."""
+def _release(sync: WeightSync, session: RLSession | None) -> None:
+    """However the run ends: servers that live on keep neither a process group, nor paused requests, nor old weights."""
+    if session is None:
+        return
+    try:
+        run_async(sync.close())
+    finally:
+        session.close()
+
+
+def made_with(
+    config: SparkConfig, problems: Sequence[Problem], verifier: ServedModel | None = None,
+) -> dict[str, object]:
+    """What the steps depend on, by name: settings, and of the problems and the models their content."""
     free = {"eval_every", "save_every", "failures", "verifier_queue", "verifier_deadline", "verifier_cache"}
     settings = {f"rl.{name}": value for name, value in comparable_rl(asdict(config.rl)).items() if name not in free}
-    return {**settings, "run.seed": config.run.seed}
+    judge = {}
+    if config.rl.asks_reward_model:
+        judge["the reward model"] = verifier.identity if verifier else model_identity(reward_model_folder(config))
+    return {**settings, **judge, "run.seed": config.run.seed, "models.policy": model_identity(config.models.policy),
+            "data.rl_problems": content_key([(problem.problem_id, problem.question) for problem in problems])}
 
 
-def _save(worker: MegatronWorker, config: SparkConfig, folder: Path, step: int, feed: BatchFeed) -> None:
-    state = {"step": step, "made_with": _made_with(config), **feed.state()}
-    worker.save_checkpoint(folder / CHECKPOINTS, state, files=feed.files())
-
-
-def _resume(worker: MegatronWorker, config: SparkConfig, checkpoints: Path, feed: BatchFeed) -> int:
+def _resume(worker: MegatronWorker, made: dict[str, object], checkpoints: Path, feed: BatchFeed) -> int:
     """The step to go on from. Raises ``ConfigError`` when the checkpoint is of a run with other settings."""
     if not has_checkpoint(checkpoints):
         return 0
     state = worker.load_checkpoint(checkpoints)
-    for name, value in _made_with(config).items():
+    for name, value in made.items():
         if (before := state.get("made_with", {}).get(name, value)) != value:
             raise ConfigError(f"{checkpoints} was made with {name}={before}, this run has {value}: "
                               "use another run.dir or the same settings")
@@ -136,8 +159,6 @@ def _finish(sync: WeightSync, worker: MegatronWorker, session: RLSession | None,
     accuracy = on_main_rank(lambda: run_async(session.evaluate(eval_problems, config.rl.steps)))
     worker.save_hf(folder / "model", source_dir=config.models.policy)
     if session is not None:
-        run_async(sync.close())
-        session.close()
         clock.save()
         mark_done(folder, {"accuracy": accuracy.sampled.value, "seconds": clock.seconds})
 
