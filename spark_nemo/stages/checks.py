@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from spark_nemo.config import ConfigError, EvaluationConfig, SamplingConfig, SparkConfig
@@ -10,7 +11,9 @@ from spark_nemo.engines.served import GRAMMAR_TEXTS
 from spark_nemo.engines.tokenizer import Tokenizer, TokenizerError
 from spark_nemo.evaluation.answers import read_answer_keys, read_eval_problems
 from spark_nemo.evaluation.processbench import read_processbench
+from spark_nemo.grammar import prompt_set
 from spark_nemo.megatron.model_shape import ModelShape, read_hf_config
+from spark_nemo.records import Problem
 from spark_nemo.records.jsonl import read_problems
 from spark_nemo.stages.arms import arm_config, pipeline_arms
 from spark_nemo.stages.run_folder import read_done, stage2_folder
@@ -80,10 +83,16 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
         raise ConfigError(f"models.policy={config.models.policy}: no model there; `spark-nemo sft` makes it of "
                           f"models.policy_base={config.models.policy_base}")
     _trained_model(config, "models.policy")
-    read_problems(_set(config, "data.rl_problems"))
-    read_eval_problems(_set(config, "data.eval_problems"))
+    problems = read_problems(_set(config, "data.rl_problems"))
+    held_out = read_eval_problems(_set(config, "data.eval_problems"))
     _fits(config, "rl.sampling", rl.sampling)
     _fits(config, "evaluation", config.evaluation)
+    if rl.rollout.oversample is None and rl.prompts_per_step > len(problems):
+        raise ConfigError(f"rl.prompts_per_step={rl.prompts_per_step}: data.rl_problems={config.data.rl_problems} has "
+                          f"{len(problems)} problems, and a step draws none twice")
+    _prompts_fit(config, "data.rl_problems", problems, "rl.sampling", rl.sampling.max_new_tokens)
+    _prompts_fit(config, "data.eval_problems", [one.problem for one in held_out], "evaluation",
+                 config.evaluation.max_new_tokens)
     if rl.sampling.temperature == 0:
         raise ConfigError("rl.sampling.temperature=0: a group of equal responses has no advantage; use 1.0")
     if rl.reward == "rlvr":
@@ -163,6 +172,20 @@ def _model(folder: Path, field: str) -> ModelShape:
     except (ConfigError, TokenizerError) as error:
         raise ConfigError(f"{field}: {error}") from error
     return shape
+
+
+def _prompts_fit(
+    config: SparkConfig, field: str, problems: Sequence[Problem], sampling: str, max_new_tokens: int,
+) -> None:
+    """An engine refuses a prompt without room for the response: the run would end at the step that draws it."""
+    tokenizer, prompts = Tokenizer.load(config.models.policy), prompt_set(config.rl.prompt_set)
+    room = config.engine.max_context - max_new_tokens
+    lengths = {one.problem_id: len(tokenizer.encode_chat(prompts.policy(one.question))) for one in problems}
+    if over := {name: length for name, length in lengths.items() if length > room}:
+        name, length = next(iter(over.items()))
+        raise ConfigError(f"{field}={_set(config, field)}: {len(over)} of {len(lengths)} prompts, that of {name} with "
+                          f"{length} tokens first, have no room for {sampling}.max_new_tokens={max_new_tokens} in "
+                          f"engine.max_context={config.engine.max_context}: remove them, or change one of the two")
 
 
 def _fits(config: SparkConfig, field: str, sampling: SamplingConfig | EvaluationConfig) -> None:

@@ -9,7 +9,8 @@ import pytest
 from spark_nemo.cli.main import main
 
 TOY = ["+experiment=toy", "data.stage1_problems=toy:stage1:4", "data.rl_problems=toy:rl:4",
-       "data.eval_problems=toy:eval:4", "data.processbench=toy:processbench:12", "pipeline.rl_answers=toy:rl:4"]
+       "data.eval_problems=toy:eval:4", "data.processbench=toy:processbench:12", "rl.prompts_per_step=4",
+       "pipeline.rl_answers=toy:rl:4"]
 
 
 def plan(capsys: pytest.CaptureFixture[str], stage: str, *overrides: str, options: tuple[str, ...] = ()) -> dict:

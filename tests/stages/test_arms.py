@@ -111,7 +111,8 @@ def test_arms_that_cannot_run_are_refused_before_the_first_starts(overrides: lis
 def small(tmp_path: Path, *overrides: str) -> SparkConfig:
     return resolve_toy(compose_config([
         "+experiment=toy", f"run.dir={tmp_path}/run", "data.stage1_problems=toy:stage1:4", "data.rl_problems=toy:rl:4",
-        "data.eval_problems=toy:eval:4", "data.processbench=toy:processbench:12", "pipeline.rl_answers=toy:rl:4",
+        "data.eval_problems=toy:eval:4", "data.processbench=toy:processbench:12", "rl.prompts_per_step=4",
+        "pipeline.rl_answers=toy:rl:4",
         *overrides]))
 
 
