@@ -18,6 +18,9 @@ from spark_nemo.records.jsonl import read_problems
 from spark_nemo.stages.arms import arm_config, pipeline_arms
 from spark_nemo.stages.run_folder import read_done, stage2_folder
 
+_SLACK = 16
+"""Tokens by which a template may be cut otherwise around another question."""
+
 
 def check_sft(config: SparkConfig) -> None:
     """The base model, its layout and context, and that there are examples; ``run_sft`` reads them before any work."""
@@ -180,10 +183,13 @@ def _prompts_fit(
     """An engine refuses a prompt without room for the response: the run would end at the step that draws it."""
     tokenizer, prompts = Tokenizer.load(config.models.policy), prompt_set(config.rl.prompt_set)
     room = config.engine.max_context - max_new_tokens
-    lengths = {one.problem_id: len(tokenizer.encode_chat(prompts.policy(one.question))) for one in problems}
+    # A token is a byte at least: most questions need not be encoded, which would take seconds for 17,000 of them.
+    around = len(tokenizer.encode_chat(prompts.policy("?"))) + _SLACK
+    doubtful = [one for one in problems if around + len(one.question.encode()) > room]
+    lengths = {one.problem_id: len(tokenizer.encode_chat(prompts.policy(one.question))) for one in doubtful}
     if over := {name: length for name, length in lengths.items() if length > room}:
         name, length = next(iter(over.items()))
-        raise ConfigError(f"{field}={_set(config, field)}: {len(over)} of {len(lengths)} prompts, that of {name} with "
+        raise ConfigError(f"{field}={_set(config, field)}: {len(over)} of {len(problems)} prompts, that of {name} with "
                           f"{length} tokens first, have no room for {sampling}.max_new_tokens={max_new_tokens} in "
                           f"engine.max_context={config.engine.max_context}: remove them, or change one of the two")
 
