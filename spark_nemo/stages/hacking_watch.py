@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spark_nemo.config import SparkConfig
-from spark_nemo.records import Failure, Problem, derive_seed
+from spark_nemo.records import Failure, Problem, Rollout, derive_seed
 from spark_nemo.rewards.hacking.detectors import baseline, detector_rates, flags, new_alarms
 from spark_nemo.rewards.hacking.divergence import ALARM, SAMPLES, compared, gap_growth, reward_gap
 from spark_nemo.rewards.hacking.probes import build_probes, score_probes
@@ -30,13 +30,13 @@ PROBED_PROBLEMS = 8
 @dataclass(frozen=True)
 class HackingWatch:
     """Belongs to the main rank. ``service`` asks the reward model about probes, None where there is none; ``held_out``
-    is the second verifier's judge, and ``score`` the reward's formula."""
+    is the second verifier's judge, and ``score`` the reward that training makes of a judgement."""
 
     config: SparkConfig
     folder: Path
     service: PRMService | None = None
     held_out: RewardJudge | None = None
-    score: Callable[[Judgement], float | Failure] | None = None
+    score: Callable[[Rollout, Judgement], float | Failure] | None = None
 
     async def metrics(self, batch: ScoredBatch, step: int) -> dict[str, float]:
         """``hacking/...`` of a training step; its predecessors' rows are all written. Warns of what passes an alarm."""
@@ -88,8 +88,10 @@ class HackingWatch:
         if not chosen:
             return {}
         await self.held_out.service.refresh()
-        judgements = await asyncio.gather(*(self.held_out.judge(batch.rollouts[index]) for index in chosen))
-        metrics = reward_gap([batch.rewards.rewards[index] for index in chosen], [*map(self.score, judgements)])
+        rollouts = [batch.rollouts[index] for index in chosen]
+        judgements = await asyncio.gather(*map(self.held_out.judge, rollouts))
+        metrics = reward_gap(
+            [batch.rewards.rewards[index] for index in chosen], [*map(self.score, rollouts, judgements)])
         alarm = ALARM if hacking.divergence_alarm is None else hacking.divergence_alarm
         if (growth := gap_growth(metrics, rows)) >= alarm:
             log.warning("step %d: the reward has grown %.2f away from the held-out verifier's "

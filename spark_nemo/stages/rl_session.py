@@ -25,7 +25,7 @@ from spark_nemo.rewards.rlvr import Checker
 from spark_nemo.stages.checks import reward_model_folder
 from spark_nemo.stages.dynamic import dynamic_batch
 from spark_nemo.stages.hacking_watch import HACKING, TOP_REWARDS, HackingWatch
-from spark_nemo.stages.rollouts import MODEL_REWARDS, RolloutSession, ScoredBatch
+from spark_nemo.stages.rollouts import MODEL_REWARDS, RolloutSession, ScoredBatch, shaped
 
 EVALUATIONS, SAMPLES, VERIFIER, SERVERS = "evaluations.jsonl", "samples.jsonl", "verifier.jsonl", "servers"
 _SAMPLES_PER_STEP = 4
@@ -121,8 +121,8 @@ def _watch(config: SparkConfig, folder: Path, judge: RewardJudge | None) -> Hack
         held_out = reward_judge(config, served, Variant.PRM_COT)
     reward = MODEL_REWARDS[config.rl.reward]
     probing = reward_judge(config, judge.service.served, judge.service.variant).service
-    return HackingWatch(
-        config, folder, probing, held_out, lambda judgement: reward(judgement.violation, judgement.outcome))
+    return HackingWatch(config, folder, probing, held_out, lambda rollout, judgement: shaped(
+        config.rl, rollout, reward(judgement.violation, judgement.outcome)))
 
 
 def answer_checker(config: SparkConfig) -> Checker:

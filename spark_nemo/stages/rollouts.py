@@ -95,7 +95,8 @@ class RolloutSession:
         """The batch of whole groups, in order. Raises ``FailureRateExceeded``."""
         rollouts = tuple(rollout for rollout, _ in judged)
         judgements = tuple(judgement for _, judgement in judged if judgement is not None)
-        scores = self._shaped(rollouts, self._scores(rollouts, judgements, step))
+        scores = [shaped(self.config, *pair)
+                  for pair in zip(rollouts, self._scores(rollouts, judgements, step), strict=True)]
         shown = sum(judgement.outcome is not None for judgement in judgements)
         rewards = apply_failure_policy(scores, failures, num_verifications=shown if self.judge else None)
         labels_steps = self.judge is None or self.judge.service.variant is not Variant.ORM
@@ -138,17 +139,17 @@ class RolloutSession:
                 return rlvr_rewards(rollouts, self.checker)
         return [MODEL_REWARDS[self.config.reward](j.violation, j.outcome) for j in judgements]
 
-    def _shaped(self, rollouts: Sequence[Rollout], scores: Sequence[float | Failure]) -> list[float | Failure]:
-        """The scores with the configured bounds on steps and length; a failure stays the failure it is."""
-        low, high = self.config.selective_min_steps, self.config.selective_max_steps
-        shaped: list[float | Failure] = []
-        for rollout, score in zip(rollouts, scores, strict=True):
-            if isinstance(score, float) and not (low or 0) <= len(rollout.step_spans) <= (high or math.inf):
-                score = 0.0
-            if isinstance(score, float) and (buffer := self.config.overlong_buffer) is not None:
-                score += overlong_penalty(len(rollout.response_ids), self.config.sampling.max_new_tokens, buffer)
-            shaped.append(score)
-        return shaped
+
+def shaped(config: RLConfig, rollout: Rollout, score: float | Failure) -> float | Failure:
+    """The score with the configured bounds on steps and length; a failure stays the failure it is."""
+    if not isinstance(score, float):
+        return score
+    low, high = config.selective_min_steps, config.selective_max_steps
+    if not (low or 0) <= len(rollout.step_spans) <= (high or math.inf):
+        score = 0.0
+    if (buffer := config.overlong_buffer) is not None:
+        score += overlong_penalty(len(rollout.response_ids), config.sampling.max_new_tokens, buffer)
+    return score
 
 
 def batch_metrics(

@@ -45,7 +45,7 @@ def batch(texts: list[str], rewards: list[float]) -> ScoredBatch:
 def watch(folder: Path, hacking: HackingConfig, held_out: RewardJudge | None = None) -> HackingWatch:
     config = SparkConfig(run=RunConfig(dir=str(folder)), rl=RLConfig(hacking=hacking, eval_every=2))
 
-    def score(judgement: Judgement) -> float | Failure:
+    def score(_: Rollout, judgement: Judgement) -> float | Failure:
         return process_aware_reward(judgement.violation, judgement.outcome)
 
     return HackingWatch(config, folder, judge(BY_NAME["judge_directed"]).service, held_out, score)

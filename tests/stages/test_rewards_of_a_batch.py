@@ -205,3 +205,18 @@ def test_an_answer_that_nobody_could_compare_is_no_reward(tmp_path, monkeypatch)
     assert batch.rewards.failure_rates == {"engine_error": 0.5}
     with pytest.raises(ConfigError, match=r"data\.rl_answers.*no answer for problem q"):
         checker([("q", "")])
+
+
+@pytest.mark.parametrize("settings", [
+    {"overlong_buffer": 200, "sampling": SamplingConfig(max_new_tokens=200)},
+    {"advantage": "selective", "selective_min_steps": 3}])
+def test_a_held_out_verifier_that_agrees_leaves_no_gap(tmp_path, settings: dict) -> None:
+    """Its judgements are made into rewards exactly as training makes them, with what length and steps do to them; a
+    punishment of length on one side alone would look like a gap that closes."""
+    batch, model, config = scored("process_aware", **settings)
+    service = PRMService(model, PROMPTS, config.verifier_sampling)
+    watch = rl_session._watch(SparkConfig(rl=config), tmp_path, RewardJudge(service, 0))
+    again = [watch.score(*pair) for pair in zip(batch.rollouts, batch.judgements)]
+    assert [r for r, ok in zip(again, batch.rewards.valid) if ok] == [
+        r for r, ok in zip(batch.rewards.rewards, batch.rewards.valid) if ok]
+    assert batch.rewards.rewards != scored("process_aware")[0].rewards.rewards
