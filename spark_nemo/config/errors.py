@@ -16,8 +16,8 @@ def one_of(name: str, value: str, allowed: Collection[str]) -> None:
 
 
 def at_least(name: str, value: float, bound: float) -> None:
-    """Raise ``ConfigError`` unless ``value >= bound``."""
-    if value < bound:
+    """Raise ``ConfigError`` unless ``value >= bound``; NaN, which YAML can write, is not."""
+    if not value >= bound:
         raise ConfigError(f"{name}={value}: must be at least {bound}")
 
 

@@ -71,7 +71,7 @@ class DetectorsConfig:
     def __post_init__(self) -> None:
         at_least("rl.hacking.detectors.baseline_steps", self.baseline_steps, 1)
         for name in ("inflation", "length"):
-            if getattr(self, name) <= 1:
+            if not getattr(self, name) > 1:
                 raise ConfigError(f"rl.hacking.detectors.{name}={getattr(self, name)}: a multiple above 1")
         if not 0 < self.reduction < 1:
             raise ConfigError(f"rl.hacking.detectors.reduction={self.reduction}: a share between 0 and 1")
@@ -109,7 +109,7 @@ class HackingConfig:
                 continue
             if self.heldout_verifier is None:
                 raise without_effect(f"rl.hacking.{name}", value, "without rl.hacking.heldout_verifier")
-            if name == "divergence_alarm" and value <= 0:
+            if name == "divergence_alarm" and not value > 0:
                 raise ConfigError(f"rl.hacking.{name}={value}: must be positive")
             if name != "divergence_alarm":
                 at_least(f"rl.hacking.{name}", value, 1)

@@ -40,6 +40,8 @@ class FailurePolicy:
         in_unit_interval("failures.max_rate", self.max_rate)
         if self.action == "penalise" and self.penalty is None:
             raise ConfigError("failures.action=penalise needs failures.penalty (the reward of a failed verification)")
+        if self.penalty is not None and not math.isfinite(self.penalty):
+            raise ConfigError(f"failures.penalty={self.penalty}: a reward must be finite")
         if self.action == "mask" and self.penalty is not None:
             raise without_effect("failures.penalty", self.penalty, "with failures.action=mask")
 
@@ -129,8 +131,8 @@ class RLConfig:
         one_of("rl.prompt_set", self.prompt_set, {"paper", "compact"})
         if self.kl_estimator == "none" and self.kl_coef is not None:
             raise without_effect("rl.kl_coef", self.kl_coef, "with rl.kl_estimator=none")
-        if self.kl_estimator != "none" and (self.kl_coef or 0) <= 0:
-            raise ConfigError(f"rl.kl_estimator={self.kl_estimator} needs a positive rl.kl_coef")
+        if self.kl_estimator != "none" and not 0 < (self.kl_coef or 0) < math.inf:
+            raise ConfigError(f"rl.kl_estimator={self.kl_estimator} needs a positive, finite rl.kl_coef")
         if self.updates_per_step > self.prompts_per_step:
             raise ConfigError(
                 f"rl.updates_per_step={self.updates_per_step}: at most rl.prompts_per_step={self.prompts_per_step}")
@@ -138,7 +140,7 @@ class RLConfig:
             value = getattr(self, name)
             if value is not None and self.updates_per_step == 1:
                 raise without_effect(f"rl.{name}", value, "with rl.updates_per_step=1 (the ratio is always 1)")
-            if value is not None and value <= 0:
+            if value is not None and not value > 0:
                 raise ConfigError(f"rl.{name}={value}: must be positive")
         if self.importance_cap is not None:
             at_least("rl.importance_cap", self.importance_cap, 1)

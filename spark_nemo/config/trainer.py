@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from .errors import ConfigError, at_least, in_unit_interval, one_of, without_effect
@@ -59,7 +60,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         one_of("optimizer.decay", self.decay, {"constant", "linear", "cosine"})
         in_unit_interval("optimizer.warmup_fraction", self.warmup_fraction)
-        if self.lr <= 0:
-            raise ConfigError(f"optimizer.lr={self.lr}: must be positive")
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(f"optimizer.lr={self.lr}: must be positive and finite")
         if self.decay == "constant" and self.min_lr:
             raise without_effect("optimizer.min_lr", self.min_lr, "with optimizer.decay=constant")

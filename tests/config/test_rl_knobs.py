@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
-from spark_nemo.config import ConfigError, DataConfig, RLConfig, SamplingConfig, SparkConfig
+from spark_nemo.config import (
+    ConfigError,
+    DataConfig,
+    FailurePolicy,
+    OptimizerConfig,
+    RLConfig,
+    SamplingConfig,
+    SparkConfig,
+)
+from spark_nemo.config.hacking import DetectorsConfig
 
 SAMPLED = SamplingConfig(temperature=0.8)
 
@@ -90,3 +101,21 @@ def test_more_than_half_of_the_votes_must_parse_unless_another_number_is_set() -
     """One vote is what it always was."""
     assert [RLConfig(verifier_votes=n, verifier_sampling=SAMPLED).min_votes for n in (1, 2, 3, 4)] == [1, 2, 2, 3]
     assert RLConfig(verifier_votes=4, verifier_min_votes=1, verifier_sampling=SAMPLED).min_votes == 1
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(("named", "make"), [
+    ("rl.importance_cap", lambda: RLConfig(importance_cap=NAN)),
+    ("rl.kl_coef", lambda: RLConfig(kl_estimator="k3", kl_coef=NAN)),
+    ("rl.clip_high", lambda: RLConfig(updates_per_step=2, clip_high=NAN)),
+    ("failures.penalty", lambda: FailurePolicy(action="penalise", penalty=NAN)),
+    ("failures.penalty", lambda: FailurePolicy(action="penalise", penalty=float("-inf"))),
+    ("optimizer.lr", lambda: OptimizerConfig(lr=NAN)),
+    ("rl.hacking.detectors.inflation", lambda: DetectorsConfig(inflation=NAN)),
+])
+def test_a_number_that_is_none_is_refused_at_the_start(named: str, make: Callable[[], object]) -> None:
+    """YAML has .nan, and NaN passes every comparison that is written as "too small": it would end in the weights."""
+    with pytest.raises(ConfigError, match=named):
+        make()
