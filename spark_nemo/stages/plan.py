@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from spark_nemo.config import ConfigError, PoolConfig, SparkConfig
 from spark_nemo.config.engine import POOLS
 from spark_nemo.megatron.model_shape import ModelShape, read_hf_config
+from spark_nemo.records.jsonl import read_problems
 from spark_nemo.stages.arms import Arm, arm_config, pipeline_arms
 from spark_nemo.stages.published import PUBLISHED
 from spark_nemo.stages.run_folder import stage2_folder
@@ -222,11 +224,11 @@ def _training(config: SparkConfig, arm: Arm) -> list[str]:
         verified = (f"{judged:,} verifications of at most {tokens:,} tokens, {tokens * (1 + rl.failures.retries):,} if "
                     f"all were retried {rl.failures.retries} times")
     note = ", READS ANSWER KEYS" if arm.reads_answer_keys else ""
-    samples, evals = config.evaluation.samples_per_problem + 1, rl.steps // rl.eval_every + 1
+    samples, evals = config.evaluation.samples_per_problem + 1, -(-rl.steps // rl.eval_every) + 1
     held, basis = _count(config.data.eval_problems)
     return [f"stage III    {arm.name}{note}: {rl.steps} steps, {rollouts:,} rollouts of at most "
             f"{rollouts * rl.sampling.max_new_tokens:,} tokens, {verified}",
-            f"evaluation   {arm.name}: {basis}, about {evals} times, {evals * held * samples:,} "
+            f"evaluation   {arm.name}: {basis}, {evals} times, {evals * held * samples:,} "
             f"completions of at most {evals * held * samples * config.evaluation.max_new_tokens:,} tokens"]
 
 
@@ -287,8 +289,13 @@ def _count(value: str, unit: str = "problem") -> tuple[int, str]:
         return count, f"{count:,} {unit}s"
     if not Path(value).is_file():
         return 1, f"per {unit} (the file is not here)"
-    with open(value, "rb") as file:
-        count = sum(1 for line in file if line.strip())
+    if Path(value).suffix == ".parquet":
+        count = len(read_problems(value))
+    elif Path(value).suffix == ".json":  # one list, which held-out problems may be
+        count = len(json.loads(Path(value).read_text()))
+    else:
+        with open(value, "rb") as file:
+            count = sum(1 for line in file if line.strip())
     return count, f"{count:,} {unit}s"
 
 

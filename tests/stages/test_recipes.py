@@ -132,6 +132,22 @@ def test_a_value_that_nobody_published_is_marked_as_our_choice(path: Path) -> No
             above = False
 
 
+def test_problems_are_counted_whatever_the_file_is(tmp_path: Path) -> None:
+    """A Parquet file or a list in JSON has other lines than problems, and an evaluation more comes after the last
+    step: 3 steps with one every 2 are evaluated at 0, 2 and the end."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    rows = [{"prompt": [{"role": "user", "content": f"{n} + 1?"}], "data_source": "made"} for n in range(70)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rl.parquet")
+    (tmp_path / "eval.json").write_text(json.dumps([{"problem_id": "a", "question": "?", "answer": "1"}] * 3, indent=1))
+    plan = dry_run(compose_config([
+        "+experiment=toy", f"data.stage1_problems={tmp_path}/rl.parquet", f"data.eval_problems={tmp_path}/eval.json",
+        "rl.steps=3", "rl.eval_every=2"])).splitlines()
+    assert any(line.startswith("stage I ") and " 70 problems" in line for line in plan)
+    assert any(line.startswith("evaluation") and " 3 problems, 3 times" in line for line in plan)
+
+
 def test_the_papers_numbers_are_in_the_base_recipe() -> None:
     """Proves the figures that the paper or its scripts state; every recipe builds on this one."""
     config = recipe("base")
