@@ -15,7 +15,6 @@ from spark_nemo.grammar import (
     ParsedResponse,
     PromptSet,
     StepFormat,
-    Variant,
     decode_tokens,
     split_response,
     token_spans,
@@ -99,9 +98,7 @@ class RolloutSession:
                   for pair in zip(rollouts, self._scores(rollouts, judgements, step), strict=True)]
         shown = sum(judgement.outcome is not None for judgement in judgements)
         rewards = apply_failure_policy(scores, failures, num_verifications=shown if self.judge else None)
-        labels_steps = self.judge is None or self.judge.service.variant is not Variant.ORM
-        return ScoredBatch(rollouts, rewards, judgements, batch_metrics(
-            rollouts, rewards, judgements, labels_steps=labels_steps))
+        return ScoredBatch(rollouts, rewards, judgements, batch_metrics(rollouts, rewards, judgements))
 
     async def _one(self, group: int, problem: Problem, index: int, step: int, again: int) -> Judged:
         seed = derive_seed("rollout", self.seed, step, problem.problem_id, index, *([again] if again else []))
@@ -153,17 +150,17 @@ def shaped(config: RLConfig, rollout: Rollout, score: float | Failure) -> float 
 
 
 def batch_metrics(
-    rollouts: Sequence[Rollout], rewards: RewardBatch, judgements: Sequence[Judgement], *, labels_steps: bool = True,
+    rollouts: Sequence[Rollout], rewards: RewardBatch, judgements: Sequence[Judgement],
 ) -> dict[str, float]:
     """Means over the batch, as fractions or tokens; ``failure/...`` are shares of the verifications asked for.
 
-    Without ``labels_steps`` (an ORM) there is no ``correct_step_fraction``: it would be a 0 that nobody said.
+    Where nobody labelled a step (an ORM, a baseline, no verdict at all) there is no ``correct_step_fraction``: it would
+    be a 0 that nobody said.
     """
     valid = [reward for reward, ok in zip(rewards.rewards, rewards.valid) if ok]
     violations = Counter(j.violation.rule for j in judgements if j.violation is not None)
     verdicts = [j.outcome for j in judgements if isinstance(j.outcome, Verdict)]
-    correct_steps = {"correct_step_fraction": (
-        sum(sum(v.step_labels) for v in verdicts) / max(1, sum(len(v.step_labels) for v in verdicts)))}
+    labels = [label for verdict in verdicts for label in verdict.step_labels]
     return {
         "reward": sum(valid) / max(1, len(valid)),
         "valid_fraction": len(valid) / len(rollouts),
@@ -172,7 +169,7 @@ def batch_metrics(
         "steps_per_response": sum(len(r.step_spans) for r in rollouts) / len(rollouts),
         "format_violations": sum(violations.values()) / len(rollouts),
         "failure_rate": rewards.failure_rate,
-        **(correct_steps if labels_steps else {}),
+        **({"correct_step_fraction": sum(labels) / len(labels)} if labels else {}),
         "sampled_tokens": float(sum(len(r.response_ids) for r in rollouts)),
         "verifier_tokens": float(sum(j.num_tokens for j in judgements)),
         **{f"failure/{kind}": rate for kind, rate in rewards.failure_rates.items()},

@@ -220,3 +220,10 @@ def test_a_held_out_verifier_that_agrees_leaves_no_gap(tmp_path, settings: dict)
     assert [r for r, ok in zip(again, batch.rewards.valid) if ok] == [
         r for r, ok in zip(batch.rewards.rewards, batch.rewards.valid) if ok]
     assert batch.rewards.rewards != scored("process_aware")[0].rewards.rewards
+
+
+@pytest.mark.parametrize("settings", [{"reward": "majority"}, {"reward": "process_aware", "replies": ["no verdict"]}])
+def test_steps_that_nobody_judged_have_no_share_of_correct_ones(settings: dict) -> None:
+    """A baseline asks no reward model, and here no verification parses: neither may be drawn as a curve at 0."""
+    assert "correct_step_fraction" not in scored(**settings, max_rate=1.0)[0].metrics
+    assert scored("process_aware")[0].metrics["correct_step_fraction"] == 3 / 4
