@@ -62,7 +62,7 @@ class SlowPolicy:
 def session(policy, wanted: int, oversample: float, rounds: int | None = None, **knobs) -> RolloutSession:
     config = RLConfig(reward="rlvr", group_size=2, prompts_per_step=wanted,
                       rollout=RolloutConfig(oversample=oversample, max_rounds=rounds), **knobs)
-    return RolloutSession(policy, PROMPTS, config, 0, None, lambda problem_id, text: text == "right")
+    return RolloutSession(policy, PROMPTS, config, 0, None, lambda shown: [text == "right" for _, text in shown])
 
 
 def problems(*names: str) -> list[Problem]:
