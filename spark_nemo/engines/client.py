@@ -8,7 +8,7 @@ import functools
 import gc
 import logging
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Generic, TypeVar
 
@@ -54,6 +54,18 @@ async def generate_all(
             worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
     return results  # type: ignore[return-value]
+
+
+async def all_or_none(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
+    """All results, in order. When one fails, the others are cancelled and have ended before its error is raised; after
+    ``asyncio.gather`` alone they would go on asking engines."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def freeze_heap() -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field
 
 from spark_nemo.config.hacking import ConstraintsConfig
+from spark_nemo.engines.client import all_or_none
 from spark_nemo.grammar import ParsedResponse
 from spark_nemo.records import EngineError, Failure, FormatViolation, Rollout, VariantOutcome, derive_seed
 
@@ -48,7 +48,7 @@ class RewardJudge:
         if isinstance(parsed, FormatViolation):
             return Judgement(parsed, None)
         case = self.service.case(rollout.problem.question, parsed.canonical(), len(parsed.steps))
-        answers = await asyncio.gather(*(self._vote(rollout, case, vote) for vote in range(self.votes)))
+        answers = await all_or_none(self._vote(rollout, case, vote) for vote in range(self.votes))
         outcome = aggregate_votes([answer.outcome for answer in answers], self.min_votes)
         return Judgement(None, outcome, sum(answer.num_tokens for answer in answers))
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from spark_nemo.config import FailurePolicy, RLConfig
+from spark_nemo.engines.client import all_or_none
 from spark_nemo.engines.served import ServedModel
 from spark_nemo.evaluation.answers import normalise_answer
 from spark_nemo.grammar import (
@@ -74,7 +74,7 @@ class RolloutSession:
         Raises ``EngineFailure`` when the policy's engine fails (a group must be whole) and ``FailureRateExceeded``.
         """
         await self.refresh()
-        groups = await asyncio.gather(*(self.group(number, problem, step) for number, problem in enumerate(problems)))
+        groups = await all_or_none(self.group(number, problem, step) for number, problem in enumerate(problems))
         return self.scored([judged for group in groups for judged in group], step, self.config.failures)
 
     async def refresh(self) -> None:
@@ -87,8 +87,8 @@ class RolloutSession:
 
         ``again`` counts earlier groups of the same problem in this step: they must not draw the same samples.
         """
-        return await asyncio.gather(
-            *(self._one(number, problem, index, step, again) for index in range(self.config.group_size)))
+        return await all_or_none(
+            self._one(number, problem, index, step, again) for index in range(self.config.group_size))
 
     def scored(self, judged: Sequence[Judged], step: int, failures: FailurePolicy) -> ScoredBatch:
         """The batch of whole groups, in order. Raises ``FailureRateExceeded``."""

@@ -9,7 +9,7 @@ import pytest
 
 from spark_nemo.config import ConfigError, DataConfig, FailurePolicy, RLConfig, SamplingConfig, SparkConfig
 from spark_nemo.config.designs import MODEL_REWARDS
-from spark_nemo.engines.base import FinishReason, Generation
+from spark_nemo.engines.base import EngineLost, FinishReason, Generation
 from spark_nemo.engines.served import Completion
 from spark_nemo.evaluation.checker import Judgement
 from spark_nemo.grammar import PROMPT_SETS, StepFormat, Variant, prompt_set, split_response
@@ -227,3 +227,33 @@ def test_steps_that_nobody_judged_have_no_share_of_correct_ones(settings: dict) 
     """A baseline asks no reward model, and here no verification parses: neither may be drawn as a curve at 0."""
     assert "correct_step_fraction" not in scored(**settings, max_rate=1.0)[0].metrics
     assert scored("process_aware")[0].metrics["correct_step_fraction"] == 3 / 4
+
+
+def test_nothing_of_a_batch_goes_on_when_a_part_of_it_has_failed() -> None:
+    """The run ends, and what it does at its end (telling servers, naming tensors that differ) must not share them with
+    the rest of the batch. Here the policy's engine is lost after two responses, and votes on them are on their way."""
+    slow = []
+
+    class Lost(Scripted):
+        async def complete(self, messages, sampling, seed):
+            if len(self.messages) < 2:
+                return await super().complete(messages, sampling, seed)
+            await asyncio.sleep(0.01 if len(self.messages) == 2 else 60)
+            raise EngineLost("gone")
+
+    class Slow(Scripted):
+        async def complete_prompt(self, prompt, sampling, seed):
+            slow.append(asyncio.current_task())
+            await asyncio.sleep(60)
+
+    async def run() -> set:
+        config = RLConfig(group_size=2, verifier_votes=2, verifier_sampling=SamplingConfig(temperature=1.0))
+        judge = RewardJudge(PRMService(Slow([]), PROMPTS, config.verifier_sampling), 0, votes=2)
+        session = RolloutSession(Lost([response("7")]), PROMPTS, config, 0, judge, None)
+        with pytest.raises(EngineLost):
+            await session.batch([Problem(name, "3 + 4?") for name in "abc"], 0)
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    assert asyncio.run(run()) == set() and slow
+
+
