@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spark_nemo.config import ConfigError, SparkConfig
+from spark_nemo.engines.served import model_identity
 from spark_nemo.engines.tokenizer import Tokenizer
 from spark_nemo.grammar import prompt_set
 from spark_nemo.megatron.worker import MegatronWorker
@@ -49,7 +50,8 @@ def run_sft(config: SparkConfig) -> bool:
         result = train_sft(
             worker, data.trained, epochs=stage.epochs, batch_size=stage.batch_size, tokens_per_micro_batch=budget,
             seed=config.run.seed, run_folder=folder, save_every=stage.save_every, stop=stop,
-            held_out=data.held_out, eval_every=stage.measured_every)
+            held_out=data.held_out, eval_every=stage.measured_every, made_with={
+                "sft.optimizer": asdict(stage.optimizer), "models.policy_base": model_identity(base)})
     if worker.is_main:
         clock.save()
     if not result.finished:

@@ -6,9 +6,11 @@ A PRM or PRM-CoT has a ProcessBench F1; an ORM, which names no step, a score of 
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 from spark_nemo.config import ConfigError, SparkConfig
+from spark_nemo.engines.served import model_identity
 from spark_nemo.engines.tokenizer import Tokenizer
 from spark_nemo.evaluation.critic import score_orm, score_reward_model
 from spark_nemo.grammar import Variant, prompt_set
@@ -44,7 +46,8 @@ def run_stage2(config: SparkConfig) -> bool:
         result = train_sft(
             worker, sequences, epochs=stage.epochs, batch_size=stage.batch_size,
             tokens_per_micro_batch=config.megatron.tokens_per_micro_batch, seed=config.run.seed, run_folder=folder,
-            save_every=stage.save_every, stop=stop)
+            save_every=stage.save_every, stop=stop, made_with={
+                "stage2.optimizer": asdict(stage.optimizer), "models.reward_base": model_identity(base)})
     if worker.is_main:
         clock.save()
     if not result.finished:

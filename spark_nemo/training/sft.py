@@ -6,7 +6,7 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,22 +63,24 @@ def batch_indices(step: int, num_sequences: int, batch_size: int, seed: int) -> 
 def train_sft(
     worker: MegatronWorker, sequences: Sequence[TrainSequence], *, epochs: int, batch_size: int,
     tokens_per_micro_batch: int, seed: int, run_folder: Path, save_every: int, stop: StopFlag,
-    held_out: Sequence[TrainSequence] = (), eval_every: int = 100,
+    held_out: Sequence[TrainSequence] = (), eval_every: int = 100, made_with: Mapping[str, object] | None = None,
 ) -> SftResult:
     """Train from the newest checkpoint in ``run_folder`` (or from the start) to the last step or a requested stop.
 
     ``batch_size`` counts sequences per optimizer step over all data-parallel ranks; the loss is the mean over all
     response tokens of the step. With ``held_out`` sequences every ``eval_every``-th step's row has their loss, measured
     before the step. Writes ``metrics.jsonl``, TensorBoard and ``checkpoints/``: every ``save_every`` steps, at the end
-    and when stopping. After a resume, rows from the resumed step on are dropped and written again.
+    and when stopping. After a resume, rows from the resumed step on are dropped and written again. ``made_with`` is
+    what else the steps depend on (optimizer, base model), by name and JSON-able: a run resumes with the same only.
 
     Collective: all ranks call it with the same sequences. Raises ``ValueError`` when there is nothing to train on and
-    ``ConfigError`` when the checkpoint was made from other data or another order.
+    ``ConfigError`` when the checkpoint was made from other data, in another order or with another ``made_with``.
     """
     if not sequences:
         raise ValueError("train_sft: no sequences to train on")
     run_folder, total_steps = Path(run_folder), num_sft_steps(len(sequences), epochs, batch_size)
-    identity = {"data": data_fingerprint(sequences), "seed": seed, "batch_size": batch_size, "epochs": epochs}
+    identity = {"data": data_fingerprint(sequences), "seed": seed, "batch_size": batch_size, "epochs": epochs,
+                **(made_with or {})}
     step = saved_step = _resume(worker, run_folder, identity)
     writer = MetricsWriter(run_folder, is_main=worker.is_main)
     writer.truncate_from(step)
@@ -139,8 +141,8 @@ def _resume(worker: MegatronWorker, run_folder: Path, identity: dict[str, object
         return 0
     state = worker.load_checkpoint(run_folder / CHECKPOINTS)
     for name, value in identity.items():
-        if state[name] != value:
-            raise ConfigError(f"{run_folder / CHECKPOINTS} was made with {name}={state[name]}, this run has {value}: "
+        if (before := state.get(name, value)) != value:
+            raise ConfigError(f"{run_folder / CHECKPOINTS} was made with {name}={before}, this run has {value}: "
                               "use another run.dir or the same settings")
     log.info("resuming after step %d", state["step"])
     return int(state["step"])

@@ -106,6 +106,14 @@ def test_a_checkpoint_of_other_data_or_order_is_refused(tmp_path):
                   stop=StopFlag(tmp_path), **SETTINGS)
 
 
+def test_a_checkpoint_of_another_optimizer_or_base_is_refused(tmp_path):
+    """Another learning rate half-way would be neither run. A checkpoint from before it was written down goes on."""
+    run(BigramWorker(), tmp_path, stop=StopAfter(tmp_path, 2), made_with={"sft.optimizer": {"lr": 0.1}})
+    with pytest.raises(ValueError, match=r"sft\.optimizer=.*0\.1.*this run has .*0\.2"):
+        run(BigramWorker(), tmp_path, made_with={"sft.optimizer": {"lr": 0.2}})
+    assert run(BigramWorker(), tmp_path, made_with={"sft.optimizer": {"lr": 0.1}, "models.policy_base": "a"}).finished
+
+
 def test_held_out_loss_is_the_loss_of_a_step_that_did_not_train(tmp_path):
     """The same mean over response tokens as the training loss, whatever the packing; measured before its step, and it
     changes no training number."""
