@@ -142,6 +142,13 @@ class DistributedTransport(Transport):
                     await engine.destroy_weights_update_group(group.name)  # type: ignore[attr-defined]
         group.leave()
 
+    async def restore(self, engine: Engine, version: int) -> None:
+        """See ``Transport``. A server that was started again at its address is no longer in the group, though it is the
+        same engine to us: the next sync needs another one."""
+        if self._group is not None and engine in self._group.engines:
+            await self._drop_group([one for one in self._group.engines if one is not engine])
+        await super().restore(engine, version)
+
     async def close(self) -> None:
         """Tear the group down."""
         if self._group is not None:
