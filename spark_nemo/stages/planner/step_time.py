@@ -10,12 +10,11 @@ import math
 from spark_nemo.config import MegatronConfig
 from spark_nemo.megatron.model_shape import ModelShape
 from spark_nemo.megatron.sizing.rank import RankMemory
+from spark_nemo.megatron.sizing.states import ITEM_BYTES
 
 from .cluster import GB, Cluster, Rates
 from .engine_memory import EngineMemory
 from .workload import Generation, Training
-
-_GRADIENT = 4  # bytes: summed in float32
 
 
 def forward_flops_per_token(shape: ModelShape, context: float) -> float:
@@ -43,7 +42,8 @@ def training_seconds(work: Training, layout: MegatronConfig, worst: RankMemory, 
     phases["train"] = trained
     dp = layout.data_parallel
     bandwidth = rates.nvlink_gbs if layout.world_size <= cluster.gpus_per_node else rates.network_gbs
-    moved = _GRADIENT * 2 if not layout.distributed_optimizer else _GRADIENT + 2
+    gradient = ITEM_BYTES[layout.gradients]
+    moved = gradient * 2 if not layout.distributed_optimizer else gradient + 2
     reduced = worst.num_parameters * moved * (dp - 1) / dp
     touched = 2 * worst.states.optimizer + worst.states.gradients
     phases["optimizer"] = work.updates * (reduced / bandwidth + touched / rates.memory_gbs) / GB
