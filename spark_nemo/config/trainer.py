@@ -23,7 +23,8 @@ class MegatronConfig:
     """What gradients are summed in, over micro-batches and ranks. bfloat16 (only with dtype bfloat16) takes 2 bytes per
     parameter less and sends half as much, and every addition rounds to 8 bits."""
     recompute: str = "none"
-    """Activation recomputation: none, selective or full."""
+    """Activations computed again in the backward pass: none, selective (those of the MLP or of the experts) or full
+    (all of a layer but its input)."""
     distributed_optimizer: bool = True
     tokens_per_micro_batch: int = 8192
     """Packed tokens per micro-batch; a longer sequence gets a micro-batch of its own."""

@@ -24,9 +24,10 @@ from .model import DTYPES, PackedGPT
 
 
 def wrap_for_gradients(model: PackedGPT, layout: MegatronConfig) -> DistributedDataParallel:
-    """Megatron's data-parallel wrapper: gradient buffers in ``layout.gradients``, summed over ranks when a step ends."""
+    """Megatron's data-parallel wrapper: buffers of ``layout.gradients``, summed over ranks when a step ends."""
     return DistributedDataParallel(model.config, DistributedDataParallelConfig(
-        grad_reduce_in_fp32=layout.gradients == "float32", use_distributed_optimizer=layout.distributed_optimizer), model)
+        grad_reduce_in_fp32=layout.gradients == "float32",
+        use_distributed_optimizer=layout.distributed_optimizer), model)
 
 
 def build_optimizer(model: DistributedDataParallel, settings: OptimizerConfig, layout: MegatronConfig,

@@ -42,7 +42,7 @@ def test_one_rank_holds_what_is_planned(model):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("recompute", "vocabulary", "width"), [
-    ("none", 67, 512), ("full", 67, 512), ("none", 5000, 160), ("full", 5000, 160)])
+    ("none", 67, 512), ("selective", 67, 512), ("full", 67, 512), ("none", 5000, 160), ("full", 5000, 160)])
 def test_peak_of_a_step(dtype, recompute, vocabulary, width):
     """The most that a forward and backward pass really allocates, every storage counted, is within 15 % of the plan:
     with a wide MLP, whose backward pass is the peak, and with a large vocabulary, whose logits are."""

@@ -44,8 +44,8 @@ SFT_70B = "NeMo-RL sft-llama3.1-70b-8n8g-tp4pp2-long-megatron"
 LIMIT_70B = 4096
 """What the recipe allows a sequence to have."""
 LONGEST_70B = 1024 + 1024 + 128
-"""What its data have, as their makers prepare them for SFT: OpenMathInstruct-2 without problems and solutions above 1,024
-Llama tokens (github.com/NVIDIA/NeMo-Skills, docs/openmathinstruct2/dataset.md), and our room for the recipe's prompt.
+"""What its data have, as their makers prepare them for SFT: OpenMathInstruct-2 without problems and solutions above
+1,024 Llama tokens (github.com/NVIDIA/NeMo-Skills, docs/openmathinstruct2/dataset.md), and our room for the prompt.
 As released, 564 of some 600,000 problems are longer (huggingface.co/datasets/nvidia/OpenMathInstruct-2, its note)."""
 
 ACCEPTED = [
