@@ -279,7 +279,7 @@ def _slurm_plan(arguments: argparse.Namespace) -> int:
     if config := _configured(arguments):
         if arguments.stage == "pipeline":
             check_without_files(compose_config(arguments.overrides))
-        print(slurm_plan(arguments.stage, config, arguments.model))
+        print(slurm_plan(config, arguments))
     return 0
 
 
