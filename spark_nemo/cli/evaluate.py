@@ -176,8 +176,9 @@ def _model_math(config: SparkConfig, arguments: argparse.Namespace, data: list[s
     again = _again("math", output, data) + (f" --benchmark {arguments.benchmark}" if arguments.benchmark else "")
     overall = average_estimates(scores, settings.bootstrap_samples)
     count = settings.samples_per_problem
+    cuts = "".join(f", {name}={value}" for name in ("top_p", "top_k") if (value := getattr(settings, name)) is not None)
     return (f"{again}\n{_math_table(scores)}\n{len(problems)} problems: sampled {_shown(overall[f'avg@{count}'])} "
-            f"(avg@{count}, T={settings.temperature}), greedy {_shown(overall['greedy pass@1'])}")
+            f"(avg@{count}, T={settings.temperature}{cuts}), greedy {_shown(overall['greedy pass@1'])}")
 
 
 def _model_processbench(config: SparkConfig, arguments: argparse.Namespace, data: list[str], output: Path) -> str:

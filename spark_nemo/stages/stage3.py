@@ -108,8 +108,9 @@ def _open_on_main_rank(
 def _made_with(config: SparkConfig) -> dict[str, object]:
     """The settings that the steps depend on, by name."""
     free = {"eval_every", "save_every", "failures", "verifier_queue", "verifier_deadline", "verifier_cache"}
-    settings = {f"rl.{name}": value for name, value in comparable_rl(asdict(config.rl)).items() if name not in free}
-    return {**settings, "run.seed": config.run.seed}
+    rl = comparable_rl(asdict(config.rl))
+    rl |= {"sampling": config.rl.sampling.identity(), "verifier_sampling": config.rl.verifier_sampling.identity()}
+    return {**{f"rl.{name}": value for name, value in rl.items() if name not in free}, "run.seed": config.run.seed}
 
 
 def _save(worker: MegatronWorker, config: SparkConfig, folder: Path, step: int, feed: BatchFeed) -> None:
