@@ -158,7 +158,7 @@ def check_sync(hf_config: Mapping[str, Any], field: str) -> None:
     try:
         ModelNumbers.from_config(hf_config)
     except ConfigError as error:
-        raise ConfigError(f"{field}: {error}: stage III cannot train it; name a policy of one of those") from error
+        raise ConfigError(f"{field}: {error}: stage III cannot train it; name another policy") from error
 
 
 def _served_model(config: SparkConfig, field: str) -> None:
