@@ -153,10 +153,10 @@ def _set(config: SparkConfig, field: str) -> str:
     return value
 
 
-def check_sync(hf_config: Mapping[str, Any], field: str) -> None:
-    """Raise ``ConfigError`` for a model whose weights no plan brings from the trainer to an engine."""
+def check_sync(hf_config: Mapping[str, Any], field: str) -> ModelNumbers:
+    """What a sync is planned from. ``ConfigError`` for a model whose weights no plan brings to an engine."""
     try:
-        ModelNumbers.from_config(hf_config)
+        return ModelNumbers.from_config(hf_config)
     except ConfigError as error:
         raise ConfigError(f"{field}: {error}: stage III cannot train it; name another policy") from error
 
