@@ -6,6 +6,7 @@ Proves nothing about Transformer Engine on a GPU, nor that NeMo itself reads the
 import hashlib
 import json
 import pickle
+import random
 import re
 import socket
 import subprocess
@@ -291,6 +292,23 @@ def test_damaged_inputs_end_in_a_clear_error(tmp_path, kind, monkeypatch):
         corruptions.shutil.rmtree(tmp_path / "out", ignore_errors=True)
     assert silent == []
     assert not (tmp_path / "evil-was-here").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_damaged_common_file_is_named(folders, tmp_path):
+    """A byte of common.pt flipped 400 times, which torch answers with nine kinds of exceptions: a ConfigError or, where
+    the byte did not matter, the values."""
+    folder, draw = corruptions.shutil.copytree(folders["qwen3"][1], tmp_path / "mg"), random.Random(0)
+    data, refused = (folder / "common.pt").read_bytes(), 0
+    for _ in range(400):
+        place = draw.randrange(len(data))
+        (folder / "common.pt").write_bytes(data[:place] + bytes([draw.randrange(256)]) + data[place + 1:])
+        try:
+            assert isinstance(StoredCheckpoint(folder).common(), dict)
+        except ConfigError as error:
+            assert "common.pt" in str(error) and len(str(error).splitlines()) == 1
+            refused += 1
+    assert refused > 100
 
 
 def test_seventy_billion_layout_in_small(tmp_path):
