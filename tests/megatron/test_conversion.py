@@ -25,6 +25,7 @@ from spark_nemo.config.errors import ConfigError
 from spark_nemo.megatron.checkpoint import streaming
 from spark_nemo.megatron.checkpoint.conversion import convert
 from spark_nemo.megatron.checkpoint.global_tensors import GlobalTensors
+from spark_nemo.megatron.checkpoint.resumable import resumable_folder
 from spark_nemo.megatron.checkpoint.stored import StoredCheckpoint
 from spark_nemo.megatron.hf_files import SafetensorsFolder, write_tensors
 from spark_nemo.megatron.model_shape import ModelShape
@@ -170,6 +171,44 @@ def test_a_killed_conversion_goes_on(folders, tmp_path, monkeypatch, to):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     back = tmp_path / "out" if to == "hf" else convert(tmp_path / "out", tmp_path / "back", "hf").folder
     assert same_tensors(hf, back)
+
+
+def test_a_killed_conversion_with_another_config_starts_over(folders, tmp_path, monkeypatch):
+    """Files finished under one --hf-config are of no use under another: with fewer rows of vocabulary the embedding in
+    them would be longer than config.json says. The output is that of a conversion that was never killed."""
+    hf, megatron = folders["llama"]
+    (tmp_path / "config").mkdir()
+    text = json.dumps({**json.loads((hf / "config.json").read_text()), "vocab_size": 60})
+    (tmp_path / "config" / "config.json").write_text(text)
+    read, original = [], StoredCheckpoint.read
+
+    def counting(self, name, *rest):
+        if len(read) == 6:
+            raise KeyboardInterrupt
+        read.append(name)
+        return original(self, name, *rest)
+
+    monkeypatch.setattr(StoredCheckpoint, "read", counting)
+    with pytest.raises(KeyboardInterrupt):
+        convert(megatron, tmp_path / "out", "hf", max_shard_bytes=9_000)
+    monkeypatch.undo()
+    assert list((tmp_path / ".out.partial").glob("*.safetensors"))
+    for name in ("out", "fresh"):
+        convert(megatron, tmp_path / name, "hf", hf_config_from=tmp_path / "config", max_shard_bytes=9_000)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "fresh")
+
+
+def test_one_process_at_a_time_makes_a_folder(tmp_path):
+    """A second call for the same output, of the same job or another, is refused and disturbs nothing: two writers of
+    one file would leave holes in it. After a kill the lock is gone, for it is the process's."""
+    with resumable_folder(tmp_path / "out", {"job": 1}) as folder:
+        (folder / "weights").write_text("whole")
+        for job in (1, 2):
+            with pytest.raises(ConfigError, match="being made by another process"), resumable_folder(
+                    tmp_path / "out", {"job": job}):
+                pytest.fail("handed out twice")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "weights").read_text() == "whole"
 
 
 @pytest.mark.slow
