@@ -19,6 +19,9 @@ import megatron_cases as cases
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
 
 from spark_nemo.config import MegatronConfig
 from spark_nemo.config.errors import ConfigError
@@ -209,6 +212,15 @@ def test_one_process_at_a_time_makes_a_folder(tmp_path):
                 pytest.fail("handed out twice")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "weights").read_text() == "whole"
+
+
+def test_finished_files_behind_a_torn_record_are_kept(tmp_path):
+    """A full disk tears the record of one file; what is recorded after that counts when the call is killed again."""
+    writer = streaming._PartWriter(tmp_path, lambda num_bytes: None)
+    (tmp_path / "__7_0.distcp").write_bytes(b"x" * 12)
+    (tmp_path / streaming.PARTS).write_text('{"part": 3, "results": [["decod')
+    writer._record(7, [WriteResult(MetadataIndex("w", torch.Size([0])), 12, _StorageInfo("__7_0.distcp", 0, 12))])
+    assert list(writer._finished_parts()) == [7]
 
 
 @pytest.mark.slow
