@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from .designs import DESIGNS, VARIANTS, asks_reward_model, variant_suffix
 from .engine import EngineConfig
-from .errors import ConfigError, at_least, one_of, without_effect
+from .errors import ConfigError, at_least, check_finite, one_of, without_effect
 from .labels import LABEL_METHODS, REFERENCE_GUIDED, REVISED_METHODS, VOTE_METHODS, LabelsConfig
 from .rl import RLConfig
 from .sft import SftConfig
@@ -138,6 +138,7 @@ class SparkConfig:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.pipeline.parallel_jobs > 1 and (self.engine.policy.servers or self.engine.verifier.servers):
             raise ConfigError(f"pipeline.parallel_jobs={self.pipeline.parallel_jobs} with launched servers: every job "
                               "would launch its own on the same devices; set 1, or name running servers by urls")
