@@ -151,7 +151,8 @@ def test_a_missing_field_is_named(tmp_path, field):
 
 @pytest.mark.parametrize("text, message", [
     ("[]", "has no rows"), ("{}", "must hold a JSON list"), ("[1]", "row 1: must be a JSON object"),
-    ("[{", "not valid JSON"), (json.dumps([ROW, ROW]), "repeats 'gsm8k-0'"), ("[" * 100_000, "not valid JSON")])
+    ("[{", "not valid JSON"), (json.dumps([ROW, ROW]), "repeats 'gsm8k-0'"), ("[" * 100_000, "not valid JSON"),
+    ("[1" + "0" * 5000 + "]", "not valid JSON")])
 def test_a_file_that_is_no_split_is_refused(tmp_path, text, message):
     """Broken, empty, of another shape, or with a case twice (which would count twice)."""
     path = tmp_path / "split.json"
@@ -160,6 +161,10 @@ def test_a_file_that_is_no_split_is_refused(tmp_path, text, message):
         read_processbench(path)
     with pytest.raises(DataFileError, match="cannot be read"):
         read_processbench(tmp_path / "absent.json")
+    if message == "not valid JSON":
+        (tmp_path / "split.jsonl").write_text(f"{json.dumps(ROW)}\n{text}\n")
+        with pytest.raises(DataFileError, match=r"split\.jsonl:line 2: not valid JSON"):
+            read_processbench(tmp_path / "split.jsonl")
 
 
 @pytest.mark.parametrize("split, num_error, num_correct", [("gsm8k", 207, 193), ("math", 594, 406)])
