@@ -41,10 +41,14 @@ def required(place: str, row: dict[str, object], field: str, kind: type[T], mean
 
 
 def required_text(place: str, row: dict[str, object], field: str, meaning: str) -> str:
-    """A required string that is not blank. Raises ``DataFileError``."""
+    """A required string that is not blank and that UTF-8 can hold. Raises ``DataFileError``."""
     text = required(place, row, field, str, meaning)
     if not text.strip():
         raise DataFileError(f"{place}: field {field!r} is blank, but must be {meaning}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataFileError(f"{place}: field {field!r} holds half of a surrogate pair, which is no character") from None
     return text
 
 

@@ -180,3 +180,12 @@ def test_the_official_splits_load_and_score(split, num_error, num_correct):
     guesses = [rng.choice([None, -1, 0, 1, 2, label]) for label in labels]
     score = score_processbench(labels, guesses)
     assert (score.acc_error, score.acc_correct, score.f1) == pytest.approx(naive_score(labels, guesses))
+
+
+@pytest.mark.parametrize("field", ["id", "problem"])
+def test_half_a_surrogate_pair_is_refused_where_it_is_read(tmp_path, field):
+    """No tokenizer can encode it: a model would have been asked about every case before this one for nothing."""
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps([{**ROW, field: "a \ud800"}]))
+    with pytest.raises(DataFileError, match=f"row 1: field '{field}' holds half of a surrogate pair"):
+        read_processbench(path)
