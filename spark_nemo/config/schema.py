@@ -195,9 +195,24 @@ class SparkConfig:
             if method == REFERENCE_GUIDED and self.stage1.reference_answers is None:
                 raise ConfigError(f"pipeline.label_methods has {method}, a baseline that reads answer keys: set "
                                   "stage1.reference_answers (JSONL with problem_id and answer)")
+        self._check_label_rules()
         if REFERENCE_GUIDED not in (self.stage2.method, *self.pipeline.label_methods):
             for name, value in (("stage1.reference_answers", self.stage1.reference_answers),
                                 ("labels.reference_pick", self.labels.reference_pick)):
                 if value is not None:
                     raise without_effect(
                         name, value, f"where neither stage2.method nor pipeline.label_methods has {REFERENCE_GUIDED}")
+
+    def _check_label_rules(self) -> None:
+        """Rules that no label method asked for reads."""
+        methods = {self.stage2.method, *self.pipeline.label_methods}
+        picks = {REVISED_METHODS.get(method, method) for method in methods} | set(self.stage1.revise)
+        if REFERENCE_GUIDED in methods:
+            picks.add(self.labels.reference_pick or "step_consistency")
+        by_steps = "step_consistency" in picks
+        read = {"ties": by_steps or "outcome_consistency" in picks, "no_match": by_steps,
+                "final_verdict": by_steps or not methods.isdisjoint(REVISED_METHODS)}
+        for name, default in (("ties", "drop"), ("no_match", "drop"), ("final_verdict", "agreed")):
+            if (value := getattr(self.labels, name)) != default and not read[name]:
+                raise without_effect(f"labels.{name}", value, "with these label methods (stage2.method, "
+                                     "pipeline.label_methods)")
