@@ -58,6 +58,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     clip_grad: float = 1.0
+    """Largest norm of the gradient; 0 clips nothing."""
     warmup_fraction: float = 0.0
     """Share of all optimizer steps spent on linear warm-up."""
     decay: str = "constant"
@@ -66,7 +67,15 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         one_of("optimizer.decay", self.decay, {"constant", "linear", "cosine"})
         in_unit_interval("optimizer.warmup_fraction", self.warmup_fraction)
-        if self.lr <= 0:
-            raise ConfigError(f"optimizer.lr={self.lr}: must be positive")
+        for name in ("lr", "eps"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)}: must be positive")
+        for name in ("min_lr", "weight_decay", "clip_grad"):
+            at_least(f"optimizer.{name}", getattr(self, name), 0)
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"optimizer.{name}={getattr(self, name)}: must lie in [0, 1)")
+        if self.min_lr > self.lr:
+            raise ConfigError(f"optimizer.min_lr={self.min_lr}: at most optimizer.lr={self.lr}, from which it decays")
         if self.decay == "constant" and self.min_lr:
             raise without_effect("optimizer.min_lr", self.min_lr, "with optimizer.decay=constant")

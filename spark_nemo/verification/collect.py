@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 
 from spark_nemo.config import Stage1Config
-from spark_nemo.engines.base import EngineFailure, EngineLost
-from spark_nemo.engines.served import ServedModel
+from spark_nemo.engines.base import EngineFailure, EngineLost, FinishReason
+from spark_nemo.engines.served import Completion, ServedModel
 from spark_nemo.grammar import (
     GRAMMAR_VERSION,
     ChatMessages,
@@ -162,8 +162,8 @@ class Collector:
             return solution
         started = time.monotonic()
         try:
-            completion = await self.generator.complete(
-                self.prompts.solve(problem.question), self.config.generator_sampling, derive_seed(key))
+            completion = whole(await self.generator.complete(
+                self.prompts.solve(problem.question), self.config.generator_sampling, derive_seed(key)))
         except EngineLost:  # nobody is left to ask, so all that follow would fail too
             raise
         except EngineFailure as failure:
@@ -230,8 +230,8 @@ class Collector:
         key, started = self._vote_key(at, vote), time.monotonic()
         costs = (at.verify_cost, self.ledger.parts["verify"])
         try:
-            completion = await self.verifier.complete_prompt(
-                at.prompt_ids, self.config.verifier_sampling, derive_seed(key))
+            completion = whole(await self.verifier.complete_prompt(
+                at.prompt_ids, self.config.verifier_sampling, derive_seed(key)))
         except EngineLost:
             raise
         except EngineFailure as failure:
@@ -284,6 +284,13 @@ class Collector:
 
     def _vote_key(self, at: _OpenSolution, vote: int) -> str:
         return content_key(VERIFICATION, at.solution.key, self._verified_by, self.seed, vote)
+
+
+def whole(completion: Completion) -> Completion:
+    """``completion``; raises ``EngineFailure`` for one that was aborted, of which nothing may be kept."""
+    if completion.generation.finish_reason is FinishReason.ABORT:
+        raise EngineFailure(f"aborted after {len(completion.generation.token_ids)} tokens")
+    return completion
 
 
 def parse_solution(solution: Solution) -> ParsedResponse | ParseFailure:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -85,6 +86,9 @@ def test_logits_tell_models_apart(model, tmp_path):
         assert float((_logits(megatron, ids) - reference(ids).logits[0]).abs().max()) <= 1e-4
     other = open_checkpoint(make_folder(tmp_path / "other", "qwen3", initializer_range=0.2))
     assert logits_difference(hf, other, "a b", tmp_path) > 0.01
+    path = next((tmp_path / "other").glob("*.safetensors"))
+    save_file({name: torch.full_like(x, torch.nan) for name, x in load_file(path).items()}, path, {"format": "pt"})
+    assert logits_difference(hf, open_checkpoint(tmp_path / "other"), "a b", tmp_path) == math.inf
 
 
 def write_tokenizer(folder):
