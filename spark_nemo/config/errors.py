@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import fields, is_dataclass
+from math import isfinite
 
 
 class ConfigError(ValueError):
@@ -25,6 +27,17 @@ def in_unit_interval(name: str, value: float) -> None:
     """Raise ``ConfigError`` unless ``0 <= value <= 1``."""
     if not 0 <= value <= 1:
         raise ConfigError(f"{name}={value}: must lie between 0 and 1")
+
+
+def check_finite(settings: object, prefix: str = "") -> None:
+    """Raise ``ConfigError`` naming the first NaN or infinity in a tree of dataclasses: every comparison with NaN is
+    false, so it would pass most bounds, and as a limit it would let everything through."""
+    for each in fields(settings):  # type: ignore[arg-type]
+        value, name = getattr(settings, each.name), f"{prefix}{each.name}"
+        if is_dataclass(value):
+            check_finite(value, f"{name}.")
+        elif isinstance(value, float) and not isfinite(value):
+            raise ConfigError(f"{name}={value}: must be a finite number")
 
 
 def without_effect(name: str, value: object, because: str) -> ConfigError:

@@ -132,7 +132,8 @@ class RLConfig:
         if self.kl_estimator == "none" and self.kl_coef is not None:
             raise without_effect("rl.kl_coef", self.kl_coef, "with rl.kl_estimator=none")
         if self.kl_estimator != "none" and not 0 < (self.kl_coef or 0) < math.inf:
-            raise ConfigError(f"rl.kl_estimator={self.kl_estimator} needs a positive, finite rl.kl_coef")
+            raise ConfigError(f"rl.kl_estimator={self.kl_estimator} needs a positive, finite rl.kl_coef, "
+                              f"not rl.kl_coef={self.kl_coef}")
         if self.updates_per_step > self.prompts_per_step:
             raise ConfigError(
                 f"rl.updates_per_step={self.updates_per_step}: at most rl.prompts_per_step={self.prompts_per_step}")

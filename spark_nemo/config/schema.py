@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .designs import DESIGNS, VARIANTS, asks_reward_model, variant_suffix
-from .engine import EngineConfig
-from .errors import ConfigError, at_least, one_of, without_effect
+from .engine import EngineConfig, check_cuts
+from .errors import ConfigError, at_least, check_finite, one_of, without_effect
 from .labels import LABEL_METHODS, REFERENCE_GUIDED, REVISED_METHODS, VOTE_METHODS, LabelsConfig
 from .rl import RLConfig
 from .sft import SftConfig
@@ -75,8 +75,13 @@ class EvaluationConfig:
     temperature: float = 1.0
     max_new_tokens: int = 2048
     bootstrap_samples: int = 2000
+    top_p: float | None = None
+    """Of the samples, not of the greedy completion; None is 1."""
+    top_k: int | None = None
+    """Of the samples; None is all tokens."""
 
     def __post_init__(self) -> None:
+        check_cuts("evaluation", self.top_p, self.top_k)
         for name in ("samples_per_problem", "max_new_tokens", "bootstrap_samples"):
             at_least(f"evaluation.{name}", getattr(self, name), 1)
         if self.temperature <= 0:
@@ -138,6 +143,7 @@ class SparkConfig:
     pipeline: PipelineConfig = field(default_factory=PipelineConfig)
 
     def __post_init__(self) -> None:
+        check_finite(self)
         if self.pipeline.parallel_jobs > 1 and (self.engine.policy.servers or self.engine.verifier.servers):
             raise ConfigError(f"pipeline.parallel_jobs={self.pipeline.parallel_jobs} with launched servers: every job "
                               "would launch its own on the same devices; set 1, or name running servers by urls")
@@ -194,9 +200,24 @@ class SparkConfig:
             if method == REFERENCE_GUIDED and self.stage1.reference_answers is None:
                 raise ConfigError(f"pipeline.label_methods has {method}, a baseline that reads answer keys: set "
                                   "stage1.reference_answers (JSONL with problem_id and answer)")
+        self._check_label_rules()
         if REFERENCE_GUIDED not in (self.stage2.method, *self.pipeline.label_methods):
             for name, value in (("stage1.reference_answers", self.stage1.reference_answers),
                                 ("labels.reference_pick", self.labels.reference_pick)):
                 if value is not None:
                     raise without_effect(
                         name, value, f"where neither stage2.method nor pipeline.label_methods has {REFERENCE_GUIDED}")
+
+    def _check_label_rules(self) -> None:
+        """Rules that no label method asked for reads."""
+        methods = {self.stage2.method, *self.pipeline.label_methods}
+        picks = {REVISED_METHODS.get(method, method) for method in methods} | set(self.stage1.revise)
+        if REFERENCE_GUIDED in methods:
+            picks.add(self.labels.reference_pick or "step_consistency")
+        by_steps = "step_consistency" in picks
+        read = {"ties": by_steps or "outcome_consistency" in picks, "no_match": by_steps,
+                "final_verdict": by_steps or not methods.isdisjoint(REVISED_METHODS)}
+        for name, default in (("ties", "drop"), ("no_match", "drop"), ("final_verdict", "agreed")):
+            if (value := getattr(self.labels, name)) != default and not read[name]:
+                raise without_effect(f"labels.{name}", value, "with these label methods (stage2.method, "
+                                     "pipeline.label_methods)")

@@ -22,11 +22,14 @@ def model_numbers(folder: Path | str) -> ModelNumbers:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ConfigError(f"model folder {folder}: no config.json there; name a Hugging Face model folder")
-    config = json.loads(path.read_text())
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON in UTF-8: {error}") from error
     found = []
     for name in ("vocab_size", "max_position_embeddings"):
-        value = config.get(name)
-        if not isinstance(value, int) or value < 1:
+        value = config.get(name) if isinstance(config, dict) else None
+        if type(value) is not int or value < 1:
             raise ConfigError(f"{path}: {name}={value!r} is not a positive number")
         found.append(value)
     return ModelNumbers(*found)

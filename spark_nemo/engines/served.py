@@ -58,19 +58,21 @@ class ServedModel:
         """``complete`` for a chat encoded before: of many samples of one prompt, only the first needs to encode it."""
         params = SamplingParams(
             max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
-            stop_token_ids=tuple(self.tokenizer.eos_ids), seed=seed)
+            top_k=sampling.top_k or 0, stop_token_ids=tuple(self.tokenizer.eos_ids), seed=seed)
         generation = await self.engine.generate(GenerationRequest(prompt_ids, params))
         return Completion(prompt_ids, generation, self.tokenizer.decode_response(generation.token_ids))
 
 
 def model_identity(folder: str | Path) -> str:
-    """12 hex digits from config, tokenizer and weights; of each weight file the size, the first and the last MiB.
+    """12 hex digits from config, tokenizer, chat template, end-of-sequence ids and weights; of each file the size, the
+    first and the last MiB.
 
     Reading a 140 GB checkpoint to the end only to name it would cost minutes at every start; two checkpoints of one
     training run differ in every block, so the ends tell them apart.
     """
     folder = Path(folder)
-    names = ("config.json", "tokenizer.json", "tokenizer_config.json")
+    names = ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+             "generation_config.json", "chat_template.jinja")
     files = [folder / name for name in names] + sorted(folder.glob("*.safetensors"))
     digest = hashlib.sha256()
     for path in files:

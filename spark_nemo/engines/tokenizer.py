@@ -36,7 +36,13 @@ def _byte_of_character() -> dict[str, int]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise TokenizerError(f"{path} is not JSON in UTF-8: {error}") from error
+    if not isinstance(data, dict):
+        raise TokenizerError(f"{path}: a JSON object is needed, not {type(data).__name__}")
+    return data
 
 
 def _content(token: object) -> object:

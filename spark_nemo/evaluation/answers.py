@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from math import isfinite
 from pathlib import Path
 
 from spark_nemo.records import Problem
@@ -139,6 +140,8 @@ def _read_key(place: str, row: dict[str, object], seen: dict[str, object]) -> An
     if problem_id in seen:
         raise DataFileError(f"{place}: field 'problem_id' repeats {problem_id!r}: ids must be unique")
     if type(row.get("answer")) in (int, float):
+        if type(row["answer"]) is float and not isfinite(row["answer"]):
+            raise DataFileError(f"{place}: field 'answer' is {row['answer']}, but must be a finite number or a string")
         row = {**row, "answer": str(row["answer"])}
     return AnswerKey(problem_id, required_text(place, row, "answer", "the reference answer, a string or a number"))
 

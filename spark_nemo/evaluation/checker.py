@@ -71,9 +71,13 @@ class MathChecker:
             self.stats.questions += 1
             if os.getpid() != self._owner:  # after a fork the pipe belongs to the parent
                 self._process, self._owner = None, os.getpid()
-            if self._process is None or self._process.poll() is not None:
-                self._start()
-            return self._ask(question)
+            try:
+                if self._process is None or self._process.poll() is not None:
+                    self._start()
+                return self._ask(question)
+            except BaseException:  # Ctrl-C too: the reply that still comes would be taken for that of the next question
+                self.close()
+                raise
 
     def close(self) -> None:
         """Stop the worker; the next question starts another."""

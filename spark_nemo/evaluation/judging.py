@@ -23,6 +23,7 @@ from spark_nemo.records.jsonl import write_json_atomic
 
 from .predictions import SavedScore, score_votes
 from .processbench import ProcessBenchCase, boxed_vote, majority_vote, predict_first_error
+from .reading import DataFileError
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,14 @@ class RewardModelJudge(Judge):
         self.name, self.version = str(self.variant), prompts.version
 
     def messages(self, case: ProcessBenchCase) -> ChatMessages:
-        solution = render_solution([legal_step_text(step) for step in case.steps], None)
+        steps = []
+        for index, step in enumerate(case.steps):
+            try:
+                steps.append(legal_step_text(step))
+            except ValueError:
+                raise DataFileError(f"case {case.case_id!r}: step {index} of 'steps', {step!r}, has no content, so a "
+                                    "reward model cannot be shown it: leave the case out") from None
+        solution = render_solution(steps, None)
         return self.prompts.reward(self.variant, case.problem, solution)
 
     def vote(self, reply: Reply, case: ProcessBenchCase) -> tuple[str | None, str]:
@@ -146,8 +154,11 @@ async def ask_all(
 ) -> list[list[Reply]]:
     """``votes`` replies to the question about each case; at most ``in_flight`` are under way at once.
 
-    Seeds depend on case and vote alone. Raises ``EngineFailure`` when the engine stopped on the way: there is no score.
+    Seeds depend on case and vote alone. Raises ``EngineFailure`` when the engine stopped on the way: there is no score;
+    before anything is asked, ``DataFileError`` for a case that ``messages`` cannot show.
     """
+    for case in cases:
+        messages(case)
     slots = asyncio.Semaphore(in_flight)
 
     async def ask(case: ProcessBenchCase, vote: int) -> Reply:

@@ -41,10 +41,14 @@ def required(place: str, row: dict[str, object], field: str, kind: type[T], mean
 
 
 def required_text(place: str, row: dict[str, object], field: str, meaning: str) -> str:
-    """A required string that is not blank. Raises ``DataFileError``."""
+    """A required string that is not blank and that UTF-8 can hold. Raises ``DataFileError``."""
     text = required(place, row, field, str, meaning)
     if not text.strip():
         raise DataFileError(f"{place}: field {field!r} is blank, but must be {meaning}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise DataFileError(f"{place}: field {field!r} holds half of a surrogate pair, which is no character") from None
     return text
 
 
@@ -66,7 +70,7 @@ def _any_rows(source: str | Path) -> Iterator[tuple[str, object]]:
 def _json_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
     try:
         rows = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a plain ValueError for a number of too many digits
         raise DataFileError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(rows, list):
         raise DataFileError(f"{path}: must hold a JSON list of rows, not {type(rows).__name__}")
@@ -80,9 +84,10 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
             continue
         place = f"{path}:line {number}"
         try:
-            yield place, json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise DataFileError(f"{place}: not valid JSON ({error})") from error
+        yield place, row
 
 
 def _shown(value: object) -> str:

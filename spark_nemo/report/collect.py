@@ -43,7 +43,7 @@ from spark_nemo.report.model import (
 )
 from spark_nemo.report.names import arm_order
 from spark_nemo.verification.collect import SOLUTION, VERIFICATION
-from spark_nemo.verification.collected import read_collected
+from spark_nemo.verification.collected import stream_collected
 from spark_nemo.verification.reference import REFERENCE_VERIFICATION
 from spark_nemo.verification.revise import CRITIQUE, MERGE
 
@@ -70,13 +70,17 @@ def collect_summary(
 def _stage1(folder: Path, config: SparkConfig, oracle: Oracle | None) -> Stage1Summary | None:
     if not (folder / "stage1/store").is_dir():
         return None
+    problems, failures = set(), Counter()
+    solutions = verifications = 0
     with RecordStore(folder / "stage1/store") as store:
-        solutions, votes = read_collected(store)
-    failures = Counter(outcome_kind(v.outcome) for v in votes if not isinstance(v.outcome, Verdict))
+        for solution, votes in stream_collected(store):  # one by one: a store may be far larger than memory
+            problems.add(solution.problem_id)
+            solutions, verifications = solutions + 1, verifications + len(votes)
+            failures.update(outcome_kind(v.outcome) for v in votes if not isinstance(v.outcome, Verdict))
     shown = any(json.loads(path.read_text()).get("reference_guided") for path in folder.glob("stage1/stats-*.json"))
     return Stage1Summary(
-        problems=len({s.problem_id for s in solutions}), solutions=len(solutions), verifications=len(votes),
-        failure_rates={kind: count / len(votes) for kind, count in sorted(failures.items())},
+        problems=len(problems), solutions=solutions, verifications=verifications,
+        failure_rates={kind: count / verifications for kind, count in sorted(failures.items())},
         label_quality=label_scores(folder, config, oracle) if oracle else {},
         answers_shown_to_baseline=shown)
 

@@ -73,7 +73,15 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float | None]:
     if count < 2:
         return mean, None
     deviation = sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    return mean, (_T_95[count - 2] if count - 2 < len(_T_95) else 1.96) * deviation / sqrt(count)
+    return mean, _t_95(count - 1) * deviation / sqrt(count)
+
+
+def _t_95(degrees: int) -> float:
+    """Beyond the table by the first terms of its expansion in 1 / degrees (Abramowitz and Stegun, 26.7.5)."""
+    if degrees <= len(_T_95):
+        return _T_95[degrees - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
 
 def over_seeds(values: Sequence[float | None], factor: float = 1.0) -> str:

@@ -13,6 +13,7 @@ from spark_nemo.config.engine import POOLS
 from spark_nemo.megatron.model_shape import ModelShape, read_hf_config
 from spark_nemo.records.jsonl import read_problems
 from spark_nemo.stages.arms import Arm, arm_config, pipeline_arms
+from spark_nemo.stages.checks import check_sync
 from spark_nemo.stages.published import PUBLISHED
 from spark_nemo.stages.run_folder import stage2_folder
 
@@ -94,6 +95,8 @@ def check_without_files(config: SparkConfig, part: str = "pipeline") -> None:
     for field in parts.trained:
         if (shape := _hf_config(config, field)) is not None:
             ModelShape.from_hf(shape, field).check_layout(config.megatron)
+            if field == "models.policy":
+                check_sync(shape, field)
     room = PROMPT_ROOM if "paper" in (config.stage1.prompt_set, config.rl.prompt_set) else COMPACT_ROOM
     for field, model, tokens, limit in _texts(config, parts):
         if tokens + room > limit:

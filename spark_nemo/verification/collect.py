@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 
 from spark_nemo.config import Stage1Config
-from spark_nemo.engines.base import EngineFailure, EngineLost
-from spark_nemo.engines.served import ServedModel
+from spark_nemo.engines.base import EngineFailure, EngineLost, FinishReason
+from spark_nemo.engines.served import Completion, ServedModel
 from spark_nemo.grammar import (
     GRAMMAR_VERSION,
     ChatMessages,
@@ -107,8 +107,9 @@ class Collector:
         self.prompts = prompt_set(config.prompt_set)
         self.counts, self.ledger = CollectCounts(), Ledger(config.solutions_per_problem)
         self._rule, self._after_votes = stopping_rule(config), after_votes
-        self._solved_by = (GRAMMAR_VERSION, self.prompts.version, generator.identity, asdict(config.generator_sampling))
-        self._verified_by = (GRAMMAR_VERSION, self.prompts.version, verifier.identity, asdict(config.verifier_sampling))
+        asked = GRAMMAR_VERSION, self.prompts.version
+        self._solved_by = (*asked, generator.identity, config.generator_sampling.identity())
+        self._verified_by = (*asked, verifier.identity, config.verifier_sampling.identity())
         if config.verifier_prompt != "verify":
             self._verified_by += (config.verifier_prompt,)
         self._earlier = earlier
@@ -117,9 +118,9 @@ class Collector:
         """Everything but the problems that the results depend on, by setting; plain JSON."""
         return {"run.seed": self.seed, "stage1.prompt_set": self.prompts.version, "the grammar": GRAMMAR_VERSION,
                 "models.generator": self.generator.identity, "models.verifier": self.verifier.identity,
-                "stage1.generator_sampling": asdict(self.config.generator_sampling),
+                "stage1.generator_sampling": self.config.generator_sampling.identity(),
                 "stage1.verifier_prompt": self.config.verifier_prompt,
-                "stage1.verifier_sampling": asdict(self.config.verifier_sampling)}
+                "stage1.verifier_sampling": self.config.verifier_sampling.identity()}
 
     async def run(self, problems: Iterable[Problem], max_requests_in_flight: int) -> CollectCounts:
         """Sample everything missing for ``problems``, drawn one by one; at most so many requests are in flight.
@@ -161,8 +162,8 @@ class Collector:
             return solution
         started = time.monotonic()
         try:
-            completion = await self.generator.complete(
-                self.prompts.solve(problem.question), self.config.generator_sampling, derive_seed(key))
+            completion = whole(await self.generator.complete(
+                self.prompts.solve(problem.question), self.config.generator_sampling, derive_seed(key)))
         except EngineLost:  # nobody is left to ask, so all that follow would fail too
             raise
         except EngineFailure as failure:
@@ -229,8 +230,8 @@ class Collector:
         key, started = self._vote_key(at, vote), time.monotonic()
         costs = (at.verify_cost, self.ledger.parts["verify"])
         try:
-            completion = await self.verifier.complete_prompt(
-                at.prompt_ids, self.config.verifier_sampling, derive_seed(key))
+            completion = whole(await self.verifier.complete_prompt(
+                at.prompt_ids, self.config.verifier_sampling, derive_seed(key)))
         except EngineLost:
             raise
         except EngineFailure as failure:
@@ -283,6 +284,13 @@ class Collector:
 
     def _vote_key(self, at: _OpenSolution, vote: int) -> str:
         return content_key(VERIFICATION, at.solution.key, self._verified_by, self.seed, vote)
+
+
+def whole(completion: Completion) -> Completion:
+    """``completion``; raises ``EngineFailure`` for one that was aborted, of which nothing may be kept."""
+    if completion.generation.finish_reason is FinishReason.ABORT:
+        raise EngineFailure(f"aborted after {len(completion.generation.token_ids)} tokens")
+    return completion
 
 
 def parse_solution(solution: Solution) -> ParsedResponse | ParseFailure:

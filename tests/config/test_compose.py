@@ -45,13 +45,40 @@ def test_a_recipe_that_is_not_yaml_is_one_line_with_its_file(tmp_path: Path, mon
     assert "\n" not in str(error.value)
 
 
-def test_greedy_with_top_p_is_refused() -> None:
+@pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 20}])
+def test_greedy_with_a_cut_is_refused(cut: dict) -> None:
     """Proves a sampling knob without effect is an error, wherever it is built."""
-    with pytest.raises(ConfigError, match="top_p"):
-        SamplingConfig(temperature=0.0, top_p=0.9)
+    with pytest.raises(ConfigError, match=f"{next(iter(cut))}=.* has no effect"):
+        SamplingConfig(temperature=0.0, **cut)
 
 
 def test_the_printed_configuration_names_every_section() -> None:
     """Proves config.yaml of a run can be read by a person."""
     text = config_yaml(compose_config(["+experiment=toy"]))
     assert all(f"{section}:" in text for section in vars(SparkConfig()))
+
+
+FLOATS = {
+    "engine.policy.request_timeout_s": ["engine.kind=sglang", "engine.policy.servers=1"],
+    "weight_sync.max_mean_mismatch": [], "weight_sync.timeout_s": [], "rl.importance_cap": [],
+    "rl.failures.penalty": ["rl.failures.action=penalise"], "rl.clip_low": ["rl.updates_per_step=2"],
+    "rl.kl_coef": ["rl.kl_estimator=k3"], "rl.sampling.temperature": [], "evaluation.temperature": [],
+    "rl.hacking.detectors.inflation": [], "stage1.max_failure_rate": [], "sft.optimizer.lr": [],
+    "stage2.optimizer.beta2": [], "rl.optimizer.weight_decay": []}
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("name", FLOATS)
+def test_a_number_that_is_none_is_refused_with_its_name(name: str, value: str) -> None:
+    """Every comparison with NaN is false: as a limit it would let everything through, as a penalty it would become a
+    reward. Settings of every kind; the check walks the whole tree, so new ones are covered too."""
+    with pytest.raises(ConfigError, match=f"{name.rpartition('.')[2]}={value}"):
+        compose_config([*FLOATS[name], f"{name}={value}"])
+
+
+@pytest.mark.parametrize("settings", ["lr=0", "eps=0", "weight_decay=-0.1", "clip_grad=-1", "beta1=1", "beta2=-0.5",
+                                      "min_lr=1"])
+def test_an_optimizer_that_cannot_work_is_refused(settings: str) -> None:
+    """Each would train, and badly: Adam with beta1=1 never moves, a negative decay lets weights grow."""
+    with pytest.raises(ConfigError, match=f"optimizer.{settings.partition('=')[0]}="):
+        compose_config(["rl.optimizer.decay=linear", f"rl.optimizer.{settings}"])

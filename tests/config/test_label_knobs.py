@@ -33,6 +33,34 @@ def test_a_setting_that_nothing_would_read_is_refused(override: str, message: st
     assert message in str(raised.value)
 
 
+ONLY = "stage2.method={0} pipeline.label_methods=[{0}] ".format
+
+
+@pytest.mark.parametrize(("methods", "override"), [
+    (ONLY("single"), "labels.ties=incorrect"), (ONLY("single"), "labels.no_match=hamming"),
+    (ONLY("single"), "labels.final_verdict=any"), (ONLY("outcome_consistency"), "labels.no_match=hamming"),
+    (ONLY("outcome_consistency"), "labels.final_verdict=any"),
+    (ONLY("meta_critique") + "stage1.revise=[single]", "labels.ties=incorrect"),
+    (ONLY("hybrid_outcome") + "stage1.revise=[outcome_consistency]", "labels.no_match=hamming")])
+def test_a_rule_that_no_method_reads_is_refused(methods: str, override: str) -> None:
+    """What decides ties, missing matches and the last line is read by some ways of picking only."""
+    with pytest.raises(ConfigError, match=rf"{override} has no effect with these label methods"):
+        compose_config([*methods.split(), override])
+
+
+@pytest.mark.parametrize(("methods", "override"), [
+    (ONLY("outcome_consistency"), "labels.ties=incorrect"), (ONLY("step_consistency"), "labels.no_match=hamming"),
+    (ONLY("step_consistency"), "labels.final_verdict=any"),
+    (ONLY("meta_critique") + "stage1.revise=[single]", "labels.final_verdict=any"),
+    (ONLY("single") + "stage1.revise=[step_consistency]", "labels.no_match=hamming"),
+    (ONLY("reference_guided") + "stage1.reference_answers=a.jsonl", "labels.ties=incorrect"),
+    ("stage2.method=single", "labels.no_match=hamming")])
+def test_a_rule_that_some_method_reads_is_accepted(methods: str, override: str) -> None:
+    """Through a pick for a critique, through the reference-guided pick, or by one method of several."""
+    name, _, value = override.removeprefix("labels.").partition("=")
+    assert getattr(compose_config([*methods.split(), override]).labels, name) == value
+
+
 def test_a_limit_per_problem_would_break_the_balance() -> None:
     """Proves the error names the limit to use instead."""
     with pytest.raises(ConfigError, match=r"labels\.max_per_verdict, which keeps the balance"):

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 
@@ -13,6 +15,9 @@ from engine_cases import CONTEXT, VOCAB, ask, named
 from spark_nemo.config import EngineConfig
 from spark_nemo.engines import EngineFailure, build_engine, generate_all, run_async
 from spark_nemo.engines.local import LocalEngine, Qwen2Shape
+from spark_nemo.engines.served import model_identity
+
+INDEX = "model.safetensors.index.json"
 
 
 async def steps(engine, count):
@@ -248,6 +253,47 @@ def test_folder_without_weights_is_refused(folder, tmp_path):
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
     with pytest.raises(EngineFailure, match=r"holds no \*\.safetensors"):
         LocalEngine.from_folder(tmp_path, max_batch_size=1, max_context=16)
+
+
+DAMAGES = {
+    "config is no JSON": ("config.json", "{"), "config is a list": ("config.json", "[]"),
+    "config is no UTF-8": ("config.json", b"\xff\xfe"),
+    **{f"config without {key}": ("config.json", key) for key in (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "max_position_embeddings")},
+    "index is no JSON": (INDEX, "{"), "index without a map": (INDEX, "{}"),
+    "index leads out": (INDEX, '{"weight_map": {"model.norm.weight": "../outside.safetensors"}}'),
+    "index names no file": (INDEX, '{"weight_map": {"model.norm.weight": "none.safetensors"}}'),
+    "weights are cut": ("model.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00{"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_named(folder, tmp_path, damage):
+    """Every damage is an ``EngineFailure`` with the file in it, and no file outside the folder is read."""
+    shutil.copytree(folder, tmp_path / "model")
+    shutil.copy(folder / "model.safetensors", tmp_path / "outside.safetensors")
+    file, content = DAMAGES[damage]
+    if damage.startswith("config without"):
+        config = json.loads((folder / file).read_text())
+        content = json.dumps({name: value for name, value in config.items() if name != content})
+    (tmp_path / "model" / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(EngineFailure, match=re.escape(str(tmp_path / "model"))) as caught:
+        LocalEngine.from_folder(tmp_path / "model", max_batch_size=1, max_context=16)
+    assert file in str(caught.value) or "none.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                                  "generation_config.json", "chat_template.jinja", "model.safetensors"])
+def test_an_identity_changes_with_every_file_that_is_read(tmp_path, file):
+    """Stored results are found by it: a folder with another chat template or other end-of-sequence ids says other
+    things. A file that is not there does not count, so folders without one keep the identity they had."""
+    (tmp_path / "config.json").write_text("{}")
+    found = []
+    for text in ("first", "other"):
+        (tmp_path / file).write_text(text)
+        found.append(model_identity(tmp_path))
+    assert found[0] != found[1]
 
 
 def test_engines_do_not_import_transformers():

@@ -10,7 +10,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
+from spark_nemo.config import ConfigError
 from spark_nemo.engines import Tokenizer, TokenizerError
+from spark_nemo.engines.model_files import model_numbers
 
 PIECES = ["<step>", "<|im_end|>", "Step 1:", " café", "数学", "😀", "\n", "x²", " "]
 TEXTS = (st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -143,3 +145,21 @@ def test_missing_pieces_are_named_with_the_folder(tokenizer_folder, tmp_path):
         Tokenizer.load(copy)
     with pytest.raises(TokenizerError, match=r"has no tokenizer\.json"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"], ids=["cut", "list", "latin"])
+def test_a_damaged_file_beside_the_tokenizer_is_named(tokenizer_folder, tmp_path, file, content):
+    """A person has to find the file: the error says which."""
+    shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(TokenizerError, match=file):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", b'{"vocab_size": true, "max_position_embeddings": 8}'])
+def test_a_damaged_config_is_named_to_clients_too(tmp_path, content):
+    """What a server's client reads of config.json."""
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        model_numbers(tmp_path)

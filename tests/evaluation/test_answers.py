@@ -167,3 +167,17 @@ def test_every_real_key_matches_itself_and_not_the_next(name, field, count):
     sample = keys[:60]
     matches = [answer_matches(a, b) for a, b in pairwise(sample) if a != b]
     assert sum(matches) <= 2
+
+
+@pytest.mark.parametrize("answer", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_a_key_that_is_no_number_is_refused(tmp_path, answer):
+    """Python reads these from JSON; as the key "nan" it would have made every answer wrong."""
+    (tmp_path / "keys.jsonl").write_text(f'{{"problem_id": "p", "answer": {answer}}}\n')
+    with pytest.raises(DataFileError, match=r"keys\.jsonl:line 1: field 'answer' .* finite"):
+        read_answer_keys(tmp_path / "keys.jsonl")
+
+
+def test_a_key_of_400_digits_is_kept(tmp_path):
+    """A whole number has no largest."""
+    (tmp_path / "keys.jsonl").write_text(f'{{"problem_id": "p", "answer": {10**400}}}\n')
+    assert read_answer_keys(tmp_path / "keys.jsonl")["p"].answer == str(10**400)

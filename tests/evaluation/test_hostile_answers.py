@@ -160,3 +160,20 @@ def test_the_memory_of_a_judging_process_is_bounded() -> None:
     while Path(f"/proc/{child}").exists() and "State:\tZ" not in Path(f"/proc/{child}/status").read_text():
         assert time.monotonic() < deadline, "the child outlives its supervisor"
         time.sleep(0.05)
+
+
+def test_an_interrupted_question_leaves_no_answer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C between question and reply: the reply that still comes must not be taken for that of the next question."""
+    checker = MathChecker()
+    try:
+        assert not checker.equivalent("1+x", "x+2")
+
+        def interrupted(limit_s: float) -> str:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(checker, "_read_line", interrupted)
+            checker.judge("2y", "y+y")  # equal
+        assert [checker.equivalent("1+x", "x+2"), checker.equivalent("1+x", "x+1")] == [False, True]
+    finally:
+        checker.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from spark_nemo.cli.main import main
 from spark_nemo.config import ConfigError, SamplingConfig
 from spark_nemo.engines.base import Engine, EngineFailure, EngineLost
 from spark_nemo.engines.served import ServedModel
-from spark_nemo.evaluation import ProcessBenchCase
+from spark_nemo.evaluation import DataFileError, ProcessBenchCase
 from spark_nemo.evaluation.judging import Critic, RewardModelJudge, judge_processbench
 from spark_nemo.evaluation.predictions import score_saved_predictions
 from spark_nemo.grammar import prompt_set
@@ -95,6 +96,17 @@ def test_a_lost_engine_gives_no_score(tmp_path: Path) -> None:
     with pytest.raises(EngineFailure, match="there is no score"):
         ask(dead, Critic(), splits(0, -1), 1, tmp_path / "o.json")
     assert dead.closed and not (tmp_path / "o.json").exists()
+
+
+@pytest.mark.parametrize("step", ["", " \n", "**Step 2:**"])
+def test_a_step_without_content_is_named_before_anybody_is_asked(tmp_path: Path, step: str) -> None:
+    """A reward model cannot be shown an empty step; the whole benchmark must not have been paid for when that comes up
+    in the last case."""
+    engine, cases = Scripted(lambda prompt, count: "?"), splits(0, -1, 1)
+    cases["gsm8k"][2] = replace(cases["gsm8k"][2], steps=("first", step))
+    with pytest.raises(DataFileError, match=r"case 'gsm8k-2': step 1 .* has no content"):
+        ask(engine, RewardModelJudge("prm", prompt_set("paper")), cases, 1, tmp_path / "out.json", GREEDY)
+    assert not engine.seen
 
 
 def test_votes_that_could_not_differ_are_refused(tmp_path: Path) -> None:

@@ -151,7 +151,8 @@ def test_a_missing_field_is_named(tmp_path, field):
 
 @pytest.mark.parametrize("text, message", [
     ("[]", "has no rows"), ("{}", "must hold a JSON list"), ("[1]", "row 1: must be a JSON object"),
-    ("[{", "not valid JSON"), (json.dumps([ROW, ROW]), "repeats 'gsm8k-0'"), ("[" * 100_000, "not valid JSON")])
+    ("[{", "not valid JSON"), (json.dumps([ROW, ROW]), "repeats 'gsm8k-0'"), ("[" * 100_000, "not valid JSON"),
+    ("[1" + "0" * 5000 + "]", "not valid JSON")])
 def test_a_file_that_is_no_split_is_refused(tmp_path, text, message):
     """Broken, empty, of another shape, or with a case twice (which would count twice)."""
     path = tmp_path / "split.json"
@@ -160,6 +161,10 @@ def test_a_file_that_is_no_split_is_refused(tmp_path, text, message):
         read_processbench(path)
     with pytest.raises(DataFileError, match="cannot be read"):
         read_processbench(tmp_path / "absent.json")
+    if message == "not valid JSON":
+        (tmp_path / "split.jsonl").write_text(f"{json.dumps(ROW)}\n{text}\n")
+        with pytest.raises(DataFileError, match=r"split\.jsonl:line 2: not valid JSON"):
+            read_processbench(tmp_path / "split.jsonl")
 
 
 @pytest.mark.parametrize("split, num_error, num_correct", [("gsm8k", 207, 193), ("math", 594, 406)])
@@ -175,3 +180,12 @@ def test_the_official_splits_load_and_score(split, num_error, num_correct):
     guesses = [rng.choice([None, -1, 0, 1, 2, label]) for label in labels]
     score = score_processbench(labels, guesses)
     assert (score.acc_error, score.acc_correct, score.f1) == pytest.approx(naive_score(labels, guesses))
+
+
+@pytest.mark.parametrize("field", ["id", "problem"])
+def test_half_a_surrogate_pair_is_refused_where_it_is_read(tmp_path, field):
+    """No tokenizer can encode it: a model would have been asked about every case before this one for nothing."""
+    path = tmp_path / "split.json"
+    path.write_text(json.dumps([{**ROW, field: "a \ud800"}]))
+    with pytest.raises(DataFileError, match=f"row 1: field '{field}' holds half of a surrogate pair"):
+        read_processbench(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
 INDEX = "model.safetensors.index.json"
 
@@ -203,6 +204,21 @@ def resize(key, metadata):
     entry.size = torch.Size([entry.size[0] + 1, *entry.size[1:]])
 
 
+def boxes(places, metadata):
+    """Say that the embedding, which is stored as one, lies in the file as these ``(first row, rows)``."""
+    key = next(key for key in metadata.state_dict_metadata if key.endswith("word_embeddings.weight"))
+    entry = metadata.state_dict_metadata[key]
+    (chunk,) = entry.chunks
+    info = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+    entry.chunks = [ChunkStorageMetadata(torch.Size([first, *chunk.offsets[1:]]), torch.Size([rows, *chunk.sizes[1:]]))
+                    for first, rows in places(entry.size[0])]
+    metadata.storage_data |= {MetadataIndex(key, each.offsets): info for each in entry.chunks}
+
+
+def no_attribute(name, metadata):
+    del next(iter(metadata.storage_data.values())).__dict__[name]
+
+
 def stored(prefix=""):
     for length in (0, 1, 20, 0.5, 0.9, -1):
         yield f".metadata cut to {length}", partial(cut, ".metadata", length)
@@ -222,6 +238,11 @@ def stored(prefix=""):
         yield f"storage in {name!r}", partial(edit_metadata, partial(point_to, name))
     for field, value in (("offset", 10**12), ("offset", -1), ("length", 10**12), ("length", -1)):
         yield f"storage {field}={value}", partial(edit_metadata, partial(move, field, value))
+    for name, places in (("overlap, so that the last rows are nowhere", lambda n: [(0, n - 20), (10, 20)]),
+                         ("are twice the same", lambda n: [(0, n // 2), (0, n - n // 2)]),
+                         ("end outside", lambda n: [(0, n - 5), (n - 4, 5)]), ("begin before 0", lambda n: [(-1, n)])):
+        yield f"boxes {name}", partial(edit_metadata, partial(boxes, places))
+    yield "storage without an offset", partial(edit_metadata, partial(no_attribute, "offset"))
     yield "chunk without a file", partial(edit_metadata, lose_file_entry)
     layer = f"{prefix}decoder.layers."
     for key in (f"{layer}self_attention.linear_qkv.weight", f"{layer}self_attention.linear_qkv.layer_norm_weight",

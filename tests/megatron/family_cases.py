@@ -27,7 +27,6 @@ FAMILIES = {
     "qwen3_moe": ("Qwen3Moe", {"tie_word_embeddings": False, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
                                "moe_intermediate_size": 48, "norm_topk_prob": True}),
 }
-DENSE = ("qwen2", "qwen3", "llama")
 LAYOUTS = {f"tp{tp}_pp{pp}": (tp, pp) for tp, pp in ((2, 1), (1, 2), (2, 2), (4, 2))}
 EXPERT_LAYOUTS = {"pp2_ep2": (1, 2, 2), "tp2_ep2": (2, 1, 2), "tp2_pp2_ep4": (2, 2, 4)}
 
@@ -133,7 +132,9 @@ def eight_ranks(folders, store):
         results[f"qwen3_moe_{name}"]["bfloat16"] = export_bfloat16(
             folders["qwen3_moe"], layout(*sizes, dtype="bfloat16", split_rows=True))
     for family in ("qwen3", "qwen3_moe"):
-        results[f"{family}_recompute"] = compare(folders[family], layout(4, 2, split_rows=True, recompute="full"))
+        results[f"{family}_full"] = compare(folders[family], layout(4, 2, split_rows=True, recompute="full"))
+    results["qwen3_moe_selective"] = compare(
+        folders["qwen3_moe"], layout(2, 2, 2, split_rows=True, recompute="selective"))
     saved, other = (layout(*sizes, split_rows=True, distributed_optimizer=True) for sizes in ((2, 1, 2), (1, 2, 4)))
     expected, resumed = cases.resume(folders["qwen3_moe"], f"{store}/checkpoint", saved, [saved, other])
     results["resume"] = {"expected": expected, "resumed": resumed}

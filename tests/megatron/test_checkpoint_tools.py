@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import math
+import sys
 from pathlib import Path
 
 import corruptions
@@ -20,9 +22,12 @@ from spark_nemo.megatron.worker import MegatronWorker
 LAYOUT = MegatronConfig(dtype="bfloat16", distributed_optimizer=True)
 
 
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+sys.path.append(str(TOOLS))  # as Python does for a script that is started there
+
+
 def run(tool, *arguments):
-    path = Path(__file__).resolve().parents[2] / "tools" / f"{tool}.py"
-    spec = importlib.util.spec_from_file_location(tool, path)
+    spec = importlib.util.spec_from_file_location(tool, TOOLS / f"{tool}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main([str(x) for x in arguments])
@@ -81,6 +86,9 @@ def test_logits_tell_models_apart(model, tmp_path):
         assert float((_logits(megatron, ids) - reference(ids).logits[0]).abs().max()) <= 1e-4
     other = open_checkpoint(make_folder(tmp_path / "other", "qwen3", initializer_range=0.2))
     assert logits_difference(hf, other, "a b", tmp_path) > 0.01
+    path = next((tmp_path / "other").glob("*.safetensors"))
+    save_file({name: torch.full_like(x, torch.nan) for name, x in load_file(path).items()}, path, {"format": "pt"})
+    assert logits_difference(hf, open_checkpoint(tmp_path / "other"), "a b", tmp_path) == math.inf
 
 
 def write_tokenizer(folder):

@@ -1,11 +1,12 @@
 """Hugging Face, Megatron and NeMo 2 folders into each other, in one process. Several ranks: test_conversion_ranks.py.
 
-Proves nothing about Transformer Engine on a GPU, nor that NeMo itself reads the folder.
+Proves nothing about Transformer Engine on a GPU, nor that NeMo itself reads the folder (benchmarks/nemo_parity.py).
 """
 
 import hashlib
 import json
 import pickle
+import random
 import re
 import socket
 import subprocess
@@ -18,12 +19,16 @@ import megatron_cases as cases
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
 
 from spark_nemo.config import MegatronConfig
 from spark_nemo.config.errors import ConfigError
 from spark_nemo.megatron.checkpoint import streaming
 from spark_nemo.megatron.checkpoint.conversion import convert
 from spark_nemo.megatron.checkpoint.global_tensors import GlobalTensors
+from spark_nemo.megatron.checkpoint.resumable import resumable_folder
 from spark_nemo.megatron.checkpoint.stored import StoredCheckpoint
 from spark_nemo.megatron.hf_files import SafetensorsFolder, write_tensors
 from spark_nemo.megatron.model_shape import ModelShape
@@ -171,6 +176,53 @@ def test_a_killed_conversion_goes_on(folders, tmp_path, monkeypatch, to):
     assert same_tensors(hf, back)
 
 
+def test_a_killed_conversion_with_another_config_starts_over(folders, tmp_path, monkeypatch):
+    """Files finished under one --hf-config are of no use under another: with fewer rows of vocabulary the embedding in
+    them would be longer than config.json says. The output is that of a conversion that was never killed."""
+    hf, megatron = folders["llama"]
+    (tmp_path / "config").mkdir()
+    text = json.dumps({**json.loads((hf / "config.json").read_text()), "vocab_size": 60})
+    (tmp_path / "config" / "config.json").write_text(text)
+    read, original = [], StoredCheckpoint.read
+
+    def counting(self, name, *rest):
+        if len(read) == 6:
+            raise KeyboardInterrupt
+        read.append(name)
+        return original(self, name, *rest)
+
+    monkeypatch.setattr(StoredCheckpoint, "read", counting)
+    with pytest.raises(KeyboardInterrupt):
+        convert(megatron, tmp_path / "out", "hf", max_shard_bytes=9_000)
+    monkeypatch.undo()
+    assert list((tmp_path / ".out.partial").glob("*.safetensors"))
+    for name in ("out", "fresh"):
+        convert(megatron, tmp_path / name, "hf", hf_config_from=tmp_path / "config", max_shard_bytes=9_000)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "fresh")
+
+
+def test_one_process_at_a_time_makes_a_folder(tmp_path):
+    """A second call for the same output, of the same job or another, is refused and disturbs nothing: two writers of
+    one file would leave holes in it. After a kill the lock is gone, for it is the process's."""
+    with resumable_folder(tmp_path / "out", {"job": 1}) as folder:
+        (folder / "weights").write_text("whole")
+        for job in (1, 2):
+            with pytest.raises(ConfigError, match="being made by another process"), resumable_folder(
+                    tmp_path / "out", {"job": job}):
+                pytest.fail("handed out twice")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "weights").read_text() == "whole"
+
+
+def test_finished_files_behind_a_torn_record_are_kept(tmp_path):
+    """A full disk tears the record of one file; what is recorded after that counts when the call is killed again."""
+    writer = streaming._PartWriter(tmp_path, lambda num_bytes: None)
+    (tmp_path / "__7_0.distcp").write_bytes(b"x" * 12)
+    (tmp_path / streaming.PARTS).write_text('{"part": 3, "results": [["decod')
+    writer._record(7, [WriteResult(MetadataIndex("w", torch.Size([0])), 12, _StorageInfo("__7_0.distcp", 0, 12))])
+    assert list(writer._finished_parts()) == [7]
+
+
 @pytest.mark.slow
 def test_checkpoints_of_other_code_are_read(tmp_path):
     """What a script that knows only megatron-core's public API has saved, by one rank and by two tensor ranks with the
@@ -291,6 +343,23 @@ def test_damaged_inputs_end_in_a_clear_error(tmp_path, kind, monkeypatch):
         corruptions.shutil.rmtree(tmp_path / "out", ignore_errors=True)
     assert silent == []
     assert not (tmp_path / "evil-was-here").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_damaged_common_file_is_named(folders, tmp_path):
+    """A byte of common.pt flipped 400 times, which torch answers with nine kinds of exceptions: a ConfigError or, where
+    the byte did not matter, the values."""
+    folder, draw = corruptions.shutil.copytree(folders["qwen3"][1], tmp_path / "mg"), random.Random(0)
+    data, refused = (folder / "common.pt").read_bytes(), 0
+    for _ in range(400):
+        place = draw.randrange(len(data))
+        (folder / "common.pt").write_bytes(data[:place] + bytes([draw.randrange(256)]) + data[place + 1:])
+        try:
+            assert isinstance(StoredCheckpoint(folder).common(), dict)
+        except ConfigError as error:
+            assert "common.pt" in str(error) and len(str(error).splitlines()) == 1
+            refused += 1
+    assert refused > 100
 
 
 def test_seventy_billion_layout_in_small(tmp_path):

@@ -194,6 +194,24 @@ def test_streams_come_in_the_order_asked_for(tmp_path):
         assert store.counts() == {("w.000000.records", "vote"): 3001} and store.kinds() == ["vote"]
 
 
+@pytest.mark.parametrize("walk", [
+    lambda index: index.in_order_read("vote"), lambda index: index.in_key_order("vote"),
+    lambda index: index.without_parent("vote")], ids=["order read", "key order", "without parent"])
+def test_four_times_the_records_are_four_times_the_work(tmp_path, walk):
+    """Counted in SQLite's own steps, so no clock is asked: a page must not cost more the more records there are."""
+    steps = {}
+    for count in (5_000, 20_000):
+        index = StoreIndex(tmp_path / f"{count}.sqlite")
+        shard = index.add_shard("w.000000.records").id
+        index.add(("vote", f"{number * 2654435761 % 2**32:08x}", None, shard, number, 1) for number in range(count))
+        ticks = []
+        index._database.set_progress_handler(lambda ticks=ticks: ticks.append(1), 100)
+        assert sum(1 for _ in walk(index)) == count
+        steps[count] = len(ticks)
+        index.close()
+    assert steps[20_000] < 5 * steps[5_000], steps
+
+
 def test_a_stream_of_a_closed_store_says_so(tmp_path):
     """Places belong to one index: a stream that outlives it stops with an error and not with other records."""
     fill(tmp_path)

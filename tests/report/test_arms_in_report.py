@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,15 @@ from example_summary import curve, example_summary
 
 from spark_nemo.config.compose import compose_config
 from spark_nemo.config.designs import DESIGNS
-from spark_nemo.records import AnswerVerdict, ParseFailure, Verdict, outcome_to_json
+from spark_nemo.grammar import render_verification
+from spark_nemo.grammar.verification import StepJudgement
+from spark_nemo.records import AnswerVerdict, ParseFailure, Solution, Verdict, Verification, outcome_to_json
 from spark_nemo.records.jsonl import write_json_atomic, write_text_atomic
+from spark_nemo.records.store import RecordStore
 from spark_nemo.report import compare_runs, comparison_markdown, read_summary, report_page, results_markdown
 from spark_nemo.report.collect import collect_summary
 from spark_nemo.report.names import DESIGN_NAMES, arm_name, method_name
+from spark_nemo.verification.collect import SOLUTION, VERIFICATION
 
 CASES = [(-1, Verdict((True, True), True)), (1, Verdict((True, False), False)), (0, Verdict((True, False), False)),
          (-1, Verdict((True, True), False))]
@@ -105,3 +111,27 @@ def test_arms_without_a_colour_of_their_own_differ(summary: dict) -> None:
         made["stage3"]["accuracy"][arm], made["stage3"]["curves"][arm] = 0.5, curve(0.6, 3, 0.7)
     page = report_page(made)
     assert read_summary(made).stage3 is not None and "#332288" in page and "#009E73" in page
+
+
+def test_a_report_does_not_hold_the_store(tmp_path: Path) -> None:
+    """Peak memory of counting eight times the solutions is the same within a tenth of what they weigh more."""
+    peaks, text = [], render_verification([StepJudgement("", "x" * 4000, True)] * 2, True)
+    for count in (20, 160):
+        folder = tmp_path / str(count)
+        with RecordStore(folder / "stage1/store", "w", fsync_every=4096) as store:
+            for number in range(count):
+                key = f"s{number:04d}"
+                store.append(key, SOLUTION, asdict(Solution(
+                    key, f"p{number // 2}", "q", "Step 1: x\nStep 2: y\nAnswer: 2", "stop", 9)))
+                for vote in range(8):
+                    outcome = Verdict((True, True), True) if vote else ParseFailure("verdict_missing: none")
+                    record = Verification(f"{key}-{vote}", key, vote, text, outcome, 9)
+                    store.append(record.key, VERIFICATION, record.to_json(), parent=key)
+        config = compose_config(["+experiment=toy", f"run.dir={folder}"])
+        tracemalloc.start()
+        found = collect_summary(config)["stage1"]
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert (found["problems"], found["solutions"], found["verifications"]) == (count // 2, count, 8 * count)
+        assert found["failure_rates"] == {"parse_failure": 0.125}
+    assert peaks[1] - peaks[0] < 0.1 * 140 * 8 * len(text), peaks

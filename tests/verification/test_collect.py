@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fake_world import SOLVE, VERIFY, FakeEngine, is_vote, problems, served, solution_of, stage, verification_of
 
 from spark_nemo.config import Stage1Config
-from spark_nemo.engines.base import GenerationRequest, SamplingParams
+from spark_nemo.engines.base import FinishReason, Generation, GenerationRequest, SamplingParams
 from spark_nemo.grammar import GRAMMAR_VERSION, ParsedResponse, StepFormat, prompt_set, split_response
 from spark_nemo.records import Verification, content_key, derive_seed, outcome_from_json
 from spark_nemo.records.store import RecordStore
@@ -224,3 +225,34 @@ def test_after_votes_sees_every_solution_whose_votes_are_in(tmp_path: Path, rule
     seen.clear()
     collect(tmp_path, stage(**rule), after_votes=after_votes)
     assert seen.keys() == {row["solution_key"] for row in records(tmp_path).values() if "vote" in row}
+
+
+class AbortingEngine(FakeEngine):
+    """Cuts short what ``aborts`` says: half of the tokens, and no error."""
+
+    def __init__(self, aborts) -> None:
+        super().__init__()
+        self.aborts = aborts
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        done = await super().generate(request)
+        if not self.aborts(request):
+            return done
+        half = len(done.token_ids) // 2
+        return replace(done, token_ids=done.token_ids[:half], logprobs=done.logprobs[:half],
+                       weight_versions=done.weight_versions[:half], finish_reason=FinishReason.ABORT)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("what", [is_vote, lambda request: not is_vote(request)], ids=["votes", "solutions"])
+def test_an_aborted_request_is_asked_again_by_the_next_run(tmp_path: Path, rule: dict, what) -> None:
+    """Half an answer of an engine that was stopped is no outcome: nothing of it is stored, and after the next run the
+    store holds what a run without aborts makes. Does not prove that a real engine says abort when it should."""
+    aborts = AbortingEngine(lambda request: what(request) and request.sampling.seed % 3 == 0)
+    collector = collect(tmp_path / "a", stage(**rule), aborts)
+    assert sum(collector.counts.engine_failures.values()) > 0
+    assert not [row for row in records(tmp_path / "a").values() if row.get("finish_reason") == "abort"
+                or row.get("outcome", {}).get("kind") == "engine_error"]
+    collect(tmp_path / "a", stage(**rule))
+    collect(tmp_path / "b", stage(**rule))
+    assert records(tmp_path / "a") == records(tmp_path / "b")

@@ -11,11 +11,15 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..base import EngineFailure
+
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "max_position_embeddings")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class Qwen2Shape:
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise EngineFailure(f"{path} is missing: a model folder needs config.json and *.safetensors")
-        config = json.loads(path.read_text())
+        config = _read_json(path)
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if config.get("model_type") != "qwen2":
             raise EngineFailure(f"{path}: the embedded engine serves qwen2 only, not model_type="
@@ -53,6 +57,9 @@ class Qwen2Shape:
         for name, bad in unsupported.items():
             if bad:
                 raise EngineFailure(f"{path}: {name}={config.get(name)!r} is not what the local engine computes")
+        for name in _SIZES:
+            if type(config.get(name)) is not int or config[name] < 1:
+                raise EngineFailure(f"{path}: {name}={config.get(name)!r} is not a positive number")
         heads = config["num_attention_heads"]
         return cls(
             vocab_size=config["vocab_size"], hidden_size=config["hidden_size"], ffn_size=config["intermediate_size"],
@@ -194,16 +201,44 @@ def fuse(shape: Qwen2Shape, named: dict[str, torch.Tensor]) -> FusedWeights:
 
 
 def read_folder(folder: Path | str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a folder's safetensors files, one at a time. Raises ``EngineFailure`` when there are none."""
+    """Every tensor of a folder's safetensors files, one at a time.
+
+    Raises ``EngineFailure`` when there are none, or naming the file that is damaged or lies elsewhere.
+    """
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        files = [folder / name for name in _indexed(index)]
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise EngineFailure(f"{folder} holds no *.safetensors: save the model with save_pretrained")
     for path in files:
-        with safe_open(path, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118  (a handle, not a dict)
-                yield name, handle.get_tensor(name)
+        try:
+            with safe_open(path, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118  (a handle, not a dict)
+                    yield name, handle.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise EngineFailure(f"{path} cannot be read: {error}") from error
+
+
+def _indexed(path: Path) -> list[str]:
+    """The files an index names. A folder may come from a stranger: none of them may lie outside it."""
+    weight_map = _read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise EngineFailure(f"{path}: weight_map is missing")
+    names = set(map(str, weight_map.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise EngineFailure(f"{path} names {name!r}: only files of the same folder are read")
+    return sorted(names)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EngineFailure(f"{path} is not JSON in UTF-8: {error}") from error
+    if not isinstance(data, dict):
+        raise EngineFailure(f"{path}: a JSON object is needed, not {type(data).__name__}")
+    return data

@@ -99,9 +99,9 @@ def _values(name: str, a: Tensor, b: Tensor) -> Difference:
 @torch.no_grad()
 def logits_difference(one: OpenedCheckpoint, other: OpenedCheckpoint, text: str, tokenizer: Path,
                       max_tokens: int = 512) -> float:
-    """Largest absolute difference of float32 logits on ``text``, by transformers. Both models are built, one after the
-    other, from a temporary folder where they are not Hugging Face's; ``ConfigError`` when there is no tokenizer or the
-    text is empty."""
+    """Largest absolute difference of float32 logits on ``text``, by transformers; infinite where one is NaN. Both
+    models are built, one after the other, from a temporary folder where they are not Hugging Face's; ``ConfigError``
+    when there is no tokenizer or the text is empty."""
     from transformers import AutoTokenizer
 
     if not (tokenizer / "tokenizer.json").is_file() and not (tokenizer / "tokenizer_config.json").is_file():
@@ -110,7 +110,8 @@ def logits_difference(one: OpenedCheckpoint, other: OpenedCheckpoint, text: str,
     if not ids:
         raise ConfigError("the text has no tokens")
     logits = [_logits(checkpoint, torch.tensor([ids])) for checkpoint in (one, other)]
-    return float((logits[0] - logits[1]).abs().max())
+    largest = float((logits[0] - logits[1]).abs().max())
+    return math.inf if math.isnan(largest) else largest  # NaN is above no tolerance
 
 
 def _logits(checkpoint: OpenedCheckpoint, ids_1T: Tensor) -> Tensor:

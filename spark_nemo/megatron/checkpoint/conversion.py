@@ -60,7 +60,7 @@ def convert(source: str | Path, target: str | Path, to: str, hf_config_from: str
     shapes = hf_tensor_shapes(opened.shape)
     num_bytes = sum(map(math.prod, shapes.values())) * opened.dtype.itemsize
     job = {"from": opened.kind, "to": to, "files": fingerprint(source), "dtype": str(opened.dtype),
-           "max_shard_bytes": max_shard_bytes}
+           "max_shard_bytes": max_shard_bytes, "hf_config": opened.hf_config}
     with resumable_folder(target, job) as folder, tqdm(
             total=num_bytes, unit="B", unit_scale=True, unit_divisor=1024, disable=not show_progress,
             desc=f"{opened.kind} -> {to}") as bar:

@@ -55,7 +55,8 @@ def reshard(source: str | Path, target: str | Path, layout: MegatronConfig, hf_c
     stored = StoredCheckpoint(step)
     _check_optimizer(stored)
     config_folder = Path(hf_config_from) if hf_config_from else step / HF_FILES
-    shape = ModelShape.from_hf(read_hf_config(config_folder), f"{config_folder}/config.json")
+    config = read_hf_config(config_folder)
+    shape = ModelShape.from_hf(config, f"{config_folder}/config.json")
     shape.check_layout(layout)
     tensors = GlobalTensors.of(shape)
     check_stored_shapes({key: tensor.shape for key, tensor in stored.weights().items()}, tensors, str(step))
@@ -65,7 +66,8 @@ def reshard(source: str | Path, target: str | Path, layout: MegatronConfig, hf_c
     def read(number: int) -> Tensor:
         return stored.read(boxes[number].key, boxes[number].offset, boxes[number].size)
 
-    job = {"files": fingerprint(source), "layout": [layout.tensor_parallel, layout.pipeline_parallel]}
+    job = {"files": fingerprint(source), "layout": [layout.tensor_parallel, layout.pipeline_parallel],
+           "hf_config": config}
     with resumable_folder(target, job) as folder, tqdm(
             total=sum(box.num_bytes for box in boxes), unit="B", unit_scale=True, unit_divisor=1024,
             disable=not show_progress, desc="reshard") as bar:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ from spark_nemo.config.errors import ConfigError
 from .safe_pickle import read_metadata
 
 EMBEDDING = "embedding.word_embeddings.weight"
+DAMAGE = (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, AssertionError,
+          OverflowError, MemoryError)
+"""What reading a damaged pickle or archive raises, besides the pickle module's own error."""
 NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state")
 
 
@@ -97,7 +101,7 @@ class StoredCheckpoint:
                 zipfile.BadZipFile) as error:
             file = self._metadata.storage_data[items[0].storage_index].relative_path
             raise ConfigError(f"tensor {key} in {self.folder / file} cannot be read: "
-                              f"{str(error).splitlines()[0] if str(error) else type(error).__name__}") from error
+                              f"{_first_line(error)}") from error
         if planner.target.dtype != stored.properties.dtype:
             raise ConfigError(f"tensor {key} in {self.folder} is {planner.target.dtype}, .metadata says "
                               f"{stored.properties.dtype}")
@@ -105,7 +109,9 @@ class StoredCheckpoint:
 
     def read_object(self, key: str) -> bytes:
         """The bytes of an object that is no tensor, as they are stored; nothing in them is run."""
-        info = self._metadata.storage_data[MetadataIndex(key)]
+        info = self._metadata.storage_data.get(MetadataIndex(key))
+        if info is None:
+            raise ConfigError(f"{self.folder / '.metadata'}: no file holds {key}")
         with (self.folder / info.relative_path).open("rb") as stream:
             stream.seek(info.offset)
             return stream.read(info.length)
@@ -114,11 +120,15 @@ class StoredCheckpoint:
         """What is not a tensor of the model: step, optimizer settings. Read without running code it may contain."""
         path = self.folder / "common.pt"
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            common = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise ConfigError(f"{path} is missing: this is no complete torch_dist checkpoint") from error
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        # What torch raises of a damaged file is not documented; these are what flipped bytes brought out.
+        except (*DAMAGE, pickle.UnpicklingError, struct.error) as error:
+            raise ConfigError(f"{path} cannot be read: {_first_line(error)}") from error
+        if not isinstance(common, dict):
+            raise ConfigError(f"{path} holds a {type(common).__name__}, not named values")
+        return common
 
 
 class _IntoOneTensor(LoadPlanner):
@@ -188,15 +198,24 @@ def _check_format(folder: Path) -> None:
 
 
 def _checked(metadata: Any, folder: Path) -> Metadata:
-    """Refuse metadata that is none, or that names files outside ``folder`` or not in it."""
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict) \
-            or not isinstance(metadata.storage_data, dict):
-        raise ConfigError(f"{folder / '.metadata'} holds no checkpoint metadata")
+    """Refuse metadata that is none, that names files outside ``folder`` or not in it, or whose boxes leave a hole."""
+    path = folder / ".metadata"
+    if not isinstance(metadata, Metadata):
+        raise ConfigError(f"{path} holds no checkpoint metadata")
+    try:
+        _check_files(metadata.storage_data, folder)
+        for key, entry in metadata.state_dict_metadata.items():
+            if isinstance(entry, TensorStorageMetadata):
+                _check_boxes(key, entry, metadata.storage_data, path)
+    except (AttributeError, TypeError) as error:
+        raise ConfigError(f"{path} holds no checkpoint metadata: {_first_line(error)}") from error
+    return metadata
+
+
+def _check_files(storage_data: dict[MetadataIndex, Any], folder: Path) -> None:
     sizes: dict[str, int] = {}
-    for index, info in metadata.storage_data.items():
-        name = getattr(info, "relative_path", None)
-        if not isinstance(index, MetadataIndex) or not isinstance(name, str):
-            raise ConfigError(f"{folder / '.metadata'} holds no checkpoint metadata")
+    for index, info in storage_data.items():
+        name = info.relative_path
         if Path(name).name != name:
             raise ConfigError(f"{folder / '.metadata'}: {index.fqn} points to {name!r}, outside the checkpoint")
         if name not in sizes:
@@ -207,11 +226,33 @@ def _checked(metadata: Any, folder: Path) -> Metadata:
         if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes[name]:
             raise ConfigError(f"{folder / name} is truncated: {index.fqn} ends at byte {info.offset + info.length}, "
                               f"the file has {sizes[name]}")
-    for key, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata):
-            for chunk in entry.chunks:
-                if MetadataIndex(key, chunk.offsets) not in metadata.storage_data:
-                    raise ConfigError(f"{folder / '.metadata'}: no file holds tensor {key} at {tuple(chunk.offsets)}")
-            if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
-                raise ConfigError(f"{folder / '.metadata'}: the files do not hold all of tensor {key}")
-    return metadata
+
+
+def _check_boxes(key: str, entry: TensorStorageMetadata, storage_data: dict[MetadataIndex, Any], path: Path) -> None:
+    size, boxes = tuple(entry.size), [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
+    for chunk, (offset, lengths) in zip(entry.chunks, boxes):
+        if MetadataIndex(key, chunk.offsets) not in storage_data:
+            raise ConfigError(f"{path}: no file holds tensor {key} at {offset}")
+        if not len(offset) == len(lengths) == len(size) or not all(
+                0 <= start <= start + length <= end for start, length, end in zip(offset, lengths, size)):
+            raise ConfigError(f"{path}: box {lengths} of tensor {key} at {offset} is not inside its shape {size}")
+    if not _tile(boxes, size):
+        raise ConfigError(f"{path}: the files do not hold all of tensor {key} exactly once")
+
+
+def _tile(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], size: tuple[int, ...], axis: int = 0) -> bool:
+    """Whether boxes ``(offset, size)`` inside ``size`` fill it without hole or overlap. A sum of their volumes cannot
+    tell: an overlap makes up for a hole, which would be read as whatever is in memory."""
+    if axis == len(size):
+        return len(boxes) == 1
+    cuts = sorted({0, size[axis]}.union(*({o[axis], o[axis] + n[axis]} for o, n in boxes)))
+    slab_at = {cut: number for number, cut in enumerate(cuts)}
+    slabs: list[list[tuple[tuple[int, ...], tuple[int, ...]]]] = [[] for _ in cuts[1:]]
+    for box in boxes:
+        for number in range(slab_at[box[0][axis]], slab_at[box[0][axis] + box[1][axis]]):
+            slabs[number].append(box)
+    return all(_tile(slab, size, axis + 1) for slab in slabs)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

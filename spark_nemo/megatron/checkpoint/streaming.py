@@ -150,7 +150,7 @@ class _PartWriter(FileSystemWriter):
             [r.index.fqn, None if r.index.offset is None else list(r.index.offset), r.storage_data.relative_path,
              r.storage_data.offset, r.storage_data.length] for r in results]})
         with (self.folder / PARTS).open("a") as stream:
-            stream.write(line + "\n")
+            stream.write(f"\n{line}\n")  # on a line of its own, whatever a killed call has left
             stream.flush()
             os.fsync(stream.fileno())
 
@@ -160,8 +160,8 @@ class _PartWriter(FileSystemWriter):
         for line in path.read_text().splitlines() if path.exists() else []:
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:  # the line that was being written when the process died
-                break
+            except json.JSONDecodeError:  # blank, or the line that was being written when the process died
+                continue
             results = [WriteResult(MetadataIndex(key, offset), length, _StorageInfo(file, start, length))
                        for key, offset, file, start, length in record["results"]]
             file = self.folder / results[0].storage_data.relative_path
