@@ -46,7 +46,7 @@ READERS = {
     "spark_nemo.stages.after_votes": {"ask_with_answer"},
     "spark_nemo.stages.labels": {"_correctness"},
     "spark_nemo.stages.rl_session": {"RLSession.evaluate", "answer_checker"},
-    "spark_nemo.stages.stage3": {"run_stage3"},
+    "spark_nemo.stages.stage3": {"_train"},
     "spark_nemo.stages.checks": {"check_stage3", "check_pipeline", "_has_answers"},
 }
 """Every function of the stages that names an answer's type or a function that reads or compares answers."""
