@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.engines.client import run_async
@@ -18,6 +17,7 @@ from spark_nemo.megatron.checkpoint import has_checkpoint, newest
 from spark_nemo.megatron.distributed import gather_objects, on_main_rank
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records.jsonl import read_problems
+from spark_nemo.records.progress_bar import progress_bar
 from spark_nemo.stages.checks import check_stage3
 from spark_nemo.stages.credit import batch_advantages
 from spark_nemo.stages.feed import BatchFeed
@@ -60,7 +60,7 @@ def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool
     writer.truncate_from(start)
     timeline = session.rollouts.timeline if session is not None else Timeline()
 
-    bar = tqdm(total=rl.steps, initial=start, desc=f"rl {config.arm}", unit="step", disable=not worker.is_main)
+    bar = progress_bar(total=rl.steps, initial=start, desc=f"rl {config.arm}", unit="step", disable=not worker.is_main)
     with StopFlag(folder) as stop, feed:
         for step in range(start, rl.steps):
             _sync(sync, worker, session, step)
