@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from spark_nemo.config import ConfigError, EvaluationConfig, SamplingConfig, SparkConfig
@@ -14,6 +15,7 @@ from spark_nemo.megatron.model_shape import ModelShape, read_hf_config
 from spark_nemo.records.jsonl import read_problems
 from spark_nemo.stages.arms import arm_config, pipeline_arms
 from spark_nemo.stages.run_folder import read_done, stage2_folder
+from spark_nemo.training.policy_examples import read_policy_examples
 
 
 def check_sft(config: SparkConfig) -> None:
@@ -121,6 +123,27 @@ def check_pipeline(config: SparkConfig) -> None:
             raise ConfigError(f"stage III, arm {arm.name}: {error}") from error
     if config.pipeline.rl_answers is not None:
         read_answer_keys(config.pipeline.rl_answers)
+
+
+def check_data_here(config: SparkConfig, fields: Sequence[str]) -> None:
+    """Of these fields, every file that is on this machine, row by row, for ``--dry-run``: what a job would only say
+    after its wait in the queue. Raises ``DataFileError`` with file and line."""
+    for field in fields:
+        section, name = field.split(".")
+        path = getattr(getattr(config, section), name)
+        if not path or not Path(path).exists():
+            continue
+        match name:
+            case "eval_problems":
+                read_eval_problems(path)
+            case "processbench":
+                read_processbench(path)
+            case "sft_examples":
+                read_policy_examples(path, drop_invalid=config.sft.invalid == "drop")
+            case "rl_answers" | "reference_answers":
+                read_answer_keys(path)
+            case _:
+                read_problems(path)
 
 
 def reward_model_folder(config: SparkConfig) -> Path:

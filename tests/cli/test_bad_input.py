@@ -72,6 +72,22 @@ def test_a_malformed_problems_file_is_named_with_its_line(
     assert place in message
 
 
+@pytest.mark.parametrize(("field", "row", "named"), [
+    ("data.rl_problems", '{"prompt": "1+1?", "solution": "2"}', "it is missing; the row has prompt, solution"),
+    ("data.rl_problems", '{"problem_id": 1, "question": "1+1?"}', "must be a string, not int"),
+    ("data.eval_problems", '{"problem_id": "a", "question": "1+1?"}', "'answer' is missing"),
+])
+def test_a_dry_run_reads_the_data_that_are_here(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, field: str, row: str, named: str
+) -> None:
+    """Proves that another trainer's columns are named before a job is queued, and nothing is written."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(row + "\n")
+    message = error_of(capsys, "stage3", *TOY, f"run.dir={tmp_path}/run", f"{field}={path}", "--dry-run")
+    assert named in message and "rows.jsonl:" in message
+    assert [each.name for each in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 @pytest.mark.parametrize("layout", ["megatron.tensor_parallel=3", "megatron.pipeline_parallel=3"])
 def test_a_layout_that_does_not_fit_the_model_is_refused_before_ranks_start(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, layout: str
