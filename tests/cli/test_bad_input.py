@@ -72,6 +72,27 @@ def test_a_malformed_problems_file_is_named_with_its_line(
     assert place in message
 
 
+@pytest.mark.parametrize(("override", "hint"), [
+    ("rl.grup_size=8", "did you mean group_size?"),
+    ("rl.optimizer.learning=1", "there are lr, "),
+    ("experiment=toy", "Write +experiment=NAME"),
+    ("+experiment=tiny", "there are toy, "),
+    ("+experiment=spark/bass", "there are base, "),
+])
+def test_a_wrong_name_is_answered_with_right_ones(
+    capsys: pytest.CaptureFixture[str], override: str, hint: str
+) -> None:
+    """Proves the hints for keys, a forgotten plus sign and experiments; the words before them are Hydra's."""
+    assert hint in error_of(capsys, "stage3", override, "--dry-run")
+
+
+def test_a_report_of_nothing_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Proves that a misspelt or forgotten run folder is not answered with an empty page in a new folder."""
+    assert "nothing to report" in error_of(capsys, "report", f"run.dir={tmp_path}/typo")
+    assert f"run.dir={tmp_path}" in error_of(capsys, "report", str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("field", "row", "named"), [
     ("data.rl_problems", '{"prompt": "1+1?", "solution": "2"}', "it is missing; the row has prompt, solution"),
     ("data.rl_problems", '{"problem_id": 1, "question": "1+1?"}', "must be a string, not int"),
