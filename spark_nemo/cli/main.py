@@ -244,7 +244,12 @@ def _report(arguments: argparse.Namespace) -> int:
     from spark_nemo.report.collect import collect_summary
     from spark_nemo.report.write import write_report
 
+    for word in arguments.overrides:
+        if "=" not in word and not word.startswith("~"):
+            raise ConfigError(f"{word}: name the run as run.dir={word}, with the overrides that its stages had")
     if config := _configured(arguments):
+        if not any((Path(config.run.dir) / stage).is_dir() for stage in ("sft", "stage1", "stage2", "stage3")):
+            raise ConfigError(f"run.dir={config.run.dir}: no stage has been run there, there is nothing to report")
         print(f"report: {write_report(config.run.dir, collect_summary(config, oracle_for(config)))}")
     return 0
 
