@@ -59,6 +59,7 @@ def check_stage1(config: SparkConfig) -> None:
 def check_stage2(config: SparkConfig) -> None:
     """The base model, its layout, the evaluation cases and, for the declared baseline, the answers."""
     _trained_model(config, "models.reward_base")
+    _engine_serves(config, Path(config.models.reward_base), "models.reward_base")
     if config.labels.balance == "ground_truth":
         _has_answers(config, "labels.reference_answers", "data.stage1_problems")
     labels = [case.label for case in read_processbench(_set(config, "data.processbench"))]
@@ -78,10 +79,12 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
     config.engine.require("policy")
     if rl.asks_reward_model:
         config.engine.require("verifier")
-    if config.models.policy_base and not (Path(_set(config, "models.policy")) / "config.json").exists():
+    if (config.models.policy_base and Path(_set(config, "models.policy")).parts[-2:] == ("sft", "model")
+            and not (Path(config.models.policy) / "config.json").exists()):
         raise ConfigError(f"models.policy={config.models.policy}: no model there; `spark-nemo sft` makes it of "
                           f"models.policy_base={config.models.policy_base}")
     _trained_model(config, "models.policy")
+    _engine_serves(config, Path(config.models.policy), "models.policy")
     read_problems(_set(config, "data.rl_problems"))
     read_eval_problems(_set(config, "data.eval_problems"))
     _fits(config, "rl.sampling", rl.sampling)
@@ -100,6 +103,7 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
     if not reward_model_comes_later:
         folder = reward_model_folder(config)
         _model(folder, "rl.reward_model")
+        _engine_serves(config, folder, "rl.reward_model")
         made = (read_done(folder.parent) or {}).get("variant", config.reward_variant)
         if made != config.reward_variant:
             raise ConfigError(f"rl.reward_variant={config.reward_variant} (or stage2.variant): {folder} was trained as "
@@ -171,7 +175,17 @@ def _set(config: SparkConfig, field: str) -> str:
 
 
 def _served_model(config: SparkConfig, field: str) -> None:
-    _model(Path(_set(config, field)), field)
+    folder = Path(_set(config, field))
+    _model(folder, field)
+    _engine_serves(config, folder, field)
+
+
+def _engine_serves(config: SparkConfig, folder: Path, field: str) -> None:
+    """The embedded engine has one family; without this the run would say so after its first stage, or its queue."""
+    kind = read_hf_config(folder).get("model_type")
+    if config.engine.kind == "local" and kind != "qwen2":
+        raise ConfigError(f"{field}={folder}: the embedded engine (engine.kind=local) serves small qwen2 models only, "
+                          f"not model_type={kind}: add +engine=sglang")
 
 
 def _trained_model(config: SparkConfig, field: str) -> None:

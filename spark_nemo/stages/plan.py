@@ -160,7 +160,8 @@ def _models(config: SparkConfig, parts: Parts) -> list[str]:
                 if shape else "size unknown before it is loaded")
         here = value.startswith("toy:") or (Path(value) / "config.json").exists()
         missing = "" if here else "; not on this machine"
-        if not here and field == "models.policy" and config.models.policy_base:
+        if not here and field == "models.policy" and config.models.policy_base and (
+                Path(value).parts[-2:] == ("sft", "model")):
             missing = f"; `spark-nemo sft` makes it of {config.models.policy_base}"
         lines.append(f"model        {field.removeprefix('models.')}: {value} ({size}{missing})")
     if parts.stage3 and (shape := _hf_config(config, "models.policy")):

@@ -46,6 +46,20 @@ def test_a_missing_model_folder_is_named(capsys: pytest.CaptureFixture[str], tmp
     assert not (tmp_path / "stage1/store").exists()
 
 
+def test_a_model_that_the_embedded_engine_does_not_serve_is_refused_before_any_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Proves it for a verifier and a reward model of another family, which the default engine would only refuse when
+    it loads them. That servers take them is not looked at."""
+    other = shutil.copytree(ASSETS / "verifier", tmp_path / "llama")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    for stage, field in (("stage1", "models.verifier"), ("stage3", "rl.reward_model")):
+        message = error_of(capsys, stage, *TOY, f"run.dir={tmp_path}/run", f"{field}={other}")
+        assert f"{field}={other}" in message and "model_type=llama: add +engine=sglang" in message
+    assert not (tmp_path / "run/stage1").exists()
+
+
 def test_a_tokenizer_that_cannot_say_the_format_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Proves the format's texts are tried on the tokenizer at load; here every byte but letters is unknown to it."""
     model = shutil.copytree(ASSETS / "generator", tmp_path / "model")
