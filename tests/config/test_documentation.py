@@ -27,7 +27,7 @@ def commands(text: str) -> Iterator[str]:
     for block in re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         joined = re.sub(r" *\\?\n +", " ", re.sub(r" +# .*", "", block))
         for line in joined.splitlines():
-            if found := re.match(r"(?:\.venv/bin/)?spark-nemo (.*)", line):
+            if found := re.match(r"(?:\w+=\S+ )?(?:\.venv/bin/)?spark-nemo (.*)", line):
                 yield found[1]
 
 
