@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -60,7 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except USER_ERRORS as error:
-        print(f"spark-nemo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        advice = ": make room where run.dir is; the same command goes on" if full else ""
+        print(f"spark-nemo: error: {' '.join(str(error).split())}{advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("spark-nemo: interrupted; the same command resumes", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,6 +35,8 @@ from spark_nemo.weight_sync.gate import FirstStepGate
 from spark_nemo.weight_sync.push import WeightSync
 
 log = logging.getLogger(__name__)
+_OUT_OF_FORMAT = 0.9
+"""Share of a run's first responses above which nearly no group can have two different rewards."""
 
 
 def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool:
@@ -72,6 +75,8 @@ def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool
                     worker, batch.rollouts, batch_advantages(batch, rl), torch.tensor(batch.rewards.valid), rl,
                     reference=reference, tokens_per_micro_batch=config.megatron.tokens_per_micro_batch,
                     gate=_gate(config, sync, worker, session, feed) if _compares(start, step, feed, batch) else None)
+            if step == start and worker.is_main:
+                warn_out_of_format(batch.metrics)
             feed.settle()
             watched = on_main_rank(lambda step=step, batch=batch: run_async(session.watched(batch, step)))
             writer.write(step, {**batch.metrics, **feed.metrics(batch, step), **watched, **metrics})
@@ -164,6 +169,15 @@ def _gate(config: SparkConfig, sync: WeightSync, worker: MegatronWorker, session
 
     return FirstStepGate(
         config.weight_sync, differing_tensors, **({"show": lambda token: show((token,))} if show else {}))
+
+
+def warn_out_of_format(metrics: Mapping[str, float]) -> None:
+    """Say once, early, that a policy without the format learns nothing, in place of a flat curve after a night."""
+    share = metrics.get("format_violations", 0.0)
+    if share > _OUT_OF_FORMAT:
+        log.warning("%.0f %% of the responses break the format and are paid nothing, and groups of equal rewards teach "
+                    "nothing: teach the format first (`spark-nemo sft`); violation/* in metrics.jsonl says which rules",
+                    100 * share)
 
 
 def _write_timing(folder: Path, timeline: Timeline, step: int, is_main: bool) -> None:
