@@ -36,8 +36,10 @@ EXAMPLES = """examples:
   spark-nemo pipeline +experiment=toy run.dir=runs/first
   spark-nemo pipeline +experiment=spark/base --dry-run
   spark-nemo sft +experiment=toy run.dir=runs/first
+  spark-nemo stage1 +experiment=toy run.dir=runs/first
   spark-nemo stage3 +experiment=toy rl.group_size=8 megatron.tensor_parallel=2
   spark-nemo stage2 +experiment=toy stage2.method=single --print-config
+  spark-nemo report +experiment=toy run.dir=runs/first
   spark-nemo report compare old=runs/a0 old=runs/a1 new=runs/b0 new=runs/b1 --out runs/comparison
   spark-nemo evaluate math --model runs/first/stage3/process_aware/model +experiment=toy
   spark-nemo evaluate processbench --model models/chat --critic --data gsm8k.json math.json +experiment=spark/base
@@ -131,9 +133,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _examples(name: str) -> str | None:
+    """Those of one subcommand."""
+    head, *lines = EXAMPLES.splitlines()
+    own = [line for line in lines if f" {name} " in line]
+    return "\n".join([head, *own]) if own else None
+
+
 def _config_command(commands: argparse._SubParsersAction, name: str, summary: str) -> argparse.ArgumentParser:
     command = commands.add_parser(
-        name, help=summary, description=summary, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+        name, help=summary, description=summary, epilog=_examples(name),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("overrides", nargs="*", help="Hydra overrides: +experiment=NAME, section.key=value")
     command.add_argument("--print-config", action="store_true", help="show the resolved configuration and exit")
     return command
