@@ -14,8 +14,9 @@ from spark_nemo.config import MegatronConfig, WeightSyncConfig
 from spark_nemo.engines.client import run_async
 from spark_nemo.engines.sglang import SglangServer
 from spark_nemo.megatron.distributed import gather_objects
-from spark_nemo.megatron.hf_weights import placed_rules
+from spark_nemo.megatron.hf_weights import hf_tensor_shapes, placed_rules
 from spark_nemo.megatron.worker import MegatronWorker
+from spark_nemo.weight_sync.plan import plan_sync
 from spark_nemo.weight_sync.push import WeightSync
 
 SIZES = {"vocab_size": cases.VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -128,6 +129,10 @@ def push(folder, layout, url, run_folder):
         sync = WeightSync.build(
             WeightSyncConfig(transport=transport, checksums="require", timeout_s=60), worker, engine_kind="sglang",
             folder=Path(run_folder))
+        sync.plan = plan_sync(  # the same in buckets of 16 KiB: this model would fit one of the smallest allowed
+            hf_tensor_shapes(worker.shape), "float32", worker.hf_config, tensor_parallel=layout.tensor_parallel,
+            pipeline_parallel=layout.pipeline_parallel, engine_tensor_parallel=1, bucket_bytes=16 << 10,
+            expert_parallel=layout.expert_parallel)
         with torch.no_grad():  # so that every push has something to bring
             for parameter in worker.model.parameters():
                 parameter.mul_(1.5)
@@ -137,7 +142,7 @@ def push(folder, layout, url, run_folder):
         alive = gather_objects(cases.bytes_alive_during(worker.export_hf(), worker.model.parameters()))
         found[transport] = {"before": len(before), "after": after, "memory": [
             sync.memory_peak, sync.plan.buffer_bytes + sync.plan.largest_bytes], "gathered": [
-            max(alive), sync.plan.gather_bytes]}
+            max(alive), sync.plan.gather_bytes], "buckets": len(sync.plan.buckets)}
         if worker.is_main:
             run_async(sync.close())
     if engine is not None:

@@ -85,7 +85,7 @@ def test_trained_experts_reach_a_server(launch, layout, transport):
     result = launch[f"push_{layout}"][transport]
     assert result["after"] == []
     assert transport == "disk" or result["before"] > 15
-    assert 0 < result["memory"][0] <= result["memory"][1]
+    assert result["buckets"] > 20 and 0 < result["memory"][0] <= result["memory"][1]
     held, planned = result["gathered"]
     assert planned / 2 <= held <= planned
 

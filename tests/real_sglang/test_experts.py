@@ -1,7 +1,8 @@
 """A mixture of experts: SGLang's own module for several tensor-parallel ranks, and weights pushed into a real server.
 
-The model is Qwen3's with 8 experts, random. On this CPU SGLang computes experts by its plain torch code; the Triton
-kernels of a GPU, and expert parallelism of an engine, are not proven.
+The model is Qwen3's with 8 experts, random, 64 wide: on a CPU SGLang pads experts to multiples of 32, and a padded one
+has another checksum. It computes them there by its plain torch code; the Triton kernels of a GPU, and expert parallelism
+of an engine, are not proven.
 """
 
 import json
@@ -36,7 +37,7 @@ FAMILIES = {
     "Llama": {"tie_word_embeddings": False},
     "Qwen3": {"tie_word_embeddings": False, "head_dim": 16},
     "Qwen3Moe": {"tie_word_embeddings": False, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2,
-                 "moe_intermediate_size": 48, "norm_topk_prob": True},
+                 "moe_intermediate_size": 64, "norm_topk_prob": True},
 }
 
 
