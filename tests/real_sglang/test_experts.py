@@ -1,8 +1,8 @@
 """A mixture of experts: SGLang's own module for several tensor-parallel ranks, and weights pushed into a real server.
 
 The model is Qwen3's with 8 experts, random, 64 wide: on a CPU SGLang pads experts to multiples of 32, and a padded one
-has another checksum. It computes them there by its plain torch code; the Triton kernels of a GPU, and expert parallelism
-of an engine, are not proven.
+has another checksum. It computes them there by its plain torch code; the Triton kernels of a GPU, and engines' expert
+parallelism, are not proven.
 """
 
 import json
