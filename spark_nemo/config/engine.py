@@ -62,7 +62,8 @@ class PoolConfig:
     start_timeout_s: float | None = None
     """From launch to the first answer; 900 when not set."""
     lost_timeout_s: float | None = None
-    """How long requests wait when no server is left; then the run stops. 120 when not set."""
+    """How long requests and new weights wait when no server is left and none starts; then the run stops. 120 when not
+    set."""
     max_restarts: int | None = None
     """Restarts of one server within an hour; 3 when not set."""
 

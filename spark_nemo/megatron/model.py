@@ -105,7 +105,8 @@ def transformer_config(shape: ModelShape, layout: MegatronConfig) -> Transformer
     pipelined = layout.pipeline_parallel > 1
     recompute = {
         "none": {},
-        "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        # Not core_attn, Megatron's default: flash attention recomputes itself.
+        "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]},
         "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
     }[layout.recompute]
     return TransformerConfig(

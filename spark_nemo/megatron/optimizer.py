@@ -26,9 +26,10 @@ from .model import DTYPES, PackedGPT
 
 
 def wrap_for_gradients(model: PackedGPT, layout: MegatronConfig) -> DistributedDataParallel:
-    """Megatron's data-parallel wrapper: float32 gradient buffers, summed over ranks when a step ends."""
+    """Megatron's data-parallel wrapper: buffers of ``layout.gradients``, summed over ranks when a step ends."""
     return DistributedDataParallel(model.config, DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=layout.distributed_optimizer), model)
+        grad_reduce_in_fp32=layout.gradients == "float32",
+        use_distributed_optimizer=layout.distributed_optimizer), model)
 
 
 def build_optimizer(model: DistributedDataParallel, settings: OptimizerConfig, layout: MegatronConfig,
@@ -75,6 +76,7 @@ def clip_and_step(optimizer: ChainedOptimizer) -> float:
         if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
             clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
     optimizer.step_with_ready_grads()
+    optimizer.zero_grad()  # float32 copies of bfloat16 gradients would stay until the next step
     return norm
 
 

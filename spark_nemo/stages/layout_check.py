@@ -60,4 +60,4 @@ def _refusal(stage: str, work: Training, found: Candidate, cluster: Cluster, wha
     return (f"megatron.*: {work.model.name} in {stage} needs {worst.peak / GB:.1f} GB on a rank of pipeline stage "
             f"{worst.stage} (weights {states.weights / GB:.1f}, gradients {states.gradients / GB:.1f}, optimizer "
             f"{states.optimizer / GB:.1f}, the rest {(worst.peak - states.total) / GB:.1f}), and {what}: "
-            f"{found.shortage(cluster) / GB:.1f} GB too much; " + "; ".join(helps[:3]))
+            f"{found.shortage(cluster) / GB:.1f} GB too much; " + "; ".join(helps[:4]))

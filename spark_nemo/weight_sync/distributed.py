@@ -54,6 +54,8 @@ class DistributedTransport(Transport):
             del bucket  # it may be a tensor's own memory
         await each(targets, lambda engine: engine.end_weight_update(), self.timeout_s, "end_weight_update")
         await self._refuse_losses(targets, "the end of a weight-update session")
+        assert self._group is not None
+        self._group.version = version
 
     async def _broadcast(self, bucket: Bucket, targets: Targets, version: int) -> None:
         group = self._group
@@ -108,13 +110,20 @@ class DistributedTransport(Transport):
         raise TransferBroken(f"lost over {what}: {why}")
 
     async def _rebuild(self, targets: Targets) -> None:
-        """A group of exactly these servers."""
-        if self._group is not None and self._group.engines == targets.left:
+        """A group of exactly these servers, in the processes that joined it: one that was started again at its address
+        meanwhile has the version of its folder, 0."""
+        versions: set[int] = set()
+
+        async def ask(engine: Any) -> None:
+            versions.add(await engine.weight_version())
+
+        # Joining blocks a server until all have joined: whoever is dead already would take the others with it.
+        await each(targets, ask, min(_ALIVE_S, self.timeout_s), "being alive")
+        await self._refuse_losses(targets, "the weight-update group")
+        group = self._group
+        if group is not None and group.engines == targets.left and group.version != 0 and versions == {group.version}:
             return
         await self._drop_group(targets.left)
-        # Joining blocks a server until all have joined: whoever is dead already would take the others with it.
-        await each(targets, lambda engine: engine.weight_version(), min(_ALIVE_S, self.timeout_s), "being alive")
-        await self._refuse_losses(targets, "the weight-update group")
         group = _Group(targets.left, self.engine_tensor_parallel, self.timeout_s)
 
         async def join(engine: Any) -> None:
@@ -154,6 +163,8 @@ class _Group:
     def __init__(self, engines: list[Engine], engine_tensor_parallel: int, timeout_s: float) -> None:
         self.engines, self.timeout_s = list(engines), timeout_s
         self.world_size = 1 + len(engines) * engine_tensor_parallel
+        self.version: int | None = None
+        """The last that all its servers took through it."""
         self.name = f"spark_nemo_weights_{next(_numbers)}"
         self.backend = "nccl" if torch.cuda.is_available() else "gloo"
         self.address = _own_address(str(getattr(engines[0], "url", "http://127.0.0.1"))) if engines else "127.0.0.1"

@@ -1,14 +1,20 @@
-"""One push of new weights: pause, send by the configured transport, drop cached prefixes, compare checksums, resume."""
+"""One push of new weights: pause, send by the configured transport, drop cached prefixes, compare checksums, resume.
+
+The main rank talks to the engines and tells the others what to take part in, so that it can repeat an export, or wait.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from enum import Enum
 from pathlib import Path
 
 from spark_nemo.config import ConfigError, WeightSyncConfig
-from spark_nemo.engines.base import Engine, EngineFailure
+from spark_nemo.engines.base import Engine, EngineFailure, EngineUnavailable
+from spark_nemo.engines.fleet import Fleet
 from spark_nemo.megatron.distributed import broadcast_object
 from spark_nemo.megatron.hf_weights import hf_tensor_shapes
 from spark_nemo.megatron.worker import MegatronWorker
@@ -25,9 +31,20 @@ from .transport import Targets, TransferBroken, Transport, each, targets_of
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-"""Pushes of one version: servers that are lost half-way cost the others a second one."""
+"""Exports in one push: servers that are lost half-way cost the others a second one."""
+RETURNS = 3
+"""So often one version waits for a pool that was lost whole. One that dies of every push may die of what is pushed."""
+STILL_WAITING_S = 60.0
+"""The other ranks hear so often of a wait: torch ends a collective call after 10 (NCCL) or 30 (gloo) minutes."""
 _NAMED = 5
 """Tensors that an error names."""
+
+
+class _Next(Enum):
+    """What the main rank tells the others while a push lasts; its last word is the outcome."""
+
+    EXPORT = "export"
+    WAIT = "wait"
 
 
 class WeightSync:
@@ -71,43 +88,53 @@ class WeightSync:
         """Give ``engine`` (one, or a fleet; on the main rank) the worker's weights as ``version``.
 
         Requests in flight are paused meanwhile and go on afterwards; every token is stamped with the version that
-        sampled it. Raises ``EngineFailure`` on every rank when no engine took them, or when an engine serves something
-        else than was sent, naming the tensors.
+        sampled it. A fleet that lost all its servers, before the push or in it, is waited for as its requests wait.
+        Raises ``EngineFailure`` on every rank when no engine took the weights, or when an engine serves something else
+        than was sent, naming the tensors.
         """
         if worker.is_main and engine is None:
             raise ValueError("a push on the main rank needs the engine")
-        failure = None
         if engine is not None and worker.is_main:
-            failure = await self._push_from_main(worker, engine, version)
+            said = broadcast_object(await self._push_from_main(worker, engine, version))
         else:
-            again: bool | None = True
-            while again:
-                Export(worker, self.plan).drain()
-                again = broadcast_object(None)
-        if (failure := broadcast_object(failure)) is not None:
-            raise EngineFailure(f"weights version {version}: {failure}")
+            while isinstance(said := broadcast_object(None), _Next):
+                if said is _Next.EXPORT:
+                    Export(worker, self.plan).drain()
+        if said is not None:
+            raise EngineFailure(f"weights version {version}: {said}")
 
     async def _push_from_main(self, worker: MegatronWorker, engine: Engine, version: int) -> str | None:
-        """What went wrong, None when all went well. The other ranks follow round by round."""
-        rounds, again, failure = 0, True, None
+        """What went wrong, None when all went well."""
+        returns = RETURNS if isinstance(engine, Fleet) else 0  # of what stands alone nobody would notice the return
         try:
-            async with _paused(engine, self.transport.needs_pause), targets_of(engine, version) as targets:
-                while again:
-                    rounds += 1
-                    again = await self._round(worker, engine, targets, version, may_repeat=rounds < ATTEMPTS)
+            while True:
+                await _until_updatable(engine)
+                try:
+                    await self._push_once(worker, engine, version)
+                    return None
+                except EngineUnavailable:
+                    if returns == 0:
+                        raise
+                    returns -= 1
         except (EngineFailure, OSError, ValueError, MemoryError) as error:
-            failure = str(error)
-        if rounds == 0:  # not even paused; the others export all the same
-            Export(worker, self.plan).drain()
-            broadcast_object(False)
-        return failure
+            return str(error)
+
+    async def _push_once(self, worker: MegatronWorker, engine: Engine, version: int) -> None:
+        """Raises ``EngineUnavailable`` when every target was lost: who returns needs another push."""
+        rounds, again = 0, True
+        async with _paused(engine, self.transport.needs_pause), targets_of(engine, version) as targets:
+            while again:
+                rounds += 1
+                again = await self._round(worker, engine, targets, version, may_repeat=rounds < ATTEMPTS)
 
     async def _round(self, worker: MegatronWorker, engine: Engine, targets: Targets, version: int,
                      may_repeat: bool) -> bool:
         """One export to the targets that are left. Is another needed? Raises when nothing reached anybody."""
         expected = None if self.settings.checksums == "off" else self._expected(engine, worker)
-        export, left = Export(worker, self.plan, expected), Targets({one: targets.targets[one] for one in targets.left})
+        left = Targets({one: targets.targets[one] for one in targets.left})
         again, error = False, None
+        broadcast_object(_Next.EXPORT)
+        export = Export(worker, self.plan, expected)
         try:
             await self.transport.send(export, left, version)
             await self._finish(export, left, version)
@@ -115,14 +142,12 @@ class WeightSync:
             again = may_repeat and bool(left.left)
             log.warning("weights version %d: %s%s", version, broken, "; sending again to the others" if again else "")
             for one in left.left if not again else ():
-                left.failed(one, broken)
+                left.failed(one, EngineUnavailable(f"has half a model: {broken}"))
         except (EngineFailure, OSError, ValueError, MemoryError) as caught:
             error = caught
         targets.errors |= left.errors
-        # The other ranks, and what a failed round left over: the export is collective to its end.
-        export.drain()
+        export.drain()  # what a failed round left over: the export is collective to its end
         self.memory_peak = max(self.memory_peak, export.memory.peak)
-        broadcast_object(again)
         if error is not None:
             raise error
         return again
@@ -131,11 +156,11 @@ class WeightSync:
         """Drop cached prefixes, compare checksums, tidy up."""
         if self.transport.needs_pause:
             await each(targets, lambda one: one.flush_cache(), self.settings.timeout_s, "flush_cache")
-        if export.expected is not None:
-            sent = export.expected.result()
+        sent = export.expected.result() if export.expected is not None else None
+        if sent is not None:
             await each(targets, lambda one: self._verify(one, sent), self.settings.timeout_s, "weights_checksum")
-            self._sent = version, sent
         if targets.left:
+            self._sent = (version, sent) if sent is not None else None
             await self.transport.confirmed(version)
 
     def _expected(self, engine: Engine | None, worker: MegatronWorker) -> ExpectedChecksums:
@@ -148,6 +173,8 @@ class WeightSync:
         """Raise ``EngineFailure`` naming the tensors that ``engine`` serves differently."""
         try:
             served = await engine.weights_checksum()
+        except EngineUnavailable:
+            raise  # it cannot tell because it died
         except EngineFailure as error:
             if self.settings.checksums == "require":
                 raise EngineFailure(f"weight_sync.checksums=require, and the engine gives none: {error}") from error
@@ -196,6 +223,16 @@ class WeightSync:
     async def close(self) -> None:
         """Leave process groups and remove what lies on disk. Main rank only."""
         await self.transport.close()
+
+
+async def _until_updatable(engine: Engine) -> None:
+    """Wait until ``engine`` could take weights. Raises ``EngineLost`` when a fleet's patience ends."""
+    if not isinstance(engine, Fleet):
+        return
+    waiting = asyncio.ensure_future(engine.until_updatable())
+    while (await asyncio.wait({waiting}, timeout=STILL_WAITING_S))[1]:
+        broadcast_object(_Next.WAIT)
+    await waiting
 
 
 @asynccontextmanager

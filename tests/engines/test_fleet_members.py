@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 from fleet_cases import QUICK, FakeEngine, FakeKeeper, ask, running, until
@@ -324,6 +325,45 @@ def test_a_server_that_dies_after_it_took_an_update_is_not_credited_with_it() ->
             return keepers[0].engine.seen, list(fleet.members())
 
     assert asyncio.run(scenario()) == ([], ["m1"])
+
+
+def test_a_server_that_is_out_when_an_update_ends_has_not_got_it() -> None:
+    """The only one takes version 5 and dies, and nobody has started it again: the update reached nobody, and may be
+    repeated with its successor, which is not taken out for what its predecessor did."""
+    async def scenario():
+        keeper = FakeKeeper(0)
+        limits = dataclasses.replace(QUICK, backoff_s=0.2, max_backoff_s=0.2, lost_timeout_s=3)
+        async with running([keeper], limits) as fleet:
+            await fleet.update_weights(WEIGHTS, 4)
+            with pytest.raises(EngineUnavailable, match="reached no server of the fleet: m0: exit status -9"):
+                async with fleet.updating(5) as update:
+                    (engine,) = update.targets
+                    engine.version, engine.dead = 5, True
+                    await until(lambda: up(fleet) == 0)
+            await fleet.until_updatable()
+            await fleet.update_weights(WEIGHTS, 6)
+            return fleet.version, keeper.engine.version, len(keeper.engines)
+
+    assert asyncio.run(scenario()) == (6, 6, 2)
+
+
+def test_a_server_that_is_being_given_weights_is_not_lost() -> None:
+    """Large models take longer to load than a pool is patient: who is back and loads is waited for."""
+    async def scenario():
+        engine = FakeEngine(0)
+
+        async def slow(engine, version):
+            await asyncio.sleep(3 * QUICK.lost_timeout_s)
+            engine.version = version
+
+        async with running([engine], dataclasses.replace(QUICK, update_timeout_s=5), on_return=slow) as fleet:
+            await fleet.update_weights(WEIGHTS, 1)
+            engine.dead = True
+            await until(lambda: up(fleet) == 0)
+            engine.version, engine.dead = 0, False
+            return (await fleet.generate(ask(1))).weight_versions
+
+    assert set(asyncio.run(scenario())) == {1}
 
 
 def test_a_given_server_that_returns_with_other_weights_must_be_updated() -> None:

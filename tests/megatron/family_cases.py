@@ -171,7 +171,9 @@ def eight_ranks(folders, store, url):
         results[f"push_{name}"] = push(
             folders["qwen3_moe"], layout(*sizes, split_rows=True), url, f"{store}/push_{name}")
     for family in ("qwen3", "qwen3_moe"):
-        results[f"{family}_recompute"] = compare(folders[family], layout(4, 2, split_rows=True, recompute="full"))
+        results[f"{family}_full"] = compare(folders[family], layout(4, 2, split_rows=True, recompute="full"))
+    results["qwen3_moe_selective"] = compare(
+        folders["qwen3_moe"], layout(2, 2, 2, split_rows=True, recompute="selective"))
     saved, other = (layout(*sizes, split_rows=True, distributed_optimizer=True) for sizes in ((2, 1, 2), (1, 2, 4)))
     expected, resumed = cases.resume(folders["qwen3_moe"], f"{store}/checkpoint", saved, [saved, other])
     results["resume"] = {"expected": expected, "resumed": resumed}

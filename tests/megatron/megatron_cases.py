@@ -10,13 +10,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from spark_nemo.config import MegatronConfig, OptimizerConfig, WeightSyncConfig
-from spark_nemo.engines.base import EngineFailure
+from spark_nemo.engines.base import EngineFailure, EngineUnavailable
 from spark_nemo.engines.client import run_async
+from spark_nemo.engines.fleet import Fleet, FleetLimits
 from spark_nemo.engines.local import LocalEngine
 from spark_nemo.megatron import checkpoint
 from spark_nemo.megatron.batch import PackedBatch
 from spark_nemo.megatron.distributed import gather_objects
 from spark_nemo.megatron.worker import MegatronWorker
+from spark_nemo.weight_sync import push as push_module
 from spark_nemo.weight_sync.gate import FirstStepGate
 from spark_nemo.weight_sync.push import WeightSync
 
@@ -200,6 +202,10 @@ def push(folder, layout):
     found["memory"] = [sync.memory_peak, sync.plan.buffer_bytes + sync.plan.largest_bytes]
     alive = bytes_alive_during(worker.export_hf(), worker.model.parameters())
     found["gathered"] = [gather_objects(alive), sync.plan.gather_bytes]
+    fleet = _returning_fleet(engine) if engine is not None else None
+    found["returned"] = gather_objects(_error_of(lambda: run_async(sync.push(worker, fleet, 2))))
+    found["version"] = run_async(engine.health()).weight_version if engine is not None else None
+    found["gone_again"] = gather_objects(_error_of(lambda: run_async(sync.push(worker, fleet, 3))))
     if engine is not None:
         engine.update_weights = _refuse
     found["refused"] = gather_objects(_error_of(lambda: run_async(sync.push(worker, engine, 2))))
@@ -249,6 +255,24 @@ def bytes_alive_during(tensors, existing):
 async def _refuse(tensors, version):
     next(iter(tensors))
     raise EngineFailure("no room")
+
+
+def _returning_fleet(engine):
+    """A fleet of ``engine`` alone, which is lost in the first update half-way, takes the second one and no other."""
+    take, calls = engine.update_weights, []
+
+    async def update(tensors, version):
+        calls.append(version)
+        if len(calls) != 2:
+            next(iter(tensors))
+            raise EngineUnavailable("connection refused")
+        await take(tensors, version)
+
+    engine.update_weights = update
+    push_module.STILL_WAITING_S = 0.05
+    fleet = Fleet({"m0": engine}, FleetLimits(backoff_s=0.3), name="policy pool")
+    fleet.served_form = engine.served_form  # what checksums are made of; no fleet of the product has embedded engines
+    return fleet
 
 
 def _error_of(call):

@@ -33,33 +33,41 @@ def layouts(world_size, model="qwen2_tied"):
 
     Experts under tensor parallelism need sequence parallelism."""
     sizes = [(1, 1), (2, 1), (1, 2), (2, 2)] if world_size > 1 else [(1, 1)]
-    numerics = [(dtype, *more) for dtype in ("float32", "bfloat16")
+    numerics = [(dtype, *more, "float32") for dtype in ("float32", "bfloat16")
                 for more in ((True, "none", True), (False, "selective", False), (True, "full", True))]
+    reduced = [("bfloat16", distributed, "none", True, "bfloat16") for distributed in (True, False)]
     if model != "qwen2_tied":
-        numerics = [("bfloat16", True, "none", True)] if world_size > 1 else numerics[3:]
+        numerics = [("bfloat16", True, "none", True, "float32")] if world_size > 1 else numerics[3:]
+        reduced = reduced[:1] if model == "qwen3_moe" else []
     return [MegatronConfig(tensor_parallel=tp, pipeline_parallel=pp, data_parallel=world_size // (tp * pp), dtype=dtype,
-                           distributed_optimizer=distributed, recompute=recompute, sequence_parallel=tp > 1 and sp)
-            for tp, pp in sizes for dtype, distributed, recompute, sp in numerics] + (
+                           distributed_optimizer=distributed, recompute=recompute, sequence_parallel=tp > 1 and sp,
+                           gradients=gradients)
+            for tp, pp in sizes for dtype, distributed, recompute, sp, gradients in numerics + reduced] + (
                 [MegatronConfig(tensor_parallel=4)] if world_size == 4 and model != "qwen3_moe" else [])
 
 
 def measure(model, layout):
-    """Bytes of this rank's weights, gradient buffers and optimizer state after a step, and the most its graphs held."""
+    """Bytes of this rank's weights, gradient buffers and optimizer state after a step, of the gradients' copies that
+    the optimizer steps with, and the most that its graphs held; and the norm of the gradient."""
     worker = MegatronWorker.from_config(hf_config(model), layout, seed=0, optimizer=OptimizerConfig())
     saved = SavedForBackward(worker.model.parameters())
     batches = [cases.pack(cases.make_sequences(seed, LENGTHS)) for seed in range(MICRO_BATCHES)]
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, saved.unpack):
-        worker.train_step(batches, cases.loss_fn, with_entropy=True)
+        step = worker.train_step(batches, cases.loss_fn, with_entropy=True)
     buffers = worker._trained.buffers + worker._trained.expert_parallel_buffers
     flat = [buffer.param_data for buffer in buffers if buffer.param_data is not None]
     weights = storages(flat or worker.model.parameters())
     gradients = storages([buffer.grad_data for buffer in buffers])
-    states = [tensor for part in worker._optimizer.chained_optimizers for group in part.optimizer.param_groups
-              for parameter in group["params"]
-              for tensor in (parameter, *part.optimizer.state[parameter].values()) if tensor.dim() > 0]
+    owned = [(parameter, part.optimizer.state[parameter]) for part in worker._optimizer.chained_optimizers
+             for group in part.optimizer.param_groups for parameter in group["params"]]
+    assert all(parameter.grad is None for parameter, _ in owned), "copies outlive the step"
+    states = [tensor for parameter, state in owned for tensor in (parameter, *state.values()) if tensor.dim() > 0]
     optimizer = {key: size for key, size in storages(states).items() if key not in weights}
+    worker._optimizer.prepare_grads()
+    copies = storages(parameter.grad for parameter, _ in owned)
     return {"weights": sum(weights.values()), "gradients": sum(gradients.values()),
-            "optimizer": sum(optimizer.values()), "activations": saved.peak,
+            "optimizer": sum(optimizer.values()), "activations": saved.peak, "grad_norm": step.grad_norm,
+            "gradient_copies": sum(size for key, size in copies.items() if key not in gradients),
             "parameters": sum(parameter.numel() for parameter in worker.model.parameters())}
 
 

@@ -64,12 +64,15 @@ def test_new_model_does_not_depend_on_the_layout(launch):
 def test_trained_weights_reach_the_engine_of_rank_0(launch, case):
     """TP2 x PP2 with tied and TP2 x DP2 with untied embeddings, a vocabulary that is padded: after a push every tensor
     of the embedded engine has the trainer's checksum. A refusing engine and a shut gate are errors on all four ranks,
-    also when one rank alone has seen the difference; nobody waits for ever. During the export no rank allocates more
-    than the plan says, every storage counted."""
+    also when one rank alone has seen the difference; nobody waits for ever. A fleet that is lost in a push and returns
+    gets it again from all four ranks, which hear of the wait meanwhile; one that is lost every time is an error on all.
+    During the export no rank allocates more than the plan says, every storage counted."""
     result = launch[1][case]
     assert result["differing_before"] > 20 and result["differing_after"] == []
     assert 0 < result["memory"][0] <= result["memory"][1]
     per_rank, planned = result["gathered"]
     assert planned / 2 <= max(per_rank) <= planned, (per_rank, planned)
+    assert result["returned"] == [None] * 4 and result["version"] == 2
+    assert result["gone_again"] == ["weights version 3: connection refused"] * 4
     assert result["refused"] == ["weights version 2: no room"] * 4
     assert len(set(result["gate"])) == 1 and "0.5 nats on average" in result["gate"][0]

@@ -2,7 +2,7 @@
 stopped, every group is whole and nothing is counted twice.
 
 One pool for the file, in the order of the tests: the router dies, a server dies and returns with the pushed weights, a
-server hangs. The verifier is the embedded engine. No GPU, and no second machine, is in it.
+server hangs, all die in a push. The verifier is the embedded engine. No GPU, and no second machine, is in it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import psutil
 import pytest
 from real_server import sglang_python
 
-from spark_nemo.config import EngineConfig, FailurePolicy, RLConfig, SamplingConfig
+from spark_nemo.config import EngineConfig, FailurePolicy, MegatronConfig, RLConfig, SamplingConfig, WeightSyncConfig
 from spark_nemo.config.compose import compose_config
 from spark_nemo.engines import Engine, GenerationRequest, SamplingParams, run_async
 from spark_nemo.engines.fleet import Fleet, FleetMetrics
@@ -32,11 +32,13 @@ from spark_nemo.engines.fleet.process import ServerProcess
 from spark_nemo.engines.served import ServedModel
 from spark_nemo.engines.sglang import SglangServer
 from spark_nemo.grammar import prompt_set
+from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import Problem
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService
 from spark_nemo.stages.rollouts import RolloutSession, ScoredBatch
 from spark_nemo.toy.data import split_problems
+from spark_nemo.weight_sync.push import WeightSync
 
 GROUPS, GROUP_SIZE = 8, 8
 RETURN_S = 200.0
@@ -211,6 +213,32 @@ def test_a_server_hangs_in_a_batch(pool: Pool) -> None:
     require_whole(batch, metrics)
     assert metrics.outages >= 1 and time.monotonic() - begin < 100
     assert victim.pid != stopped or victim.death() is not None
+
+
+def test_both_servers_are_killed_in_a_push_and_get_it_when_they_are_back(
+    pool: Pool, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL of all while they receive a broadcast. The push waits until one is back, which joins a group of its own
+    and takes everything, checked by checksum; the other has it too, or waits for the next push."""
+    worker = MegatronWorker.from_hf(model_folder, MegatronConfig(dtype="float32", distributed_optimizer=False), 0)
+    settings = WeightSyncConfig(transport="distributed", checksums="require", timeout_s=60, bucket_mb=1)
+    sync = WeightSync.build(settings, worker, engine_kind="sglang", folder=tmp_path)
+    wait_until_all_up(pool)
+    killed, receive = [server.pid for server in pool.servers], SglangServer.update_weights_from_distributed
+
+    async def die_once(self: SglangServer, **bucket: Any) -> None:
+        for pid in killed:
+            os.killpg(pid, signal.SIGKILL)
+        killed.clear()
+        await receive(self, **bucket)
+
+    monkeypatch.setattr(SglangServer, "update_weights_from_distributed", die_once)
+    try:
+        run_async(sync.push(worker, pool.fleet, 2))
+        answer = run_async(pool.fleet.generate(GREEDY))
+    finally:
+        run_async(sync.close())
+    assert not killed and set(answer.weight_versions) == {pool.fleet.version} == {2}
 
 
 def test_nothing_is_left_of_the_servers(pool: Pool) -> None:

@@ -17,8 +17,6 @@ pytestmark = pytest.mark.skipif("SPARK_SGLANG_PYTHON" not in os.environ, reason=
 PART = "stage3/process_aware"
 
 
-@pytest.mark.xfail(reason="when the kill hits the only policy server in the middle of a weight push, the push gives up "
-                          "instead of waiting for the server's return", strict=False)
 @pytest.mark.timeout(900)
 def test_chain_with_servers_on_nodes_of_their_own_and_one_killed(slurm: Cluster, tmp_path: Path) -> None:
     """Shards, stage II, then two trainer ranks over gloo, a policy server that takes their weights and a verifier

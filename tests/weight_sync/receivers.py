@@ -17,11 +17,17 @@ from spark_nemo.engines.sglang.server import SglangServer
 class ReceiverProcess:
     """A running ``receiver.py`` and a client of it."""
 
-    def __init__(self, process, port):
-        self.process = process
+    def __init__(self, port):
+        self.command = [sys.executable, str(Path(__file__).parent / "receiver.py"), "--port", str(port)]
+        self.start()
         self.url = f"http://127.0.0.1:{port}"
         self.engine = SglangServer(self.url, api_key=None, vocab_size=37, max_context=64, max_in_flight=4,
                                    request_timeout_s=10, control_timeout_s=10)
+
+    def start(self):
+        """The first process, or after its death another at the same address."""
+        self.process = subprocess.Popen(
+            self.command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
 
     def tricks(self, **tricks):
         body = json.dumps(tricks).encode()
@@ -29,24 +35,27 @@ class ReceiverProcess:
         urllib.request.urlopen(request, timeout=5).close()
 
 
+    def until_ready(self):
+        """It needs some seconds, mostly to import torch."""
+        for _ in range(600):
+            assert self.process.poll() is None
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/ready", timeout=1):
+                break
+            time.sleep(0.1)
+
+
 @contextlib.contextmanager
 def start_receivers(count):
     """``count`` servers at once; they need some seconds, mostly to import torch."""
-    script, running = Path(__file__).parent / "receiver.py", []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    running = []
     try:
         for _ in range(count):
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
-            process = subprocess.Popen([sys.executable, str(script), "--port", str(port)], env=environment)
-            running.append(ReceiverProcess(process, port))
+            running.append(ReceiverProcess(port))
         for one in running:
-            for _ in range(600):
-                assert one.process.poll() is None
-                with contextlib.suppress(OSError), urllib.request.urlopen(f"{one.url}/ready", timeout=1):
-                    break
-                time.sleep(0.1)
+            one.until_ready()
         yield running
     finally:
         for one in running:

@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import resource
+import threading
 import time
 
 import pytest
@@ -117,6 +118,36 @@ def test_a_server_lost_half_way_costs_the_others_a_second_push(perturbed, tmp_pa
             params = SamplingParams(max_new_tokens=3, temperature=0.0)
             assert set(run_async(fleet.generate(GenerationRequest((1, 2), params))).weight_versions) == {4}
         finally:
+            run_async(fleet.close())
+
+
+def test_the_only_server_is_killed_in_a_broadcast_and_started_again_at_its_address(perturbed, tmp_path):
+    """Given by URL, it dies at the third bucket; the push waits, and the next process gets everything through a group
+    of its own. Then it is started again between two pushes, and nobody has noticed: it is the same engine to the
+    trainer, and is not taken for a member of the group. Checked by checksum each time."""
+    with start_receivers(1) as (one,):
+        fleet, sync = Fleet({one.url: one.engine}), sync_for(perturbed, tmp_path, "distributed", timeout_s=5)
+        fleet.on_return = sync.restore
+
+        def restart():
+            one.process.wait()
+            one.start()
+
+        try:
+            one.tricks(die_at=3)
+            helper = threading.Thread(target=restart)
+            helper.start()
+            run_async(sync.push(perturbed, fleet, 4))
+            helper.join()
+            assert run_async(one.engine.weight_version()) == 4
+            one.process.kill()
+            restart()
+            one.until_ready()
+            assert list(fleet.members()) == [one.url] and run_async(one.engine.weight_version()) == 0
+            run_async(sync.push(perturbed, fleet, 5))
+            assert run_async(one.engine.weight_version()) == fleet.version == 5
+        finally:
+            run_async(sync.close())
             run_async(fleet.close())
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -27,13 +27,14 @@ from ..base import (
     Generation,
     GenerationRequest,
 )
+from .calls import call_each
 from .limits import FleetLimits
 from .member import Front, Keeper, Member, MemberState
 from .metrics import FleetMetrics
 from .minder import Minder
 from .patience import Patience
 from .routing import PrefixRouting
-from .weights import WeightUpdate, settle, spoil
+from .weights import WeightUpdate, outlook, settle, spoil
 
 log = logging.getLogger(__name__)
 OnReturn = Callable[[Engine, int], Awaitable[None]]
@@ -230,33 +231,54 @@ class Fleet(Engine):
         """New weights for every engine in ``update.targets`` (living ones, also those that missed an update).
 
         Inside, say ``update.failed(engine, error)`` for each that did not take them: it is taken out. At the end the
-        others serve ``version``. Nobody returns or restarts in between. Raises ``EngineLost`` without a target, and
-        ``EngineFailure`` when all of them failed.
+        others serve ``version``. Nobody joins in between. Raises ``EngineUnavailable`` without a target and when all
+        were lost, which ``until_updatable`` and another update may mend; ``EngineFailure`` when some refused.
         """
         self._begin()
-        while any(m.state is MemberState.STARTING and not m.was_up for m in self._members):
+        while self._first_start:
             await self._changed.wait()
         async with self._weights_lock:
-            targets = [m for m in self._members if m.state in (MemberState.UP, MemberState.STALE)]
+            targets = [m for m in self._members if m.takes_weights]
             if not targets:
-                raise EngineLost(self._lost or f"weights version {version}: no server of the {self.name} is up ("
-                                 + "; ".join(f"{m.name}: {m.last_error}" for m in self._members) + ")")
+                raise EngineUnavailable(f"weights version {version}: the {self.name} is out: {outlook(self._members)}")
             update = WeightUpdate(version, {m.engine: m.name for m in targets if m.engine is not None})
             try:
                 yield update
-            except BaseException:
+            except BaseException as error:
                 for member in targets:
-                    spoil(member, f"the update to weights version {version} broke off")
+                    spoil(member, f"the update to weights version {version} broke off: {error}")
                 raise
             settle(update, targets, self.name)
             self.version = version
+
+    @property
+    def _first_start(self) -> bool:
+        """Some server has not been up yet: an update waits for it."""
+        return any(m.state is MemberState.STARTING and not m.was_up for m in self._members)
+
+    async def until_updatable(self) -> None:
+        """Wait until an update has a target: for the first start of every server, and for a return when all are out.
+
+        Not while paused, when no time passes. Raises ``EngineLost`` when requests would.
+        """
+        self._begin()
+        told = False
+        while self._broken or self._first_start or not any(m.takes_weights for m in self._members):
+            self._refuse_closed()
+            if self._lost is not None:
+                raise EngineLost(self._lost)
+            if not (told or self._first_start or all(m.state is MemberState.GONE for m in self._members)):
+                told = True
+                log.warning("%s: new weights wait for the return of a server, up to %g s in which none is starting: %s",
+                            self.name, self.limits.lost_timeout_s, outlook(self._members))
+            await self._changed.wait()
 
     async def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         """See ``Engine.update_weights``. With several members the tensors are held in memory until all have them:
         large models go through a transport of ``weight_sync`` and ``updating``."""
         async with self.updating(version) as update:
             shared = tensors if len(update.targets) == 1 else list(tensors)
-            errors = await self._each(
+            errors = await call_each(
                 list(update.targets), lambda engine: engine.update_weights(shared, version),
                 self.limits.update_timeout_s)
             for engine, error in errors.items():
@@ -286,28 +308,12 @@ class Fleet(Engine):
                   if m.engine is not None and m.state in (MemberState.UP, MemberState.STALE)}
         for member in living.values():
             member.paused = True
-        errors = await self._each(list(living), lambda engine: getattr(engine, what)(), self.limits.control_timeout_s)
+        errors = await call_each(list(living), lambda engine: getattr(engine, what)(), self.limits.control_timeout_s)
         for engine, member in living.items():
             if engine in errors:
                 member.condemn(f"{what}: {errors[engine]}")
             else:
                 member.paused = what == "pause"
-
-    async def _each(self, engines: Sequence[Engine], call: Callable[[Engine], Coroutine[None, None, object]],
-                    seconds: float) -> dict[Engine, EngineFailure]:
-        """Call all at once; the failures by engine. Anything but an ``EngineFailure`` is raised."""
-        async def one(engine: Engine) -> EngineFailure | None:
-            try:
-                async with asyncio.timeout(seconds):
-                    await call(engine)
-            except EngineFailure as error:
-                return error
-            except TimeoutError:
-                return EngineUnavailable(f"no answer within {seconds:.1f} s")
-            return None
-
-        answers = await asyncio.gather(*(one(engine) for engine in engines))
-        return {engine: error for engine, error in zip(engines, answers) if error is not None}
 
     async def health(self) -> EngineHealth:
         """The sum over members; ``alive`` until closed or lost. Those that do not answer count as idle."""
@@ -318,7 +324,7 @@ class Fleet(Engine):
 
         if not self._closed:
             self._begin()
-            await self._each(list(self.members().values()), ask, self.limits.control_timeout_s)
+            await call_each(list(self.members().values()), ask, self.limits.control_timeout_s)
         return EngineHealth(
             alive=not self._closed and self._lost is None, paused=self._paused, running=sum(h.running for h in found),
             waiting=sum(h.waiting for h in found), weight_version=self.version,
@@ -343,7 +349,7 @@ class Fleet(Engine):
             member.last_error = f"the {self.name} was closed"
             member.interrupt()
         await asyncio.sleep(0)
-        await self._each([m.engine for m in everyone if m.engine is not None], lambda engine: engine.close(),
+        await call_each([m.engine for m in everyone if m.engine is not None], lambda engine: engine.close(),
                          self.limits.control_timeout_s)
         await asyncio.gather(*(m.keeper.stop() for m in everyone if m.keeper is not None))
         log.info("%s closed: %s", self.name, self._metrics.line())

@@ -23,7 +23,7 @@ class FleetLimits:
     probe_every_s: float = 10.0
     probe_timeout_s: float = 30.0
     lost_timeout_s: float = 120.0
-    """How long requests wait when no member is up and none is starting; then the fleet is lost."""
+    """How long requests and updates wait when no member is up and none is starting; then the fleet is lost."""
     control_timeout_s: float = 60.0
     """Pause, resume, health and close of one member (wall clock)."""
     update_timeout_s: float = 1800.0

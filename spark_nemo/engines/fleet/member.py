@@ -80,7 +80,13 @@ class Member:
 
     @property
     def up(self) -> bool:
-        return self.state is MemberState.UP
+        """Requests go to it."""
+        return self.state is MemberState.UP and self.condemned is None
+
+    @property
+    def takes_weights(self) -> bool:
+        """It lives, with whatever weights, and is not about to be taken out."""
+        return self.state in (MemberState.UP, MemberState.STALE) and self.condemned is None
 
     def interrupt(self) -> None:
         """Nobody may wait for its answers any longer."""
@@ -94,6 +100,7 @@ class Member:
         self.wake.set()
 
     def condemn(self, reason: str) -> None:
-        """Have it taken out without a probe."""
-        self.condemned = reason
+        """Have it taken out without a probe. Who is out already comes back as it would have."""
+        if self.state in (MemberState.UP, MemberState.STALE):
+            self.condemned = reason
         self.suspect(reason)

@@ -183,8 +183,7 @@ class Minder:
             if (await member.engine.health()).weight_version != member.version:
                 member.version = None  # somebody else restarted it, or gave it weights
         async with self._lock:  # an update that began now would miss a member that is about to join
-            if member.version == fleet.version or self._is_front or (
-                    fleet.on_return is not None and await self._brought_up_to_date()):
+            if member.version == fleet.version or self._is_front or await self._brought_up_to_date():
                 await self._join()
                 return True
         self._set(MemberState.STALE)
@@ -223,7 +222,10 @@ class Minder:
 
     async def _brought_up_to_date(self) -> bool:
         member, fleet = self.member, self.fleet
-        assert fleet.on_return is not None and member.engine is not None
+        assert member.engine is not None
+        if fleet.on_return is None:
+            return False
+        self._set(MemberState.STARTING)  # it is back: the time in which no server is left is over
         member.version, wanted = None, fleet.version
         try:
             async with asyncio.timeout(fleet.limits.update_timeout_s):

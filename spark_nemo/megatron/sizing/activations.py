@@ -12,9 +12,10 @@ q and k rows of all query and of all key-value heads, F the MLP's inner size. A 
     gate and up, the gate's sigmoid or SiLU, and their product   4 F / t
 
 and in float32 a norm's statistics (2 / s) and the attention's log-sum-exp (heads / t). Differences between the two
-layer specs: ours keeps bfloat16 cosines and sines per layer (Megatron's fused rotary keeps one table), rotates inside
-the attention, so that ``recompute=selective`` keeps unrotated q instead, and copies sequences of unequal length into
-padded blocks (``PackedRows``; the padding, at most about 15 % of the attention's share, is not counted).
+layer specs: ours keeps bfloat16 cosines and sines per layer (Megatron's fused rotary keeps one table) and copies
+sequences of unequal length into padded blocks (``PackedRows``; the padding, at most about 15 % of the attention's
+share, is not counted). ``recompute=selective`` keeps the input of the MLP or of the experts only: the output of the
+norm before it, or where Transformer Engine computes that norm inside its MLP, the norm's input, kept anyway.
 """
 
 from __future__ import annotations
@@ -80,21 +81,16 @@ def _layer(shape: ModelShape, layout: MegatronConfig, tokens: int, transformer_e
     """What one layer keeps, and what it keeps more while it is recomputed."""
     tp, item, H = layout.tensor_parallel, ITEM_BYTES[layout.dtype], shape.hidden_size
     split = tp if layout.sequence_parallel else 1
+    feed_forward = _feed_forward(shape, layout)
     everything = int(tokens * (4 * H / split * item + 8 / split + _attention(shape, layout, transformer_engine)
-                               + _feed_forward(shape, layout)))
-    q, k = _head_rows(shape, tp)
-    statistics = shape.num_heads // tp * 4
+                               + feed_forward))
     match layout.recompute:
         case "none":
             return everything, 0
-        case "selective" if transformer_engine:  # q, k, v and the output are kept all the same
-            return everything - tokens * statistics, tokens * statistics
         case "selective":
-            tables = shape.head_dim * item if item != 4 else 0
-            blocks = q + k if shape.qk_norm else 0
-            again = tokens * ((q + k + blocks) * item + statistics + tables)
-            unrotated = q + (k if shape.qk_norm else 0)
-            return everything - again + tokens * unrotated * item, again
+            norm_inside = transformer_engine and shape.experts is None
+            again = int(tokens * (feed_forward + ((H * item + 4) / split if norm_inside else 0)))
+            return everything - again, again
         case _:
             layer_input = tokens // split * H * item
             return layer_input, everything - layer_input

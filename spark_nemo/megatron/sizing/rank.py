@@ -54,11 +54,11 @@ class RankMemory:
     @property
     def peak(self) -> int:
         """The most this rank allocates at once. Framework and fragmentation are not in it."""
-        return self.states.total + max(self.activations.peak(self.in_flight), self.sync)
+        return self.states.total + max(self.activations.peak(self.in_flight), self.sync, self.states.gradient_copies)
 
 
 def rank_memory(shape: ModelShape, layout: MegatronConfig, batch: TrainBatch, *, transformer_engine: bool,
-                sync_bytes: int = 0, snapshots: int = 0, gradient_item_bytes: int = 4) -> list[RankMemory]:
+                sync_bytes: int = 0, snapshots: int = 0) -> list[RankMemory]:
     """The memory of a rank of each pipeline stage, training with AdamW.
 
     In the 1F1B schedule stage p of P keeps min(P - p, micro-batches) of them in flight (Narayanan et al., 2021,
@@ -72,7 +72,7 @@ def rank_memory(shape: ModelShape, layout: MegatronConfig, batch: TrainBatch, *,
                                        transformer_engine=transformer_engine)
         stages.append(RankMemory(
             stage, parameters.num_elements,
-            state_bytes(parameters, layout, shape.tied_embeddings and depth > 1, gradient_item_bytes),
+            state_bytes(parameters, layout, shape.tied_embeddings and depth > 1),
             activations, min(depth - stage, batch.micro_batches), sync_bytes,
             snapshots * weight_bytes(parameters, layout.dtype)))
     return stages

@@ -2,8 +2,9 @@
 
 Sources: megatron-core 0.16.1, distributed/param_and_grad_buffer.py (``_ParamAndGradBuffer``: where padding goes) and
 optimizer/distrib_optimizer.py (each data-parallel rank owns an equal range of every bucket); ``megatron/optimizer.py``
-(gradients are summed in float32, the optimizer is AdamW with two float32 moments). Without padding this is the usual
-count of a distributed optimizer in bfloat16: 2 + 4 + 12 / data_parallel bytes per parameter.
+(AdamW with two float32 moments). Without padding this is the usual count of a distributed optimizer in bfloat16:
+2 + 4 + 12 / data_parallel bytes per parameter, and with gradients in bfloat16 2 + 2 + 12 / data_parallel, and
+4 / data_parallel while the optimizer steps.
 """
 
 from __future__ import annotations
@@ -28,34 +29,34 @@ class StateBytes:
     weights: int
     gradients: int
     optimizer: int
+    gradient_copies: int = 0
+    """Not between steps: the float32 copies of bfloat16 gradients while the optimizer steps."""
 
     @property
     def total(self) -> int:
-        """All three."""
+        """Weights, gradients and optimizer."""
         return self.weights + self.gradients + self.optimizer
 
 
-def state_bytes(parameters: StageParameters, layout: MegatronConfig, shares_embeddings: bool = False,
-                gradient_item_bytes: int = 4) -> StateBytes:
+def state_bytes(parameters: StageParameters, layout: MegatronConfig, shares_embeddings: bool = False) -> StateBytes:
     """The states of one rank that trains ``parameters``.
 
     ``shares_embeddings``: embeddings are tied over several pipeline stages, so their copy has a bucket of its own.
-    ``gradient_item_bytes`` is 4 here (``grad_reduce_in_fp32``); other trainers sum in bfloat16, 2. A data-parallel rank
-    whose range ends in padding owns up to 127 elements less of each bucket than is counted.
+    A data-parallel rank whose range ends in padding owns up to 127 elements less of each bucket than is counted.
     """
-    item = ITEM_BYTES[layout.dtype]
+    item, gradient = ITEM_BYTES[layout.dtype], ITEM_BYTES[layout.gradients]
+    copied = 4 if gradient != 4 else 0
     per_element = _MOMENTS + (_MAIN if layout.dtype != "float32" else 0)
     if not layout.distributed_optimizer:
         elements = parameters.num_elements
-        return StateBytes(elements * item, elements * gradient_item_bytes, elements * per_element)
+        return StateBytes(elements * item, elements * gradient, elements * per_element, elements * copied)
     replicas = layout.data_parallel
     buckets = [(names, replicas) for names in _split_shared(parameters.dense, shares_embeddings) if names]
     if parameters.experts:
         buckets.append((parameters.experts, layout.tensor_parallel * replicas // layout.expert_parallel))
     padded = [(_bucket_elements(names, ranks), ranks) for names, ranks in buckets]
-    total = sum(elements for elements, _ in padded)
-    return StateBytes(total * item, total * gradient_item_bytes,
-                      sum(elements // ranks for elements, ranks in padded) * per_element)
+    total, owned = sum(elements for elements, _ in padded), sum(elements // ranks for elements, ranks in padded)
+    return StateBytes(total * item, total * gradient, owned * per_element, owned * copied)
 
 
 def weight_bytes(parameters: StageParameters, dtype: str) -> int:

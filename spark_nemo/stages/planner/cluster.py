@@ -17,7 +17,8 @@ class Cluster:
     nodes: int
     gpus_per_node: int = 8
     gpu_memory_gb: float = 84.9
-    """10^9 bytes of one GPU as CUDA tells them: 79.1 GiB for an H100 sold as 80 GB."""
+    """10^9 bytes of one GPU as CUDA tells them: on an H100 sold as 80 GB the 79.10 GiB that PyTorch's out-of-memory
+    errors name. nvidia-smi shows 81,559 MiB, 85.5 (github.com/modal-labs/modal-client/pull/2797)."""
     reserve: float = 0.1
     """Share of a GPU's memory that no figure of ours accounts for: the CUDA context, NCCL's buffers, the kernels'
     workspaces and the allocator's fragmentation. Assumed."""

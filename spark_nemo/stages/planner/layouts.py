@@ -35,12 +35,11 @@ class Candidate:
 
 
 def evaluate(work: Training, layout: MegatronConfig, cluster: Cluster, rates: Rates, sync_bytes: int = 0,
-             gradient_item_bytes: int = 4, transformer_engine: bool = True) -> Candidate:
+             transformer_engine: bool = True) -> Candidate:
     """Raises ``ConfigError`` when the model cannot be split so."""
     stages = rank_memory(
         work.model.shape, layout, work.batch(layout.data_parallel, layout.tokens_per_micro_batch),
-        transformer_engine=transformer_engine, sync_bytes=sync_bytes, snapshots=work.snapshots,
-        gradient_item_bytes=gradient_item_bytes)
+        transformer_engine=transformer_engine, sync_bytes=sync_bytes, snapshots=work.snapshots)
     worst = worst_rank(stages)
     return Candidate(layout, worst, training_seconds(work, layout, worst, cluster, rates))
 
@@ -92,18 +91,42 @@ def advice(work: Training, candidate: Candidate, cluster: Cluster, rates: Rates,
             verdict = "fits" if changed.shortage(cluster) <= 0 else f"lacks {changed.shortage(cluster) / GB:.1f} GB"
             line = f"{text} saves {saved / GB:.1f} GB: {verdict}"
             lines.append((changed.shortage(cluster) > 0, other.world_size > layout.world_size, order, line))
+    if longest := _longest_that_fits(work, layout, cluster, rates, sync_bytes, transformer_engine):
+        line = f"sequences and micro-batches of {longest:,} tokens instead of {work.longest:,}: fits"
+        lines.append((False, False, 1, line))  # after recomputation
     return [line for *_, line in sorted(lines)]
 
 
+def _longest_that_fits(work: Training, layout: MegatronConfig, cluster: Cluster, rates: Rates, sync_bytes: int,
+                       transformer_engine: bool) -> int:
+    """Tokens of the longest sequence with which ``layout`` fits, in steps of 16, where a micro-batch is one sequence,
+    at least an eighth of what was planned; else 0. Data are often shorter than their limit."""
+    def fits(tokens: int) -> bool:
+        shorter = replace(layout, tokens_per_micro_batch=tokens)
+        return evaluate(replace(work, longest=tokens), shorter, cluster, rates, sync_bytes,
+                        transformer_engine=transformer_engine).shortage(cluster) <= 0
+
+    low, high = work.longest // 8 // 16, -(-work.longest // 16)
+    if layout.tokens_per_micro_batch > work.longest or low < 1 or not fits(16 * low):
+        return 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(16 * middle) else (low, middle)
+    return 16 * low
+
+
 def _knobs(work: Training, layout: MegatronConfig) -> Iterator[tuple[str, MegatronConfig]]:
-    if layout.recompute != "full":
-        yield "megatron.recompute=full", replace(layout, recompute="full")
+    for recompute in RECOMPUTE[RECOMPUTE.index(layout.recompute) + 1:]:
+        yield f"megatron.recompute={recompute}", replace(layout, recompute=recompute)
     if layout.tensor_parallel > 1 and not layout.sequence_parallel:
         yield "megatron.sequence_parallel=true", replace(layout, sequence_parallel=True)
     if layout.data_parallel > 1 and not layout.distributed_optimizer:
         yield "megatron.distributed_optimizer=true", replace(layout, distributed_optimizer=True)
     if layout.dtype == "float32":
         yield "megatron.dtype=bfloat16", replace(layout, dtype="bfloat16")
+    else:  # without data parallelism float32 takes less: the optimizer needs no copies
+        other = "bfloat16" if layout.gradients == "float32" else "float32"
+        yield f"megatron.gradients={other}", replace(layout, gradients=other)
     if layout.tokens_per_micro_batch > work.longest:
         half = max(work.longest, layout.tokens_per_micro_batch // 2)
         yield f"megatron.tokens_per_micro_batch={half}", replace(layout, tokens_per_micro_batch=half)

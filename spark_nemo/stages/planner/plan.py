@@ -4,7 +4,7 @@ configuration."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.megatron.hf_weights import hf_tensor_shapes
@@ -100,10 +100,6 @@ def make_plan(config: SparkConfig, stage: str, cluster: Cluster, rates: Rates, *
     else:
         found = candidates(training, config.megatron, left, cluster, rates, sync_bytes)
     fitting = tuple(each for each in found if each.shortage(cluster) <= 0)
-    if not check:
-        # Recomputing core attention saves next to nothing beside flash attention: listed where nothing cheaper fits.
-        without = [replace(each.layout, recompute="selective") for each in fitting if each.layout.recompute == "none"]
-        fitting = tuple(each for each in fitting if each.layout not in without)
     if not fitting:
         raise ConfigError(_refusal(training, found, left, cluster, rates, sync_bytes))
     refused = sum(each.shortage(cluster) > 0 for each in found)
@@ -168,4 +164,4 @@ def _refusal(training: Training, found: list[Candidate], gpus: int, cluster: Clu
             f"{best.worst.peak / GB:.1f} GB (weights {states.weights / GB:.1f}, gradients {states.gradients / GB:.1f}, "
             f"optimizer {states.optimizer / GB:.1f}, the rest {(best.worst.peak - states.total) / GB:.1f}) of "
             f"{cluster.usable_bytes / GB:.1f} usable, {best.shortage(cluster) / GB:.1f} GB too much; "
-            + ("; ".join(helps[:3]) if helps else "use more GPUs"))
+            + ("; ".join(helps[:4]) if helps else "use more GPUs"))

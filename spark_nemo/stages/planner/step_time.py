@@ -10,22 +10,26 @@ import math
 from spark_nemo.config import MegatronConfig
 from spark_nemo.megatron.model_shape import ModelShape
 from spark_nemo.megatron.sizing.rank import RankMemory
+from spark_nemo.megatron.sizing.states import ITEM_BYTES
 
 from .cluster import GB, Cluster, Rates
 from .engine_memory import EngineMemory
 from .workload import Generation, Training
-
-_GRADIENT = 4  # bytes: summed in float32
 
 
 def forward_flops_per_token(shape: ModelShape, context: float) -> float:
     """Two per weight that a token meets, the output layer's included and the embedding's not, and the attention's
     products over half of ``context`` on average (Narayanan et al., 2021, arXiv:2104.04473, without their 4 B s h)."""
     q, k, H = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim, shape.hidden_size
+    layer = 2 * (H * (q + 2 * k) + q * H) + _feed_forward_flops(shape)
+    return shape.num_layers * layer + 2 * shape.vocab_size * H + 2 * shape.num_layers * q * context
+
+
+def _feed_forward_flops(shape: ModelShape) -> float:
+    """Of one layer's MLP, or of a token's experts, per token."""
     experts = shape.experts
     width = shape.ffn_size if experts is None else experts.per_token * experts.ffn_size
-    layer = H * (q + 2 * k) + q * H + 3 * H * width
-    return 2 * (shape.num_layers * layer + shape.vocab_size * H) + 2 * shape.num_layers * q * context
+    return 6 * shape.hidden_size * width
 
 
 def training_seconds(work: Training, layout: MegatronConfig, worst: RankMemory, cluster: Cluster,
@@ -34,16 +38,20 @@ def training_seconds(work: Training, layout: MegatronConfig, worst: RankMemory, 
     mean = work.longest * rates.mean_length
     tokens = work.sequences * mean
     per_token = forward_flops_per_token(work.model.shape, mean)
-    # The loss computes logits again in its backward pass; full recomputation does so with every layer.
-    again = per_token if layout.recompute == "full" else 2 * work.model.shape.vocab_size * work.model.shape.hidden_size
+    # The loss computes logits again in its backward pass; recomputation does so with every layer, or its MLP.
+    again, collectives = 2 * work.model.shape.vocab_size * work.model.shape.hidden_size, 4
+    if layout.recompute == "selective":
+        again, collectives = again + work.model.shape.num_layers * _feed_forward_flops(work.model.shape), 5
+    elif layout.recompute == "full":
+        again, collectives = per_token, 6
     one_pass = _pass_seconds(work, layout, tokens, per_token, 2, cluster, rates)
-    trained = _pass_seconds(work, layout, tokens, 3 * per_token + again, 6 if layout.recompute == "full" else 4,
-                            cluster, rates)
+    trained = _pass_seconds(work, layout, tokens, 3 * per_token + again, collectives, cluster, rates)
     phases = {"logprobs": work.forward_passes * one_pass} if work.forward_passes else {}
     phases["train"] = trained
     dp = layout.data_parallel
     bandwidth = rates.nvlink_gbs if layout.world_size <= cluster.gpus_per_node else rates.network_gbs
-    moved = _GRADIENT * 2 if not layout.distributed_optimizer else _GRADIENT + 2
+    gradient = ITEM_BYTES[layout.gradients]
+    moved = gradient * 2 if not layout.distributed_optimizer else gradient + 2
     reduced = worst.num_parameters * moved * (dp - 1) / dp
     touched = 2 * worst.states.optimizer + worst.states.gradients
     phases["optimizer"] = work.updates * (reduced / bandwidth + touched / rates.memory_gbs) / GB
