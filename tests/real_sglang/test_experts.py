@@ -15,9 +15,9 @@ import pytest
 import torch
 from real_server import real_server, sglang_python
 from safetensors.torch import load_file
-from test_weight_sync import client_of, gate_on_samples, greedy, push, sync_for
+from test_weight_sync import client_of, gate_on_samples, greedy, push
 
-from spark_nemo.config import MegatronConfig, OptimizerConfig
+from spark_nemo.config import MegatronConfig, OptimizerConfig, WeightSyncConfig
 from spark_nemo.engines import Tokenizer
 from spark_nemo.engines.client import run_async
 from spark_nemo.megatron.model_shape import read_hf_config
@@ -27,6 +27,7 @@ from spark_nemo.training.packing import TrainSequence, pack
 from spark_nemo.weight_sync.checksum import ExpectedChecksums, differing
 from spark_nemo.weight_sync.numbers import ModelNumbers, checkpoint_tensors
 from spark_nemo.weight_sync.plan import plan_sync
+from spark_nemo.weight_sync.push import WeightSync
 
 pytestmark = pytest.mark.timeout(400)
 SIZES = {"vocab_size": 691, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -99,12 +100,17 @@ def prompts(model_folder):
             for problem in split_problems("eval", 12, 0)]
 
 
-@pytest.fixture(scope="module")
-def server(folders, tmp_path_factory):
-    with real_server(folders["Qwen3Moe"], tmp_path_factory.mktemp("experts") / "server.log") as real:
-        client = client_of(real)
-        yield client
-        run_async(client.close())
+@pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
+def server(request, folders, tmp_path_factory):
+    """A server of one and of two tensor-parallel ranks, with its client. SGLang on a CPU wants a core for each."""
+    cores, tp = sorted(os.sched_getaffinity(0)), request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "|".join(str(cores[rank % len(cores)]) for rank in range(tp)))
+        with real_server(folders["Qwen3Moe"], tmp_path_factory.mktemp("experts") / "server.log",
+                         ["--tp-size", str(tp)]) as real:
+            client = client_of(real)
+            yield client, tp
+            run_async(client.close())
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +132,18 @@ def train(trainer, prompts):
 
 @pytest.mark.parametrize("transport", ["disk", "distributed", "tensor"])
 def test_trained_experts_are_served(trainer, server, prompts, folders, tmp_path, transport):
-    """One step trained, then pushed, checksums required: every parameter of the server hashes to the trainer's, greedy
+    """One step trained, then pushed, checksums required: every parameter of every rank hashes to the trainer's, greedy
     tokens are those of transformers on the exported checkpoint with log-probabilities within 1e-4, and the first-step
     gate opens at 1e-4 nats on average and 1e-3 at most. The old weights would not have passed."""
     from transformers import AutoModelForCausalLM
 
+    server, tp = server
     version = run_async(server.weight_version()) + 1
     train(trainer, prompts)
-    sync = sync_for(trainer, tmp_path, transport, folders["Qwen3Moe"], bucket_mb=1)
-    assert len(run_async(sync.differing_tensors(trainer, server))) > 15
+    sync = WeightSync.build(
+        WeightSyncConfig(transport=transport, checksums="require", timeout_s=60, bucket_mb=1), trainer,
+        engine_kind="sglang", folder=tmp_path, source_dir=folders["Qwen3Moe"], engine_tensor_parallel=tp)
+    assert len(run_async(sync.differing_tensors(trainer, server))) > 15 * tp
     push(sync, trainer, server, version)
     trainer.save_hf(tmp_path / "exported", source_dir=folders["Qwen3Moe"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
