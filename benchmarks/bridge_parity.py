@@ -8,6 +8,7 @@
 BRIDGE is a folder of packages that goes before the installed ones, since the bridge wants transformers 4 (and what that
 needs). It also imports Transformer Engine, Triton and others, which a CPU has no use for: empty modules stand in for
 them. Its model is megatron-core's with local layers; every tensor of it is compared with the box of our conversion.
+config.json must be in transformers 4's form: rope_theta and torch_dtype on top, num_experts for Qwen3-MoE.
 """
 
 from __future__ import annotations
@@ -67,8 +68,12 @@ def bridge_model(folder: Path) -> Any:
 
     bridge = AutoBridge.from_hf_pretrained(str(folder), dtype=torch.bfloat16)
     provider = bridge.to_megatron_provider(load_weights=False)
+    provider.moe_grouped_gemm = provider.moe_permute_fusion = False
     provider.transformer_layer_spec = get_gpt_layer_local_spec(
-        normalization="RMSNorm", qk_layernorm=bool(provider.qk_layernorm))
+        normalization="RMSNorm", qk_layernorm=bool(provider.qk_layernorm), num_experts=provider.num_moe_experts)
+    if provider.num_moe_experts:
+        # Local layers name the norm before experts as the one before a dense network; Transformer Engine's do not.
+        del provider.transformer_layer_spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     provider.use_cpu_initialization, provider.gradient_accumulation_fusion = True, False
     provider.masked_softmax_fusion = provider.bias_dropout_fusion = provider.apply_rope_fusion = False
     provider.persist_layer_norm = False

@@ -35,12 +35,14 @@ import torch
 
 from spark_nemo.config import SparkConfig
 from spark_nemo.config.compose import compose_config
+from spark_nemo.config.hacking import ConstraintsConfig
 from spark_nemo.config.rollout import RolloutConfig
 from spark_nemo.engines.client import run_async
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import FormatViolation, Rollout, Verdict, derive_seed
 from spark_nemo.records.jsonl import read_problems
-from spark_nemo.rewards.judge import Judgement, RewardJudge, gate
+from spark_nemo.rewards.hacking.constraints import read_response
+from spark_nemo.rewards.judge import Judgement, RewardJudge
 from spark_nemo.stages.credit import batch_advantages
 from spark_nemo.stages.feed import BatchFeed
 from spark_nemo.stages.rl_session import RLSession, open_session
@@ -62,7 +64,7 @@ class Elsewhere:
 
     async def judge(self, rollout: Rollout) -> Judgement:
         """The format gate, then a wait."""
-        parsed = gate(rollout)
+        parsed = read_response(rollout, ConstraintsConfig())
         if isinstance(parsed, FormatViolation):
             return Judgement(parsed, None)
         await asyncio.sleep(self.latency)

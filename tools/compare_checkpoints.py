@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from spark_nemo.config.errors import ConfigError
+from checkpoint_tools import exit_status
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -29,11 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--hf-config", type=Path, help="folder with config.json for sources that have none")
     parser.add_argument("--trust-pickle", action="store_true", help="also read pytorch_model*.bin")
     given = parser.parse_args(arguments)
-    try:
-        return compare(given)
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: compare(given))
 
 
 def compare(given: argparse.Namespace) -> int:

@@ -14,8 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-
-from spark_nemo.config.errors import ConfigError
+from checkpoint_tools import exit_status, say
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,15 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     from spark_nemo.megatron.checkpoint.conversion import convert
 
-    try:
-        done = convert(given.source, given.target, given.to, dtype=given.dtype and getattr(torch, given.dtype),
-                       trust_pickle=given.trust_pickle, show_progress=True)
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{done.folder}: {done.num_tensors} tensors, {done.num_bytes / 1e9:.2f} GB in {done.seconds:.1f} s "
-          f"({done.num_bytes / 1e6 / done.seconds:.0f} MB/s)")
-    return 0
+    return exit_status(lambda: say(convert(
+        given.source, given.target, given.to, dtype=given.dtype and getattr(torch, given.dtype),
+        trust_pickle=given.trust_pickle, show_progress=True)))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
-
-from spark_nemo.config.errors import ConfigError
+from checkpoint_tools import exit_status, say
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,16 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     from spark_nemo.megatron.checkpoint.conversion import convert
 
-    try:
-        done = convert(given.source, given.target, given.to, hf_config_from=given.hf_config, show_progress=True,
-                       dtype=given.dtype and getattr(torch, given.dtype),
-                       max_shard_bytes=int(given.max_shard_gb * 2**30))
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{done.folder}: {done.num_tensors} tensors, {done.num_bytes / 1e9:.2f} GB in {done.seconds:.1f} s "
-          f"({done.num_bytes / 1e6 / done.seconds:.0f} MB/s)")
-    return 0
+    return exit_status(lambda: say(convert(
+        given.source, given.target, given.to, hf_config_from=given.hf_config, show_progress=True,
+        dtype=given.dtype and getattr(torch, given.dtype), max_shard_bytes=int(given.max_shard_gb * 2**30))))
 
 
 if __name__ == "__main__":

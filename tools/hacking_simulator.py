@@ -46,7 +46,7 @@ def main() -> int:
         exploit = BY_NAME[name]
         without, constrained = ([outcomes[Arm(name, on, seed)] for seed in arguments.seeds] for on in (False, True))
         settings = ", ".join(f"`{key}={str(value).lower()}`" for key, value in exploit.closed_by.items())
-        rows.append(ExploitRow(name, exploit.says, settings, exploit.reward, exploit.share, without, constrained))
+        rows.append(ExploitRow(name, exploit.says, settings, exploit.share, without, constrained))
     rl = arm_config(Arm(arguments.exploits[0], False, arguments.seeds[0]), arguments.runs).rl
     command = " ".join(["python tools/hacking_simulator.py --seeds", *map(str, arguments.seeds)])
     update_document(arguments.out, hacking_section(

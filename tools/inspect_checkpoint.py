@@ -12,7 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from spark_nemo.config.errors import ConfigError
+from checkpoint_tools import exit_status
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,15 +21,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--summary", action="store_true", help="leave out the list of tensors")
     given = parser.parse_args(arguments)
+    return exit_status(lambda: inspect(given.folder, every_tensor=not given.summary))
+
+
+def inspect(folder: Path, *, every_tensor: bool) -> None:
+    """Print the description."""
     from spark_nemo.megatron.checkpoint.inspection import describe
 
-    try:
-        for line in describe(given.folder, every_tensor=not given.summary):
-            print(line)
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    for line in describe(folder, every_tensor=every_tensor):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from checkpoint_tools import exit_status
+
 from spark_nemo.config import MegatronConfig
-from spark_nemo.config.errors import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,18 +28,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--pipeline-parallel", type=int, default=1)
     parser.add_argument("--hf-config", type=Path, help="folder with the model's config.json, when the source has none")
     given = parser.parse_args(arguments)
+    return exit_status(lambda: rewrite(given))
+
+
+def rewrite(given: argparse.Namespace) -> None:
+    """Reshard and say what became of it."""
     from spark_nemo.megatron.checkpoint.reshard import reshard
 
-    try:
-        layout = MegatronConfig(tensor_parallel=given.tensor_parallel, pipeline_parallel=given.pipeline_parallel,
-                                sequence_parallel=given.tensor_parallel > 1)
-        done = reshard(given.source, given.target, layout, given.hf_config, show_progress=True)
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    layout = MegatronConfig(tensor_parallel=given.tensor_parallel, pipeline_parallel=given.pipeline_parallel,
+                            sequence_parallel=given.tensor_parallel > 1)
+    done = reshard(given.source, given.target, layout, given.hf_config, show_progress=True)
     print(f"{done.target}: {done.num_tensors} tensors in {done.num_boxes} boxes, every one the same bits as in "
           f"{done.source}")
-    return 0
 
 
 if __name__ == "__main__":

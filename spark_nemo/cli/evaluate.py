@@ -25,16 +25,28 @@ def add_evaluate_arguments(kind: str, command: argparse.ArgumentParser) -> None:
     source.add_argument("--model", help="Hugging Face model folder to ask; needs a configuration")
     source.add_argument("--predictions", nargs=many, metavar="FILE", help="score saved outputs, without a model" + (
         "; several files vote" if many else ""))
-    configured = "data.processbench" if kind == "processbench" else "data.eval_problems"
-    command.add_argument("--data", nargs="+", metavar="FILE",
-                         help=f"what --predictions are about, or what --model is asked in place of {configured}: "
-                              f"{_SOURCES}")
-    if kind == "math":
-        _add_math_arguments(command)
-    else:
-        command.add_argument("--critic", action="store_true", help="ask --model as the benchmark's critic (any chat "
-                             "model), not as a reward model of stage2.variant")
-        command.add_argument("--votes", type=int, default=1, metavar="N", help="with --model: majority over N replies")
+    _add_data_argument(command, "data.processbench" if kind == "processbench" else "data.eval_problems")
+    (_add_math_arguments if kind == "math" else _add_judge_arguments)(command)
+
+
+def add_asking_arguments(command: argparse.ArgumentParser) -> None:
+    """``--model`` with the options of both benchmarks, for the plan of a job; ``refuse_the_others`` then looks."""
+    command.add_argument("--model", help="with evaluate-*: the model folder")
+    _add_data_argument(command, "the configured data")
+    _add_math_arguments(command)
+    _add_judge_arguments(command)
+
+
+def refuse_the_others(kind: str | None, arguments: argparse.Namespace) -> None:
+    """Raise ``ConfigError`` for an option that is not one of the benchmark ``kind``'s; None: of no benchmark's."""
+    given = {"math": {"--benchmark": arguments.benchmark, "--k": arguments.k},
+             "processbench": {"--critic": arguments.critic, "--votes": arguments.votes != 1}}
+    named = [name for owner, options in given.items() if owner != kind for name, value in options.items() if value]
+    named += [name for name, value in (("--model", arguments.model), ("--data", arguments.data)) if value and not kind]
+    if named:
+        raise ConfigError(f"{named[0]}: {f'evaluate {kind}' if kind else 'this stage'} has no such option")
+    if kind and not arguments.model:
+        raise ConfigError(f"evaluate {kind}: --model is missing: name the model folder")
 
 
 def add_compare_arguments(command: argparse.ArgumentParser) -> None:
@@ -43,6 +55,18 @@ def add_compare_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("second", metavar="SECOND.jsonl", help="another run's completions of the same problems")
     command.add_argument("--data", nargs="+", metavar="FILE", required=True, help=f"the problems: {_SOURCES}")
     _add_math_arguments(command)
+
+
+def _add_data_argument(command: argparse.ArgumentParser, configured: str) -> None:
+    command.add_argument("--data", nargs="+", metavar="FILE",
+                         help=f"what --predictions are about, or what --model is asked in place of {configured}: "
+                              f"{_SOURCES}")
+
+
+def _add_judge_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--critic", action="store_true", help="ask --model as the benchmark's critic (any chat "
+                         "model), not as a reward model of stage2.variant")
+    command.add_argument("--votes", type=int, default=1, metavar="N", help="with --model: majority over N replies")
 
 
 def _add_math_arguments(command: argparse.ArgumentParser) -> None:
@@ -81,7 +105,7 @@ def score_model(kind: str, config: SparkConfig, arguments: argparse.Namespace) -
     data = arguments.data or ([configured] if configured else [])
     if not data:
         raise ConfigError(f"{name} is not set; or name files with --data")
-    output = model_output(kind, config, arguments.model, _judge_suffix(arguments) if kind == "processbench" else "")
+    output = model_output(kind, config, arguments)
     try:
         if kind == "processbench":
             return _model_processbench(config, arguments, data, output)
@@ -102,11 +126,11 @@ def compare_saved(arguments: argparse.Namespace) -> str:
         raise ConfigError(str(error)) from error
 
 
-def model_output(kind: str, config: SparkConfig, model: str, suffix: str = "") -> Path:
+def model_output(kind: str, config: SparkConfig, arguments: argparse.Namespace) -> Path:
     """Where ``score_model`` saves what the model said."""
     # All trained models are called `model`; the folder above tells them apart.
-    name = "-".join(Path(model).resolve().parts[-2:])
-    ending = f"processbench{suffix}.json" if kind == "processbench" else "completions.jsonl"
+    name = "-".join(Path(arguments.model).resolve().parts[-2:])
+    ending = f"processbench{_judge_suffix(arguments)}.json" if kind == "processbench" else "completions.jsonl"
     return Path(config.run.dir) / "evaluate" / f"{name}-{ending}"
 
 
@@ -152,8 +176,9 @@ def _model_math(config: SparkConfig, arguments: argparse.Namespace, data: list[s
     again = _again("math", output, data) + (f" --benchmark {arguments.benchmark}" if arguments.benchmark else "")
     overall = average_estimates(scores, settings.bootstrap_samples)
     count = settings.samples_per_problem
+    cuts = "".join(f", {name}={value}" for name in ("top_p", "top_k") if (value := getattr(settings, name)) is not None)
     return (f"{again}\n{_math_table(scores)}\n{len(problems)} problems: sampled {_shown(overall[f'avg@{count}'])} "
-            f"(avg@{count}, T={settings.temperature}), greedy {_shown(overall['greedy pass@1'])}")
+            f"(avg@{count}, T={settings.temperature}{cuts}), greedy {_shown(overall['greedy pass@1'])}")
 
 
 def _model_processbench(config: SparkConfig, arguments: argparse.Namespace, data: list[str], output: Path) -> str:

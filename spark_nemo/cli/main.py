@@ -29,6 +29,7 @@ from spark_nemo.cli.status import run_status
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.config.compose import compose_config, config_yaml
 from spark_nemo.stages.children import die_with_parent
+from spark_nemo.stages.run_folder import sft_folder, stage2_folder, stage3_folder
 from spark_nemo.toy.resolve import oracle_for, resolve_toy
 
 EXAMPLES = """examples:
@@ -165,7 +166,7 @@ def _sft(arguments: argparse.Namespace) -> int:
 
         return run_sft(config)
 
-    return _on_all_ranks(arguments, check, run)
+    return _on_all_ranks(arguments, lambda config: sft_folder(config.run), check, run)
 
 
 def _stage1(arguments: argparse.Namespace) -> int:
@@ -186,7 +187,9 @@ def _stage2(arguments: argparse.Namespace) -> int:
 
     from spark_nemo.stages.checks import check_stage2
 
-    return _on_all_ranks(arguments, check_stage2, run)
+    return _on_all_ranks(
+        arguments, lambda config: stage2_folder(config.run, config.stage2.method, config.stage2.variant), check_stage2,
+        run)
 
 
 def _stage3(arguments: argparse.Namespace) -> int:
@@ -197,13 +200,15 @@ def _stage3(arguments: argparse.Namespace) -> int:
 
     from spark_nemo.stages.checks import check_stage3
 
-    return _on_all_ranks(arguments, check_stage3, run)
+    return _on_all_ranks(arguments, lambda config: stage3_folder(config.run, config.arm), check_stage3, run)
 
 
 def _on_all_ranks(
-    arguments: argparse.Namespace, check: Callable[[SparkConfig], None], run: Callable[[SparkConfig], bool]
+    arguments: argparse.Namespace, folder: Callable[[SparkConfig], Path], check: Callable[[SparkConfig], None],
+    run: Callable[[SparkConfig], bool],
 ) -> int:
     from spark_nemo.cli.launch import launch_ranks, must_launch
+    from spark_nemo.stages.part_lock import part_lock
 
     if _planned(arguments):
         return 0
@@ -217,6 +222,8 @@ def _on_all_ranks(
             config.engine, **{role: config.engine.pool(role).found_at(urls.split(","))}))
     if must_launch(config.megatron):
         check(config)
+        with part_lock(folder(config)):  # the main rank takes it; here it only refuses before ranks are started
+            pass
         return launch_ranks(config.megatron, arguments.command_line)
     return 0 if run(config) else STOPPED
 
@@ -279,7 +286,7 @@ def _slurm_plan(arguments: argparse.Namespace) -> int:
     if config := _configured(arguments):
         if arguments.stage == "pipeline":
             check_without_files(compose_config(arguments.overrides))
-        print(slurm_plan(arguments.stage, config, arguments.model))
+        print(slurm_plan(config, arguments))
     return 0
 
 

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from spark_nemo.cli.evaluate import model_output
+from spark_nemo.cli.evaluate import add_asking_arguments, model_output, refuse_the_others
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.stages.run_folder import DONE, sft_folder, stage1_folder, stage2_folder, stage3_folder
 
@@ -19,21 +19,21 @@ STAGES = ("sft", "stage1", "stage2", "stage3", "pipeline", "nodes", "report", "e
 
 
 def add_plan_arguments(command: argparse.ArgumentParser) -> None:
-    """The stage, and for evaluations the model."""
+    """The stage, and for evaluations what ``spark-nemo evaluate`` will be given."""
     command.add_argument("--stage", choices=STAGES, required=True)
-    command.add_argument("--model", help="with evaluate-*: the model folder")
+    add_asking_arguments(command)
 
 
-def slurm_plan(stage: str, config: SparkConfig, model: str | None) -> str:
+def slurm_plan(config: SparkConfig, arguments: argparse.Namespace) -> str:
     """The plan of one job, or of the whole chain for ``pipeline``. Raises ``ConfigError`` for what cannot run."""
-    if (model is None) == stage.startswith("evaluate"):
-        raise ConfigError(f"slurm-plan --stage {stage}: --model is for evaluate-* and must be given there")
+    stage = arguments.stage
+    refuse_the_others(stage.removeprefix("evaluate-") if stage.startswith("evaluate-") else None, arguments)
     lines = {"RUN_DIR": str(Path(config.run.dir).resolve()), "ENGINE": config.engine.kind}
     if stage != "nodes":
-        lines |= _chain(config) if stage == "pipeline" else _part(stage, config, model)
+        lines |= _chain(config) if stage == "pipeline" else _part(stage, config, arguments)
     servers = _servers(config) if stage == "stage3" else ()
     jobs = _jobs(config) if stage == "pipeline" else ()
-    needs = [("NEEDS", str(path.resolve())) for path in _needed_files(stage, config, model)]
+    needs = [("NEEDS", str(path.resolve())) for path in _needed_files(stage, config, arguments)]
     plan = [*lines.items(), *servers, *jobs, *needs]
     for name, value in plan:
         if "\n" in value:
@@ -69,7 +69,7 @@ def _jobs(config: SparkConfig) -> Iterator[tuple[str, str]]:
             yield "ARM", "\t".join([job.folder.name, needs, *own])
 
 
-def _part(stage: str, config: SparkConfig, model: str | None) -> dict[str, str]:
+def _part(stage: str, config: SparkConfig, arguments: argparse.Namespace) -> dict[str, str]:
     from spark_nemo.stages.checks import check_stage1, check_stage2, check_stage3
     from spark_nemo.stages.stage1 import shard_name
 
@@ -91,8 +91,7 @@ def _part(stage: str, config: SparkConfig, model: str | None) -> dict[str, str]:
         return _described(config, folder, ranks=config.megatron.world_size, total=config.rl.steps)
     if stage == "report":
         return {"PART": "report", "DONE_FILE": str(Path(config.run.dir).resolve() / "report.html")}
-    assert model is not None, "slurm_plan asks for it"
-    result = model_output(stage.removeprefix("evaluate-"), config, model)
+    result = model_output(stage.removeprefix("evaluate-"), config, arguments)
     return {"PART": f"evaluate/{result.stem}", "DONE_FILE": str(result.resolve())}
 
 
@@ -130,7 +129,7 @@ def _servers(config: SparkConfig) -> Iterator[tuple[str, str]]:
             yield f"{name}_ENV", f"{variable}={value}"
 
 
-def _needed_files(stage: str, config: SparkConfig, model: str | None) -> Iterator[Path]:
+def _needed_files(stage: str, config: SparkConfig, arguments: argparse.Namespace) -> Iterator[Path]:
     """Models and data that the nodes of this job read."""
     names = {"pipeline": (*(f"models.{name}" for name in vars(config.models) if name != "policy_base"),
                           *(f"data.{name}" for name in vars(config.data) if name != "sft_examples"),
@@ -140,12 +139,13 @@ def _needed_files(stage: str, config: SparkConfig, model: str | None) -> Iterato
              "stage2": ("models.reward_base", "data.processbench"),
              "stage3": ("models.policy", "data.rl_problems", "data.eval_problems", "data.rl_answers"),
              "evaluate-math": ("data.eval_problems",), "evaluate-processbench": ("data.processbench",)}
-    for field in names.get(stage, ()):
+    for field in names.get(stage, ()) if arguments.data is None else ():
         section, name = field.split(".")
         if value := getattr(getattr(config, section), name):
             yield Path(value)
-    if model is not None:
-        yield Path(model)
+    yield from (Path(source) for source in arguments.data or () if not source.startswith("hf:"))
+    if arguments.model is not None:
+        yield Path(arguments.model)
     if stage == "stage3" and config.rl.asks_reward_model:
         from spark_nemo.stages.checks import reward_model_folder
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 
 from .errors import ConfigError, at_least, one_of, without_effect
 
@@ -20,14 +20,29 @@ class SamplingConfig:
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 2048
+    top_k: int | None = None
+    """Draw from the k most probable tokens only; top_p is measured on what they leave. None is all."""
 
     def __post_init__(self) -> None:
         at_least("sampling.temperature", self.temperature, 0)
         at_least("sampling.max_new_tokens", self.max_new_tokens, 1)
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"sampling.top_p={self.top_p}: must lie in (0, 1]")
-        if self.temperature == 0 and self.top_p < 1:
-            raise without_effect("sampling.top_p", self.top_p, "with sampling.temperature=0 (greedy)")
+        check_cuts("sampling", self.top_p, self.top_k)
+        for name, value, off in (("top_p", self.top_p, 1.0), ("top_k", self.top_k, None)):
+            if self.temperature == 0 and value != off:
+                raise without_effect(f"sampling.{name}", value, "with sampling.temperature=0 (greedy)")
+
+    def identity(self) -> dict[str, object]:
+        """The settings that results depend on, for their keys: top_k only where it is set, for there are results from
+        before it existed."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def check_cuts(section: str, top_p: float | None, top_k: int | None) -> None:
+    """Raise ``ConfigError`` for a top_p or top_k of ``section`` that cuts away everything."""
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"{section}.top_p={top_p}: must lie in (0, 1]")
+    if top_k is not None and top_k < 1:
+        raise ConfigError(f"{section}.top_k={top_k}: must be at least 1; null draws from all tokens")
 
 
 @dataclass

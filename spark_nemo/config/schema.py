@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .designs import DESIGNS, VARIANTS, asks_reward_model, variant_suffix
-from .engine import EngineConfig
+from .engine import EngineConfig, check_cuts
 from .errors import ConfigError, at_least, one_of, without_effect
 from .labels import LABEL_METHODS, REFERENCE_GUIDED, REVISED_METHODS, VOTE_METHODS, LabelsConfig
 from .rl import RLConfig
@@ -75,8 +75,13 @@ class EvaluationConfig:
     temperature: float = 1.0
     max_new_tokens: int = 2048
     bootstrap_samples: int = 2000
+    top_p: float | None = None
+    """Of the samples, not of the greedy completion; None is 1."""
+    top_k: int | None = None
+    """Of the samples; None is all tokens."""
 
     def __post_init__(self) -> None:
+        check_cuts("evaluation", self.top_p, self.top_k)
         for name in ("samples_per_problem", "max_new_tokens", "bootstrap_samples"):
             at_least(f"evaluation.{name}", getattr(self, name), 1)
         if self.temperature <= 0:

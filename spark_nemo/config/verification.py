@@ -20,6 +20,8 @@ class RevisionSamplingConfig:
     """None is 1; without effect when greedy."""
     max_new_tokens: int | None = None
     """None is 8,192, for a critique and for a merge."""
+    top_k: int | None = None
+    """None is all tokens; without effect when greedy."""
 
 
 @dataclass

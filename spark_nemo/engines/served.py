@@ -58,7 +58,7 @@ class ServedModel:
         """``complete`` for a chat encoded before: of many samples of one prompt, only the first needs to encode it."""
         params = SamplingParams(
             max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
-            stop_token_ids=tuple(self.tokenizer.eos_ids), seed=seed)
+            top_k=sampling.top_k or 0, stop_token_ids=tuple(self.tokenizer.eos_ids), seed=seed)
         generation = await self.engine.generate(GenerationRequest(prompt_ids, params))
         return Completion(prompt_ids, generation, self.tokenizer.decode_response(generation.token_ids))
 

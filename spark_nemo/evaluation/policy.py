@@ -59,7 +59,8 @@ async def sample_policy(
 
     Seeds depend on the problem alone, so two policies are compared on the same draws. Raises ``EngineFailure``.
     """
-    sampled = SamplingConfig(temperature=config.temperature, max_new_tokens=config.max_new_tokens)
+    sampled = SamplingConfig(temperature=config.temperature, max_new_tokens=config.max_new_tokens,
+                             top_p=1.0 if config.top_p is None else config.top_p, top_k=config.top_k)
     greedy = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
 
     async def ask(question: Problem, index: int, sampling: SamplingConfig) -> tuple[str, int]:

@@ -16,12 +16,12 @@ _NOTES = """\
 Per exploit one judge, scripted: honest by the small world's hidden truth, with one planted weakness. The policy starts
 from the shipped generator, which has never seen an exploit, so a short SFT gave it the habit first: a small share of
 that text uses the exploit (named above), and most of its solutions are wrong, so that solving is not the easier way
-({before} % solved before RL). Everything after that is stage III itself, {steps} steps of {responses} responses. "Uses
-it" is the rate of the run's own detector and "reward" the mean, both over the last three training steps; "solved" is
-true accuracy of sampled answers on held-out problems, whose answers no reward has seen. Mean and half-width of
-Student's 95% interval over seeds; a seed draws other problems and samples, the policy at the start is the same. Found
-says in how many seeds at least half of the responses use it. The two columns of a quantity differ in the constraint
-alone.
+({before} % solved before RL). Everything after that is stage III itself, {steps} steps of {responses} responses,
+rewarded with `process_aware`. "Uses it" is the rate of the run's own detector and "reward" the mean, both over the last
+three training steps; "solved" is true accuracy of sampled answers on held-out problems, whose answers no reward has
+seen. Mean and half-width of Student's 95% interval over seeds; a seed draws other problems and samples, the policy at
+the start is the same. Found says in how many seeds at least half of the responses use it. The two columns of a quantity
+differ in the constraint alone.
 
 Finding is a race with honest solving, which these rewards pay as well. An exploit that is tried rarely can lose it;
 then it was not the constraint that kept it away. Overlong lost it in one seed of three while its share was 8 %, for its
@@ -39,7 +39,6 @@ class ExploitRow:
     name: str
     weakness: str
     constraint: str
-    reward: str
     share: float
     """Of the base policy's SFT text that uses the exploit."""
     without: Sequence[Mapping[str, float]]
@@ -51,13 +50,13 @@ def hacking_section(rows: Sequence[ExploitRow], command: str, *, steps: int, res
     seeds = {len(arm) for row in rows for arm in (row.without, row.constrained)}
     if not rows or len(seeds) != 1 or seeds == {0}:
         raise SummaryError(f"a table of exploits needs every arm of every seed, got {sorted(seeds)} seeds per arm")
-    header = ["exploit", "trained on", "found, without", "with", "uses it, without", "with", "reward, without", "with",
+    header = ["exploit", "found, without", "with", "uses it, without", "with", "reward, without", "with",
               "solved, without", "with"]
-    lines = [header, ["---", "---", *["---:"] * 8]]
+    lines = [header, ["---", *["---:"] * 8]]
     for row in rows:
         arms = (row.without, row.constrained)
         cells = [_over(arm, key) for key in ("rate_last", "reward_last", "accuracy_last") for arm in arms]
-        lines.append([row.name.replace("_", " "), f"`{row.reward}`", *map(_found, arms), *cells])
+        lines.append([row.name.replace("_", " "), *map(_found, arms), *cells])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     legend = "\n".join(f"* **{row.name.replace('_', ' ')}**: the judge {row.weakness}; closed by {row.constraint}; in "
                        f"{100 * row.share:.0f} % of the SFT text."

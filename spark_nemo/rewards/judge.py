@@ -6,7 +6,6 @@ import asyncio
 from dataclasses import dataclass, field
 
 from spark_nemo.config.hacking import ConstraintsConfig
-from spark_nemo.grammar import ParsedResponse
 from spark_nemo.records import EngineError, Failure, FormatViolation, Rollout, VariantOutcome, derive_seed
 
 from .hacking.constraints import read_response
@@ -21,11 +20,6 @@ class Judgement:
     violation: FormatViolation | None
     outcome: VariantOutcome | None
     num_tokens: int = 0
-
-
-def gate(rollout: Rollout, constraints: ConstraintsConfig | None = None) -> ParsedResponse | FormatViolation:
-    """The gate f: the response in its steps, or the rule it broke. None: the constraints' defaults."""
-    return read_response(rollout, constraints or ConstraintsConfig())
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +38,7 @@ class RewardJudge:
 
     async def judge(self, rollout: Rollout) -> Judgement:
         """Check the format, then verify the canonical steps, so policy and reward model share one text."""
-        parsed = gate(rollout, self.constraints)
+        parsed = read_response(rollout, self.constraints)
         if isinstance(parsed, FormatViolation):
             return Judgement(parsed, None)
         case = self.service.case(rollout.problem.question, parsed.canonical(), len(parsed.steps))

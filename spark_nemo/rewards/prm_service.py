@@ -162,7 +162,7 @@ class PRMService:
         drawn = None if self.sampling.temperature == 0 else seed
         return content_key(
             "prm", self.variant, self.served.identity, version, GRAMMAR_VERSION, self.prompts.version,
-            asdict(self.sampling), drawn, case.question, case.canonical, case.num_steps)
+            self.sampling.identity(), drawn, case.question, case.canonical, case.num_steps)
 
     async def _wait(self, key: str, flight: _Flight) -> Answer:
         flight.waiting += 1

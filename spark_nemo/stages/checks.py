@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from spark_nemo.config import ConfigError, EvaluationConfig, SamplingConfig, SparkConfig
 from spark_nemo.config.rl import check_variant
+from spark_nemo.engines.base import EngineFailure
+from spark_nemo.engines.local import Qwen2Shape
 from spark_nemo.engines.served import GRAMMAR_TEXTS
 from spark_nemo.engines.tokenizer import Tokenizer, TokenizerError
 from spark_nemo.evaluation.answers import read_answer_keys, read_eval_problems
@@ -57,7 +61,7 @@ def check_stage1(config: SparkConfig) -> None:
 
 
 def check_stage2(config: SparkConfig) -> None:
-    """The base model, its layout, the evaluation cases and, for the declared baseline, the answers."""
+    """The base model, its layout and engine, the evaluation cases and, for the declared baseline, the answers."""
     _trained_model(config, "models.reward_base")
     if config.labels.balance == "ground_truth":
         _has_answers(config, "labels.reference_answers", "data.stage1_problems")
@@ -82,8 +86,8 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
         raise ConfigError(f"models.policy={config.models.policy}: no model there; `spark-nemo sft` makes it of "
                           f"models.policy_base={config.models.policy_base}")
     _trained_model(config, "models.policy")
-    check_server_args(ModelNumbers.from_config(read_hf_config(config.models.policy)), config.engine.policy.server_args,
-                      "engine.policy.server_args")
+    numbers = check_sync(read_hf_config(config.models.policy), "models.policy")
+    check_server_args(numbers, config.engine.policy.server_args, "engine.policy.server_args")
     read_problems(_set(config, "data.rl_problems"))
     read_eval_problems(_set(config, "data.eval_problems"))
     _fits(config, "rl.sampling", rl.sampling)
@@ -101,7 +105,7 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
     check_variant(rl.design, config.reward_variant, "rl.reward_variant (or stage2.variant)")
     if not reward_model_comes_later:
         folder = reward_model_folder(config)
-        _model(folder, "rl.reward_model")
+        _served_folder(config, folder, "rl.reward_model")
         made = (read_done(folder.parent) or {}).get("variant", config.reward_variant)
         if made != config.reward_variant:
             raise ConfigError(f"rl.reward_variant={config.reward_variant} (or stage2.variant): {folder} was trained as "
@@ -110,7 +114,7 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
         if config.engine.kind != "local" and config.engine.pool("verifier").urls:
             raise ConfigError(f"rl.hacking.heldout_verifier={rl.hacking.heldout_verifier}: engine.verifier.urls serve "
                               "the reward model; launch servers with engine.verifier.servers")
-        _model(Path(rl.hacking.heldout_verifier), "rl.hacking.heldout_verifier")
+        _served_folder(config, Path(rl.hacking.heldout_verifier), "rl.hacking.heldout_verifier")
 
 
 def check_pipeline(config: SparkConfig) -> None:
@@ -151,12 +155,31 @@ def _set(config: SparkConfig, field: str) -> str:
     return value
 
 
+def check_sync(hf_config: Mapping[str, Any], field: str) -> ModelNumbers:
+    """What a sync is planned from. ``ConfigError`` for a model whose weights no plan brings to an engine."""
+    try:
+        return ModelNumbers.from_config(hf_config)
+    except ConfigError as error:
+        raise ConfigError(f"{field}: {error}: stage III cannot train it; name another policy") from error
+
+
 def _served_model(config: SparkConfig, field: str) -> None:
-    _model(Path(_set(config, field)), field)
+    _served_folder(config, Path(_set(config, field)), field)
+
+
+def _served_folder(config: SparkConfig, folder: Path, field: str) -> ModelShape:
+    shape = _model(folder, field)
+    if config.engine.kind == "local":
+        try:
+            Qwen2Shape.from_folder(folder)
+        except EngineFailure as error:
+            raise ConfigError(f"{field}: {error}") from error
+    return shape
 
 
 def _trained_model(config: SparkConfig, field: str) -> None:
-    shape = _model(Path(_set(config, field)), field)
+    """A model that is trained, and that the stage's engine serves afterwards."""
+    shape = _served_folder(config, Path(_set(config, field)), field)
     shape.check_layout(config.megatron)
 
 

@@ -18,6 +18,7 @@ from spark_nemo.report.write import write_report
 from spark_nemo.stages.checks import check_pipeline
 from spark_nemo.stages.jobs import run_jobs
 from spark_nemo.stages.layout_check import check_memory
+from spark_nemo.stages.part_lock import part_lock
 from spark_nemo.stages.run_folder import comparable_rl
 from spark_nemo.stages.schedule import plan_jobs
 
@@ -32,19 +33,20 @@ def run_pipeline(config: SparkConfig, overrides: Sequence[str], oracle: Oracle |
     """Run what is missing and return the report's path; None when asked to stop (the same call resumes).
 
     ``overrides`` made ``config``; every job gets them with its own on top. ``oracle`` tells true step labels where a
-    world has them, for the report only.
+    world has them, for the report only. Raises ``ConfigError`` also when another pipeline is at the same folder.
     """
     check_pipeline(config)
     trained = [("stage2", config.pipeline.label_methods), ("stage3", config.pipeline.rewards)]
     check_memory(config, *(stage for stage, parts in trained if parts))
     folder = Path(config.run.dir)
     jobs = plan_jobs(config, overrides)
-    claim_run_folder(config)
-    if not run_jobs(jobs, config.pipeline.parallel_jobs, folder / "logs"):
-        log.warning("stopped; run the same command again to go on")
-        return None
-    command = " ".join(["spark-nemo pipeline", *map(shlex.quote, overrides)])
-    return write_report(folder, collect_summary(config, oracle, [command]))
+    with part_lock(folder):
+        claim_run_folder(config)
+        if not run_jobs(jobs, config.pipeline.parallel_jobs, folder / "logs"):
+            log.warning("stopped; run the same command again to go on")
+            return None
+        command = " ".join(["spark-nemo pipeline", *map(shlex.quote, overrides)])
+        return write_report(folder, collect_summary(config, oracle, [command]))
 
 
 def claim_run_folder(config: SparkConfig) -> None:

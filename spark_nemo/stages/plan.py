@@ -11,6 +11,7 @@ from spark_nemo.config import ConfigError, PoolConfig, SparkConfig
 from spark_nemo.config.engine import POOLS
 from spark_nemo.megatron.model_shape import ModelShape, read_hf_config
 from spark_nemo.stages.arms import Arm, arm_config, pipeline_arms
+from spark_nemo.stages.checks import check_sync
 from spark_nemo.stages.published import PUBLISHED
 from spark_nemo.stages.run_folder import stage2_folder
 
@@ -92,6 +93,8 @@ def check_without_files(config: SparkConfig, part: str = "pipeline") -> None:
     for field in parts.trained:
         if (shape := _hf_config(config, field)) is not None:
             ModelShape.from_hf(shape, field).check_layout(config.megatron)
+            if field == "models.policy":
+                check_sync(shape, field)
     room = PROMPT_ROOM if "paper" in (config.stage1.prompt_set, config.rl.prompt_set) else COMPACT_ROOM
     for field, model, tokens, limit in _texts(config, parts):
         if tokens + room > limit:

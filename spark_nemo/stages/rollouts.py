@@ -31,7 +31,8 @@ from spark_nemo.rewards import (
     step_augmented_reward,
     step_average_reward,
 )
-from spark_nemo.rewards.judge import Judgement, RewardJudge, gate
+from spark_nemo.rewards.hacking.constraints import read_response
+from spark_nemo.rewards.judge import Judgement, RewardJudge
 from spark_nemo.rewards.length import overlong_penalty
 from spark_nemo.rewards.rlvr import Checker
 from spark_nemo.stages.timeline import GENERATE, VERIFY, Timeline
@@ -131,7 +132,8 @@ class RolloutSession:
                 return list(majority_rewards(rollouts, normalise_answer))
             case "random":
                 rules, first = self.config.hacking.constraints, rollouts[0].group * self.config.group_size
-                return [random_reward(gate(rollout, rules), derive_seed("random-reward", self.seed, step, position))
+                return [random_reward(read_response(rollout, rules),
+                                      derive_seed("random-reward", self.seed, step, position))
                         for position, rollout in enumerate(rollouts, start=first)]
             case "rlvr":
                 assert self.checker is not None

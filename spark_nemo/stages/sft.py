@@ -13,6 +13,7 @@ from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records.jsonl import write_json_atomic
 from spark_nemo.stages.checks import check_sft
 from spark_nemo.stages.layout_check import check_memory
+from spark_nemo.stages.part_lock import part_lock
 from spark_nemo.stages.run_folder import Clock, mark_done, sft_folder
 from spark_nemo.training.packing import TrainSequence, drop_longer_than
 from spark_nemo.training.policy_examples import policy_sequences, read_policy_examples, split_held_out
@@ -34,11 +35,18 @@ class SftData:
 def run_sft(config: SparkConfig) -> bool:
     """Check every example, fine-tune, export ``model/``. Returns False when asked to stop; run again to go on.
 
-    Collective over the trainer ranks. Raises ``ConfigError`` or ``DataFileError`` on bad input before any work.
+    Collective over the trainer ranks. Raises ``ConfigError`` or ``DataFileError`` on bad input, or when another
+    process is at it, before any work.
     """
-    stage, folder, base = config.sft, sft_folder(config.run), config.models.policy_base
     data = sft_data(config)
     check_memory(config, "sft")
+    folder = sft_folder(config.run)
+    with part_lock(folder):
+        return _train(config, data, folder)
+
+
+def _train(config: SparkConfig, data: SftData, folder: Path) -> bool:
+    stage, base = config.sft, config.models.policy_base
     log.info("%s", data.counts)
     total_steps = num_sft_steps(len(data.trained), stage.epochs, stage.batch_size)
     worker = MegatronWorker.from_hf(base, config.megatron, config.run.seed, stage.optimizer, total_steps)

@@ -17,6 +17,7 @@ from spark_nemo.records.jsonl import read_problems, write_json_atomic
 from spark_nemo.records.store import RecordStore
 from spark_nemo.stages.after_votes import AfterVotes, after_votes
 from spark_nemo.stages.checks import check_stage1
+from spark_nemo.stages.part_lock import part_lock
 from spark_nemo.stages.run_folder import Clock, mark_done, progress, stage1_folder
 from spark_nemo.stages.stage1_watch import LedgerFile, Stage1Watch, check_failure_rates
 from spark_nemo.verification.collect import CollectCounts, Collector
@@ -28,15 +29,18 @@ _LAST_PROBE_S = 30.0
 def run_stage1(config: SparkConfig) -> CollectCounts:
     """Sample what is missing of the configured shard (or of everything) and write its statistics.
 
-    Raises ``ConfigError`` on bad input before any model is loaded, ``TooManyFailures`` when more than
-    ``stage1.max_failure_rate`` of the solutions or verifications is unusable: as soon as that is clear, and what is
-    stored by then stays.
+    Raises ``ConfigError`` on bad input, or when another process is at this shard, before any model is loaded;
+    ``TooManyFailures`` when more than ``stage1.max_failure_rate`` of the solutions or verifications is unusable: as
+    soon as that is clear, and what is stored by then stays.
     """
-    stage = config.stage1
     check_stage1(config)
-    problems = _shard(read_problems(config.data.stage1_problems), config)
-    folder, name = stage1_folder(config.run), shard_name(stage)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, name = stage1_folder(config.run), shard_name(config.stage1)
+    with part_lock(folder / name):
+        return _sample(config, folder, name)
+
+
+def _sample(config: SparkConfig, folder: Path, name: str) -> CollectCounts:
+    stage, problems = config.stage1, _shard(read_problems(config.data.stage1_problems), config)
     generator = ServedModel.load(config.engine, config.models.generator, "policy", folder / "servers" / name)
     verifier = ServedModel.load(config.engine, config.models.verifier, "verifier", folder / "servers" / name)
     clock, total = Clock(folder / name), len(problems) * stage.solutions_per_problem * stage.verifications_per_solution

@@ -17,6 +17,7 @@ from spark_nemo.records import LabelledSolution
 from spark_nemo.stages.checks import check_stage2
 from spark_nemo.stages.labels import make_labels
 from spark_nemo.stages.layout_check import check_memory
+from spark_nemo.stages.part_lock import part_lock
 from spark_nemo.stages.run_folder import PROCESSBENCH, WHOLE_SOLUTION, Clock, mark_done, stage2_folder
 from spark_nemo.training.packing import TrainSequence, drop_longer_than
 from spark_nemo.training.sft import num_sft_steps, train_sft
@@ -29,11 +30,18 @@ log = logging.getLogger(__name__)
 def run_stage2(config: SparkConfig) -> bool:
     """Label, fine-tune, export, evaluate. Returns False when asked to stop before the end; run again to go on.
 
-    Collective over the trainer ranks. Raises ``ConfigError`` on bad input before any work.
+    Collective over the trainer ranks. Raises ``ConfigError`` on bad input, or when another process is at it, before
+    any work.
     """
-    stage, folder = config.stage2, stage2_folder(config.run, config.stage2.method, config.stage2.variant)
     check_stage2(config)
     check_memory(config, "stage2")
+    folder = stage2_folder(config.run, config.stage2.method, config.stage2.variant)
+    with part_lock(folder):
+        return _train(config, folder)
+
+
+def _train(config: SparkConfig, folder: Path) -> bool:
+    stage = config.stage2
     base = Path(config.models.reward_base)
     labelled = make_labels(config)
     sequences = _sequences(config, labelled, Tokenizer.load(base))

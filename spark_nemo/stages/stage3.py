@@ -22,6 +22,7 @@ from spark_nemo.stages.checks import check_stage3
 from spark_nemo.stages.credit import batch_advantages
 from spark_nemo.stages.feed import BatchFeed
 from spark_nemo.stages.layout_check import check_memory
+from spark_nemo.stages.part_lock import part_lock
 from spark_nemo.stages.rl_session import RLSession, open_session, rewrite_rows
 from spark_nemo.stages.rollouts import ScoredBatch
 from spark_nemo.stages.run_folder import Clock, comparable_rl, mark_done, stage3_folder
@@ -41,11 +42,17 @@ def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool
 
     Returns False when asked to stop before the last step; the same call resumes, and the next losses are those of an
     uninterrupted run. A ``verifier`` that is served already (the hacking simulator's) is asked instead of the reward
-    model's folder. Raises ``ConfigError`` on bad input before any work.
+    model's folder. Raises ``ConfigError`` on bad input, or when another process is at it, before any work.
     """
     check_stage3(config)
     check_memory(config, "stage3")
-    rl, folder = config.rl, stage3_folder(config.run, config.arm)
+    folder = stage3_folder(config.run, config.arm)
+    with part_lock(folder):
+        return _train(config, folder, verifier)
+
+
+def _train(config: SparkConfig, folder: Path, verifier: ServedModel | None) -> bool:
+    rl = config.rl
     problems, eval_problems = read_problems(config.data.rl_problems), read_eval_problems(config.data.eval_problems)
     worker = MegatronWorker.from_hf(
         config.models.policy, config.megatron, config.run.seed, rl.optimizer, rl.steps * rl.updates_per_step)
@@ -108,8 +115,9 @@ def _open_on_main_rank(
 def _made_with(config: SparkConfig) -> dict[str, object]:
     """The settings that the steps depend on, by name."""
     free = {"eval_every", "save_every", "failures", "verifier_queue", "verifier_deadline", "verifier_cache"}
-    settings = {f"rl.{name}": value for name, value in comparable_rl(asdict(config.rl)).items() if name not in free}
-    return {**settings, "run.seed": config.run.seed}
+    rl = comparable_rl(asdict(config.rl))
+    rl |= {"sampling": config.rl.sampling.identity(), "verifier_sampling": config.rl.verifier_sampling.identity()}
+    return {**{f"rl.{name}": value for name, value in rl.items() if name not in free}, "run.seed": config.run.seed}
 
 
 def _save(worker: MegatronWorker, config: SparkConfig, folder: Path, step: int, feed: BatchFeed) -> None:

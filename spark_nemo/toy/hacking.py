@@ -149,7 +149,7 @@ def arm_config(arm: Arm, runs: Path, overrides: Iterable[str] = ()) -> SparkConf
     base = build_base(exploit, runs / "base" / exploit.name)
     config = compose_config([
         *SMALL_RUN, *overrides, f"run.dir={runs / arm.name}", f"run.seed={arm.seed}", f"models.policy={base}",
-        f"rl.reward={exploit.reward}", f"rl.reward_model={ASSETS / 'verifier'}"])
+        "rl.reward=process_aware", f"rl.reward_model={ASSETS / 'verifier'}"])
     settings = exploit.closed_by if arm.constrained else exploit.opened_by
     rules = ConstraintsConfig(**settings)
     hacking = replace(config.rl.hacking, constraints=rules)

@@ -61,17 +61,9 @@ def train_on_rollouts(
     if not trained:
         raise ValueError(f"none of the {len(rollouts)} rollouts is valid and has tokens: nothing to train on")
     temperature = config.sampling.temperature
-    updates, num_computed = [], 0
-    for part in split_by_groups([rollouts[i].group for i in trained], config.updates_per_step):
-        indices = [trained[k] for k in part]
-        sequences = build_sequences([rollouts[i] for i in indices], [advantages[i] for i in indices],
-                                    config.aggregation, config.sampling.max_new_tokens)
-        if config.kl_estimator == "none":
-            sequences = without_idle(sequences)
-        num_computed += len(sequences)
-        packed = pack_for_rank(sequences, tokens_per_micro_batch, worker.dp_rank, worker.dp_size,
-                               worker.quadratic_cost)
-        updates.append(packed.micro_batches)
+    parts = _sequences_of_updates([rollouts[i] for i in trained], [advantages[i] for i in trained], config)
+    updates = [pack_for_rank(sequences, tokens_per_micro_batch, worker.dp_rank, worker.dp_size,
+                             worker.quadratic_cost).micro_batches for sequences in parts]
     if config.kl_estimator != "none":
         with worker.use_weights(dict(reference)):  # type: ignore[arg-type]
             updates = [_with_logprobs(worker, batches, REFERENCE_LOGPROBS, temperature) for batches in updates]
@@ -92,7 +84,7 @@ def train_on_rollouts(
         **_step_metrics(results),
         **_largest({name: value.item() for name, value in maxima.items()}),
         "valid_fraction": len(trained) / len(rollouts),
-        "computed_fraction": num_computed / len(rollouts),
+        "computed_fraction": sum(map(len, parts)) / len(rollouts),
     }
 
 
@@ -108,6 +100,18 @@ def split_by_groups(groups: Sequence[int], parts: int) -> list[list[int]]:
     bounds = [len(order) * part // parts for part in range(parts + 1)]
     split = [[index for group in order[a:b] for index in group] for a, b in pairwise(bounds)]
     return [part for part in split if part]
+
+
+def _sequences_of_updates(
+    rollouts: Sequence[Rollout], advantages: Sequence[Tensor], config: RLConfig,
+) -> list[list[TrainSequence]]:
+    """The sequences to compute of each optimizer step."""
+    updates = []
+    for part in split_by_groups([rollout.group for rollout in rollouts], config.updates_per_step):
+        sequences = build_sequences([rollouts[k] for k in part], [advantages[k] for k in part],
+                                    config.aggregation, config.sampling.max_new_tokens)
+        updates.append(without_idle(sequences) if config.kl_estimator == "none" else sequences)
+    return updates
 
 
 def build_sequences(

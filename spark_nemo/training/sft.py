@@ -35,8 +35,6 @@ class SftResult:
 
     step: int
     total_steps: int
-    last_loss: float | None
-    """Mean nats per response token of the last step; None when this call made no step."""
 
     @property
     def finished(self) -> bool:
@@ -82,7 +80,6 @@ def train_sft(
     step = saved_step = _resume(worker, run_folder, identity)
     writer = MetricsWriter(run_folder, is_main=worker.is_main)
     writer.truncate_from(step)
-    loss: float | None = None
     bar = tqdm(total=total_steps, initial=step, desc="sft", unit="step", disable=not worker.is_main)
     while step < total_steps and not any(gather_objects(stop.requested)):
         measured = {}
@@ -93,15 +90,15 @@ def train_sft(
         packed = pack_for_rank(batch, tokens_per_micro_batch, worker.dp_rank, worker.dp_size,
                                worker.quadratic_cost)
         result = worker.train_step(packed.micro_batches, sft_loss)
-        loss, seconds = result.loss, time.perf_counter() - started
+        seconds = time.perf_counter() - started
         writer.write(step, {
-            "loss": loss, "grad_norm": result.grad_norm, "lr": result.lr, "loss_tokens": result.num_tokens,
+            "loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr, "loss_tokens": result.num_tokens,
             "epoch": step * batch_size / len(sequences), "seconds": seconds,
             "tokens_per_second": sum(sequence.num_positions for sequence in batch) / seconds, **measured,
         })
         step += 1
         bar.update()
-        bar.set_postfix(loss=f"{loss:.4f}")
+        bar.set_postfix(loss=f"{result.loss:.4f}")
         if step % save_every == 0:
             worker.save_checkpoint(run_folder / CHECKPOINTS, {**identity, "step": step})
             saved_step = step
@@ -111,7 +108,7 @@ def train_sft(
         worker.save_checkpoint(run_folder / CHECKPOINTS, {**identity, "step": step})
     if step < total_steps:
         log.info("stopped after step %d of %d (%s); run again to go on", step, total_steps, stop.reason)
-    return SftResult(step, total_steps, loss)
+    return SftResult(step, total_steps)
 
 
 def held_out_loss(worker: MegatronWorker, sequences: Sequence[TrainSequence], tokens_per_micro_batch: int) -> float:

@@ -3,26 +3,12 @@
 Nothing here knows an answer or a true step label; how good the labels are is measured in ``spark_nemo.evaluation``.
 """
 
-from .labelling import (
-    LABEL_METHODS,
-    NO_REVISIONS,
-    Revisions,
-    label_all,
-    label_hybrid_outcome,
-    label_hybrid_step,
-    label_meta_critique,
-    label_outcome_consistency,
-    label_reference_guided,
-    label_single,
-    label_step_consistency,
-)
+from .labelling import LABEL_METHODS, NO_REVISIONS, Revisions, label_all
 from .picks import PICKS, Dropped, LabelOptions
 from .selection import REASONS, Selected, Selection, select_labels
 from .voting import VoteCount, count_votes, failure_rates, majority
 
 __all__ = [
     "LABEL_METHODS", "NO_REVISIONS", "PICKS", "REASONS", "Dropped", "LabelOptions", "Revisions", "Selected",
-    "Selection", "VoteCount", "count_votes", "failure_rates", "label_all", "label_hybrid_outcome",
-    "label_hybrid_step", "label_meta_critique", "label_outcome_consistency", "label_reference_guided", "label_single",
-    "label_step_consistency", "majority", "select_labels",
+    "Selection", "VoteCount", "count_votes", "failure_rates", "label_all", "majority", "select_labels",
 ]

@@ -107,8 +107,9 @@ class Collector:
         self.prompts = prompt_set(config.prompt_set)
         self.counts, self.ledger = CollectCounts(), Ledger(config.solutions_per_problem)
         self._rule, self._after_votes = stopping_rule(config), after_votes
-        self._solved_by = (GRAMMAR_VERSION, self.prompts.version, generator.identity, asdict(config.generator_sampling))
-        self._verified_by = (GRAMMAR_VERSION, self.prompts.version, verifier.identity, asdict(config.verifier_sampling))
+        asked = GRAMMAR_VERSION, self.prompts.version
+        self._solved_by = (*asked, generator.identity, config.generator_sampling.identity())
+        self._verified_by = (*asked, verifier.identity, config.verifier_sampling.identity())
         if config.verifier_prompt != "verify":
             self._verified_by += (config.verifier_prompt,)
         self._earlier = earlier
@@ -117,9 +118,9 @@ class Collector:
         """Everything but the problems that the results depend on, by setting; plain JSON."""
         return {"run.seed": self.seed, "stage1.prompt_set": self.prompts.version, "the grammar": GRAMMAR_VERSION,
                 "models.generator": self.generator.identity, "models.verifier": self.verifier.identity,
-                "stage1.generator_sampling": asdict(self.config.generator_sampling),
+                "stage1.generator_sampling": self.config.generator_sampling.identity(),
                 "stage1.verifier_prompt": self.config.verifier_prompt,
-                "stage1.verifier_sampling": asdict(self.config.verifier_sampling)}
+                "stage1.verifier_sampling": self.config.verifier_sampling.identity()}
 
     async def run(self, problems: Iterable[Problem], max_requests_in_flight: int) -> CollectCounts:
         """Sample everything missing for ``problems``, drawn one by one; at most so many requests are in flight.

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
-from spark_nemo.config import REFERENCE_GUIDED, REVISED_METHODS
+from spark_nemo.config import REFERENCE_GUIDED, REVISED_METHODS, VOTE_METHODS
 from spark_nemo.grammar.verification import after_thinking
 from spark_nemo.records import (
     Critique,
@@ -36,80 +37,6 @@ Revisions = Mapping[str, Revision]
 NO_REVISIONS: Revisions = {}
 Label = LabelledSolution | Dropped
 Method = Callable[..., Label]
-
-
-def label_single(
-    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = DEFAULT_OPTIONS,
-    revisions: Revisions = NO_REVISIONS,
-) -> Label:
-    """Method 1: what one verification says (vote 0), whole."""
-    return _label_by_vote("single", solution, verifications, seed, options)
-
-
-def label_outcome_consistency(
-    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = DEFAULT_OPTIONS,
-    revisions: Revisions = NO_REVISIONS,
-) -> Label:
-    """Method 2: a random whole verification among those whose final verdict is the majority's."""
-    return _label_by_vote("outcome_consistency", solution, verifications, seed, options)
-
-
-def label_step_consistency(
-    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = DEFAULT_OPTIONS,
-    revisions: Revisions = NO_REVISIONS,
-) -> Label:
-    """Method 3: a random whole verification among those that agree with the majority on every single step."""
-    return _label_by_vote("step_consistency", solution, verifications, seed, options)
-
-
-def label_meta_critique(
-    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = DEFAULT_OPTIONS,
-    revisions: Revisions = NO_REVISIONS,
-) -> Label:
-    """Method 4: what the merge of vote 0 and its critique says."""
-    return _label_by_merge("meta_critique", solution, verifications, seed, options, revisions)
-
-
-def label_hybrid_outcome(
-    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = DEFAULT_OPTIONS,
-    revisions: Revisions = NO_REVISIONS,
-) -> Label:
-    """Method 5: method 4 applied to the verification that outcome consistency picks."""
-    return _label_by_merge("hybrid_outcome", solution, verifications, seed, options, revisions)
-
-
-def label_hybrid_step(
-    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = DEFAULT_OPTIONS,
-    revisions: Revisions = NO_REVISIONS,
-) -> Label:
-    """Method 5 on the step-level pick, as the authors' scripts also have it."""
-    return _label_by_merge("hybrid_step", solution, verifications, seed, options, revisions)
-
-
-def label_reference_guided(
-    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = DEFAULT_OPTIONS,
-    revisions: Revisions = NO_REVISIONS,
-) -> Label:
-    """Method 6, a declared baseline: ``LabelOptions.reference_pick`` among verifications that saw the answer.
-
-    Raises ``ValueError`` for a verification that did not see it: the two kinds must not be mixed.
-    """
-    if not all(isinstance(v, ReferenceVerification) for v in verifications):
-        raise ValueError(f"{REFERENCE_GUIDED}: solution {solution.key} came with verifications that saw no answer")
-    picked = PICKS[options.reference_pick](solution, verifications, seed, options)
-    return picked if isinstance(picked, Dropped) else _labelled(REFERENCE_GUIDED, solution, picked)
-
-
-LABEL_METHODS: dict[str, Method] = {
-    "single": label_single,
-    "outcome_consistency": label_outcome_consistency,
-    "step_consistency": label_step_consistency,
-    "meta_critique": label_meta_critique,
-    "hybrid_outcome": label_hybrid_outcome,
-    "hybrid_step": label_hybrid_step,
-    REFERENCE_GUIDED: label_reference_guided,
-}
-"""By the names of ``config.LABEL_METHODS``."""
 
 
 def label_all(
@@ -167,16 +94,19 @@ def critique_text(critique: Critique) -> str | Dropped:
 
 
 def _label_by_vote(
-    method: str, solution: Solution, verifications: Sequence[Verification], seed: int, options: LabelOptions,
+    method: str, solution: Solution, verifications: Sequence[Verification], seed: int = 0,
+    options: LabelOptions = DEFAULT_OPTIONS, revisions: Revisions = NO_REVISIONS,
 ) -> Label:
+    """Methods 1 to 3: what the picked verification says, whole."""
     picked = pick_verification(method, solution, verifications, seed, options)
     return picked if isinstance(picked, Dropped) else _labelled(method, solution, picked)
 
 
 def _label_by_merge(
-    method: str, solution: Solution, verifications: Sequence[Verification], seed: int, options: LabelOptions,
-    revisions: Revisions,
+    method: str, solution: Solution, verifications: Sequence[Verification], seed: int = 0,
+    options: LabelOptions = DEFAULT_OPTIONS, revisions: Revisions = NO_REVISIONS,
 ) -> Label:
+    """Methods 4 and 5: what the merge of the picked verification and its critique says."""
     picked = pick_verification(REVISED_METHODS[method], solution, verifications, seed, options)
     if isinstance(picked, Dropped):
         return picked
@@ -197,6 +127,20 @@ def _label_by_merge(
     return _labelled(method, solution, picked, revision)
 
 
+def _label_reference_guided(
+    solution: Solution, verifications: Sequence[Verification], seed: int = 0, options: LabelOptions = DEFAULT_OPTIONS,
+    revisions: Revisions = NO_REVISIONS,
+) -> Label:
+    """Method 6, a declared baseline: ``LabelOptions.reference_pick`` among verifications that saw the answer.
+
+    Raises ``ValueError`` for a verification that did not see it: the two kinds must not be mixed.
+    """
+    if not all(isinstance(v, ReferenceVerification) for v in verifications):
+        raise ValueError(f"{REFERENCE_GUIDED}: solution {solution.key} came with verifications that saw no answer")
+    picked = PICKS[options.reference_pick](solution, verifications, seed, options)
+    return picked if isinstance(picked, Dropped) else _labelled(REFERENCE_GUIDED, solution, picked)
+
+
 def _labelled(method: str, solution: Solution, picked: Pick, revision: Revision | None = None) -> LabelledSolution:
     chosen, count = picked.verification, picked.count
     source = chosen if revision is None else revision.merge
@@ -213,3 +157,18 @@ def _labelled(method: str, solution: Solution, picked: Pick, revision: Revision 
             critique_key=revision.critique.key if revision is not None else None,
             merge_key=source.key if revision is not None else None),
     )
+
+
+LABEL_METHODS: dict[str, Method] = {
+    **{method: partial(_label_by_vote, method) for method in VOTE_METHODS},
+    **{method: partial(_label_by_merge, method) for method in REVISED_METHODS},
+    REFERENCE_GUIDED: _label_reference_guided,
+}
+"""By the names of ``config.LABEL_METHODS``; called with solution, verifications, seed, options and revisions.
+
+1 ``single``: vote 0. 2 ``outcome_consistency``: a random one among the verifications whose final verdict is the
+majority's. 3 ``step_consistency``: a random one among those that agree with the majority on every single step.
+4 ``meta_critique``: the merge of vote 0 and its critique. 5 ``hybrid_outcome``: method 4 on the verification that
+outcome consistency picks; ``hybrid_step``: on the step-level pick, as the authors' scripts also have it.
+6 ``reference_guided``.
+"""

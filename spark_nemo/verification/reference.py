@@ -8,7 +8,7 @@ read back as a type of their own, which no reference-free method accepts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from spark_nemo.config import Stage1Config
 from spark_nemo.engines.base import EngineFailure, EngineLost, FinishReason
@@ -41,7 +41,7 @@ class ReferenceVerifier:
         self.config, self.seed, self.verifier, self.ask = config, seed, verifier, ask
         self.store, self.on_result = store, on_result
         self.counts = ReferenceCounts()
-        self._made_by = (GRAMMAR_VERSION, verifier.identity, asdict(config.verifier_sampling))
+        self._made_by = (GRAMMAR_VERSION, verifier.identity, config.verifier_sampling.identity())
 
     async def verify(self, solution: Solution, parsed: ParsedResponse, votes: Sequence[Verification] = ()) -> None:
         """The configured number of verifications of one solution; ``votes``, made without the answer, are not read."""

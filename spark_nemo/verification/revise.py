@@ -58,12 +58,12 @@ class Reviser:
         self.critic, self.store, self.on_result = critic, store, on_result
         self.prompts = revision_prompts(config.prompt_set)
         self.counts = RevisionCounts()
-        self._made_by = (GRAMMAR_VERSION, self.prompts.version, critic.identity, asdict(config.revised_with))
+        self._made_by = (GRAMMAR_VERSION, self.prompts.version, critic.identity, config.revised_with.identity())
 
     def made_by(self) -> dict[str, object]:
         """Everything but the verifications that the results depend on, by setting; plain JSON."""
         return {"the critique and merge prompts": self.prompts.version, "models.critic": self.critic.identity,
-                "stage1.revision_sampling": asdict(self.config.revised_with)}
+                "stage1.revision_sampling": self.config.revised_with.identity()}
 
     async def revise(self, solution: Solution, parsed: ParsedResponse, votes: Sequence[Verification]) -> None:
         """Critique and merge of every verification that ``stage1.revise`` picks among ``votes``, each only once."""

@@ -63,7 +63,9 @@ def test_servers_are_described_word_by_word(capsys: pytest.CaptureFixture[str], 
 
 @pytest.mark.parametrize(("arguments", "reason"), [
     (["--stage", "evaluate-math", "--", *TOY], "--model"),
-    (["--stage", "stage1", "--model", "m", "--", *TOY], "--model"),
+    (["--stage", "stage1", "--model", "m", "--", *TOY], "--model: this stage has no such option"),
+    (["--stage", "evaluate-math", "--model", "m", "--critic", "--", *TOY], "--critic: evaluate math has no such"),
+    (["--stage", "evaluate-processbench", "--model", "m", "--k", "4", "--", *TOY], "--k: evaluate processbench has no"),
     (["--stage", "pipeline", "--", *TOY, "pipeline.rounds=2"], "one round"),
     (["--stage", "stage3", "--", *TOY, "rl.reward_model=/nowhere"], "/nowhere"),
 ])
@@ -74,6 +76,19 @@ def test_what_cannot_run_is_one_line(
     assert main(["slurm-plan", *arguments, f"run.dir={tmp_path}/run"]) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and reason in error[0]
+
+
+def test_an_evaluation_is_planned_with_its_own_options(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The file that the job must have written at its end is the one the command writes with these options, and the
+    nodes must see the named files instead of the configured ones; a dataset by name is no file.
+    """
+    for name in ("a.json", "model"):
+        (tmp_path / name).touch()
+    options = ("--model", f"{tmp_path}/model", "--critic", "--votes", "8", "--data", f"{tmp_path}/a.json", "hf:a/b")
+    said = plan(capsys, "evaluate-processbench", f"run.dir={tmp_path}/run", options=options)
+    written = f"{tmp_path.name}-model-processbench-critic-8votes"
+    assert said["PART"] == [f"evaluate/{written}"] and said["DONE_FILE"] == [f"{tmp_path}/run/evaluate/{written}.json"]
+    assert said["NEEDS"] == [f"{tmp_path}/a.json", f"{tmp_path}/model"]
 
 
 def test_the_format_sft_needs_its_base_and_its_examples(

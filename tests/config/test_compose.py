@@ -45,10 +45,11 @@ def test_a_recipe_that_is_not_yaml_is_one_line_with_its_file(tmp_path: Path, mon
     assert "\n" not in str(error.value)
 
 
-def test_greedy_with_top_p_is_refused() -> None:
+@pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 20}])
+def test_greedy_with_a_cut_is_refused(cut: dict) -> None:
     """Proves a sampling knob without effect is an error, wherever it is built."""
-    with pytest.raises(ConfigError, match="top_p"):
-        SamplingConfig(temperature=0.0, top_p=0.9)
+    with pytest.raises(ConfigError, match=f"{next(iter(cut))}=.* has no effect"):
+        SamplingConfig(temperature=0.0, **cut)
 
 
 def test_the_printed_configuration_names_every_section() -> None:

@@ -14,6 +14,14 @@ from spark_nemo.engines.sglang import PauseMode, SglangServer
 BUCKET = {"names": ["a"], "dtypes": ["float32"], "shapes": [(2,)], "group_name": "g"}
 
 
+async def running(server, fake, tokens=0, **sampling):
+    """A request that the fake is generating, a token every 5 ms, and of which it has so many."""
+    fake.faults.token_s = 0.005
+    task = asyncio.create_task(server.generate(ask((1,), **sampling)))
+    await until(lambda: fake.running and len(next(iter(fake.running.values())).tokens) >= tokens)
+    return task
+
+
 def test_1_updates_outside_a_session_are_refused_at_once():
     """The refusal comes back as an error while a broadcast would hang; inside a session the same calls succeed."""
     async def scenario(server, fake):
@@ -114,9 +122,7 @@ def test_7_update_that_would_kill_or_block_is_refused(mode, tmp_path):
     (tmp_path / "config.json").touch()
 
     async def scenario(server, fake):
-        fake.faults.token_s = 0.005
-        task = asyncio.create_task(server.generate(ask((1,), max_new_tokens=30)))
-        await until(lambda: fake.running and len(next(iter(fake.running.values())).tokens) > 3)
+        task = await running(server, fake, tokens=4, max_new_tokens=30)
         if mode is not None:
             await server.pause(mode)
         with pytest.raises(EngineFailure, match="flush_cache=True with 1 requests running kills the server"):
@@ -136,9 +142,7 @@ def test_7_retracted_requests_survive_an_update_with_flush(tmp_path):
     (tmp_path / "config.json").touch()
 
     async def scenario(server, fake):
-        fake.faults.token_s = 0.005
-        task = asyncio.create_task(server.generate(ask((1,), max_new_tokens=30)))
-        await until(lambda: fake.running and len(next(iter(fake.running.values())).tokens) > 3)
+        task = await running(server, fake, tokens=4, max_new_tokens=30)
         await server.pause()
         await server.update_weights_from_disk(tmp_path, 1)
         await server.resume()
@@ -152,9 +156,7 @@ def test_7_retracted_requests_survive_an_update_with_flush(tmp_path):
 def test_abort_pause_makes_requests_redoable():
     """Mode abort ends them with HTTP 200 and what they have: EngineUnavailable, so that a fleet redoes them whole."""
     async def scenario(server, fake):
-        fake.faults.token_s = 0.005
-        task = asyncio.create_task(server.generate(ask((1,), max_new_tokens=30)))
-        await until(lambda: fake.running)
+        task = await running(server, fake, max_new_tokens=30)
         await server.pause(PauseMode.ABORT)
         with pytest.raises(EngineUnavailable, match="aborted the request"):
             await task
@@ -198,9 +200,7 @@ def test_refused_control_calls_carry_the_servers_words(tmp_path):
 def test_naming_weights_aborts_nothing():
     """SGLang's default would abort every request; ours does not."""
     async def scenario(server, fake):
-        fake.faults.token_s = 0.005
-        task = asyncio.create_task(server.generate(ask((1,))))
-        await until(lambda: fake.running and next(iter(fake.running.values())).tokens)
+        task = await running(server, fake, tokens=1)
         await server.update_weight_version(9)
         assert set((await task).weight_versions) == {0, 9}
 
@@ -212,9 +212,7 @@ def test_7_update_waits_for_running_requests_when_not_paused(tmp_path):
     (tmp_path / "config.json").touch()
 
     async def scenario(server, fake):
-        fake.faults.token_s = 0.005
-        task = asyncio.create_task(server.generate(ask((1,))))
-        await until(lambda: fake.running)
+        task = await running(server, fake)
         await server.update_weights_from_disk(tmp_path, 1, flush_cache=False)
         assert set((await task).weight_versions) == {0}
 
@@ -226,9 +224,7 @@ def test_death_of_the_server_ends_everything_in_flight(tmp_path):
     (tmp_path / "config.json").touch()
 
     async def scenario(server, fake):
-        fake.faults.token_s = 0.005
-        task = asyncio.create_task(server.generate(ask((1,), max_new_tokens=30)))
-        await until(lambda: fake.running)
+        task = await running(server, fake, max_new_tokens=30)
         stranger = client(fake.url)
         await stranger.pause(PauseMode.IN_PLACE)
         with pytest.raises(EngineUnavailable):

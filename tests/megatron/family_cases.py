@@ -31,7 +31,6 @@ FAMILIES = {
     "qwen3_moe": ("Qwen3Moe", {"tie_word_embeddings": False, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
                                "moe_intermediate_size": 48, "norm_topk_prob": True}),
 }
-DENSE = ("qwen2", "qwen3", "llama")
 LAYOUTS = {f"tp{tp}_pp{pp}": (tp, pp) for tp, pp in ((2, 1), (1, 2), (2, 2), (4, 2))}
 EXPERT_LAYOUTS = {"pp2_ep2": (1, 2, 2), "tp2_ep2": (2, 1, 2), "tp2_pp2_ep4": (2, 2, 4)}
 

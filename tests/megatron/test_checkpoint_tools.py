@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import corruptions
@@ -20,9 +21,12 @@ from spark_nemo.megatron.worker import MegatronWorker
 LAYOUT = MegatronConfig(dtype="bfloat16", distributed_optimizer=True)
 
 
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+sys.path.append(str(TOOLS))  # as Python does for a script that is started there
+
+
 def run(tool, *arguments):
-    path = Path(__file__).resolve().parents[2] / "tools" / f"{tool}.py"
-    spec = importlib.util.spec_from_file_location(tool, path)
+    spec = importlib.util.spec_from_file_location(tool, TOOLS / f"{tool}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main([str(x) for x in arguments])

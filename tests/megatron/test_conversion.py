@@ -1,6 +1,6 @@
 """Hugging Face, Megatron and NeMo 2 folders into each other, in one process. Several ranks: test_conversion_ranks.py.
 
-Proves nothing about Transformer Engine on a GPU, nor that NeMo itself reads the folder.
+Proves nothing about Transformer Engine on a GPU, nor that NeMo itself reads the folder (benchmarks/nemo_parity.py).
 """
 
 import hashlib

@@ -16,27 +16,26 @@ sys.path.append(str(Path(__file__).parents[1] / "weight_sync"))
 from receivers import start_receivers
 
 
-@pytest.fixture(scope="module")
-def launch(tmp_path_factory):
-    """What eight ranks found out."""
-    store = tmp_path_factory.mktemp("families")
+def eight_ranks(function, store, results, *more):
+    """What eight ranks that run ``function`` on a reference folder of every family wrote to the file ``results``."""
     folders = {family: str(store / family) for family in cases.FAMILIES}
     for family, folder in folders.items():
         cases.write_reference(family, folder)
+    run_ranks(function, 8, folders, str(store), *more, timeout=500)
+    return json.loads((store / results).read_text())
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """What eight ranks found out."""
     with start_receivers(1) as (server,):
-        run_ranks(cases.eight_ranks, 8, folders, str(store), server.url, timeout=500)
-    return json.loads((store / "results.json").read_text())
+        return eight_ranks(cases.eight_ranks, tmp_path_factory.mktemp("families"), "results.json", server.url)
 
 
 @pytest.fixture(scope="module")
 def conversion(tmp_path_factory):
     """What eight ranks found out about converted folders and megatron-core."""
-    store = tmp_path_factory.mktemp("conversion")
-    folders = {family: str(store / family) for family in cases.FAMILIES}
-    for family, folder in folders.items():
-        cases.write_reference(family, folder)
-    run_ranks(conversion_cases.eight_ranks, 8, folders, str(store), timeout=500)
-    return json.loads((store / "conversion.json").read_text())
+    return eight_ranks(conversion_cases.eight_ranks, tmp_path_factory.mktemp("conversion"), "conversion.json")
 
 
 def same_as_transformers(result):

@@ -9,8 +9,6 @@ import aiohttp
 import pytest
 from fake_sglang import FakeSglang
 
-REFUSALS = {"message", "type", "param", "code", "object", "detail"}
-
 
 def ask(ids=(1, 2, 3), **sampling):
     return {"input_ids": list(ids), "return_logprob": True, "logprob_start_len": -1,

@@ -58,7 +58,7 @@ def outcome(rate: float, accuracy: float) -> dict[str, float]:
 
 
 def section(rates: tuple[float, ...]) -> str:
-    rows = [ExploitRow("empty_text", "finds nothing", "`no_empty_steps=true`", "process_aware", 0.08,
+    rows = [ExploitRow("empty_text", "finds nothing", "`no_empty_steps=true`", 0.08,
                        [outcome(rate, 0.1) for rate in rates], [outcome(0.0, 0.8)] * len(rates))]
     return hacking_section(rows, "python x", steps=14, responses=144)
 
@@ -72,6 +72,6 @@ def test_the_table_says_in_how_many_seeds_an_exploit_was_found() -> None:
 
 def test_a_table_with_a_missing_arm_is_refused() -> None:
     """A mean over other seeds on one side would be no comparison."""
-    row = ExploitRow("x", "y", "z", "process_aware", 0.1, [outcome(1, 0)], [])
+    row = ExploitRow("x", "y", "z", 0.1, [outcome(1, 0)], [])
     with pytest.raises(SummaryError, match="seeds per arm"):
         hacking_section([row], "c", steps=1, responses=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
-from slurm_world import REPO, RL, SMALL, logged, output, site, submit
+from slurm_world import ASSETS, REPO, RL, SMALL, logged, output, site, submit
 
 TWO = ("--nodes=2",)
 
@@ -102,6 +102,15 @@ def test_the_collective_test_names_the_slow_node(slurm: Cluster, tmp_path: Path,
         assert ended["JobState"] == "COMPLETED" and "every node is as fast" in text, text
     rates = [line for line in text.splitlines() if "MB/s" in line]
     assert len(rates) == 5, text + logged(tmp_path / "run", "preflight")
+
+
+def test_an_evaluation_takes_the_options_of_its_command(slurm: Cluster, tmp_path: Path) -> None:
+    """``--votes`` reaches the plan, which names the file that must be there at the end, and the command, which writes
+    it: either alone would end the job as failed."""
+    job = submit(slurm, tmp_path, "evaluate.sh", "processbench", "--model", ASSETS / "verifier", "--votes", 2,
+                 overrides=[*SMALL, f"run.dir={tmp_path}/run", "stage2.eval_sampling.temperature=1.0"])
+    ended, said = slurm.wait_state(job)["JobState"], output(tmp_path, job)
+    assert ended == "COMPLETED" and "majority of 2" in said, said
 
 
 SERVERS_JOB = """#!/bin/bash

@@ -1,8 +1,8 @@
 """NeMo 2's checkpoint folder, read and written without nemo-toolkit.
 
 ``weights/`` is a torch_dist checkpoint whose keys start with "module."; ``context/`` has ``model.yaml`` (the model's
-configuration under the names of NeMo's classes), ``nemo_tokenizer/`` and ``artifacts/``. NeMo's own ``io.json`` repeats
-model.yaml as a graph of Python objects to build; it is neither read nor written.
+configuration under the names of NeMo's classes, defaults included), ``io.json`` (what NeMo builds its objects of, see
+``nemo_io``), ``nemo_tokenizer/`` and ``artifacts/``. Checked against nemo-toolkit by benchmarks/nemo_parity.py.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from spark_nemo.config.errors import ConfigError
 
 from ..hf_files import copy_companions
 from ..model_shape import ModelShape
+from .nemo_io import IO_JSON, call, io_json, plain_values, symbol
 from .stored import EMBEDDING, StoredCheckpoint
 
 WEIGHTS, CONTEXT, MODEL_YAML, PREFIX = "weights", "context", "model.yaml", "module."
@@ -35,6 +36,8 @@ _SAME = {"num_hidden_layers": "num_layers", "hidden_size": "hidden_size", "inter
          "rms_norm_eps": "layernorm_epsilon", "rope_theta": "rotary_base", "initializer_range": "init_method_std",
          "tie_word_embeddings": "share_embeddings_and_output_weights"}
 """Hugging Face's names of what NeMo's configuration has under another name."""
+_INPUT_NORM = "decoder.layers.self_attention.linear_qkv.layer_norm_weight"
+_FINAL_NORM = "decoder.final_layernorm.weight"
 _FIXED = {"normalization": "RMSNorm", "gated_linear_unit": True, "add_bias_linear": False,
           "position_embedding_type": "rope"}
 
@@ -54,7 +57,25 @@ def write_context(folder: Path, hf_config: dict[str, Any], shape: ModelShape, dt
                 (context / ARTIFACTS / name).write_bytes((source / name).read_bytes())
     config = {key: value for key, value in hf_config.items() if key != "auto_map"}
     (context / ARTIFACTS / "config.json").write_text(json.dumps(config, indent=2))
-    (context / MODEL_YAML).write_text(yaml.safe_dump(_model_yaml(shape, dtype), sort_keys=True))
+    model = _model_yaml(shape, dtype, context)
+    (context / MODEL_YAML).write_text(yaml.safe_dump(model, sort_keys=True))
+    (context / IO_JSON).write_text(io_json({key: value for key, value in model.items() if value is not None}))
+
+
+def check_norms(stored: StoredCheckpoint) -> None:
+    """``ConfigError`` for the layer norms that NeMo's import leaves at 1 when Transformer Engine is not installed.
+
+    It then finds no tensor of their names and only warns; the final norm has the same name and arrives. A fresh model
+    has ones in both.
+    """
+    norms = [stored.prefix + key for key in (_INPUT_NORM, _FINAL_NORM)]
+    if any(key not in stored.tensors for key in norms):
+        return  # a missing tensor is found, and named, with the others
+    lost, arrived = (bool((stored.read(key) == 1).all()) for key in norms)
+    if lost and not arrived:
+        raise ConfigError(f"{stored.folder}: tensor {norms[0]} is 1 everywhere, {norms[1]} is not: NeMo's import loses "
+                          "layer norms where Transformer Engine is not installed. Import the model again with it, or "
+                          "with tools/convert_hf_to_megatron.py --to nemo")
 
 
 def companions(folder: Path) -> tuple[Path, ...]:
@@ -85,7 +106,8 @@ def hf_config(folder: Path, stored: StoredCheckpoint) -> dict[str, Any]:
     return config
 
 
-def _model_yaml(shape: ModelShape, dtype: torch.dtype) -> dict[str, Any]:
+def _model_yaml(shape: ModelShape, dtype: torch.dtype, context: Path) -> dict[str, Any]:
+    """The tree of model.yaml. Tokenizer and generation settings are named when ``context`` has their files."""
     model, config = _CLASSES[shape.family]
     values: dict[str, Any] = {
         **_FIXED, "num_layers": shape.num_layers, "hidden_size": shape.hidden_size, "ffn_hidden_size": shape.ffn_size,
@@ -95,9 +117,10 @@ def _model_yaml(shape: ModelShape, dtype: torch.dtype) -> dict[str, Any]:
         "share_embeddings_and_output_weights": shape.tied_embeddings, "add_qkv_bias": shape.qkv_bias,
         "qk_layernorm": shape.qk_norm, "hidden_dropout": 0.0, "attention_dropout": 0.0,
         "bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16,
-        "params_dtype": {"_target_": str(dtype), "_call_": False},
-        "activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False},
+        "params_dtype": symbol(str(dtype)), "activation_func": symbol("torch.nn.functional.silu"),
     }
+    if shape.family.startswith("qwen3"):  # its class has a default of its own for this second name of seq_length
+        values["max_position_embeddings"] = shape.max_positions
     if scaling := shape.rope_scaling:
         config = _LLAMA31
         values |= {"scale_factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor,
@@ -105,14 +128,24 @@ def _model_yaml(shape: ModelShape, dtype: torch.dtype) -> dict[str, Any]:
     if experts := shape.experts:
         values |= {"num_moe_experts": experts.count, "moe_router_topk": experts.per_token,
                    "moe_ffn_hidden_size": experts.ffn_size, "moe_router_pre_softmax": not experts.normalised}
-    return {"_target_": _MODELS + model, "config": {"_target_": _MODELS + config, **values},
-            "tokenizer": {"_target_": "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer",
-                          "pretrained_model_name": TOKENIZER},
-            "optim": None, "model_transform": None}
+    if (context / ARTIFACTS / "generation_config.json").is_file():
+        values["generation_config"] = call(
+            "nemo.lightning.io.artifact.hf_auto.from_pretrained", pretrained_model_name_or_path=f"./{ARTIFACTS}",
+            auto_cls=symbol("transformers.generation.configuration_utils.GenerationConfig"))
+    tokenizer = None
+    if (context / TOKENIZER / "tokenizer_config.json").is_file():
+        tokenizer = call("nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer",
+                         pretrained_model_name=TOKENIZER)
+    return call(_MODELS + model, config=call(_MODELS + config, **values), tokenizer=tokenizer, optim=None,
+                model_transform=None)
 
 
 def _from_yaml(path: Path, stored: StoredCheckpoint) -> dict[str, Any]:
     config = _read_config(path)
+    for key, value in plain_values(path.parent, "model.config").items():
+        if key in config and config[key] != value:
+            raise ConfigError(f"{path} says {key}={config[key]!r}, {path.parent / IO_JSON}, which NeMo reads, says "
+                              f"{value!r}: correct one of them")
 
     def get(key: str) -> Any:
         if config.get(key) is None:
@@ -144,7 +177,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text())["config"]
     except FileNotFoundError as error:
-        raise ConfigError(f"{path} is missing: this is no NeMo 2 checkpoint") from error
+        also = " (io.json alone leaves out what is a default of NeMo's classes)" if (
+            path.parent / IO_JSON).is_file() else ""
+        raise ConfigError(f"{path} is missing{also}: name a folder that has the model's config.json with --hf-config"
+                          ) from error
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
     if not isinstance(config, dict):

@@ -117,6 +117,7 @@ def _open_megatron(folder: Path, hf_config_from: str | Path | None, dtype: torch
 
 def _open_nemo(folder: Path, hf_config_from: str | Path | None, dtype: torch.dtype | None) -> OpenedCheckpoint:
     stored = StoredCheckpoint(folder / nemo.WEIGHTS)
+    nemo.check_norms(stored)
     if hf_config_from:
         config, source, companions = read_hf_config(hf_config_from), f"{hf_config_from}/config.json", (
             Path(hf_config_from),)

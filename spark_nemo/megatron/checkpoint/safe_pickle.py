@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from spark_nemo.config.errors import ConfigError
 
@@ -29,6 +30,10 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in _ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+        if name == "MCoreMetadata":
+            # What megatron-core up to 0.15, and so NeMo 2, writes: torch's Metadata and a field on optimizers. In 0.16
+            # an empty class of this name stands in for it.
+            return Metadata
         return super().find_class(module, name)
 
 

@@ -42,7 +42,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
 
 
 def read_response(rollout: Rollout, rules: ConstraintsConfig) -> ParsedResponse | FormatViolation:
-    """The response in its steps, or the rule it broke.
+    """The gate f: the response in its steps, or the rule it broke.
 
     A truncated rollout breaks the format whatever its text says: nobody knows how it would have ended.
     """
