@@ -19,6 +19,7 @@ from spark_nemo.records.jsonl import read_problems
 from spark_nemo.stages.arms import arm_config, pipeline_arms
 from spark_nemo.stages.run_folder import read_done, stage2_folder
 from spark_nemo.training.policy_examples import read_policy_examples
+from spark_nemo.weight_sync.engine_view import check_server_args
 from spark_nemo.weight_sync.numbers import ModelNumbers
 
 
@@ -87,7 +88,8 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
         raise ConfigError(f"models.policy={config.models.policy}: no model there; `spark-nemo sft` makes it of "
                           f"models.policy_base={config.models.policy_base}")
     _trained_model(config, "models.policy")
-    check_sync(read_hf_config(config.models.policy), "models.policy")
+    numbers = check_sync(read_hf_config(config.models.policy), "models.policy")
+    check_server_args(numbers, config.engine.policy.server_args, "engine.policy.server_args")
     read_problems(_set(config, "data.rl_problems"))
     read_eval_problems(_set(config, "data.eval_problems"))
     _fits(config, "rl.sampling", rl.sampling)
