@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -36,8 +37,10 @@ EXAMPLES = """examples:
   spark-nemo pipeline +experiment=toy run.dir=runs/first
   spark-nemo pipeline +experiment=spark/base --dry-run
   spark-nemo sft +experiment=toy run.dir=runs/first
+  spark-nemo stage1 +experiment=toy run.dir=runs/first
   spark-nemo stage3 +experiment=toy rl.group_size=8 megatron.tensor_parallel=2
   spark-nemo stage2 +experiment=toy stage2.method=single --print-config
+  spark-nemo report +experiment=toy run.dir=runs/first
   spark-nemo report compare old=runs/a0 old=runs/a1 new=runs/b0 new=runs/b1 --out runs/comparison
   spark-nemo evaluate math --model runs/first/stage3/process_aware/model +experiment=toy
   spark-nemo evaluate processbench --model models/chat --critic --data gsm8k.json math.json +experiment=spark/base
@@ -61,7 +64,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except USER_ERRORS as error:
-        print(f"spark-nemo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        advice = ": make room where run.dir is; the same command goes on" if full else ""
+        print(f"spark-nemo: error: {' '.join(str(error).split())}{advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("spark-nemo: interrupted; the same command resumes", file=sys.stderr)
@@ -129,9 +134,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _examples(name: str) -> str | None:
+    """Those of one subcommand."""
+    head, *lines = EXAMPLES.splitlines()
+    own = [line for line in lines if f" {name} " in line]
+    return "\n".join([head, *own]) if own else None
+
+
 def _config_command(commands: argparse._SubParsersAction, name: str, summary: str) -> argparse.ArgumentParser:
     command = commands.add_parser(
-        name, help=summary, description=summary, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+        name, help=summary, description=summary, epilog=_examples(name),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     command.add_argument("overrides", nargs="*", help="Hydra overrides: +experiment=NAME, section.key=value")
     command.add_argument("--print-config", action="store_true", help="show the resolved configuration and exit")
     return command
@@ -251,7 +264,12 @@ def _report(arguments: argparse.Namespace) -> int:
     from spark_nemo.report.collect import collect_summary
     from spark_nemo.report.write import write_report
 
+    for word in arguments.overrides:
+        if "=" not in word and not word.startswith("~"):
+            raise ConfigError(f"{word}: name the run as run.dir={word}, with the overrides that its stages had")
     if config := _configured(arguments):
+        if not any((Path(config.run.dir) / stage).is_dir() for stage in ("sft", "stage1", "stage2", "stage3")):
+            raise ConfigError(f"run.dir={config.run.dir}: no stage has been run there, there is nothing to report")
         print(f"report: {write_report(config.run.dir, collect_summary(config, oracle_for(config)))}")
     return 0
 

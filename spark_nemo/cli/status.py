@@ -14,6 +14,7 @@ A part is a stage's folder, such as ``stage1/shard-0-of-8`` or ``stage3/process_
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -130,7 +131,8 @@ def _progress(folder: Path, config: dict) -> tuple[int, int | None]:
     last, section = json.loads(rows[-1]), "sft" if folder.name == "sft" else "stage2"
     if last.get("epoch") and config:
         # Stage II and the format SFT: `epoch` is the share of the data seen before the row's step.
-        return last["step"] + 1, round(config[section]["epochs"] * last["step"] / last["epoch"] + 0.499)
+        # An epoch ends with a smaller batch, so it is the steps of one that are rounded up.
+        return last["step"] + 1, config[section]["epochs"] * math.ceil(round(last["step"] / last["epoch"], 6))
     return last["step"] + 1, None
 
 

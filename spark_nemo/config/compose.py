@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -71,4 +76,27 @@ def _one_line(error: BaseException) -> str:
     lines = [line for i, line in enumerate(lines) if "$VALUE" not in line and line not in lines[:i]]
     keys = {key for c in known if (key := getattr(c, "full_key", None))}
     suffix = "".join(f" (key: {key})" for key in sorted(keys) if not any(key in line for line in lines))
-    return "; ".join(lines) + suffix
+    return "; ".join(lines) + suffix + _hint("; ".join(lines))
+
+
+def _hint(message: str) -> str:
+    """What to write instead, after Hydra's words for a wrong name; nothing where none of them is recognised."""
+    if found := re.search(r"Key '(\w+)' not in '(\w+)'", message):
+        names = next(([each.name for each in fields(section)] for section in _sections(SparkConfig)
+                      if section.__name__ == found[2]), [])
+        close = difflib.get_close_matches(found[1], names, n=1)
+        return f": did you mean {close[0]}?" if close else f": there are {', '.join(names)}"
+    if found := re.search(r"Could not override '(experiment|engine)'\. No match", message):
+        return f" Write +{found[1]}=NAME"
+    if found := re.search(r"Could not find '((?:experiment|engine)/(?:\w+/)?)", message):
+        known = sorted(path.stem for path in (config_folder() / found[1]).glob("*.yaml"))
+        return f": there are {', '.join(known)}" if known else ""
+    return ""
+
+
+def _sections(section: type) -> Iterator[type]:
+    """The dataclass and those that its fields hold."""
+    yield section
+    for kind in get_type_hints(section).values():
+        if is_dataclass(kind):
+            yield from _sections(kind)

@@ -85,5 +85,6 @@ def model_identity(folder: str | Path) -> str:
             file.seek(max(0, size - _SAMPLED_BYTES))
             digest.update(file.read(_SAMPLED_BYTES))
     if not (folder / "config.json").exists():
-        raise ConfigError(f"model folder {folder}: no config.json there; name a Hugging Face model folder")
+        raise ConfigError(f"model folder {folder}: no config.json there; name a Hugging Face model folder (hub names "
+                          "are not downloaded: hf download NAME --local-dir FOLDER)")
     return digest.hexdigest()[:12]

@@ -18,6 +18,8 @@ _SEEDS = (0x243F6A88, ((0x243F6A88 * 0x9E3779B1) ^ 0xDEADBEEF) & _MASK32)
 _POSITION = ((0x27D4EB2D, 15), (0x165667B1, 13))
 _TILE = 8192
 """Words that are summed before they are mixed again."""
+_HOLD = 8 << 20
+"""Bytes that are mixed at once. A block costs some 50 small kernels, and a model has 10,000s of experts' tensors."""
 
 
 class TensorDigest(Protocol):
@@ -53,12 +55,14 @@ class ByteDigest:
 class WordDigest:
     """SGLang's GPU hash in plain torch: two sums of mixed words per tile of 8192, mixed again and added.
 
-    int32 stands for uint32: products and sums wrap alike, only right shifts need a mask. Raises ``ValueError`` for a
-    block that ends inside a word.
+    int32 stands for uint32: products and sums wrap alike, only right shifts need a mask. Small blocks are held, as
+    copies, until there are 8 MiB of them. Raises ``ValueError`` for a block that ends inside a word.
     """
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self._words, self._at = num_bytes // 4, 0
+        self._held: list[torch.Tensor] = []
+        self._held_words = 0
         self._sums_2K = torch.zeros(2, max(1, -(-self._words // _TILE)), dtype=torch.int64, device=device)
 
     def update(self, block: torch.Tensor) -> None:
@@ -67,6 +71,15 @@ class WordDigest:
         if raw_B.numel() % 4:
             raise ValueError(f"a block of {raw_B.numel()} bytes ends inside a 32-bit word: it has no hash of its own")
         words_N = raw_B.view(torch.int32)
+        self._held_words += words_N.numel()
+        enough = self._held_words * 4 >= _HOLD or self._at + self._held_words >= self._words
+        self._held.append(words_N if enough else words_N.clone())
+        if enough:
+            self._mix_held()
+
+    def _mix_held(self) -> None:
+        words_N = self._held[0] if len(self._held) == 1 else torch.cat(self._held)
+        self._held, self._held_words = [], 0
         index_N = torch.arange(self._at, self._at + words_N.numel(), device=words_N.device)
         position_N, tile_N = index_N.to(torch.int32), index_N // _TILE
         for sums_K, seed, (factor, turn) in zip(self._sums_2K, _SEEDS, _POSITION):
@@ -78,6 +91,8 @@ class WordDigest:
 
     def hexdigest(self) -> str:
         """See ``TensorDigest``."""
+        if self._held:
+            self._mix_held()
         length = _signed(self._words * 4 & _MASK32)
         high, low = ((_mix(_wrapped(sums_K) ^ length).to(torch.int64) & _MASK32).tolist() for sums_K in self._sums_2K)
         total = sum((a << 32) | b for a, b in zip(high, low)) & _MASK64

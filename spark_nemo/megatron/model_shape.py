@@ -121,7 +121,8 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     """The config.json of a model folder. ``ConfigError`` when the folder or the file is missing or is not JSON."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise ConfigError(f"model folder {folder} does not exist")
+        raise ConfigError(f"model folder {folder} does not exist (hub names are not downloaded: "
+                          "hf download NAME --local-dir FOLDER)")
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(f"model folder {folder} has no config.json")

@@ -89,7 +89,8 @@ def text_of(data: dict[str, object], name: str, default: str | None = None) -> s
     """``data[name]``, a string that UTF-8 can hold. Raises ``ValueError`` naming the field."""
     value = data.get(name, default)
     if not isinstance(value, str):
-        raise ValueError(f"{name!r} must be a string" + (", it is missing" if name not in data else ""))
+        found = f"not {type(value).__name__}" if name in data else f"it is missing; the row has {', '.join(data)}"
+        raise ValueError(f"{name!r} must be a string, {found}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:

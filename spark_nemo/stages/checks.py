@@ -20,6 +20,8 @@ from spark_nemo.records import Problem
 from spark_nemo.records.jsonl import read_problems
 from spark_nemo.stages.arms import arm_config, pipeline_arms
 from spark_nemo.stages.run_folder import read_done, stage2_folder
+from spark_nemo.training.policy_examples import read_policy_examples
+from spark_nemo.weight_sync.engine_view import check_server_args
 from spark_nemo.weight_sync.numbers import ModelNumbers
 
 _SLACK = 16
@@ -86,11 +88,13 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
     config.engine.require("policy")
     if rl.asks_reward_model:
         config.engine.require("verifier")
-    if config.models.policy_base and not (Path(_set(config, "models.policy")) / "config.json").exists():
+    if (config.models.policy_base and Path(_set(config, "models.policy")).parts[-2:] == ("sft", "model")
+            and not (Path(config.models.policy) / "config.json").exists()):
         raise ConfigError(f"models.policy={config.models.policy}: no model there; `spark-nemo sft` makes it of "
                           f"models.policy_base={config.models.policy_base}")
     _trained_model(config, "models.policy")
-    check_sync(read_hf_config(config.models.policy), "models.policy")
+    numbers = check_sync(read_hf_config(config.models.policy), "models.policy")
+    check_server_args(numbers, config.engine.policy.server_args, "engine.policy.server_args")
     problems = read_problems(_set(config, "data.rl_problems"))
     held_out = read_eval_problems(_set(config, "data.eval_problems"))
     _fits(config, "rl.sampling", rl.sampling)
@@ -140,6 +144,27 @@ def check_pipeline(config: SparkConfig) -> None:
         read_answer_keys(config.pipeline.rl_answers)
 
 
+def check_data_here(config: SparkConfig, fields: Sequence[str]) -> None:
+    """Of these fields, every file that is on this machine, row by row, for ``--dry-run``: what a job would only say
+    after its wait in the queue. Raises ``DataFileError`` with file and line."""
+    for field in fields:
+        section, name = field.split(".")
+        path = getattr(getattr(config, section), name)
+        if not path or not Path(path).exists():
+            continue
+        match name:
+            case "eval_problems":
+                read_eval_problems(path)
+            case "processbench":
+                read_processbench(path)
+            case "sft_examples":
+                read_policy_examples(path, drop_invalid=config.sft.invalid == "drop")
+            case "rl_answers" | "reference_answers":
+                read_answer_keys(path)
+            case _:
+                read_problems(path)
+
+
 def reward_model_folder(config: SparkConfig) -> Path:
     """Where the reward model is: named, or stage II's result in this run. Raises ``ConfigError`` when there is none."""
     made = stage2_folder(config.run, config.stage2.method, config.reward_variant) / "model"
@@ -177,12 +202,13 @@ def _served_model(config: SparkConfig, field: str) -> None:
 
 
 def _served_folder(config: SparkConfig, folder: Path, field: str) -> ModelShape:
+    """Without this check the run would say so after its first stage, or its queue."""
     shape = _model(folder, field)
     if config.engine.kind == "local":
         try:
             Qwen2Shape.from_folder(folder)
         except EngineFailure as error:
-            raise ConfigError(f"{field}: {error}") from error
+            raise ConfigError(f"{field}: {error} (add +engine=sglang)") from error
     return shape
 
 

@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
+from spark_nemo.records.progress_bar import progress_bar
 from spark_nemo.stages.children import start_child
 from spark_nemo.stages.run_folder import DONE, PROGRESS, read_done
 
@@ -52,7 +51,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, logs: Path) -> bool:
     running: dict[str, tuple[Job, subprocess.Popen[bytes], float]] = {}
     stopping = _StopRequest()
     with (stopping, _stopped_at_the_end(running),
-          tqdm(total=len(jobs), initial=len(done), desc="pipeline", unit="job") as bar):
+          progress_bar(total=len(jobs), initial=len(done), desc="pipeline", unit="job") as bar):
         while len(done) < len(jobs):
             if stopping.requested and not running:
                 return False

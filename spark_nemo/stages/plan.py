@@ -13,7 +13,7 @@ from spark_nemo.config.engine import POOLS
 from spark_nemo.megatron.model_shape import ModelShape, read_hf_config
 from spark_nemo.records.jsonl import read_problems
 from spark_nemo.stages.arms import Arm, arm_config, pipeline_arms
-from spark_nemo.stages.checks import check_sync
+from spark_nemo.stages.checks import check_data_here, check_sync
 from spark_nemo.stages.published import PUBLISHED
 from spark_nemo.stages.run_folder import stage2_folder
 
@@ -67,13 +67,15 @@ class Parts:
 
 
 def dry_run(config: SparkConfig, part: str = "pipeline") -> str:
-    """Validate what needs no files and describe what subcommand ``part`` would do, one fact per line.
+    """Validate settings, and the data files that are on this machine, and describe what subcommand ``part`` would do,
+    one fact per line.
 
     Token counts are upper bounds: every generation at its limit. Raises ``ConfigError`` for a layout that does not fit
-    a trained model, or a context that leaves no room for a prompt.
+    a trained model, or a context that leaves no room for a prompt, ``DataFileError`` for a row that cannot be read.
     """
     check_without_files(config, part)
     parts = Parts.of(config, part)
+    check_data_here(config, _read_fields(parts, part))
     lines = [f"run.dir      {config.run.dir}, seed {config.run.seed}", *_models(config, parts), *_ranks(config, parts)]
     if parts.sft:
         lines += _format_sft(config)
@@ -161,7 +163,8 @@ def _models(config: SparkConfig, parts: Parts) -> list[str]:
                 if shape else "size unknown before it is loaded")
         here = value.startswith("toy:") or (Path(value) / "config.json").exists()
         missing = "" if here else "; not on this machine"
-        if not here and field == "models.policy" and config.models.policy_base:
+        if not here and field == "models.policy" and config.models.policy_base and (
+                Path(value).parts[-2:] == ("sft", "model")):
             missing = f"; `spark-nemo sft` makes it of {config.models.policy_base}"
         lines.append(f"model        {field.removeprefix('models.')}: {value} ({size}{missing})")
     if parts.stage3 and (shape := _hf_config(config, "models.policy")):
@@ -244,14 +247,19 @@ def _selection(config: SparkConfig) -> str:
     return f"balanced by {by}, at most {labels.max_per_verdict or 3} + {labels.max_per_verdict or 3} per problem"
 
 
-def _files(config: SparkConfig, parts: Parts, part: str) -> list[str]:
+def _read_fields(parts: Parts, part: str) -> list[str]:
+    """The fields that name data files; the answers among them may be unset."""
     read = [field for field in parts.fields if field.startswith("data.")]
     read += ["stage1.reference_answers"] if parts.stage1 else []
     read += ["labels.reference_answers"] if parts.stage2 else []
     if any(arm.reads_answer_keys for arm in parts.stage3):
         read.append("pipeline.rl_answers" if part == "pipeline" else "data.rl_answers")
+    return read
+
+
+def _files(config: SparkConfig, parts: Parts, part: str) -> list[str]:
     lines = []
-    for field in read:
+    for field in _read_fields(parts, part):
         if value := _value(config, field):
             state = "made on the run" if value.startswith("toy:") else "here" if Path(value).exists() else "missing"
             lines.append(f"reads        {field}: {value} ({state})")

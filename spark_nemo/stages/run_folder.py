@@ -26,12 +26,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from spark_nemo.config import RunConfig
 from spark_nemo.config.designs import SHAPING_KNOBS, VERIFIER_KNOBS, variant_suffix
 from spark_nemo.config.hacking import ConstraintsConfig
 from spark_nemo.records.jsonl import write_json_atomic
+from spark_nemo.records.progress_bar import progress_bar
 
 DONE, PROGRESS = "DONE.json", "progress.json"
 PROCESSBENCH, WHOLE_SOLUTION = "processbench.json", "whole_solution.json"
@@ -113,7 +112,7 @@ class Progress:
         folder.mkdir(parents=True, exist_ok=True)
         self._path, self._total, self._written = folder / PROGRESS, total, 0.0
         self._clock = clock
-        self._bar = tqdm(total=total, unit=unit, desc=folder.name)
+        self._bar = progress_bar(total=total, unit=unit, desc=folder.name)
 
     def update(self, done: int, note: str) -> None:
         """Show ``done`` of the total."""

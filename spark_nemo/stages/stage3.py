@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.engines.client import run_async
@@ -21,6 +20,7 @@ from spark_nemo.megatron.distributed import gather_objects, on_main_rank
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import Problem, content_key
 from spark_nemo.records.jsonl import read_problems
+from spark_nemo.records.progress_bar import progress_bar
 from spark_nemo.stages.checks import check_stage3, reward_model_folder
 from spark_nemo.stages.credit import batch_advantages
 from spark_nemo.stages.feed import BatchFeed
@@ -38,6 +38,8 @@ from spark_nemo.weight_sync.gate import FirstStepGate
 from spark_nemo.weight_sync.push import WeightSync
 
 log = logging.getLogger(__name__)
+_OUT_OF_FORMAT = 0.9
+"""Share of a run's first responses above which nearly no group can have two different rewards."""
 
 
 def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool:
@@ -80,7 +82,7 @@ def _run(config: SparkConfig, worker: MegatronWorker, sync: WeightSync, session:
     writer.truncate_from(start)
     timeline = session.rollouts.timeline if session is not None else Timeline()
 
-    bar = tqdm(total=rl.steps, initial=start, desc=f"rl {config.arm}", unit="step", disable=not worker.is_main)
+    bar = progress_bar(total=rl.steps, initial=start, desc=f"rl {config.arm}", unit="step", disable=not worker.is_main)
     with StopFlag(folder) as stop, feed, bar, closing(writer):
         for step in range(start, rl.steps):
             _sync(sync, worker, session, step)
@@ -92,6 +94,8 @@ def _run(config: SparkConfig, worker: MegatronWorker, sync: WeightSync, session:
                     worker, batch.rollouts, batch_advantages(batch, rl), torch.tensor(batch.rewards.valid), rl,
                     reference=reference, tokens_per_micro_batch=config.megatron.tokens_per_micro_batch,
                     gate=_gate(config, sync, worker, session, feed) if _compares(start, step, feed, batch) else None)
+            if step == start and worker.is_main:
+                warn_out_of_format(batch.metrics)
             feed.settle()
             watched = on_main_rank(lambda step=step, batch=batch: run_async(session.watched(batch, step)))
             writer.write(step, {**batch.metrics, **feed.metrics(batch, step), **watched, **metrics})
@@ -194,6 +198,15 @@ def _gate(config: SparkConfig, sync: WeightSync, worker: MegatronWorker, session
 
     return FirstStepGate(
         config.weight_sync, differing_tensors, **({"show": lambda token: show((token,))} if show else {}))
+
+
+def warn_out_of_format(metrics: Mapping[str, float]) -> None:
+    """Say once, early, that a policy without the format learns nothing, in place of a flat curve after a night."""
+    share = metrics.get("format_violations", 0.0)
+    if share > _OUT_OF_FORMAT:
+        log.warning("%.0f %% of the responses break the format and are paid nothing, and groups of equal rewards teach "
+                    "nothing: teach the format first (`spark-nemo sft`); violation/* in metrics.jsonl says which rules",
+                    100 * share)
 
 
 def _write_timing(folder: Path, timeline: Timeline, step: int, is_main: bool) -> None:

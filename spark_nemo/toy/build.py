@@ -13,11 +13,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from spark_nemo.config import MegatronConfig, OptimizerConfig
 from spark_nemo.engines.tokenizer import Tokenizer
 from spark_nemo.megatron.worker import MegatronWorker
+from spark_nemo.records.progress_bar import progress_bar
 from spark_nemo.toy.corpus import CorpusExample, clean_corpus, drill_corpus, generator_corpus, verifier_corpus
 from spark_nemo.toy.critic import critic_corpus
 from spark_nemo.toy.data import held_out_questions
@@ -82,7 +81,7 @@ def _pretrain(phase: str, corpus: Iterator[CorpusExample], start: Path, out: Pat
         worker = MegatronWorker.from_hf(start, LAYOUT, seed, optimizer, steps)
     else:
         worker = MegatronWorker.from_config(model_config(tokenizer.vocab_size), LAYOUT, seed, optimizer, steps)
-    bar = tqdm(range(steps), desc=phase, unit="step")
+    bar = progress_bar(iterable=range(steps), desc=phase, unit="step")
     for _ in bar:
         batch = pack(_take(corpus, tokenizer), LAYOUT.tokens_per_micro_batch).micro_batches
         result = worker.train_step(batch, sft_loss)

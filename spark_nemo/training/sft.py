@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from spark_nemo.config import ConfigError
 from spark_nemo.megatron.checkpoint import has_checkpoint
 from spark_nemo.megatron.distributed import gather_objects
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import derive_seed
+from spark_nemo.records.progress_bar import progress_bar
 
 from .losses import sft_loss
 from .metrics import MetricsWriter
@@ -82,7 +82,7 @@ def train_sft(
     step = saved_step = _resume(worker, run_folder, identity)
     writer = MetricsWriter(run_folder, is_main=worker.is_main)
     writer.truncate_from(step)
-    bar = tqdm(total=total_steps, initial=step, desc="sft", unit="step", disable=not worker.is_main)
+    bar = progress_bar(total=total_steps, initial=step, desc="sft", unit="step", disable=not worker.is_main)
     while step < total_steps and not any(gather_objects(stop.requested)):
         measured = {}
         if held_out and step % eval_every == 0:

@@ -3,12 +3,15 @@
 Read from sglang 0.5.21 (srt/layers/linear.py, srt/layers/vocab_parallel_embedding.py, srt/models/): q, k and v lie
 below each other in ``qkv_proj``, gate and up in ``gate_up_proj``; o_proj and down_proj are cut by columns; the
 vocabulary is padded with zero rows to a multiple of 64; a key-value head is on several ranks when there are more ranks
-than heads.
+than heads. Experts (srt/layers/moe/fused_moe_triton/layer.py) lie below each other: each one's share of gate and of up
+in ``w13_weight``, of down in ``w2_weight``; the router is whole on every rank. So they lie for SGLang's Triton kernels,
+which it takes by default on GPUs before Blackwell; ``check_server_args`` refuses the arguments that ask for others.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spark_nemo.config import ConfigError
@@ -16,6 +19,10 @@ from spark_nemo.config import ConfigError
 from .numbers import ModelNumbers
 
 VOCABULARY_PADDING = 64
+_OTHER_EXPERTS = ("--ep", "--ep-size", "--expert-parallel-size", "--moe-a2a-backend", "--moe-dp-size",
+                  "--moe-data-parallel-size", "--enable-eplb", "--ep-num-redundant-experts", "--init-expert-location")
+"""Arguments with which a rank of SGLang holds some experts whole, or several copies of one."""
+_RUNNER, _RUNNERS = "--moe-runner-backend", ("auto", "triton")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +53,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class EngineTensor:
-    """One parameter of one engine rank: its pieces from the first row to the last."""
+    """One parameter of one engine rank: its pieces from the first row to the last.
+
+    With three axes (expert, row, column) the rows are those of all experts, one expert after the other.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -55,15 +65,38 @@ class EngineTensor:
 
 def check_engine_layout(numbers: ModelNumbers, tp: int) -> None:
     """Raise ``ConfigError`` for a split that SGLang refuses, naming the numbers."""
-    for count, what in ((numbers.num_heads, "attention heads"), (numbers.ffn_size, "ffn rows")):
+    ffn = (numbers.expert_ffn_size, "ffn rows of an expert") if numbers.experts else (numbers.ffn_size, "ffn rows")
+    for count, what in ((numbers.num_heads, "attention heads"), ffn):
         if count % tp:
             raise ConfigError(f"an engine of {tp} tensor-parallel ranks does not divide the model's {count} {what}")
+    if 0 < numbers.experts < tp:
+        raise ConfigError(f"an engine of {tp} tensor-parallel ranks needs as many experts, the model has "
+                          f"{numbers.experts}")
     if numbers.num_kv_heads % tp and tp % numbers.num_kv_heads:
         raise ConfigError(f"an engine of {tp} tensor-parallel ranks is neither a divisor nor a multiple of the "
                           f"model's {numbers.num_kv_heads} key-value heads")
     if _padded_vocabulary(numbers) % tp:
         raise ConfigError(f"an engine of {tp} tensor-parallel ranks does not divide the vocabulary of "
                           f"{_padded_vocabulary(numbers)} (padded)")
+
+
+def check_server_args(numbers: ModelNumbers, words: Sequence[str], name: str) -> None:
+    """Raise ``ConfigError`` for arguments under which SGLang lays experts out in another way; ``name`` is their field.
+
+    With expert parallelism a rank has some experts whole; other kernels than Triton's have up before gate, or blocks
+    of both, and 0.5.21 cannot load new weights into all of those.
+    """
+    if not numbers.experts:
+        return
+    for index, word in enumerate(words):
+        flag, _, value = word.partition("=")
+        if flag in _OTHER_EXPERTS:
+            raise ConfigError(f"{name}: {flag} spreads a model's experts over an engine's ranks in a way that weight "
+                              "sync has no plan for: take it out, experts are cut by tensor parallelism")
+        value = value or "".join(words[index + 1:index + 2])
+        if flag == _RUNNER and value not in _RUNNERS:
+            raise ConfigError(f"{name}: {_RUNNER} {value} stores experts in an order of its own, which weight sync has "
+                              "no plan for: use triton")
 
 
 def _padded_vocabulary(numbers: ModelNumbers) -> int:
@@ -90,7 +123,7 @@ def engine_tensors(numbers: ModelNumbers, tp: int, rank: int) -> tuple[EngineTen
 
 def _layer_tensors(numbers: ModelNumbers, tp: int, rank: int) -> list[EngineTensor]:
     hidden = numbers.hidden_size
-    q, ffn = numbers.q_rows // tp, numbers.ffn_size // tp
+    q = numbers.q_rows // tp
     kv = max(1, numbers.num_kv_heads // tp) * numbers.head_dim
     kv_rank = rank // max(1, tp // numbers.num_kv_heads)
     own = {"q": (rank * q, (rank + 1) * q), "k": (kv_rank * kv, (kv_rank + 1) * kv),
@@ -101,10 +134,6 @@ def _layer_tensors(numbers: ModelNumbers, tp: int, rank: int) -> list[EngineTens
                        for part, rows in parts.items())
         height = sum(piece.slice.height for piece in pieces)
         return EngineTensor(name, (height,) if columns is None else (height, columns), pieces)
-
-    def by_columns(name: str, width: int) -> EngineTensor:
-        piece = Piece(name, Slice((0, hidden), (rank * width, (rank + 1) * width)))
-        return EngineTensor(name, (hidden, width), (piece,))
 
     tensors = [
         _whole("input_layernorm.weight", hidden),
@@ -117,12 +146,34 @@ def _layer_tensors(numbers: ModelNumbers, tp: int, rank: int) -> list[EngineTens
         tensors += [_whole(f"self_attn.{x}_norm.weight", numbers.head_dim) for x in "qk"]
     return [
         *tensors,
-        by_columns("self_attn.o_proj.weight", q),
+        _by_columns("self_attn.o_proj.weight", hidden, q, rank),
         _whole("post_attention_layernorm.weight", hidden),
-        stacked("mlp.gate_up_proj.weight",
-                {f"mlp.{x}_proj.weight": (rank * ffn, (rank + 1) * ffn) for x in ("gate", "up")}, hidden),
-        by_columns("mlp.down_proj.weight", ffn),
+        *_feed_forward(numbers, tp, rank),
     ]
+
+
+def _feed_forward(numbers: ModelNumbers, tp: int, rank: int) -> list[EngineTensor]:
+    hidden, width = numbers.hidden_size, (numbers.expert_ffn_size or numbers.ffn_size) // tp
+    rows = Slice((rank * width, (rank + 1) * width), (0, hidden))
+    if not numbers.experts:
+        gate_up = tuple(Piece(f"mlp.{x}_proj.weight", rows) for x in ("gate", "up"))
+        return [EngineTensor("mlp.gate_up_proj.weight", (2 * width, hidden), gate_up),
+                _by_columns("mlp.down_proj.weight", hidden, width, rank)]
+    each = [f"mlp.experts.{expert}." for expert in range(numbers.experts)]
+    columns = Slice((0, hidden), (rank * width, (rank + 1) * width))
+    return [
+        EngineTensor("mlp.gate.weight", (numbers.experts, hidden),
+                     (Piece("mlp.gate.weight", Slice((0, numbers.experts), (0, hidden))),)),
+        EngineTensor("mlp.experts.w13_weight", (numbers.experts, 2 * width, hidden),
+                     tuple(Piece(f"{expert}{x}_proj.weight", rows) for expert in each for x in ("gate", "up"))),
+        EngineTensor("mlp.experts.w2_weight", (numbers.experts, hidden, width),
+                     tuple(Piece(f"{expert}down_proj.weight", columns) for expert in each)),
+    ]
+
+
+def _by_columns(name: str, rows: int, width: int, rank: int) -> EngineTensor:
+    piece = Piece(name, Slice((0, rows), (rank * width, (rank + 1) * width)))
+    return EngineTensor(name, (rows, width), (piece,))
 
 
 def _whole(name: str, rows: int) -> EngineTensor:

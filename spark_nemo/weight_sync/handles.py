@@ -55,10 +55,10 @@ class TensorTransport(Transport):
             raise TransferBroken("; ".join(str(error) for error in targets.errors.values()))
 
     async def _load(self, bucket: Bucket, targets: Targets, version: int) -> None:
-        payload = serialise(bucket.tensors())
+        # A payload each: opening one gives back the reference that pickling it took, and the last reference the memory.
         await each(targets, lambda engine: engine.update_weights_from_tensor(
-            [payload] * self.engine_tensor_parallel, flush_cache=False, timeout_s=self.timeout_s,
-            version=version if bucket.is_last else None), self.timeout_s, "loading a bucket")
+            [serialise(bucket.tensors()) for _ in range(self.engine_tensor_parallel)], flush_cache=False,
+            timeout_s=self.timeout_s, version=version if bucket.is_last else None), self.timeout_s, "loading a bucket")
 
 
 def serialise(named: list[tuple[str, torch.Tensor]]) -> str:

@@ -6,7 +6,7 @@ checksums are made through its engine view, and tests prove from it that nothing
 The trainer's side is Megatron's sharding as ``megatron/hf_weights.py`` writes it: rows of q, k and v are fused per
 key-value head (its query heads, the key, the value) and cut into equal pieces, also when there are more tensor-parallel
 ranks than key-value heads: then a rank holds a piece of one group, which may be query rows only (megatron-core 0.16
-gathers the product again, transformer/attention.py).
+gathers the product again, transformer/attention.py). An expert is never cut: it lies whole on one expert-parallel rank.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from .engine_view import EngineTensor, Slice, engine_tensors
 from .numbers import DTYPE_BYTES, ModelNumbers, checkpoint_tensors
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_EXPERT = re.compile(r"mlp\.experts\.(\d+)\..+")
 QKV = re.compile(r"self_attn\.([qkv])_proj\.(weight|bias)")
 WHOLE = {"input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.q_norm.weight",
-         "self_attn.k_norm.weight", "model.norm.weight"}
+         "self_attn.k_norm.weight", "mlp.gate.weight", "model.norm.weight"}
 BY_COLUMNS = {"self_attn.o_proj.weight", "mlp.down_proj.weight"}
 BY_ROWS = {"mlp.gate_proj.weight", "mlp.up_proj.weight"}
 VOCABULARY = {"model.embed_tokens.weight", "lm_head.weight"}
@@ -39,11 +40,17 @@ class Source:
 
     pp_rank: int
     slices: tuple[Slice | None, ...]
+    """Of an expert's tensor one, the whole: tensor-parallel ranks do not share it out."""
+    ep_rank: int | None = None
+    """The expert-parallel rank that has the expert; None for what is no expert's."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorPlan:
-    """One Hugging Face tensor; every data-parallel replica of the trainer has the same sources."""
+    """One Hugging Face tensor; every data-parallel replica of the trainer has the same sources.
+
+    Of an expert's tensor, every group of expert-parallel ranks.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -85,7 +92,7 @@ class SyncPlan:
 
 def plan_sync(
     tensors: Mapping[str, Sequence[int]], dtype: str, config: Mapping[str, Any], *, tensor_parallel: int,
-    pipeline_parallel: int, engine_tensor_parallel: int, bucket_bytes: int,
+    pipeline_parallel: int, engine_tensor_parallel: int, bucket_bytes: int, expert_parallel: int = 1,
 ) -> SyncPlan:
     """The plan for ``tensors`` (Hugging Face names and shapes, in export order) of ``dtype``.
 
@@ -97,7 +104,7 @@ def plan_sync(
     if bucket_bytes < 1:
         raise ConfigError(f"weight_sync.bucket_bytes={bucket_bytes}: must be positive")
     _check_tensors(tensors, numbers)
-    planned = _trainer_side(numbers, DTYPE_BYTES[dtype], tensor_parallel, pipeline_parallel)
+    planned = _trainer_side(numbers, DTYPE_BYTES[dtype], tensor_parallel, pipeline_parallel, expert_parallel)
     by_name = {tensor.name: tensor for tensor in planned}
     ordered = tuple(by_name[name] for name in tensors)
     buckets = _buckets(ordered, bucket_bytes)
@@ -120,11 +127,15 @@ def _check_tensors(tensors: Mapping[str, Sequence[int]], numbers: ModelNumbers) 
         raise ConfigError(f"tensor {missing[0]} is missing ({len(missing)} of {len(expected)})")
 
 
-def check_trainer_layout(numbers: ModelNumbers, tp: int, pp: int) -> None:
+def check_trainer_layout(numbers: ModelNumbers, tp: int, pp: int, ep: int = 1) -> None:
     """Raise ``ConfigError`` for a split that Megatron refuses (transformer_config.py), naming the numbers."""
-    for count, what in ((numbers.num_heads, "attention heads"), (numbers.ffn_size, "ffn rows")):
-        if count % tp:
-            raise ConfigError(f"megatron.tensor_parallel={tp} does not divide the model's {count} {what}")
+    if numbers.num_heads % tp:
+        raise ConfigError(f"megatron.tensor_parallel={tp} does not divide the model's {numbers.num_heads} attention "
+                          "heads")
+    if not numbers.experts and numbers.ffn_size % tp:
+        raise ConfigError(f"megatron.tensor_parallel={tp} does not divide the model's {numbers.ffn_size} ffn rows")
+    if ep > 1 and (not numbers.experts or numbers.experts % ep):
+        raise ConfigError(f"megatron.expert_parallel={ep} does not divide the model's {numbers.experts} experts")
     if numbers.num_kv_heads % tp and tp % numbers.num_kv_heads:
         raise ConfigError(f"megatron.tensor_parallel={tp} is neither a divisor nor a multiple of the model's "
                           f"{numbers.num_kv_heads} key-value heads")
@@ -137,17 +148,24 @@ def check_trainer_layout(numbers: ModelNumbers, tp: int, pp: int) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _trainer_side(numbers: ModelNumbers, itemsize: int, tp: int, pp: int) -> tuple[TensorPlan, ...]:
-    check_trainer_layout(numbers, tp, pp)
-    per_stage = numbers.num_layers // pp
+def _trainer_side(numbers: ModelNumbers, itemsize: int, tp: int, pp: int, ep: int) -> tuple[TensorPlan, ...]:
+    check_trainer_layout(numbers, tp, pp, ep)
+    per_stage, per_rank = numbers.num_layers // pp, numbers.experts // ep
 
     @functools.cache
     def slices(part: str, shape: tuple[int, ...]) -> tuple[Slice | None, ...]:
         return _shards(part, shape, numbers, tp)
 
+    @functools.cache
+    def whole(shape: tuple[int, ...]) -> Slice:
+        return Slice((0, shape[0]), (0, shape[1]))
+
     def one(name: str, shape: tuple[int, ...]) -> TensorPlan:
         if (match := _LAYER.fullmatch(name)) is not None:
             stages, part = [int(match[1]) // per_stage], match[2]
+            if (expert := _EXPERT.fullmatch(part)) is not None:
+                source = Source(stages[0], (whole(shape),), int(expert[1]) // per_rank)
+                return TensorPlan(name, shape, math.prod(shape) * itemsize, (source,))
         elif name == "model.embed_tokens.weight":
             # Tied, the last stage has a copy of its own as its output layer.
             stages, part = sorted({0, pp - 1}) if numbers.tied else [0], name
@@ -214,10 +232,12 @@ def _gather_bytes(numbers: ModelNumbers, itemsize: int, tp: int) -> int:
     """The largest working set of ``hf_weights.export_tensors`` over all parameters.
 
     A parameter cut by rows is gathered into the Hugging Face tensor itself; one cut by columns, or fused, is gathered
-    and then taken apart: twice its size, unless one rank has it whole.
+    and then taken apart: twice its size, unless one rank has it whole. So it has an expert, which is never gathered.
     """
     hidden = numbers.hidden_size
     vocabulary = -(-numbers.vocab_size // tp) * tp * hidden
-    taken_apart = [(numbers.q_rows + 2 * numbers.kv_rows) * hidden, numbers.q_rows * hidden,
-                   2 * numbers.ffn_size * hidden, numbers.ffn_size * hidden]
-    return max(vocabulary, max(taken_apart) * (2 if tp > 1 else 1)) * itemsize
+    taken_apart = [(numbers.q_rows + 2 * numbers.kv_rows) * hidden, numbers.q_rows * hidden]
+    if not numbers.experts:
+        taken_apart.append(2 * numbers.ffn_size * hidden)
+    never_cut = max(2 * numbers.expert_ffn_size, numbers.experts) * hidden
+    return max(vocabulary, max(taken_apart) * (2 if tp > 1 else 1), never_cut) * itemsize

@@ -70,7 +70,8 @@ class WeightSync:
         plan = plan_sync(
             hf_tensor_shapes(worker.shape), str(worker.dtype).removeprefix("torch."), worker.hf_config,
             tensor_parallel=worker.layout.tensor_parallel, pipeline_parallel=worker.layout.pipeline_parallel,
-            engine_tensor_parallel=engine_tensor_parallel, bucket_bytes=settings.bucket_bytes)
+            engine_tensor_parallel=engine_tensor_parallel, bucket_bytes=settings.bucket_bytes,
+            expert_parallel=worker.layout.expert_parallel)
         match settings.transport_for(engine_kind):
             case "disk":
                 where = Path(settings.folder) if settings.folder else folder / "weights"

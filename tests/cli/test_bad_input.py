@@ -46,6 +46,21 @@ def test_a_missing_model_folder_is_named(capsys: pytest.CaptureFixture[str], tmp
     assert not (tmp_path / "stage1/store").exists()
 
 
+def test_a_model_that_the_embedded_engine_does_not_serve_is_refused_before_any_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Proves it for a verifier and a reward model of another family, which the default engine would only refuse when
+    it loads them. That servers take them is not looked at."""
+    other = shutil.copytree(ASSETS / "verifier", tmp_path / "llama")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    for stage, field in (("stage1", "models.verifier"), ("stage3", "rl.reward_model")):
+        message = error_of(capsys, stage, *TOY, f"run.dir={tmp_path}/run", f"{field}={other}")
+        assert f"{field}: {other}" in message and "model_type='llama'" in message
+        assert "add +engine=sglang" in message
+    assert not (tmp_path / "run/stage1").exists()
+
+
 def test_a_tokenizer_that_cannot_say_the_format_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Proves the format's texts are tried on the tokenizer at load; here every byte but letters is unknown to it."""
     model = shutil.copytree(ASSETS / "generator", tmp_path / "model")
@@ -70,6 +85,43 @@ def test_a_malformed_problems_file_is_named_with_its_line(
     path.write_text(text)
     message = error_of(capsys, "stage1", *TOY, f"run.dir={tmp_path}/run", f"data.stage1_problems={path}")
     assert place in message
+
+
+@pytest.mark.parametrize(("override", "hint"), [
+    ("rl.grup_size=8", "did you mean group_size?"),
+    ("rl.optimizer.learning=1", "there are lr, "),
+    ("experiment=toy", "Write +experiment=NAME"),
+    ("+experiment=tiny", "there are toy, "),
+    ("+experiment=spark/bass", "there are base, "),
+])
+def test_a_wrong_name_is_answered_with_right_ones(
+    capsys: pytest.CaptureFixture[str], override: str, hint: str
+) -> None:
+    """Proves the hints for keys, a forgotten plus sign and experiments; the words before them are Hydra's."""
+    assert hint in error_of(capsys, "stage3", override, "--dry-run")
+
+
+def test_a_report_of_nothing_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Proves that a misspelt or forgotten run folder is not answered with an empty page in a new folder."""
+    assert "nothing to report" in error_of(capsys, "report", f"run.dir={tmp_path}/typo")
+    assert f"run.dir={tmp_path}" in error_of(capsys, "report", str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("field", "row", "named"), [
+    ("data.rl_problems", '{"prompt": "1+1?", "solution": "2"}', "it is missing; the row has prompt, solution"),
+    ("data.rl_problems", '{"problem_id": 1, "question": "1+1?"}', "must be a string, not int"),
+    ("data.eval_problems", '{"problem_id": "a", "question": "1+1?"}', "'answer' is missing"),
+])
+def test_a_dry_run_reads_the_data_that_are_here(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, field: str, row: str, named: str
+) -> None:
+    """Proves that another trainer's columns are named before a job is queued, and nothing is written."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(row + "\n")
+    message = error_of(capsys, "stage3", *TOY, f"run.dir={tmp_path}/run", f"{field}={path}", "--dry-run")
+    assert named in message and "rows.jsonl:" in message
+    assert [each.name for each in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
 @pytest.mark.parametrize("layout", ["megatron.tensor_parallel=3", "megatron.pipeline_parallel=3"])

@@ -48,6 +48,11 @@ def test_stage_2_tells_its_total_from_the_epoch(tmp_path: Path) -> None:
     attempt(tmp_path, "stage2/single", "3.0", STATE="running", JOB=3, TOTAL=0, STARTED=0)
     part, = read_status(tmp_path)
     assert (part.done, part.total) == (8, 26)
+    # 14 examples: four steps an epoch, the last of them half a batch.
+    (tmp_path / "stage2/single/metrics.jsonl").write_text("".join(
+        json.dumps({"step": i, "epoch": i * 4 / 14}) + "\n" for i in range(8)))
+    part, = read_status(tmp_path)
+    assert (part.done, part.total) == (8, 8)
 
 
 def test_the_newest_attempt_s_error_is_shown_until_the_part_is_done(tmp_path: Path) -> None:

@@ -25,6 +25,17 @@ def sglang(max_context: int = 320, **pool) -> EngineConfig:
     return EngineConfig(kind="sglang", max_context=max_context, max_batch_size=4, policy=PoolConfig(**pool))
 
 
+@pytest.mark.parametrize(("kind", "module"), [("sglang", "sglang"), ("vllm", "vllm")])
+def test_servers_that_this_python_cannot_launch_are_refused(
+    kind: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proves one line instead of restarts and a traceback in a log; another environment's packages are not looked at.
+    """
+    monkeypatch.setattr("spark_nemo.engines.fleet.pool.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=rf"no {module}; name one .*SPARK_{kind.upper()}_PYTHON"):
+        build_engine(EngineConfig(kind=kind, max_context=320, policy=PoolConfig(servers=1)), TOY, "policy")
+
+
 def test_given_servers_serve_as_one_engine() -> None:
     """Two fake servers by URL; both get work, none is ours to kill."""
     async def scenario(urls):
@@ -86,6 +97,7 @@ def test_a_context_beyond_the_models_is_cut_to_what_sglang_can_serve(
 ) -> None:
     """The small world's models have 512 positions; SGLang keeps six."""
     monkeypatch.setattr(ServerProcess, "launch", lambda self: None)
+    monkeypatch.setattr("spark_nemo.engines.fleet.pool.find_spec", lambda name: name)  # as if SGLang were here
     fleet = build_engine(sglang(max_context=4096, servers=1), TOY, "policy", tmp_path)
     words = fleet._members[0].keeper._command("h", 1)
     assert words[words.index("--context-length") + 1] == "512" and words[0] == sys.executable

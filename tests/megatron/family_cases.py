@@ -10,10 +10,14 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from safetensors.torch import load_file, save_file
 
-from spark_nemo.config import MegatronConfig
+from spark_nemo.config import MegatronConfig, WeightSyncConfig
+from spark_nemo.engines.client import run_async
+from spark_nemo.engines.sglang import SglangServer
 from spark_nemo.megatron.distributed import gather_objects
-from spark_nemo.megatron.hf_weights import placed_rules
+from spark_nemo.megatron.hf_weights import hf_tensor_shapes, placed_rules
 from spark_nemo.megatron.worker import MegatronWorker
+from spark_nemo.weight_sync.plan import plan_sync
+from spark_nemo.weight_sync.push import WeightSync
 
 SIZES = {"vocab_size": cases.VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
          "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.1}
@@ -113,7 +117,39 @@ def export_bfloat16(folder, layout):
     return sum(gather_objects(wrong)), len(expected)
 
 
-def eight_ranks(folders, store):
+def push(folder, layout, url, run_folder):
+    """Trained experts from eight ranks into the test server at ``url``, by two transports."""
+    worker = MegatronWorker.from_hf(folder, layout, seed=0, optimizer=cases.ADAM)
+    worker.train_step(cases.share(worker, cases.make_sequences()), cases.loss_fn)
+    engine = SglangServer(url, api_key=None, vocab_size=cases.VOCAB, max_context=64, max_in_flight=4,
+                          request_timeout_s=60, control_timeout_s=60) if worker.is_main else None
+    found = {}
+    for version, transport in enumerate(("disk", "distributed"), start=1):
+        sync = WeightSync.build(
+            WeightSyncConfig(transport=transport, checksums="require", timeout_s=60), worker, engine_kind="sglang",
+            folder=Path(run_folder))
+        sync.plan = plan_sync(  # the same in buckets of 16 KiB: this model would fit one of the smallest allowed
+            hf_tensor_shapes(worker.shape), "float32", worker.hf_config, tensor_parallel=layout.tensor_parallel,
+            pipeline_parallel=layout.pipeline_parallel, engine_tensor_parallel=1, bucket_bytes=16 << 10,
+            expert_parallel=layout.expert_parallel)
+        with torch.no_grad():  # so that every push has something to bring
+            for parameter in worker.model.parameters():
+                parameter.mul_(1.5)
+        before = run_async(sync.differing_tensors(worker, engine)) if version > 1 else []
+        run_async(sync.push(worker, engine, version))
+        after = run_async(sync.differing_tensors(worker, engine))
+        alive = gather_objects(cases.bytes_alive_during(worker.export_hf(), worker.model.parameters()))
+        found[transport] = {"before": len(before), "after": after, "memory": [
+            sync.memory_peak, sync.plan.buffer_bytes + sync.plan.largest_bytes], "gathered": [
+            max(alive), sync.plan.gather_bytes], "buckets": len(sync.plan.buckets)}
+        if worker.is_main:
+            run_async(sync.close())
+    if engine is not None:
+        run_async(engine.close())
+    return found
+
+
+def eight_ranks(folders, store, url):
     """Everything that needs several ranks, in one launch. Rank 0 writes what the tests assert."""
     results = {}
 
@@ -131,6 +167,8 @@ def eight_ranks(folders, store):
         results[f"qwen3_moe_{name}"] = compare(folders["qwen3_moe"], layout(*sizes, split_rows=True))
         results[f"qwen3_moe_{name}"]["bfloat16"] = export_bfloat16(
             folders["qwen3_moe"], layout(*sizes, dtype="bfloat16", split_rows=True))
+        results[f"push_{name}"] = push(
+            folders["qwen3_moe"], layout(*sizes, split_rows=True), url, f"{store}/push_{name}")
     for family in ("qwen3", "qwen3_moe"):
         results[f"{family}_full"] = compare(folders[family], layout(4, 2, split_rows=True, recompute="full"))
     results["qwen3_moe_selective"] = compare(

@@ -1,4 +1,6 @@
-"""Models of up to 72 billion parameters on the meta device: no weight is allocated, no rank but this process runs.
+"""Models of up to 72 billion parameters on the meta device, dense and with experts.
+
+No weight is allocated, no rank but this process runs.
 
 Proves names, shapes, counts and coverage for the layouts that the recipes use; a wrong order of rows inside a tensor
 would not show here (tests/weight_sync/test_plan.py and test_four_ranks.py see it, on small models).
@@ -25,11 +27,15 @@ CASES = [("qwen2.5-72b", 8, 4), ("qwen2.5-72b", 8, 8), ("llama-3.1-70b", 8, 4), 
          ("qwen3-32b", 8, 2), ("qwen3-32b", 4, 4), ("qwen2.5-14b", 8, 1), ("qwen2.5-14b", 4, 4),
          ("qwen2.5-7b", 4, 1), ("qwen2.5-7b", 4, 2)]
 """Model, tensor and pipeline parallel. Qwen2.5-Math-7B has the sizes of Qwen2.5-7B."""
+MIXTURE = "qwen3-30b-a3b"
+EXPERT_CASES = [(4, 2, 1, 4), (4, 2, 2, 8), (1, 2, 4, 4), (2, 4, 2, 2)]
+"""Tensor, pipeline, data and expert parallel."""
 
 
-def case(model, tp, pp):
+def case(model, tp, pp, dp=1, ep=1):
     config = json.loads((SHAPES / f"{model}.json").read_text())
-    layout = MegatronConfig(tensor_parallel=tp, pipeline_parallel=pp, sequence_parallel=True)
+    layout = MegatronConfig(tensor_parallel=tp, pipeline_parallel=pp, data_parallel=dp, expert_parallel=ep,
+                            sequence_parallel=tp > 1)
     return config, ModelShape.from_hf(config), layout
 
 
@@ -92,6 +98,41 @@ def test_sync_plan_takes_every_element_from_one_rank(model, tp, pp):
     for stage, ranks in enumerate(held):
         vocabularies = (stage == 0) + (stage == pp - 1)
         assert sum(ranks) + vocabularies * padding == counted[stage] * tp
+
+
+@pytest.mark.slow
+def test_a_stage_with_experts_is_built_as_the_table_says():
+    """Qwen3-30B-A3B at TP4 x PP2 x EP4: the module of the first and the last rank has the names and shapes of the
+    table, 32 of the 128 experts of its 24 layers among them. The others run the same code."""
+    _, shape, layout = case(MIXTURE, 4, 2, ep=4)
+    expected = stage_parameters(shape, layout)
+    for rank in (0, 7):
+        (_, stage), built = meta_ranks.built_parameters(shape, layout, rank)
+        assert built == expected[stage].all
+        assert sum("local_experts" in name for name in built) == 24 * 32 * 2
+
+
+@pytest.mark.parametrize(("tp", "pp", "dp", "ep"), EXPERT_CASES)
+def test_sync_plan_takes_every_expert_from_one_rank(tp, pp, dp, ep):
+    """Qwen3-30B-A3B: every element of the 18,867 tensors comes from one rank of one stage (the router and norms: from
+    all of them whole; an expert: whole from one expert-parallel rank), buckets send each tensor once, and a rank sends
+    what it holds: its slices, its experts and the vocabulary's padding are what ``sizing`` counts for it."""
+    config, shape, layout = case(MIXTURE, tp, pp, dp, ep)
+    plan = plan_sync(checkpoint_tensors(ModelNumbers.from_config(config)), "bfloat16", config, tensor_parallel=tp,
+                     pipeline_parallel=pp, engine_tensor_parallel=4, bucket_bytes=512 << 20, expert_parallel=ep)
+    assert [name for bucket in plan.buckets for name in bucket] == [tensor.name for tensor in plan.tensors]
+    assert len(plan.tensors) == 18867 and len(plan.buckets) < 120
+    dense, experts = [[0] * tp for _ in range(pp)], [[0] * ep for _ in range(pp)]
+    for tensor in plan.tensors:
+        (source,) = tensor.sources
+        assert once(source.slices, tensor.shape), tensor.name
+        for rank, part in enumerate(source.slices):
+            holders, holder = (dense, rank) if source.ep_rank is None else (experts, source.ep_rank)
+            holders[source.pp_rank][holder] += 0 if part is None else part.height * part.width
+    padding = (shape.padded_vocab_size(tp) - shape.vocab_size) * shape.hidden_size
+    for stage, counted in enumerate(stage_parameters(shape, layout)):
+        assert sum(dense[stage]) + padding == tp * sum(math.prod(size) for size in counted.dense.values())
+        assert set(experts[stage]) == {sum(math.prod(size) for size in counted.experts.values())}
 
 
 def once(slices, shape):

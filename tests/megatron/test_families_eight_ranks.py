@@ -4,26 +4,32 @@ Proves nothing about NCCL, Transformer Engine or several machines. One process: 
 """
 
 import json
+import sys
+from pathlib import Path
 
 import conversion_cases
 import family_cases as cases
 import pytest
 from megatron_ranks import run_ranks
 
+sys.path.append(str(Path(__file__).parents[1] / "weight_sync"))
+from receivers import start_receivers
 
-def eight_ranks(function, store, results):
+
+def eight_ranks(function, store, results, *more):
     """What eight ranks that run ``function`` on a reference folder of every family wrote to the file ``results``."""
     folders = {family: str(store / family) for family in cases.FAMILIES}
     for family, folder in folders.items():
         cases.write_reference(family, folder)
-    run_ranks(function, 8, folders, str(store), timeout=500)
+    run_ranks(function, 8, folders, str(store), *more, timeout=500)
     return json.loads((store / results).read_text())
 
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
     """What eight ranks found out."""
-    return eight_ranks(cases.eight_ranks, tmp_path_factory.mktemp("families"), "results.json")
+    with start_receivers(1) as (server,):
+        return eight_ranks(cases.eight_ranks, tmp_path_factory.mktemp("families"), "results.json", server.url)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +72,21 @@ def test_experts_on_several_ranks(launch, layout):
     result = launch[f"qwen3_moe_{layout}"]
     same_as_transformers(result)
     assert result["export"] == 0 and result["bfloat16"][0] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["disk", "distributed"])
+@pytest.mark.parametrize("layout", cases.EXPERT_LAYOUTS)
+def test_trained_experts_reach_a_server(launch, layout, transport):
+    """Trained experts from two and four expert-parallel ranks, over data ranks, over tensor ranks, and over both with
+    two stages: after a push every parameter of the test server, which stacks experts as SGLang does, has the trainer's
+    checksum. No rank allocates more than the plan says during the export."""
+    result = launch[f"push_{layout}"][transport]
+    assert result["after"] == []
+    assert transport == "disk" or result["before"] > 15
+    assert result["buckets"] > 20 and 0 < result["memory"][0] <= result["memory"][1]
+    held, planned = result["gathered"]
+    assert planned / 2 <= held <= planned
 
 
 @pytest.mark.slow

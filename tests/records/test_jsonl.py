@@ -43,7 +43,7 @@ GOOD = b'{"problem_id": "a", "question": "q"}'
     (GOOD + b'\n{"problem_id": "\xff"}', "p.jsonl:2: not JSON"),
     (GOOD + b"\n3", "p.jsonl:2: a JSON object"),
     (GOOD + b"\n" + GOOD, "p.jsonl:2: problem_id 'a' is already on line 1"),
-    (b'{"question": "q"}', "p.jsonl:1: 'problem_id' must be a string, it is missing"),
+    (b'{"question": "q"}', "p.jsonl:1: 'problem_id' must be a string, it is missing; the row has question"),
     (b'{"problem_id": 3, "question": "q"}', "p.jsonl:1: 'problem_id' must be a string"),
     (b'{"id": true, "question": "q"}', "p.jsonl:1: 'problem_id' must be a string"),
     (b'{"problem_id": "a", "question": " "}', "p.jsonl:1: problem 'a'"),

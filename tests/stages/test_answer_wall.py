@@ -47,7 +47,7 @@ READERS = {
     "spark_nemo.stages.labels": {"_correctness"},
     "spark_nemo.stages.rl_session": {"RLSession.evaluate", "answer_checker"},
     "spark_nemo.stages.stage3": {"_train"},
-    "spark_nemo.stages.checks": {"check_stage3", "check_pipeline", "_has_answers"},
+    "spark_nemo.stages.checks": {"check_stage3", "check_pipeline", "check_data_here", "_has_answers"},
 }
 """Every function of the stages that names an answer's type or a function that reads or compares answers."""
 KEY_NAMES = {"AnswerKey", "EvalProblem", "read_answer_keys", "read_eval_problems", "answer_matches", "grade_answers",

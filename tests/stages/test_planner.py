@@ -152,6 +152,19 @@ def test_recommended_overrides_pass_the_check(capsys):
     compose_config(["+experiment=spark/base", "+engine=sglang", *pasted])
 
 
+def test_a_mixture_is_planned_with_its_weight_sync(capsys, tmp_path):
+    """Qwen3-30B-A3B as the policy of stage III: an engine of one GPU holds the published bytes, a sync holds a bucket
+    and the gathered vocabulary and moves the whole model, and the layouts spread its experts."""
+    (tmp_path / "config.json").write_text((SHAPES / "qwen3-30b-a3b.json").read_text())
+    assert engine_weight_bytes(model("qwen3-30b-a3b"), 1) == 61064245248
+    assert main(["plan", "--stage", "stage3", "--json", "--nodes", "3", "--model", str(tmp_path),
+                 "rl.reward_model=Qwen2.5-14B-Instruct"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert any(word.startswith("megatron.expert_parallel=") for word in made["overrides"])
+    assert made["step_seconds"]["weight sync"] == 2 * 61.064245248 / 2  # written and read at 2 GB/s
+    assert all(500 << 20 < each["bytes"]["sync"] - 2 * 151936 * 2048 <= 512 << 20 for each in made["layouts"])
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["--stage", "stage2", "--model", "Qwen2.5-72B-Instruct", "--nodes", "1"],
      r"does not fit 8 GPUs .* GB too much; megatron\..* on twice the GPUs saves"),

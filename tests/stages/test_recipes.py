@@ -140,7 +140,8 @@ def test_problems_are_counted_whatever_the_file_is(tmp_path: Path) -> None:
 
     rows = [{"prompt": [{"role": "user", "content": f"{n} + 1?"}], "data_source": "made"} for n in range(70)]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rl.parquet")
-    (tmp_path / "eval.json").write_text(json.dumps([{"problem_id": "a", "question": "?", "answer": "1"}] * 3, indent=1))
+    held_out = [{"problem_id": name, "question": "?", "answer": "1"} for name in "abc"]
+    (tmp_path / "eval.json").write_text(json.dumps(held_out, indent=1))
     plan = dry_run(compose_config([
         "+experiment=toy", f"data.stage1_problems={tmp_path}/rl.parquet", f"data.eval_problems={tmp_path}/eval.json",
         "rl.steps=3", "rl.eval_every=2"])).splitlines()

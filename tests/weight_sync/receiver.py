@@ -2,7 +2,7 @@
 
 It speaks the protocol of ``tests/engines/fake_sglang.py`` and adds what that one only pretends: it reads safetensors
 with the safetensors library, joins process groups as SGLang does, maps shared tensors, fuses q/k/v and gate/up by
-concatenation, and hashes what it has. ``tricks`` (POST /_faults) make it misbehave.
+concatenation, stacks experts, and hashes what it has. ``tricks`` (POST /_faults) make it misbehave.
 """
 
 import argparse
@@ -94,7 +94,15 @@ class Receiver(FakeSglang):
         """SGLang's fused parameters of one rank, the vocabulary padded to a multiple of 64."""
         w = self.weights
         for name, tensor in w.items():
-            if ".q_proj." in name:
+            stem, _, which = name.partition(".experts.")
+            if which == "0.gate_proj.weight":
+                each = [[w[f"{stem}.experts.{e}.{x}_proj.weight"] for x in ("gate", "up", "down")]
+                        for e in range(w[f"{stem}.gate.weight"].shape[0])]
+                yield f"{stem}.experts.w13_weight", torch.stack([torch.cat(one[:2]) for one in each])
+                yield f"{stem}.experts.w2_weight", torch.stack([one[2] for one in each])
+            elif which:
+                continue
+            elif ".q_proj." in name:
                 parts = [w[name.replace("q_proj", f"{x}_proj")] for x in "qkv"]
                 yield name.replace("q_proj", "qkv_proj"), torch.cat(parts)
             elif ".gate_proj." in name:

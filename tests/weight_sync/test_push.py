@@ -175,6 +175,18 @@ def test_a_server_of_a_fleet_with_wrong_weights_is_taken_out(perturbed, tmp_path
             run_async(fleet.close())
 
 
+def test_shared_memory_lasts_for_every_server(perturbed, tmp_path):
+    """Two servers of this machine map the same buffer, bucket after bucket: both get everything. Opening a handle gives
+    a reference back, so each server needs one of its own, and each tensor-parallel rank (tests/real_sglang)."""
+    with start_receivers(2) as (first, second):
+        fleet = Fleet({"first": first.engine, "second": second.engine})
+        try:
+            push(sync_for(perturbed, tmp_path, "tensor"), perturbed, fleet, 4)
+            assert list(fleet.members()) == ["first", "second"] and fleet.version == 4
+        finally:
+            run_async(fleet.close())
+
+
 def test_disk_keeps_one_version(perturbed, server, tmp_path):
     """Each version is a complete model folder; the one before goes once all servers have the new one, and nothing
     unfinished is left. A server that returns can be brought to it alone."""

@@ -7,10 +7,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
-from spark_nemo.config import EngineConfig, PoolConfig
+from spark_nemo.config import ConfigError, EngineConfig, PoolConfig
 
 from ..base import Engine
 from .fleet import Fleet
@@ -63,6 +64,14 @@ def pool_limits(pool: PoolConfig) -> FleetLimits:
 def python_of(pool: PoolConfig) -> str:
     """The interpreter of the servers' environment."""
     return pool.python or sys.executable
+
+
+def require_module(pool: PoolConfig, role: str, module: str, variable: str) -> None:
+    """A server that is launched with this interpreter needs its package here; its own words would be a traceback in a
+    log. Raises ``ConfigError`` that says how another interpreter is named."""
+    if pool.servers and pool.python is None and find_spec(module) is None:
+        raise ConfigError(f"engine.{role}.servers={pool.servers}: this Python has no {module}; name one that has, "
+                          f"{variable}=ENV/bin/python with the +engine presets or engine.{role}.python=ENV/bin/python")
 
 
 def host_of(pool: PoolConfig) -> str:

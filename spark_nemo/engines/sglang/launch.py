@@ -18,6 +18,7 @@ from ..fleet.pool import (
     or_else,
     pool_limits,
     python_of,
+    require_module,
     search_path,
 )
 from ..model_files import model_numbers
@@ -45,10 +46,12 @@ class CheckedServer(SglangServer):
 def build_pool(config: EngineConfig, model_dir: Path, role: str, log_dir: Path | None = None) -> Fleet:
     """The pool of ``role``, serving ``model_dir`` as weight version 0. Launched servers are starting when it returns.
 
-    Raises ``ConfigError`` when the pool is not configured, ``EngineFailure`` when its interpreter does not exist.
+    Raises ``ConfigError`` when the pool is not configured or there is no SGLang to launch, ``EngineFailure`` when its
+    interpreter does not exist.
     """
     config.require(role)
     pool, numbers = config.pool(role), model_numbers(model_dir)
+    require_module(pool, role, "sglang", "SPARK_SGLANG_PYTHON")
     max_context = min(config.max_context, numbers.max_positions - CONTEXT_RESERVE)
     limits = pool_limits(pool)
     key = os.environ.get(serve.KEY_VARIABLE) if pool.urls else secrets.token_urlsafe(32)

@@ -9,7 +9,7 @@ from pathlib import Path
 from spark_nemo.config import ConfigError, EngineConfig
 
 from ..fleet import Fleet
-from ..fleet.pool import CLIENT_SLACK, Launch, fleet_of, or_else, pool_limits, python_of
+from ..fleet.pool import CLIENT_SLACK, Launch, fleet_of, or_else, pool_limits, python_of, require_module
 from ..model_files import model_numbers
 from ..sglang import serve
 from .launch import server_command, server_environment
@@ -44,6 +44,7 @@ def build_pool(config: EngineConfig, model_dir: Path, role: str, log_dir: Path |
     if pool.first_gpu is not None:
         raise ConfigError(f"engine.{role}.first_gpu={pool.first_gpu}: a vLLM server takes its GPUs from "
                           f"CUDA_VISIBLE_DEVICES; set engine.{role}.server_env")
+    require_module(pool, role, "vllm", "SPARK_VLLM_PYTHON")
 
     def connect(url: str) -> VllmServer:
         return CheckedServer(

@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spark_nemo.config.errors import ConfigError
+from spark_nemo.records.progress_bar import progress_bar
 
 from ..hf_files import MAX_SHARD_BYTES, copy_companions, plan_files, write_model_files, write_tensors
 from ..hf_weights import hf_tensor_shapes
@@ -61,7 +62,7 @@ def convert(source: str | Path, target: str | Path, to: str, hf_config_from: str
     num_bytes = sum(map(math.prod, shapes.values())) * opened.dtype.itemsize
     job = {"from": opened.kind, "to": to, "files": fingerprint(source), "dtype": str(opened.dtype),
            "max_shard_bytes": max_shard_bytes, "hf_config": opened.hf_config}
-    with resumable_folder(target, job) as folder, tqdm(
+    with resumable_folder(target, job) as folder, progress_bar(
             total=num_bytes, unit="B", unit_scale=True, unit_divisor=1024, disable=not show_progress,
             desc=f"{opened.kind} -> {to}") as bar:
         if to == "hf":

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from spark_nemo.config import MegatronConfig
 from spark_nemo.config.errors import ConfigError
+from spark_nemo.records.progress_bar import progress_bar
 
 from ..hf_files import copy_companions
 from ..model_shape import ModelShape, read_hf_config
@@ -68,7 +68,7 @@ def reshard(source: str | Path, target: str | Path, layout: MegatronConfig, hf_c
 
     job = {"files": fingerprint(source), "layout": [layout.tensor_parallel, layout.pipeline_parallel],
            "hf_config": config}
-    with resumable_folder(target, job) as folder, tqdm(
+    with resumable_folder(target, job) as folder, progress_bar(
             total=sum(box.num_bytes for box in boxes), unit="B", unit_scale=True, unit_divisor=1024,
             disable=not show_progress, desc="reshard") as bar:
         inside = folder if step == source else folder / step.name

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from spark_nemo.config import ConfigError
 from spark_nemo.megatron.model_shape import ModelShape
 from spark_nemo.weight_sync.engine_view import engine_tensors
-from spark_nemo.weight_sync.numbers import FAMILIES, ModelNumbers
+from spark_nemo.weight_sync.numbers import ModelNumbers
 
 from .cluster import GB, Cluster, Rates
 from .workload import Generation, Model
@@ -41,13 +41,9 @@ def kv_bytes_per_token(shape: ModelShape, tensor_parallel: int) -> int:
 
 
 def engine_weight_bytes(model: Model, tensor_parallel: int) -> int:
-    """The first rank's parameters, by the weight sync's view of SGLang; experts (no such view) in equal parts."""
-    if model.config["model_type"] in FAMILIES:
-        numbers = ModelNumbers.from_config(model.config, model.name)
-        return _ITEM * sum(math.prod(tensor.shape) for tensor in engine_tensors(numbers, tensor_parallel, 0))
-    from spark_nemo.megatron.hf_weights import hf_tensor_shapes
-
-    return _ITEM * sum(map(math.prod, hf_tensor_shapes(model.shape).values())) // tensor_parallel
+    """The first rank's parameters, by the weight sync's view of SGLang."""
+    numbers = ModelNumbers.from_config(model.config, model.name)
+    return _ITEM * sum(math.prod(tensor.shape) for tensor in engine_tensors(numbers, tensor_parallel, 0))
 
 
 def engine_memory(generation: Generation, tensor_parallel: int, max_batch_size: int, cluster: Cluster,

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.megatron.hf_weights import hf_tensor_shapes
-from spark_nemo.weight_sync.numbers import FAMILIES
 from spark_nemo.weight_sync.plan import plan_sync
 
 from .cluster import GB, Cluster, Rates
@@ -145,14 +144,10 @@ def _share(work: Workload, tensor_parallel: int, cluster: Cluster) -> int:
 
 def _sync_bytes(model: Model, bucket_bytes: int) -> tuple[int, int]:
     """The whole model in bfloat16, and the most that a sync holds on the main rank."""
-    tensors = hf_tensor_shapes(model.shape)
-    if model.config["model_type"] in FAMILIES:
-        tp = 2 if model.shape.num_heads % 2 == 0 else 1
-        plan = plan_sync(tensors, "bfloat16", model.config, tensor_parallel=tp, pipeline_parallel=1,
-                         engine_tensor_parallel=1, bucket_bytes=bucket_bytes)
-        return plan.total_bytes, plan.peak_bytes
-    sizes = [2 * math.prod(size) for size in tensors.values()]
-    return sum(sizes), bucket_bytes + 2 * max(sizes)
+    tp = 2 if model.shape.num_heads % 2 == 0 else 1
+    plan = plan_sync(hf_tensor_shapes(model.shape), "bfloat16", model.config, tensor_parallel=tp, pipeline_parallel=1,
+                     engine_tensor_parallel=1, bucket_bytes=bucket_bytes)
+    return plan.total_bytes, plan.peak_bytes
 
 
 def _refusal(training: Training, found: list[Candidate], gpus: int, cluster: Cluster, rates: Rates,

@@ -1,0 +1,71 @@
+"""What README.md and docs/ name exists: settings, commands, files."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from spark_nemo.cli.main import _parse
+from spark_nemo.config import SparkConfig
+from spark_nemo.config.compose import compose_config
+
+REPO = Path(__file__).parents[2]
+PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", REPO / "containers/README.md",
+         *sorted((REPO / "docs").glob("*.md"))]
+OF_THE_READER = ("conf/experiment/mine.yaml",)
+"""What a page tells its reader to make."""
+
+
+def commands(text: str) -> Iterator[str]:
+    """The ``spark-nemo`` lines of code blocks, with what is indented below them, without remarks."""
+    for block in re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        joined = re.sub(r" *\\?\n +", " ", re.sub(r" +# .*", "", block))
+        for line in joined.splitlines():
+            if found := re.match(r"(?:\w+=\S+ )?(?:\.venv/bin/)?spark-nemo (.*)", line):
+                yield found[1]
+
+
+def documented() -> list[tuple[str, str]]:
+    return [(page.name, line) for page in PAGES for line in commands(page.read_text())
+            if " ... " not in f"{line} " and line != "--help"]
+
+
+@pytest.mark.parametrize(("page", "line"), documented())
+def test_a_command_of_the_documentation_parses_and_its_settings_compose(page: str, line: str) -> None:
+    """Proves subcommands, flags and overrides, value by value; starts nothing, so files and models may be missing."""
+    arguments = _parse(shlex.split(line))
+    overrides = [word for word in getattr(arguments, "overrides", []) if "=" in word and not word.startswith(
+        ("old=", "new=")) and word != "+experiment=mine"]
+    if "compare" not in getattr(arguments, "overrides", []):
+        compose_config(overrides)
+
+
+def test_there_are_commands_to_look_at() -> None:
+    """Proves that the search finds what it is for."""
+    assert len(documented()) > 30
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_settings_and_files_of_a_page_exist(page: Path) -> None:
+    """Proves it for names in backticks that begin with a section of the configuration, and for links and paths within
+    the repository; not that what is said about them is true."""
+    text = page.read_text()
+    sections = {each.name for each in fields(SparkConfig)}
+    for name in set(re.findall(r"`((?:[a-z_0-9]+\.)+[a-z_0-9]+)(?:=[^`]*)?`", text)):
+        first, *rest = name.split(".")
+        if first not in sections or rest[-1] in ("json", "jsonl", "sh", "py", "yaml"):
+            continue
+        at: object = get_type_hints(SparkConfig)[first]
+        for part in rest:
+            assert is_dataclass(at) and part in get_type_hints(at), f"{page.name}: {name}"
+            at = get_type_hints(at)[part]
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+    for path in re.findall(r"`((?:spark_nemo|tests|tools|benchmarks|conf|slurm|containers)/[\w./*-]+)`", text):
+        assert path in OF_THE_READER or list(REPO.glob(path)), f"{page.name}: {path}"
