@@ -12,7 +12,8 @@ from spark_nemo.engines.base import EngineFailure
 from spark_nemo.engines.local import Qwen2Shape
 from spark_nemo.engines.served import GRAMMAR_TEXTS
 from spark_nemo.engines.tokenizer import Tokenizer, TokenizerError
-from spark_nemo.evaluation.answers import read_answer_keys, read_eval_problems
+from spark_nemo.evaluation.answers import read_answer_keys
+from spark_nemo.evaluation.math_data import read_math
 from spark_nemo.evaluation.processbench import read_processbench
 from spark_nemo.grammar import prompt_set
 from spark_nemo.megatron.model_shape import ModelShape, read_hf_config
@@ -96,7 +97,7 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
     numbers = check_sync(read_hf_config(config.models.policy), "models.policy")
     check_server_args(numbers, config.engine.policy.server_args, "engine.policy.server_args")
     problems = read_problems(_set(config, "data.rl_problems"))
-    held_out = read_eval_problems(_set(config, "data.eval_problems"))
+    held_out = read_math(_set(config, "data.eval_problems"))
     _fits(config, "rl.sampling", rl.sampling)
     _fits(config, "evaluation", config.evaluation)
     if rl.rollout.oversample is None and rl.prompts_per_step > len(problems):
@@ -154,7 +155,7 @@ def check_data_here(config: SparkConfig, fields: Sequence[str]) -> None:
             continue
         match name:
             case "eval_problems":
-                read_eval_problems(path)
+                read_math(path)
             case "processbench":
                 read_processbench(path)
             case "sft_examples":

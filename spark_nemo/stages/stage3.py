@@ -14,7 +14,7 @@ from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.engines.client import run_async
 from spark_nemo.engines.fleet import Fleet
 from spark_nemo.engines.served import ServedModel, model_identity
-from spark_nemo.evaluation.answers import read_eval_problems
+from spark_nemo.evaluation.math_data import read_math
 from spark_nemo.megatron.checkpoint import has_checkpoint, newest
 from spark_nemo.megatron.distributed import gather_objects, on_main_rank
 from spark_nemo.megatron.worker import MegatronWorker
@@ -58,7 +58,7 @@ def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool
 
 def _train(config: SparkConfig, folder: Path, verifier: ServedModel | None) -> bool:
     rl = config.rl
-    problems, eval_problems = read_problems(config.data.rl_problems), read_eval_problems(config.data.eval_problems)
+    problems, eval_problems = read_problems(config.data.rl_problems), read_math(config.data.eval_problems)
     worker = MegatronWorker.from_hf(
         config.models.policy, config.megatron, config.run.seed, rl.optimizer, rl.steps * rl.updates_per_step)
     sync = WeightSync.build(

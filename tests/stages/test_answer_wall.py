@@ -50,8 +50,8 @@ READERS = {
     "spark_nemo.stages.checks": {"check_stage3", "check_pipeline", "check_data_here", "_has_answers"},
 }
 """Every function of the stages that names an answer's type or a function that reads or compares answers."""
-KEY_NAMES = {"AnswerKey", "EvalProblem", "read_answer_keys", "read_eval_problems", "answer_matches", "grade_answers",
-             "judge_answer", "judge_answers"}
+KEY_NAMES = {"AnswerKey", "EvalProblem", "read_answer_keys", "read_eval_problems", "read_math", "read_math_sets",
+             "answer_matches", "grade_answers", "judge_answer", "judge_answers"}
 KEY_FIELDS = {"answer", "correct_answer", "original_answer", "final_answer", "gold", "ground_truth", "reward_model"}
 """What a data file calls a reference answer."""
 

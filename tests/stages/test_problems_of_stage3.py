@@ -11,6 +11,7 @@ from world import SMALL
 
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.config.compose import compose_config
+from spark_nemo.records.jsonl import DataFileError
 from spark_nemo.stages.checks import check_stage3
 from spark_nemo.toy.resolve import resolve_toy
 
@@ -41,3 +42,15 @@ def test_a_step_needs_as_many_problems_as_it_has_prompts(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"rl\.prompts_per_step=41.*40 problems"):
         check_stage3(small(tmp_path, "rl.prompts_per_step=41"))
     check_stage3(small(tmp_path, "rl.prompts_per_step=41", "rl.rollout.oversample=1"))
+
+
+def test_held_out_problems_may_be_a_benchmark_as_it_is_distributed(tmp_path: Path) -> None:
+    """MATH-500's own columns are read because the file's name says what it is; the same rows under another name are
+    refused with the field that is missing, before any work."""
+    row = {"problem": "What is 2 + 3?", "solution": "2 + 3 = \\boxed{5}", "answer": "5", "unique_id": "a/1.json"}
+    config = small(tmp_path)
+    for name in ("MATH-500.jsonl", "mine.jsonl"):
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+    check_stage3(replace(config, data=replace(config.data, eval_problems=str(tmp_path / "MATH-500.jsonl"))))
+    with pytest.raises(DataFileError, match=r"mine\.jsonl.*problem_id"):
+        check_stage3(replace(config, data=replace(config.data, eval_problems=str(tmp_path / "mine.jsonl"))))
