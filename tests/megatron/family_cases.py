@@ -149,35 +149,44 @@ def push(folder, layout, url, run_folder):
     return found
 
 
-def eight_ranks(folders, store, url):
-    """Everything that needs several ranks, in one launch. Rank 0 writes what the tests assert."""
+def layout(tp, pp, ep=1, dtype="float32", split_rows=False, **more):
+    return MegatronConfig(
+        tensor_parallel=tp, pipeline_parallel=pp, data_parallel=8 // (tp * pp), expert_parallel=ep, dtype=dtype,
+        sequence_parallel=split_rows and tp > 1, **{"distributed_optimizer": False, **more})
+
+
+def family_ranks(folders, store):
+    """Every family under every layout. Rank 0 writes what the tests assert."""
     results = {}
-
-    def layout(tp, pp, ep=1, dtype="float32", split_rows=False, **more):
-        return MegatronConfig(
-            tensor_parallel=tp, pipeline_parallel=pp, data_parallel=8 // (tp * pp), expert_parallel=ep, dtype=dtype,
-            sequence_parallel=split_rows and tp > 1, **{"distributed_optimizer": False, **more})
-
     for (name, sizes), family in itertools.product(LAYOUTS.items(), FAMILIES):
         experts = family == "qwen3_moe"
         results[f"{family}_{name}"] = compare(folders[family], layout(*sizes, split_rows=experts))
         results[f"{family}_{name}"]["bfloat16"] = export_bfloat16(
             folders[family], layout(*sizes, dtype="bfloat16", split_rows=experts))
-    for name, sizes in EXPERT_LAYOUTS.items():
-        results[f"qwen3_moe_{name}"] = compare(folders["qwen3_moe"], layout(*sizes, split_rows=True))
-        results[f"qwen3_moe_{name}"]["bfloat16"] = export_bfloat16(
-            folders["qwen3_moe"], layout(*sizes, dtype="bfloat16", split_rows=True))
-        results[f"push_{name}"] = push(
-            folders["qwen3_moe"], layout(*sizes, split_rows=True), url, f"{store}/push_{name}")
     for family in ("qwen3", "qwen3_moe"):
         results[f"{family}_full"] = compare(folders[family], layout(4, 2, split_rows=True, recompute="full"))
     results["qwen3_moe_selective"] = compare(
         folders["qwen3_moe"], layout(2, 2, 2, split_rows=True, recompute="selective"))
+    _write(results, store, "families.json")
+
+
+def expert_ranks(folders, store, url):
+    """What only a mixture of experts has: its layouts, pushes to the test server at ``url``, resuming."""
+    results, folder = {}, folders["qwen3_moe"]
+    for name, sizes in EXPERT_LAYOUTS.items():
+        results[f"qwen3_moe_{name}"] = compare(folder, layout(*sizes, split_rows=True))
+        results[f"qwen3_moe_{name}"]["bfloat16"] = export_bfloat16(
+            folder, layout(*sizes, dtype="bfloat16", split_rows=True))
+        results[f"push_{name}"] = push(folder, layout(*sizes, split_rows=True), url, f"{store}/push_{name}")
     saved, other = (layout(*sizes, split_rows=True, distributed_optimizer=True) for sizes in ((2, 1, 2), (1, 2, 4)))
-    expected, resumed = cases.resume(folders["qwen3_moe"], f"{store}/checkpoint", saved, [saved, other])
+    expected, resumed = cases.resume(folder, f"{store}/checkpoint", saved, [saved, other])
     results["resume"] = {"expected": expected, "resumed": resumed}
+    _write(results, store, "experts.json")
+
+
+def _write(results, store, name):
     if torch.distributed.get_rank() == 0:
-        (Path(store) / "results.json").write_text(json.dumps(results))
+        (Path(store) / name).write_text(json.dumps(results))
 
 
 def checkpoint_keys(shape):

@@ -1,4 +1,4 @@
-"""Eight gloo processes, every family: TP up to 4 x PP 2, experts spread over ranks. Two launches serve all tests.
+"""Eight gloo processes, every family: TP up to 4 x PP 2, experts spread over ranks. Three launches serve all tests.
 
 Proves nothing about NCCL, Transformer Engine or several machines. One process: test_families.py.
 """
@@ -27,9 +27,15 @@ def eight_ranks(function, store, results, *more):
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
-    """What eight ranks found out."""
+    """What eight ranks found out, of every family."""
+    return eight_ranks(cases.family_ranks, tmp_path_factory.mktemp("families"), "families.json")
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """What eight ranks found out about experts, with a server that takes weights."""
     with start_receivers(1) as (server,):
-        return eight_ranks(cases.eight_ranks, tmp_path_factory.mktemp("families"), "results.json", server.url)
+        return eight_ranks(cases.expert_ranks, tmp_path_factory.mktemp("experts"), "experts.json", server.url)
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +72,10 @@ def test_round_trip_is_bit_exact(launch, family, layout):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", cases.EXPERT_LAYOUTS)
-def test_experts_on_several_ranks(launch, layout):
+def test_experts_on_several_ranks(experts, layout):
     """Experts spread over data-parallel ranks, over tensor ranks, and over both with two stages: the same numbers as
     transformers, and the same export. Tokens travel by all-to-all over gloo; grouped GEMM is a GPU's."""
-    result = launch[f"qwen3_moe_{layout}"]
+    result = experts[f"qwen3_moe_{layout}"]
     same_as_transformers(result)
     assert result["export"] == 0 and result["bfloat16"][0] == 0
 
@@ -77,11 +83,11 @@ def test_experts_on_several_ranks(launch, layout):
 @pytest.mark.slow
 @pytest.mark.parametrize("transport", ["disk", "distributed"])
 @pytest.mark.parametrize("layout", cases.EXPERT_LAYOUTS)
-def test_trained_experts_reach_a_server(launch, layout, transport):
+def test_trained_experts_reach_a_server(experts, layout, transport):
     """Trained experts from two and four expert-parallel ranks, over data ranks, over tensor ranks, and over both with
     two stages: after a push every parameter of the test server, which stacks experts as SGLang does, has the trainer's
     checksum. No rank allocates more than the plan says during the export."""
-    result = launch[f"push_{layout}"][transport]
+    result = experts[f"push_{layout}"][transport]
     assert result["after"] == []
     assert transport == "disk" or result["before"] > 15
     assert result["buckets"] > 20 and 0 < result["memory"][0] <= result["memory"][1]
@@ -106,9 +112,9 @@ def test_sequence_parallel_with_recomputation(launch, case):
 
 
 @pytest.mark.slow
-def test_experts_resume_under_another_layout(launch):
+def test_experts_resume_under_another_layout(experts):
     """Experts' weights and optimizer state, saved at TP2 x EP2 by the distributed optimizer: the next two steps are the
     same bit for bit there, and to 1e-5 at PP2 x EP4."""
-    (same, other), expected = launch["resume"]["resumed"], launch["resume"]["expected"]
+    (same, other), expected = experts["resume"]["resumed"], experts["resume"]["expected"]
     assert same == expected
     assert all(step == pytest.approx(want, abs=1e-5) for step, want in zip(other, expected, strict=True))
