@@ -6,14 +6,17 @@ import time
 
 import torch.multiprocessing as mp
 
+PRELOADED = ("torch", "transformers", "spark_nemo.megatron.worker")  # imported once: eight ranks need half a minute
+
 
 def run_ranks(function, world_size, *args, timeout=180):
     """Call ``function(*args)`` (of an importable module) on ``world_size`` processes; fail when one fails or hangs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    mp.get_context("forkserver").set_forkserver_preload(list(PRELOADED))
     context = mp.start_processes(
-        _rank_main, args=(world_size, port, function, args), nprocs=world_size, join=False, start_method="spawn")
+        _rank_main, args=(world_size, port, function, args), nprocs=world_size, join=False, start_method="forkserver")
     deadline = time.monotonic() + timeout
     while not context.join(timeout=1):
         if time.monotonic() > deadline:
