@@ -1,7 +1,8 @@
-"""SGLang's own module on every tensor-parallel rank, without the other ranks: ``module_ranks.py TP FOLDER...``.
+"""SGLang's own module on every tensor-parallel rank, without the other ranks: ``module_ranks.py TP,TP... FOLDER...``.
 
-Runs in SGLang's environment and prints one JSON object: for each folder and rank, every parameter's shape and checksum
-after SGLang's own loader has read the folder. Loading needs no communication, so the process group is torch's fake one.
+Runs in SGLang's environment and prints one JSON object: for each number of ranks, folder and rank, every parameter's
+shape and checksum after SGLang's own loader has read the folder. Loading needs no communication, so the process group
+is torch's fake one.
 """
 
 import contextlib
@@ -46,7 +47,7 @@ def loaded(folder):
             for name, parameter in model.named_parameters()}
 
 
-def main(tp, folders):
+def on_every_rank(tp, folders):
     found = {folder: [] for folder in folders}
     for rank in range(tp):
         reading, writing = os.pipe()
@@ -61,8 +62,8 @@ def main(tp, folders):
             for folder, parameters in zip(folders, json.load(pipe), strict=True):
                 found[folder].append(parameters)
         os.wait()
-    print(json.dumps(found))
+    return found
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    print(json.dumps({tp: on_every_rank(int(tp), sys.argv[2:]) for tp in sys.argv[1].split(",")}))

@@ -30,6 +30,7 @@ from spark_nemo.weight_sync.plan import plan_sync
 from spark_nemo.weight_sync.push import WeightSync
 
 pytestmark = pytest.mark.timeout(400)
+RANKS = (1, 2, 4)
 SIZES = {"vocab_size": 691, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
          "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.1,
          "eos_token_id": 2, "pad_token_id": 0}
@@ -67,18 +68,23 @@ def folders(tmp_path_factory, model_folder):
     return {family: make_hf(family, store / family, model_folder) for family in FAMILIES}
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
-def test_sglangs_own_module_has_what_the_plan_says(folders, tp):
-    """For 1, 2 and 4 tensor-parallel ranks (of 2 key-value heads) SGLang's module, filled by SGLang's loader, has on
-    every rank the names and shapes of the plan's view and, in every parameter, the bytes that the plan takes from the
-    checkpoint: by checksum, for the dense families and for experts."""
-    command = [str(sglang_python()), str(Path(__file__).parent / "module_ranks.py"), str(tp)]
+@pytest.fixture(scope="module")
+def served(folders):
+    """What SGLang's modules hold: by number of tensor-parallel ranks, folder and rank."""
+    command = [str(sglang_python()), str(Path(__file__).parent / "module_ranks.py"), ",".join(map(str, RANKS))]
     environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run([*command, *map(str, folders.values())], env=environment, capture_output=True, text=True,
                           check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    served = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("tp", RANKS)
+def test_sglangs_own_module_has_what_the_plan_says(folders, served, tp):
+    """For 1, 2 and 4 tensor-parallel ranks (of 2 key-value heads) SGLang's module, filled by SGLang's loader, has on
+    every rank the names and shapes of the plan's view and, in every parameter, the bytes that the plan takes from the
+    checkpoint: by checksum, for the dense families and for experts."""
     for family, folder in folders.items():
         config = read_hf_config(folder)
         names = checkpoint_tensors(ModelNumbers.from_config(config))
@@ -87,7 +93,7 @@ def test_sglangs_own_module_has_what_the_plan_says(folders, tp):
         expected, tensors = ExpectedChecksums(plan.engine_ranks, torch.float32), load_file(folder / "model.safetensors")
         for name in names:
             expected.see(name, tensors[name])
-        ranks = served[str(folder)]
+        ranks = served[str(tp)][str(folder)]
         assert [{name: tuple(shape) for name, (shape, _) in rank.items()} for rank in ranks] == [
             {tensor.name: tensor.shape for tensor in rank} for rank in plan.engine_ranks], family
         assert differing(expected.result(), [{name: sha for name, (_, sha) in rank.items()} for rank in ranks]) == []
