@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable
+from datetime import timedelta
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -21,6 +22,13 @@ from .cpu_compat import cuda_means_cpu
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+PATIENCE = timedelta(days=30)
+"""How long ranks wait for each other's objects. The main rank generates, verifies and evaluates for hours, or loads
+servers, and torch would end what the others wait in after 10 minutes (NCCL) or 30 (gloo). A rank that dies is noticed
+at once: its connections close."""
+_control: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
+"""The default group, and that of all ranks over which objects go."""
 
 
 def initialize(layout: MegatronConfig) -> None:
@@ -40,6 +48,8 @@ def initialize(layout: MegatronConfig) -> None:
             "megatron.data_parallel")
     if not dist.is_initialized():
         _join(rank, world_size)
+    if world_size > 1:
+        _control_group()
     _build_groups(layout)
 
 
@@ -54,7 +64,7 @@ def broadcast_object(value: T | None, source: int = 0) -> T:
         return value  # type: ignore[return-value]
     box = [value]
     with cuda_means_cpu():
-        dist.broadcast_object_list(box, src=source)
+        dist.broadcast_object_list(box, src=source, group=_control_group())
     return box[0]  # type: ignore[return-value]
 
 
@@ -64,7 +74,7 @@ def gather_objects(value: T) -> list[T]:
         return [value]
     box: list[Any] = [None] * dist.get_world_size()
     with cuda_means_cpu():
-        dist.all_gather_object(box, value)
+        dist.all_gather_object(box, value, group=_control_group())
     return box
 
 
@@ -116,6 +126,16 @@ def _join(rank: int, world_size: int) -> None:
         os.environ.setdefault("MASTER_PORT", "29500")
         dist.init_process_group(backend, rank=rank, world_size=world_size)
     logger.info("rank %d of %d joined over %s", rank, world_size, backend)
+
+
+def _control_group() -> dist.ProcessGroup:
+    """Made at the first call after the ranks have joined. Collective then."""
+    global _control
+    everyone = dist.group.WORLD
+    assert everyone is not None, "initialize joins the others"
+    if _control is None or _control[0] is not everyone:
+        _control = (everyone, dist.new_group(backend="gloo", timeout=PATIENCE))
+    return _control[1]
 
 
 def _build_groups(layout: MegatronConfig) -> None:

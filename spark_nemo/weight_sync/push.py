@@ -1,11 +1,10 @@
 """One push of new weights: pause, send by the configured transport, drop cached prefixes, compare checksums, resume.
 
-The main rank talks to the engines and tells the others what to take part in, so that it can repeat an export, or wait.
+The main rank talks to the engines and tells the others what to take part in, so that it can wait first, and repeat.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -34,8 +33,6 @@ ATTEMPTS = 3
 """Exports in one push: servers that are lost half-way cost the others a second one."""
 RETURNS = 3
 """So often one version waits for a pool that was lost whole. One that dies of every push may die of what is pushed."""
-STILL_WAITING_S = 60.0
-"""The other ranks hear so often of a wait: torch ends a collective call after 10 (NCCL) or 30 (gloo) minutes."""
 _NAMED = 5
 """Tensors that an error names."""
 
@@ -44,7 +41,6 @@ class _Next(Enum):
     """What the main rank tells the others while a push lasts; its last word is the outcome."""
 
     EXPORT = "export"
-    WAIT = "wait"
 
 
 class WeightSync:
@@ -98,8 +94,7 @@ class WeightSync:
             said = broadcast_object(await self._push_from_main(worker, engine, version))
         else:
             while isinstance(said := broadcast_object(None), _Next):
-                if said is _Next.EXPORT:
-                    Export(worker, self.plan).drain()
+                Export(worker, self.plan).drain()
         if said is not None:
             raise EngineFailure(f"weights version {version}: {said}")
 
@@ -108,7 +103,8 @@ class WeightSync:
         returns = RETURNS if isinstance(engine, Fleet) else 0  # of what stands alone nobody would notice the return
         try:
             while True:
-                await _until_updatable(engine)
+                if isinstance(engine, Fleet):
+                    await engine.until_updatable()
                 try:
                     await self._push_once(worker, engine, version)
                     return None
@@ -223,16 +219,6 @@ class WeightSync:
     async def close(self) -> None:
         """Leave process groups and remove what lies on disk. Main rank only."""
         await self.transport.close()
-
-
-async def _until_updatable(engine: Engine) -> None:
-    """Wait until ``engine`` could take weights. Raises ``EngineLost`` when a fleet's patience ends."""
-    if not isinstance(engine, Fleet):
-        return
-    waiting = asyncio.ensure_future(engine.until_updatable())
-    while (await asyncio.wait({waiting}, timeout=STILL_WAITING_S))[1]:
-        broadcast_object(_Next.WAIT)
-    await waiting
 
 
 @asynccontextmanager

@@ -19,7 +19,6 @@ from spark_nemo.megatron import checkpoint
 from spark_nemo.megatron.batch import PackedBatch
 from spark_nemo.megatron.distributed import gather_objects
 from spark_nemo.megatron.worker import MegatronWorker
-from spark_nemo.weight_sync import push as push_module
 from spark_nemo.weight_sync.gate import FirstStepGate
 from spark_nemo.weight_sync.push import WeightSync
 
@@ -272,7 +271,6 @@ def _returning_fleet(engine):
         await take(tensors, version)
 
     engine.update_weights = update
-    push_module.STILL_WAITING_S = 0.05
     fleet = Fleet({"m0": engine}, FleetLimits(backoff_s=0.3), name="policy pool")
     fleet.served_form = engine.served_form  # what checksums are made of; no fleet of the product has embedded engines
     return fleet
