@@ -71,7 +71,8 @@ class PoolConfig:
     router: bool | None = None
     """Send generation through sglang-router, which must be installed there; False when not set."""
     request_timeout_s: float | None = None
-    """One attempt of one request; 600 when not set."""
+    """One attempt of one request, from when it has a place among the server's; 600, and 0.25 for each token that it may
+    sample, when not set."""
     probe_timeout_s: float | None = None
     """A server that answers no probe for so long hangs; 30 when not set."""
     start_timeout_s: float | None = None

@@ -95,6 +95,9 @@ class EngineHealth:
 class Engine(abc.ABC):
     """A served causal language model. One event loop owns an engine; ``generate`` may be awaited many times at once."""
 
+    max_in_flight: int | None = None
+    """So many requests are sent at once, the others wait in ``generate``; None when there is no such bound."""
+
     @abc.abstractmethod
     async def generate(self, request: GenerationRequest) -> Generation:
         """Continue one prompt. Raises ``EngineFailure`` when it cannot be served."""

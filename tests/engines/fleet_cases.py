@@ -32,8 +32,8 @@ class FakeEngine(Engine):
     """Answers with the prompt and its own number after ``delay``. ``dead``, ``hung``: what a crash and a SIGSTOP look
     like to a client. ``spoken`` counts answers that left it."""
 
-    def __init__(self, number: int = 0, delay: float = 0.001) -> None:
-        self.number, self.delay = number, delay
+    def __init__(self, number: int = 0, delay: float = 0.001, max_in_flight: int | None = None) -> None:
+        self.number, self.delay, self.max_in_flight = number, delay, max_in_flight
         self.dead = self.hung = self.closed = self.paused = self.refuses_weights = False
         self.version, self.running, self.spoken, self.probes = 0, 0, 0, 0
         self.seen: list[tuple[int, ...]] = []

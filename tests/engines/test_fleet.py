@@ -93,6 +93,57 @@ def test_a_slow_request_on_a_sound_member_does_not_take_it_out() -> None:
     assert metrics.outages == 0 and metrics.members_up == 2 and not isinstance(error, EngineLost)
 
 
+def test_the_deadline_of_a_request_begins_when_it_has_a_place() -> None:
+    """One member that takes one request at a time, 15 requests at once, a deadline of three: all are answered at the
+    first try, also those that waited for longer than the deadline of one attempt and that of all attempts."""
+    async def scenario():
+        limits = QUICK.__class__(request_timeout_s=0.15, total_timeout_s=0.3, probe_every_s=0.05, probe_timeout_s=0.1)
+        async with running([FakeEngine(delay=0.05, max_in_flight=1)], limits) as fleet:
+            begin = time.monotonic()
+            answers = await asyncio.gather(*(fleet.generate(ask(i)) for i in range(15)))
+            return answers, time.monotonic() - begin, fleet.metrics()
+
+    answers, seconds, metrics = asyncio.run(scenario())
+    assert [answer.token_ids[0] for answer in answers] == list(range(15))
+    assert seconds > 0.6 and metrics.retries == metrics.outages == 0 and not any(metrics.load.values())
+
+
+def test_whoever_waits_for_a_place_at_a_member_that_dies_goes_elsewhere() -> None:
+    """Two members of one place each; the first dies with half of the requests waiting for it. All are answered by the
+    other, and only what had been sent counts as redone. A cancelled one gives its place up."""
+    async def scenario():
+        engines = [FakeEngine(i, delay=0.02, max_in_flight=1) for i in range(2)]
+        async with running(engines, QUICK.__class__(request_timeout_s=60, probe_every_s=0.05, probe_timeout_s=0.1)
+                           ) as fleet:
+            await asyncio.gather(*(fleet.generate(ask(i)) for i in range(2)))
+            tasks = [asyncio.ensure_future(fleet.generate(ask(i))) for i in range(20)]
+            await asyncio.sleep(0.03)
+            engines[0].dead = True
+            tasks[-1].cancel()
+            answers = await asyncio.gather(*tasks, return_exceptions=True)
+            return answers, fleet.metrics()
+
+    answers, metrics = asyncio.run(scenario())
+    assert [answer.token_ids[0] for answer in answers[:-1]] == list(range(19))
+    assert isinstance(answers[-1], asyncio.CancelledError)
+    assert 1 <= metrics.retries <= 3 and not any(metrics.load.values())
+
+
+def test_a_request_for_many_tokens_has_more_time() -> None:
+    """A quarter of a second for each token of four: a member that needs half a second is waited for, where a deadline
+    without tokens ends the request. One and all attempts grow alike."""
+    limits = QUICK.__class__(request_timeout_s=0.1, total_timeout_s=0.6, token_timeout_s=0.25)
+    assert limits.deadlines(4) == pytest.approx((1.1, 6.6)) and limits.deadlines(0) == (0.1, 0.6)
+
+    async def scenario(limits):
+        async with running([FakeEngine(delay=0.5)], limits) as fleet:
+            return await fleet.generate(ask(7))
+
+    assert asyncio.run(scenario(limits)).token_ids[0] == 7
+    with pytest.raises(EngineFailure, match=r"no answer within 0.1 s \(request_timeout_s\)"):
+        asyncio.run(scenario(QUICK.__class__(request_timeout_s=0.1, total_timeout_s=0.6)))
+
+
 def test_a_bad_request_passes_at_once_and_blames_nobody() -> None:
     """The engine's own words, one attempt, no outage."""
     async def scenario():

@@ -54,7 +54,7 @@ class Fleet(Engine):
         if not members:
             raise ValueError("a fleet needs at least one member")
         self.name, self.limits, self.version, self.on_return = name, limits or FleetLimits(), version, on_return
-        self._members = [self._member(label, source, version) for label, source in members.items()]
+        self._members = [Member.of(label, source, version) for label, source in members.items()]
         self._front = Member("router", None, front, version) if front else None
         self._metrics = FleetMetrics(members=len(members))
         self._patience = Patience(self.limits.tick_s, self._tick)
@@ -67,15 +67,9 @@ class Fleet(Engine):
         self._paused = False
         self._closed = False
         self._lost: str | None = None
-        self._empty_s, self._logged_s = 0.0, 0.0
-        self._logged_retries = 0
+        self._empty_s, self._logged_s, self._logged_retries = 0.0, 0.0, 0
         self._broken = False
         self._fed: Engine | None = None
-
-    @staticmethod
-    def _member(name: str, source: Engine | Keeper, version: int) -> Member:
-        return Member(name, None, source, version) if isinstance(source, Keeper) else Member(
-            name, source, None, version)
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """See ``Engine.generate``. Raises ``EngineLost`` when no member is left, ``EngineFailure`` for a bad request
@@ -95,18 +89,26 @@ class Fleet(Engine):
 
     async def _served(self, request: GenerationRequest) -> Generation:
         limits, started, errors, avoid = self.limits, self._patience.now, [], None
+        seconds, total = limits.deadlines(request.sampling.max_new_tokens)
         while True:
             member = await self._choose(request, avoid, direct=bool(errors))
-            left = limits.total_timeout_s - (self._patience.now - started)
+            asked = self._patience.now
+            member.load += 1
             try:
-                return await self._attempt(member, request, min(limits.request_timeout_s, left))
+                async with member.place(self._patience) as taken:
+                    started += self._patience.now - asked
+                    if not taken:
+                        continue
+                    return await self._attempt(member, request, min(seconds, started + total - self._patience.now))
             except EngineLost:
                 raise
             except EngineUnavailable as error:
                 errors.append(f"{member.name}: {error}")
+            finally:
+                member.load -= 1
             avoid, waited = member, self._patience.now - started
             pause = limits.backoff(len(errors))
-            if len(errors) >= limits.max_attempts or waited + pause >= limits.total_timeout_s:
+            if len(errors) >= limits.max_attempts or waited + pause >= total:
                 raise EngineFailure(f"the {self.name} gave a request up after {len(errors)} attempts in "
                                     f"{waited:.1f} s: {'; '.join(errors)}")
             self._metrics.retries += 1
@@ -132,16 +134,14 @@ class Fleet(Engine):
         """One try on one member; raises ``EngineUnavailable`` when it is to be redone."""
         assert member.engine is not None
         task = asyncio.ensure_future(member.engine.generate(request))
-        member.load += 1
         failures = member.failures
         try:
             if await self._patience.wait(task, seconds, member.interrupts):
                 return self._answer(member, task, failures)
             if member.up:
-                member.suspect(f"no answer within {seconds:.1f} s")
+                member.suspect(f"no answer within {seconds:.1f} s (request_timeout_s)")
             raise EngineUnavailable(f"{member.last_error} (while it served this request)")
         finally:
-            member.load -= 1
             if not task.done():
                 self._abandon(task)
 

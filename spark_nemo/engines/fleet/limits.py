@@ -12,8 +12,11 @@ class FleetLimits:
 
     request_timeout_s: float = 600.0
     """One attempt of one request; after it the member is probed and the request goes elsewhere."""
+    token_timeout_s: float = 0.0
+    """So much longer for each token that the request may sample."""
     total_timeout_s: float = 3600.0
-    """All attempts of one request together."""
+    """All attempts of one request together, longer with its tokens as one attempt is. Waiting for a place at a member
+    is part of neither."""
     max_attempts: int = 4
     backoff_s: float = 0.1
     """Before the second attempt, and before a lost member is tried again; doubles each time."""
@@ -34,7 +37,7 @@ class FleetLimits:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if (value <= 0 and field.name != "affinity_slack") or value < 0:
+            if (value <= 0 and field.name not in ("affinity_slack", "token_timeout_s")) or value < 0:
                 raise ValueError(f"FleetLimits.{field.name}={value}: must be positive")
         if self.total_timeout_s < self.request_timeout_s:
             raise ValueError(f"FleetLimits.total_timeout_s={self.total_timeout_s}: must be at least "
@@ -45,6 +48,11 @@ class FleetLimits:
         """The resolution of the clock that these times are measured with."""
         return min(0.25, 0.2 * min(self.request_timeout_s, self.probe_timeout_s, self.probe_every_s,
                                    self.lost_timeout_s))
+
+    def deadlines(self, max_new_tokens: int) -> tuple[float, float]:
+        """For one attempt of a request that may sample so many tokens, and for all of them."""
+        attempt = self.request_timeout_s + self.token_timeout_s * max_new_tokens
+        return attempt, self.total_timeout_s * attempt / self.request_timeout_s
 
     def backoff(self, failures: int) -> float:
         """The pause after so many failures in a row (1 = the first)."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import abc
 import asyncio
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import AsyncIterator, Sequence
 from enum import StrEnum
 
 from ..base import Engine
+from .patience import Patience
 
 
 class MemberState(StrEnum):
@@ -77,6 +80,12 @@ class Member:
         self.wake = asyncio.Event()
         self.interrupts: set[asyncio.Future[None]] = set()
         """Set when the member is taken out: whoever waits for an answer stops waiting."""
+        self._places: tuple[Engine, asyncio.Semaphore] | None = None
+
+    @classmethod
+    def of(cls, name: str, source: Engine | Keeper, version: int) -> Member:
+        """An engine that runs, or a keeper's."""
+        return cls(name, None, source, version) if isinstance(source, Keeper) else cls(name, source, None, version)
 
     @property
     def up(self) -> bool:
@@ -87,6 +96,27 @@ class Member:
     def takes_weights(self) -> bool:
         """It lives, with whatever weights, and is not about to be taken out."""
         return self.state in (MemberState.UP, MemberState.STALE) and self.condemned is None
+
+    @contextlib.asynccontextmanager
+    async def place(self, patience: Patience) -> AsyncIterator[bool]:
+        """One of the requests that the engine sends at once; False when the member was taken out first.
+
+        Whoever waits here has no deadline: a batch of thousands waits for hours on sound engines, and on one that dies
+        or hangs no longer than its next probe.
+        """
+        engine = self.engine
+        if engine is None or engine.max_in_flight is None:
+            yield True
+            return
+        if self._places is None or self._places[0] is not engine:
+            self._places = (engine, asyncio.Semaphore(engine.max_in_flight))
+        places = self._places[1]
+        taking = asyncio.ensure_future(places.acquire())
+        try:
+            yield await patience.wait(taking, math.inf, self.interrupts)
+        finally:
+            if not taking.cancel() and not taking.cancelled():
+                places.release()
 
     def interrupt(self) -> None:
         """Nobody may wait for its answers any longer."""

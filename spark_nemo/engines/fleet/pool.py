@@ -22,6 +22,9 @@ from .process import ServerProcess
 Number = TypeVar("Number", int, float)
 CLIENT_SLACK = 1.5
 """A client's deadline over the fleet's, so that the fleet's, which knows of pauses, comes first."""
+_REQUEST_TIMEOUT_S, _TOKEN_TIMEOUT_S = 600.0, 0.25
+"""One attempt, when nothing is configured: a full server samples a token of a large model in less than a tenth of a
+second for each of its requests, and as many again wait there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +57,11 @@ def fleet_of(config: EngineConfig, role: str, connect: Callable[[str], Engine], 
 
 def pool_limits(pool: PoolConfig) -> FleetLimits:
     """The fleet's bounds that the configuration sets."""
-    request = or_else(pool.request_timeout_s, 600.0)
+    request = or_else(pool.request_timeout_s, _REQUEST_TIMEOUT_S)
     probe = or_else(pool.probe_timeout_s, 30.0)
     return FleetLimits(
-        request_timeout_s=request, total_timeout_s=6 * request, probe_timeout_s=probe, probe_every_s=min(10.0, probe),
+        request_timeout_s=request, token_timeout_s=_TOKEN_TIMEOUT_S if pool.request_timeout_s is None else 0.0,
+        total_timeout_s=6 * request, probe_timeout_s=probe, probe_every_s=min(10.0, probe),
         lost_timeout_s=or_else(pool.lost_timeout_s, 120.0))
 
 

@@ -35,7 +35,7 @@ class RemoteEngine(Engine):
     """
 
     def __init__(self, url: str, *, api_key: str | None, vocab_size: int, max_context: int, max_in_flight: int,
-                 request_timeout_s: float, control_timeout_s: float) -> None:
+                 request_timeout_s: float, control_timeout_s: float, token_timeout_s: float = 0.0) -> None:
         for field, value in (("max_in_flight", max_in_flight), ("request_timeout_s", request_timeout_s),
                              ("control_timeout_s", control_timeout_s)):
             if value <= 0:
@@ -43,6 +43,7 @@ class RemoteEngine(Engine):
         self.limits = RequestLimits(vocab_size, max_context)
         self._http = ServerHttp(url, api_key, max_in_flight)
         self._request_timeout_s, self._control_timeout_s = request_timeout_s, control_timeout_s
+        self._token_timeout_s, self.max_in_flight = token_timeout_s, max_in_flight
         self._slots = asyncio.Semaphore(max_in_flight)
         self._tasks: set[asyncio.Task[Generation]] = set()
         self._waiting = self._tokens_generated = 0
@@ -85,18 +86,20 @@ class RemoteEngine(Engine):
             self._waiting -= 1
         try:
             self._refuse_closed()
-            generation = await self._within_deadline(self._send_until_served(request))
+            generation = await self._within_deadline(
+                self._send_until_served(request),
+                self._request_timeout_s + self._token_timeout_s * request.sampling.max_new_tokens)
         finally:
             self._slots.release()
         self._tokens_generated += len(generation.token_ids)
         return generation
 
-    async def _within_deadline(self, work: Coroutine[None, None, Generation]) -> Generation:
+    async def _within_deadline(self, work: Coroutine[None, None, Generation], seconds: float) -> Generation:
         """Run ``work`` in a task of its own, so that ``close`` can end it; when it is late or the caller is cancelled,
         cancel it and wait until it has told the server."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        end = self._clock() + self._request_timeout_s
+        end = self._clock() + seconds
         try:
             while not task.done() and (left := end - self._clock()) > 0:
                 await asyncio.wait([task], timeout=max(left, 0.01))
@@ -107,7 +110,7 @@ class RemoteEngine(Engine):
             self._tasks.discard(task)
         if task.cancelled():
             self._refuse_closed()
-            raise EngineUnavailable(f"{self.url}: no generation within {self._request_timeout_s:g} s")
+            raise EngineUnavailable(f"{self.url}: no generation within {seconds:g} s")
         return task.result()
 
     async def _send_until_served(self, request: GenerationRequest) -> Generation:

@@ -61,7 +61,8 @@ def build_pool(config: EngineConfig, model_dir: Path, role: str, log_dir: Path |
             url, api_key=key, vocab_size=numbers.vocab_size, max_context=max_context,
             # As many again wait at the server, so that none of its slots is idle for a round trip.
             max_in_flight=2 * config.max_batch_size * servers, control_timeout_s=limits.control_timeout_s,
-            request_timeout_s=CLIENT_SLACK * limits.request_timeout_s)
+            request_timeout_s=CLIENT_SLACK * limits.request_timeout_s,
+            token_timeout_s=CLIENT_SLACK * limits.token_timeout_s)
 
     def command(index: int, host: str, port: int) -> list[str]:
         parallel = or_else(pool.tensor_parallel, 1)

@@ -31,6 +31,7 @@ class RouterClient(Engine):
 
     def __init__(self, url: str, key: str | None, client: SglangServer) -> None:
         self._http, self._client, self._key = ServerHttp(url, key, 1), client, key
+        self.max_in_flight = client.max_in_flight
 
     async def generate(self, request: GenerationRequest) -> Generation:
         """See ``Engine.generate``."""

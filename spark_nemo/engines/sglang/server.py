@@ -33,10 +33,10 @@ class SglangServer(ServerControl):
     """
 
     def __init__(self, url: str, *, api_key: str | None, vocab_size: int, max_context: int, max_in_flight: int,
-                 request_timeout_s: float, control_timeout_s: float) -> None:
+                 request_timeout_s: float, control_timeout_s: float, token_timeout_s: float = 0.0) -> None:
         super().__init__(
             url, api_key=api_key, vocab_size=vocab_size, max_context=max_context, max_in_flight=max_in_flight,
-            request_timeout_s=request_timeout_s, control_timeout_s=control_timeout_s)
+            request_timeout_s=request_timeout_s, control_timeout_s=control_timeout_s, token_timeout_s=token_timeout_s)
         self._go = asyncio.Event()
         self._go.set()
         self._paused_s, self._paused_at = 0.0, 0.0

@@ -50,7 +50,8 @@ def build_pool(config: EngineConfig, model_dir: Path, role: str, log_dir: Path |
         return CheckedServer(
             url, api_key=key, served_name=role, vocab_size=numbers.vocab_size, max_context=max_context,
             max_in_flight=2 * config.max_batch_size, control_timeout_s=limits.control_timeout_s,
-            request_timeout_s=CLIENT_SLACK * limits.request_timeout_s)
+            request_timeout_s=CLIENT_SLACK * limits.request_timeout_s,
+            token_timeout_s=CLIENT_SLACK * limits.token_timeout_s)
 
     def command(index: int, host: str, port: int) -> list[str]:
         python = python_of(pool)

@@ -31,18 +31,18 @@ class VllmServer(RemoteEngine):
     """A client of the server at ``url`` (``http://host:port``), owned by the first event loop that uses it.
 
     ``served_name`` is the server's ``--served-model-name``. At most ``max_in_flight`` requests are sent at once;
-    ``request_timeout_s`` runs from then. A request that is late or whose caller is cancelled ends with its connection,
-    which makes vLLM abort it. What never reached the server, lost its connection or met a 503 is sent again a few
-    times; what fails after that is ``EngineUnavailable``. ``logprobs`` are NaN when top-p or top-k cut the
-    distribution.
+    ``request_timeout_s``, and ``token_timeout_s`` for each token that may be sampled, run from then. A request that is
+    late or whose caller is cancelled ends with its connection, which makes vLLM abort it. What never reached the
+    server, lost its connection or met a 503 is sent again a few times; what fails after that is ``EngineUnavailable``.
+    ``logprobs`` are NaN when top-p or top-k cut the distribution.
     """
 
     def __init__(self, url: str, *, api_key: str | None, served_name: str, vocab_size: int, max_context: int,
                  max_in_flight: int, request_timeout_s: float, control_timeout_s: float,
-                 weight_version: int = 0) -> None:
+                 weight_version: int = 0, token_timeout_s: float = 0.0) -> None:
         super().__init__(
             url, api_key=api_key, vocab_size=vocab_size, max_context=max_context, max_in_flight=max_in_flight,
-            request_timeout_s=request_timeout_s, control_timeout_s=control_timeout_s)
+            request_timeout_s=request_timeout_s, control_timeout_s=control_timeout_s, token_timeout_s=token_timeout_s)
         self._served_name, self._version = served_name, weight_version
 
     def __repr__(self) -> str:
