@@ -37,6 +37,7 @@ NUMBERS = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "
            "num_key_value_heads": 2, "vocab_size": 67, "num_experts": 4, "num_experts_per_tok": 2,
            "moe_intermediate_size": 48, "norm_topk_prob": True}
 
+DEFAULT = {"rope_type": "default", "rope_theta": 1e6}
 PUBLISHED = {
     "qwen2.5-7b": 15231233024, "qwen3-32b": 65524246528, "llama-3.1-70b": 141107412992, "qwen3-30b-a3b": 61064245248}
 """metadata.total_size in the model.safetensors.index.json of these models on huggingface.co: bytes in bfloat16."""
@@ -168,7 +169,23 @@ def test_frequencies_equal_transformers(stretch, key):
     ("llama", {"mlp_bias": True}, "mlp_bias=True is not supported for llama"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported for llama, only 'silu'"),
-    ("qwen2", {"quantization_config": {"quant_method": "awq"}}, "quantization_config=.* is not supported"),
+    ("qwen2", {"quantization_config": {"quant_method": "awq"}}, "quant_method='awq' is not supported, only"),
+    ("qwen3", {"rope_parameters": DEFAULT, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+     "has rope_parameters and rope_scaling, which differ"),
+    ("qwen3", {"rope_parameters": DEFAULT, "rope_scaling": {"rope_type": "default"}}, "which differ: keep one"),
+    ("qwen3", {"rope_parameters": DEFAULT, "rope_theta": 5e5}, "rope_theta=500000.0, but rope_parameters says 100"),
+    ("qwen2", {"rope_scaling": "linear"}, "rope_scaling='linear' is no set of settings"),
+    ("qwen2", {"rope_parameters": [1]}, r"rope_parameters=\[1\] is no set of settings"),
+    ("llama", {"rope_theta": [1]}, r"rope_theta=\[1\] must be a positive number"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": -5}}, "rope_theta=-5 must be a positive"),
+    ("llama", {"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6' must be a positive number"),
+    ("llama", {"initializer_range": "a"}, "initializer_range='a' must be a positive number"),
+    ("llama", {"tie_word_embeddings": "false"}, "tie_word_embeddings='false' must be true or false"),
+    ("qwen3", {"layer_types": 3}, "layer_types=3 is no list"),
+    ("qwen3", {"layer_types": [["x"]]}, r"layer_types has \['x'\], which is not supported"),
+    ("qwen3_moe", {"num_experts_per_tok": "2"}, "num_experts=4, num_experts_per_tok='2'"),
+    ("qwen3_moe", {"norm_topk_prob": "false"}, "norm_topk_prob='false' must be true or false"),
+    (["llama"], {}, r"model_type=\['llama'\] is not supported"),
     ("qwen3", {"head_dim": None}, "has no 'head_dim'"),
     ("qwen3", {"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=8"),
     ("qwen3", {"vocab_size": "67"}, "vocab_size='67' must be a positive whole number"),
@@ -182,6 +199,16 @@ def test_what_we_do_not_compute_is_refused(family, change, message):
     """A setting that would change the numbers ends in an error that names it and its file, never in other numbers."""
     with pytest.raises(ConfigError, match=f"^some/config.json:? .*{message}"):
         ModelShape.from_hf({"model_type": family, **NUMBERS, **change}, "some/config.json")
+
+
+def test_a_config_for_two_versions_of_transformers_is_read():
+    """The same rotary settings under the names of transformers 4 and 5, and null settings, are no contradiction."""
+    stretch = {key: value for key, value in cases.LLAMA3.items() if key != "rope_theta"}
+    both = {"rope_parameters": cases.LLAMA3, "rope_scaling": stretch, "rope_theta": 10000, "num_local_experts": None}
+    one = ModelShape.from_hf({"model_type": "llama", **NUMBERS, "rope_parameters": cases.LLAMA3})
+    assert ModelShape.from_hf({"model_type": "llama", **NUMBERS, **both}) == one
+    mixture = ModelShape.from_hf({"model_type": "qwen3_moe", **NUMBERS, "num_local_experts": None, "rope_theta": None})
+    assert mixture.experts.count == 4 and mixture.rope_theta == 10000.0
 
 
 @pytest.mark.parametrize(("family", "layout", "message"), [
