@@ -172,3 +172,42 @@ def test_existing_output_is_not_touched(model, tmp_path, capsys):
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
     assert run("convert_hf_to_megatron", model / "hf", model / "hf" / "out") == 2
     assert json.loads((model / "hf" / "config.json").read_text())["model_type"] == "qwen3"
+
+
+def copy_of(model, folder, **settings):
+    """A copy of the Hugging Face folder, with other settings in its config.json."""
+    corruptions.shutil.copytree(model / "hf", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **settings}))
+    return folder
+
+
+def test_a_full_disk_is_one_line_and_the_command_goes_on(model, tmp_path, capsys):
+    """A file that cannot be written to its end: torch then raises an error of its archive, not of the disk. Here a
+    limit on file sizes stands for the disk. The message is the system's, and the same command finishes."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (4096, 20_000, 30_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            status = run("convert_hf_to_megatron", model / "hf", tmp_path / "out")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert status == 2 and "File too large" in capsys.readouterr().err
+    assert run("convert_hf_to_megatron", model / "hf", tmp_path / "out") == 0
+    assert run("compare_checkpoints", model / "hf", tmp_path / "out") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_values_that_a_type_cannot_hold_are_an_error(model, tmp_path, capsys):
+    """float16 ends at 65504; a larger value is refused with its tensor's name, not written as infinity."""
+    folder = copy_of(model, tmp_path / "hf")
+    path = next(path for path in folder.glob("*.safetensors") if "model.norm.weight" in load_file(path))
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] = 1e5
+    save_file(tensors, path)
+    for tool in ("convert_hf_to_megatron", "convert_megatron_to_hf"):
+        assert run(tool, folder, tmp_path / "out", "--dtype", "float16") == 2
+        assert "tensor model.norm.weight" in (err := capsys.readouterr().err) and "float16" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
