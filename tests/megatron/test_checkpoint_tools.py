@@ -182,6 +182,86 @@ def copy_of(model, folder, **settings):
     return folder
 
 
+def test_settings_are_refused_or_taken_as_transformers_does(model, tmp_path, capsys):
+    """Null settings, also dtype beside torch_dtype, are as if they were not there. A type that is none, and a long
+    quantization_config, are one short line and no output."""
+    folder = copy_of(model, tmp_path / "hf", dtype=None, torch_dtype="bfloat16", rms_norm_eps=None,
+                     initializer_range=None)
+    assert run("convert_hf_to_megatron", folder, tmp_path / "out") == 0
+    assert open_checkpoint(folder).shape.norm_eps == 1e-6
+    for number, (settings, message) in enumerate((
+            ({"dtype": None, "torch_dtype": "float32"}, "config.json says torch.float32"),
+            ({"dtype": ["bfloat16"]}, "dtype=['bfloat16'] is not one of"),
+            ({"quantization_config": {"quant_method": "fp8", "modules": ["x"] * 99}}, "quant_method='fp8' is not"))):
+        wrong = copy_of(model, tmp_path / f"wrong{number}", **settings)
+        assert run("convert_hf_to_megatron", wrong, tmp_path / "none") == 2
+        err = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message in err and len(err) < 200 + len(str(wrong))
+    assert not (tmp_path / "none").exists() and not (tmp_path / ".none.partial").exists()
+
+
+def make_strange_folders(root, model):
+    """Folders that people name: (folder, what the message must say)."""
+    (root / "cache" / "snapshots" / "abc").mkdir(parents=True)
+    (root / "lora").mkdir()
+    (root / "lora" / "adapter_config.json").write_text("{}")
+    (root / "legacy" / "iter_0000010" / "mp_rank_00").mkdir(parents=True)
+    (root / "legacy" / "latest_checkpointed_iteration.txt").write_text("10")
+    (root / "slime" / "iter_0000010").mkdir(parents=True)
+    (root / "actor" / "dist_ckpt").mkdir(parents=True)
+    (root / "bytes").mkdir()
+    (root / "bytes" / "latest_checkpointed_iteration.txt").write_bytes(b"\xff")
+    (root / "empty").mkdir()
+    (root / "pickles").mkdir()
+    return [("Qwen/Qwen2.5-7B", "hf download"), (model / "hf" / "config.json", "is a file: name its folder"),
+            (root / "cache", "snapshots/abc"), (root / "lora", "merge"), (root / "legacy", "torch_dist"),
+            (root / "slime", "iter_0000010"), (root / "actor", "dist_ckpt"), (root / "bytes", "not a folder beside it"),
+            (root / "empty", "neither config.json"), (root / "none", "does not exist")]
+
+
+@pytest.mark.parametrize("tool", ["convert_megatron_to_hf", "inspect_checkpoint"])
+def test_folders_of_other_kinds_are_told_apart(model, tmp_path, capsys, tool):
+    """A hub name, a file, the top of a Hugging Face cache, an adapter, Megatron-LM's older format and folders one level
+    too high are refused with what to name instead. What is in them is not read."""
+    (tmp_path / "in").mkdir()
+    for folder, message in make_strange_folders(tmp_path / "in", model):
+        assert run(tool, folder, *([tmp_path / "out"] if "convert" in tool else [])) == 2, folder
+        out = capsys.readouterr()
+        assert message in out.err and len(out.err.splitlines()) == 1 and out.out == "", folder
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_files_that_git_lfs_has_not_fetched_are_named(model, tmp_path, capsys):
+    """A clone without git-lfs has pointers instead of weights and tokenizer; a missing shard says so, too."""
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 4902257696\n"
+    folder = copy_of(model, tmp_path / "hf")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    for path in (shard, folder / "tokenizer.json"):
+        kept = path.read_bytes()
+        path.write_text(pointer)
+        assert run("convert_hf_to_megatron", folder, tmp_path / "out") == 2
+        err = capsys.readouterr().err
+        assert f"{path} is a Git LFS pointer" in err and "git lfs pull" in err
+        path.write_bytes(kept)
+    shard.unlink()
+    assert run("convert_hf_to_megatron", folder, tmp_path / "out") == 2
+    assert f"{shard} is missing" in capsys.readouterr().err
+
+
+def test_inspection_shows_what_cannot_be_converted(model, tmp_path, capsys):
+    """FP8 tensors and their scales are listed with their type, though a conversion refuses them."""
+    folder = copy_of(model, tmp_path / "hf")
+    path = next(folder.glob("*.safetensors"))
+    tensors = load_file(path)
+    name = next(key for key in tensors if key.endswith("proj.weight"))
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, path)
+    assert run("inspect_checkpoint", folder) == 0
+    assert f"{name}  {list(tensors[name].shape)}  float8_e4m3fn" in capsys.readouterr().out
+    assert run("convert_hf_to_megatron", folder, tmp_path / "out") == 2
+    assert f"tensor {name} in" in capsys.readouterr().err
+
+
 def test_a_full_disk_is_one_line_and_the_command_goes_on(model, tmp_path, capsys):
     """A file that cannot be written to its end: torch then raises an error of its archive, not of the disk. Here a
     limit on file sizes stands for the disk. The message is the system's, and the same command finishes."""
@@ -198,6 +278,36 @@ def test_a_full_disk_is_one_line_and_the_command_goes_on(model, tmp_path, capsys
     assert run("convert_hf_to_megatron", model / "hf", tmp_path / "out") == 0
     assert run("compare_checkpoints", model / "hf", tmp_path / "out") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_every_chat_template_travels_along(model, tmp_path):
+    """transformers keeps templates besides the default in a folder of their own; they come back, through each format.
+    Files of other kinds in it stay behind."""
+    folder = copy_of(model, tmp_path / "hf")
+    extra = folder / "additional_chat_templates"
+    extra.mkdir()
+    (extra / "tool_use.jinja").write_text("{{ tools }}")
+    (extra / "evil.py").write_text("raise SystemExit")
+    assert run("convert_hf_to_megatron", folder, tmp_path / "nemo", "--to", "nemo") == 0
+    assert run("convert_megatron_to_hf", tmp_path / "nemo", tmp_path / "megatron", "--to", "megatron") == 0
+    assert run("convert_megatron_to_hf", tmp_path / "megatron", tmp_path / "back") == 0
+    back = tmp_path / "back" / "additional_chat_templates"
+    assert [path.name for path in back.iterdir()] == ["tool_use.jinja"]
+    assert (back / "tool_use.jinja").read_text() == "{{ tools }}"
+
+
+def test_other_pickles_are_not_weights(model, tmp_path, capsys):
+    """training_args.bin beside pytorch_model.bin is not read as weights; alone it does not look like them."""
+    folder = copy_of(model, tmp_path / "hf")
+    tensors = {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
+    for path in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]:
+        path.unlink()
+    (folder / "training_args.bin").write_bytes(b"no tensors")
+    assert run("convert_hf_to_megatron", folder, tmp_path / "out") == 2
+    assert "has no .safetensors files" in capsys.readouterr().err
+    torch.save(tensors, folder / "pytorch_model.bin")
+    assert run("convert_hf_to_megatron", folder, tmp_path / "out", "--trust-pickle") == 0
+    assert run("compare_checkpoints", model / "hf", tmp_path / "out") == 0
 
 
 def test_values_that_a_type_cannot_hold_are_an_error(model, tmp_path, capsys):

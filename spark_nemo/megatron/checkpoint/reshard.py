@@ -22,7 +22,7 @@ from ..hf_files import copy_companions
 from ..model_shape import ModelShape, read_hf_config
 from .compare import compare_stored
 from .global_tensors import GlobalTensors, Piece, check_stored_shapes
-from .opened import newest
+from .recognition import newest
 from .resumable import fingerprint, resumable_folder
 from .stored import StoredCheckpoint
 from .streaming import Box, Source, write_torch_dist
@@ -51,6 +51,8 @@ def reshard(source: str | Path, target: str | Path, layout: MegatronConfig, hf_c
     format that only the layout that wrote it can read.
     """
     source, target = Path(source), Path(target)
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"output folder {target} is inside {source}: name another")
     step = newest(source)
     stored = StoredCheckpoint(step)
     _check_optimizer(stored)
