@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import torch
-from checkpoint_tools import exit_status, say
+from checkpoint_tools import exit_status, folder, say
 
 
 def main(arguments: list[str] | None = None) -> int:
     """2 after an error in the input, which is printed; else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="folder with config.json and safetensors")
-    parser.add_argument("target", type=Path, help="folder to make")
-    parser.add_argument("--to", choices=["megatron", "nemo"], default="megatron")
+    parser.add_argument("source", type=folder, help="folder with config.json and safetensors")
+    parser.add_argument("target", type=folder, help="folder to make")
+    parser.add_argument("--to", choices=["megatron", "nemo"], default="megatron", help="default: megatron")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"],
                         help="convert all tensors to this type; by default they keep theirs, bit for bit")
     parser.add_argument("--trust-pickle", action="store_true", help="also read pytorch_model*.bin")

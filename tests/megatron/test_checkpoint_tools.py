@@ -280,6 +280,64 @@ def test_a_full_disk_is_one_line_and_the_command_goes_on(model, tmp_path, capsys
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_ctrl_c_is_one_line(monkeypatch, model, tmp_path, capsys):
+    """Ctrl-C ends a tool with 130 and says that the same command goes on."""
+    from spark_nemo.megatron.hf_files import SafetensorsFolder
+
+    def interrupted(self, name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SafetensorsFolder, "__getitem__", interrupted)
+    assert run("convert_hf_to_megatron", model / "hf", tmp_path / "out") == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "interrupted; the same command goes on"
+
+
+def test_options_without_effect_and_wrong_numbers_are_refused(model, tmp_path, capsys):
+    """An option that would be ignored, and a number that is none, stop a tool before it writes."""
+    hf, megatron, out = model / "hf", model / "megatron", tmp_path / "out"
+    (tmp_path / "text").write_bytes(b"\xff\xfe\x00")
+    for message, tool, *arguments in (
+            ("--max-shard-gb", "convert_megatron_to_hf", megatron, out, "--to", "megatron", "--max-shard-gb", 1),
+            ("--hf-config", "convert_megatron_to_hf", hf, out, "--hf-config", hf),
+            ("--text", "compare_checkpoints", megatron, megatron, "--with-optimizer", "--text", tmp_path / "text"),
+            ("text", "compare_checkpoints", hf, megatron, "--text", tmp_path / "text"),
+            ("inside", "reshard_checkpoint", megatron, megatron / "out")):
+        assert run(tool, *arguments) == 2
+        out_err = capsys.readouterr()
+        assert message in out_err.err and out_err.out == "" and len(out_err.err.splitlines()) == 1
+    for tool, option, values in (("convert_megatron_to_hf", "--max-shard-gb", ("0", "-1", "nan", "inf")),
+                                 ("compare_checkpoints", "--tolerance", ("-1", "nan", "x"))):
+        for value in values:
+            with pytest.raises(SystemExit) as caught:
+                run(tool, megatron, out, f"{option}={value}")
+            assert caught.value.code == 2 and option in capsys.readouterr().err
+    assert not out.exists() and not (megatron / "out").exists()
+
+
+def test_tensors_are_compared_whatever_config_json_says(model, tmp_path, capsys):
+    """compare reads the stored tensors: a dtype in config.json that is not theirs does not stop it."""
+    folder = copy_of(model, tmp_path / "hf", dtype="float32")
+    assert run("compare_checkpoints", folder, model / "megatron") == 0
+    assert "0 not the same" in capsys.readouterr().out
+
+
+def test_home_and_odd_paths(model, tmp_path, monkeypatch, capsys):
+    """~ that the shell has left, spaces, relative paths and links to folders work; an output that is a link to nothing
+    is refused before anything is written."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    copy_of(model, tmp_path / "my model")
+    (tmp_path / "link").symlink_to("my model")
+    assert run("convert_hf_to_megatron", "link", "~/a b/out") == 0
+    corruptions.shutil.rmtree(tmp_path / "a b" / "out" / "hf")
+    assert run("convert_megatron_to_hf", "./a b/out", "back", "--hf-config=~/my model") == 0
+    assert run("compare_checkpoints", "back", "~/link") == 0
+    (tmp_path / "dangling").symlink_to("nowhere")
+    assert run("convert_hf_to_megatron", "link", "dangling") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a b", "back", "dangling", "link", "my model"]
+
+
 def test_every_chat_template_travels_along(model, tmp_path):
     """transformers keeps templates besides the default in a folder of their own; they come back, through each format.
     Files of other kinds in it stay behind."""
