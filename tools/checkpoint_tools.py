@@ -8,6 +8,7 @@ import errno
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -44,9 +45,20 @@ def _number(text: str, allowed: Callable[[float], bool], what: str) -> float:
 
 
 def exit_status(work: Callable[[], int | None]) -> int:
-    """The status of ``work``, 0 when it has none, 2 after an error in the input, which is printed, 130 after Ctrl-C."""
+    """The status of ``work``, 0 when it has none, 2 after an error in the input, which is printed, 130 after Ctrl-C and
+    141 when nobody reads on (a pipe into head), as of a program that has no word in it.
+
+    ``work`` imports what needs megatron-core, whose remarks on packages that are not installed are not shown.
+    """
     try:
-        return work() or 0
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\..*|torch\..*|spark_nemo\..*")
+            status = work() or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
+        return 141
     except (ConfigError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = ": make room where the output shall be, and the same command goes on" if full else ""

@@ -26,11 +26,15 @@ def main(arguments: list[str] | None = None) -> int:
                         help="convert all tensors to this type; by default they keep theirs, bit for bit")
     parser.add_argument("--trust-pickle", action="store_true", help="also read pytorch_model*.bin")
     given = parser.parse_args(arguments)
+    return exit_status(lambda: rewrite(given))
+
+
+def rewrite(given: argparse.Namespace) -> None:
+    """Convert and say what became of it."""
     from spark_nemo.megatron.checkpoint.conversion import convert
 
-    return exit_status(lambda: say(convert(
-        given.source, given.target, given.to, dtype=given.dtype and getattr(torch, given.dtype),
-        trust_pickle=given.trust_pickle, show_progress=True)))
+    say(convert(given.source, given.target, given.to, dtype=given.dtype and getattr(torch, given.dtype),
+                trust_pickle=given.trust_pickle, show_progress=True))
 
 
 if __name__ == "__main__":

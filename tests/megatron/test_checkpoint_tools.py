@@ -379,3 +379,19 @@ def test_values_that_a_type_cannot_hold_are_an_error(model, tmp_path, capsys):
         assert run(tool, folder, tmp_path / "out", "--dtype", "float16") == 2
         assert "tensor model.norm.weight" in (err := capsys.readouterr().err) and "float16" in err
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_reader_that_stops_early_and_warnings_of_megatron_are_not_shown(model):
+    """Neither a tool's output into head nor megatron-core's remarks on what is not installed leave a line on stderr.
+    In real processes: the end of one is part of it."""
+    import subprocess
+
+    done = subprocess.run(
+        [sys.executable, TOOLS / "inspect_checkpoint.py", model / "megatron"], capture_output=True, text=True,
+        check=True)
+    assert done.stdout.startswith("Megatron distributed checkpoint") and done.stderr == ""
+    program = "import sys; sys.path.append(sys.argv[1]); from checkpoint_tools import exit_status\n" \
+              "sys.exit(exit_status(lambda: print('x\\n' * 200000)))"
+    command = ["bash", "-c", '"$@" | head -1; exit ${PIPESTATUS[0]}', "-", sys.executable, "-c", program, TOOLS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "x\n", "")
