@@ -7,12 +7,15 @@ checked against what megatron-core writes without it.
 import dataclasses
 import json
 import math
+import queue
 import shutil
 from pathlib import Path
 
 import family_cases as cases
 import pytest
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import load_file, save_file
 
 from spark_nemo.config import MegatronConfig
@@ -20,8 +23,14 @@ from spark_nemo.config.errors import ConfigError
 from spark_nemo.engines.base import EngineFailure
 from spark_nemo.engines.local import LocalEngine
 from spark_nemo.megatron import hf_weights
+from spark_nemo.megatron.checkpoint.conversion import convert
+from spark_nemo.megatron.checkpoint.global_tensors import GlobalTensors, check_stored_shapes
+from spark_nemo.megatron.checkpoint.reshard import reshard
+from spark_nemo.megatron.checkpoint.stored import StoredCheckpoint
+from spark_nemo.megatron.cpu_compat import cuda_means_cpu
 from spark_nemo.megatron.families import FAMILIES
-from spark_nemo.megatron.model_shape import ModelShape
+from spark_nemo.megatron.hf_files import SafetensorsFolder
+from spark_nemo.megatron.model_shape import ModelShape, read_hf_config
 from spark_nemo.megatron.rope import inverse_frequencies
 from spark_nemo.megatron.worker import MegatronWorker
 
@@ -95,6 +104,30 @@ def test_checkpoint_names_are_the_rules_last_names(folders, family):
         own = [shard for shard in written[key] if not any(shard.global_offset[:len(stacked)])]
         values = torch.cat([s.data.reshape(-1, *global_tensor.shape[1:]) for s in own])
         assert torch.equal(values, global_tensor), key
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_layers_that_are_stored_one_by_one_are_read(folders, tmp_path, family):
+    """megatron-core gives every layer keys of its own when --moe-layer-freq is a list, as in slime's scripts for
+    Qwen3-MoE. What its own saver then writes becomes the same Hugging Face tensors; to reshard it is refused by name,
+    and so are the finer pieces of singleton_local_shards. One rank, without an optimizer."""
+    model = MegatronWorker.from_hf(folders[family], ONE, seed=0).model
+    (tmp_path / "apart").mkdir()
+    with cuda_means_cpu():
+        filesystem_async._results_queue = queue.Queue()  # instead of a process for it
+        state = model.sharded_state_dict(metadata={"singleton_local_shards": False, "non_homogeneous_layers": True})
+        dist_checkpointing.save(state, str(tmp_path / "apart"), ("torch_dist", 1))
+    stored = StoredCheckpoint(tmp_path / "apart")
+    assert "decoder.layers.1.self_attention.linear_proj.weight" in stored.tensors
+    hf = SafetensorsFolder(convert(tmp_path / "apart", tmp_path / "hf", "hf", hf_config_from=folders[family]).folder)
+    original = SafetensorsFolder(folders[family])
+    assert set(hf) == set(original) and all(torch.equal(hf[name], original[name]) for name in original)
+    with pytest.raises(ConfigError, match="every layer under keys of its own"):
+        reshard(tmp_path / "apart", tmp_path / "out", ONE, folders[family])
+    names = {f"{name}_w" if name.endswith("fc1.weight") else name: () for name in stored.tensors}
+    expected = GlobalTensors.like(ModelShape.from_hf(read_hf_config(folders[family])), names)
+    with pytest.raises(ConfigError, match=r"lacks tensor .*linear_fc1.weight.* singleton_local_shards"):
+        check_stored_shapes(names, expected, "here")
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])

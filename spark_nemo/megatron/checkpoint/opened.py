@@ -111,7 +111,8 @@ def _open_nemo(folder: Path, hf_config_from: str | Path | None, dtype: torch.dty
 def _of_stored(kind: str, stored: StoredCheckpoint, config: dict[str, Any], source: str, dtype: torch.dtype | None,
                companions: tuple[Path, ...]) -> OpenedCheckpoint:
     shape = ModelShape.from_hf(config, source)
-    expected, weights = GlobalTensors.of(shape), stored.weights()
+    weights = stored.weights()
+    expected = GlobalTensors.like(shape, weights)
     check_stored_shapes({key: tensor.shape for key, tensor in weights.items()}, expected, str(stored.folder))
     types = {key: weights[key].dtype for key in expected.shapes}
     for key, found in types.items():

@@ -21,7 +21,7 @@ from spark_nemo.records.progress_bar import progress_bar
 from ..hf_files import copy_companions
 from ..model_shape import ModelShape, read_hf_config
 from .compare import compare_stored
-from .global_tensors import GlobalTensors, Piece, check_stored_shapes
+from .global_tensors import GlobalTensors, Piece, check_stored_shapes, has_layers_apart
 from .recognition import newest
 from .resumable import fingerprint, resumable_folder
 from .stored import StoredCheckpoint
@@ -60,6 +60,9 @@ def reshard(source: str | Path, target: str | Path, layout: MegatronConfig, hf_c
     config = read_hf_config(config_folder)
     shape = ModelShape.from_hf(config, f"{config_folder}/config.json")
     shape.check_layout(layout)
+    if has_layers_apart(stored.weights()):
+        raise ConfigError(f"{step} has every layer under keys of its own (non_homogeneous_layers), which is "
+                          "not resharded: the code that wrote it resumes it under any layout, and it can be converted")
     tensors = GlobalTensors.of(shape)
     check_stored_shapes({key: tensor.shape for key, tensor in stored.weights().items()}, tensors, str(step))
     check_states(stored)
