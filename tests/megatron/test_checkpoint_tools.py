@@ -231,6 +231,19 @@ def test_folders_of_other_kinds_are_told_apart(model, tmp_path, capsys, tool):
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+@pytest.mark.parametrize("step_is_there", [True, False])
+def test_a_trainer_s_folder_with_deepspeed_s_files_is_a_model(model, tmp_path, step_is_there):
+    """DeepSpeed leaves a file "latest", our own run's name for it, and a folder of its own beside the model that it
+    saved; that folder is often deleted. The model is what is meant."""
+    folder = copy_of(model, tmp_path / "checkpoint-100")
+    (folder / "latest").write_text("global_step100")
+    if step_is_there:
+        (folder / "global_step100").mkdir()
+        (folder / "global_step100" / "mp_rank_00_model_states.pt").write_bytes(b"x")
+    assert run("inspect_checkpoint", folder) == 0
+    assert run("compare_checkpoints", folder, model / "megatron") == 0
+
+
 def test_files_that_git_lfs_has_not_fetched_are_named(model, tmp_path, capsys):
     """A clone without git-lfs has pointers instead of weights and tokenizer; a missing shard says so, too."""
     pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 4902257696\n"
@@ -336,22 +349,6 @@ def test_home_and_odd_paths(model, tmp_path, monkeypatch, capsys):
     assert run("convert_hf_to_megatron", "link", "dangling") == 2
     assert "exists already" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a b", "back", "dangling", "link", "my model"]
-
-
-def test_every_chat_template_travels_along(model, tmp_path):
-    """transformers keeps templates besides the default in a folder of their own; they come back, through each format.
-    Files of other kinds in it stay behind."""
-    folder = copy_of(model, tmp_path / "hf")
-    extra = folder / "additional_chat_templates"
-    extra.mkdir()
-    (extra / "tool_use.jinja").write_text("{{ tools }}")
-    (extra / "evil.py").write_text("raise SystemExit")
-    assert run("convert_hf_to_megatron", folder, tmp_path / "nemo", "--to", "nemo") == 0
-    assert run("convert_megatron_to_hf", tmp_path / "nemo", tmp_path / "megatron", "--to", "megatron") == 0
-    assert run("convert_megatron_to_hf", tmp_path / "megatron", tmp_path / "back") == 0
-    back = tmp_path / "back" / "additional_chat_templates"
-    assert [path.name for path in back.iterdir()] == ["tool_use.jinja"]
-    assert (back / "tool_use.jinja").read_text() == "{{ tools }}"
 
 
 def test_other_pickles_are_not_weights(model, tmp_path, capsys):

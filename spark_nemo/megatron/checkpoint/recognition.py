@@ -7,7 +7,9 @@ from pathlib import Path
 
 from spark_nemo.config.errors import ConfigError
 
+from ..hf_files import INDEX
 from . import nemo
+from .pickled import PICKLES
 from .training import LATEST
 
 MEGATRON_LM_LATEST = "latest_checkpointed_iteration.txt"
@@ -28,13 +30,21 @@ def recognise(folder: str | Path) -> tuple[str, Path]:
                           + (" (hub names are not downloaded: hf download NAME --local-dir FOLDER)" if hub else ""))
     if (folder / nemo.CONTEXT).is_dir():
         return "nemo", folder
+    if _is_megatron(folder):
+        return "megatron", folder
+    of_model = [path for pattern in ("*.safetensors", INDEX, PICKLES) for path in folder.glob(pattern)]
+    if of_model and ((folder / "config.json").is_file() or not (folder / "adapter_config.json").is_file()):
+        return "hf", folder  # before a file "latest" is looked at: DeepSpeed has one, too
     weights = newest(folder)
-    if (weights / "metadata.json").is_file() or (weights / ".metadata").is_file():
+    if _is_megatron(weights):
         return "megatron", weights
-    if weights == folder and ((folder / "config.json").is_file() or (list(folder.glob("*.safetensors"))
-                              and not (folder / "adapter_config.json").is_file())):
+    if weights == folder and (folder / "config.json").is_file():
         return "hf", folder
     raise ConfigError(f"{weights} {_what_it_is(weights)}")
+
+
+def _is_megatron(folder: Path) -> bool:
+    return (folder / "metadata.json").is_file() or (folder / ".metadata").is_file()
 
 
 def newest(folder: Path) -> Path:
