@@ -12,21 +12,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from checkpoint_tools import exit_status
+from checkpoint_tools import exit_status, folder, tolerance
+
+from spark_nemo.config.errors import ConfigError, without_effect
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit status described above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("one", type=Path)
-    parser.add_argument("other", type=Path)
-    parser.add_argument("--tolerance", type=float, default=0.0, help="largest absolute difference to accept")
-    parser.add_argument("--text", type=Path, help="also build both models and compare float32 logits on this file")
+    parser.add_argument("one", type=folder, help="a checkpoint of any format")
+    parser.add_argument("other", type=folder, help="another")
+    parser.add_argument("--tolerance", type=tolerance, default=0.0,
+                        help="largest absolute difference to accept (default: 0)")
+    parser.add_argument("--text", type=folder, help="also build both models and compare float32 logits on this file")
     parser.add_argument("--with-optimizer", action="store_true",
                         help="compare two Megatron folders under their stored names, optimizer included")
-    parser.add_argument("--hf-config", type=Path, help="folder with config.json for sources that have none")
+    parser.add_argument("--hf-config", type=folder, help="folder with config.json for sources that have none")
     parser.add_argument("--trust-pickle", action="store_true", help="also read pytorch_model*.bin")
     given = parser.parse_args(arguments)
     return exit_status(lambda: compare(given))
@@ -37,14 +39,19 @@ def compare(given: argparse.Namespace) -> int:
     import torch
 
     from spark_nemo.megatron.checkpoint.compare import compare_models, compare_stored, logits_difference
-    from spark_nemo.megatron.checkpoint.opened import newest, open_checkpoint
+    from spark_nemo.megatron.checkpoint.opened import open_checkpoint
+    from spark_nemo.megatron.checkpoint.recognition import newest
     from spark_nemo.megatron.checkpoint.stored import StoredCheckpoint
 
+    text = read_text(given)
     if given.with_optimizer:
         differences = compare_stored(*(StoredCheckpoint(newest(path)) for path in (given.one, given.other)))
     else:
-        opened = [open_checkpoint(path, given.hf_config if not (path / "config.json").is_file() else None,
-                                  trust_pickle=given.trust_pickle) for path in (given.one, given.other)]
+        has_config = {path: (path / "config.json").is_file() for path in (given.one, given.other)}
+        # With a type given, config.json need not state the tensors' own; they are compared as they are.
+        opened = [open_checkpoint(path, None if has_config[path] else given.hf_config,
+                                  torch.float32 if has_config[path] else None, given.trust_pickle)
+                  for path in (given.one, given.other)]
         differences = compare_models(*opened)
     total, bad, worst = 0, 0, 0.0
     for found in differences:
@@ -56,14 +63,26 @@ def compare(given: argparse.Namespace) -> int:
         bad += not accepted
         print(f"{found.name}: {found.found}{' ' + found.detail if found.detail else ''}, max {found.max_abs:.3g}")
     print(f"{total} tensors, {bad} not the same within {given.tolerance:g}, largest difference {worst:.3g}")
-    if given.text is not None and not given.with_optimizer:
+    if text is not None:
         tokenizer = next((path for x in opened for path in x.companions if (path / "tokenizer.json").is_file()),
                          opened[0].companions[0])
         with torch.no_grad():
-            logits = logits_difference(*opened, given.text.read_text(), tokenizer)
+            logits = logits_difference(*opened, text, tokenizer)
         print(f"logits: largest difference {logits:.3g}")
         bad += logits > max(given.tolerance, 0.0)
     return 1 if bad else 0
+
+
+def read_text(given: argparse.Namespace) -> str | None:
+    """What to compute logits of. ``ConfigError`` when it is no text, or nobody would look at it."""
+    if given.text is None:
+        return None
+    if given.with_optimizer:
+        raise without_effect("--text", given.text, "with --with-optimizer, which builds no model")
+    try:
+        return given.text.read_text()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--text {given.text} is no text: {error}") from error
 
 
 if __name__ == "__main__":

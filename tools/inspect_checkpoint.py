@@ -12,13 +12,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from checkpoint_tools import exit_status
+from checkpoint_tools import exit_status, folder
 
 
 def main(arguments: list[str] | None = None) -> int:
     """2 after an error in the input, which is printed; else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=folder,
+                        help="a checkpoint, or a run's folder of checkpoints (its newest is taken)")
     parser.add_argument("--summary", action="store_true", help="leave out the list of tensors")
     given = parser.parse_args(arguments)
     return exit_status(lambda: inspect(given.folder, every_tensor=not given.summary))

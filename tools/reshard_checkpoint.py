@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from checkpoint_tools import exit_status
+from checkpoint_tools import exit_status, folder
 
 from spark_nemo.config import MegatronConfig
 
@@ -22,11 +21,12 @@ from spark_nemo.config import MegatronConfig
 def main(arguments: list[str] | None = None) -> int:
     """2 after an error in the input, which is printed; else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="a run's folder of checkpoints (its newest is taken), or one")
-    parser.add_argument("target", type=Path, help="folder to make")
-    parser.add_argument("--tensor-parallel", type=int, default=1)
-    parser.add_argument("--pipeline-parallel", type=int, default=1)
-    parser.add_argument("--hf-config", type=Path, help="folder with the model's config.json, when the source has none")
+    parser.add_argument("source", type=folder, help="a run's folder of checkpoints (its newest is taken), or one")
+    parser.add_argument("target", type=folder, help="folder to make")
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--pipeline-parallel", type=int, default=1, metavar="N", help="default: 1")
+    parser.add_argument("--hf-config", type=folder,
+                        help="folder with the model's config.json, when the source has none")
     given = parser.parse_args(arguments)
     return exit_status(lambda: rewrite(given))
 

@@ -23,13 +23,16 @@ from torch import Tensor
 from spark_nemo.config.errors import ConfigError
 from spark_nemo.records import derive_seed
 
-from .model_shape import ModelShape
+from .model_shape import ModelShape, check_fetched
 
 MAX_SHARD_BYTES = 4 << 30
 COPIED_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".tiktoken")
+TEMPLATES = "additional_chat_templates"
 INDEX = "model.safetensors.index.json"
 _DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+_OTHER_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+                 "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
 
 class SafetensorsFolder(Mapping[str, Tensor]):
@@ -70,9 +73,11 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         """Names of the files that hold the tensors."""
         return sorted(set(self._file_of.values()))
 
-    def describe(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    def describe(self, of_any_type: bool = False) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of every tensor, from the headers of all files. ``ConfigError`` names a damaged file, or a
-        tensor that is not where the index says, that the index forgot, or that is not a floating-point number."""
+        tensor that is not where the index says, that the index forgot, or, unless ``of_any_type``, that is not a
+        floating-point number of at least 16 bits."""
+        known = {**_DTYPES, **_OTHER_DTYPES} if of_any_type else _DTYPES
         found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for file in self.files:
             with self._open(file) as tensors:
@@ -82,10 +87,10 @@ class SafetensorsFolder(Mapping[str, Tensor]):
                                           + ("does not list" if name not in self._file_of else
                                              f"puts into {self._file_of[name]}"))
                     part = tensors.get_slice(name)
-                    if part.get_dtype() not in _DTYPES:
+                    if part.get_dtype() not in known:
                         raise ConfigError(f"tensor {name} in {self.folder / file} has dtype {part.get_dtype()}, "
-                                          f"weights are one of {', '.join(_DTYPES)}")
-                    found[name] = (tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+                                          f"weights are one of {', '.join(known)}")
+                    found[name] = (tuple(part.get_shape()), known[part.get_dtype()])
         if missing := sorted(set(self._file_of) - set(found)):
             raise ConfigError(f"{INDEX} of {self.folder} puts tensor {missing[0]} into {self._file_of[missing[0]]}, "
                               "which does not have it")
@@ -94,6 +99,9 @@ class SafetensorsFolder(Mapping[str, Tensor]):
     @contextlib.contextmanager
     def _open(self, file: str) -> Iterator[Any]:
         check_inside(self.folder / file, self.folder)
+        if not (self.folder / file).exists():
+            raise ConfigError(f"{self.folder / file} is missing, though {INDEX} names it: fetch or copy it again")
+        check_fetched(self.folder / file)
         try:
             with safe_open(self.folder / file, framework="pt") as tensors:
                 yield tensors
@@ -191,7 +199,12 @@ def write_model_files(folder: Path, hf_config: dict[str, Any], dtype: torch.dtyp
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation and configuration files. ``ConfigError`` for a link out of ``source``."""
+    """Copy tokenizer, generation and configuration files, and the templates that transformers keeps in a folder of
+    their own. ``ConfigError`` for a link out of ``source``."""
+    for path in sorted((source / TEMPLATES).glob("*.jinja")):
+        check_inside(path, source)
+        (target / TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(path, target / TEMPLATES / path.name)
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix in COPIED_SUFFIXES and not path.name.endswith(".index.json"):
             check_inside(path, source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,9 @@ class ModelShape:
                 raise ConfigError(f"{source}: {key}={value!r} must be a positive whole number")
             return value
 
+        def number(key: str, default: float) -> float:
+            return _number(config[key], key, source) if config.get(key) is not None else default
+
         family = family_of(get("model_type"), source)
         _refuse_features(family, config, source)
         for key in family.required:
@@ -69,13 +73,15 @@ class ModelShape:
             raise
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{source}: {error}") from error
-        hidden = count("hidden_size")
+        hidden, tied = count("hidden_size"), config.get("tie_word_embeddings")
+        if tied not in (None, True, False):
+            raise ConfigError(f"{source}: tie_word_embeddings={tied!r} must be true or false")
         return cls(
             num_layers=count("num_hidden_layers"), hidden_size=hidden, ffn_size=count("intermediate_size"),
             num_heads=heads, num_kv_heads=kv_heads, head_dim=count("head_dim", hidden // heads),
-            vocab_size=count("vocab_size"), tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            norm_eps=config.get("rms_norm_eps", 1e-6), rope_theta=theta,
-            max_positions=count("max_position_embeddings", 32768), init_std=config.get("initializer_range", 0.02),
+            vocab_size=count("vocab_size"), tied_embeddings=bool(tied),
+            norm_eps=number("rms_norm_eps", 1e-6), rope_theta=theta,
+            max_positions=count("max_position_embeddings", 32768), init_std=number("initializer_range", 0.02),
             family=family.model_type, qkv_bias=family.qkv_bias, qk_norm=family.qk_norm, rope_scaling=scaling,
             experts=experts)
 
@@ -120,6 +126,8 @@ class ModelShape:
 def read_hf_config(folder: str | Path) -> dict[str, Any]:
     """The config.json of a model folder. ``ConfigError`` when the folder or the file is missing or is not JSON."""
     folder = Path(folder)
+    if folder.is_file():
+        raise ConfigError(f"model folder {folder} is a file: name its folder")
     if not folder.is_dir():
         raise ConfigError(f"model folder {folder} does not exist (hub names are not downloaded: "
                           "hf download NAME --local-dir FOLDER)")
@@ -135,6 +143,13 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
+def check_fetched(path: Path) -> None:
+    """``ConfigError`` for the few lines that git leaves in place of a large file where git-lfs is not installed."""
+    with path.open("rb") as stream:
+        if stream.read(40).startswith(b"version https://git-lfs"):
+            raise ConfigError(f"{path} is a Git LFS pointer, not the file: git lfs pull in its folder, or hf download")
+
+
 def _check_divisor(name: str, value: int, allowed: Callable[[int], bool], what: str) -> None:
     if not allowed(value):
         choices = ", ".join(str(n) for n in range(1, 129) if allowed(n))
@@ -143,24 +158,34 @@ def _check_divisor(name: str, value: int, allowed: Callable[[int], bool], what: 
 
 def _refuse_features(family: Family, config: dict[str, Any], source: str) -> None:
     """Whatever would change the numbers and is not computed here is an error, not a difference found later."""
+    if isinstance(quantized := config.get("quantization_config"), dict):
+        raise ConfigError(f"{source}: quantization_config with quant_method={quantized.get('quant_method')!r} is not "
+                          "supported, only unquantized weights: use the model's bfloat16 release")
     for key, supported in family.only.items():
         if config.get(key) not in (None, supported):
             raise ConfigError(f"{source}: {key}={config[key]!r} is not supported for {family.model_type}, only "
                               f"{supported!r}")
-    if kinds := sorted(set(config.get("layer_types") or ()) - {"full_attention"}):
+    layers = config.get("layer_types") or []
+    if not isinstance(layers, list):
+        raise ConfigError(f"{source}: layer_types={layers!r} is no list")
+    if kinds := [kind for kind in layers if kind != "full_attention"]:
         raise ConfigError(f"{source}: layer_types has {kinds[0]!r}, which is not supported, only 'full_attention'")
 
 
 def _rope(family: Family, config: dict[str, Any], source: str) -> tuple[float, RopeScaling | None]:
     """Base and stretch of the rotary frequencies; transformers 4 writes rope_scaling, 5 rope_parameters."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    name, rope = _rope_settings(config, source)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in family.rope_types:
         raise ConfigError(f"{source}: rope type {kind!r} is not supported for {family.model_type}, only "
                           f"{', '.join(map(repr, family.rope_types))}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError(f"{source}: partial_rotary_factor={rope['partial_rotary_factor']} is not supported, only 1.0")
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    stated = [_number(x["rope_theta"], "rope_theta", source) for x in (rope, config) if x.get("rope_theta") is not None]
+    theta = stated[0] if stated else 10000.0
+    if len(set(stated)) > 1:
+        raise ConfigError(f"{source}: rope_theta={stated[1]}, but {name} says {theta}, which transformers 5 takes and "
+                          "4 does not: remove the wrong one")
     if kind == "default":
         return theta, None
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -170,3 +195,24 @@ def _rope(family: Family, config: dict[str, Any], source: str) -> tuple[float, R
         return theta, RopeScaling(*(rope[key] for key in keys))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{source}: {error}") from error
+
+
+def _rope_settings(config: dict[str, Any], source: str) -> tuple[str, dict[str, Any]]:
+    """Name and content of what config.json has of rope_parameters and rope_scaling. Of two transformers 5 takes
+    rope_scaling, whose base is then the outer rope_theta or 10000, and 4 knows no other: they have to say the same."""
+    found = {key: config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)}
+    for key, value in found.items():
+        if not isinstance(value, dict):
+            raise ConfigError(f"{source}: {key}={value!r} is no set of settings")
+    one, *other = ({"rope_theta": config.get("rope_theta"), **value} for value in found.values() or [{}])
+    if other and one != other[0]:
+        raise ConfigError(f"{source} has rope_parameters and rope_scaling, which differ: keep one, with everything it "
+                          "shall say (rope_theta too)")
+    return next(iter(found.items()), ("rope_parameters", {}))
+
+
+def _number(value: Any, key: str, source: str) -> float:
+    least = 0 if key == "initializer_range" else 1e-30  # of stored weights nobody asks how they were drawn
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+        raise ConfigError(f"{source}: {key}={value!r} must be a positive number")
+    return float(value)

@@ -9,7 +9,7 @@ from typing import Any
 
 from spark_nemo.config.errors import ConfigError
 
-from .model_shape import ModelShape
+from .model_shape import ModelShape, check_fetched
 
 
 def check_tokenizer(folder: str | Path, shape: ModelShape) -> None:
@@ -20,6 +20,7 @@ def check_tokenizer(folder: str | Path, shape: ModelShape) -> None:
     path = Path(folder) / "tokenizer.json"
     if not path.is_file():
         return
+    check_fetched(path)
     try:
         text, highest = max(_tokens(json.loads(path.read_text())), key=lambda token: token[1], default=("", -1))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:

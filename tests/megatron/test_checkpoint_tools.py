@@ -172,3 +172,223 @@ def test_existing_output_is_not_touched(model, tmp_path, capsys):
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine"]
     assert run("convert_hf_to_megatron", model / "hf", model / "hf" / "out") == 2
     assert json.loads((model / "hf" / "config.json").read_text())["model_type"] == "qwen3"
+
+
+def copy_of(model, folder, **settings):
+    """A copy of the Hugging Face folder, with other settings in its config.json."""
+    corruptions.shutil.copytree(model / "hf", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **settings}))
+    return folder
+
+
+def test_settings_are_refused_or_taken_as_transformers_does(model, tmp_path, capsys):
+    """Null settings, also dtype beside torch_dtype, are as if they were not there. A type that is none, and a long
+    quantization_config, are one short line and no output."""
+    folder = copy_of(model, tmp_path / "hf", dtype=None, torch_dtype="bfloat16", rms_norm_eps=None,
+                     initializer_range=None)
+    assert run("convert_hf_to_megatron", folder, tmp_path / "out") == 0
+    assert open_checkpoint(folder).shape.norm_eps == 1e-6
+    for number, (settings, message) in enumerate((
+            ({"dtype": None, "torch_dtype": "float32"}, "config.json says torch.float32"),
+            ({"dtype": ["bfloat16"]}, "dtype=['bfloat16'] is not one of"),
+            ({"quantization_config": {"quant_method": "fp8", "modules": ["x"] * 99}}, "quant_method='fp8' is not"))):
+        wrong = copy_of(model, tmp_path / f"wrong{number}", **settings)
+        assert run("convert_hf_to_megatron", wrong, tmp_path / "none") == 2
+        err = capsys.readouterr().err.strip().splitlines()[-1]
+        assert message in err and len(err) < 200 + len(str(wrong))
+    assert not (tmp_path / "none").exists() and not (tmp_path / ".none.partial").exists()
+
+
+def make_strange_folders(root, model):
+    """Folders that people name: (folder, what the message must say)."""
+    (root / "cache" / "snapshots" / "abc").mkdir(parents=True)
+    (root / "lora").mkdir()
+    (root / "lora" / "adapter_config.json").write_text("{}")
+    (root / "legacy" / "iter_0000010" / "mp_rank_00").mkdir(parents=True)
+    (root / "legacy" / "latest_checkpointed_iteration.txt").write_text("10")
+    (root / "slime" / "iter_0000010").mkdir(parents=True)
+    (root / "actor" / "dist_ckpt").mkdir(parents=True)
+    (root / "bytes").mkdir()
+    (root / "bytes" / "latest_checkpointed_iteration.txt").write_bytes(b"\xff")
+    (root / "empty").mkdir()
+    (root / "pickles").mkdir()
+    return [("Qwen/Qwen2.5-7B", "hf download"), (model / "hf" / "config.json", "is a file: name its folder"),
+            (root / "cache", "snapshots/abc"), (root / "lora", "merge"), (root / "legacy", "torch_dist"),
+            (root / "slime", "iter_0000010"), (root / "actor", "dist_ckpt"), (root / "bytes", "not a folder beside it"),
+            (root / "empty", "neither config.json"), (root / "none", "does not exist")]
+
+
+@pytest.mark.parametrize("tool", ["convert_megatron_to_hf", "inspect_checkpoint"])
+def test_folders_of_other_kinds_are_told_apart(model, tmp_path, capsys, tool):
+    """A hub name, a file, the top of a Hugging Face cache, an adapter, Megatron-LM's older format and folders one level
+    too high are refused with what to name instead. What is in them is not read."""
+    (tmp_path / "in").mkdir()
+    for folder, message in make_strange_folders(tmp_path / "in", model):
+        assert run(tool, folder, *([tmp_path / "out"] if "convert" in tool else [])) == 2, folder
+        out = capsys.readouterr()
+        assert message in out.err and len(out.err.splitlines()) == 1 and out.out == "", folder
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+@pytest.mark.parametrize("step_is_there", [True, False])
+def test_a_trainer_s_folder_with_deepspeed_s_files_is_a_model(model, tmp_path, step_is_there):
+    """DeepSpeed leaves a file "latest", our own run's name for it, and a folder of its own beside the model that it
+    saved; that folder is often deleted. The model is what is meant."""
+    folder = copy_of(model, tmp_path / "checkpoint-100")
+    (folder / "latest").write_text("global_step100")
+    if step_is_there:
+        (folder / "global_step100").mkdir()
+        (folder / "global_step100" / "mp_rank_00_model_states.pt").write_bytes(b"x")
+    assert run("inspect_checkpoint", folder) == 0
+    assert run("compare_checkpoints", folder, model / "megatron") == 0
+
+
+def test_files_that_git_lfs_has_not_fetched_are_named(model, tmp_path, capsys):
+    """A clone without git-lfs has pointers instead of weights and tokenizer; a missing shard says so, too."""
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 4902257696\n"
+    folder = copy_of(model, tmp_path / "hf")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    for path in (shard, folder / "tokenizer.json"):
+        kept = path.read_bytes()
+        path.write_text(pointer)
+        assert run("convert_hf_to_megatron", folder, tmp_path / "out") == 2
+        err = capsys.readouterr().err
+        assert f"{path} is a Git LFS pointer" in err and "git lfs pull" in err
+        path.write_bytes(kept)
+    shard.unlink()
+    assert run("convert_hf_to_megatron", folder, tmp_path / "out") == 2
+    assert f"{shard} is missing" in capsys.readouterr().err
+
+
+def test_inspection_shows_what_cannot_be_converted(model, tmp_path, capsys):
+    """FP8 tensors and their scales are listed with their type, though a conversion refuses them."""
+    folder = copy_of(model, tmp_path / "hf")
+    path = next(folder.glob("*.safetensors"))
+    tensors = load_file(path)
+    name = next(key for key in tensors if key.endswith("proj.weight"))
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, path)
+    assert run("inspect_checkpoint", folder) == 0
+    assert f"{name}  {list(tensors[name].shape)}  float8_e4m3fn" in capsys.readouterr().out
+    assert run("convert_hf_to_megatron", folder, tmp_path / "out") == 2
+    assert f"tensor {name} in" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_the_command_goes_on(model, tmp_path, capsys):
+    """A file that cannot be written to its end: torch then raises an error of its archive, not of the disk. Here a
+    limit on file sizes stands for the disk. The message is the system's, and the same command finishes."""
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (4096, 20_000, 30_000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            status = run("convert_hf_to_megatron", model / "hf", tmp_path / "out")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert status == 2 and "File too large" in capsys.readouterr().err
+    assert run("convert_hf_to_megatron", model / "hf", tmp_path / "out") == 0
+    assert run("compare_checkpoints", model / "hf", tmp_path / "out") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_ctrl_c_is_one_line(monkeypatch, model, tmp_path, capsys):
+    """Ctrl-C ends a tool with 130 and says that the same command goes on."""
+    from spark_nemo.megatron.hf_files import SafetensorsFolder
+
+    def interrupted(self, name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SafetensorsFolder, "__getitem__", interrupted)
+    assert run("convert_hf_to_megatron", model / "hf", tmp_path / "out") == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "interrupted; the same command goes on"
+
+
+def test_options_without_effect_and_wrong_numbers_are_refused(model, tmp_path, capsys):
+    """An option that would be ignored, and a number that is none, stop a tool before it writes."""
+    hf, megatron, out = model / "hf", model / "megatron", tmp_path / "out"
+    (tmp_path / "text").write_bytes(b"\xff\xfe\x00")
+    for message, tool, *arguments in (
+            ("--max-shard-gb", "convert_megatron_to_hf", megatron, out, "--to", "megatron", "--max-shard-gb", 1),
+            ("--hf-config", "convert_megatron_to_hf", hf, out, "--hf-config", hf),
+            ("--text", "compare_checkpoints", megatron, megatron, "--with-optimizer", "--text", tmp_path / "text"),
+            ("text", "compare_checkpoints", hf, megatron, "--text", tmp_path / "text"),
+            ("inside", "reshard_checkpoint", megatron, megatron / "out")):
+        assert run(tool, *arguments) == 2
+        out_err = capsys.readouterr()
+        assert message in out_err.err and out_err.out == "" and len(out_err.err.splitlines()) == 1
+    for tool, option, values in (("convert_megatron_to_hf", "--max-shard-gb", ("0", "-1", "nan", "inf")),
+                                 ("compare_checkpoints", "--tolerance", ("-1", "nan", "x"))):
+        for value in values:
+            with pytest.raises(SystemExit) as caught:
+                run(tool, megatron, out, f"{option}={value}")
+            assert caught.value.code == 2 and option in capsys.readouterr().err
+    assert not out.exists() and not (megatron / "out").exists()
+
+
+def test_tensors_are_compared_whatever_config_json_says(model, tmp_path, capsys):
+    """compare reads the stored tensors: a dtype in config.json that is not theirs does not stop it."""
+    folder = copy_of(model, tmp_path / "hf", dtype="float32")
+    assert run("compare_checkpoints", folder, model / "megatron") == 0
+    assert "0 not the same" in capsys.readouterr().out
+
+
+def test_home_and_odd_paths(model, tmp_path, monkeypatch, capsys):
+    """~ that the shell has left, spaces, relative paths and links to folders work; an output that is a link to nothing
+    is refused before anything is written."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    copy_of(model, tmp_path / "my model")
+    (tmp_path / "link").symlink_to("my model")
+    assert run("convert_hf_to_megatron", "link", "~/a b/out") == 0
+    corruptions.shutil.rmtree(tmp_path / "a b" / "out" / "hf")
+    assert run("convert_megatron_to_hf", "./a b/out", "back", "--hf-config=~/my model") == 0
+    assert run("compare_checkpoints", "back", "~/link") == 0
+    (tmp_path / "dangling").symlink_to("nowhere")
+    assert run("convert_hf_to_megatron", "link", "dangling") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a b", "back", "dangling", "link", "my model"]
+
+
+def test_other_pickles_are_not_weights(model, tmp_path, capsys):
+    """training_args.bin beside pytorch_model.bin is not read as weights; alone it does not look like them."""
+    folder = copy_of(model, tmp_path / "hf")
+    tensors = {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
+    for path in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]:
+        path.unlink()
+    (folder / "training_args.bin").write_bytes(b"no tensors")
+    assert run("convert_hf_to_megatron", folder, tmp_path / "out") == 2
+    assert "has no .safetensors files" in capsys.readouterr().err
+    torch.save(tensors, folder / "pytorch_model.bin")
+    assert run("convert_hf_to_megatron", folder, tmp_path / "out", "--trust-pickle") == 0
+    assert run("compare_checkpoints", model / "hf", tmp_path / "out") == 0
+
+
+def test_values_that_a_type_cannot_hold_are_an_error(model, tmp_path, capsys):
+    """float16 ends at 65504; a larger value is refused with its tensor's name, not written as infinity."""
+    folder = copy_of(model, tmp_path / "hf")
+    path = next(path for path in folder.glob("*.safetensors") if "model.norm.weight" in load_file(path))
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] = 1e5
+    save_file(tensors, path)
+    for tool in ("convert_hf_to_megatron", "convert_megatron_to_hf"):
+        assert run(tool, folder, tmp_path / "out", "--dtype", "float16") == 2
+        assert "tensor model.norm.weight" in (err := capsys.readouterr().err) and "float16" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_reader_that_stops_early_and_warnings_of_megatron_are_not_shown(model):
+    """Neither a tool's output into head nor megatron-core's remarks on what is not installed leave a line on stderr.
+    In real processes: the end of one is part of it."""
+    import subprocess
+
+    done = subprocess.run(
+        [sys.executable, TOOLS / "inspect_checkpoint.py", model / "megatron"], capture_output=True, text=True,
+        check=True)
+    assert done.stdout.startswith("Megatron distributed checkpoint") and done.stderr == ""
+    program = "import sys; sys.path.append(sys.argv[1]); from checkpoint_tools import exit_status\n" \
+              "sys.exit(exit_status(lambda: print('x\\n' * 200000)))"
+    command = ["bash", "-c", '"$@" | head -1; exit ${PIPESTATUS[0]}', "-", sys.executable, "-c", program, TOOLS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "x\n", "")

@@ -7,12 +7,15 @@ checked against what megatron-core writes without it.
 import dataclasses
 import json
 import math
+import queue
 import shutil
 from pathlib import Path
 
 import family_cases as cases
 import pytest
 import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from safetensors.torch import load_file, save_file
 
 from spark_nemo.config import MegatronConfig
@@ -20,8 +23,14 @@ from spark_nemo.config.errors import ConfigError
 from spark_nemo.engines.base import EngineFailure
 from spark_nemo.engines.local import LocalEngine
 from spark_nemo.megatron import hf_weights
+from spark_nemo.megatron.checkpoint.conversion import convert
+from spark_nemo.megatron.checkpoint.global_tensors import GlobalTensors, check_stored_shapes
+from spark_nemo.megatron.checkpoint.reshard import reshard
+from spark_nemo.megatron.checkpoint.stored import StoredCheckpoint
+from spark_nemo.megatron.cpu_compat import cuda_means_cpu
 from spark_nemo.megatron.families import FAMILIES
-from spark_nemo.megatron.model_shape import ModelShape
+from spark_nemo.megatron.hf_files import SafetensorsFolder
+from spark_nemo.megatron.model_shape import ModelShape, read_hf_config
 from spark_nemo.megatron.rope import inverse_frequencies
 from spark_nemo.megatron.worker import MegatronWorker
 
@@ -37,6 +46,7 @@ NUMBERS = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 96, "
            "num_key_value_heads": 2, "vocab_size": 67, "num_experts": 4, "num_experts_per_tok": 2,
            "moe_intermediate_size": 48, "norm_topk_prob": True}
 
+DEFAULT = {"rope_type": "default", "rope_theta": 1e6}
 PUBLISHED = {
     "qwen2.5-7b": 15231233024, "qwen3-32b": 65524246528, "llama-3.1-70b": 141107412992, "qwen3-30b-a3b": 61064245248}
 """metadata.total_size in the model.safetensors.index.json of these models on huggingface.co: bytes in bfloat16."""
@@ -94,6 +104,30 @@ def test_checkpoint_names_are_the_rules_last_names(folders, family):
         own = [shard for shard in written[key] if not any(shard.global_offset[:len(stacked)])]
         values = torch.cat([s.data.reshape(-1, *global_tensor.shape[1:]) for s in own])
         assert torch.equal(values, global_tensor), key
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe"])
+def test_layers_that_are_stored_one_by_one_are_read(folders, tmp_path, family):
+    """megatron-core gives every layer keys of its own when --moe-layer-freq is a list, as in slime's scripts for
+    Qwen3-MoE. What its own saver then writes becomes the same Hugging Face tensors; to reshard it is refused by name,
+    and so are the finer pieces of singleton_local_shards. One rank, without an optimizer."""
+    model = MegatronWorker.from_hf(folders[family], ONE, seed=0).model
+    (tmp_path / "apart").mkdir()
+    with cuda_means_cpu():
+        filesystem_async._results_queue = queue.Queue()  # instead of a process for it
+        state = model.sharded_state_dict(metadata={"singleton_local_shards": False, "non_homogeneous_layers": True})
+        dist_checkpointing.save(state, str(tmp_path / "apart"), ("torch_dist", 1))
+    stored = StoredCheckpoint(tmp_path / "apart")
+    assert "decoder.layers.1.self_attention.linear_proj.weight" in stored.tensors
+    hf = SafetensorsFolder(convert(tmp_path / "apart", tmp_path / "hf", "hf", hf_config_from=folders[family]).folder)
+    original = SafetensorsFolder(folders[family])
+    assert set(hf) == set(original) and all(torch.equal(hf[name], original[name]) for name in original)
+    with pytest.raises(ConfigError, match="every layer under keys of its own"):
+        reshard(tmp_path / "apart", tmp_path / "out", ONE, folders[family])
+    names = {f"{name}_w" if name.endswith("fc1.weight") else name: () for name in stored.tensors}
+    expected = GlobalTensors.like(ModelShape.from_hf(read_hf_config(folders[family])), names)
+    with pytest.raises(ConfigError, match=r"lacks tensor .*linear_fc1.weight.* singleton_local_shards"):
+        check_stored_shapes(names, expected, "here")
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
@@ -168,7 +202,23 @@ def test_frequencies_equal_transformers(stretch, key):
     ("llama", {"mlp_bias": True}, "mlp_bias=True is not supported for llama"),
     ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act='gelu' is not supported for llama, only 'silu'"),
-    ("qwen2", {"quantization_config": {"quant_method": "awq"}}, "quantization_config=.* is not supported"),
+    ("qwen2", {"quantization_config": {"quant_method": "awq"}}, "quant_method='awq' is not supported, only"),
+    ("qwen3", {"rope_parameters": DEFAULT, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+     "has rope_parameters and rope_scaling, which differ"),
+    ("qwen3", {"rope_parameters": DEFAULT, "rope_scaling": {"rope_type": "default"}}, "which differ: keep one"),
+    ("qwen3", {"rope_parameters": DEFAULT, "rope_theta": 5e5}, "rope_theta=500000.0, but rope_parameters says 100"),
+    ("qwen2", {"rope_scaling": "linear"}, "rope_scaling='linear' is no set of settings"),
+    ("qwen2", {"rope_parameters": [1]}, r"rope_parameters=\[1\] is no set of settings"),
+    ("llama", {"rope_theta": [1]}, r"rope_theta=\[1\] must be a positive number"),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": -5}}, "rope_theta=-5 must be a positive"),
+    ("llama", {"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6' must be a positive number"),
+    ("llama", {"initializer_range": "a"}, "initializer_range='a' must be a positive number"),
+    ("llama", {"tie_word_embeddings": "false"}, "tie_word_embeddings='false' must be true or false"),
+    ("qwen3", {"layer_types": 3}, "layer_types=3 is no list"),
+    ("qwen3", {"layer_types": [["x"]]}, r"layer_types has \['x'\], which is not supported"),
+    ("qwen3_moe", {"num_experts_per_tok": "2"}, "num_experts=4, num_experts_per_tok='2'"),
+    ("qwen3_moe", {"norm_topk_prob": "false"}, "norm_topk_prob='false' must be true or false"),
+    (["llama"], {}, r"model_type=\['llama'\] is not supported"),
     ("qwen3", {"head_dim": None}, "has no 'head_dim'"),
     ("qwen3", {"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=8"),
     ("qwen3", {"vocab_size": "67"}, "vocab_size='67' must be a positive whole number"),
@@ -182,6 +232,16 @@ def test_what_we_do_not_compute_is_refused(family, change, message):
     """A setting that would change the numbers ends in an error that names it and its file, never in other numbers."""
     with pytest.raises(ConfigError, match=f"^some/config.json:? .*{message}"):
         ModelShape.from_hf({"model_type": family, **NUMBERS, **change}, "some/config.json")
+
+
+def test_a_config_for_two_versions_of_transformers_is_read():
+    """The same rotary settings under the names of transformers 4 and 5, and null settings, are no contradiction."""
+    stretch = {key: value for key, value in cases.LLAMA3.items() if key != "rope_theta"}
+    both = {"rope_parameters": cases.LLAMA3, "rope_scaling": stretch, "rope_theta": 10000, "num_local_experts": None}
+    one = ModelShape.from_hf({"model_type": "llama", **NUMBERS, "rope_parameters": cases.LLAMA3})
+    assert ModelShape.from_hf({"model_type": "llama", **NUMBERS, **both}) == one
+    mixture = ModelShape.from_hf({"model_type": "qwen3_moe", **NUMBERS, "num_local_experts": None, "rope_theta": None})
+    assert mixture.experts.count == 4 and mixture.rope_theta == 10000.0
 
 
 @pytest.mark.parametrize(("family", "layout", "message"), [

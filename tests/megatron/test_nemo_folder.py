@@ -134,3 +134,17 @@ def test_norms_that_nemo_lost_are_an_error(folders, tmp_path):
     fresh = convert(found[1], tmp_path / "fresh", "hf").folder
     assert float(load_file(fresh / "model.safetensors")["model.norm.weight"].max()) == 1.0
     assert INPUT_NORM in StoredCheckpoint(found[1] / "weights").tensors
+
+
+def test_every_chat_template_travels_along(tmp_path):
+    """transformers keeps templates besides the default in a folder of their own; they come back, through each format.
+    Files of other kinds in it stay behind."""
+    extra = make_folder(tmp_path / "hf", "qwen3") / "additional_chat_templates"
+    extra.mkdir()
+    (extra / "tool_use.jinja").write_text("{{ tools }}")
+    (extra / "evil.py").write_text("raise SystemExit")
+    for source, target in (("hf", "nemo"), ("nemo", "megatron"), ("megatron", "back")):
+        convert(tmp_path / source, tmp_path / target, target if target != "back" else "hf")
+    back = tmp_path / "back" / "additional_chat_templates"
+    assert [path.name for path in back.iterdir()] == ["tool_use.jinja"]
+    assert (back / "tool_use.jinja").read_text() == "{{ tools }}"

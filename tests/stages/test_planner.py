@@ -171,12 +171,15 @@ def test_a_mixture_is_planned_with_its_weight_sync(capsys, tmp_path):
     (["--stage", "stage3", "--model", "Qwen2.5-72B-Instruct", "--nodes", "1", "--policy-gpus", "8"], "none is left"),
     (["--stage", "stage3", "--model", "Qwen2.5-72B-Instruct", "--nodes", "1", "--gpus-per-node", "1"],
      "does not fit an engine of 1 GPUs"),
-    (["--stage", "sft", "--model", "nowhere/Unknown-1B", "--nodes", "1"], "the name is none of Qwen2.5-14B-Instruct"),
+    (["--stage", "sft", "--model", "nowhere/Unknown-1B", "--nodes", "1"],
+     r"hf download NAME config.json .* the name is none of Qwen2.5-14B-Instruct"),
     (["--stage", "sft", "--nodes", "1"], "models.policy_base is not set: pass --model"),
     (["--stage", "sft", "--model", "Qwen3-32B", "--nodes", "0"], "--nodes=0: must be at least 1"),
     (["--stage", "sft", "--model", "Qwen3-32B", "--nodes", "1", "--policy-gpus", "2"], "no effect with --stage sft"),
     (["--stage", "stage1", "--model", "Qwen3-32B", "--nodes", "1", "--check"], "--check has no effect"),
     (["--stage", "sft", "--model", "Qwen3-32B", "--nodes", "1", "--disk-gbs", "0"], "--disk-gbs 0.0: must be positive"),
+    (["--stage", "sft", "--model", "Qwen3-32B", "--nodes", "1", "--gpu-memory-gb", "nan"], "--gpu-memory-gb nan: must"),
+    (["--stage", "sft", "--model", "Qwen3-32B", "--nodes", "1", "--disk-gbs", "inf"], "--disk-gbs inf: must"),
 ])
 def test_refusals_say_what_is_missing(capsys, words, message):
     """One line on stderr and status 2: by how much, and what helps."""

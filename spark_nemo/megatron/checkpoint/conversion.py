@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -58,6 +58,8 @@ def convert(source: str | Path, target: str | Path, to: str, hf_config_from: str
     if target.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"output folder {target} is inside {source}: name another")
     opened = open_checkpoint(source, hf_config_from, dtype, trust_pickle)
+    if dtype is not None:
+        opened = replace(opened, tensors=_Cast(opened.tensors, dtype, str(source)))
     shapes = hf_tensor_shapes(opened.shape)
     num_bytes = sum(map(math.prod, shapes.values())) * opened.dtype.itemsize
     job = {"from": opened.kind, "to": to, "files": fingerprint(source), "dtype": str(opened.dtype),
@@ -70,6 +72,28 @@ def convert(source: str | Path, target: str | Path, to: str, hf_config_from: str
         else:
             _write_megatron(folder, opened, to, bar)
     return Converted(target, len(shapes), num_bytes, time.monotonic() - start)
+
+
+class _Cast(Mapping[str, Tensor]):
+    """Tensors in another type. ``ConfigError`` for a finite value that would become infinite: float16 ends at 65504."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, origin: str) -> None:
+        self.tensors, self.dtype, self.origin = tensors, dtype, origin
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.tensors[name]
+        cast = tensor.to(self.dtype)
+        lost = ~torch.isfinite(cast)
+        if lost.any() and (lost & torch.isfinite(tensor)).any():
+            raise ConfigError(f"tensor {name} in {self.origin} has values up to {float(tensor.abs().max()):.4g}, and "
+                              f"{self.dtype} ends at {torch.finfo(self.dtype).max:.4g}: choose another --dtype")
+        return cast
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def write_hf(folder: Path, opened: OpenedCheckpoint, progress: Callable[[int], object],

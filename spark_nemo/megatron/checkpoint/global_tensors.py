@@ -7,6 +7,7 @@ axis. Names are Transformer Engine's, which Megatron writes for its local layers
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ _IN_EXPERT = re.compile(r"^mlp\.experts\.(linear_fc[12]\.weight)(\d+)$")
 
 @dataclass(frozen=True)
 class Piece:
-    """One Megatron parameter and its box in the stacked tensor ``key``."""
+    """One Megatron parameter and its box in the tensor ``key``, which is stacked over layers and experts."""
 
     key: str
     offset: tuple[int, ...]
@@ -39,18 +40,29 @@ class GlobalTensors:
     extra_states: list[str]
 
     @classmethod
-    def of(cls, shape: ModelShape) -> GlobalTensors:
-        """Built from the family's table alone; nothing is allocated."""
-        pieces = [_piece(placed, shape) for placed in placed_rules(shape, 1)]
+    def of(cls, shape: ModelShape, layers_apart: bool = False) -> GlobalTensors:
+        """Built from the family's table alone; nothing is allocated. With ``layers_apart`` every layer has keys of its
+        own, and only experts are stacked: what megatron-core calls non_homogeneous_layers."""
+        pieces = [_piece(placed, shape, layers_apart) for placed in placed_rules(shape, 1)]
         shapes: dict[str, tuple[int, ...]] = {}
         for piece in pieces:
             leading = len(piece.size) - len(_parameter_shape(piece.placed, shape))
-            stacked = (shape.num_layers, shape.experts.count if shape.experts else 0)[:leading]
-            shapes[piece.key] = (*stacked, *piece.size[leading:])
+            stacked = (shape.num_layers, shape.experts.count if shape.experts else 0)[int(layers_apart):]
+            shapes[piece.key] = (*stacked[:leading], *piece.size[leading:])
         return cls(shapes, pieces, _extra_states(shape))
 
+    @classmethod
+    def like(cls, shape: ModelShape, stored: Iterable[str]) -> GlobalTensors:
+        """As in the checkpoint whose weights have the names ``stored``."""
+        return cls.of(shape, has_layers_apart(stored))
 
-def _piece(placed: PlacedRule, shape: ModelShape) -> Piece:
+
+def has_layers_apart(stored: Iterable[str]) -> bool:
+    """Whether weights of these names were stored layer by layer."""
+    return any(_IN_LAYER.match(name) for name in stored)
+
+
+def _piece(placed: PlacedRule, shape: ModelShape, layers_apart: bool) -> Piece:
     name, size = placed.megatron[-1], _parameter_shape(placed, shape)
     in_layer = _IN_LAYER.match(name)
     if in_layer is None:
@@ -60,6 +72,8 @@ def _piece(placed: PlacedRule, shape: ModelShape) -> Piece:
         key, position = f"mlp.experts.experts.{in_expert[1]}", (layer, int(in_expert[2]))
     else:
         key, position = rest, (layer,)
+    if layers_apart:
+        key, position = f"{layer}.{key}", position[1:]
     return Piece(f"decoder.layers.{key}", position + (0,) * len(size), (1,) * len(position) + size, placed)
 
 
@@ -95,7 +109,9 @@ def check_stored_shapes(stored: dict[str, tuple[int, ...]], expected: GlobalTens
     """
     if missing := [key for key in expected.shapes if key not in stored]:
         norm = " (a layer norm is never filled in by default)" if "norm" in missing[0] else ""
-        raise ConfigError(f"{origin} lacks tensor {missing[0]}{norm}" + _more(missing))
+        finer = " (it was saved with singleton_local_shards, which is not read)" if any(
+            key.endswith("linear_fc1.weight_w") for key in stored) else ""
+        raise ConfigError(f"{origin} lacks tensor {missing[0]}{norm}{_more(missing)}{finer}")
     if surplus := [key for key in stored if key not in expected.shapes]:
         raise ConfigError(f"{origin} has tensor {surplus[0]}, which the model of config.json does not have"
                           + _more(surplus))

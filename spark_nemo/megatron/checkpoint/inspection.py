@@ -10,28 +10,27 @@ from spark_nemo.config.errors import ConfigError
 
 from ..hf_files import SafetensorsFolder
 from . import nemo
-from .opened import newest
+from .recognition import recognise
 from .stored import NOT_WEIGHTS, StoredCheckpoint, StoredTensor
 from .training import HF_FILES
 
 
 def describe(folder: str | Path, every_tensor: bool = True) -> Iterator[str]:
     """Lines for a person: format, step, layout, sizes, then one line per tensor. ``ConfigError`` as when opening."""
-    folder = Path(folder)
-    if (folder / nemo.CONTEXT).is_dir():
+    kind, weights = recognise(folder)
+    if kind == "nemo":
         yield f"NeMo 2 checkpoint {folder}"
-        yield from _stored(folder / nemo.WEIGHTS, every_tensor)
+        yield from _stored(weights / nemo.WEIGHTS, every_tensor)
         return
-    weights = newest(folder)
-    if (weights / "metadata.json").is_file() or (weights / ".metadata").is_file():
+    if kind == "megatron":
         yield f"Megatron distributed checkpoint {weights}"
         has_config = (weights / HF_FILES / "config.json").is_file()
         yield f"model configuration: {HF_FILES + '/config.json' if has_config else 'none (--hf-config is needed)'}"
         yield from _stored(weights, every_tensor)
         return
-    yield f"Hugging Face model {folder}"
     tensors = SafetensorsFolder(folder)
-    found = tensors.describe()
+    found = tensors.describe(of_any_type=True)
+    yield f"Hugging Face model {folder}"
     sizes = {name: math.prod(size) * dtype.itemsize for name, (size, dtype) in found.items()}
     yield f"{len(found)} tensors, {_bytes(sum(sizes.values()))}, in {len(tensors.files)} files"
     for name, (size, dtype) in found.items() if every_tensor else ():

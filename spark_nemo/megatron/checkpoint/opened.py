@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spark_nemo.config.errors import ConfigError
+from spark_nemo.config.errors import ConfigError, without_effect
 
 from ..hf_files import INDEX, SafetensorsFolder
 from ..hf_weights import check_names, check_tied_head, hf_tensor_shapes
@@ -19,11 +19,10 @@ from ..model_shape import ModelShape, read_hf_config
 from ..vocabulary import check_tokenizer
 from . import nemo
 from .global_tensors import GlobalTensors, check_stored_shapes
-from .pickled import PickledFolder
+from .pickled import PICKLES, PickledFolder
+from .recognition import recognise
 from .stored import StoredCheckpoint
-from .training import HF_FILES, LATEST
-
-MEGATRON_LM_LATEST = "latest_checkpointed_iteration.txt"
+from .training import HF_FILES
 
 
 @dataclass(frozen=True)
@@ -53,39 +52,21 @@ def open_checkpoint(folder: str | Path, hf_config_from: str | Path | None = None
     none. Weights of other types than config.json's are an error unless ``dtype`` says to convert them.
     ``trust_pickle`` allows ``pytorch_model*.bin``.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ConfigError(f"checkpoint folder {folder} does not exist")
-    if (folder / nemo.CONTEXT).is_dir():
-        return _open_nemo(folder, hf_config_from, dtype)
-    weights = newest(folder)
-    if (weights / "metadata.json").is_file() or (weights / ".metadata").is_file():
+    kind, weights = recognise(folder)
+    if kind == "nemo":
+        return _open_nemo(weights, hf_config_from, dtype)
+    if kind == "megatron":
         return _open_megatron(weights, hf_config_from, dtype)
-    return _open_hf(folder, dtype, trust_pickle)
-
-
-def newest(folder: Path) -> Path:
-    """The folder of the newest step, where ``folder`` is a run's or Megatron-LM's folder of checkpoints."""
-    if (folder / LATEST).is_file():
-        return _named(folder, (folder / LATEST).read_text().strip(), LATEST)
-    if (folder / MEGATRON_LM_LATEST).is_file():
-        text = (folder / MEGATRON_LM_LATEST).read_text().strip()
-        return _named(folder, text if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else text,
-                      MEGATRON_LM_LATEST)
-    return folder
-
-
-def _named(folder: Path, name: str, by: str) -> Path:
-    if not name or Path(name).name != name or not (folder / name).is_dir():
-        raise ConfigError(f"{folder / by} names {name!r}, which is not a folder beside it")
-    return folder / name
+    if hf_config_from:
+        raise without_effect("--hf-config", hf_config_from, f"for {folder}, a Hugging Face folder with its own")
+    return _open_hf(weights, dtype, trust_pickle)
 
 
 def _open_hf(folder: Path, dtype: torch.dtype | None, trust_pickle: bool) -> OpenedCheckpoint:
     config = read_hf_config(folder)
     shape = ModelShape.from_hf(config, f"{folder}/config.json")
     check_tokenizer(folder, shape)
-    pickles = sorted(folder.glob("*.bin"))
+    pickles = sorted(folder.glob(PICKLES))
     if pickles and not (folder / INDEX).is_file() and not list(folder.glob("*.safetensors")):
         if not trust_pickle:
             raise ConfigError(f"{pickles[0]} is a pickle, and {folder} has no safetensors: pass --trust-pickle if you "
@@ -130,7 +111,8 @@ def _open_nemo(folder: Path, hf_config_from: str | Path | None, dtype: torch.dty
 def _of_stored(kind: str, stored: StoredCheckpoint, config: dict[str, Any], source: str, dtype: torch.dtype | None,
                companions: tuple[Path, ...]) -> OpenedCheckpoint:
     shape = ModelShape.from_hf(config, source)
-    expected, weights = GlobalTensors.of(shape), stored.weights()
+    weights = stored.weights()
+    expected = GlobalTensors.like(shape, weights)
     check_stored_shapes({key: tensor.shape for key, tensor in weights.items()}, expected, str(stored.folder))
     types = {key: weights[key].dtype for key in expected.shapes}
     for key, found in types.items():
@@ -146,9 +128,9 @@ def _one_dtype(types: dict[str, torch.dtype], config: dict[str, Any], wanted: to
                origin: str) -> torch.dtype:
     if wanted is not None:
         return wanted
-    stated = config.get("dtype", config.get("torch_dtype"))
+    stated = config.get("dtype") or config.get("torch_dtype")
     known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
-    if stated is not None and stated not in known:
+    if stated is not None and (not isinstance(stated, str) or stated not in known):
         raise ConfigError(f"{origin}/config.json: dtype={stated!r} is not one of {', '.join(known)}")
     expected = known[stated] if stated is not None else next(iter(types.values()))
     for name, found in types.items():

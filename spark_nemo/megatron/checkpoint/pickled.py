@@ -15,6 +15,8 @@ from spark_nemo.config.errors import ConfigError
 from ..hf_files import check_inside
 
 INDEX = "pytorch_model.bin.index.json"
+PICKLES = "pytorch_model*.bin"
+"""Trainers leave other .bin files beside them."""
 
 
 class PickledFolder(Mapping[str, Tensor]):
@@ -32,7 +34,7 @@ class PickledFolder(Mapping[str, Tensor]):
 
     def _files(self) -> list[Path]:
         if not (self.folder / INDEX).is_file():
-            return sorted(self.folder.glob("*.bin"))
+            return sorted(self.folder.glob(PICKLES))
         try:
             names = sorted(set(json.loads((self.folder / INDEX).read_text())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -21,8 +21,8 @@ from spark_nemo.records.progress_bar import progress_bar
 from ..hf_files import copy_companions
 from ..model_shape import ModelShape, read_hf_config
 from .compare import compare_stored
-from .global_tensors import GlobalTensors, Piece, check_stored_shapes
-from .opened import newest
+from .global_tensors import GlobalTensors, Piece, check_stored_shapes, has_layers_apart
+from .recognition import newest
 from .resumable import fingerprint, resumable_folder
 from .stored import StoredCheckpoint
 from .streaming import Box, Source, write_torch_dist
@@ -51,6 +51,8 @@ def reshard(source: str | Path, target: str | Path, layout: MegatronConfig, hf_c
     format that only the layout that wrote it can read.
     """
     source, target = Path(source), Path(target)
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"output folder {target} is inside {source}: name another")
     step = newest(source)
     stored = StoredCheckpoint(step)
     _check_optimizer(stored)
@@ -58,6 +60,9 @@ def reshard(source: str | Path, target: str | Path, layout: MegatronConfig, hf_c
     config = read_hf_config(config_folder)
     shape = ModelShape.from_hf(config, f"{config_folder}/config.json")
     shape.check_layout(layout)
+    if has_layers_apart(stored.weights()):
+        raise ConfigError(f"{step} has every layer under keys of its own (non_homogeneous_layers), which is "
+                          "not resharded: the code that wrote it resumes it under any layout, and it can be converted")
     tensors = GlobalTensors.of(shape)
     check_stored_shapes({key: tensor.shape for key, tensor in stored.weights().items()}, tensors, str(step))
     check_states(stored)

@@ -30,7 +30,7 @@ def resumable_folder(target: Path, job: dict[str, Any]) -> Iterator[Path]:
     (the input is wrong) removes it. ``target`` must not exist, and nobody else may be making it: a ``ConfigError``
     otherwise.
     """
-    if target.exists():
+    if target.exists() or target.is_symlink():  # a link to nothing could not be replaced at the end
         raise ConfigError(f"output folder {target} exists already: remove it or name another")
     partial = target.with_name(f".{target.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)

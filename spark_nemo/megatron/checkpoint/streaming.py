@@ -138,12 +138,21 @@ class _PartWriter(FileSystemWriter):
             else:
                 # One plan per file: what the writer calls a rank's plan.
                 prefix = dataclasses.replace(plan.storage_data, prefix=f"__{number}_")
-                done = super().write_data(dataclasses.replace(plan, items=items, storage_data=prefix), planner).wait()
+                done = self._write_part(dataclasses.replace(plan, items=items, storage_data=prefix), planner)
                 self._record(number, done)
             results += done
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
+
+    def _write_part(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+        try:
+            return super().write_data(plan, planner).wait()
+        except RuntimeError as error:
+            # Of a full disk torch's archive tells by an error of its own, raised while the system's was handled.
+            if isinstance(error.__context__, OSError):
+                raise OSError(*error.__context__.args) from error
+            raise
 
     def _record(self, number: int, results: list[WriteResult]) -> None:
         line = json.dumps({"part": number, "results": [

@@ -18,7 +18,7 @@ __all__ = ["FAMILIES", "Experts", "Family", "RopeScaling", "Rule", "Table", "Tra
 
 def family_of(model_type: str, source: str) -> Family:
     """The family of a config.json's ``model_type``. ``ConfigError`` for one that has no file here."""
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(f"{source}: model_type={model_type!r} is not supported, only {', '.join(FAMILIES)} "
                           "(add a file to megatron/families)")
     return FAMILIES[model_type]

@@ -40,6 +40,10 @@ class Experts:
     """Whether the weights of a token's experts are divided by their sum."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.per_token <= self.count or self.ffn_size < 1:
-            raise ValueError(f"num_experts={self.count}, num_experts_per_tok={self.per_token}, moe_intermediate_size="
-                             f"{self.ffn_size}: a token needs at least one expert and at most all, each with a width")
+        numbers = (self.count, self.per_token, self.ffn_size)
+        if not all(isinstance(x, int) for x in numbers) or not 0 < self.per_token <= self.count or self.ffn_size < 1:
+            raise ValueError(f"num_experts={self.count!r}, num_experts_per_tok={self.per_token!r}, "
+                             f"moe_intermediate_size={self.ffn_size!r}: a token needs at least one expert and at most "
+                             "all, each with a width")
+        if not isinstance(self.normalised, bool):
+            raise ValueError(f"norm_topk_prob={self.normalised!r} must be true or false")

@@ -34,9 +34,8 @@ def _table(shape: ModelShape) -> Table:
 
 def _experts(config: Mapping[str, Any], get: Callable[[str], Any]) -> Experts:
     # transformers 5 writes num_local_experts, 4 and the hub num_experts.
-    count = get("num_local_experts" if "num_local_experts" in config else "num_experts")
-    return Experts(count, get("num_experts_per_tok"), get("moe_intermediate_size"),
-                   bool(get("norm_topk_prob")))
+    count = get("num_local_experts" if config.get("num_local_experts") is not None else "num_experts")
+    return Experts(count, get("num_experts_per_tok"), get("moe_intermediate_size"), get("norm_topk_prob"))
 
 
 # A layer without experts between the others would need a second table.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from spark_nemo.config import ConfigError
@@ -26,8 +27,8 @@ class Cluster:
     def __post_init__(self) -> None:
         at_least("--nodes", self.nodes, 1)
         at_least("--gpus-per-node", self.gpus_per_node, 1)
-        if self.gpu_memory_gb <= 0:
-            raise ConfigError(f"--gpu-memory-gb {self.gpu_memory_gb}: must be positive")
+        if not 0 < self.gpu_memory_gb < math.inf:
+            raise ConfigError(f"--gpu-memory-gb {self.gpu_memory_gb}: must be positive and finite")
         if not 0 <= self.reserve < 1:
             raise ConfigError(f"--reserve {self.reserve}: a share of the memory, in [0, 1)")
 
@@ -67,8 +68,8 @@ class Rates:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value <= 0:
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: must be positive")
+            if not 0 < value < math.inf:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: must be positive and finite")
         for name in ("mean_length", "kv_share"):
             if getattr(self, name) > 1:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: a share, at most 1")

@@ -142,7 +142,8 @@ def find_model(name: str, field: str, made_from: str | None = None) -> Model:
     elif made_from and folder.name == "model":
         return find_model(made_from, field)
     else:
-        raise ConfigError(f"{field}={name}: no config.json there, and the name is none of {', '.join(PUBLISHED)}")
+        raise ConfigError(f"{field}={name}: no config.json there (hf download NAME config.json --local-dir FOLDER "
+                          f"fetches it alone), and the name is none of {', '.join(PUBLISHED)}")
     return Model(folder.name, config, ModelShape.from_hf(config, f"{name}/config.json"))
 
 
