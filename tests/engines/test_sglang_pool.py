@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fleet_cases import until
 from spark_nemo.config import ConfigError, EngineConfig, PoolConfig
 from spark_nemo.engines import EngineLost, GenerationRequest, SamplingParams, build_engine
 from spark_nemo.engines.fleet import Fleet
+from spark_nemo.engines.fleet.pool import allow_open_files
 from spark_nemo.engines.fleet.process import ServerProcess
 from spark_nemo.engines.sglang import serve
 from spark_nemo.toy.resolve import ASSETS
@@ -55,6 +57,38 @@ def test_given_servers_serve_as_one_engine() -> None:
         answers, members = asyncio.run(scenario(urls))
         assert first.poll() is None and second.poll() is None
     assert len({answer.token_ids for answer in answers}) == 1 and members == sorted(urls)
+
+
+def test_a_process_may_open_a_connection_for_every_request() -> None:
+    """150 requests at once where 100 files may be open: the pool raises the process's own limit, and nothing is sent
+    twice. With a hard limit below what is wanted it says so. The kernel's own bounds are not proven."""
+    async def scenario(url):
+        config = EngineConfig(kind="sglang", max_context=320, max_batch_size=75, policy=PoolConfig(urls=[url]))
+        fleet = build_engine(config, TOY, "policy")
+        try:
+            return await asyncio.gather(*(fleet.generate(REQUEST) for _ in range(150))), fleet.metrics()
+        finally:
+            await fleet.close()
+
+    port, before = free_port(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    with fake_process(port, "--vocab-size", "691", "--context", "512", "--token-s", "0.1"):
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (100, before[1]))
+            answers, metrics = asyncio.run(scenario(f"http://127.0.0.1:{port}"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(answers) == 150 and metrics.retries == metrics.outages == 0
+
+
+def test_a_hard_limit_of_open_files_below_the_connections_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before any request fails of it, with the two ways out."""
+    monkeypatch.setattr("resource.getrlimit", lambda which: (1024, 4096))
+    monkeypatch.setattr("resource.setrlimit", lambda which, limits: None)
+    allow_open_files(16 * 512)
+    assert "may open 4096 files" in caplog.text and "8192 connections" in caplog.text
+    assert "ulimit -Hn" in caplog.text and "engine.max_batch_size" in caplog.text
 
 
 def test_a_given_server_with_a_shorter_context_is_not_used() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import resource
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +21,7 @@ from .limits import FleetLimits
 from .member import Front, Keeper
 from .process import ServerProcess
 
+log = logging.getLogger(__name__)
 Number = TypeVar("Number", int, float)
 CLIENT_SLACK = 1.5
 """A client's deadline over the fleet's, so that the fleet's, which knows of pauses, comes first."""
@@ -42,6 +45,7 @@ def fleet_of(config: EngineConfig, role: str, connect: Callable[[str], Engine], 
     Raises ``EngineFailure`` when their interpreter does not exist.
     """
     pool, limits = config.pool(role), pool_limits(config.pool(role))
+    allow_open_files(connections_per_server(config) * config.num_engines(role) * (2 if front else 1))
     members: dict[str, Engine | Keeper] = {url: connect(url) for url in pool.urls}
     for index in range(pool.servers or 0):
         name = f"{role}-{index}"
@@ -53,6 +57,28 @@ def fleet_of(config: EngineConfig, role: str, connect: Callable[[str], Engine], 
         process.launch()
         members[name] = process
     return Fleet(members, limits, name=f"{role} pool", front=front)
+
+
+def connections_per_server(config: EngineConfig) -> int:
+    """As many again as a server works on wait there, so that none of its slots is idle for a round trip."""
+    return 2 * config.max_batch_size
+
+
+def allow_open_files(more: int) -> None:
+    """Raise this process's own limit of open files by ``more``, for each connection is one: the usual limit of 1,024 is
+    over with the third server, and what it ends are requests."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return
+    wanted = soft + more if hard == resource.RLIM_INFINITY else min(soft + more, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (ValueError, OSError) as error:
+        log.debug("the limit of open files stays %d: %s", soft, error)
+        wanted = soft
+    if wanted < soft + more:
+        log.warning("this process may open %d files and its servers alone can want %d connections: raise the limit "
+                    "(ulimit -Hn), or lower engine.max_batch_size", wanted, more)
 
 
 def pool_limits(pool: PoolConfig) -> FleetLimits:

@@ -12,6 +12,7 @@ from ..fleet import Fleet
 from ..fleet.pool import (
     CLIENT_SLACK,
     Launch,
+    connections_per_server,
     fleet_of,
     host_of,
     log_folder,
@@ -59,8 +60,7 @@ def build_pool(config: EngineConfig, model_dir: Path, role: str, log_dir: Path |
     def connect(url: str, servers: int = 1) -> CheckedServer:
         return CheckedServer(
             url, api_key=key, vocab_size=numbers.vocab_size, max_context=max_context,
-            # As many again wait at the server, so that none of its slots is idle for a round trip.
-            max_in_flight=2 * config.max_batch_size * servers, control_timeout_s=limits.control_timeout_s,
+            max_in_flight=connections_per_server(config) * servers, control_timeout_s=limits.control_timeout_s,
             request_timeout_s=CLIENT_SLACK * limits.request_timeout_s,
             token_timeout_s=CLIENT_SLACK * limits.token_timeout_s)
 

@@ -9,7 +9,16 @@ from pathlib import Path
 from spark_nemo.config import ConfigError, EngineConfig
 
 from ..fleet import Fleet
-from ..fleet.pool import CLIENT_SLACK, Launch, fleet_of, or_else, pool_limits, python_of, require_module
+from ..fleet.pool import (
+    CLIENT_SLACK,
+    Launch,
+    connections_per_server,
+    fleet_of,
+    or_else,
+    pool_limits,
+    python_of,
+    require_module,
+)
 from ..model_files import model_numbers
 from ..sglang import serve
 from .launch import server_command, server_environment
@@ -49,7 +58,7 @@ def build_pool(config: EngineConfig, model_dir: Path, role: str, log_dir: Path |
     def connect(url: str) -> VllmServer:
         return CheckedServer(
             url, api_key=key, served_name=role, vocab_size=numbers.vocab_size, max_context=max_context,
-            max_in_flight=2 * config.max_batch_size, control_timeout_s=limits.control_timeout_s,
+            max_in_flight=connections_per_server(config), control_timeout_s=limits.control_timeout_s,
             request_timeout_s=CLIENT_SLACK * limits.request_timeout_s,
             token_timeout_s=CLIENT_SLACK * limits.token_timeout_s)
 
