@@ -47,12 +47,12 @@ def apply_failure_policy(
     if failed.total() > total:
         raise ValueError(f"num_verifications={total}: fewer than the {failed.total()} failures in the batch")
     rates = {kind: count / total for kind, count in sorted(failed.items())}
-    if failed and failed.total() / total > policy.max_rate:
+    if failed and failed.total() / total > policy.bound:
         kind, count = failed.most_common(1)[0]
         raise FailureRateExceeded(
             f"{failed.total() / total:.1%} of {total} verifications failed (mostly {kind}: {count}), above "
-            f"rl.failures.max_rate={policy.max_rate}: fix the verifier or raise the bound")
-    masked = policy.action == "mask"
+            f"rl.failures.max_rate={policy.bound}: fix the verifier or raise the bound")
+    masked = policy.masks
     cost = math.nan if masked else policy.penalty
     rewards = tuple(cost if isinstance(score, Failure) else float(score) for score in scores)
     return RewardBatch(rewards, tuple(not (masked and isinstance(score, Failure)) for score in scores), rates)

@@ -108,7 +108,7 @@ def reward_judge(config: SparkConfig, served: ServedModel, variant: Variant) -> 
     policy's prompt set."""
     rl, prompts = config.rl, prompt_set(config.stage1.prompt_set)
     service = PRMService(served, prompts, rl.verifier_sampling, ServiceLimits.from_config(rl), variant)
-    return RewardJudge(service, rl.failures.retries, rl.verifier_votes, rl.min_votes, rl.hacking.constraints)
+    return RewardJudge(service, rl.failures.num_retries, rl.verifier_votes, rl.min_votes, rl.hacking.constraints)
 
 
 def _watch(config: SparkConfig, folder: Path, judge: RewardJudge | None) -> HackingWatch:

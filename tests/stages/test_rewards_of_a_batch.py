@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from spark_nemo.config import ConfigError, DataConfig, FailurePolicy, RLConfig, SamplingConfig, SparkConfig
+from spark_nemo.config.designs import unread_failures
 from spark_nemo.config.designs import MODEL_REWARDS
 from spark_nemo.engines.base import EngineLost, FinishReason, Generation
 from spark_nemo.engines.served import Completion
@@ -78,8 +79,9 @@ class Scripted:
 def scored(reward: str, advantage: str = "outcome", variant: Variant = Variant.PRM_COT, replies=JUDGE,
            max_rate: float = 0.5, checker=lambda shown: ["8" in text for _, text in shown], **settings):
     """One group of four: fine, one step wrong, a verification of another step count, and no format."""
-    config = RLConfig(reward=reward, advantage=advantage, group_size=4,
-                      failures=FailurePolicy(max_rate=max_rate, retries=0), **settings)
+    failures = {name: value for name, value in (("max_rate", max_rate), ("retries", 0))
+                if f"failures.{name}" not in unread_failures(reward)}
+    config = RLConfig(reward=reward, advantage=advantage, group_size=4, failures=FailurePolicy(**failures), **settings)
     model = Scripted(replies)
     # Without a cache, for the script answers the same greedy request differently.
     service = PRMService(model, PROMPTS, config.verifier_sampling, ServiceLimits(cache_entries=0), variant)
