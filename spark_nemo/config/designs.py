@@ -62,7 +62,8 @@ def unread_knobs(design: str) -> dict[str, object]:
     """The fields of ``rl``, by dotted name, that the design does not read, with the value that means *not set*."""
     unread: dict[str, object] = {name: None for name, readers in STEP_BOUNDS.items() if design not in readers}
     if not asks_reward_model(design):
-        unread |= {**VERIFIER_KNOBS, "reward_model": None, "reward_variant": None, **dict.fromkeys(unread_failures(design))}
+        unread |= {**VERIFIER_KNOBS, "reward_model": None, "reward_variant": None}
+        unread |= dict.fromkeys(unread_failures(design))
     if design in OWN_BASELINE:
         unread |= {"estimator": "grpo", "std_normalise": None, "overlong_buffer": None}
     return unread

@@ -38,7 +38,9 @@ class FailurePolicy:
     retries: int | None = None
     """Fresh attempts before the action applies. None is 1."""
     max_rate: float | None = None
-    """The run stops when more than this share of a step's verifications fail after their retries. None is 0.2."""
+    """The run stops when more than this share of a step's verifications fail after their retries. A step with so few
+    that one failure alone would be above it is judged together with the next ones; at the end all count. None is 0.2.
+    """
 
     def __post_init__(self) -> None:
         if self.action is not None:

@@ -77,7 +77,7 @@ def _run(config: SparkConfig, worker: MegatronWorker, sync: WeightSync, session:
     """The steps that are missing. Was the last one made?"""
     rl, folder = config.rl, stage3_folder(config.run, config.arm)
     reference = worker.snapshot() if rl.kl_estimator != "none" else None
-    start = _resume(worker, made, folder / CHECKPOINTS, feed)
+    start = _resume(worker, made, folder / CHECKPOINTS, feed, session)
     writer, clock = MetricsWriter(folder, is_main=worker.is_main), Clock(folder)
     writer.truncate_from(start)
     timeline = session.rollouts.timeline if session is not None else Timeline()
@@ -105,7 +105,8 @@ def _run(config: SparkConfig, worker: MegatronWorker, sync: WeightSync, session:
             stopping = any(gather_objects(stop.requested)) and step + 1 < rl.steps
             if stopping or (step + 1) % rl.save_every == 0 or step + 1 == rl.steps:
                 worker.save_checkpoint(
-                    folder / CHECKPOINTS, {"step": step + 1, "made_with": made, **feed.state()}, files=feed.files())
+                    folder / CHECKPOINTS, {"step": step + 1, "made_with": made, **feed.state()},
+                    files={**feed.files(), **(session.files() if session is not None else {})})
                 on_main_rank(clock.save)
             if stopping:
                 log.info("stopped after step %d of %d (%s); run again to go on", step + 1, rl.steps, stop.reason)
@@ -153,7 +154,8 @@ def made_with(
             "data.rl_problems": content_key([(problem.problem_id, problem.question) for problem in problems])}
 
 
-def _resume(worker: MegatronWorker, made: dict[str, object], checkpoints: Path, feed: BatchFeed) -> int:
+def _resume(worker: MegatronWorker, made: dict[str, object], checkpoints: Path, feed: BatchFeed,
+            session: RLSession | None) -> int:
     """The step to go on from. Raises ``ConfigError`` when the checkpoint is of a run with other settings."""
     if not has_checkpoint(checkpoints):
         return 0
@@ -163,11 +165,13 @@ def _resume(worker: MegatronWorker, made: dict[str, object], checkpoints: Path, 
             raise ConfigError(f"{checkpoints} was made with {name}={before}, this run has {value}: "
                               "use another run.dir or the same settings")
     feed.restore(state, newest(checkpoints))
+    on_main_rank(lambda: session.restore(newest(checkpoints)))
     return int(state["step"])
 
 
 def _finish(sync: WeightSync, worker: MegatronWorker, session: RLSession | None, config: SparkConfig, folder: Path,
             clock: Clock, eval_problems: list) -> None:
+    on_main_rank(lambda: session.rollouts.failures.finish(config.rl.failures.bound))
     _sync(sync, worker, session, config.rl.steps)
     accuracy = on_main_rank(lambda: run_async(session.evaluate(eval_problems, config.rl.steps)))
     worker.save_hf(folder / "model", source_dir=config.models.policy)
