@@ -37,8 +37,9 @@ def compare(given: argparse.Namespace) -> int:
     import torch
 
     from spark_nemo.megatron.checkpoint.compare import compare_models, compare_stored, logits_difference
-    from spark_nemo.megatron.checkpoint.opened import newest, open_checkpoint
+    from spark_nemo.megatron.checkpoint.opened import open_checkpoint
     from spark_nemo.megatron.checkpoint.stored import StoredCheckpoint
+    from spark_nemo.megatron.checkpoint.training import newest
 
     if given.with_optimizer:
         differences = compare_stored(*(StoredCheckpoint(newest(path)) for path in (given.one, given.other)))

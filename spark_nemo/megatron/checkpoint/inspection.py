@@ -10,9 +10,8 @@ from spark_nemo.config.errors import ConfigError
 
 from ..hf_files import SafetensorsFolder
 from . import nemo
-from .opened import newest
 from .stored import NOT_WEIGHTS, StoredCheckpoint, StoredTensor
-from .training import HF_FILES
+from .training import HF_FILES, newest
 
 
 def describe(folder: str | Path, every_tensor: bool = True) -> Iterator[str]:

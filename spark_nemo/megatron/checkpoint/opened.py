@@ -21,9 +21,7 @@ from . import nemo
 from .global_tensors import GlobalTensors, check_stored_shapes
 from .pickled import PickledFolder
 from .stored import StoredCheckpoint
-from .training import HF_FILES, LATEST
-
-MEGATRON_LM_LATEST = "latest_checkpointed_iteration.txt"
+from .training import HF_FILES, newest
 
 
 @dataclass(frozen=True)
@@ -62,23 +60,6 @@ def open_checkpoint(folder: str | Path, hf_config_from: str | Path | None = None
     if (weights / "metadata.json").is_file() or (weights / ".metadata").is_file():
         return _open_megatron(weights, hf_config_from, dtype)
     return _open_hf(folder, dtype, trust_pickle)
-
-
-def newest(folder: Path) -> Path:
-    """The folder of the newest step, where ``folder`` is a run's or Megatron-LM's folder of checkpoints."""
-    if (folder / LATEST).is_file():
-        return _named(folder, (folder / LATEST).read_text().strip(), LATEST)
-    if (folder / MEGATRON_LM_LATEST).is_file():
-        text = (folder / MEGATRON_LM_LATEST).read_text().strip()
-        return _named(folder, text if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else text,
-                      MEGATRON_LM_LATEST)
-    return folder
-
-
-def _named(folder: Path, name: str, by: str) -> Path:
-    if not name or Path(name).name != name or not (folder / name).is_dir():
-        raise ConfigError(f"{folder / by} names {name!r}, which is not a folder beside it")
-    return folder / name
 
 
 def _open_hf(folder: Path, dtype: torch.dtype | None, trust_pickle: bool) -> OpenedCheckpoint:
