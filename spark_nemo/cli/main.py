@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = _config_command(commands, "slurm-plan", "check a configuration and tell the scripts in slurm/ what it needs")
     add_plan_arguments(plan)
     plan.set_defaults(run=_slurm_plan)
-    status = commands.add_parser("status", help="how far a run on a cluster is, from its files only")
+    status = commands.add_parser("status", help="how far a run is, here or on a cluster, from its files only")
     status.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder (run.dir)")
     status.set_defaults(run=_status)
     add_plan_command(commands)
