@@ -40,7 +40,7 @@ def part_lock(folder: Path) -> Iterator[None]:
     Raises ``ConfigError`` that names the process which has it. A Slurm job that was requeued goes on in spite of the
     lock of its own lost node, which a network file system may keep for a while.
     """
-    if not _is_main_rank():
+    if not is_main_rank():
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,8 @@ def _lock(file: int) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _is_main_rank() -> bool:
+def is_main_rank() -> bool:
+    """By what the launcher (torchrun, srun) says; a process that nobody launched as a rank is the only one."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return os.environ["RANK"] == "0"
     task = slurm_task()

@@ -24,6 +24,7 @@ from spark_nemo.records.progress_bar import progress_bar
 from spark_nemo.stages.checks import check_stage3, reward_model_folder
 from spark_nemo.stages.credit import batch_advantages
 from spark_nemo.stages.feed import BatchFeed
+from spark_nemo.stages.finished import inputs_of, remember_inputs
 from spark_nemo.stages.layout_check import check_memory
 from spark_nemo.stages.part_lock import part_lock
 from spark_nemo.stages.rl_session import RLSession, open_session, rewrite_rows
@@ -51,9 +52,12 @@ def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool
     """
     check_stage3(config)
     check_memory(config, "stage3")
-    folder = stage3_folder(config.run, config.arm)
+    folder, inputs = stage3_folder(config.run, config.arm), inputs_of(config, "stage3")
     with part_lock(folder):
-        return _train(config, folder, verifier)
+        finished = _train(config, folder, verifier)
+        if finished and verifier is None:
+            remember_inputs(folder, inputs)
+        return finished
 
 
 def _train(config: SparkConfig, folder: Path, verifier: ServedModel | None) -> bool:
