@@ -40,8 +40,8 @@ def compare(given: argparse.Namespace) -> int:
 
     from spark_nemo.megatron.checkpoint.compare import compare_models, compare_stored, logits_difference
     from spark_nemo.megatron.checkpoint.opened import open_checkpoint
-    from spark_nemo.megatron.checkpoint.recognition import newest
     from spark_nemo.megatron.checkpoint.stored import StoredCheckpoint
+    from spark_nemo.megatron.checkpoint.training import newest
 
     text = read_text(given)
     if given.with_optimizer:

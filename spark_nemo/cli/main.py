@@ -30,7 +30,7 @@ from spark_nemo.cli.status import run_status
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.config.compose import compose_config, config_yaml
 from spark_nemo.stages.children import die_with_parent
-from spark_nemo.stages.run_folder import sft_folder, stage2_folder, stage3_folder
+from spark_nemo.stages.run_folder import sft_folder, stage1_folder, stage2_folder, stage3_folder
 from spark_nemo.toy.resolve import oracle_for, resolve_toy
 
 EXAMPLES = """examples:
@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     plan = _config_command(commands, "slurm-plan", "check a configuration and tell the scripts in slurm/ what it needs")
     add_plan_arguments(plan)
     plan.set_defaults(run=_slurm_plan)
-    status = commands.add_parser("status", help="how far a run on a cluster is, from its files only")
+    status = commands.add_parser("status", help="how far a run is, here or on a cluster, from its files only")
     status.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder (run.dir)")
     status.set_defaults(run=_status)
     add_plan_command(commands)
@@ -183,13 +183,26 @@ def _sft(arguments: argparse.Namespace) -> int:
 
 
 def _stage1(arguments: argparse.Namespace) -> int:
-    from spark_nemo.stages.stage1 import run_stage1
+    from spark_nemo.stages.stage1 import run_stage1, shard_name
 
     if _planned(arguments):
         return 0
-    if config := _configured(arguments):
+    config = _configured(arguments)
+    if config is not None and not _finished(config, "stage1", stage1_folder(config.run) / shard_name(config.stage1)):
         run_stage1(config)
     return 0
+
+
+def _finished(config: SparkConfig, part: str, folder: Path) -> bool:
+    """Say so when there is nothing left to do, before anything is loaded."""
+    from spark_nemo.stages.finished import is_finished
+    from spark_nemo.stages.part_lock import is_main_rank
+
+    if not is_finished(config, part, folder):
+        return False
+    if is_main_rank():
+        print(f"{part} is complete in {folder}, there is nothing to do; to run it anew name another run.dir")
+    return True
 
 
 def _stage2(arguments: argparse.Namespace) -> int:
@@ -233,6 +246,8 @@ def _on_all_ranks(
         config.engine.pool(role)  # a role that does not exist
         config = replace(config, engine=replace(
             config.engine, **{role: config.engine.pool(role).found_at(urls.split(","))}))
+    if _finished(config, arguments.part, folder(config)):
+        return 0
     if must_launch(config.megatron):
         check(config)
         with part_lock(folder(config)):  # the main rank takes it; here it only refuses before ranks are started

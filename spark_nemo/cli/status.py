@@ -1,4 +1,5 @@
-"""``spark-nemo status RUN``: how far a chain of Slurm jobs is, from the run folder's files only.
+"""``spark-nemo status RUN``: how far a run is, from the run folder's files only: a chain of Slurm jobs, or parts that
+were started by hand, whose lock tells whether anybody is at them.
 
 ::
 
@@ -23,6 +24,7 @@ from pathlib import Path
 import yaml
 
 from spark_nemo.config import ConfigError
+from spark_nemo.stages.part_lock import LOCK, part_owner
 from spark_nemo.stages.run_folder import DONE, PROGRESS
 
 LOGS, STATE, ERROR, CHAIN = "logs", "state", "error.txt", "chain.tsv"
@@ -84,9 +86,9 @@ def read_status(run_dir: Path) -> list[PartStatus]:
 
 def _part_files(run_dir: Path) -> Iterator[Path]:
     for stage in ("stage1", "stage2", "stage3"):
-        for name in (DONE, PROGRESS, "metrics.jsonl"):
+        for name in (DONE, PROGRESS, "metrics.jsonl", LOCK):
             yield from run_dir.glob(f"{stage}/*/{name}")
-    yield from (path for name in (DONE, "metrics.jsonl") if (path := run_dir / "sft" / name).exists())
+    yield from (path for name in (DONE, "metrics.jsonl", LOCK) if (path := run_dir / "sft" / name).exists())
 
 
 def _stage(part: str) -> str:
@@ -101,7 +103,7 @@ def _submitted(run_dir: Path) -> dict[str, str]:
 
 def _part(run_dir: Path, name: str, job: str, config: dict) -> PartStatus:
     folder, log = run_dir / name, run_dir / LOGS / name / "latest"
-    state = _state(log / STATE) or _refused(run_dir, job)
+    state = _state(log / STATE) or _refused(run_dir, job) or ({} if job else _by_lock(folder))
     finished = (folder / DONE).exists() or state.get("STATE") == "done"
     done, total = _progress(folder, config)
     total = total or int(state.get("TOTAL") or 0) or None
@@ -114,10 +116,21 @@ def _part(run_dir: Path, name: str, job: str, config: dict) -> PartStatus:
         rate = made / seconds if made > 0 and seconds > 0 else None
     error = log / ERROR
     return PartStatus(
-        name, "done" if finished else state.get("STATE", "waiting" if job else "unknown"), state.get("JOB", job), done,
+        name, "done" if finished else state.get("STATE", "waiting"), state.get("JOB", job), done,
         total, rate, last_sign, "" if finished else state.get("REASON", ""),
         "\n".join(error.read_text(errors="replace").splitlines()[-_SHOWN_ERROR_LINES:])
         if error.exists() and not finished else "")
+
+
+def _by_lock(folder: Path) -> dict[str, str]:
+    """Of a part that no Slurm job left a word about."""
+    try:
+        owner = part_owner(folder)
+    except OSError as error:
+        return {"STATE": "unknown", "REASON": f"its lock cannot be asked ({error.strerror})"}
+    if owner is None:
+        return {"STATE": "interrupted", "REASON": "the same command resumes it"}
+    return {"STATE": "running", "REASON": f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"}
 
 
 def _progress(folder: Path, config: dict) -> tuple[int, int | None]:
@@ -169,7 +182,8 @@ def _shown_left(part: PartStatus) -> str:
 
 def _shown_note(part: PartStatus) -> str:
     if part.state == "running" and part.last_sign is not None:
-        return f"last sign of life {_duration(time.time() - part.last_sign)} ago"
+        sign = f"last sign of life {_duration(time.time() - part.last_sign)} ago"
+        return f"{part.note}, {sign}" if part.note else sign
     return part.note
 
 

@@ -47,11 +47,23 @@ def variant_suffix(variant: str | None) -> str:
     return "" if variant in (None, VARIANTS[0]) else f"-{variant}"
 
 
+def unread_failures(reward: str) -> list[str]:
+    """The fields of ``rl`` on failures that a reward does not read; all are None when not set.
+
+    Votes of the group and coins never fail. The answer checker of rlvr may, and is not asked again.
+    """
+    if asks_reward_model(reward):
+        return []
+    names = ("retries",) if reward in READS_ANSWER_KEYS else ("action", "penalty", "retries", "max_rate")
+    return [f"failures.{name}" for name in names]
+
+
 def unread_knobs(design: str) -> dict[str, object]:
-    """The fields of ``rl`` that the design does not read, with the value that means *not set*."""
+    """The fields of ``rl``, by dotted name, that the design does not read, with the value that means *not set*."""
     unread: dict[str, object] = {name: None for name, readers in STEP_BOUNDS.items() if design not in readers}
     if not asks_reward_model(design):
         unread |= {**VERIFIER_KNOBS, "reward_model": None, "reward_variant": None}
+        unread |= dict.fromkeys(unread_failures(design))
     if design in OWN_BASELINE:
         unread |= {"estimator": "grpo", "std_normalise": None, "overlong_buffer": None}
     return unread

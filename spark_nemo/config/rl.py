@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from .designs import (
     ADVANTAGES,
@@ -14,6 +15,7 @@ from .designs import (
     STEP_BOUNDS,
     VARIANTS,
     VERIFIER_KNOBS,
+    unread_failures,
 )
 from .engine import SamplingConfig
 from .errors import ConfigError, at_least, in_unit_interval, one_of, without_effect
@@ -24,26 +26,48 @@ from .trainer import OptimizerConfig
 
 @dataclass
 class FailurePolicy:
-    """What a verification that gave no verdict costs. Nothing becomes a score unless this says so."""
+    """What a verification that gave no verdict costs. Nothing becomes a score unless this says so.
 
-    action: str = "mask"
-    """mask: leave the sample out. penalise: give it ``penalty``."""
+    Read where a reward model is asked; of the baselines only rlvr, whose answer checker may give no answer, reads it,
+    without ``retries``.
+    """
+
+    action: str | None = None
+    """mask: leave the sample out. penalise: give it ``penalty``. None is mask."""
     penalty: float | None = None
-    retries: int = 1
-    """Fresh attempts before the action applies."""
-    max_rate: float = 0.2
-    """The run stops when more than this share of a step's verifications fail after their retries."""
+    retries: int | None = None
+    """Fresh attempts before the action applies. None is 1."""
+    max_rate: float | None = None
+    """The run stops when more than this share of a step's verifications fail after their retries. A step with so few
+    that one failure alone would be above it is judged together with the next ones; at the end all count. None is 0.2.
+    """
 
     def __post_init__(self) -> None:
-        one_of("failures.action", self.action, {"mask", "penalise"})
-        at_least("failures.retries", self.retries, 0)
-        in_unit_interval("failures.max_rate", self.max_rate)
+        if self.action is not None:
+            one_of("failures.action", self.action, {"mask", "penalise"})
+        at_least("failures.retries", self.num_retries, 0)
+        in_unit_interval("failures.max_rate", self.bound)
         if self.action == "penalise" and self.penalty is None:
             raise ConfigError("failures.action=penalise needs failures.penalty (the reward of a failed verification)")
         if self.penalty is not None and not math.isfinite(self.penalty):
             raise ConfigError(f"failures.penalty={self.penalty}: a reward must be finite")
-        if self.action == "mask" and self.penalty is not None:
+        if self.masks and self.penalty is not None:
             raise without_effect("failures.penalty", self.penalty, "with failures.action=mask")
+
+    @property
+    def masks(self) -> bool:
+        """``action``, resolved: is a sample without a verdict left out?"""
+        return self.action != "penalise"
+
+    @property
+    def num_retries(self) -> int:
+        """``retries``, resolved."""
+        return 1 if self.retries is None else self.retries
+
+    @property
+    def bound(self) -> float:
+        """``max_rate``, resolved."""
+        return 0.2 if self.max_rate is None else self.max_rate
 
 
 @dataclass
@@ -189,6 +213,10 @@ class RLConfig:
             for name, unset in {**VERIFIER_KNOBS, "reward_model": None, "reward_variant": None}.items():
                 if (value := getattr(self, name)) != unset:
                     raise without_effect(f"rl.{name}", value, f"with rl.reward={self.reward}")
+        for name in unread_failures(self.reward):
+            if (value := attrgetter(name)(self)) is not None:
+                raise without_effect(f"rl.{name}", value, f"with rl.reward={self.reward}, which asks no reward model "
+                                     "(null unsets what a recipe has set)")
         if self.reward_variant is not None:
             one_of("rl.reward_variant", self.reward_variant, VARIANTS)
             check_variant(self.design, self.reward_variant, "rl.reward_variant")

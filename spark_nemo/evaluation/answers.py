@@ -16,9 +16,10 @@ from math import isfinite
 from pathlib import Path
 
 from spark_nemo.records import Problem
+from spark_nemo.records.jsonl import id_hint
 
 from .checker import Judgement, shared_checker
-from .reading import DataFileError, read_rows, required_text
+from .reading import DataFileError, read_rows, required_id, required_text
 
 MAX_ANSWER_CHARS = 1000
 """A longer prediction is wrong unless it equals the key literally: no final answer is that long."""
@@ -136,9 +137,10 @@ def normalise_answer(text: str) -> str:
 
 
 def _read_key(place: str, row: dict[str, object], seen: dict[str, object]) -> AnswerKey:
-    problem_id = required_text(place, row, "problem_id", "a string that identifies the problem")
+    problem_id = required_id(place, row, "problem_id", "a number or string that identifies the problem")
     if problem_id in seen:
-        raise DataFileError(f"{place}: field 'problem_id' repeats {problem_id!r}: ids must be unique")
+        raise DataFileError(f"{place}: field 'problem_id' repeats {problem_id!r}: ids must be unique"
+                            + id_hint(problem_id))
     if type(row.get("answer")) in (int, float):
         if type(row["answer"]) is float and not isfinite(row["answer"]):
             raise DataFileError(f"{place}: field 'answer' is {row['answer']}, but must be a finite number or a string")

@@ -14,7 +14,7 @@ from .accuracy import GradedSample, greedy_values, majority_values, pass_at_k_va
 from .answers import EvalProblem, judge_answers
 from .bootstrap import DEFAULT_SAMPLES, Estimate, grouped_mean_estimate, mean_estimate
 from .checker import Judgement
-from .reading import DataFileError, read_rows, required, required_text
+from .reading import DataFileError, read_rows, required, required_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ def read_completions(path: str | Path) -> list[SavedCompletion]:
     for place, row in read_rows(path):
         row = {"sample": 0, "greedy": False, **row}
         saved = SavedCompletion(
-            required_text(place, row, "problem_id", "the problem's identifier"),
+            required_id(place, row, "problem_id", "the problem's identifier"),
             required(place, row, "sample", int, "the sample's number, from 0"),
             required(place, row, "greedy", bool, "true or false"), required(place, row, "text", str, "the completion"))
         if (key := (saved.problem_id, saved.sample, saved.greedy)) in seen:

@@ -17,7 +17,7 @@ from spark_nemo.records import Problem, content_key
 from spark_nemo.records.verl_parquet import read_verl_problems
 
 from .answers import EvalProblem, read_eval_problems
-from .reading import DataFileError, read_rows, required_text
+from .reading import DataFileError, read_rows, required_id, required_text
 from .tables import source_name
 
 logger = logging.getLogger(__name__)
@@ -109,9 +109,7 @@ def _identifier(place: str, row: Row, question: str, question_field: str) -> tup
     field = next((name for name in _IDS if name in row), None)
     if field is None:
         return question_field, content_key(question)[:12]
-    if type(row[field]) is int:
-        return field, str(row[field])
-    return field, required_text(place, row, field, "a number or string that identifies the problem")
+    return field, required_id(place, row, field, "a number or string that identifies the problem")
 
 
 def _answer(place: str, row: Row) -> str:

@@ -52,6 +52,12 @@ def required_text(place: str, row: dict[str, object], field: str, meaning: str) 
     return text
 
 
+def required_id(place: str, row: dict[str, object], field: str, meaning: str) -> str:
+    """``required_text``, or an integer as text: 1 and "1" are one identifier. Raises ``DataFileError``."""
+    value = row.get(field)
+    return str(value) if type(value) is int else required_text(place, row, field, meaning)
+
+
 def _any_rows(source: str | Path) -> Iterator[tuple[str, object]]:
     if hub := HubName.parse(source):
         return hub_rows(hub)

@@ -139,46 +139,35 @@ class MegatronWorker:
 
     # Forward passes
 
+    @on_this_device
     def logprobs(self, micro_batches: Sequence[PackedBatch], temperature: float = 1.0) -> list[Tensor]:
         """Float32 ``logprobs_T`` of each micro-batch of this data-parallel rank, on all its pipeline stages."""
-        return [logprobs_T for logprobs_T, _ in self._forward(micro_batches, temperature, with_entropy=False)]
-
-    def logprobs_and_entropy(self, micro_batches: Sequence[PackedBatch],
-                             temperature: float = 1.0) -> list[tuple[Tensor, Tensor]]:
-        """``logprobs`` with the entropy in nats of every position's distribution."""
-        return [(x, y) for x, y in self._forward(micro_batches, temperature, with_entropy=True) if y is not None]
-
-    @on_this_device
-    def _forward(self, micro_batches: Sequence[PackedBatch], temperature: float,
-                 with_entropy: bool) -> list[tuple[Tensor, Tensor | None]]:
         together = self._in_step(micro_batches)
         if not together:
             return []
-        outputs: list[tuple[Tensor, Tensor | None]] = []
+        outputs: list[Tensor] = []
 
         def keep(output: tuple[Tensor, Tensor | None], batch: PackedBatch) -> tuple[Tensor, dict[str, Any]]:
-            outputs.append(output)
+            outputs.append(output[0])
             return output[0].sum(), {}
 
         self.model.eval()  # recomputation is for training
         try:
             with torch.no_grad():
-                self._schedule(self.model, together, temperature, with_entropy, keep, forward_only=True)
+                self._schedule(self.model, together, temperature, False, keep, forward_only=True)
         finally:
             self.model.train()
-        return [self._from_last_stage(batch.num_tokens, with_entropy, outputs[i] if outputs else None)
+        return [self._from_last_stage(batch.num_tokens, outputs[i] if outputs else None)
                 for i, batch in enumerate(micro_batches)]
 
-    def _from_last_stage(self, length: int, with_entropy: bool,
-                         output: tuple[Tensor, Tensor | None] | None) -> tuple[Tensor, Tensor | None]:
-        rows_kT = torch.empty(1 + with_entropy, length, device=device())
-        if output is not None:
-            for row_T, values_T in zip(rows_kT, output):
-                row_T.copy_(values_T[:length])  # without the padding of sequence parallelism
+    def _from_last_stage(self, length: int, padded_T: Tensor | None) -> Tensor:
+        logprobs_T = torch.empty(length, device=device())
+        if padded_T is not None:
+            logprobs_T.copy_(padded_T[:length])  # without the padding of sequence parallelism
         if self.layout.pipeline_parallel > 1:
-            dist.broadcast(rows_kT, dist.get_global_rank(self._pipeline_group, self._pipeline_group.size() - 1),
+            dist.broadcast(logprobs_T, dist.get_global_rank(self._pipeline_group, self._pipeline_group.size() - 1),
                            group=self._pipeline_group)
-        return rows_kT[0], rows_kT[1] if with_entropy else None
+        return logprobs_T
 
     # Training
 

@@ -19,11 +19,11 @@ class DataFileError(ValueError):
 
 
 def read_problems(path: str | Path) -> list[Problem]:
-    """Read a JSONL file of objects with ``problem_id``, ``question`` and optionally ``source``, all strings, or a
-    Parquet file in verl's layout (``read_verl_problems``).
+    """Read a JSONL file of objects with ``problem_id`` (a string or an integer, see ``id_of``), ``question`` and
+    optionally ``source``, or a Parquet file in verl's layout (``read_verl_problems``).
 
-    The names that the mathematics benchmarks use instead (``unique_id``, ``id`` or ``idx``, a string or an integer, and
-    ``problem``) are read too. Any other field, an answer above all, is dropped here and reaches no record. Raises
+    The names that the mathematics benchmarks use instead (``unique_id``, ``id`` or ``idx``, and ``problem``) are read
+    too. Any other field, an answer above all, is dropped here and reaches no record. Raises
     ``DataFileError`` naming file and line of whatever is missing, malformed, empty or repeated.
     """
     if Path(path).suffix == ".parquet":
@@ -39,7 +39,8 @@ def read_problems(path: str | Path) -> list[Problem]:
             raise DataFileError(f"{path}:{number}: {error}") from None
         if problem.problem_id in seen:
             first = seen[problem.problem_id]
-            raise DataFileError(f"{path}:{number}: problem_id {problem.problem_id!r} is already on line {first}")
+            raise DataFileError(f"{path}:{number}: problem_id {problem.problem_id!r} is already on line {first}"
+                                + id_hint(problem.problem_id))
         seen[problem.problem_id] = number
         problems.append(problem)
     return problems
@@ -79,18 +80,27 @@ def _object(line: bytes) -> dict[str, object]:
 
 def _problem(data: dict[str, object]) -> Problem:
     _use_other_names(data)
-    values = {}
-    for name, default in (("problem_id", None), ("question", None), ("source", "")):
-        values[name] = text_of(data, name, default)
-    return Problem(**values)
+    return Problem(id_of(data, "problem_id"), text_of(data, "question"), text_of(data, "source", ""))
 
 
-def text_of(data: dict[str, object], name: str, default: str | None = None) -> str:
-    """``data[name]``, a string that UTF-8 can hold. Raises ``ValueError`` naming the field."""
+def id_of(data: dict[str, object], name: str) -> str:
+    """``data[name]``, a string or an integer, as text: files number their problems either way, and 1 and "1" are one
+    identifier. Raises ``ValueError`` naming the field."""
+    value = data.get(name)
+    return str(value) if type(value) is int else text_of(data, name, kind="a string or an integer")
+
+
+def id_hint(identifier: str) -> str:
+    """What to add when an identifier is there twice: two that differ in the file may be one as text."""
+    return " (an integer and a string of its digits are one id)" if identifier.lstrip("-").isdigit() else ""
+
+
+def text_of(data: dict[str, object], name: str, default: str | None = None, kind: str = "a string") -> str:
+    """``data[name]``, a string that UTF-8 can hold. Raises ``ValueError`` naming the field, and what may be there."""
     value = data.get(name, default)
     if not isinstance(value, str):
         found = f"not {type(value).__name__}" if name in data else f"it is missing; the row has {', '.join(data)}"
-        raise ValueError(f"{name!r} must be a string, {found}")
+        raise ValueError(f"{name!r} must be {kind}, {found}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -102,8 +112,7 @@ def _use_other_names(data: dict[str, object]) -> None:
     for name, others in _OTHER_NAMES.items():
         other = next((other for other in others if other in data), None)
         if name not in data and other is not None:
-            value = data[other]
-            data[name] = str(value) if name == "problem_id" and type(value) is int else value
+            data[name] = data[other]
 
 
 @contextmanager

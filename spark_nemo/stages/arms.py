@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from spark_nemo.config import ConfigError, SparkConfig
@@ -92,7 +93,7 @@ def arm_settings(config: SparkConfig, arm: Arm) -> dict[str, object]:
             raise ConfigError("pipeline.rewards has rlvr: set pipeline.rl_answers (JSONL with problem_id and answer)")
         settings["data.rl_answers"] = config.pipeline.rl_answers
     for name, unset in unread_knobs(arm.design).items():
-        if getattr(config.rl, name) != unset:
+        if attrgetter(name)(config.rl) != unset:
             settings[f"rl.{name}"] = unset
     unread = config.rl.hacking.unread(reward, asks_reward_model=asks_reward_model(arm.design))
     return {**settings, **{f"rl.hacking.{name}": unset for name, unset in unread.items()}}

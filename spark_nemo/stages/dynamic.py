@@ -58,7 +58,7 @@ async def dynamic_batch(session: RolloutSession, problems: Sequence[Problem], st
         missing = config.prompts_per_step - len(kept)
     for served in (session.policy, *([session.judge.service.served] if session.judge else [])):
         await until_idle(served.engine)  # what was aborted must not share a batch with what comes next
-    everything = session.scored([judged for group in groups for judged in group], step, config.failures)
+    everything = session.scored([judged for group in groups for judged in group], step)
     if missing:
         log.warning("step %d: %d of %d groups have advantages after %d rounds; it trains on fewer than the %d wanted",
                     step, len(kept), len(groups), rounds, config.prompts_per_step)
@@ -97,7 +97,7 @@ async def first_useful(
 
 def trains(session: RolloutSession, group: Group, step: int) -> bool:
     """Has any response of the group an advantage, under the configured design? Without a valid sample none has."""
-    batch = session.scored(group, step, replace(session.config.failures, max_rate=1.0))
+    batch = session.scored(group, step, counts=False)
     advantages = batch_advantages(batch, session.config)
     rows = [advantages] if isinstance(advantages, torch.Tensor) else advantages
     return any(bool((row.abs() > NO_ADVANTAGE).any()) for row in rows)

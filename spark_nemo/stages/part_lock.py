@@ -15,6 +15,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -27,6 +28,7 @@ from spark_nemo.config.slurm import slurm_task
 log = logging.getLogger(__name__)
 LOCK = "LOCK"
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+_GLANCE_S = 0.2
 _held: set[int] = set()
 """File descriptors; a forked child must close its copies, or it would keep the lock of a parent that was killed."""
 
@@ -38,7 +40,7 @@ def part_lock(folder: Path) -> Iterator[None]:
     Raises ``ConfigError`` that names the process which has it. A Slurm job that was requeued goes on in spite of the
     lock of its own lost node, which a network file system may keep for a while.
     """
-    if not _is_main_rank():
+    if not is_main_rank():
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,9 +59,28 @@ def part_lock(folder: Path) -> Iterator[None]:
         os.close(file)
 
 
+def part_owner(folder: Path) -> dict[str, Any] | None:
+    """Who works on the part in ``folder``, as ``part_lock`` wrote it; None for nobody. Writes nothing.
+
+    Raises ``OSError`` where there are no locks to ask. Who has the lock of a network file system may be out of sight
+    on another node: as good as that file system's ``flock``.
+    """
+    try:
+        file = os.open(folder / LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for a moment, which _lock waits for
+        return None
+    except (BlockingIOError, PermissionError):
+        return _owner(file)
+    finally:
+        os.close(file)
+
+
 def _take(file: int, folder: Path) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file)
         return True
     except (BlockingIOError, PermissionError):  # NFS may say the latter
         owner = _owner(file)
@@ -77,7 +98,16 @@ def _take(file: int, folder: Path) -> bool:
         f"{owner.get('since', '?')}: wait for it or end it, or use another run.dir")
 
 
-def _is_main_rank() -> bool:
+def _lock(file: int) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(_GLANCE_S)  # it may only have been part_owner's
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_main_rank() -> bool:
+    """By what the launcher (torchrun, srun) says; a process that nobody launched as a rank is the only one."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return os.environ["RANK"] == "0"
     task = slurm_task()

@@ -227,8 +227,9 @@ def _training(config: SparkConfig, arm: Arm) -> list[str]:
         judged = rollouts * rl.verifier_votes
         tokens = judged * rl.verifier_sampling.max_new_tokens
         # A verification that fails may be tried again; that is not the expected case but belongs to a bound.
-        verified = (f"{judged:,} verifications of at most {tokens:,} tokens, {tokens * (1 + rl.failures.retries):,} if "
-                    f"all were retried {rl.failures.retries} times")
+        retries = rl.failures.num_retries
+        verified = (f"{judged:,} verifications of at most {tokens:,} tokens, {tokens * (1 + retries):,} if all were "
+                    f"retried {retries} times")
     note = ", READS ANSWER KEYS" if arm.reads_answer_keys else ""
     samples, evals = config.evaluation.samples_per_problem + 1, -(-rl.steps // rl.eval_every) + 1
     held, basis = _count(config.data.eval_problems)

@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spark_nemo.config import ConfigError, SparkConfig
@@ -19,6 +19,7 @@ from spark_nemo.evaluation.policy import PolicyAccuracy, evaluate_policy
 from spark_nemo.grammar import ParsedResponse, StepFormat, Variant, extract_boxed, prompt_set, split_response
 from spark_nemo.records import EngineError, Failure, Problem, Verdict, outcome_to_json
 from spark_nemo.records.jsonl import write_text_atomic
+from spark_nemo.rewards import FailureCount
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService, ServiceLimits
 from spark_nemo.rewards.rlvr import Checker
@@ -28,6 +29,7 @@ from spark_nemo.stages.hacking_watch import HACKING, TOP_REWARDS, HackingWatch
 from spark_nemo.stages.rollouts import MODEL_REWARDS, RolloutSession, ScoredBatch, shaped
 
 EVALUATIONS, SAMPLES, VERIFIER, SERVERS = "evaluations.jsonl", "samples.jsonl", "verifier.jsonl", "servers"
+FAILURES = "failures.json"
 _SAMPLES_PER_STEP = 4
 
 
@@ -75,6 +77,16 @@ class RLSession:
                 for index, detectors in top])
         return metrics
 
+    def files(self) -> dict[str, bytes]:
+        """For the checkpoint: the failures counted so far."""
+        return {FAILURES: json.dumps(self.rollouts.failures.to_json()).encode()}
+
+    def restore(self, checkpoint: Path) -> None:
+        """Go on with what ``files`` left in a checkpoint; an older one has no count, and a new one begins."""
+        if (path := checkpoint / FAILURES).exists():
+            counted = FailureCount.from_json(json.loads(path.read_text()))
+            self.rollouts = replace(self.rollouts, failures=counted)
+
     def close(self) -> None:
         """Release the engines, each also when another will not be released."""
         with ExitStack() as engines:
@@ -108,7 +120,7 @@ def reward_judge(config: SparkConfig, served: ServedModel, variant: Variant) -> 
     policy's prompt set."""
     rl, prompts = config.rl, prompt_set(config.stage1.prompt_set)
     service = PRMService(served, prompts, rl.verifier_sampling, ServiceLimits.from_config(rl), variant)
-    return RewardJudge(service, rl.failures.retries, rl.verifier_votes, rl.min_votes, rl.hacking.constraints)
+    return RewardJudge(service, rl.failures.num_retries, rl.verifier_votes, rl.min_votes, rl.hacking.constraints)
 
 
 def _watch(config: SparkConfig, folder: Path, judge: RewardJudge | None) -> HackingWatch:

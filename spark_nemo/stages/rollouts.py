@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from spark_nemo.config import FailurePolicy, RLConfig
+from spark_nemo.config import RLConfig
 from spark_nemo.engines.client import all_or_none
 from spark_nemo.engines.served import ServedModel
 from spark_nemo.evaluation.answers import normalise_answer
@@ -21,6 +21,7 @@ from spark_nemo.grammar import (
 )
 from spark_nemo.records import Failure, Problem, Rollout, TokenSpan, Verdict, derive_seed
 from spark_nemo.rewards import (
+    FailureCount,
     RewardBatch,
     apply_failure_policy,
     majority_rewards,
@@ -68,6 +69,7 @@ class RolloutSession:
     judge: RewardJudge | None
     checker: Checker | None
     timeline: Timeline = field(default_factory=Timeline)
+    failures: FailureCount = field(default_factory=FailureCount)
 
     async def batch(self, problems: Sequence[Problem], step: int) -> ScoredBatch:
         """``group_size`` rollouts of every problem, scored.
@@ -76,7 +78,7 @@ class RolloutSession:
         """
         await self.refresh()
         groups = await all_or_none(self.group(number, problem, step) for number, problem in enumerate(problems))
-        return self.scored([judged for group in groups for judged in group], step, self.config.failures)
+        return self.scored([judged for group in groups for judged in group], step)
 
     async def refresh(self) -> None:
         """Before every batch: results of a reward model that has changed are not used again."""
@@ -91,14 +93,16 @@ class RolloutSession:
         return await all_or_none(
             self._one(number, problem, index, step, again) for index in range(self.config.group_size))
 
-    def scored(self, judged: Sequence[Judged], step: int, failures: FailurePolicy) -> ScoredBatch:
-        """The batch of whole groups, in order. Raises ``FailureRateExceeded``."""
+    def scored(self, judged: Sequence[Judged], step: int, *, counts: bool = True) -> ScoredBatch:
+        """The batch of whole groups, in order. Raises ``FailureRateExceeded``; not when its failures count nowhere."""
         rollouts = tuple(rollout for rollout, _ in judged)
         judgements = tuple(judgement for _, judgement in judged if judgement is not None)
         scores = [shaped(self.config, *pair)
                   for pair in zip(rollouts, self._scores(rollouts, judgements, step), strict=True)]
-        shown = sum(judgement.outcome is not None for judgement in judgements)
-        rewards = apply_failure_policy(scores, failures, num_verifications=shown if self.judge else None)
+        shown = sum(judgement.outcome is not None for judgement in judgements) if self.judge else len(scores)
+        if counts:
+            self.failures.add(scores, shown, self.config.failures.bound)
+        rewards = apply_failure_policy(scores, self.config.failures, num_verifications=shown)
         return ScoredBatch(rollouts, rewards, judgements, batch_metrics(rollouts, rewards, judgements))
 
     async def _one(self, group: int, problem: Problem, index: int, step: int, again: int) -> Judged:

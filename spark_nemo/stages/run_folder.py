@@ -12,6 +12,7 @@
       stage3/<design>/      metrics.jsonl, checkpoints/, evaluations.jsonl, samples.jsonl, verifier.jsonl, timing.jsonl,
                             hacking.jsonl, top_rewards.jsonl, model/: a reward design with a PRM-CoT, or a baseline
       stage3/<design>-<variant>/   the same with another kind of reward model
+      DONE.json             in a finished part's folder: its figures, and what it was made from (see finished.py)
       LOCK                  empty, or who works on it: here the pipeline, in every part's folder that part's main rank
       round-<n>/            stage1/ and stage2/ of a later round, whose verifier is the reward model before it
       summary.json, report.html

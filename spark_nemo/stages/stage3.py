@@ -24,6 +24,7 @@ from spark_nemo.records.progress_bar import progress_bar
 from spark_nemo.stages.checks import check_stage3, reward_model_folder
 from spark_nemo.stages.credit import batch_advantages
 from spark_nemo.stages.feed import BatchFeed
+from spark_nemo.stages.finished import inputs_of, remember_inputs
 from spark_nemo.stages.layout_check import check_memory
 from spark_nemo.stages.part_lock import part_lock
 from spark_nemo.stages.rl_session import RLSession, open_session, rewrite_rows
@@ -51,9 +52,12 @@ def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool
     """
     check_stage3(config)
     check_memory(config, "stage3")
-    folder = stage3_folder(config.run, config.arm)
+    folder, inputs = stage3_folder(config.run, config.arm), inputs_of(config, "stage3")
     with part_lock(folder):
-        return _train(config, folder, verifier)
+        finished = _train(config, folder, verifier)
+        if finished and verifier is None:
+            remember_inputs(folder, inputs)
+        return finished
 
 
 def _train(config: SparkConfig, folder: Path, verifier: ServedModel | None) -> bool:
@@ -77,7 +81,7 @@ def _run(config: SparkConfig, worker: MegatronWorker, sync: WeightSync, session:
     """The steps that are missing. Was the last one made?"""
     rl, folder = config.rl, stage3_folder(config.run, config.arm)
     reference = worker.snapshot() if rl.kl_estimator != "none" else None
-    start = _resume(worker, made, folder / CHECKPOINTS, feed)
+    start = _resume(worker, made, folder / CHECKPOINTS, feed, session)
     writer, clock = MetricsWriter(folder, is_main=worker.is_main), Clock(folder)
     writer.truncate_from(start)
     timeline = session.rollouts.timeline if session is not None else Timeline()
@@ -105,7 +109,8 @@ def _run(config: SparkConfig, worker: MegatronWorker, sync: WeightSync, session:
             stopping = any(gather_objects(stop.requested)) and step + 1 < rl.steps
             if stopping or (step + 1) % rl.save_every == 0 or step + 1 == rl.steps:
                 worker.save_checkpoint(
-                    folder / CHECKPOINTS, {"step": step + 1, "made_with": made, **feed.state()}, files=feed.files())
+                    folder / CHECKPOINTS, {"step": step + 1, "made_with": made, **feed.state()},
+                    files={**feed.files(), **(session.files() if session is not None else {})})
                 on_main_rank(clock.save)
             if stopping:
                 log.info("stopped after step %d of %d (%s); run again to go on", step + 1, rl.steps, stop.reason)
@@ -153,7 +158,8 @@ def made_with(
             "data.rl_problems": content_key([(problem.problem_id, problem.question) for problem in problems])}
 
 
-def _resume(worker: MegatronWorker, made: dict[str, object], checkpoints: Path, feed: BatchFeed) -> int:
+def _resume(worker: MegatronWorker, made: dict[str, object], checkpoints: Path, feed: BatchFeed,
+            session: RLSession | None) -> int:
     """The step to go on from. Raises ``ConfigError`` when the checkpoint is of a run with other settings."""
     if not has_checkpoint(checkpoints):
         return 0
@@ -163,11 +169,13 @@ def _resume(worker: MegatronWorker, made: dict[str, object], checkpoints: Path, 
             raise ConfigError(f"{checkpoints} was made with {name}={before}, this run has {value}: "
                               "use another run.dir or the same settings")
     feed.restore(state, newest(checkpoints))
+    on_main_rank(lambda: session.restore(newest(checkpoints)))
     return int(state["step"])
 
 
 def _finish(sync: WeightSync, worker: MegatronWorker, session: RLSession | None, config: SparkConfig, folder: Path,
             clock: Clock, eval_problems: list) -> None:
+    on_main_rank(lambda: session.rollouts.failures.finish(config.rl.failures.bound))
     _sync(sync, worker, session, config.rl.steps)
     accuracy = on_main_rank(lambda: run_async(session.evaluate(eval_problems, config.rl.steps)))
     worker.save_hf(folder / "model", source_dir=config.models.policy)

@@ -10,7 +10,7 @@ from spark_nemo.config import ConfigError
 from spark_nemo.engines.tokenizer import Tokenizer
 from spark_nemo.grammar import PromptSet, StepFormat, check_format, split_response
 from spark_nemo.records import ParseFailure, PolicyExample, derive_seed
-from spark_nemo.records.jsonl import DataFileError, json_rows, text_of
+from spark_nemo.records.jsonl import DataFileError, id_hint, id_of, json_rows, text_of
 
 from .packing import TrainSequence
 
@@ -34,7 +34,7 @@ def read_policy_examples(path: str | Path, *, drop_invalid: bool) -> tuple[list[
         question, first = questions.setdefault(example.problem_id, (example.question, number))
         if question != example.question:
             raise DataFileError(f"{path}:{number}: problem_id {example.problem_id!r} has another question on line "
-                                f"{first}: one id, one question")
+                                f"{first}: one id, one question{id_hint(example.problem_id)}")
         violation = check_format(example.response)
         if violation is None:
             examples.append(example)
@@ -77,7 +77,7 @@ def _example(row: dict[str, object]) -> PolicyExample:
     if unknown := sorted(row.keys() - set(FIELDS)):
         raise ValueError(f"unknown field {unknown[0]!r}: an example has {', '.join(FIELDS)} and nothing else, no "
                          "answer key above all")
-    values = {name: text_of(row, name) for name in FIELDS}
+    values = {name: (id_of if name == "problem_id" else text_of)(row, name) for name in FIELDS}
     if blank := [name for name, value in values.items() if not value.strip()]:
         raise ValueError(f"{blank[0]!r} must not be empty")
     return PolicyExample(**values)

@@ -62,11 +62,6 @@ class FirstStepGate:
         self._sum, self._count, self._broken = 0.0, 0, 0
         self._worst: list[TokenMismatch] = []
 
-    @property
-    def is_on(self) -> bool:
-        """Is there a bound at all?"""
-        return self.settings.max_mean_mismatch is not None or self.settings.max_token_mismatch is not None
-
     def see(self, trainer_T: Tensor, engine_T: Tensor, tokens_T: Tensor, inside_T: Tensor) -> None:
         """Log-probabilities of the same tokens after temperature; positions outside ``inside_T`` hold anything."""
         inside_T = inside_T.cpu()

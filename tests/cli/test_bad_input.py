@@ -110,7 +110,7 @@ def test_a_report_of_nothing_is_refused(capsys: pytest.CaptureFixture[str], tmp_
 
 @pytest.mark.parametrize(("field", "row", "named"), [
     ("data.rl_problems", '{"prompt": "1+1?", "solution": "2"}', "it is missing; the row has prompt, solution"),
-    ("data.rl_problems", '{"problem_id": 1, "question": "1+1?"}', "must be a string, not int"),
+    ("data.rl_problems", '{"problem_id": 1.5, "question": "1+1?"}', "must be a string or an integer, not float"),
     ("data.eval_problems", '{"problem_id": "a", "question": "1+1?"}', "'answer' is missing"),
 ])
 def test_a_dry_run_reads_the_data_that_are_here(

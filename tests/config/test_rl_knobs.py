@@ -37,6 +37,9 @@ SAMPLED = SamplingConfig(temperature=0.8)
     ("rl.verifier_votes", {"reward": "majority", "verifier_votes": 3}),
     ("rl.verifier_queue", {"reward": "random", "verifier_queue": 1024}),
     ("rl.verifier_cache", {"reward": "rlvr", "verifier_cache": 0}),
+    ("rl.failures.max_rate", {"reward": "majority", "failures": FailurePolicy(max_rate=0.2)}),
+    ("rl.failures.action", {"reward": "random", "failures": FailurePolicy(action="mask")}),
+    ("rl.failures.retries", {"reward": "rlvr", "failures": FailurePolicy(retries=1)}),
     ("rl.verifier_votes", {"verifier_votes": 3}),
     ("rl.verifier_votes", {"verifier_votes": 0}),
     ("rl.verifier_min_votes", {"verifier_min_votes": 1}),
@@ -78,10 +81,18 @@ def test_a_knob_without_effect_is_named(named: str, settings: dict[str, object])
     {"reward_variant": "orm"}, {"reward": "step_augmented", "reward_variant": "prm"},
     {"advantage": "selective_half", "selective_min_steps": 4, "selective_max_steps": 20},
     {"advantage": "global_step_penalty", "step_penalty_min": 2}, {"reward": "rlvr", "overlong_buffer": 2048},
+    {"reward": "rlvr", "failures": FailurePolicy("penalise", 0.0, max_rate=1.0)},
 ])
 def test_what_has_an_effect_is_accepted(settings: dict[str, object]) -> None:
     """The other side of the same rule."""
     RLConfig(**settings)
+
+
+def test_failures_that_are_not_set_are_what_they_always_were() -> None:
+    """None is masking after one more attempt, and a bound of a fifth; a 0 that is written is not taken for unset."""
+    unset, zero = FailurePolicy(), FailurePolicy(retries=0, max_rate=0.0)
+    assert (unset.masks, unset.num_retries, unset.bound) == (True, 1, 0.2)
+    assert (zero.num_retries, zero.bound) == (0, 0.0)
 
 
 def test_the_resolved_aggregation() -> None:

@@ -20,6 +20,7 @@ from spark_nemo.evaluation import (
     read_eval_problems,
     shared_checker,
 )
+from spark_nemo.evaluation.completions import read_completions
 
 DATA = Path(os.environ.get("SPARK_NEMO_DATA") or Path(__file__).parents[2].parent / "shared" / "data") / "math"
 
@@ -134,13 +135,27 @@ def test_eval_problems_are_read(tmp_path):
     assert read_answer_keys(path)["a"].answer == "2"
 
 
+def test_a_number_identifies_a_problem_in_every_file(tmp_path):
+    """Held-out problems, answer keys, and completions that were saved meet under one name however each file writes it;
+    two ways of writing it in one file are one problem twice."""
+    path, saved = tmp_path / "eval.jsonl", tmp_path / "completions.jsonl"
+    path.write_text('{"problem_id": 60, "question": "1+1?", "answer": 2}\n')
+    saved.write_text('{"problem_id": 60, "text": "\\\\boxed{2}"}\n')
+    assert [p.problem.problem_id for p in read_eval_problems(path)] == list(read_answer_keys(path)) == ["60"]
+    assert read_completions(saved)[0].problem_id == "60"
+    path.write_text('{"problem_id": "60", "question": "?", "answer": 2}\n' + path.read_text())
+    with pytest.raises(DataFileError, match=r"line 2: .*repeats '60': .*an integer and a string of its digits"):
+        read_eval_problems(path)
+
+
 @pytest.mark.parametrize("row, message", [
     ({"question": "q", "answer": "1"}, "line 2: field 'problem_id' is missing"),
     ({"problem_id": "b", "answer": "1"}, "line 2: field 'question' is missing"),
     ({"problem_id": "b", "question": "q"}, "line 2: field 'answer' is missing"),
     ({"problem_id": "b", "question": "q", "answer": True}, "field 'answer' is True"),
     ({"problem_id": "b", "question": "q", "answer": ""}, "field 'answer' is blank"),
-    ({"problem_id": 7, "question": "q", "answer": "1"}, "field 'problem_id' is 7"),
+    ({"problem_id": 7.0, "question": "q", "answer": "1"}, "field 'problem_id' is 7.0"),
+    ({"problem_id": True, "question": "q", "answer": "1"}, "field 'problem_id' is True"),
     ({"problem_id": "a", "question": "q", "answer": "1"}, "repeats 'a'"),
     ({"problem_id": "b", "question": "q", "answer": "1", "source": 1}, "field 'source'"),
 ])

@@ -31,6 +31,13 @@ def test_the_names_that_benchmarks_use_are_read(tmp_path):
     assert "SECRET" not in repr(problems)
 
 
+def test_a_problem_id_may_be_an_integer(tmp_path):
+    """Benchmarks number their rows; as text the identifier is the same in every file, whichever way it is written."""
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"problem_id": 60, "question": "q"}\n{"problem_id": "x", "question": "r"}\n')
+    assert read_problems(path) == [Problem("60", "q"), Problem("x", "r")]
+
+
 GOOD = b'{"problem_id": "a", "question": "q"}'
 
 
@@ -43,9 +50,12 @@ GOOD = b'{"problem_id": "a", "question": "q"}'
     (GOOD + b'\n{"problem_id": "\xff"}', "p.jsonl:2: not JSON"),
     (GOOD + b"\n3", "p.jsonl:2: a JSON object"),
     (GOOD + b"\n" + GOOD, "p.jsonl:2: problem_id 'a' is already on line 1"),
-    (b'{"question": "q"}', "p.jsonl:1: 'problem_id' must be a string, it is missing; the row has question"),
-    (b'{"problem_id": 3, "question": "q"}', "p.jsonl:1: 'problem_id' must be a string"),
-    (b'{"id": true, "question": "q"}', "p.jsonl:1: 'problem_id' must be a string"),
+    (b'{"problem_id": 1, "question": "q"}\n{"problem_id": "1", "question": "r"}',
+     "p.jsonl:2: problem_id '1' is already on line 1 (an integer and a string of its digits are one id)"),
+    (b'{"question": "q"}', "'problem_id' must be a string or an integer, it is missing; the row has question"),
+    (b'{"problem_id": 3.0, "question": "q"}', "p.jsonl:1: 'problem_id' must be a string or an integer, not float"),
+    (b'{"id": true, "question": "q"}', "p.jsonl:1: 'problem_id' must be a string or an integer, not bool"),
+    (b'{"problem_id": "a", "question": 3}', "p.jsonl:1: 'question' must be a string, not int"),
     (b'{"problem_id": "a", "question": " "}', "p.jsonl:1: problem 'a'"),
     (b'{"problem_id": "a", "question": "\\ud800"}', "p.jsonl:1: 'question' holds half"),
 ])

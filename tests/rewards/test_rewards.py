@@ -1,12 +1,19 @@
 """What a response is worth, and what a missing verdict costs."""
 
+import json
 import math
 
 import pytest
 
 from spark_nemo.config import FailurePolicy
 from spark_nemo.records import EngineError, FormatViolation, ParseFailure, Problem, Rollout, Truncated, Verdict
-from spark_nemo.rewards import FailureRateExceeded, apply_failure_policy, process_aware_reward, rlvr_rewards
+from spark_nemo.rewards import (
+    FailureCount,
+    FailureRateExceeded,
+    apply_failure_policy,
+    process_aware_reward,
+    rlvr_rewards,
+)
 
 YES = Verdict((True, True), True)
 NO = Verdict((True, False), False)
@@ -61,18 +68,58 @@ def test_penalise_gives_the_declared_number():
 def test_too_many_failures_stop_the_run():
     """One line that names the rate, the bound, the dominant kind and the field; a rate at the bound still passes."""
     scores = [Truncated(9), Truncated(9), ParseFailure("x"), 1.0]
-    apply_failure_policy(scores, FailurePolicy(max_rate=0.75))
+    FailureCount().add(scores, 4, 0.75)
     with pytest.raises(FailureRateExceeded) as error:
-        apply_failure_policy(scores, FailurePolicy(max_rate=0.5))
+        FailureCount().add(scores, 4, 0.5)
     for part in ("75.0%", "0.5", "truncated: 2", "rl.failures.max_rate"):
         assert part in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_the_format_gate_does_not_dilute_the_failure_rate():
-    """Four gated responses and one failed verification of two: the rate is 1/2, not 1/6."""
+LOST = EngineError("gone")
+
+
+def test_one_failure_among_few_verifications_does_not_stop_a_run():
+    """At a fifth, five verifications are the fewest of which one failure is not too much: fewer wait for those of the
+    next steps, and are judged with them. Judged verifications do not count in the next judgement."""
+    count = FailureCount()
+    count.add([LOST, 1.0], 2, 0.2)
+    count.add([1.0, 1.0], 2, 0.2)
+    count.add([1.0], 1, 0.2)
+    count.add([LOST, 0.0, 0.0], 1, 0.2)
+    assert (count.failed.total(), count.total, count.waiting_failed.total(), count.waiting) == (2, 6, 1, 1)
+    with pytest.raises(FailureRateExceeded, match=r"40\.0% of 5"):
+        count.add([LOST, 1.0, 1.0, 1.0], 4, 0.2)
+
+
+def test_at_the_end_the_whole_run_is_judged_however_short_it_was():
+    """Two verifications, one of them failed: nothing stopped the run, and its end does. With a bound of 0 no failure
+    waits."""
+    count = FailureCount()
+    count.add([LOST, 1.0], 2, 0.2)
     with pytest.raises(FailureRateExceeded, match=r"50\.0% of 2"):
-        apply_failure_policy([0.0] * 4 + [EngineError("gone"), 1.0], FailurePolicy(), num_verifications=2)
+        count.finish(0.2)
+    count.finish(0.5)
+    with pytest.raises(FailureRateExceeded):
+        FailureCount().add([LOST, 1.0], 2, 0.0)
+
+
+def test_a_resumed_run_counts_on():
+    """Through a checkpoint's JSON the next judgement is the one of an uninterrupted run."""
+    count = FailureCount()
+    count.add([LOST, 1.0], 2, 0.2)
+    resumed = FailureCount.from_json(json.loads(json.dumps(count.to_json())))
+    assert resumed == count
+    with pytest.raises(FailureRateExceeded, match=r"40\.0% of 5"):
+        resumed.add([LOST, 1.0, 1.0], 3, 0.2)
+
+
+def test_the_format_gate_does_not_dilute_the_failure_rate():
+    """Four gated responses and two failed verifications of four: the rate is 1/2, not 1/4."""
+    scores = [0.0] * 4 + [LOST, LOST, 1.0, 1.0]
+    assert apply_failure_policy(scores, FailurePolicy(), num_verifications=4).failure_rate == 0.5
+    with pytest.raises(FailureRateExceeded, match=r"50\.0% of 4"):
+        FailureCount().add(scores, 4, 0.4)
 
 
 def test_no_verification_at_all_is_no_failure():

@@ -60,6 +60,16 @@ def test_designs_times_kinds_of_reward_model_without_what_an_orm_cannot_reward(
     assert len(jobs) == 2 + 3 + 2 + len(arms)  # shards, kinds of the own method, the other methods, arms
 
 
+def test_what_failures_cost_is_taken_back_where_nothing_fails() -> None:
+    """Set for the whole pipeline, it reaches the arms that ask a reward model; the answer checker is not asked again,
+    and votes and coins never fail. Each arm is a configuration that is accepted."""
+    config = compose_config([*EVERYTHING, "rl.failures.max_rate=1.0", "rl.failures.retries=3"])
+    read = {arm.design: (made.max_rate, made.retries) for arm in pipeline_arms(config)
+            if (made := arm_config(config, arm).rl.failures)}
+    assert read.pop("rlvr") == (1.0, None) and read.pop("majority") == read.pop("random") == (None, None)
+    assert set(read.values()) == {(1.0, 3)}
+
+
 def test_an_arm_waits_for_its_own_reward_model_and_a_baseline_for_nobody() -> None:
     """Also the names of folders: a PRM-CoT's has no suffix."""
     jobs = jobs_of(EVERYTHING)

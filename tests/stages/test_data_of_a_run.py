@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from world import run
 
 from spark_nemo.cli.main import main
 from spark_nemo.records.store import RecordStore
@@ -31,6 +32,20 @@ def test_a_collected_store_verifies(collected: Path, capsys: pytest.CaptureFixtu
     assert main(["data", "verify", str(copy)]) == 1
     found = capsys.readouterr().out
     assert f"{sum(map(len, keys.values()))} findings" in found
+
+
+def test_a_finished_stage_says_so_and_more_problems_are_more_work(collected: Path, tmp_path: Path) -> None:
+    """Proves the same command on a finished store ends with one line and loads no model, and that a longer problem file
+    is sampled, not taken for done."""
+    copy = tmp_path / "copy"
+    shutil.copytree(collected, copy)
+    again = run("stage1", copy)
+    assert again.returncode == 0 and again.stdout.startswith(f"stage1 is complete in {copy}/stage1/shard-all, ")
+    assert json.loads((copy / "stage1/shard-all/DONE.json").read_text())["solutions"] == 20
+    more = run("stage1", copy, "data.stage1_problems=toy:stage1:11")
+    assert more.returncode == 0 and "is complete" not in more.stdout, more.stderr
+    done = json.loads((copy / "stage1/shard-all/DONE.json").read_text())
+    assert done["solutions"] == 22 and done["reused"] >= 20
 
 
 def test_every_label_can_be_explained(collected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

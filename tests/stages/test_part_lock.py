@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from world import command, environment, run
 
 from spark_nemo.cli.status import run_status
 from spark_nemo.config import ConfigError
-from spark_nemo.stages.part_lock import LOCK, part_lock
+from spark_nemo.stages.part_lock import LOCK, part_lock, part_owner
 
 HOLDER = """
 import os, sys, time
@@ -77,6 +78,39 @@ def test_nothing_is_left_of_a_killed_holder(tmp_path: Path, forks: bool) -> None
     assert (tmp_path / LOCK).read_text() == ""
 
 
+def test_the_status_tells_who_is_at_a_part_and_what_was_interrupted(tmp_path: Path) -> None:
+    """A part by hand, without any Slurm job: held it is running, with the process; killed or stopped it is interrupted,
+    and the way on is said; a finished one is done. Asking changes nothing and is in nobody's way."""
+    part = tmp_path / "stage3/rlvr"
+
+    def line() -> str:
+        return next(line for line in run_status(tmp_path).splitlines() if line.startswith("stage3/rlvr"))
+
+    with holder(part) as other:
+        (part / "metrics.jsonl").write_text('{"step": 0}\n')
+        written = (part / LOCK).read_text()
+        assert re.search(rf" running .* 1 steps .*process {other.pid} on .*, last sign of life", line())
+        assert (part / LOCK).read_text() == written
+    assert (part / LOCK).read_text(), "it was killed"
+    for ended in ("killed", "stopped"):
+        assert " interrupted " in line() and line().endswith("the same command resumes it"), ended
+        with part_lock(part):
+            assert " running " in line() and f"process {os.getpid()} " in line()
+    (part / "DONE.json").write_text("{}")
+    assert " done " in line() and "resumes" not in line()
+
+
+def test_a_status_that_looks_at_the_lock_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks has the lock for a moment: a run that starts then waits for it, and is not refused."""
+    (tmp_path / LOCK).touch()
+    with (tmp_path / LOCK).open() as glance:
+        fcntl.flock(glance, fcntl.LOCK_SH)
+        monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(glance, fcntl.LOCK_UN))
+        with part_lock(tmp_path):
+            assert part_owner(tmp_path)["pid"] == os.getpid()
+    assert part_owner(tmp_path) is None
+
+
 @pytest.mark.parametrize("variables", [
     {"RANK": "1", "WORLD_SIZE": "2"},
     {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0",
@@ -118,8 +152,8 @@ def test_a_file_system_without_locks_is_named_and_used(
         return flock
 
     monkeypatch.setattr(fcntl, "flock", fails(errno.ENOLCK))
-    with part_lock(tmp_path):
-        pass
+    with part_lock(tmp_path / "sft"):
+        assert " unknown " in run_status(tmp_path), "nobody can tell whether it is at work"
     assert "cannot be locked" in caplog.text
     monkeypatch.setattr(fcntl, "flock", fails(errno.EIO))
     with pytest.raises(OSError, match="Input/output"), part_lock(tmp_path):

@@ -59,6 +59,14 @@ def test_a_killed_run_ends_like_one_that_was_not(trained: Path, tmp_path: Path) 
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+def test_a_finished_run_is_left_as_it_is(trained: Path) -> None:
+    """Proves the same command ends with status 0 and one line on what it found, and touches no file of the part."""
+    before = {path: path.stat().st_mtime_ns for path in (trained / "sft").rglob("*")}
+    again = run("sft", trained, *TINY)
+    assert again.returncode == 0 and again.stdout.startswith(f"sft is complete in {trained}/sft, "), again.stderr
+    assert {path: path.stat().st_mtime_ns for path in (trained / "sft").rglob("*")} == before
+
+
 def passing(model: Path) -> int:
     """How many of 16 greedy responses to unseen problems pass the format gate."""
     served = ServedModel.load(EngineConfig(max_batch_size=16, max_context=320), model, "policy")

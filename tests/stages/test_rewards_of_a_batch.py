@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from spark_nemo.config import ConfigError, DataConfig, FailurePolicy, RLConfig, SamplingConfig, SparkConfig
-from spark_nemo.config.designs import MODEL_REWARDS
+from spark_nemo.config.designs import MODEL_REWARDS, unread_failures
 from spark_nemo.engines.base import EngineLost, FinishReason, Generation
 from spark_nemo.engines.served import Completion
 from spark_nemo.evaluation.checker import Judgement
@@ -22,6 +22,7 @@ from spark_nemo.records import (
     Rollout,
     Solution,
 )
+from spark_nemo.rewards import FailureRateExceeded
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService, ServiceLimits
 from spark_nemo.stages import rl_session
@@ -75,16 +76,22 @@ class Scripted:
     complete_prompt = complete
 
 
-def scored(reward: str, advantage: str = "outcome", variant: Variant = Variant.PRM_COT, replies=JUDGE,
+def session_of(reward: str, advantage: str = "outcome", variant: Variant = Variant.PRM_COT, replies=JUDGE,
            max_rate: float = 0.5, checker=lambda shown: ["8" in text for _, text in shown], **settings):
     """One group of four: fine, one step wrong, a verification of another step count, and no format."""
-    config = RLConfig(reward=reward, advantage=advantage, group_size=4,
-                      failures=FailurePolicy(max_rate=max_rate, retries=0), **settings)
+    failures = {name: value for name, value in (("max_rate", max_rate), ("retries", 0))
+                if f"failures.{name}" not in unread_failures(reward)}
+    config = RLConfig(reward=reward, advantage=advantage, group_size=4, failures=FailurePolicy(**failures), **settings)
     model = Scripted(replies)
     # Without a cache, for the script answers the same greedy request differently.
     service = PRMService(model, PROMPTS, config.verifier_sampling, ServiceLimits(cache_entries=0), variant)
     judge = RewardJudge(service, 0) if config.asks_reward_model else None
-    session = RolloutSession(Scripted(POLICY), PROMPTS, config, 0, judge, checker)
+    return RolloutSession(Scripted(POLICY), PROMPTS, config, 0, judge, checker), model, config
+
+
+def scored(reward: str, *design, **settings):
+    """The batch of the same group."""
+    session, model, config = session_of(reward, *design, **settings)
     return asyncio.run(session.batch([Problem("p", "3 + 4?")], 0)), model, config
 
 
@@ -103,6 +110,21 @@ def test_random_is_gated_and_the_same_on_a_second_run() -> None:
     """Coins come from the run's seed and the place in the batch, so a resumed run draws the same."""
     first, second = scored("random")[0], scored("random")[0]
     assert first.rewards == second.rewards and first.rewards.rewards[3] == 0.0
+
+
+def test_a_run_counts_what_was_shown_and_a_checkpoint_keeps_it(tmp_path) -> None:
+    """One of three verifications fails, a third of them: above 0.3, but fewer than the four that 0.3 is judged by. The
+    step passes, its count is in the checkpoint, and the session that goes on from there has it."""
+    before, after = (rl_session.RLSession(None, session_of("process_aware", max_rate=0.3)[0], SparkConfig(), tmp_path,
+                                          None) for _ in range(2))
+    asyncio.run(before.rollouts.batch([Problem("p", "3 + 4?")], 0))
+    for name, content in before.files().items():
+        (tmp_path / name).write_bytes(content)
+    after.restore(tmp_path)
+    counted = after.rollouts.failures
+    assert counted == before.rollouts.failures and (counted.failed.total(), counted.waiting) == (1, 3)
+    with pytest.raises(FailureRateExceeded, match=r"33\.3% of 3"):
+        counted.finish(0.3)
 
 
 @pytest.mark.parametrize("reward", sorted(MODEL_REWARDS))

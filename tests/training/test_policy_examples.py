@@ -43,6 +43,15 @@ def test_a_bad_row_is_named_by_file_line_and_reason(tmp_path: Path, changes: dic
     assert str(raised.value).startswith(f"{path}:2: ") and message in str(raised.value)
 
 
+def test_a_number_identifies_a_problem_here_too(tmp_path: Path) -> None:
+    """Proves an integer is read as its digits, and that the same digits as a string are the same problem."""
+    assert read_policy_examples(written(tmp_path, {**ROW, "problem_id": 7}), drop_invalid=False)[0] == [
+        PolicyExample(**{**ROW, "problem_id": "7"})]
+    two = written(tmp_path, {**ROW, "problem_id": 7}, {**ROW, "problem_id": "7", "question": "another?"})
+    with pytest.raises(DataFileError, match=r":2: problem_id '7' has another question .*an integer and a string"):
+        read_policy_examples(two, drop_invalid=False)
+
+
 def test_responses_out_of_format_can_be_dropped_and_are_counted_by_rule(tmp_path: Path) -> None:
     """Proves sft.invalid=drop forgives the format and nothing else; a file without one good response is refused."""
     broken = {**ROW, "response": GOOD + GOOD}

@@ -69,11 +69,11 @@ def test_the_gate_opens_for_the_same_weights(perturbed, engine, sync, updates):
     and reports the mismatch and a KL estimate. The gate costs no forward pass."""
     run_async(sync.push(perturbed, engine, 1))
     passes = []
-    perturbed._forward, forward = lambda *a, **k: passes.append(1) or forward(*a, **k), perturbed._forward
+    perturbed.logprobs, logprobs = lambda *a, **k: passes.append(1) or logprobs(*a, **k), perturbed.logprobs
     try:
         metrics = train(perturbed, sample(engine), FirstStepGate(FLOAT32), updates)
     finally:
-        del perturbed._forward
+        del perturbed.logprobs
     assert len(passes) == (updates if updates > 1 else 0)  # those of the old log-probabilities, gate or not
     assert metrics["engine_logprob_diff_mean"] < 1e-4 and abs(metrics["engine_kl"]) < 1e-6 and metrics["grad_norm"] > 0
 

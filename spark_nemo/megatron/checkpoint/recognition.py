@@ -10,9 +10,8 @@ from spark_nemo.config.errors import ConfigError
 from ..hf_files import INDEX
 from . import nemo
 from .pickled import PICKLES
-from .training import LATEST
+from .training import newest
 
-MEGATRON_LM_LATEST = "latest_checkpointed_iteration.txt"
 _WEIGHTS_OF = ("dist_ckpt", "iter_*", "step-*", "release", "weights")
 
 
@@ -45,19 +44,6 @@ def recognise(folder: str | Path) -> tuple[str, Path]:
 
 def _is_megatron(folder: Path) -> bool:
     return (folder / "metadata.json").is_file() or (folder / ".metadata").is_file()
-
-
-def newest(folder: Path) -> Path:
-    """The folder of the newest step, where ``folder`` is a run's or Megatron-LM's folder of checkpoints."""
-    for by in (LATEST, MEGATRON_LM_LATEST):
-        if (folder / by).is_file():
-            name = (folder / by).read_text(errors="replace").strip()
-            if by == MEGATRON_LM_LATEST and name.isdecimal():
-                name = f"iter_{int(name):07d}"
-            if not name or Path(name).name != name or not (folder / name).is_dir():
-                raise ConfigError(f"{folder / by} names {name!r}, which is not a folder beside it")
-            return folder / name
-    return folder
 
 
 def _what_it_is(folder: Path) -> str:

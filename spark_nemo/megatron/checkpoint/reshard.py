@@ -22,11 +22,10 @@ from ..hf_files import copy_companions
 from ..model_shape import ModelShape, read_hf_config
 from .compare import compare_stored
 from .global_tensors import GlobalTensors, Piece, check_stored_shapes, has_layers_apart
-from .recognition import newest
 from .resumable import fingerprint, resumable_folder
 from .stored import StoredCheckpoint
 from .streaming import Box, Source, write_torch_dist
-from .training import HF_FILES, LATEST, STATE_FILE
+from .training import HF_FILES, LATEST, STATE_FILE, newest
 
 STATES = "optimizer.state."
 SHARDING = "distrib_optim_sharding_type"

@@ -35,6 +35,7 @@ from ..model import PackedGPT
 from ..optimizer import padding_counted, prime_state, separate_steps, set_step
 
 LATEST = "latest"
+MEGATRON_LM_LATEST = "latest_checkpointed_iteration.txt"
 STATE_FILE = "state.json"
 HF_FILES = "hf"
 """Subfolder of a Megatron checkpoint with the files of the Hugging Face model that are not weights."""
@@ -46,8 +47,16 @@ def has_checkpoint(folder: str | Path) -> bool:
 
 
 def newest(folder: str | Path) -> Path:
-    """The folder of the newest complete checkpoint of ``folder``, which has one."""
-    return Path(folder) / (Path(folder) / LATEST).read_text().strip()
+    """The folder of the newest step, where ``folder`` is a run's or Megatron-LM's folder of checkpoints, else
+    ``folder`` itself. Raises ``ConfigError`` when the step that is named is not there."""
+    folder = Path(folder)
+    if (folder / LATEST).is_file():
+        return _named(folder, (folder / LATEST).read_text(errors="replace").strip(), LATEST)
+    if (folder / MEGATRON_LM_LATEST).is_file():
+        text = (folder / MEGATRON_LM_LATEST).read_text(errors="replace").strip()
+        return _named(folder, text if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else text,
+                      MEGATRON_LM_LATEST)
+    return folder
 
 
 def save(folder: str | Path, model: PackedGPT, optimizer: ChainedOptimizer, scheduler: OptimizerParamScheduler,
@@ -101,8 +110,6 @@ def load(folder: str | Path, model: PackedGPT, optimizer: ChainedOptimizer,
     if not has_checkpoint(folder):
         raise ConfigError(f"{folder} has no checkpoint (no file {LATEST!r} in it)")
     source = newest(folder)
-    if not source.is_dir():
-        raise ConfigError(f"checkpoint {source} is gone, though {Path(folder) / LATEST} names it")
     with cuda_means_cpu():
         prime_state(optimizer)
         wanted = _sharded_state(model, optimizer, loading=True)
@@ -135,3 +142,9 @@ def _metadata(optimizer: ChainedOptimizer) -> dict[str, Any]:
         # The only format of the distributed optimizer that can be read by another number of tensor or data ranks.
         return {**common, "distrib_optim_sharding_type": "fully_reshardable"}
     return common
+
+
+def _named(folder: Path, name: str, by: str) -> Path:
+    if not name or Path(name).name != name or not (folder / name).is_dir():
+        raise ConfigError(f"{folder / by} names {name!r}, which is not a folder beside it")
+    return folder / name
