@@ -8,15 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from fake_sglang import FakeSglang
 from fake_sglang_process import fake_process, free_port
 from fleet_cases import until
 
 from spark_nemo.config import ConfigError, EngineConfig, PoolConfig
-from spark_nemo.engines import EngineLost, GenerationRequest, SamplingParams, build_engine
+from spark_nemo.engines import EngineLost, EngineUnavailable, GenerationRequest, SamplingParams, build_engine
 from spark_nemo.engines.fleet import Fleet
 from spark_nemo.engines.fleet.pool import allow_open_files
 from spark_nemo.engines.fleet.process import ServerProcess
 from spark_nemo.engines.sglang import serve
+from spark_nemo.engines.sglang.launch import CheckedServer
 from spark_nemo.toy.resolve import ASSETS
 
 TOY = ASSETS / "generator"
@@ -104,6 +106,26 @@ def test_a_given_server_with_a_shorter_context_is_not_used() -> None:
     with (fake_process(port, "--vocab-size", "691", "--context", "200"),
           pytest.raises(EngineLost, match=r"max_context=320 is over the 194 tokens.*lower engine\.max_context")):
         asyncio.run(scenario(f"http://127.0.0.1:{port}"))
+
+
+def test_a_server_in_its_own_warm_up_is_not_up_yet() -> None:
+    """SGLang generates before its warm-up request has ended, but ``/health`` is 503 until then: let in now, it would be
+    busy with real prompts at its first health check, its warm-up behind them, and be killed as dead. How long a real
+    warm-up waits behind real prompts is not proven."""
+    async def scenario():
+        async with FakeSglang(context=512) as fake:
+            server = CheckedServer(fake.url, api_key=None, vocab_size=64, max_context=320, max_in_flight=4,
+                                   request_timeout_s=20.0, control_timeout_s=5.0)
+            try:
+                fake.faults.starting = True
+                with pytest.raises(EngineUnavailable, match="503"):
+                    await server.probe(2.0)
+                fake.faults.starting = False
+                await server.probe(2.0)
+            finally:
+                await server.close()
+
+    asyncio.run(scenario())
 
 
 def test_a_launched_server_is_told_its_part_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

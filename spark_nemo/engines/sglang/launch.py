@@ -32,7 +32,9 @@ CONTEXT_RESERVE = 6
 
 
 class CheckedServer(SglangServer):
-    """Passes its first probe only when the server's context is as long as we believe: a shorter one cuts samples."""
+    """Passes its first probe only when the server's context is as long as we believe (a shorter one cuts samples) and
+    its own warm-up is over: it generates before, but says 503 on ``/health`` until its warm-up request, which then
+    queues behind ours, has ended; to a fleet that asks, a server full of long prompts would look dead."""
 
     _checked = False
 
@@ -41,6 +43,7 @@ class CheckedServer(SglangServer):
         await super().probe(timeout_s)
         if not self._checked:
             await self.check_limits()
+            await self._call("GET", "/health", timeout_s=timeout_s)
             self._checked = True
 
 
