@@ -148,6 +148,18 @@ def test_a_launched_server_is_told_its_part_of_the_machine(tmp_path: Path, monke
     assert keeper.log_path == tmp_path / "policy-1.log"
 
 
+def test_a_router_waits_as_long_as_the_longest_request_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sglang-router's own limit is 1800 s (its router_args.py), which a response of 32k tokens on a full server passes;
+    what it cuts off is sampled again from the start. Nothing is started here."""
+    monkeypatch.setattr(ServerProcess, "launch", lambda self: None)
+    pool = {"servers": 1, "python": "/env/bin/python", "router": True}
+    for more, seconds in (({}, 600 + 0.25 * 320), ({"request_timeout_s": 7200.0}, 7200)):
+        words = build_engine(sglang(**pool, **more), TOY, "policy", tmp_path)._front.keeper._command("127.0.0.1", 1234)
+        assert int(words[words.index("--request-timeout-secs") + 1]) >= seconds
+
+
 def test_a_context_beyond_the_models_is_cut_to_what_sglang_can_serve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

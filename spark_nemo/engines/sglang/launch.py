@@ -81,5 +81,6 @@ def build_pool(config: EngineConfig, model_dir: Path, role: str, log_dir: Path |
         front = RouterProcess(
             f"{role} router", lambda url: connect(url, config.num_engines(role)), python=python_of(pool),
             host=host_of(pool), key=key, log_path=log_folder(log_dir) / f"{role}-router.log",
-            environment=search_path(pool), max_restarts=or_else(pool.max_restarts, 3))
+            environment=search_path(pool), max_restarts=or_else(pool.max_restarts, 3),
+            request_timeout_s=CLIENT_SLACK * limits.deadlines(max_context)[0])
     return fleet_of(config, role, connect, Launch(command, {serve.KEY_VARIABLE: key or ""}), log_dir, front)
