@@ -93,6 +93,16 @@ def test_a_hard_limit_of_open_files_below_the_connections_is_said(
     assert "ulimit -Hn" in caplog.text and "engine.max_batch_size" in caplog.text
 
 
+def test_a_limit_of_open_files_far_over_the_connections_is_not_complained_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Soft and hard limit are often the same large number on a cluster; nothing can be raised, and nothing need be."""
+    monkeypatch.setattr("resource.getrlimit", lambda which: (1_048_576, 1_048_576))
+    monkeypatch.setattr("resource.setrlimit", lambda which, limits: None)
+    allow_open_files(16 * 512)
+    assert not caplog.records
+
+
 def test_a_given_server_with_a_shorter_context_is_not_used() -> None:
     """SGLang would cut samples short without a word."""
     async def scenario(url):
