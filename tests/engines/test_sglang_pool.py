@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -189,3 +190,27 @@ def test_what_cannot_be_built_is_named(tmp_path: Path) -> None:
         build_engine(sglang(servers=1), tmp_path, "policy")
     with pytest.raises(ConfigError, match="pool='judge'"):
         build_engine(EngineConfig(), TOY, "judge")
+
+
+PROXIES = {"http_proxy": "http://proxy:3128", "HTTPS_PROXY": "http://proxy:3128", "all_proxy": "socks5://proxy:1080",
+           "no_proxy": "10.9.9.9", "NO_PROXY": "10.8.8.8"}
+
+
+def test_a_server_reaches_itself_past_the_clusters_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang asks itself over HTTP in its warm-up, by ``requests``, which takes the proxy of the environment even for
+    127.0.0.1; when the proxy refuses, it ends itself. Proven by the rules of Python's own library."""
+    for name, value in PROXIES.items():
+        monkeypatch.setenv(name, value)
+    serve._past_proxies("server", ["--host", "10.0.0.4", "--port", "30000"])
+    for host in ("10.0.0.4:30000", "127.0.0.1:30000", "localhost", "10.9.9.9", "10.8.8.8"):
+        assert urllib.request.proxy_bypass_environment(host)
+    assert not urllib.request.proxy_bypass_environment("10.0.0.5")
+    assert urllib.request.getproxies_environment()["https"] == PROXIES["HTTPS_PROXY"]  # for what it may download
+
+
+def test_a_router_knows_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whom it will talk to is not known when it starts, and they are all of this cluster."""
+    for name, value in PROXIES.items():
+        monkeypatch.setenv(name, value)
+    serve._past_proxies("router", ["--host", "127.0.0.1"])
+    assert set(urllib.request.getproxies_environment()) <= {"no"}
