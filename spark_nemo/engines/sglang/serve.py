@@ -11,6 +11,7 @@ process group when this process dies, whatever killed it. Imports nothing of spa
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import signal
 import sys
@@ -82,7 +83,7 @@ def _past_proxies(what: str, arguments: list[str]) -> None:
         for name in ("http_proxy", "https_proxy", "all_proxy"):
             os.environ.pop(name, None)
             os.environ.pop(name.upper(), None)
-    hosts = [value for flag, value in zip(arguments, arguments[1:]) if flag == "--host"]
+    hosts = [value for flag, value in itertools.pairwise(arguments) if flag == "--host"]
     before = [os.environ[name] for name in ("no_proxy", "NO_PROXY") if os.environ.get(name)]
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join([*before, *hosts, "127.0.0.1", "localhost"])
 
