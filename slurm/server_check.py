@@ -8,6 +8,8 @@ import urllib.error
 import urllib.request
 
 PROBE_S = 5.0
+DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Past the proxy that a cluster may have for the world outside."""
 
 
 def trouble(url: str) -> str:
@@ -16,7 +18,7 @@ def trouble(url: str) -> str:
     if key := os.environ.get("SPARK_NEMO_API_KEY"):
         request.add_header("Authorization", f"Bearer {key}")
     try:
-        with urllib.request.urlopen(request, timeout=PROBE_S):
+        with DIRECTLY.open(request, timeout=PROBE_S):
             return ""
     except (urllib.error.URLError, OSError) as error:
         return str(error)

@@ -79,7 +79,7 @@ class PoolConfig:
     """From launch to the first answer; 900 when not set."""
     lost_timeout_s: float | None = None
     """How long requests and new weights wait when no server is left and none starts; then the run stops. 120 when not
-    set."""
+    set; start_timeout_s for servers that Slurm starts, and starts again."""
     max_restarts: int | None = None
     """Restarts of one server within an hour; 3 when not set."""
 
@@ -123,10 +123,12 @@ class PoolConfig:
                 raise ConfigError(f"{name}.server_args: {flag} is set by engine.* or {name}.*: use those fields")
 
     def found_at(self, urls: list[str]) -> PoolConfig:
-        """This pool when somebody else has launched its servers (Slurm, one step each): clients' settings stay."""
+        """This pool when somebody else has launched its servers (Slurm, one step each): clients' settings stay. Who
+        starts them again is not seen from here, so a pool that is down has the time of a start to come back."""
         clients = {each.name: getattr(self, each.name) for each in fields(self)
                    if each.name not in (*_LAUNCH_ONLY, "servers", "router")}
-        return PoolConfig(**{**clients, "urls": urls})
+        lost = self.lost_timeout_s or max(120.0, self.start_timeout_s or 900.0)
+        return PoolConfig(**{**clients, "urls": urls, "lost_timeout_s": lost})
 
     def set_fields(self) -> list[str]:
         """Fields that differ from their default."""

@@ -115,9 +115,10 @@ class RLConfig:
     """Verdicts that a rollout needs; with fewer it counts as a failed verification. None is more than half of the
     votes."""
     verifier_queue: int | None = None
-    """Verifications at the engine at once; the others wait for a place. None is 1024."""
+    """Verifications at the engines at once; the others wait for a place. None is twice what they decode together."""
     verifier_deadline: float | None = None
-    """Seconds a verification may take once it has its place; then it is an EngineError. None is 1800."""
+    """Seconds a verification may take once it has its place; then it is an EngineError. None is 1800, and 0.25 for each
+    token that it may sample."""
     verifier_cache: int | None = None
     """Verification results that are remembered (the least recently used one goes first). 0 is off, None is 65536."""
     failures: FailurePolicy = field(default_factory=FailurePolicy)

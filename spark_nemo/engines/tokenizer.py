@@ -21,6 +21,8 @@ import jinja2.sandbox
 import tokenizers
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_STOPPED_AT = ("<|eom_id|>",)
+"""Llama 3.1's end of a message; srt/utils/hf_transformers/common.py of SGLang 0.5.21 makes it a stop token."""
 
 
 class TokenizerError(ValueError):
@@ -97,7 +99,8 @@ class Tokenizer:
         self._special_texts = tuple(token.content for token in added.values() if token.special)
         self._byte_level = _uses_byte_level(json.loads(backend.to_str())["decoder"])
         self.eos_ids = eos_ids
-        """Ids that end a response, from generation_config.json, config.json and the tokenizer, in this order."""
+        """Ids that end a response, from generation_config.json, config.json and the tokenizer, in this order; and those
+        that SGLang stops at wherever a tokenizer has them."""
 
     @classmethod
     def load(cls, folder: Path | str) -> Tokenizer:
@@ -125,6 +128,7 @@ class Tokenizer:
             raise TokenizerError(
                 f"{folder} has no end-of-sequence token: set eos_token in tokenizer_config.json or eos_token_id in "
                 "generation_config.json")
+        eos_ids += [id_ for text in _STOPPED_AT if (id_ := backend.token_to_id(text)) is not None]
         return cls(backend, template, special, tuple(dict.fromkeys(eos_ids)))
 
     @property

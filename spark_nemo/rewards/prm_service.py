@@ -21,6 +21,8 @@ from spark_nemo.grammar import GRAMMAR_VERSION, PromptSet, Variant, parse_genera
 from spark_nemo.records import EngineError, VariantOutcome, content_key
 
 log = logging.getLogger(__name__)
+_TOKEN_S = 0.25
+"""More time for each token that a verification may sample, as at a pool's servers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +38,13 @@ class ServiceLimits:
             raise ValueError(f"{self}: queue at least 1, deadline positive, cache_entries at least 0")
 
     @classmethod
-    def from_config(cls, rl: RLConfig) -> ServiceLimits:
-        """The configured limits; what is not set keeps its default."""
-        named = {"queue": rl.verifier_queue, "deadline": rl.verifier_deadline, "cache_entries": rl.verifier_cache}
+    def from_config(cls, rl: RLConfig, slots: int) -> ServiceLimits:
+        """The configured limits, for engines that decode ``slots`` verifications together. Not set, ``queue`` is as
+        many and as many again next in line: who waits longer for an engine does so before its deadline begins."""
+        by_length = cls().deadline + _TOKEN_S * rl.verifier_sampling.max_new_tokens
+        named = {"queue": 2 * slots if rl.verifier_queue is None else rl.verifier_queue,
+                 "deadline": by_length if rl.verifier_deadline is None else rl.verifier_deadline,
+                 "cache_entries": rl.verifier_cache}
         return cls(**{name: value for name, value in named.items() if value is not None})
 
 

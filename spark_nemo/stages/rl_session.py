@@ -119,7 +119,8 @@ def reward_judge(config: SparkConfig, served: ServedModel, variant: Variant) -> 
     """A reward model as the configuration asks it: with the words that stage II trained it on, not with those of the
     policy's prompt set."""
     rl, prompts = config.rl, prompt_set(config.stage1.prompt_set)
-    service = PRMService(served, prompts, rl.verifier_sampling, ServiceLimits.from_config(rl), variant)
+    limits = ServiceLimits.from_config(rl, config.engine.slots("verifier"))
+    service = PRMService(served, prompts, rl.verifier_sampling, limits, variant)
     return RewardJudge(service, rl.failures.num_retries, rl.verifier_votes, rl.min_votes, rl.hacking.constraints)
 
 

@@ -35,6 +35,7 @@ from spark_nemo.training.grpo import train_on_rollouts
 from spark_nemo.training.metrics import MetricsWriter
 from spark_nemo.training.sft import CHECKPOINTS
 from spark_nemo.training.stop import StopFlag
+from spark_nemo.weight_sync.distributed import same_nccl_as_sglang
 from spark_nemo.weight_sync.gate import FirstStepGate
 from spark_nemo.weight_sync.push import WeightSync
 
@@ -63,6 +64,8 @@ def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool
 def _train(config: SparkConfig, folder: Path, verifier: ServedModel | None) -> bool:
     rl = config.rl
     problems, eval_problems = read_problems(config.data.rl_problems), read_math(config.data.eval_problems)
+    if config.weight_sync.transport_for(config.engine.kind) == "distributed":
+        same_nccl_as_sglang()
     worker = MegatronWorker.from_hf(
         config.models.policy, config.megatron, config.run.seed, rl.optimizer, rl.steps * rl.updates_per_step)
     sync = WeightSync.build(

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import itertools
 import logging
+import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +26,7 @@ import torch
 import torch.distributed as dist
 
 from spark_nemo.engines.base import Engine, EngineFailure, EngineUnavailable
+from spark_nemo.engines.fleet.process import free_port
 
 from .stream import Bucket, Export
 from .transport import Targets, TransferBroken, Transport, each
@@ -33,7 +36,9 @@ _numbers = itertools.count()
 _TICK_S = 0.2
 _REASON_S = 5.0
 """How long a server may take to say why a collective call failed."""
+_ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 _ALIVE_S = 30.0
+_LEAVE_S = 60.0
 
 
 class DistributedTransport(Transport):
@@ -146,11 +151,16 @@ class DistributedTransport(Transport):
         group, self._group = self._group, None
         if group is None:
             return
-        for engine in group.engines:
-            if engine in reachable:
-                with contextlib.suppress(EngineFailure):
-                    await engine.destroy_weights_update_group(group.name)  # type: ignore[attr-defined]
-        group.leave()
+
+        async def forget(engine: Any) -> None:
+            with contextlib.suppress(EngineFailure):
+                await engine.destroy_weights_update_group(group.name)
+
+        # Ranks of one machine leave an NCCL group together: told one after the other, each would wait for the next.
+        there = [engine for engine in group.engines if engine in reachable]
+        leaving = asyncio.create_task(_in_thread(lambda: group.leave(broken=len(there) < len(group.engines))))
+        await asyncio.gather(*map(forget, there))
+        await asyncio.wait({leaving}, timeout=_LEAVE_S)
 
     async def close(self) -> None:
         """Tear the group down."""
@@ -169,10 +179,11 @@ class _Group:
         # A server that outlives a killed trainer still has that one's group, and a process numbers its own from 0.
         self.name = f"spark_nemo_weights_{uuid.uuid4().hex[:12]}_{next(_numbers)}"
         self.backend = "nccl" if torch.cuda.is_available() else "gloo"
-        self.address = _own_address(str(getattr(engines[0], "url", "http://127.0.0.1"))) if engines else "127.0.0.1"
-        with socket.socket() as probe:
-            probe.bind((self.address, 0))
-            self.port: int = probe.getsockname()[1]
+        addresses = [_own_address(str(getattr(engine, "url", "http://127.0.0.1"))) for engine in engines]
+        # A server beside the trainer reaches it at any of its addresses, one elsewhere not at 127.0.0.1.
+        self.address = next((one for one in addresses if not ipaddress.ip_address(one).is_loopback),
+                            addresses[0] if addresses else "127.0.0.1")
+        self.port = free_port(self.address)
         self._group: dist.ProcessGroup | None = None
 
     def join(self) -> None:
@@ -181,12 +192,13 @@ class _Group:
         from torch.distributed import distributed_c10d as c10d
 
         timeout = timedelta(seconds=self.timeout_s)
-        url = f"tcp://{self.address}:{self.port}"
+        url = f"tcp://[{self.address}]:{self.port}" if ":" in self.address else f"tcp://{self.address}:{self.port}"
         store, rank, world_size = next(c10d.rendezvous(url, 0, self.world_size, timeout=timeout))
         store.set_timeout(timeout)
-        group, _ = c10d._new_process_group_helper(
-            world_size, rank, [], c10d.Backend(self.backend), c10d.PrefixStore(self.name, store), group_name=self.name,
-            timeout=timeout)
+        with _errors_are_ours():
+            group, _ = c10d._new_process_group_helper(
+                world_size, rank, [], c10d.Backend(self.backend), c10d.PrefixStore(self.name, store),
+                group_name=self.name, timeout=timeout)
         c10d._world.pg_group_ranks[group] = {index: index for index in range(world_size)}
         self._group = group
 
@@ -196,12 +208,37 @@ class _Group:
         if flat_B.is_cuda:
             torch.cuda.synchronize(flat_B.device)
 
-    def leave(self) -> None:
-        """Forget the group; peers may be gone."""
+    def leave(self, broken: bool = False) -> None:
+        """Forget the group; blocks. ``broken``: peers are gone, and torch's destroy would wait for what they have not
+        joined, while its abort ends that."""
         if self._group is not None:
             with contextlib.suppress(RuntimeError, ValueError):
-                dist.destroy_process_group(self._group)
+                if broken:
+                    dist.distributed_c10d._abort_process_group(self._group)
+                else:
+                    dist.destroy_process_group(self._group)
             self._group = None
+
+
+@contextlib.contextmanager
+def _errors_are_ours() -> Iterator[None]:
+    """A group made in here does not end this process when a collective of it fails or is late, as torch's watchdog
+    does by default (ProcessGroupNCCL reads this once, when it is made): one dead server would end the trainer."""
+    before = os.environ.get(_ERROR_HANDLING)
+    os.environ[_ERROR_HANDLING] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ERROR_HANDLING]
+        else:
+            os.environ[_ERROR_HANDLING] = before
+
+
+def same_nccl_as_sglang() -> None:
+    """Before this process first uses NCCL: SGLang's processes set NCCL_CUMEM_ENABLE=0 where nothing else is set
+    (entrypoints/engine.py, 0.5.21), NCCL's own default is another, and ranks that differ fail to connect."""
+    os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
 
 
 async def _in_thread(call: Callable[[], None]) -> None:
@@ -228,9 +265,10 @@ async def _in_thread(call: Callable[[], None]) -> None:
 
 def _own_address(url: str) -> str:
     """This machine's address on the way to ``url``."""
-    host = urlsplit(url).hostname or "127.0.0.1"
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))  # a datagram socket sends nothing to connect
+    found = socket.getaddrinfo(urlsplit(url).hostname or "127.0.0.1", 9, type=socket.SOCK_DGRAM)
+    family, _, _, _, where = min(found, key=lambda each: each[0] != socket.AF_INET)
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(where)  # a datagram socket sends nothing to connect
         return probe.getsockname()[0]
 
 

@@ -33,6 +33,7 @@ class Faults:
 
     token_s: float = 0.0
     hang: bool = False
+    starting: bool = False
     drop: int = 0
     fail: int = 0
     fail_status: int = 503
@@ -334,6 +335,8 @@ class FakeSglang:
         return _success("Torch not compiled with CUDA enabled", False)
 
     async def health(self, request: web.Request) -> web.Response:
+        if self.faults.starting:  # its own warm-up has not ended; it generates all the same
+            return web.Response(status=503)
         stuck = self.pause is not None or self.faults.hang
         await asyncio.sleep(self.health_wait_s if stuck else 0)
         return web.Response(status=503 if stuck else 200)

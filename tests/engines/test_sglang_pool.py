@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import resource
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
+from fake_sglang import FakeSglang
 from fake_sglang_process import fake_process, free_port
 from fleet_cases import until
 
 from spark_nemo.config import ConfigError, EngineConfig, PoolConfig
-from spark_nemo.engines import EngineLost, GenerationRequest, SamplingParams, build_engine
+from spark_nemo.engines import EngineLost, EngineUnavailable, GenerationRequest, SamplingParams, build_engine
 from spark_nemo.engines.fleet import Fleet
 from spark_nemo.engines.fleet.pool import allow_open_files
 from spark_nemo.engines.fleet.process import ServerProcess
 from spark_nemo.engines.sglang import serve
+from spark_nemo.engines.sglang.launch import CheckedServer
 from spark_nemo.toy.resolve import ASSETS
 
 TOY = ASSETS / "generator"
@@ -91,6 +94,16 @@ def test_a_hard_limit_of_open_files_below_the_connections_is_said(
     assert "ulimit -Hn" in caplog.text and "engine.max_batch_size" in caplog.text
 
 
+def test_a_limit_of_open_files_far_over_the_connections_is_not_complained_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Soft and hard limit are often the same large number on a cluster; nothing can be raised, and nothing need be."""
+    monkeypatch.setattr("resource.getrlimit", lambda which: (1_048_576, 1_048_576))
+    monkeypatch.setattr("resource.setrlimit", lambda which, limits: None)
+    allow_open_files(16 * 512)
+    assert not caplog.records
+
+
 def test_a_given_server_with_a_shorter_context_is_not_used() -> None:
     """SGLang would cut samples short without a word."""
     async def scenario(url):
@@ -104,6 +117,26 @@ def test_a_given_server_with_a_shorter_context_is_not_used() -> None:
     with (fake_process(port, "--vocab-size", "691", "--context", "200"),
           pytest.raises(EngineLost, match=r"max_context=320 is over the 194 tokens.*lower engine\.max_context")):
         asyncio.run(scenario(f"http://127.0.0.1:{port}"))
+
+
+def test_a_server_in_its_own_warm_up_is_not_up_yet() -> None:
+    """SGLang generates before its warm-up request has ended, but ``/health`` is 503 until then: let in now, it would be
+    busy with real prompts at its first health check, its warm-up behind them, and be killed as dead. How long a real
+    warm-up waits behind real prompts is not proven."""
+    async def scenario():
+        async with FakeSglang(context=512) as fake:
+            server = CheckedServer(fake.url, api_key=None, vocab_size=64, max_context=320, max_in_flight=4,
+                                   request_timeout_s=20.0, control_timeout_s=5.0)
+            try:
+                fake.faults.starting = True
+                with pytest.raises(EngineUnavailable, match="503"):
+                    await server.probe(2.0)
+                fake.faults.starting = False
+                await server.probe(2.0)
+            finally:
+                await server.close()
+
+    asyncio.run(scenario())
 
 
 def test_a_launched_server_is_told_its_part_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +159,18 @@ def test_a_launched_server_is_told_its_part_of_the_machine(tmp_path: Path, monke
     assert keeper.log_path == tmp_path / "policy-1.log"
 
 
+def test_a_router_waits_as_long_as_the_longest_request_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sglang-router's own limit is 1800 s (its router_args.py), which a response of 32k tokens on a full server passes;
+    what it cuts off is sampled again from the start. Nothing is started here."""
+    monkeypatch.setattr(ServerProcess, "launch", lambda self: None)
+    pool = {"servers": 1, "python": "/env/bin/python", "router": True}
+    for more, seconds in (({}, 600 + 0.25 * 320), ({"request_timeout_s": 7200.0}, 7200)):
+        words = build_engine(sglang(**pool, **more), TOY, "policy", tmp_path)._front.keeper._command("127.0.0.1", 1234)
+        assert int(words[words.index("--request-timeout-secs") + 1]) >= seconds
+
+
 def test_a_context_beyond_the_models_is_cut_to_what_sglang_can_serve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,3 +190,27 @@ def test_what_cannot_be_built_is_named(tmp_path: Path) -> None:
         build_engine(sglang(servers=1), tmp_path, "policy")
     with pytest.raises(ConfigError, match="pool='judge'"):
         build_engine(EngineConfig(), TOY, "judge")
+
+
+PROXIES = {"http_proxy": "http://proxy:3128", "HTTPS_PROXY": "http://proxy:3128", "all_proxy": "socks5://proxy:1080",
+           "no_proxy": "10.9.9.9", "NO_PROXY": "10.8.8.8"}
+
+
+def test_a_server_reaches_itself_past_the_clusters_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang asks itself over HTTP in its warm-up, by ``requests``, which takes the proxy of the environment even for
+    127.0.0.1; when the proxy refuses, it ends itself. Proven by the rules of Python's own library."""
+    for name, value in PROXIES.items():
+        monkeypatch.setenv(name, value)
+    serve._past_proxies("server", ["--host", "10.0.0.4", "--port", "30000"])
+    for host in ("10.0.0.4:30000", "127.0.0.1:30000", "localhost", "10.9.9.9", "10.8.8.8"):
+        assert urllib.request.proxy_bypass_environment(host)
+    assert not urllib.request.proxy_bypass_environment("10.0.0.5")
+    assert urllib.request.getproxies_environment()["https"] == PROXIES["HTTPS_PROXY"]  # for what it may download
+
+
+def test_a_router_knows_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whom it will talk to is not known when it starts, and they are all of this cluster."""
+    for name, value in PROXIES.items():
+        monkeypatch.setenv(name, value)
+    serve._past_proxies("router", ["--host", "127.0.0.1"])
+    assert set(urllib.request.getproxies_environment()) <= {"no"}

@@ -258,6 +258,26 @@ def test_close_ends_what_is_in_flight_and_leaves_the_server():
     with_fake(scenario, max_in_flight=2)
 
 
+def test_probe_fails_of_a_wrong_key_on_a_healthy_server():
+    """``/health`` wants no key, so it may not speak for a server that refuses every request."""
+    async def scenario(server, fake):
+        with pytest.raises(EngineFailure, match="another API key"):
+            await server.probe(1.0)
+
+    with_fake(scenario, fake=FakeSglang(api_key=KEY), api_key="another")
+
+
+def test_probe_passes_a_server_full_of_other_peoples_requests():
+    """Behind a router, or shared by two runs, a server is full and this client has nothing there: a token of its own
+    would wait in the server's queue for minutes, and a sound server would be killed as hung. That SGLang's ``/health``
+    is 200 then, and asks the scheduler when nothing runs, is read from its http_server.py and not proven here."""
+    async def scenario(server, fake):
+        fake.faults.token_s = 30.0
+        await server.probe(1.0)
+
+    with_fake(scenario)
+
+
 def test_probe_passes_a_full_client():
     """Every slot is taken by long work and the probe still gets its token; a hung scheduler does not give one."""
     async def scenario(server, fake):

@@ -93,6 +93,17 @@ def test_end_of_sequence_ids_come_from_every_file(tokenizer):
     assert tokenizer.decode_response(()) == ""
 
 
+def test_a_token_that_servers_stop_at_unasked_ends_a_response(tokenizer_folder, tmp_path):
+    """Of a Llama 3.1 that was trained to end otherwise, the configuration does not name <|eom_id|>; SGLang stops at it
+    all the same, and a stop that the request did not name is refused, which ends a run."""
+    copy = shutil.copytree(tokenizer_folder, tmp_path / "copy")
+    backend = Backend.from_file(str(copy / "tokenizer.json"))
+    backend.add_special_tokens(["<|eom_id|>"])
+    backend.save(str(copy / "tokenizer.json"))
+    tokenizer = Tokenizer.load(copy)
+    assert tokenizer.eos_ids == (*Tokenizer.load(tokenizer_folder).eos_ids, backend.token_to_id("<|eom_id|>"))
+
+
 def test_required_tokens_are_named(tokenizer, tmp_path):
     """A byte-level vocabulary has everything; one without an alphabet says what it lacks."""
     tokenizer.require_tokens(["\\boxed{", "<step>", "数"])

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from spark_nemo.config import SamplingConfig
+from spark_nemo.config import RLConfig, SamplingConfig
 from spark_nemo.engines.base import EngineFailure, FinishReason, Generation
 from spark_nemo.engines.served import Completion
 from spark_nemo.grammar import StepFormat, StepJudgement, Variant, prompt_set, render_verification, split_response
@@ -78,6 +78,18 @@ async def service_of(prm: Prm, sampling=SAMPLED, **limits) -> PRMService:
 
 def verify(service: PRMService, seed: int = 1, question="3 + 4?", canonical="## Step 1: a", num_steps: int = 2):
     return service.verify(service.case(question, canonical, num_steps), seed)
+
+
+def test_limits_follow_the_servers_and_the_length_of_a_verification() -> None:
+    """What is not set: as many verifications at once as the engines hold, decoding and next in line, for fewer leave
+    servers idle and more would wait there within their deadline; and a deadline that grows with what may be sampled, as
+    a server's does. What is set is kept."""
+    small, large = (ServiceLimits.from_config(RLConfig(verifier_sampling=SamplingConfig(max_new_tokens=tokens)), slots)
+                    for tokens, slots in ((2048, 64), (16384, 16 * 256)))
+    assert (small.queue, large.queue) == (128, 8192)
+    assert small.deadline == 1800 + 0.25 * 2048 and large.deadline == 1800 + 0.25 * 16384
+    named = ServiceLimits.from_config(RLConfig(verifier_queue=7, verifier_deadline=60.0, verifier_cache=0), 64)
+    assert named == ServiceLimits(7, 60.0, 0)
 
 
 def test_the_same_request_is_asked_once() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
+import os
 import re
 import shutil
 import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -50,4 +54,23 @@ def test_shellcheck_has_nothing_to_say() -> None:
     files = [*SCRIPTS, *(FOLDER / name for name in more)]
     done = subprocess.run(["shellcheck", "-x", "-s", "bash", "-P", FOLDER.parent, *files], capture_output=True,
                           text=True, check=False, cwd=FOLDER.parent)
+    assert done.returncode == 0, done.stdout
+
+
+def test_servers_are_asked_past_the_clusters_proxy(tmp_path: Path) -> None:
+    """With a proxy in the environment that nobody answers at, as a compute node has one for the world outside."""
+    class Healthy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Not into the tests' output."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Healthy) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = {"http_proxy": "http://127.0.0.1:9", "PATH": os.environ["PATH"]}
+        done = subprocess.run([sys.executable, FOLDER / "server_check.py", f"http://127.0.0.1:{server.server_port}"],
+                              capture_output=True, text=True, env=environment, check=False)
+        server.shutdown()
     assert done.returncode == 0, done.stdout

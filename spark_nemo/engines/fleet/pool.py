@@ -28,6 +28,8 @@ CLIENT_SLACK = 1.5
 _REQUEST_TIMEOUT_S, _TOKEN_TIMEOUT_S = 600.0, 0.25
 """One attempt, when nothing is configured: a full server samples a token of a large model in less than a tenth of a
 second for each of its requests, and as many again wait there."""
+_OWN_FILES = 1024
+"""Open files that this process may have beside its connections."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ def allow_open_files(more: int) -> None:
     except (ValueError, OSError) as error:
         log.debug("the limit of open files stays %d: %s", soft, error)
         wanted = soft
-    if wanted < soft + more:
+    if wanted < min(soft, _OWN_FILES) + more:
         log.warning("this process may open %d files and its servers alone can want %d connections: raise the limit "
                     "(ulimit -Hn), or lower engine.max_batch_size", wanted, more)
 

@@ -32,7 +32,9 @@ CONTEXT_RESERVE = 6
 
 
 class CheckedServer(SglangServer):
-    """Passes its first probe only when the server's context is as long as we believe: a shorter one cuts samples."""
+    """Passes its first probe only when the server's context is as long as we believe (a shorter one cuts samples) and
+    its own warm-up is over: it generates before, but says 503 on ``/health`` until its warm-up request, which then
+    queues behind ours, has ended; to a fleet that asks, a server full of long prompts would look dead."""
 
     _checked = False
 
@@ -41,6 +43,7 @@ class CheckedServer(SglangServer):
         await super().probe(timeout_s)
         if not self._checked:
             await self.check_limits()
+            await self._call("GET", "/health", timeout_s=timeout_s)
             self._checked = True
 
 
@@ -78,5 +81,6 @@ def build_pool(config: EngineConfig, model_dir: Path, role: str, log_dir: Path |
         front = RouterProcess(
             f"{role} router", lambda url: connect(url, config.num_engines(role)), python=python_of(pool),
             host=host_of(pool), key=key, log_path=log_folder(log_dir) / f"{role}-router.log",
-            environment=search_path(pool), max_restarts=or_else(pool.max_restarts, 3))
+            environment=search_path(pool), max_restarts=or_else(pool.max_restarts, 3),
+            request_timeout_s=CLIENT_SLACK * limits.deadlines(max_context)[0])
     return fleet_of(config, role, connect, Launch(command, {serve.KEY_VARIABLE: key or ""}), log_dir, front)

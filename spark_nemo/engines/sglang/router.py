@@ -8,6 +8,7 @@ A server that came back with old weights gets no request through the router, bec
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -90,15 +91,17 @@ class RouterClient(Engine):
 
 
 class RouterProcess(ServerProcess, Front):
-    """Keeps a router. ``connect(url)`` makes a server's client for its address."""
+    """Keeps a router. ``connect(url)`` makes a server's client for its address. ``request_timeout_s`` is beyond every
+    deadline of the fleet, which then decides alone; the router's own would be 1800 s."""
 
     def __init__(self, name: str, connect: Callable[[str], SglangServer], *, python: str, host: str, key: str | None,
-                 log_path: Path, environment: Mapping[str, str], max_restarts: int) -> None:
+                 log_path: Path, environment: Mapping[str, str], max_restarts: int, request_timeout_s: float) -> None:
         def command(host: str, port: int) -> list[str]:
             return [python, serve.__file__, "router", "--host", host, "--port", str(port), "--policy", "cache_aware",
                     "--prometheus-host", host, "--prometheus-port", str(free_port(host)), "--disable-retries",
                     "--disable-circuit-breaker", "--health-check-interval-secs", "1", "--health-success-threshold", "1",
-                    "--health-failure-threshold", str(_NEVER), "--log-level", "warn"]
+                    "--health-failure-threshold", str(_NEVER), "--request-timeout-secs",
+                    str(math.ceil(request_timeout_s)), "--log-level", "warn"]
 
         super().__init__(
             name, command, lambda url: RouterClient(url, key, connect(url)), log_path=log_path,

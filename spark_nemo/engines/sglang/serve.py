@@ -11,6 +11,7 @@ process group when this process dies, whatever killed it. Imports nothing of spa
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import signal
 import sys
@@ -32,6 +33,7 @@ def main() -> int:
     sys.argv = [what, *arguments]
     if key:
         _strike_from_logs(key)
+    _past_proxies(what, arguments)
     if what == "exec":
         os.execv(arguments[0], arguments)
     if what == "router":
@@ -72,6 +74,18 @@ def _fork_guard() -> None:
         kill_group()
     while True:
         signal.pause()
+
+
+def _past_proxies(what: str, arguments: list[str]) -> None:
+    """In its warm-up a server asks itself over HTTP, through a proxy of the environment if there is one, and ends
+    itself when that fails. A router asks servers of this cluster only."""
+    if what == "router":
+        for name in ("http_proxy", "https_proxy", "all_proxy"):
+            os.environ.pop(name, None)
+            os.environ.pop(name.upper(), None)
+    hosts = [value for flag, value in itertools.pairwise(arguments) if flag == "--host"]
+    before = [os.environ[name] for name in ("no_proxy", "NO_PROXY") if os.environ.get(name)]
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join([*before, *hosts, "127.0.0.1", "localhost"])
 
 
 def _strike_from_logs(key: str) -> None:

@@ -21,6 +21,8 @@ from .protocol import PauseMode, generate_json, parse_generation, refuse_aborted
 PATH = "/generate"
 ABORT_TIMEOUT_S = 2.0
 """How long a cancelled caller waits for its abort to reach the server."""
+TOKEN_FIRST_S = 1.0
+"""So long a probe waits for its token alone."""
 
 
 class SglangServer(ServerControl):
@@ -75,14 +77,28 @@ class SglangServer(ServerControl):
             await self._http.call("POST", "/abort_request", {"rid": rid}, timeout_s=ABORT_TIMEOUT_S)
 
     async def probe(self, timeout_s: float) -> None:
-        """Sample one token, past every queue of this client. Raises ``EngineUnavailable`` when it does not come.
+        """Sample one token, past every queue of this client, or be told by ``/health`` that the scheduler has sent
+        something since. Raises ``EngineUnavailable`` when neither comes.
 
-        This tells a hung scheduler from a busy one; a paused server cannot be probed and is refused as such.
+        This tells a hung scheduler from one that is full, also of requests that are not this client's (a router's,
+        another run's), behind which the token waits. A paused server cannot be probed and is refused as such.
         """
         self._refuse_closed()
         if self.pause_mode is not None:
             raise EngineFailure(f"{self.url}: paused: a probe would wait for the end of the pause")
-        await super().probe(timeout_s)
+        tasks = [asyncio.create_task(super().probe(timeout_s))]
+        try:
+            # What is refused is refused at once, also by a server that is healthy.
+            await asyncio.wait(tasks, timeout=min(TOKEN_FIRST_S, timeout_s / 2))
+            if not tasks[0].done():
+                tasks.append(asyncio.create_task(self._call("GET", "/health", timeout_s=timeout_s)))
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done() or tasks[1].exception() is not None:
+                await tasks[0]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def check_limits(self) -> None:
         """Raise ``EngineFailure`` when the server would cut short what ``max_context`` allows."""
