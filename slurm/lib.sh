@@ -270,6 +270,8 @@ check_servers() {
 # --- steps
 
 # start_step ROLE NODES TASKS IMAGE ARGUMENTS...: one supervised srun in the background, its pid in STEP_PID.
+# --wait=0: the main rank scores the model for long after the others have ended well; any other number of seconds, or the
+# site's WaitTime, would end it.
 start_step() {
     local role=$1 nodes=$2 tasks=$3 count
     if [[ -n $STOPPING ]]; then finish 0; fi  # asked to stop before there was anything to stop
@@ -277,7 +279,7 @@ start_step() {
     shift 4
     count=$(tr ',' '\n' <<< "$nodes" | wc -l)
     srun --nodes="$count" --nodelist="$nodes" --ntasks="$tasks" --ntasks-per-node="$(( (tasks + count - 1) / count ))" \
-        --overlap --kill-on-bad-exit=1 --wait=60 --job-name="$role" --output="$LOG_DIR/$role-%t.log" \
+        --overlap --kill-on-bad-exit=1 --wait=0 --job-name="$role" --output="$LOG_DIR/$role-%t.log" \
         "${IMAGE_OPTIONS[@]}" "${COMMAND[@]}" "$@" 2> "$LOG_DIR/$role.srun.log" < /dev/null &
     STEP_PID=$!
     STEP_PIDS+=("$STEP_PID")
