@@ -296,6 +296,7 @@ finish() {
         log "$PART is done"
         exit 0
     fi
+    if [[ $STOPPING != limit ]] && preempted; then requeue "preempted"; fi
     case $STOPPING in
         cancel) set_state cancelled "submit the same again to go on"; log "cancelled, resumable"; exit 143 ;;
         limit) requeue "time limit" ;;
@@ -316,17 +317,30 @@ finish() {
     fail "$PART ended without its marker $DONE_FILE (srun said $status)" "$(( status ? status : 1 ))"
 }
 
+# own_name: this job to scontrol. One task of an array has the array's own number as its job id, which means all of them.
+own_name() { echo "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$JOB}"; }
+
+# preempted: is this job in the grace time of a preemption? Then its steps were sent TERM, this script was not, and a job
+# that now ends on its own is not requeued.
+preempted() {
+    local shown
+    shown=$(scontrol show job "$(own_name)")
+    [[ $shown == *JobState=RUNNING* && $shown =~ [[:space:]]PreemptTime=[0-9] ]]
+}
+
 # requeue REASON: this job again, from its checkpoint. Does not return.
 requeue() {
+    local name
+    name=$(own_name)
     (( RESTART < MAX_REQUEUES )) || fail "$1, and MAX_REQUEUES=$MAX_REQUEUES requeues are used up"
     set_state requeued "$1"
     log "requeue: $1"
-    scontrol requeue "$JOB" || fail "$1, and Slurm did not requeue job $JOB"
+    scontrol requeue "$name" || fail "$1, and Slurm did not requeue job $name"
     # Slurm ends this script now; no other word of it may follow.
     trap 'exit 0' TERM INT
     sleep 600 &
     wait $!
-    fail "$1, and nothing happened after scontrol requeue $JOB"
+    fail "$1, and nothing happened after scontrol requeue $name"
 }
 
 # first_error: what the rank said that failed first. The others fail after it, for they miss it.
