@@ -162,6 +162,9 @@ begin_job() {
     # What preflight looks for on the other nodes, and the time that a result must be newer than.
     : > "$LOG_DIR/visible"
     mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    # SGLang asks itself over HTTP before it says that it is ready, and does what http_proxy says.
+    no_proxy=localhost,127.0.0.1,$(join_by , "${NODES[@]}")${no_proxy:+,$no_proxy}
+    export no_proxy NO_PROXY=$no_proxy
     DONE_BEFORE=$(count_done)
     set_state running
     log "$PART on ${NODES[*]}, logs in $LOG_DIR"
