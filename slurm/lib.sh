@@ -217,6 +217,7 @@ wait_for() {
 # preflight: every node sees run folder, models and data, finds the head node and has its GPUs.
 preflight() {
     local answers=$LOG_DIR/preflight.txt node bad=() options=() path image
+    check_cpus
     for path in "${NEEDS[@]}"; do options+=(--needs "$path"); done
     for image in trainer rollout; do
         [[ $image == trainer || -n $ROLLOUT_IMAGE && $ENGINE != local ]] || continue
@@ -240,6 +241,16 @@ preflight() {
     log "preflight ok, ranks meet at $MASTER_ADDR:$MASTER_PORT"
 }
 
+# check_cpus: without --exclusive or --cpus-per-task Slurm gives a job one CPU per node, which eight ranks would share.
+check_cpus() {
+    local least
+    least=$(tr ',' '\n' <<< "${SLURM_JOB_CPUS_PER_NODE:-}" | sed 's/(.*//' | sort -n | head -n 1)
+    if [[ -n $least ]] && (( least < GPUS_PER_NODE )); then
+        fail "this job has $least CPUs on a node with GPUS_PER_NODE=$GPUS_PER_NODE: ask for whole nodes \
+(SBATCH_EXCLUSIVE=exclusive in slurm/site.env) or for more of them (sbatch --cpus-per-task, with one task per node)" 2
+    fi
+}
+
 # Below the ports that Linux gives to outgoing connections; jobs side by side start looking at different ones.
 first_port() { echo $(( 10000 + JOB * 16 % 20000 )); }
 
@@ -250,6 +261,8 @@ nodes_lost() {
     local node alive
     alive=$(timeout 30 srun --nodes="${#NODES[@]}" --ntasks="${#NODES[@]}" --ntasks-per-node=1 --overlap --no-kill \
         --kill-on-bad-exit=0 printenv SLURMD_NODENAME 2>/dev/null < /dev/null)
+    # This script's own node is alive: if not even that one answered, it was srun that failed.
+    grep -qx "${SLURMD_NODENAME:-${NODES[0]}}" <<< "$alive" || return 0
     for node in "${NODES[@]}"; do grep -qx "$node" <<< "$alive" || echo "$node"; done
 }
 
