@@ -90,15 +90,21 @@ load_site() {
     : "${GPU_COUNT_COMMAND:=nvidia-smi --list-gpus | wc -l}" "${TRAINER_IMAGE:=}" "${ROLLOUT_IMAGE:=}" "${MOUNTS:=}"
     (( GPUS_PER_NODE )) && : "${RANKS_PER_NODE:=$GPUS_PER_NODE}"
     # 0, on CPU clusters: as many as there are, evenly over the nodes.
-    : "${RANKS_PER_NODE:=0}" "${SERVER_START_TIMEOUT:=1800}" "${ROLLOUT_PYTHON:=$PYTHON}"
+    : "${RANKS_PER_NODE:=0}" "${SERVER_START_TIMEOUT:=1800}"
+    # Stage I, stage II's score and evaluations start their servers themselves, from the same environment.
+    if [[ -n ${ROLLOUT_PYTHON:-} ]]; then export SPARK_SGLANG_PYTHON=${SPARK_SGLANG_PYTHON:-$ROLLOUT_PYTHON}; fi
+    : "${ROLLOUT_PYTHON:=$PYTHON}"
     : "${SERVER_PROGRAM:=$ROOT/spark_nemo/engines/sglang/serve.py}"
+    # Of the shell that sbatch was typed in, when that was a step of another job: this job has other CPUs.
+    unset "${!SLURM_CPU_BIND@}"
     # Slurm 22.05 and later do not hand the allocation's cpus-per-task to srun.
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
     cd "$ROOT" || fail "cannot enter $ROOT"
 }
 
-# image_options ROLE: fills IMAGE_OPTIONS and COMMAND, the way to run Python for trainer or rollout.
+# image_options ROLE: fills IMAGE_OPTIONS and COMMAND, the way to run Python for trainer or rollout. Writable, and only
+# for the step: kernels are compiled into $HOME/.cache, and enroot's own default is a read-only file system.
 image_options() {
     local image=$TRAINER_IMAGE mounts
     IMAGE_OPTIONS=() COMMAND=("$PYTHON")
@@ -106,7 +112,7 @@ image_options() {
     if [[ -n $image ]]; then
         mounts="$ROOT:$ROOT${RUN_DIR:+,$RUN_DIR:$RUN_DIR}${MOUNTS:+,$MOUNTS}"
         IMAGE_OPTIONS=(--container-image="$image" --container-mounts="$mounts" --container-workdir="$ROOT"
-                       --no-container-mount-home)
+                       --no-container-mount-home --container-writable)
         COMMAND=("${CONTAINER_PYTHON:-python}")
     fi
 }
@@ -119,7 +125,12 @@ declare -a NEEDS=()
 read_plan() {
     local stage=$1 text name value launcher=()
     shift
+    # Stage III's plan looks for the reward model there; the mounts are made before the plan can say where it is.
+    for name in "${OVERRIDES[@]}"; do
+        if [[ $name == run.dir=* && -d ${name#*=} ]]; then RUN_DIR=$(realpath "${name#*=}"); fi
+    done
     image_options trainer
+    RUN_DIR=""
     # On the login node there are no containers: there PYTHON does it (docs/cluster.md, step 2).
     if [[ -z $JOB ]]; then COMMAND=("$PYTHON")
     elif (( ${#IMAGE_OPTIONS[@]} )); then launcher=(srun --nodes=1 --ntasks=1 "${IMAGE_OPTIONS[@]}"); fi
