@@ -100,6 +100,8 @@ load_site() {
     # Slurm 22.05 and later do not hand the allocation's cpus-per-task to srun.
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+    # Compiled kernels on each node's own disk: in a home on NFS, Triton's default, nodes meet each other's stale files.
+    if [[ -n $JOB ]]; then export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$UID-$JOB}; fi
     cd "$ROOT" || fail "cannot enter $ROOT"
 }
 
@@ -258,7 +260,7 @@ check_cpus() {
     least=$(tr ',' '\n' <<< "${SLURM_JOB_CPUS_PER_NODE:-}" | sed 's/(.*//' | sort -n | head -n 1)
     if [[ -n $least ]] && (( least < GPUS_PER_NODE )); then
         fail "this job has $least CPUs on a node with GPUS_PER_NODE=$GPUS_PER_NODE: ask for whole nodes \
-(SBATCH_EXCLUSIVE=exclusive in slurm/site.env) or for more of them (sbatch --cpus-per-task, with one task per node)" 2
+(SBATCH_EXCLUSIVE=exclusive in slurm/site.env), or sbatch --ntasks-per-node=$GPUS_PER_NODE --cpus-per-task=N" 2
     fi
 }
 

@@ -77,6 +77,14 @@ def test_nodes_talk_past_the_proxy(tmp_path: Path) -> None:
     assert said.splitlines() == ["localhost,127.0.0.1,node1,node2,.site"] * 2
 
 
+def test_kernels_are_compiled_on_the_nodes_own_disk(tmp_path: Path) -> None:
+    """Not in a home that nodes share: PrimeIntellect-ai/prime-rl pull request 2305. A place of the site's own stays."""
+    said, _ = in_lib(tmp_path, 'load_site; echo "$TRITON_CACHE_DIR"')
+    assert said.strip() == f"/tmp/triton-{os.getuid()}-40"
+    said, _ = in_lib(tmp_path, 'load_site; echo "$TRITON_CACHE_DIR"', TRITON_CACHE_DIR="/local/triton")
+    assert said.strip() == "/local/triton"
+
+
 def test_stages_that_launch_servers_use_the_named_python(tmp_path: Path) -> None:
     """ROLLOUT_PYTHON in the site file is enough: the engine presets read SPARK_SGLANG_PYTHON."""
     said, _ = in_lib(tmp_path, 'load_site; echo "$SPARK_SGLANG_PYTHON"', ROLLOUT_PYTHON="/sglang/bin/python")
