@@ -77,6 +77,18 @@ def test_nodes_talk_past_the_proxy(tmp_path: Path) -> None:
     assert said.splitlines() == ["localhost,127.0.0.1,node1,node2,.site"] * 2
 
 
+def test_the_plan_in_a_container_sees_the_run_folder(tmp_path: Path) -> None:
+    """Stage III's plan looks for the reward model in a run folder that need not be below the checkout. The container
+    is writable: enroot's default is not, and kernels are compiled into a home that is in the image only.
+    """
+    run = tmp_path / "run"
+    run.mkdir()
+    said, called = in_lib(tmp_path, f'load_site; OVERRIDES=(run.dir={run}); read_plan stage3; echo "[$RUN_DIR]"',
+                          TRAINER_IMAGE="/images/trainer.sqsh")
+    assert f",{run}:{run} " in called and " --container-writable " in called
+    assert "no plan came back" in said, "what is guessed for the mounts is not taken for the plan's answer"
+
+
 def test_kernels_are_compiled_on_the_nodes_own_disk(tmp_path: Path) -> None:
     """Not in a home that nodes share: PrimeIntellect-ai/prime-rl pull request 2305. A place of the site's own stays."""
     said, _ = in_lib(tmp_path, 'load_site; echo "$TRITON_CACHE_DIR"')
