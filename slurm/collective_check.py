@@ -21,19 +21,24 @@ ROUNDS = 3
 SLOW_FACTOR = 3.0
 """How much slower than the median node a node must be to be named."""
 WAIT = datetime.timedelta(seconds=60)
+JOIN = datetime.timedelta(seconds=600)
+"""How much later than the first a node may come: containers are unpacked, and environments read, at different speeds."""
 NEVER = float("inf")
 
 
 def main() -> int:
     """Measure this node; on rank 0 also collect and judge."""
     rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, rank == 0, WAIT, False)
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, rank == 0, JOIN, False)
     node = os.environ["SLURMD_NODENAME"]
+    store.set(f"name/{rank}", node)  # also of one that a broken exchange takes down
+    # NCCL's watchdog ends the whole process of an exchange that does not end; waiting here is an error that is caught.
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     seconds = [exchange(store, number, *sorted((rank, partner)), rank)
                for number, pairs in enumerate(schedule(size)) if (partner := pairs.get(rank)) is not None]
     store.set(f"node/{rank}", f"{node} {min(seconds, default=NEVER)} {slowest_gpu()}")
     if rank != 0:
-        store.wait(["verdict"], WAIT)
+        store.wait(["verdict"], (ROUNDS + 2) * WAIT)  # as long as rank 0 waits for the slowest, and some
         return 0
     found = [collect(store, number) for number in range(size)]
     bad = judge(found)
@@ -100,7 +105,7 @@ def collect(store: dist.Store, rank: int) -> tuple[str, float, float]:
     try:
         store.wait([f"node/{rank}"], (ROUNDS + 1) * WAIT)
     except (RuntimeError, dist.DistError):
-        return f"rank-{rank}", NEVER, 0.0
+        return store.get(f"name/{rank}").decode(), NEVER, 0.0
     node, network, compute = store.get(f"node/{rank}").decode().split()
     return node, float(network), float(compute)
 

@@ -90,15 +90,23 @@ load_site() {
     : "${GPU_COUNT_COMMAND:=nvidia-smi --list-gpus | wc -l}" "${TRAINER_IMAGE:=}" "${ROLLOUT_IMAGE:=}" "${MOUNTS:=}"
     (( GPUS_PER_NODE )) && : "${RANKS_PER_NODE:=$GPUS_PER_NODE}"
     # 0, on CPU clusters: as many as there are, evenly over the nodes.
-    : "${RANKS_PER_NODE:=0}" "${SERVER_START_TIMEOUT:=1800}" "${ROLLOUT_PYTHON:=$PYTHON}"
+    : "${RANKS_PER_NODE:=0}" "${SERVER_START_TIMEOUT:=1800}"
+    # Stage I, stage II's score and evaluations start their servers themselves, from the same environment.
+    if [[ -n ${ROLLOUT_PYTHON:-} ]]; then export SPARK_SGLANG_PYTHON=${SPARK_SGLANG_PYTHON:-$ROLLOUT_PYTHON}; fi
+    : "${ROLLOUT_PYTHON:=$PYTHON}"
     : "${SERVER_PROGRAM:=$ROOT/spark_nemo/engines/sglang/serve.py}"
+    # Of the shell that sbatch was typed in, when that was a step of another job: this job has other CPUs.
+    unset "${!SLURM_CPU_BIND@}"
     # Slurm 22.05 and later do not hand the allocation's cpus-per-task to srun.
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
+    # Compiled kernels on each node's own disk: in a home on NFS, Triton's default, nodes meet each other's stale files.
+    if [[ -n $JOB ]]; then export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$UID-$JOB}; fi
     cd "$ROOT" || fail "cannot enter $ROOT"
 }
 
-# image_options ROLE: fills IMAGE_OPTIONS and COMMAND, the way to run Python for trainer or rollout.
+# image_options ROLE: fills IMAGE_OPTIONS and COMMAND, the way to run Python for trainer or rollout. Writable, and only
+# for the step: kernels are compiled into $HOME/.cache, and enroot's own default is a read-only file system.
 image_options() {
     local image=$TRAINER_IMAGE mounts
     IMAGE_OPTIONS=() COMMAND=("$PYTHON")
@@ -106,7 +114,7 @@ image_options() {
     if [[ -n $image ]]; then
         mounts="$ROOT:$ROOT${RUN_DIR:+,$RUN_DIR:$RUN_DIR}${MOUNTS:+,$MOUNTS}"
         IMAGE_OPTIONS=(--container-image="$image" --container-mounts="$mounts" --container-workdir="$ROOT"
-                       --no-container-mount-home)
+                       --no-container-mount-home --container-writable)
         COMMAND=("${CONTAINER_PYTHON:-python}")
     fi
 }
@@ -119,7 +127,12 @@ declare -a NEEDS=()
 read_plan() {
     local stage=$1 text name value launcher=()
     shift
+    # Stage III's plan looks for the reward model there; the mounts are made before the plan can say where it is.
+    for name in "${OVERRIDES[@]}"; do
+        if [[ $name == run.dir=* && -d ${name#*=} ]]; then RUN_DIR=$(realpath "${name#*=}"); fi
+    done
     image_options trainer
+    RUN_DIR=""
     # On the login node there are no containers: there PYTHON does it (docs/cluster.md, step 2).
     if [[ -z $JOB ]]; then COMMAND=("$PYTHON")
     elif (( ${#IMAGE_OPTIONS[@]} )); then launcher=(srun --nodes=1 --ntasks=1 "${IMAGE_OPTIONS[@]}"); fi
@@ -162,6 +175,9 @@ begin_job() {
     # What preflight looks for on the other nodes, and the time that a result must be newer than.
     : > "$LOG_DIR/visible"
     mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    # SGLang asks itself over HTTP before it says that it is ready, and does what http_proxy says.
+    no_proxy=localhost,127.0.0.1,$(join_by , "${NODES[@]}")${no_proxy:+,$no_proxy}
+    export no_proxy NO_PROXY=$no_proxy
     DONE_BEFORE=$(count_done)
     set_state running
     log "$PART on ${NODES[*]}, logs in $LOG_DIR"
@@ -214,6 +230,7 @@ wait_for() {
 # preflight: every node sees run folder, models and data, finds the head node and has its GPUs.
 preflight() {
     local answers=$LOG_DIR/preflight.txt node bad=() options=() path image
+    check_cpus
     for path in "${NEEDS[@]}"; do options+=(--needs "$path"); done
     for image in trainer rollout; do
         [[ $image == trainer || -n $ROLLOUT_IMAGE && $ENGINE != local ]] || continue
@@ -237,6 +254,16 @@ preflight() {
     log "preflight ok, ranks meet at $MASTER_ADDR:$MASTER_PORT"
 }
 
+# check_cpus: without --exclusive or --cpus-per-task Slurm gives a job one CPU per node, which eight ranks would share.
+check_cpus() {
+    local least
+    least=$(tr ',' '\n' <<< "${SLURM_JOB_CPUS_PER_NODE:-}" | sed 's/(.*//' | sort -n | head -n 1)
+    if [[ -n $least ]] && (( least < GPUS_PER_NODE )); then
+        fail "this job has $least CPUs on a node with GPUS_PER_NODE=$GPUS_PER_NODE: ask for whole nodes \
+(SBATCH_EXCLUSIVE=exclusive in slurm/site.env), or sbatch --ntasks-per-node=$GPUS_PER_NODE --cpus-per-task=N" 2
+    fi
+}
+
 # Below the ports that Linux gives to outgoing connections; jobs side by side start looking at different ones.
 first_port() { echo $(( 10000 + JOB * 16 % 20000 )); }
 
@@ -247,6 +274,8 @@ nodes_lost() {
     local node alive
     alive=$(timeout 30 srun --nodes="${#NODES[@]}" --ntasks="${#NODES[@]}" --ntasks-per-node=1 --overlap --no-kill \
         --kill-on-bad-exit=0 printenv SLURMD_NODENAME 2>/dev/null < /dev/null)
+    # This script's own node is alive: if not even that one answered, it was srun that failed.
+    grep -qx "${SLURMD_NODENAME:-${NODES[0]}}" <<< "$alive" || return 0
     for node in "${NODES[@]}"; do grep -qx "$node" <<< "$alive" || echo "$node"; done
 }
 
@@ -270,6 +299,8 @@ check_servers() {
 # --- steps
 
 # start_step ROLE NODES TASKS IMAGE ARGUMENTS...: one supervised srun in the background, its pid in STEP_PID.
+# --wait=0: the main rank scores the model for long after the others have ended well; any other number of seconds, or the
+# site's WaitTime, would end it.
 start_step() {
     local role=$1 nodes=$2 tasks=$3 count
     if [[ -n $STOPPING ]]; then finish 0; fi  # asked to stop before there was anything to stop
@@ -277,7 +308,7 @@ start_step() {
     shift 4
     count=$(tr ',' '\n' <<< "$nodes" | wc -l)
     srun --nodes="$count" --nodelist="$nodes" --ntasks="$tasks" --ntasks-per-node="$(( (tasks + count - 1) / count ))" \
-        --overlap --kill-on-bad-exit=1 --wait=60 --job-name="$role" --output="$LOG_DIR/$role-%t.log" \
+        --overlap --kill-on-bad-exit=1 --wait=0 --job-name="$role" --output="$LOG_DIR/$role-%t.log" \
         "${IMAGE_OPTIONS[@]}" "${COMMAND[@]}" "$@" 2> "$LOG_DIR/$role.srun.log" < /dev/null &
     STEP_PID=$!
     STEP_PIDS+=("$STEP_PID")
@@ -294,6 +325,7 @@ finish() {
         log "$PART is done"
         exit 0
     fi
+    if [[ $STOPPING != limit ]] && preempted; then requeue "preempted"; fi
     case $STOPPING in
         cancel) set_state cancelled "submit the same again to go on"; log "cancelled, resumable"; exit 143 ;;
         limit) requeue "time limit" ;;
@@ -314,17 +346,30 @@ finish() {
     fail "$PART ended without its marker $DONE_FILE (srun said $status)" "$(( status ? status : 1 ))"
 }
 
+# own_name: this job to scontrol. One task of an array has the array's own number as its job id, which means all of them.
+own_name() { echo "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$JOB}"; }
+
+# preempted: is this job in the grace time of a preemption? Then its steps were sent TERM, this script was not, and a job
+# that now ends on its own is not requeued.
+preempted() {
+    local shown
+    shown=$(scontrol show job "$(own_name)")
+    [[ $shown == *JobState=RUNNING* && $shown =~ [[:space:]]PreemptTime=[0-9] ]]
+}
+
 # requeue REASON: this job again, from its checkpoint. Does not return.
 requeue() {
+    local name
+    name=$(own_name)
     (( RESTART < MAX_REQUEUES )) || fail "$1, and MAX_REQUEUES=$MAX_REQUEUES requeues are used up"
     set_state requeued "$1"
     log "requeue: $1"
-    scontrol requeue "$JOB" || fail "$1, and Slurm did not requeue job $JOB"
+    scontrol requeue "$name" || fail "$1, and Slurm did not requeue job $name"
     # Slurm ends this script now; no other word of it may follow.
     trap 'exit 0' TERM INT
     sleep 600 &
     wait $!
-    fail "$1, and nothing happened after scontrol requeue $JOB"
+    fail "$1, and nothing happened after scontrol requeue $name"
 }
 
 # first_error: what the rank said that failed first. The others fail after it, for they miss it.

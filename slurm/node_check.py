@@ -7,6 +7,7 @@ can meet and servers listen.
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import socket
 import subprocess
@@ -40,12 +41,32 @@ def trouble(arguments: argparse.Namespace) -> str:
         socket.getaddrinfo(arguments.head, None)
     except OSError as error:
         return f"cannot resolve the head node {arguments.head}: {error}"
+    if int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1 and (name := unreachable_name()):
+        return (f"resolves its own name {name} to itself alone (127...), where servers and gloo would listen unreachable "
+                "for the other nodes: mend /etc/hosts, or for gloo alone set GLOO_SOCKET_IFNAME in slurm/site.env")
     if arguments.gpus:
         counted = subprocess.run(arguments.gpu_count, shell=True, capture_output=True, text=True, check=False)
         found = counted.stdout.strip()
         if found != str(arguments.gpus):
-            return (f"has {found or 'no'} GPUs of GPUS_PER_NODE={arguments.gpus} ({arguments.gpu_count}) "
+            return (f"has {found or 'no'} GPUs of GPUS_PER_NODE={arguments.gpus} ({arguments.gpu_count}; a step sees "
+                    "those that the job asked for, as with sbatch --gpus-per-node: --exclusive alone asks for none) "
                     f"{counted.stderr.strip()}")
+    return ""
+
+
+def unreachable_name() -> str:
+    """A name of this node that servers (its name in Slurm) or gloo (its host name) listen at, if nobody else can reach
+    them there; Debian's installer writes ``127.0.1.1 NAME`` into /etc/hosts. Else an empty string."""
+    names = [os.environ.get("SLURMD_NODENAME", "")]
+    if not os.environ.get("GLOO_SOCKET_IFNAME"):
+        names.append(socket.gethostname())
+    for name in filter(None, names):
+        try:
+            found = {entry[4][0].partition("%")[0] for entry in socket.getaddrinfo(name, None)}
+        except OSError:  # gloo then looks for another address, and a server says so itself
+            continue
+        if all(ipaddress.ip_address(address).is_loopback for address in found):
+            return name
     return ""
 
 

@@ -30,7 +30,8 @@ begin_job $stage
 preflight
 if (( OPTIONS[collective] )); then
     image_options trainer
-    srun --nodes="${#NODES[@]}" --ntasks="${#NODES[@]}" --ntasks-per-node=1 --overlap "${IMAGE_OPTIONS[@]}" \
+    srun --nodes="${#NODES[@]}" --ntasks="${#NODES[@]}" --ntasks-per-node=1 --overlap --kill-on-bad-exit=0 --wait=0 \
+        "${IMAGE_OPTIONS[@]}" \
         "${COMMAND[@]}" "$SLURM_DIR/collective_check.py" > "$LOG_DIR/collective.txt" 2> "$LOG_DIR/collective.srun.log" &
     wait_for $!
     cat "$LOG_DIR/collective.txt"

@@ -67,8 +67,11 @@ keep_server() {
 # wait_servers: until every server answers, or one is beyond help.
 wait_servers() {
     (( ${#URLS[@]} )) || return 0
-    local deadline=$(( $(date +%s) + SERVER_START_TIMEOUT ))
-    until "$PYTHON" "$SLURM_DIR/server_check.py" "${URLS[@]}" > "$LOG_DIR/servers.txt"; do
+    local deadline=$(( $(date +%s) + SERVER_START_TIMEOUT )) python=$PYTHON
+    # With images PYTHON is the login node's, and may not run here; any Python will do.
+    "$python" -c '' 2>/dev/null || python=python3
+    "$python" -c '' || fail "neither PYTHON=$PYTHON nor python3 runs on this node, and one must ask for the servers"
+    until "$python" "$SLURM_DIR/server_check.py" "${URLS[@]}" > "$LOG_DIR/servers.txt"; do
         [[ -z $STOPPING ]] || finish 0
         if [[ -e $LOG_DIR/broken ]]; then finish 1; fi
         (( $(date +%s) < deadline )) || fail "after SERVER_START_TIMEOUT=$SERVER_START_TIMEOUT s: $(tr '\n' ' ' < "$LOG_DIR/servers.txt")"

@@ -122,6 +122,7 @@ def _slurm_start() -> tuple[str | None, int]:
 def _write(file: int, owner: dict[str, object]) -> None:
     os.ftruncate(file, 0)
     os.pwrite(file, json.dumps(owner).encode(), 0)
+    os.fsync(file)  # it stays open: NFS would show other nodes an empty file until it is closed
 
 
 def _owner(file: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ int slurm_spank_init(spank_t spank, int argc, char **argv) {
         {"container-workdir", "PATH", "folder", 1, 2, take},
         {"container-env", "NAMES", "variables", 1, 3, take},
         {"no-container-mount-home", NULL, "no home", 0, 4, take},
+        {"container-writable", NULL, "writable", 0, 5, take},
     };
     for (unsigned i = 0; i < sizeof options / sizeof options[0]; i++)
         if (spank_option_register(spank, &options[i]) != ESPANK_SUCCESS) return -1;
