@@ -22,7 +22,7 @@ SLOW_FACTOR = 3.0
 """How much slower than the median node a node must be to be named."""
 WAIT = datetime.timedelta(seconds=60)
 JOIN = datetime.timedelta(seconds=600)
-"""How much later than the first a node may come: containers are unpacked, and environments read, at different speeds."""
+"""How much later than the first a node may come: containers are unpacked, environments read, at different speeds."""
 NEVER = float("inf")
 
 

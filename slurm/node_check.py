@@ -42,8 +42,9 @@ def trouble(arguments: argparse.Namespace) -> str:
     except OSError as error:
         return f"cannot resolve the head node {arguments.head}: {error}"
     if int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1 and (name := unreachable_name()):
-        return (f"resolves its own name {name} to itself alone (127...), where servers and gloo would listen unreachable "
-                "for the other nodes: mend /etc/hosts, or for gloo alone set GLOO_SOCKET_IFNAME in slurm/site.env")
+        return (f"resolves its own name {name} to itself alone (127...), where servers and gloo would listen "
+                "unreachable for the other nodes: mend /etc/hosts, or for gloo alone set GLOO_SOCKET_IFNAME in "
+                "slurm/site.env")
     if arguments.gpus:
         counted = subprocess.run(arguments.gpu_count, shell=True, capture_output=True, text=True, check=False)
         found = counted.stdout.strip()

@@ -115,19 +115,6 @@ def test_a_server_that_never_answers_is_killed_after_its_start_time(tmp_path: Pa
     assert time.monotonic() - begin < 10 and gone(process.pid)
 
 
-def test_a_server_does_not_ask_itself_through_the_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGLang's warm-up and its router do what http_proxy says, and no proxy reaches a server of ours. The user's own
-    exceptions stay."""
-    monkeypatch.setenv("http_proxy", "http://proxy.invalid:3128")
-    monkeypatch.delenv("no_proxy", raising=False)
-    monkeypatch.setenv("NO_PROXY", ".site")
-    asks = "import urllib.request as u; print([u.proxy_bypass(h) for h in ('127.0.0.1', 'a.site', 'elsewhere.org')])"
-    process = ServerProcess("s", lambda host, port: [sys.executable, "-c", asks], connect, log_path=tmp_path / "s.log")
-    process.launch()
-    assert wait_gone(process.pid)
-    assert (tmp_path / "s.log").read_text() == "[True, True, False]\n"
-
-
 def test_a_missing_interpreter_is_named(tmp_path: Path) -> None:
     """Before anything waits."""
     process = ServerProcess("policy-0", lambda host, port: ["/nowhere/python"], connect, log_path=tmp_path / "x.log")

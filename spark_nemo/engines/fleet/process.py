@@ -70,8 +70,7 @@ class ServerProcess(Keeper):
             with self.log_path.open("ab") as output:
                 self._process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                    env={**os.environ, **past_proxy(self._host), **self._environment,
-                         PARENT_VARIABLE: str(os.getpid())})
+                    env={**os.environ, **self._environment, PARENT_VARIABLE: str(os.getpid())})
         except OSError as error:
             raise EngineFailure(f"{self.name}: cannot run {command[0]}: {error.strerror}") from error
         self._launched_ahead = True
@@ -161,13 +160,6 @@ class ServerProcess(Keeper):
         for child in family:
             with contextlib.suppress(psutil.Error):
                 child.kill()
-
-
-def past_proxy(host: str) -> dict[str, str]:
-    """Variables for a server at ``host``: SGLang asks itself over HTTP before it serves, its router asks the servers,
-    and both do what $http_proxy says."""
-    names = [host, "localhost", os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""]
-    return dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(filter(None, names)))
 
 
 def free_port(host: str) -> int:
