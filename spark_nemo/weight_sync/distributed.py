@@ -146,11 +146,11 @@ class DistributedTransport(Transport):
         group, self._group = self._group, None
         if group is None:
             return
+        group.leave()  # before the others are asked to: who hangs in a broadcast hangs until this end is gone
         for engine in group.engines:
             if engine in reachable:
                 with contextlib.suppress(EngineFailure):
                     await engine.destroy_weights_update_group(group.name)  # type: ignore[attr-defined]
-        group.leave()
 
     async def close(self) -> None:
         """Tear the group down."""
@@ -184,9 +184,10 @@ class _Group:
         url = f"tcp://{self.address}:{self.port}"
         store, rank, world_size = next(c10d.rendezvous(url, 0, self.world_size, timeout=timeout))
         store.set_timeout(timeout)
+        # NCCL's watchdog ends the whole process at this limit: what hangs has to be noticed, and left, before.
         group, _ = c10d._new_process_group_helper(
             world_size, rank, [], c10d.Backend(self.backend), c10d.PrefixStore(self.name, store), group_name=self.name,
-            timeout=timeout)
+            timeout=2 * timeout)
         c10d._world.pg_group_ranks[group] = {index: index for index in range(world_size)}
         self._group = group
 
@@ -197,10 +198,11 @@ class _Group:
             torch.cuda.synchronize(flat_B.device)
 
     def leave(self) -> None:
-        """Forget the group; peers may be gone."""
+        """Forget the group; peers may be gone. Destroying it would wait for what they never answer: over NCCL for ever,
+        and the broadcast that hangs would hold the device, too. What was sent whole has been waited for already."""
         if self._group is not None:
             with contextlib.suppress(RuntimeError, ValueError):
-                dist.destroy_process_group(self._group)
+                dist.distributed_c10d._abort_process_group(self._group)
             self._group = None
 
 
