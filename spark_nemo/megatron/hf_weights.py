@@ -123,7 +123,7 @@ def export_tensors(model: torch.nn.Module, shape: ModelShape) -> Iterator[tuple[
         if tensor.is_cuda:
             # NCCL's watchdog counts from when a call is queued. A rank that only takes part would queue all of them at
             # once, and the whole export, with what the main rank does between two tensors, had one call's time.
-            torch.cuda.current_stream().synchronize()
+            torch.cuda.current_stream(tensor.device).synchronize()
         del tensors, tensor  # not beside the next parameter's
 
 
