@@ -155,7 +155,7 @@ def _gather(parameter: Tensor) -> Tensor:
     group = parallel_state.get_tensor_model_parallel_group()
     gathered = parameter.new_empty(group.size() * parameter.shape[0], *parameter.shape[1:])
     # Not all_gather: over NCCL that receives into a buffer of its own, as large again, and copies.
-    dist.all_gather_single(gathered, parameter.contiguous(), group=group)
+    dist.all_gather_into_tensor(gathered, parameter.contiguous(), group=group)
     return gathered
 
 
