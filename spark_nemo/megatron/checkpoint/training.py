@@ -133,6 +133,9 @@ def _sharded_state(model: PackedGPT, optimizer: ChainedOptimizer, loading: bool)
     weights = model.sharded_state_dict(metadata=metadata)
     with padding_counted(optimizer):
         state = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
+    for part in state.values() if 0 in state else [state]:  # one for each of several chained optimizers
+        if part.get("param_state", ()) is None:  # gathered elsewhere; Megatron would warn that ranks differ
+            del part["param_state"]
     return {"model": weights, "optimizer": state}
 
 
