@@ -27,6 +27,10 @@ PATIENCE = timedelta(days=30)
 """How long ranks wait for each other's objects. The main rank generates, verifies and evaluates for hours, or loads
 servers, and torch would end what the others wait in after 10 minutes (NCCL) or 30 (gloo). A rank that dies is noticed
 at once: its connections close."""
+WRITING = timedelta(hours=2)
+"""How long ranks wait in the default group: megatron-core's checkpoints end with a barrier there, and the ranks that
+have nothing to write reach it first. NCCL's watchdog would end the process after 10 minutes, in which a 70B model's
+terabyte is not always written."""
 _control: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
 """The default group, and that of all ranks over which objects go."""
 
@@ -125,6 +129,8 @@ def _join(rank: int, world_size: int) -> None:
     else:
         os.environ.setdefault("MASTER_PORT", "29500")
         dist.init_process_group(backend, rank=rank, world_size=world_size)
+    # Not as init_process_group's timeout: that is also how long one waits for a rank that never starts.
+    dist.distributed_c10d._set_pg_timeout(WRITING, dist.group.WORLD)
     logger.info("rank %d of %d joined over %s", rank, world_size, backend)
 
 

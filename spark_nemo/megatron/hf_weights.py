@@ -120,6 +120,10 @@ def export_tensors(model: torch.nn.Module, shape: ModelShape) -> Iterator[tuple[
             if here.pp > 1:
                 _broadcast(tensor, placed.stage, parallel_state.get_pipeline_model_parallel_group())
             yield name, tensor
+        if tensor.is_cuda:
+            # NCCL's watchdog counts from when a call is queued. A rank that only takes part would queue all of them at
+            # once, and the whole export, with what the main rank does between two tensors, had one call's time.
+            torch.cuda.current_stream(tensor.device).synchronize()
         del tensors, tensor  # not beside the next parameter's
 
 
@@ -150,7 +154,8 @@ def _gather(parameter: Tensor) -> Tensor:
     """The shards of all tensor-parallel ranks below each other."""
     group = parallel_state.get_tensor_model_parallel_group()
     gathered = parameter.new_empty(group.size() * parameter.shape[0], *parameter.shape[1:])
-    dist.all_gather(list(gathered.chunk(group.size())), parameter.contiguous(), group=group)
+    # Not all_gather: over NCCL that receives into a buffer of its own, as large again, and copies.
+    dist.all_gather_into_tensor(gathered, parameter.contiguous(), group=group)
     return gathered
 
 

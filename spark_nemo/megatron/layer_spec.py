@@ -52,8 +52,14 @@ def packing_arguments(batch: PackedBatch, rotary: RotaryEmbedding) -> dict[str, 
     if uses_transformer_engine():
         params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=batch.cu_seqlens_N, cu_seqlens_kv=batch.cu_seqlens_N,
                                  max_seqlen_q=batch.max_seqlen, max_seqlen_kv=batch.max_seqlen)
-        return {"packed_seq_params": params, "rotary_pos_emb": rotary(batch.max_seqlen, packed_seq=True)}
+        return {"packed_seq_params": params, "rotary_pos_emb": rotary(table_length(batch.max_seqlen), packed_seq=True)}
     angles = rotary.get_freqs_non_repeated(batch.max_seqlen).to(batch.positions_T.device)
     rows = PackedRows.from_cu_seqlens(batch.cu_seqlens_N, rotary=tuple(
         table[batch.positions_T, None] for table in (angles.cos(), angles.sin())))
     return {"packed_seq_params": rows, "rotary_pos_emb": None}
+
+
+def table_length(max_seqlen: int) -> int:
+    """Rows of the table of rotary angles: the power of two that holds ``max_seqlen``. Megatron keeps the last 32
+    tables on the GPU, half a gigabyte at 32k tokens if every micro-batch has a length of its own."""
+    return 1 << (max_seqlen - 1).bit_length()

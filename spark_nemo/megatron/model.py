@@ -117,7 +117,9 @@ def transformer_config(shape: ModelShape, layout: MegatronConfig) -> Transformer
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_parallel, pipeline_model_parallel_size=layout.pipeline_parallel,
         sequence_parallel=layout.sequence_parallel, params_dtype=dtype, pipeline_dtype=dtype,
-        bf16=dtype == torch.bfloat16, use_cpu_initialization=True,
+        bf16=dtype == torch.bfloat16,
+        # Transformer Engine's layers would each make the whole weight of all tensor ranks in float32, to cut it up.
+        use_cpu_initialization=not uses_transformer_engine(),
         # The slot for an activation function that does the gating too; layer_spec fills it with ours.
         use_te_activation_func=not uses_transformer_engine(),
         # Every weight is written by hf_weights, which checks that none was left out.

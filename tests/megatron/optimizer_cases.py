@@ -7,6 +7,7 @@ import megatron_cases as cases
 import torch.distributed as dist
 
 from spark_nemo.config import MegatronConfig
+from spark_nemo.megatron.checkpoint import training
 from spark_nemo.megatron.checkpoint.compare import compare_stored
 from spark_nemo.megatron.checkpoint.stored import StoredCheckpoint
 from spark_nemo.megatron.distributed import gather_objects
@@ -46,7 +47,8 @@ def moves(hf, store, distributed):
     for number in range(2):
         worker.train_step([cases.pack(cases.make_sequences(number)[worker.dp_rank::worker.dp_size])], cases.loss_fn)
     worker.save_checkpoint(store / "home", {})
-    results = {}
+    gathered = training._sharded_state(worker.model, worker._optimizer, loading=False)["optimizer"].get("param_state")
+    results = {"holders": [rank for rank, held in gather_objects((worker.dp_rank, gathered is not None)) if held]}
     for name, (tp, pp) in LAYOUTS.items():
         padded = saved_again(hf, store / "home", store / name, tp, pp, distributed)
         saved_again(hf, store / name, store / f"{name}-home", *HOME, distributed)

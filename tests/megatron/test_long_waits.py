@@ -5,6 +5,7 @@ import time
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 from megatron_ranks import run_ranks
 
@@ -43,3 +44,11 @@ def test_ranks_wait_for_the_main_rank_longer_than_torch_lets_a_collective_call_w
     heard, ended = zip(*(json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)))
     assert list(heard) == [["done", "done"]] * 2
     assert ended[1], "the limit of the default group is not in force: the test proves nothing"
+
+
+def test_the_default_group_waits_for_the_writers_of_a_checkpoint():
+    """Megatron-core ends a checkpoint with a barrier in the default group. Its limit is hours, not NCCL's 10 minutes;
+    that NCCL takes the limit from the same call is torch's word."""
+    distributed.initialize(MegatronConfig(distributed_optimizer=False))
+    backend = dist.group.WORLD._get_backend(torch.device("cpu"))
+    assert backend.options._timeout == distributed.WRITING > timedelta(hours=1)

@@ -18,6 +18,7 @@ from spark_nemo.megatron import hf_files
 from spark_nemo.megatron.attention import PackedRows, packed_causal_attention
 from spark_nemo.megatron.batch import PackedBatch
 from spark_nemo.megatron.checkpoint import newest
+from spark_nemo.megatron.layer_spec import table_length
 from spark_nemo.megatron.logprobs import vocab_parallel_logprobs
 from spark_nemo.megatron.optimizer import NonFiniteGradient
 from spark_nemo.megatron.worker import MegatronWorker
@@ -86,6 +87,14 @@ def test_packed_attention_equals_a_block_mask(lengths):
                             torch.autograd.grad((expected * weight).sum(), (q, k, v))):
         torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(out, expected)
+
+
+def test_few_tables_of_rotary_angles_hold_every_length():
+    """Megatron keeps a table per length it was asked for on the GPU: up to 32k tokens there are 16, half of the memory
+    in the longest. Only Transformer Engine's layers, which do not run here, are given such tables."""
+    lengths = {n: table_length(n) for n in range(1, 32769)}
+    assert all(n <= length < 2 * n for n, length in lengths.items())
+    assert len(set(lengths.values())) == 16 and sum(set(lengths.values())) < 2 * 32768
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

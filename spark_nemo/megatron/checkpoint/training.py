@@ -133,6 +133,9 @@ def _sharded_state(model: PackedGPT, optimizer: ChainedOptimizer, loading: bool)
     weights = model.sharded_state_dict(metadata=metadata)
     with padding_counted(optimizer):
         state = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
+    for part in state.values() if 0 in state else [state]:  # one for each of several chained optimizers
+        if part.get("param_state", ()) is None:  # gathered elsewhere; Megatron would warn that ranks differ
+            del part["param_state"]
     return {"model": weights, "optimizer": state}
 
 
@@ -140,7 +143,11 @@ def _metadata(optimizer: ChainedOptimizer) -> dict[str, Any]:
     common = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     if optimizer.config.use_distributed_optimizer:
         # The only format of the distributed optimizer that can be read by another number of tensor or data ranks.
-        return {**common, "distrib_optim_sharding_type": "fully_reshardable"}
+        # Gathered where it is written, in CPU memory. Otherwise every rank gathers its stage's whole optimizer state,
+        # on the GPU as well: twice 4 bytes per parameter there (61 GB for 7.6B parameters on one tensor rank), and in
+        # the machine's memory 12 bytes per parameter and rank.
+        return {**common, "distrib_optim_sharding_type": "fully_reshardable",
+                "distrib_optim_fully_reshardable_mem_efficient": True}
     return common
 
 
