@@ -1,7 +1,8 @@
 """Weights by handle: servers on the main rank's machine map the memory in which a bucket lies (SGLang's tensor path).
 
-On the CPU the memory is a file of /dev/shm: with torch's default sharing, by file descriptor, the server fails to
-authenticate with the trainer's resource sharer and dies. On a GPU the handle is CUDA IPC; that was not run.
+The memory is a file of /dev/shm, also when the model lies on a GPU: a copy down and one up, and no CUDA IPC. With
+torch's default sharing, by file descriptor, the server fails to authenticate with the trainer's resource sharer and
+dies.
 """
 
 from __future__ import annotations
