@@ -12,6 +12,9 @@ _LAUNCH_ONLY = ("server_args", "server_env", "python", "host", "first_gpu", "sta
                 "max_restarts")
 _FOR_ROUTER = ("python", "host", "max_restarts")
 
+START_TIMEOUT_S, LOST_TIMEOUT_S = 900.0, 120.0
+"""``start_timeout_s`` and ``lost_timeout_s`` of a pool where they are not set."""
+
 
 @dataclass
 class SamplingConfig:
@@ -127,7 +130,7 @@ class PoolConfig:
         starts them again is not seen from here, so a pool that is down has the time of a start to come back."""
         clients = {each.name: getattr(self, each.name) for each in fields(self)
                    if each.name not in (*_LAUNCH_ONLY, "servers", "router")}
-        lost = self.lost_timeout_s or max(120.0, self.start_timeout_s or 900.0)
+        lost = self.lost_timeout_s or max(LOST_TIMEOUT_S, self.start_timeout_s or START_TIMEOUT_S)
         return PoolConfig(**{**clients, "urls": urls, "lost_timeout_s": lost})
 
     def set_fields(self) -> list[str]:

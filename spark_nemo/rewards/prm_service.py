@@ -16,13 +16,12 @@ from functools import cached_property
 
 from spark_nemo.config import RLConfig, SamplingConfig
 from spark_nemo.engines.base import EngineFailure, EngineLost
+from spark_nemo.engines.fleet.limits import TOKEN_TIMEOUT_S
 from spark_nemo.engines.served import ServedModel
 from spark_nemo.grammar import GRAMMAR_VERSION, PromptSet, Variant, parse_generation
 from spark_nemo.records import EngineError, VariantOutcome, content_key
 
 log = logging.getLogger(__name__)
-_TOKEN_S = 0.25
-"""More time for each token that a verification may sample, as at a pool's servers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ class ServiceLimits:
     def from_config(cls, rl: RLConfig, slots: int) -> ServiceLimits:
         """The configured limits, for engines that decode ``slots`` verifications together. Not set, ``queue`` is as
         many and as many again next in line: who waits longer for an engine does so before its deadline begins."""
-        by_length = cls().deadline + _TOKEN_S * rl.verifier_sampling.max_new_tokens
+        by_length = cls().deadline + TOKEN_TIMEOUT_S * rl.verifier_sampling.max_new_tokens
         named = {"queue": 2 * slots if rl.verifier_queue is None else rl.verifier_queue,
                  "deadline": by_length if rl.verifier_deadline is None else rl.verifier_deadline,
                  "cache_entries": rl.verifier_cache}

@@ -50,9 +50,15 @@ def is_finished(config: SparkConfig, part: str, folder: Path) -> bool:
     return _INPUTS in done and result.exists() and done[_INPUTS] == inputs_of(config, part)
 
 
-def remember_inputs(folder: Path, inputs: str) -> None:
-    """Note in the marker of a part that is finished what it was made from; taken before its work began."""
-    if is_main_rank():
+def inputs_to_remember(config: SparkConfig, part: str) -> str | None:
+    """``inputs_of`` before the work begins; None but on the main rank, which notes them: hundreds of ranks would read
+    the same data and models for nothing."""
+    return inputs_of(config, part) if is_main_rank() else None
+
+
+def remember_inputs(folder: Path, inputs: str | None) -> None:
+    """Note in the marker of a part that is finished what it was made from."""
+    if inputs is not None:
         mark_done(folder, {**(read_done(folder) or {}), _INPUTS: inputs})
 
 

@@ -13,7 +13,7 @@ from spark_nemo.grammar import prompt_set
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records.jsonl import write_json_atomic
 from spark_nemo.stages.checks import check_sft
-from spark_nemo.stages.finished import inputs_of, remember_inputs
+from spark_nemo.stages.finished import inputs_to_remember, remember_inputs
 from spark_nemo.stages.layout_check import check_memory
 from spark_nemo.stages.part_lock import part_lock
 from spark_nemo.stages.run_folder import Clock, mark_done, sft_folder
@@ -42,7 +42,7 @@ def run_sft(config: SparkConfig) -> bool:
     """
     data = sft_data(config)
     check_memory(config, "sft")
-    folder, inputs = sft_folder(config.run), inputs_of(config, "sft")
+    folder, inputs = sft_folder(config.run), inputs_to_remember(config, "sft")
     with part_lock(folder):
         if finished := _train(config, data, folder):
             remember_inputs(folder, inputs)

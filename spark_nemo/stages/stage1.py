@@ -17,7 +17,7 @@ from spark_nemo.records.jsonl import read_problems, write_json_atomic
 from spark_nemo.records.store import RecordStore
 from spark_nemo.stages.after_votes import AfterVotes, after_votes
 from spark_nemo.stages.checks import check_stage1
-from spark_nemo.stages.finished import inputs_of, remember_inputs
+from spark_nemo.stages.finished import inputs_to_remember, remember_inputs
 from spark_nemo.stages.part_lock import part_lock
 from spark_nemo.stages.run_folder import Clock, mark_done, progress, stage1_folder
 from spark_nemo.stages.stage1_watch import LedgerFile, Stage1Watch, check_failure_rates
@@ -35,7 +35,7 @@ def run_stage1(config: SparkConfig) -> CollectCounts:
     soon as that is clear, and what is stored by then stays.
     """
     check_stage1(config)
-    folder, name, inputs = stage1_folder(config.run), shard_name(config.stage1), inputs_of(config, "stage1")
+    folder, name, inputs = stage1_folder(config.run), shard_name(config.stage1), inputs_to_remember(config, "stage1")
     with part_lock(folder / name):
         counts = _sample(config, folder, name)
         if not counts.postponed_verifications and not counts.engine_failures:  # or the next run asks again

@@ -17,7 +17,7 @@ from spark_nemo.grammar import Variant, prompt_set
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import LabelledSolution
 from spark_nemo.stages.checks import check_stage2
-from spark_nemo.stages.finished import inputs_of, remember_inputs
+from spark_nemo.stages.finished import inputs_to_remember, remember_inputs
 from spark_nemo.stages.labels import make_labels
 from spark_nemo.stages.layout_check import check_memory
 from spark_nemo.stages.part_lock import part_lock
@@ -39,7 +39,7 @@ def run_stage2(config: SparkConfig) -> bool:
     check_stage2(config)
     check_memory(config, "stage2")
     folder = stage2_folder(config.run, config.stage2.method, config.stage2.variant)
-    inputs = inputs_of(config, "stage2")
+    inputs = inputs_to_remember(config, "stage2")
     with part_lock(folder):
         if finished := _train(config, folder):
             remember_inputs(folder, inputs)

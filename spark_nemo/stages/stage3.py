@@ -24,7 +24,7 @@ from spark_nemo.records.progress_bar import progress_bar
 from spark_nemo.stages.checks import check_stage3, reward_model_folder
 from spark_nemo.stages.credit import batch_advantages
 from spark_nemo.stages.feed import BatchFeed
-from spark_nemo.stages.finished import inputs_of, remember_inputs
+from spark_nemo.stages.finished import inputs_to_remember, remember_inputs
 from spark_nemo.stages.layout_check import check_memory
 from spark_nemo.stages.part_lock import part_lock
 from spark_nemo.stages.rl_session import RLSession, open_session, rewrite_rows
@@ -53,7 +53,7 @@ def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool
     """
     check_stage3(config)
     check_memory(config, "stage3")
-    folder, inputs = stage3_folder(config.run, config.arm), inputs_of(config, "stage3")
+    folder, inputs = stage3_folder(config.run, config.arm), inputs_to_remember(config, "stage3")
     with part_lock(folder):
         finished = _train(config, folder, verifier)
         if finished and verifier is None:

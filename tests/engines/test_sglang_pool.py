@@ -64,7 +64,7 @@ def test_given_servers_serve_as_one_engine() -> None:
 
 def test_a_process_may_open_a_connection_for_every_request() -> None:
     """150 requests at once where 100 files may be open: the pool raises the process's own limit, and nothing is sent
-    twice. With a hard limit below what is wanted it says so. The kernel's own bounds are not proven."""
+    twice. The kernel's own bounds are not proven."""
     async def scenario(url):
         config = EngineConfig(kind="sglang", max_context=320, max_batch_size=75, policy=PoolConfig(urls=[url]))
         fleet = build_engine(config, TOY, "policy")
@@ -83,25 +83,28 @@ def test_a_process_may_open_a_connection_for_every_request() -> None:
     assert len(answers) == 150 and metrics.retries == metrics.outages == 0
 
 
+def said_of_open_files(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, limits) -> str:
+    """What is logged where ``limits`` (soft, hard) are the process's and 16 servers are asked."""
+    monkeypatch.setattr("resource.getrlimit", lambda which: limits)
+    monkeypatch.setattr("resource.setrlimit", lambda which, limits: None)
+    allow_open_files(16 * 512)
+    return caplog.text
+
+
 def test_a_hard_limit_of_open_files_below_the_connections_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Before any request fails of it, with the two ways out."""
-    monkeypatch.setattr("resource.getrlimit", lambda which: (1024, 4096))
-    monkeypatch.setattr("resource.setrlimit", lambda which, limits: None)
-    allow_open_files(16 * 512)
-    assert "may open 4096 files" in caplog.text and "8192 connections" in caplog.text
-    assert "ulimit -Hn" in caplog.text and "engine.max_batch_size" in caplog.text
+    said = said_of_open_files(monkeypatch, caplog, (1024, 4096))
+    assert "may open 4096 files" in said and "8192 connections" in said
+    assert "ulimit -Hn" in said and "engine.max_batch_size" in said
 
 
 def test_a_limit_of_open_files_far_over_the_connections_is_not_complained_of(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Soft and hard limit are often the same large number on a cluster; nothing can be raised, and nothing need be."""
-    monkeypatch.setattr("resource.getrlimit", lambda which: (1_048_576, 1_048_576))
-    monkeypatch.setattr("resource.setrlimit", lambda which, limits: None)
-    allow_open_files(16 * 512)
-    assert not caplog.records
+    assert said_of_open_files(monkeypatch, caplog, (1_048_576, 1_048_576)) == "" and not caplog.records
 
 
 def test_a_given_server_with_a_shorter_context_is_not_used() -> None:

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from spark_nemo.config.engine import LOST_TIMEOUT_S
+
+TOKEN_TIMEOUT_S = 0.25
+"""For each token that may be sampled, when nothing is configured: a full server samples one of a large model in less
+than a tenth of a second for each of its requests, and as many again wait there."""
+
 
 @dataclass(frozen=True, slots=True)
 class FleetLimits:
@@ -25,7 +31,7 @@ class FleetLimits:
     """So many requests in a row that a member could not serve take it out, even when it answers probes."""
     probe_every_s: float = 10.0
     probe_timeout_s: float = 30.0
-    lost_timeout_s: float = 120.0
+    lost_timeout_s: float = LOST_TIMEOUT_S
     """How long requests and updates wait when no member is up and none is starting; then the fleet is lost."""
     control_timeout_s: float = 60.0
     """Pause, resume, health and close of one member (wall clock)."""

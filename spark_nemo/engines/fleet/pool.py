@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from spark_nemo.config import ConfigError, EngineConfig, PoolConfig
+from spark_nemo.config.engine import LOST_TIMEOUT_S, START_TIMEOUT_S
 
 from ..base import Engine
 from .fleet import Fleet
-from .limits import FleetLimits
+from .limits import TOKEN_TIMEOUT_S, FleetLimits
 from .member import Front, Keeper
 from .process import ServerProcess
 
@@ -25,9 +26,6 @@ log = logging.getLogger(__name__)
 Number = TypeVar("Number", int, float)
 CLIENT_SLACK = 1.5
 """A client's deadline over the fleet's, so that the fleet's, which knows of pauses, comes first."""
-_REQUEST_TIMEOUT_S, _TOKEN_TIMEOUT_S = 600.0, 0.25
-"""One attempt, when nothing is configured: a full server samples a token of a large model in less than a tenth of a
-second for each of its requests, and as many again wait there."""
 _OWN_FILES = 1024
 """Open files that this process may have beside its connections."""
 
@@ -55,7 +53,7 @@ def fleet_of(config: EngineConfig, role: str, connect: Callable[[str], Engine], 
             name, lambda host, port, index=index: launch.command(index, host, port), connect,
             log_path=log_folder(log_dir) / f"{name}.log", host=host_of(pool),
             environment={**search_path(pool), **pool.server_env, **launch.environment},
-            start_timeout_s=or_else(pool.start_timeout_s, 900.0), max_restarts=or_else(pool.max_restarts, 3))
+            start_timeout_s=or_else(pool.start_timeout_s, START_TIMEOUT_S), max_restarts=or_else(pool.max_restarts, 3))
         process.launch()
         members[name] = process
     return Fleet(members, limits, name=f"{role} pool", front=front)
@@ -85,12 +83,12 @@ def allow_open_files(more: int) -> None:
 
 def pool_limits(pool: PoolConfig) -> FleetLimits:
     """The fleet's bounds that the configuration sets."""
-    request = or_else(pool.request_timeout_s, _REQUEST_TIMEOUT_S)
+    request = or_else(pool.request_timeout_s, 600.0)
     probe = or_else(pool.probe_timeout_s, 30.0)
     return FleetLimits(
-        request_timeout_s=request, token_timeout_s=_TOKEN_TIMEOUT_S if pool.request_timeout_s is None else 0.0,
+        request_timeout_s=request, token_timeout_s=TOKEN_TIMEOUT_S if pool.request_timeout_s is None else 0.0,
         total_timeout_s=6 * request, probe_timeout_s=probe, probe_every_s=min(10.0, probe),
-        lost_timeout_s=or_else(pool.lost_timeout_s, 120.0))
+        lost_timeout_s=or_else(pool.lost_timeout_s, LOST_TIMEOUT_S))
 
 
 def python_of(pool: PoolConfig) -> str:

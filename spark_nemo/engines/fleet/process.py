@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from spark_nemo.config.engine import START_TIMEOUT_S
+
 from ..base import Engine, EngineFailure
 from .member import Keeper
 
@@ -38,7 +40,7 @@ class ServerProcess(Keeper):
     def __init__(
         self, name: str, command: Callable[[str, int], Sequence[str]], connect: Callable[[str], Engine], *,
         log_path: Path, environment: Mapping[str, str] | None = None, host: str = "127.0.0.1",
-        start_timeout_s: float = 900.0, max_restarts: int = 3,
+        start_timeout_s: float = START_TIMEOUT_S, max_restarts: int = 3,
     ) -> None:
         self.name, self.log_path, self.max_restarts = name, log_path, max_restarts
         self._command, self._connect = command, connect
