@@ -1,14 +1,16 @@
-"""Does Megatron-Bridge 0.3.1 make the same Megatron tensors of a Hugging Face model as this project? Bit by bit.
+"""Does Megatron-Bridge 0.3.1 make the same Megatron tensors of a Hugging Face model as this
+project? Bit by bit.
 
     pip install --no-deps --target BRIDGE megatron-bridge==0.3.1 transformers==4.57.6 'huggingface_hub<1' \\
         'tokenizers<=0.23' requests urllib3 charset-normalizer certifi idna hydra-core omegaconf \\
         antlr4-python3-runtime==4.9.3 einops
     python benchmarks/bridge_parity.py BRIDGE MODEL_FOLDER
 
-BRIDGE is a folder of packages that goes before the installed ones, since the bridge wants transformers 4 (and what that
-needs). It also imports Transformer Engine, Triton and others, which a CPU has no use for: empty modules stand in for
-them. Its model is megatron-core's with local layers; every tensor of it is compared with the box of our conversion.
-config.json must be in transformers 4's form: rope_theta and torch_dtype on top, num_experts for Qwen3-MoE.
+BRIDGE is a folder of packages that goes before the installed ones, since the bridge wants
+transformers 4 (and what that needs). It also imports Transformer Engine, Triton and others, which a
+CPU has no use for: empty modules stand in for them. Its model is megatron-core's with local layers;
+every tensor of it is compared with the box of our conversion. config.json must be in transformers
+4's form: rope_theta and torch_dtype on top, num_experts for Qwen3-MoE.
 """
 
 from __future__ import annotations
@@ -23,13 +25,32 @@ import types
 from pathlib import Path
 from typing import Any
 
-ABSENT = ("transformer_engine", "triton", "mamba_ssm", "causal_conv1d", "nvidia_resiliency_ext", "fla", "mlflow",
-          "wandb", "nvtx", "modelopt", "flashinfer", "open_clip", "qwen_vl_utils", "timm", "datasets", "peft", "apex",
-          "flash_attn")
+ABSENT = (
+    "transformer_engine",
+    "triton",
+    "mamba_ssm",
+    "causal_conv1d",
+    "nvidia_resiliency_ext",
+    "fla",
+    "mlflow",
+    "wandb",
+    "nvtx",
+    "modelopt",
+    "flashinfer",
+    "open_clip",
+    "qwen_vl_utils",
+    "timm",
+    "datasets",
+    "peft",
+    "apex",
+    "flash_attn",
+)
 
 
 class _Nothing(types.ModuleType):
-    """A module in which every name exists: lower case is another such module, the rest is an empty torch module."""
+    """A module in which every name exists: lower case is another such module, the rest is an empty
+    torch module.
+    """
 
     __path__: list[str] = []
 
@@ -40,12 +61,20 @@ class _Nothing(types.ModuleType):
             raise AttributeError(name)
         if name == "__version__":
             return "2.9.0"
-        made = _Nothing(f"{self.__name__}.{name}") if name[0].islower() else type(name, (torch.nn.Module,), {})
+        made = (
+            _Nothing(f"{self.__name__}.{name}")
+            if name[0].islower()
+            else type(name, (torch.nn.Module,), {})
+        )
         setattr(self, name, made)
         return made
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        return arguments[0] if len(arguments) == 1 and callable(arguments[0]) else lambda function: function
+        return (
+            arguments[0]
+            if len(arguments) == 1 and callable(arguments[0])
+            else lambda function: function
+        )
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -70,12 +99,20 @@ def bridge_model(folder: Path) -> Any:
     provider = bridge.to_megatron_provider(load_weights=False)
     provider.moe_grouped_gemm = provider.moe_permute_fusion = False
     provider.transformer_layer_spec = get_gpt_layer_local_spec(
-        normalization="RMSNorm", qk_layernorm=bool(provider.qk_layernorm), num_experts=provider.num_moe_experts)
+        normalization="RMSNorm",
+        qk_layernorm=bool(provider.qk_layernorm),
+        num_experts=provider.num_moe_experts,
+    )
     if provider.num_moe_experts:
-        # Local layers name the norm before experts as the one before a dense network; Transformer Engine's do not.
-        del provider.transformer_layer_spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+        # Local layers name the norm before experts as the one before a dense network; Transformer
+        # Engine's do not.
+        del provider.transformer_layer_spec.submodules.sharded_state_dict_keys_map[
+            "pre_mlp_layernorm."
+        ]
     provider.use_cpu_initialization, provider.gradient_accumulation_fusion = True, False
-    provider.masked_softmax_fusion = provider.bias_dropout_fusion = provider.apply_rope_fusion = False
+    provider.masked_softmax_fusion = provider.bias_dropout_fusion = provider.apply_rope_fusion = (
+        False
+    )
     provider.persist_layer_norm = False
     if hasattr(provider, "finalize"):
         provider.finalize()
@@ -86,7 +123,9 @@ def bridge_model(folder: Path) -> Any:
 
 def main() -> int:
     """0 when every tensor has the same bits."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bridge", type=Path, help="folder of packages")
     parser.add_argument("model", type=Path, help="Hugging Face folder, bfloat16")
     given = parser.parse_args()
@@ -109,7 +148,9 @@ def main() -> int:
     seed_everything(0)
     with cuda_means_cpu(), tempfile.TemporaryDirectory() as scratch:
         ours = StoredCheckpoint(convert(given.model, Path(scratch) / "ours", "megatron").folder)
-        theirs = bridge_model(given.model).sharded_state_dict(metadata={"singleton_local_shards": False})
+        theirs = bridge_model(given.model).sharded_state_dict(
+            metadata={"singleton_local_shards": False}
+        )
         entries = list(theirs.values())
         seen, wrong = set(), []
         while entries:
@@ -122,12 +163,16 @@ def main() -> int:
                 seen.add(entry.key)
                 rest = entry.data.shape
                 size = (1,) * (len(entry.global_offset) - len(rest)) + tuple(rest)
-                if not torch.equal(ours.read(entry.key, entry.global_offset, size).reshape(rest), entry.data):
+                if not torch.equal(
+                    ours.read(entry.key, entry.global_offset, size).reshape(rest), entry.data
+                ):
                     wrong.append(f"{entry.key} {entry.global_offset}")
     for name in wrong:
         print(f"differs: {name}")
     missing = sorted(set(ours.tensors) - seen)
-    print(f"{len(seen)} tensors, {len(wrong)} parts differ, {len(missing)} of ours are not the bridge's {missing[:3]}")
+    print(
+        f"{len(seen)} tensors, {len(wrong)} parts differ, {len(missing)} of ours are not the bridge's {missing[:3]}"
+    )
     return 1 if wrong or missing or not seen else 0
 
 

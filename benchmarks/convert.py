@@ -1,10 +1,12 @@
-"""Conversion of an 8 GB checkpoint: peak memory, and the rate against ``cp`` of the same files in the same run.
+"""Conversion of an 8 GB checkpoint: peak memory, and the rate against ``cp`` of the same files in
+the same run.
 
     python benchmarks/convert.py --folder /scratch/tmp [--gigabytes 8]
 
-Random bfloat16 weights with the shapes of Qwen2.5-7B and as many layers as fit. Every measurement is a process of its
-own; each finds its input as the step before left it in the page cache, and ends with an fsync of what it wrote.
-Everything is below a new folder in ``--folder`` and is deleted at the end; it needs four times --gigabytes.
+Random bfloat16 weights with the shapes of Qwen2.5-7B and as many layers as fit. Every measurement
+is a process of its own; each finds its input as the step before left it in the page cache, and ends
+with an fsync of what it wrote. Everything is below a new folder in ``--folder`` and is deleted at
+the end; it needs four times --gigabytes.
 """
 
 from __future__ import annotations
@@ -21,22 +23,38 @@ import time
 from pathlib import Path
 
 QWEN25_7B = {
-    "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944,
-    "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768, "hidden_act": "silu",
-    "use_sliding_window": False, "dtype": "bfloat16"}
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 32768,
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "dtype": "bfloat16",
+}
 LAYER_BYTES, REST_BYTES = 466_115_584, 2_179_993_600
 
 
 def make_model(folder: Path, gigabytes: float) -> None:
-    """Write the synthetic model; a few layers' worth of random numbers, shifted, is all that is drawn."""
+    """Write the synthetic model; a few layers' worth of random numbers, shifted, is all that is
+    drawn.
+    """
     import torch
 
     from spark_nemo.megatron.hf_files import write_tensors
     from spark_nemo.megatron.hf_weights import hf_tensor_shapes
     from spark_nemo.megatron.model_shape import ModelShape
 
-    config = {**QWEN25_7B, "num_hidden_layers": max(1, round((gigabytes * 1e9 - REST_BYTES) / LAYER_BYTES))}
+    config = {
+        **QWEN25_7B,
+        "num_hidden_layers": max(1, round((gigabytes * 1e9 - REST_BYTES) / LAYER_BYTES)),
+    }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     shapes = hf_tensor_shapes(ModelShape.from_hf(config))
@@ -52,8 +70,12 @@ def make_model(folder: Path, gigabytes: float) -> None:
 
 def measure(what: str, source: Path, target: Path) -> dict[str, float]:
     """Run one step in a child process: seconds, bytes written, and its peak resident memory."""
-    output = subprocess.run([sys.executable, __file__, "--step", what, str(source), str(target)], check=True,
-                            stdout=subprocess.PIPE, text=True).stdout
+    output = subprocess.run(
+        [sys.executable, __file__, "--step", what, str(source), str(target)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
     return json.loads(output.splitlines()[-1])
 
 
@@ -78,8 +100,11 @@ def step(what: str, source: Path, target: Path) -> None:
         idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         start = time.perf_counter()
         convert(source, target, what)
-        result = {"seconds": time.perf_counter() - start, "idle": idle * 1024,
-                  "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        result = {
+            "seconds": time.perf_counter() - start,
+            "idle": idle * 1024,
+            "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
     print(json.dumps(result))
 
 
@@ -87,12 +112,18 @@ def same_files(one: Path, other: Path) -> bool:
     """Whether all safetensors of two folders are byte for byte the same."""
     names = sorted(path.name for path in one.glob("*.safetensors"))
     return names == sorted(path.name for path in other.glob("*.safetensors")) and all(
-        subprocess.run(["cmp", "-s", one / name, other / name], check=False).returncode == 0 for name in names)
+        subprocess.run(["cmp", "-s", one / name, other / name], check=False).returncode == 0
+        for name in names
+    )
 
 
 def main() -> int:
-    """0 when both directions meet the targets: half of cp's rate, and 2 GB of memory plus the largest tensor."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """0 when both directions meet the targets: half of cp's rate, and 2 GB of memory plus the
+    largest tensor.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--gigabytes", type=float, default=8)
     parser.add_argument("--step", nargs=3, help=argparse.SUPPRESS)
@@ -114,18 +145,26 @@ def report(root: Path, gigabytes: float) -> int:
     num_bytes = sum(path.stat().st_size for path in (root / "hf").glob("*.safetensors"))
     largest = QWEN25_7B["vocab_size"] * QWEN25_7B["hidden_size"] * 2
     limit, good = 2e9 + largest, True
-    print(f"{num_bytes / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB, memory limit {limit / 1e9:.2f} GB")
-    for name, what, source in (("hf -> megatron", "megatron", "hf"), ("megatron -> hf", "hf", "mg")):
+    print(
+        f"{num_bytes / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB, memory limit {limit / 1e9:.2f} GB"
+    )
+    for name, what, source in (
+        ("hf -> megatron", "megatron", "hf"),
+        ("megatron -> hf", "hf", "mg"),
+    ):
         copy = measure("cp", root / source, root / "copy")
         shutil.rmtree(root / "copy")
         target = root / ("mg" if what == "megatron" else "back")
         done = measure(what, root / source, target)
         ratio = copy["seconds"] / done["seconds"]
         good = good and ratio >= 0.5 and done["peak"] < limit
-        print(f"{name}: {num_bytes / 1e6 / done['seconds']:.0f} MB/s, cp and fsync "
-              f"{num_bytes / 1e6 / copy['seconds']:.0f} MB/s (cp alone "
-              f"{num_bytes / 1e6 / copy['without_fsync']:.0f}), ratio {ratio:.2f}; peak memory "
-              f"{done['peak'] / 1e9:.2f} GB (after imports {done['idle'] / 1e9:.2f})", flush=True)
+        print(
+            f"{name}: {num_bytes / 1e6 / done['seconds']:.0f} MB/s, cp and fsync "
+            f"{num_bytes / 1e6 / copy['seconds']:.0f} MB/s (cp alone "
+            f"{num_bytes / 1e6 / copy['without_fsync']:.0f}), ratio {ratio:.2f}; peak memory "
+            f"{done['peak'] / 1e9:.2f} GB (after imports {done['idle'] / 1e9:.2f})",
+            flush=True,
+        )
     exact = same_files(root / "hf", root / "back")
     print(f"round trip {'bit-exact' if exact else 'NOT EXACT'}")
     return 0 if good and exact else 1

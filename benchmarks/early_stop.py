@@ -1,16 +1,19 @@
-"""What early stopping saves, by replay: ``python benchmarks/early_stop.py runs/full [--run exact=runs/a ...]``.
+"""What early stopping saves, by replay: ``python benchmarks/early_stop.py runs/full [--run
+exact=runs/a ...]``.
 
 ``runs/full`` is a run folder whose stage I took every vote::
 
     spark-nemo stage1 +experiment=toy run.dir=runs/full
 
-Its votes are replayed in their order under every rule and wave size: tokens of the verifications that would have been
-sampled, against all of them, and majorities against those of all N votes (a tie being one of the three). Tokens are
-completion tokens; prompts are shared by the votes of a solution. The last column is not a requirement unless the rule
-waits for the verdict too (``+ verdict``).
+Its votes are replayed in their order under every rule and wave size: tokens of the verifications
+that would have been sampled, against all of them, and majorities against those of all N votes (a
+tie being one of the three). Tokens are completion tokens; prompts are shared by the votes of a
+solution. The last column is not a requirement unless the rule waits for the verdict too (``+
+verdict``).
 
-``--run exact=runs/a`` compares a real run with ``stage1.early_stop=exact`` (likewise ``sequential``, whose
-``--error`` must be the run's) with the replay: the same votes, none more or less, must be in its store.
+``--run exact=runs/a`` compares a real run with ``stage1.early_stop=exact`` (likewise
+``sequential``, whose ``--error`` must be the run's) with the replay: the same votes, none more or
+less, must be in its store.
 """
 
 from __future__ import annotations
@@ -47,8 +50,12 @@ def read_votes(run_dir: Path) -> Votes:
             rows.setdefault(row["solution_key"], {})[row["vote"]] = vote
     for key, by_number in rows.items():
         if sorted(by_number) != list(range(len(by_number))):
-            raise SystemExit(f"{run_dir}: solution {key} has votes {sorted(by_number)}, some before them are missing")
-    return {key: [by_number[vote] for vote in range(len(by_number))] for key, by_number in rows.items()}
+            raise SystemExit(
+                f"{run_dir}: solution {key} has votes {sorted(by_number)}, some before them are missing"
+            )
+    return {
+        key: [by_number[vote] for vote in range(len(by_number))] for key, by_number in rows.items()
+    }
 
 
 def report(rule: StoppingRule, label: str, votes: Votes) -> None:
@@ -65,9 +72,13 @@ def report(rule: StoppingRule, label: str, votes: Votes) -> None:
         equal_steps += sum(a == b for a, b in zip(got, wanted))
         equal_solutions += got == wanted
         equal_verdicts += got_verdict == wanted_verdict
-    saved = 1 - kept_tokens / sum(vote.num_tokens for all_votes in votes.values() for vote in all_votes)
-    print(f"{label:<32}{rule.wave_size:>5}{saved:>10.1%}{equal_solutions / solutions:>13.2%}"
-          f"{equal_steps / steps:>10.2%}{equal_verdicts / solutions:>11.2%}")
+    saved = 1 - kept_tokens / sum(
+        vote.num_tokens for all_votes in votes.values() for vote in all_votes
+    )
+    print(
+        f"{label:<32}{rule.wave_size:>5}{saved:>10.1%}{equal_solutions / solutions:>13.2%}"
+        f"{equal_steps / steps:>10.2%}{equal_verdicts / solutions:>11.2%}"
+    )
 
 
 def majorities(outcomes: Sequence[Outcome]) -> tuple[list[bool | None], bool | None]:
@@ -79,28 +90,51 @@ def majorities(outcomes: Sequence[Outcome]) -> tuple[list[bool | None], bool | N
 
 def check_run(rule: StoppingRule, name: str, full: Votes, stopped: Votes) -> bool:
     """Whether a real run took exactly the votes the replay takes."""
-    wanted = {key: votes[:votes_taken(rule, [vote.outcome for vote in votes])] for key, votes in full.items()}
+    wanted = {
+        key: votes[: votes_taken(rule, [vote.outcome for vote in votes])]
+        for key, votes in full.items()
+    }
     differ = sum(wanted.get(key) != stopped.get(key) for key in wanted.keys() | stopped.keys())
-    before, after = (sum(vote.num_tokens for votes in run.values() for vote in votes) for run in (full, stopped))
-    print(f"real run, {name}: {sum(map(len, stopped.values()))} votes, {1 - after / before:.1%} of the tokens saved, "
-          f"{differ} of {len(wanted)} solutions differ from the replay")
+    before, after = (
+        sum(vote.num_tokens for votes in run.values() for vote in votes) for run in (full, stopped)
+    )
+    print(
+        f"real run, {name}: {sum(map(len, stopped.values()))} votes, {1 - after / before:.1%} of the tokens saved, "
+        f"{differ} of {len(wanted)} solutions differ from the replay"
+    )
     return differ == 0
 
 
 def main() -> int:
-    """Print the table; 1 when the exact rule changed a majority or a real run differs from the replay."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dir", type=Path, nargs="+", help="run folders with every vote; several are pooled")
-    parser.add_argument("--run", action="append", default=[], metavar="RULE=RUN_DIR", help="a real run of the first")
-    parser.add_argument("--error", type=float, default=0.05, help="stage1.early_stop_error of the --run sequential=")
+    """Print the table; 1 when the exact rule changed a majority or a real run differs from the
+    replay.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "run_dir", type=Path, nargs="+", help="run folders with every vote; several are pooled"
+    )
+    parser.add_argument(
+        "--run", action="append", default=[], metavar="RULE=RUN_DIR", help="a real run of the first"
+    )
+    parser.add_argument(
+        "--error", type=float, default=0.05, help="stage1.early_stop_error of the --run sequential="
+    )
     arguments = parser.parse_args()
     each = [read_votes(folder) for folder in arguments.run_dir]
-    pooled = {f"{index} {key}": votes for index, run in enumerate(each) for key, votes in run.items()}
+    pooled = {
+        f"{index} {key}": votes for index, run in enumerate(each) for key, votes in run.items()
+    }
     num_votes = max(map(len, pooled.values()))
     if any(len(votes) != num_votes for votes in pooled.values()):
-        raise SystemExit(f"not every solution has {num_votes} votes: a run with stage1.early_stop=none is needed")
+        raise SystemExit(
+            f"not every solution has {num_votes} votes: a run with stage1.early_stop=none is needed"
+        )
     print(f"{len(pooled)} solutions, N = {num_votes}\n")
-    print(f"{'rule':<32}{'wave':>5}{'saved':>10}{'solutions =':>13}{'steps =':>10}{'verdict =':>11}")
+    print(
+        f"{'rule':<32}{'wave':>5}{'saved':>10}{'solutions =':>13}{'steps =':>10}{'verdict =':>11}"
+    )
     for with_verdict in (False, True):
         for error in (None, 0.01, 0.02, 0.03, 0.05, 0.1):
             name = "exact" if error is None else f"sequential, error {error}"
@@ -114,7 +148,7 @@ def main() -> int:
     exact = StoppingRule(num_votes)
     for votes in pooled.values():
         outcomes = [vote.outcome for vote in votes]
-        same &= majorities(outcomes)[0] == majorities(outcomes[:votes_taken(exact, outcomes)])[0]
+        same &= majorities(outcomes)[0] == majorities(outcomes[: votes_taken(exact, outcomes)])[0]
     return 0 if same else 1
 
 

@@ -1,4 +1,5 @@
-"""Do NeMo 2 (nemo-toolkit 2.7.3) and this project read each other's checkpoint folders? Tiny models, CPU.
+"""Do NeMo 2 (nemo-toolkit 2.7.3) and this project read each other's checkpoint folders? Tiny
+models, CPU.
 
     python3.11 -m venv ENV
     ENV/bin/pip install torch==2.13.0 psutil 'nemo_toolkit[llm]==2.7.3' nemo_run 'leptonai<0.27' 'datasets<4.5' \\
@@ -13,8 +14,9 @@ NeMo runs in ENV, this project in its own environment. For every family:
 3. We write the folder; NeMo's ``io.load_context`` and ``ModelConnector.nemo_load`` read it. The tensors must have the
    bits of NeMo's own import, the logits be those of transformers.
 
-NeMo needs what only a GPU has in four settings (fused RoPE, fused permutation, grouped experts, persistent norms); they
-are off while its objects are built here, and stay as they are in what is written.
+NeMo needs what only a GPU has in four settings (fused RoPE, fused permutation, grouped experts,
+persistent norms); they are off while its objects are built here, and stay as they are in what is
+written.
 """
 
 from __future__ import annotations
@@ -33,14 +35,26 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 IDS = torch.tensor([[3, 14, 15, 9, 2, 6, 5, 35, 8, 60]])
 NORM = "decoder.layers.self_attention.linear_qkv.layer_norm_weight"
-# NeMo's importers take from config.json neither the head size of Qwen3 nor Llama's rope scaling: those of its classes.
-CHANGES = {"qwen2": {}, "qwen3": {"head_dim": 128},
-           "llama": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0,
-                                         "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                         "original_max_position_embeddings": 8192}}}
+# NeMo's importers take from config.json neither the head size of Qwen3 nor Llama's rope scaling:
+# those of its classes.
+CHANGES = {
+    "qwen2": {},
+    "qwen3": {"head_dim": 128},
+    "llama": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    },
+}
 
 
 # ---- in NeMo's environment ----
+
 
 def build_without_te() -> None:
     """Let NeMo's configurations be made on a machine without Transformer Engine."""
@@ -49,7 +63,9 @@ def build_without_te() -> None:
     original = TransformerConfig.__post_init__
 
     def post_init(self: Any) -> None:
-        self.apply_rope_fusion = self.moe_permute_fusion = self.moe_grouped_gemm = self.persist_layer_norm = False
+        self.apply_rope_fusion = self.moe_permute_fusion = self.moe_grouped_gemm = (
+            self.persist_layer_norm
+        ) = False
         original(self)
 
     TransformerConfig.__post_init__ = post_init
@@ -62,12 +78,17 @@ def unwrapped(model: Any) -> Any:
 
 
 def nemo_writes(family: str, hf: Path, out: Path, tensors: Path | None) -> None:
-    """``llm.import_ckpt``; with ``tensors``, layer norms are set before it saves and all tensors go to that file."""
+    """``llm.import_ckpt``; with ``tensors``, layer norms are set before it saves and all tensors go
+    to that file.
+    """
     from nemo.collections import llm
     from nemo.lightning.io.mixin import ConnectorMixin
 
-    classes = {"qwen2": (llm.Qwen2Model, llm.Qwen2Config), "qwen3": (llm.Qwen3Model, llm.Qwen3Config),
-               "llama": (llm.LlamaModel, llm.LlamaConfig)}
+    classes = {
+        "qwen2": (llm.Qwen2Model, llm.Qwen2Config),
+        "qwen3": (llm.Qwen3Model, llm.Qwen3Config),
+        "llama": (llm.LlamaModel, llm.LlamaConfig),
+    }
     model, config = classes[family]
     importer = ConnectorMixin._IMPORTERS[str(model) + "hf"]
     convert_state = importer.convert_state
@@ -80,16 +101,23 @@ def nemo_writes(family: str, hf: Path, out: Path, tensors: Path | None) -> None:
                 for theirs, ours in zip(source.model.layers, inner.decoder.layers, strict=True):
                     ours.input_layernorm.weight.copy_(theirs.input_layernorm.weight)
                     ours.pre_mlp_layernorm.weight.copy_(theirs.post_attention_layernorm.weight)
-            torch.save({key: x for key, x in inner.state_dict().items() if torch.is_tensor(x)}, tensors)
+            torch.save(
+                {key: x for key, x in inner.state_dict().items() if torch.is_tensor(x)}, tensors
+            )
         return result
 
     importer.convert_state = with_norms
-    llm.import_ckpt(model(config=config(num_layers=2, hidden_size=64, num_attention_heads=8)), f"hf://{hf}",
-                    output_path=out)
+    llm.import_ckpt(
+        model(config=config(num_layers=2, hidden_size=64, num_attention_heads=8)),
+        f"hf://{hf}",
+        output_path=out,
+    )
 
 
 def nemo_reads(folder: Path, out: Path) -> None:
-    """``io.load_context`` of the whole and of parts, then ``nemo_load``; tensors, logits and settings to ``out``."""
+    """``io.load_context`` of the whole and of parts, then ``nemo_load``; tensors, logits and
+    settings to ``out``.
+    """
     from nemo.lightning import io
     from nemo.lightning.io import pl
     from nemo.lightning.io.connector import ModelConnector
@@ -106,8 +134,17 @@ def nemo_reads(folder: Path, out: Path) -> None:
     seed_everything(0)
     with torch.no_grad():
         logits = inner.float().eval()(IDS, torch.arange(IDS.shape[1])[None], None)
-    torch.save({"tensors": tensors, "logits": logits, "class": type(model).__name__, "config": type(config).__name__,
-                "ids": tokenizer.text_to_ids("w1 w2"), "temperature": config.generation_config.temperature}, out)
+    torch.save(
+        {
+            "tensors": tensors,
+            "logits": logits,
+            "class": type(model).__name__,
+            "config": type(config).__name__,
+            "ids": tokenizer.text_to_ids("w1 w2"),
+            "temperature": config.generation_config.temperature,
+        },
+        out,
+    )
 
 
 def inside(arguments: list[str]) -> None:
@@ -130,8 +167,11 @@ def inside(arguments: list[str]) -> None:
 
 # ---- in this project's environment ----
 
+
 def make_hf(folder: Path, family: str) -> Any:
-    """A bfloat16 model with random norms and biases, a tokenizer, and config.json as transformers 4 reads it."""
+    """A bfloat16 model with random norms and biases, a tokenizer, and config.json as transformers 4
+    reads it.
+    """
     from safetensors.torch import load_file, save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -140,26 +180,41 @@ def make_hf(folder: Path, family: str) -> Any:
 
     family_cases.make_hf(family, folder, **CHANGES[family])
     weights = folder / "model.safetensors"
-    save_file({name: x.bfloat16() for name, x in load_file(weights).items()}, weights, {"format": "pt"})
+    save_file(
+        {name: x.bfloat16() for name, x in load_file(weights).items()}, weights, {"format": "pt"}
+    )
     config = json.loads((folder / "config.json").read_text())
     rope = config.pop("rope_parameters")
     config |= {"rope_theta": rope.pop("rope_theta"), "torch_dtype": "bfloat16"}
     if rope["rope_type"] != "default":
         config["rope_scaling"] = rope
     del config["dtype"]
-    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    (folder / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if v is not None})
+    )
     (folder / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.7}')
-    tokenizer = Tokenizer(models.WordLevel({f"w{i}": i for i in range(60)} | {"?": 60}, unk_token="?"))
+    tokenizer = Tokenizer(
+        models.WordLevel({f"w{i}": i for i in range(60)} | {"?": 60}, unk_token="?")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "?"}')
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "?"}'
+    )
 
 
 def run_nemo(python: Path, *arguments: object) -> None:
-    result = subprocess.run([python, __file__, "--inside", *map(str, arguments)], capture_output=True, text=True,
-                            timeout=280)
+    result = subprocess.run(
+        [python, __file__, "--inside", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     if result.returncode:
-        sys.exit(f"NeMo failed on {arguments}:\n" + "\n".join((result.stdout + result.stderr).splitlines()[-15:]))
+        sys.exit(
+            f"NeMo failed on {arguments}:\n"
+            + "\n".join((result.stdout + result.stderr).splitlines()[-15:])
+        )
 
 
 def same_as_hf(hf: Path, nemo: Path, out: Path) -> tuple[int, int, list[str]]:
@@ -205,7 +260,10 @@ def check(python: Path, family: str, scratch: Path) -> bool:
     make_hf(hf, family)
     run_nemo(python, "write", family, hf, nemo, scratch / "nemo.pt")
     count, wrong, more = same_as_hf(hf, nemo, scratch / "back")
-    print(f"{family}: NeMo wrote, we read: {count} tensors, {wrong} differ, also there: {more}", flush=True)
+    print(
+        f"{family}: NeMo wrote, we read: {count} tensors, {wrong} differ, also there: {more}",
+        flush=True,
+    )
     run_nemo(python, "read", convert(hf, ours, "nemo").folder, scratch / "ours.pt")
     found, expected = torch.load(scratch / "ours.pt"), torch.load(scratch / "nemo.pt")
     names = sorted(set(found["tensors"]) & set(expected))
@@ -214,16 +272,27 @@ def check(python: Path, family: str, scratch: Path) -> bool:
     reference = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
     with torch.no_grad():
         gap = float((reference(IDS).logits - found["logits"]).abs().max())
-    print(f"{family}: we wrote, NeMo read a {found['class']} with {found['config']}: {len(names)} tensors, {differ} "
-          f"differ from its own import, in one only: {only}; logits differ from transformers' by {gap:.1e}; tokens "
-          f"{found['ids']}, temperature {found['temperature']}", flush=True)
+    print(
+        f"{family}: we wrote, NeMo read a {found['class']} with {found['config']}: {len(names)} tensors, {differ} "
+        f"differ from its own import, in one only: {only}; logits differ from transformers' by {gap:.1e}; tokens "
+        f"{found['ids']}, temperature {found['temperature']}",
+        flush=True,
+    )
     without_norm(nemo)
     missing = error_of(nemo, scratch)
     run_nemo(python, "write", family, hf, scratch / "lost")
     lost = error_of(scratch / "lost", scratch)
     print(f"{family}: {missing}\n{family}: {lost}", flush=True)
-    return not (wrong or differ or set(only) - {"output_layer.weight"} or gap > 1e-4 or found["ids"] != [1, 2]
-                or found["temperature"] != 0.7 or f"lacks tensor {NORM}" not in missing or NORM not in lost)
+    return not (
+        wrong
+        or differ
+        or set(only) - {"output_layer.weight"}
+        or gap > 1e-4
+        or found["ids"] != [1, 2]
+        or found["temperature"] != 0.7
+        or f"lacks tensor {NORM}" not in missing
+        or NORM not in lost
+    )
 
 
 def main() -> int:
@@ -231,17 +300,26 @@ def main() -> int:
     if sys.argv[1:2] == ["--inside"]:
         inside(sys.argv[2:])
         return 0
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("python", type=Path, help="of the environment with nemo-toolkit")
     parser.add_argument("families", nargs="*", default=list(CHANGES), metavar="family")
     given = parser.parse_args()
     if unknown := sorted(set(given.families) - set(CHANGES)):
         parser.error(f"{unknown[0]} is not one of {', '.join(CHANGES)}")
-    version = "from importlib.metadata import version as v; print(v('nemo_toolkit'), v('megatron-core'))"
-    found = subprocess.run([given.python, "-c", version], capture_output=True, text=True) if given.python.is_file() \
+    version = (
+        "from importlib.metadata import version as v; print(v('nemo_toolkit'), v('megatron-core'))"
+    )
+    found = (
+        subprocess.run([given.python, "-c", version], capture_output=True, text=True)
+        if given.python.is_file()
         else None
+    )
     if found is None or found.returncode:
-        sys.exit(f"{given.python} is no Python with nemo-toolkit and megatron-core: see --help for how to make one")
+        sys.exit(
+            f"{given.python} is no Python with nemo-toolkit and megatron-core: see --help for how to make one"
+        )
     print(f"nemo-toolkit and megatron-core: {found.stdout.strip()}", flush=True)
     passed = []
     for family in given.families:

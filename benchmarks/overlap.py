@@ -2,22 +2,24 @@
 
     OMP_NUM_THREADS=1 python benchmarks/overlap.py [--steps 6] [--repeats 3] [--rows 64] [--elsewhere SECONDS]
 
-Three arms make the same steps of stage III on the small world's models (embedded engines, Megatron trainer, in-process
-weight sync), interleaved, one after the other in this process:
+Three arms make the same steps of stage III on the small world's models (embedded engines, Megatron
+trainer, in-process weight sync), interleaved, one after the other in this process:
 
 * ``no overlap``    every response is generated first, then all are verified, then the step trains;
 * ``streaming``     a response is verified as soon as it is finished (the default of stage III);
 * ``one step off``  streaming, and the next batch is made while this one trains (``rl.rollout.one_step_off``).
 
-Definition. A verification is *on its way* from the moment its response is finished until its judgement is there. V is
-the set of moments at which at least one verification of the step's batch is on its way, G those at which a response of
-any batch is being generated, T those at which the trainer trains. The hidden share is |V and (G or T)| / |V|, summed
-over the steps but the first (``stages/timeline.py``). What is not hidden is time in which the whole run waits for
-verifications alone. In ``no overlap`` a verification is on its way when it may start, after the last response.
+Definition. A verification is *on its way* from the moment its response is finished until its
+judgement is there. V is the set of moments at which at least one verification of the step's batch
+is on its way, G those at which a response of any batch is being generated, T those at which the
+trainer trains. The hidden share is |V and (G or T)| / |V|, summed over the steps but the first
+(``stages/timeline.py``). What is not hidden is time in which the whole run waits for verifications
+alone. In ``no overlap`` a verification is on its way when it may start, after the last response.
 
-Being hidden is not being free: with embedded engines verifier, policy and trainer share this machine's processors, and
-the two engines one thread. ``--elsewhere 1.0`` puts the verifier elsewhere: a stand-in that takes this long for each
-verification and no processor time, as a pool of servers would look from here. Then the step time shows the gain.
+Being hidden is not being free: with embedded engines verifier, policy and trainer share this
+machine's processors, and the two engines one thread. ``--elsewhere 1.0`` puts the verifier
+elsewhere: a stand-in that takes this long for each verification and no processor time, as a pool of
+servers would look from here. Then the step time shows the gain.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ class Elsewhere:
         if isinstance(parsed, FormatViolation):
             return Judgement(parsed, None)
         await asyncio.sleep(self.latency)
-        return Judgement(None, Verdict((True,) * len(parsed.steps), derive_seed(rollout.text) % 2 == 0), 0)
+        return Judgement(
+            None, Verdict((True,) * len(parsed.steps), derive_seed(rollout.text) % 2 == 0), 0
+        )
 
 
 @dataclass
@@ -103,7 +107,9 @@ class Afterwards:
 
 
 class Arm:
-    """One way of scheduling, with engines and a trainer of its own; ``step`` makes a step and notes its seconds."""
+    """One way of scheduling, with engines and a trainer of its own; ``step`` makes a step and notes
+    its seconds.
+    """
 
     def __init__(self, name: str, config: SparkConfig, folder: Path, latency: float | None) -> None:
         ahead = RolloutConfig(one_step_off=name == "one step off")
@@ -116,8 +122,11 @@ class Arm:
         judge = self.afterwards if name == "no overlap" else judge
         self.session.rollouts = replace(self.session.rollouts, judge=judge)
         self.worker = MegatronWorker.from_hf(
-            config.models.policy, config.megatron, 0, config.rl.optimizer, config.rl.steps)
-        self.sync = WeightSync.build(config.weight_sync, self.worker, engine_kind="local", folder=folder)
+            config.models.policy, config.megatron, 0, config.rl.optimizer, config.rl.steps
+        )
+        self.sync = WeightSync.build(
+            config.weight_sync, self.worker, engine_kind="local", folder=folder
+        )
         self.feed = BatchFeed(config, read_problems(config.data.rl_problems), self.session)
         self.name, self.seconds, self.verified, self.hidden, self.tokens = name, [], 0.0, 0.0, 0
 
@@ -128,8 +137,13 @@ class Arm:
         batch = self.feed.take(step)
         with timeline.during(TRAIN, step):
             train_on_rollouts(
-                self.worker, batch.rollouts, batch_advantages(batch, rl), torch.tensor(batch.rewards.valid), rl,
-                tokens_per_micro_batch=self.config.megatron.tokens_per_micro_batch)
+                self.worker,
+                batch.rollouts,
+                batch_advantages(batch, rl),
+                torch.tensor(batch.rewards.valid),
+                rl,
+                tokens_per_micro_batch=self.config.megatron.tokens_per_micro_batch,
+            )
         self.feed.settle()
         if step > 0:  # the first one has no batch ahead
             self.seconds.append(time.perf_counter() - start)
@@ -149,18 +163,36 @@ class Arm:
 
 def configured(folder: Path, arguments: argparse.Namespace) -> SparkConfig:
     """The small world's stage III without a reference model, which is no part of the question."""
-    return resolve_toy(compose_config([
-        "+experiment=toy", f"run.dir={folder}", f"rl.reward_model={ASSETS / 'verifier'}", "rl.kl_estimator=none",
-        "rl.kl_coef=null", f"rl.steps={arguments.steps}", f"engine.max_batch_size={arguments.rows}",
-        f"rl.prompts_per_step={arguments.prompts}", "data.rl_problems=toy:rl:200", "data.stage1_problems=toy:stage1:1",
-        "data.eval_problems=toy:eval:1", "data.processbench=toy:processbench:2", "pipeline.rl_answers=null",
-        "pipeline.rewards=[process_aware]"]))
+    return resolve_toy(
+        compose_config(
+            [
+                "+experiment=toy",
+                f"run.dir={folder}",
+                f"rl.reward_model={ASSETS / 'verifier'}",
+                "rl.kl_estimator=none",
+                "rl.kl_coef=null",
+                f"rl.steps={arguments.steps}",
+                f"engine.max_batch_size={arguments.rows}",
+                f"rl.prompts_per_step={arguments.prompts}",
+                "data.rl_problems=toy:rl:200",
+                "data.stage1_problems=toy:stage1:1",
+                "data.eval_problems=toy:eval:1",
+                "data.processbench=toy:processbench:2",
+                "pipeline.rl_answers=null",
+                "pipeline.rewards=[process_aware]",
+            ]
+        )
+    )
 
 
-def repeats(config: SparkConfig, folder: Path, arguments: argparse.Namespace) -> Iterator[list[Arm]]:
+def repeats(
+    config: SparkConfig, folder: Path, arguments: argparse.Namespace
+) -> Iterator[list[Arm]]:
     """Every repeat has fresh arms that make the steps in turns."""
     for repeat in range(arguments.repeats):
-        arms = [Arm(name, config, folder / f"{repeat}-{name}", arguments.elsewhere) for name in ARMS]
+        arms = [
+            Arm(name, config, folder / f"{repeat}-{name}", arguments.elsewhere) for name in ARMS
+        ]
         for step in range(arguments.steps):
             for arm in arms:
                 arm.step(step)
@@ -170,13 +202,24 @@ def repeats(config: SparkConfig, folder: Path, arguments: argparse.Namespace) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=64, help="requests that an engine decodes at once")
-    parser.add_argument("--prompts", type=int, default=16, help="prompts per step, of 16 responses each")
-    parser.add_argument("--elsewhere", type=float, default=None, metavar="SECONDS",
-                        help="a stand-in for a verifier on other machines: seconds per verification")
+    parser.add_argument(
+        "--rows", type=int, default=64, help="requests that an engine decodes at once"
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=16, help="prompts per step, of 16 responses each"
+    )
+    parser.add_argument(
+        "--elsewhere",
+        type=float,
+        default=None,
+        metavar="SECONDS",
+        help="a stand-in for a verifier on other machines: seconds per verification",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     found: dict[str, list[Arm]] = {name: [] for name in ARMS}
@@ -185,17 +228,25 @@ def main() -> None:
             for arm in arms:
                 found[arm.name].append(arm)
     base = statistics.median(s for arm in found[ARMS[0]] for s in arm.seconds)
-    print(f"{arguments.prompts * 16} responses per step, {arguments.rows} rows per engine, verifier "
-          f"{'embedded' if arguments.elsewhere is None else f'elsewhere, {arguments.elsewhere:g} s each'}")
-    print(f"{'arm':14s} {'hidden':>8s} {'verifying s/step':>17s} {'step s':>8s} {'against no overlap':>19s}")
+    print(
+        f"{arguments.prompts * 16} responses per step, {arguments.rows} rows per engine, verifier "
+        f"{'embedded' if arguments.elsewhere is None else f'elsewhere, {arguments.elsewhere:g} s each'}"
+    )
+    print(
+        f"{'arm':14s} {'hidden':>8s} {'verifying s/step':>17s} {'step s':>8s} {'against no overlap':>19s}"
+    )
     for name, arms in found.items():
         step_s = statistics.median(s for arm in arms for s in arm.seconds)
         verified = sum(arm.verified for arm in arms)
-        print(f"{name:14s} {sum(arm.hidden for arm in arms) / verified:8.1%} "
-              f"{verified / sum(len(arm.seconds) for arm in arms):17.2f} {step_s:8.2f} {base / step_s:18.2f}x")
+        print(
+            f"{name:14s} {sum(arm.hidden for arm in arms) / verified:8.1%} "
+            f"{verified / sum(len(arm.seconds) for arm in arms):17.2f} {step_s:8.2f} {base / step_s:18.2f}x"
+        )
     last = found["one step off"]
     share = sum(arm.hidden for arm in last) / sum(arm.verified for arm in last)
-    print(f"target: at least {TARGET:.0%} hidden one step off: {'met' if share >= TARGET else 'missed'} ({share:.1%})")
+    print(
+        f"target: at least {TARGET:.0%} hidden one step off: {'met' if share >= TARGET else 'missed'} ({share:.1%})"
+    )
 
 
 if __name__ == "__main__":

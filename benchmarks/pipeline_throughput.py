@@ -1,7 +1,8 @@
 """Does stage I's pipeline keep an engine busy, and does its memory stay flat?
 
-The engine is a fake: ``--slots`` requests at once, each ``--latency`` seconds, the texts canned and in the grammar.
-Keys, prompts, parsing, waves, ledger and (with ``--store DIR``) the record store are the real ones. Printed:
+The engine is a fake: ``--slots`` requests at once, each ``--latency`` seconds, the texts canned and
+in the grammar. Keys, prompts, parsing, waves, ledger and (with ``--store DIR``) the record store
+are the real ones. Printed:
 
 * share of capacity: what the slots served, over what they could have, from the second latency to the moment the last
   new problem was drawn. A slot that stands empty while the pipeline stores a result and asks for the next is missing
@@ -30,7 +31,13 @@ from pathlib import Path
 import torch
 
 from spark_nemo.config import SamplingConfig, Stage1Config
-from spark_nemo.engines.base import Engine, EngineHealth, FinishReason, Generation, GenerationRequest
+from spark_nemo.engines.base import (
+    Engine,
+    EngineHealth,
+    FinishReason,
+    Generation,
+    GenerationRequest,
+)
 from spark_nemo.engines.served import ServedModel
 from spark_nemo.grammar import render_verification
 from spark_nemo.grammar.verification import StepJudgement
@@ -39,10 +46,16 @@ from spark_nemo.records.store import RecordStore
 from spark_nemo.verification.collect import CollectCounts, Collector
 
 STEPS = 4
-SOLUTION = "".join(f"Step {k}: take {k} more, which makes {k + 1}.\n" for k in range(1, STEPS + 1)) + "Answer: 9"
+SOLUTION = (
+    "".join(f"Step {k}: take {k} more, which makes {k + 1}.\n" for k in range(1, STEPS + 1))
+    + "Answer: 9"
+)
 VERIFICATIONS = [
-    render_verification([StepJudgement("", "Recomputed.", k != wrong) for k in range(STEPS)], wrong == STEPS)
-    for wrong in range(STEPS + 1)]
+    render_verification(
+        [StepJudgement("", "Recomputed.", k != wrong) for k in range(STEPS)], wrong == STEPS
+    )
+    for wrong in range(STEPS + 1)
+]
 TEXTS = [SOLUTION, *VERIFICATIONS]
 TOKENS_PER_TEXT = 64
 SOLVE, VERIFY = SamplingConfig(max_new_tokens=100), SamplingConfig(max_new_tokens=200)
@@ -63,7 +76,9 @@ class CannedTokenizer:
 
 
 class SlottedEngine(Engine):
-    """Serves so many requests at once, each in the same time; the others wait. Sums up the time its slots are taken."""
+    """Serves so many requests at once, each in the same time; the others wait. Sums up the time its
+    slots are taken.
+    """
 
     def __init__(self, slots: int, latency: float) -> None:
         self.requests = self._in_flight = 0
@@ -93,7 +108,9 @@ class SlottedEngine(Engine):
         self._since, self._in_flight = now, self._in_flight + change
         return self._busy
 
-    async def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    async def update_weights(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], version: int
+    ) -> None:
         """Not for a fake."""
 
     async def pause(self) -> None:
@@ -116,7 +133,9 @@ class NullStore:
     def get(self, key: str, kind: str) -> None:
         """Never there."""
 
-    def append(self, key: str, kind: str, payload: dict[str, object], *, parent: str | None = None) -> None:
+    def append(
+        self, key: str, kind: str, payload: dict[str, object], *, parent: str | None = None
+    ) -> None:
         """Forgotten at once."""
 
 
@@ -138,13 +157,19 @@ class Meter:
                 self._first = time.monotonic(), self._engine.busy_seconds()
             yield Problem(f"p{number}", f"What is {number} and ten more?")
         if self._first is not None:
-            self.steady = time.monotonic() - self._first[0], self._engine.busy_seconds() - self._first[1]
+            self.steady = (
+                time.monotonic() - self._first[0],
+                self._engine.busy_seconds() - self._first[1],
+            )
 
     def __call__(self, counts: CollectCounts) -> None:
         """Report memory at each power of ten."""
         if counts.solutions >= self._next_report:
-            print(f"{counts.solutions:>10,} solutions {resident_mib():>8.1f} MiB resident "
-                  f"{time.monotonic() - self._start:>8.1f} s", flush=True)
+            print(
+                f"{counts.solutions:>10,} solutions {resident_mib():>8.1f} MiB resident "
+                f"{time.monotonic() - self._start:>8.1f} s",
+                flush=True,
+            )
             self._next_report *= 10
 
 
@@ -161,14 +186,18 @@ def open_store(folder: Path | None) -> Iterator[RecordStore | NullStore]:
         yield NullStore()
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with (tempfile.TemporaryDirectory(dir=folder) as scratch,
-          RecordStore(Path(scratch) / "store", writer_name="benchmark", fsync_every=256) as store):
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as scratch,
+        RecordStore(Path(scratch) / "store", writer_name="benchmark", fsync_every=256) as store,
+    ):
         yield store
 
 
 def main() -> None:
     """Run once and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--slots", type=int, default=1000)
     parser.add_argument("--latency", type=float, default=1.0, help="seconds of every request")
     parser.add_argument("--solutions", type=int, default=2000, help="four to a problem")
@@ -177,9 +206,14 @@ def main() -> None:
     parser.add_argument("--store", type=Path, help="folder for a real record store")
     arguments = parser.parse_args()
     config = Stage1Config(
-        solutions_per_problem=4, verifications_per_solution=arguments.votes, prompt_set="compact",
-        generator_sampling=SOLVE, verifier_sampling=VERIFY, early_stop=arguments.early_stop,
-        early_stop_error=0.05 if arguments.early_stop == "sequential" else None)
+        solutions_per_problem=4,
+        verifications_per_solution=arguments.votes,
+        prompt_set="compact",
+        generator_sampling=SOLVE,
+        verifier_sampling=VERIFY,
+        early_stop=arguments.early_stop,
+        early_stop_error=0.05 if arguments.early_stop == "sequential" else None,
+    )
     engine = SlottedEngine(arguments.slots, arguments.latency)
     served = ServedModel(engine, CannedTokenizer(), "canned")
     meter = Meter(engine, arguments.solutions // 4, 2 * arguments.latency)
@@ -190,13 +224,19 @@ def main() -> None:
         wall, cpu = time.monotonic(), time.process_time()
         counts = asyncio.run(collector.run(meter.problems(), arguments.slots))
         wall, cpu = time.monotonic() - wall, time.process_time() - cpu
-        print(f"{counts.solutions:>10,} solutions {resident_mib():>8.1f} MiB resident {wall:>8.1f} s, the end")
-    print(f"{engine.requests:,} requests in {wall:.1f} s, CPU {cpu:.1f} s: {1e6 * cpu / engine.requests:.0f} us each, "
-          f"{engine.requests / cpu:,.0f} requests per CPU second")
+        print(
+            f"{counts.solutions:>10,} solutions {resident_mib():>8.1f} MiB resident {wall:>8.1f} s, the end"
+        )
+    print(
+        f"{engine.requests:,} requests in {wall:.1f} s, CPU {cpu:.1f} s: {1e6 * cpu / engine.requests:.0f} us each, "
+        f"{engine.requests / cpu:,.0f} requests per CPU second"
+    )
     if arguments.latency and meter.steady is not None:
         seconds, busy = meter.steady
-        print(f"share of the engine's capacity over {seconds:.1f} s: {busy / (seconds * arguments.slots):.1%} "
-              f"({arguments.slots / arguments.latency:,.0f} requests/s are 100 %)")
+        print(
+            f"share of the engine's capacity over {seconds:.1f} s: {busy / (seconds * arguments.slots):.1%} "
+            f"({arguments.slots / arguments.latency:,.0f} requests/s are 100 %)"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Memory and speed of the record store: appending, looking up what is missing, opening and streaming.
+"""Memory and speed of the record store: appending, looking up what is missing, opening and
+streaming.
 
 Every size is measured in a process of its own; the memory is its peak, Python included.
 
@@ -26,25 +27,35 @@ VOTES = 3
 
 def main() -> int:
     """Print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--records", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(_measure(arguments.measure, arguments.records[0])))
         return 0
-    print("| records | appends/s | missing look-ups/s | RSS writer, MiB | open again, s | read-only open, s | "
-          "streamed/s by solution | RSS reader, MiB |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| records | appends/s | missing look-ups/s | RSS writer, MiB | open again, s | read-only open, s | "
+        "streamed/s by solution | RSS reader, MiB |\n|---|---|---|---|---|---|---|---|"
+    )
     for records in arguments.records:
         with tempfile.TemporaryDirectory() as folder:
             row = {}
             for _ in range(2):  # the second process finds the store there and reads it
                 done = subprocess.run(
-                    [sys.executable, __file__, "--measure", folder, "--records", str(records)], check=True,
-                    capture_output=True, text=True)
+                    [sys.executable, __file__, "--measure", folder, "--records", str(records)],
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                )
                 row.update(json.loads(done.stdout))
-        print(f"| {records:,} | {row['append']:,.0f} | {row['missing']:,.0f} | {row['writer_rss']:.1f} | "
-              f"{row['reopen']:.2f} | {row['open']:.2f} | {row['stream']:,.0f} | {row['reader_rss']:.1f} |", flush=True)
+        print(
+            f"| {records:,} | {row['append']:,.0f} | {row['missing']:,.0f} | {row['writer_rss']:.1f} | "
+            f"{row['reopen']:.2f} | {row['open']:.2f} | {row['stream']:,.0f} | {row['reader_rss']:.1f} |",
+            flush=True,
+        )
     return 0
 
 
@@ -60,7 +71,9 @@ def _measure(folder: Path, records: int) -> dict[str, float]:
             store.append(solution, "solution", {"text": TEXT, "key": solution})
             for vote in range(VOTES):
                 key = content_key("verification", number, vote)
-                store.append(key, "verification", {"text": TEXT, "solution_key": solution}, parent=solution)
+                store.append(
+                    key, "verification", {"text": TEXT, "solution_key": solution}, parent=solution
+                )
         store.flush()
 
     def look_up() -> None:
@@ -69,7 +82,11 @@ def _measure(folder: Path, records: int) -> dict[str, float]:
 
     figures = {"append": records / _seconds(append), "missing": 10_000 / _seconds(look_up)}
     store.close()
-    return {**figures, "reopen": _seconds(lambda: RecordStore(folder, "w").close()), "writer_rss": _rss_mib()}
+    return {
+        **figures,
+        "reopen": _seconds(lambda: RecordStore(folder, "w").close()),
+        "writer_rss": _rss_mib(),
+    }
 
 
 def _measure_reading(folder: Path, records: int) -> dict[str, float]:

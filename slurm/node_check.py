@@ -1,7 +1,8 @@
-"""Is this node fit for the job? Run once per node by preflight; prints ``NODE ok PORT`` or ``NODE REASON``.
+"""Is this node fit for the job? Run once per node by preflight; prints ``NODE ok PORT`` or ``NODE
+REASON``.
 
-Standard library only, so that it runs in every image. PORT is the first of ``--ports`` free ones in a row, where ranks
-can meet and servers listen.
+Standard library only, so that it runs in every image. PORT is the first of ``--ports`` free ones in
+a row, where ranks can meet and servers listen.
 """
 
 from __future__ import annotations
@@ -19,13 +20,21 @@ TRIED_PORTS = 64
 def main() -> None:
     """Print the answer for this node."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--canary", required=True, help="file that the batch script has just written")
+    parser.add_argument(
+        "--canary", required=True, help="file that the batch script has just written"
+    )
     parser.add_argument("--head", required=True, help="node where the ranks meet")
     parser.add_argument("--gpus", type=int, default=0)
-    parser.add_argument("--gpu-count", default="", help="shell command that prints the number of GPUs")
+    parser.add_argument(
+        "--gpu-count", default="", help="shell command that prints the number of GPUs"
+    )
     parser.add_argument("--first-port", type=int, required=True)
-    parser.add_argument("--ports", type=int, default=1, help="how many free ports are needed, in a row")
-    parser.add_argument("--needs", action="append", default=[], help="file or folder that must be visible")
+    parser.add_argument(
+        "--ports", type=int, default=1, help="how many free ports are needed, in a row"
+    )
+    parser.add_argument(
+        "--needs", action="append", default=[], help="file or folder that must be visible"
+    )
     arguments = parser.parse_args()
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     port = first_free(arguments.first_port, arguments.ports)
@@ -42,22 +51,30 @@ def trouble(arguments: argparse.Namespace) -> str:
     except OSError as error:
         return f"cannot resolve the head node {arguments.head}: {error}"
     if int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1 and (name := unreachable_name()):
-        return (f"resolves its own name {name} to itself alone (127...), where servers and gloo would listen "
-                "unreachable for the other nodes: mend /etc/hosts, or for gloo alone set GLOO_SOCKET_IFNAME in "
-                "slurm/site.env")
+        return (
+            f"resolves its own name {name} to itself alone (127...), where servers and gloo would listen "
+            "unreachable for the other nodes: mend /etc/hosts, or for gloo alone set GLOO_SOCKET_IFNAME in "
+            "slurm/site.env"
+        )
     if arguments.gpus:
-        counted = subprocess.run(arguments.gpu_count, shell=True, capture_output=True, text=True, check=False)
+        counted = subprocess.run(
+            arguments.gpu_count, shell=True, capture_output=True, text=True, check=False
+        )
         found = counted.stdout.strip()
         if found != str(arguments.gpus):
-            return (f"has {found or 'no'} GPUs of GPUS_PER_NODE={arguments.gpus} ({arguments.gpu_count}; a step sees "
-                    "those that the job asked for, as with sbatch --gpus-per-node: --exclusive alone asks for none) "
-                    f"{counted.stderr.strip()}")
+            return (
+                f"has {found or 'no'} GPUs of GPUS_PER_NODE={arguments.gpus} ({arguments.gpu_count}; a step sees "
+                "those that the job asked for, as with sbatch --gpus-per-node: --exclusive alone asks for none) "
+                f"{counted.stderr.strip()}"
+            )
     return ""
 
 
 def unreachable_name() -> str:
-    """A name of this node that servers (its name in Slurm) or gloo (its host name) listen at, if nobody else can reach
-    them there; Debian's installer writes ``127.0.1.1 NAME`` into /etc/hosts. Else an empty string."""
+    """A name of this node that servers (its name in Slurm) or gloo (its host name) listen at, if
+    nobody else can reach them there; Debian's installer writes ``127.0.1.1 NAME`` into /etc/hosts.
+    Else an empty string.
+    """
     names = [os.environ.get("SLURMD_NODENAME", "")]
     if not os.environ.get("GLOO_SOCKET_IFNAME"):
         names.append(socket.gethostname())
@@ -72,7 +89,9 @@ def unreachable_name() -> str:
 
 
 def first_free(first: int, count: int) -> int:
-    """The first of ``count`` neighbouring ports that nobody listens on, 0 when there are none near ``first``."""
+    """The first of ``count`` neighbouring ports that nobody listens on, 0 when there are none near
+    ``first``.
+    """
     for start in range(first, first + TRIED_PORTS):
         if all(is_free(port) for port in range(start, start + count)):
             return start

@@ -1,4 +1,6 @@
-"""Do these servers answer? Prints those that do not and ends with 0 when all do. Standard library only."""
+"""Do these servers answer? Prints those that do not and ends with 0 when all do. Standard library
+only.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def trouble(url: str) -> str:
-    """Why the server is not ready, or an empty string. The key comes from the environment, never from arguments."""
+    """Why the server is not ready, or an empty string. The key comes from the environment, never
+    from arguments.
+    """
     request = urllib.request.Request(f"{url}/health")
     if key := os.environ.get("SPARK_NEMO_API_KEY"):
         request.add_header("Authorization", f"Bearer {key}")

@@ -1,4 +1,6 @@
-"""For every test: one thread, no network, and no deadline on property tests, whose speed is the machine's affair."""
+"""For every test: one thread, no network, and no deadline on property tests, whose speed is the
+machine's affair.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""What the tools over checkpoints share: their kinds of arguments, how an error in the input ends them, and what a
-conversion says at its end."""
+"""What the tools over checkpoints share: their kinds of arguments, how an error in the input ends
+them, and what a conversion says at its end.
+"""
 
 from __future__ import annotations
 
@@ -45,23 +46,31 @@ def _number(text: str, allowed: Callable[[float], bool], what: str) -> float:
 
 
 def exit_status(work: Callable[[], int | None]) -> int:
-    """The status of ``work``, 0 when it has none, 2 after an error in the input, which is printed, 130 after Ctrl-C and
-    141 when nobody reads on (a pipe into head), as of a program that has no word in it.
+    """The status of ``work``, 0 when it has none, 2 after an error in the input, which is printed,
+    130 after Ctrl-C and 141 when nobody reads on (a pipe into head), as of a program that has no
+    word in it.
 
-    ``work`` imports what needs megatron-core, whose remarks on packages that are not installed are not shown.
+    ``work`` imports what needs megatron-core, whose remarks on packages that are not installed are
+    not shown.
     """
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\..*|torch\..*|spark_nemo\..*")
+            warnings.filterwarnings(
+                "ignore", category=UserWarning, module=r"megatron\..*|torch\..*|spark_nemo\..*"
+            )
             status = work() or 0
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python complains when it flushes at the end
         return 141
     except (ConfigError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = ": make room where the output shall be, and the same command goes on" if full else ""
+        advice = (
+            ": make room where the output shall be, and the same command goes on" if full else ""
+        )
         print(f"error: {error}{advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -71,5 +80,7 @@ def exit_status(work: Callable[[], int | None]) -> int:
 
 def say(done: Converted) -> None:
     """Print what a conversion has made, and how fast."""
-    print(f"{done.folder}: {done.num_tensors} tensors, {done.num_bytes / 1e9:.2f} GB in {done.seconds:.1f} s "
-          f"({done.num_bytes / 1e6 / done.seconds:.0f} MB/s)")
+    print(
+        f"{done.folder}: {done.num_tensors} tensors, {done.num_bytes / 1e9:.2f} GB in {done.seconds:.1f} s "
+        f"({done.num_bytes / 1e6 / done.seconds:.0f} MB/s)"
+    )

@@ -20,15 +20,28 @@ from spark_nemo.config.errors import ConfigError, without_effect
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit status described above."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("one", type=folder, help="a checkpoint of any format")
     parser.add_argument("other", type=folder, help="another")
-    parser.add_argument("--tolerance", type=tolerance, default=0.0,
-                        help="largest absolute difference to accept (default: 0)")
-    parser.add_argument("--text", type=folder, help="also build both models and compare float32 logits on this file")
-    parser.add_argument("--with-optimizer", action="store_true",
-                        help="compare two Megatron folders under their stored names, optimizer included")
-    parser.add_argument("--hf-config", type=folder, help="folder with config.json for sources that have none")
+    parser.add_argument(
+        "--tolerance",
+        type=tolerance,
+        default=0.0,
+        help="largest absolute difference to accept (default: 0)",
+    )
+    parser.add_argument(
+        "--text", type=folder, help="also build both models and compare float32 logits on this file"
+    )
+    parser.add_argument(
+        "--with-optimizer",
+        action="store_true",
+        help="compare two Megatron folders under their stored names, optimizer included",
+    )
+    parser.add_argument(
+        "--hf-config", type=folder, help="folder with config.json for sources that have none"
+    )
     parser.add_argument("--trust-pickle", action="store_true", help="also read pytorch_model*.bin")
     given = parser.parse_args(arguments)
     return exit_status(lambda: compare(given))
@@ -38,20 +51,33 @@ def compare(given: argparse.Namespace) -> int:
     """Print differences and return the exit status."""
     import torch
 
-    from spark_nemo.megatron.checkpoint.compare import compare_models, compare_stored, logits_difference
+    from spark_nemo.megatron.checkpoint.compare import (
+        compare_models,
+        compare_stored,
+        logits_difference,
+    )
     from spark_nemo.megatron.checkpoint.opened import open_checkpoint
     from spark_nemo.megatron.checkpoint.stored import StoredCheckpoint
     from spark_nemo.megatron.checkpoint.training import newest
 
     text = read_text(given)
     if given.with_optimizer:
-        differences = compare_stored(*(StoredCheckpoint(newest(path)) for path in (given.one, given.other)))
+        differences = compare_stored(
+            *(StoredCheckpoint(newest(path)) for path in (given.one, given.other))
+        )
     else:
         has_config = {path: (path / "config.json").is_file() for path in (given.one, given.other)}
-        # With a type given, config.json need not state the tensors' own; they are compared as they are.
-        opened = [open_checkpoint(path, None if has_config[path] else given.hf_config,
-                                  torch.float32 if has_config[path] else None, given.trust_pickle)
-                  for path in (given.one, given.other)]
+        # With a type given, config.json need not state the tensors' own; they are compared as they
+        # are.
+        opened = [
+            open_checkpoint(
+                path,
+                None if has_config[path] else given.hf_config,
+                torch.float32 if has_config[path] else None,
+                given.trust_pickle,
+            )
+            for path in (given.one, given.other)
+        ]
         differences = compare_models(*opened)
     total, bad, worst = 0, 0, 0.0
     for found in differences:
@@ -61,11 +87,17 @@ def compare(given: argparse.Namespace) -> int:
         worst = max(worst, found.max_abs)
         accepted = found.found in ("differs", "dtype") and found.max_abs <= given.tolerance
         bad += not accepted
-        print(f"{found.name}: {found.found}{' ' + found.detail if found.detail else ''}, max {found.max_abs:.3g}")
-    print(f"{total} tensors, {bad} not the same within {given.tolerance:g}, largest difference {worst:.3g}")
+        print(
+            f"{found.name}: {found.found}{' ' + found.detail if found.detail else ''}, max {found.max_abs:.3g}"
+        )
+    print(
+        f"{total} tensors, {bad} not the same within {given.tolerance:g}, largest difference {worst:.3g}"
+    )
     if text is not None:
-        tokenizer = next((path for x in opened for path in x.companions if (path / "tokenizer.json").is_file()),
-                         opened[0].companions[0])
+        tokenizer = next(
+            (path for x in opened for path in x.companions if (path / "tokenizer.json").is_file()),
+            opened[0].companions[0],
+        )
         with torch.no_grad():
             logits = logits_difference(*opened, text, tokenizer)
         print(f"logits: largest difference {logits:.3g}")

@@ -1,9 +1,11 @@
-"""What is in a checkpoint: format, step, layout, and name, shape, type and size of every tensor, without loading any.
+"""What is in a checkpoint: format, step, layout, and name, shape, type and size of every tensor,
+without loading any.
 
     python tools/inspect_checkpoint.py checkpoints/qwen2.5-7b
     python tools/inspect_checkpoint.py runs/rl/checkpoints --summary
 
-Reads Hugging Face, Megatron (torch_dist) and NeMo 2 folders, and runs of training. See docs/checkpoints.md.
+Reads Hugging Face, Megatron (torch_dist) and NeMo 2 folders, and runs of training. See
+docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -17,9 +19,14 @@ from checkpoint_tools import exit_status, folder
 
 def main(arguments: list[str] | None = None) -> int:
     """2 after an error in the input, which is printed; else 0."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=folder,
-                        help="a checkpoint, or a run's folder of checkpoints (its newest is taken)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "folder",
+        type=folder,
+        help="a checkpoint, or a run's folder of checkpoints (its newest is taken)",
+    )
     parser.add_argument("--summary", action="store_true", help="leave out the list of tensors")
     given = parser.parse_args(arguments)
     return exit_status(lambda: inspect(given.folder, every_tensor=not given.summary))

@@ -1,9 +1,10 @@
-"""Sample the small world's verification data with every labelling method over several seeds and compare the labels
-with the hidden truth: a section of docs/results.md.
+"""Sample the small world's verification data with every labelling method over several seeds and
+compare the labels with the hidden truth: a section of docs/results.md.
 
     python tools/label_quality.py --seeds 0 1 2 3 4
 
-Runs that are finished already are not sampled again; delete their folder under runs/labels to repeat them.
+Runs that are finished already are not sampled again; delete their folder under runs/labels to
+repeat them.
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ def main() -> None:
         config = resolve_toy(compose_config(overrides))
         oracle = oracle_for(config)
         if oracle is None:
-            raise ConfigError("label quality needs the small world's generator: only it has a hidden truth")
+            raise ConfigError(
+                "label quality needs the small world's generator: only it has a hidden truth"
+            )
         by_seed[seed] = label_scores(folder, config, oracle)
-    command = " ".join(["python tools/label_quality.py --seeds", *map(str, by_seed), *arguments.overrides])
+    command = " ".join(
+        ["python tools/label_quality.py --seeds", *map(str, by_seed), *arguments.overrides]
+    )
     update_document(arguments.out, label_section(by_seed, command))
     print(f"{len(by_seed)} seeds: {arguments.out}")
 

@@ -2,7 +2,8 @@
 
     python tools/results.py --seeds 0 1 2
 
-Runs that are finished already are not run again; delete their folder under runs/results to repeat them.
+Runs that are finished already are not run again; delete their folder under runs/results to repeat
+them.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from spark_nemo.report.sections import keep_sections
 def main() -> None:
     """Run what is missing, then write the document; its sections by other tools stay."""
     arguments = seed_arguments(__doc__, [0, 1, 2], "runs/results").parse_args()
-    summaries = [json.loads((folder / "summary.json").read_text())
-                 for _, folder, _ in run_seeds("pipeline", arguments, ["+experiment=toy"])]
+    summaries = [
+        json.loads((folder / "summary.json").read_text())
+        for _, folder, _ in run_seeds("pipeline", arguments, ["+experiment=toy"])
+    ]
     before = arguments.out.read_text() if arguments.out.exists() else ""
     write_text_atomic(arguments.out, keep_sections(before, results_markdown(summaries)))
     print(f"{len(summaries)} seeds: {arguments.out}")

@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def seed_arguments(description: str, seeds: Sequence[int], runs: str) -> argparse.ArgumentParser:
     """A parser with --seeds, --runs, --out and Hydra overrides."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
     parser.add_argument("--runs", type=Path, default=Path(runs), help="folder for the runs")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results.md")
@@ -22,11 +24,15 @@ def seed_arguments(description: str, seeds: Sequence[int], runs: str) -> argpars
 
 
 def run_seeds(
-    command: str, arguments: argparse.Namespace, overrides: Sequence[str],
+    command: str,
+    arguments: argparse.Namespace,
+    overrides: Sequence[str],
 ) -> Iterator[tuple[int, Path, list[str]]]:
-    """Run ``spark-nemo COMMAND`` for one seed after the other; yields seed, run folder and the run's overrides.
+    """Run ``spark-nemo COMMAND`` for one seed after the other; yields seed, run folder and the
+    run's overrides.
 
-    What a run has finished already is not run again. Ends the program with the status of the first run that fails.
+    What a run has finished already is not run again. Ends the program with the status of the first
+    run that fails.
     """
     for seed in dict.fromkeys(arguments.seeds):
         folder = arguments.runs / f"seed-{seed}"

@@ -1,6 +1,7 @@
-"""Write the questions of a Skywork-OR1 parquet file as the JSONL that stages I to III read. No answer is read.
+"""Write the questions of a Skywork-OR1 parquet file as the JSONL that stages I to III read. No
+answer is read.
 
-    python tools/skywork_prompts.py skywork_math_8k.parquet data/spark/skywork_8k.jsonl
+python tools/skywork_prompts.py skywork_math_8k.parquet data/spark/skywork_8k.jsonl
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from spark_nemo.records.jsonl import write_text_atomic
 
 def main(argv: list[str] | None = None) -> int:
     """Returns 0, or 2 when the file cannot be used (one line says why)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parquet", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args(argv)
@@ -26,7 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     except DataFileError as error:
         print(f"skywork_prompts: error: {error}", file=sys.stderr)
         return 2
-    write_text_atomic(arguments.out, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in problems))
+    write_text_atomic(
+        arguments.out, "".join(json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in problems)
+    )
     print(f"{len(problems)} problems in {arguments.out}")
     return 0
 

@@ -2,8 +2,8 @@
 
     python tools/study.py --seeds 0 1 2 3 4
 
-One pipeline a seed (conf/experiment/toy_study.yaml). Parts that are finished already are not run again; delete a seed's
-folder under runs/study to repeat it.
+One pipeline a seed (conf/experiment/toy_study.yaml). Parts that are finished already are not run
+again; delete a seed's folder under runs/study to repeat it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from spark_nemo.report.study_table import study_section
 def main() -> None:
     """Run what is missing, then write the section."""
     arguments = seed_arguments(__doc__, [0, 1, 2, 3, 4], "runs/study").parse_args()
-    by_seed = {seed: json.loads((folder / "summary.json").read_text())
-               for seed, folder, _ in run_seeds("pipeline", arguments, ["+experiment=toy_study"])}
+    by_seed = {
+        seed: json.loads((folder / "summary.json").read_text())
+        for seed, folder, _ in run_seeds("pipeline", arguments, ["+experiment=toy_study"])
+    }
     command = " ".join(["python tools/study.py --seeds", *map(str, by_seed), *arguments.overrides])
     update_document(arguments.out, study_section(by_seed, command))
     print(f"{len(by_seed)} seeds: {arguments.out}")

@@ -25,38 +25,68 @@ EXAMPLES = """examples:
 def add_data_commands(commands: argparse._SubParsersAction) -> None:
     """The ``data`` command and its four subcommands."""
     data = commands.add_parser(
-        "data", help="look into a stage I store: stats, show, export, verify", epilog=EXAMPLES,
+        "data",
+        help="look into a stage I store: stats, show, export, verify",
+        epilog=EXAMPLES,
         description="Look into the store of stage I. RUN is a run folder, or a store folder.",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     kinds = data.add_subparsers(required=True, metavar="COMMAND")
-    stats = _command(kinds, "stats", _stats, "counts by kind, outcome and shard, votes, tokens, failures by reason")
+    stats = _command(
+        kinds,
+        "stats",
+        _stats,
+        "counts by kind, outcome and shard, votes, tokens, failures by reason",
+    )
     stats.add_argument("--json", action="store_true", help="print JSON instead of a table")
     show = _command(kinds, "show", _show, "print one record")
     show.add_argument("id", help="a key, or enough of its beginning to name one record")
     export = _command(kinds, "export", _export, "write records or labels as flat rows")
-    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="name ending in .jsonl or .parquet")
-    export.add_argument("--kind", help="solution, verification, label (stage II's) or any other kind there is; "
-                                       "without it all records of the store, for .jsonl only")
-    _command(kinds, "verify", _verify, "read every byte and check every record; exit status 1 when something is wrong")
+    export.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="name ending in .jsonl or .parquet"
+    )
+    export.add_argument(
+        "--kind",
+        help="solution, verification, label (stage II's) or any other kind there is; "
+        "without it all records of the store, for .jsonl only",
+    )
+    _command(
+        kinds,
+        "verify",
+        _verify,
+        "read every byte and check every record; exit status 1 when something is wrong",
+    )
 
 
 def store_folder(run: Path) -> Path:
-    """The store of a run folder, or the folder itself when it is one. Raises ``ConfigError`` when there is neither."""
+    """The store of a run folder, or the folder itself when it is one. Raises ``ConfigError`` when
+    there is neither.
+    """
     for folder in (run / "stage1/store", run / "store", run):
         if folder.is_dir() and shard_paths(folder):
             return folder
-    raise ConfigError(f"{run}: neither a run folder with stage1/store nor a store: no *.records there")
+    raise ConfigError(
+        f"{run}: neither a run folder with stage1/store nor a store: no *.records there"
+    )
 
 
 def read_made_by(folder: Path) -> dict[str, object]:
-    """What stage I wrote beside the store about how its records were made; empty when it is not there."""
+    """What stage I wrote beside the store about how its records were made; empty when it is not
+    there.
+    """
     path = folder.parent / "made_by.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def label_files(folder: Path) -> list[Path]:
-    """One labels.jsonl of every method that stage II labelled this store by: its models of all kinds have the same."""
-    found = sorted(folder.parent.parent.glob("stage2/*/labels.jsonl")) if folder.parent.name == "stage1" else []
+    """One labels.jsonl of every method that stage II labelled this store by: its models of all
+    kinds have the same.
+    """
+    found = (
+        sorted(folder.parent.parent.glob("stage2/*/labels.jsonl"))
+        if folder.parent.name == "stage1"
+        else []
+    )
     by_method: dict[str, Path] = {}
     for path in found:
         method, _, variant = path.parent.name.rpartition("-")
@@ -64,9 +94,16 @@ def label_files(folder: Path) -> list[Path]:
     return list(by_method.values())
 
 
-def _command(kinds: argparse._SubParsersAction, name: str, run: object, summary: str) -> argparse.ArgumentParser:
-    command = kinds.add_parser(name, help=summary, description=summary, epilog=EXAMPLES,
-                               formatter_class=argparse.RawDescriptionHelpFormatter)
+def _command(
+    kinds: argparse._SubParsersAction, name: str, run: object, summary: str
+) -> argparse.ArgumentParser:
+    command = kinds.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     command.add_argument("run_folder", type=Path, metavar="RUN", help="run folder or store folder")
     command.set_defaults(run=run)
     return command
@@ -78,8 +115,10 @@ def _stats(arguments: argparse.Namespace) -> int:
     folder = store_folder(arguments.run_folder)
     with RecordStore(folder) as store:
         figures = asdict(store_statistics(store))
-    figures["runs"] = {path.stem.removeprefix("stats-"): json.loads(path.read_text(encoding="utf-8"))
-                       for path in sorted(folder.parent.glob("stats-*.json"))}
+    figures["runs"] = {
+        path.stem.removeprefix("stats-"): json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.parent.glob("stats-*.json"))
+    }
     print(json.dumps(figures, indent=2) if arguments.json else "\n".join(_table(figures)))
     return 0
 
@@ -102,8 +141,10 @@ def _table(figures: dict[str, dict]) -> Iterator[str]:
     for shard, kinds in figures["shards"].items():
         yield f"  {shard}: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}"
     if figures["corrupt_records"] or figures["torn_tails"]:
-        yield (f"\n{figures['corrupt_records']} corrupt records, {figures['torn_tails']} unfinished ones at the end of "
-               "a shard: see `spark-nemo data verify`")
+        yield (
+            f"\n{figures['corrupt_records']} corrupt records, {figures['torn_tails']} unfinished ones at the end of "
+            "a shard: see `spark-nemo data verify`"
+        )
     for name, run in figures["runs"].items():
         failures = run.pop("engine_failures", {})
         yield f"\nlast run of {name}: {', '.join(f'{key} {value}' for key, value in run.items())}"
@@ -124,7 +165,9 @@ def _show(arguments: argparse.Namespace) -> int:
         shard, offset = store.location(key, kind) or ("", 0)
         parent = store.parent(key, kind)
     text = payload.pop("text", None)
-    print(f"{kind} {key}\n  in {shard} at byte {offset}" + (f"\n  parent: {parent}" if parent else ""))
+    print(
+        f"{kind} {key}\n  in {shard} at byte {offset}" + (f"\n  parent: {parent}" if parent else "")
+    )
     for name, value in payload.items():
         print(f"  {name}: {value if isinstance(value, str) else json.dumps(value)}")
     if text is not None:
@@ -141,10 +184,14 @@ def _export(arguments: argparse.Namespace) -> int:
         files = label_files(folder)
         if arguments.kind == LABEL:
             if not files:
-                raise ConfigError(f"{arguments.run_folder}: no stage2/*/labels.jsonl there: run `spark-nemo stage2`")
+                raise ConfigError(
+                    f"{arguments.run_folder}: no stage2/*/labels.jsonl there: run `spark-nemo stage2`"
+                )
             rows = label_rows(files)
         elif arguments.kind is not None and arguments.kind not in store.kinds():
-            raise ConfigError(f"--kind {arguments.kind}: the store has {', '.join(store.kinds())}; stage II has label")
+            raise ConfigError(
+                f"--kind {arguments.kind}: the store has {', '.join(store.kinds())}; stage II has label"
+            )
         else:
             rows = (row for kind in kinds for row in store_rows(store, kind))
         number = write_rows(arguments.out, arguments.kind, rows)

@@ -14,5 +14,15 @@ from spark_nemo.stages.jobs import JobFailed
 from spark_nemo.stages.stage1_watch import TooManyFailures
 
 USER_ERRORS = (
-    ConfigError, DataFileError, EngineFailure, FailureRateExceeded, JobFailed, NonFiniteGradient, OSError, StoreFull,
-    SummaryError, TokenizerError, TooManyFailures)
+    ConfigError,
+    DataFileError,
+    EngineFailure,
+    FailureRateExceeded,
+    JobFailed,
+    NonFiniteGradient,
+    OSError,
+    StoreFull,
+    SummaryError,
+    TokenizerError,
+    TooManyFailures,
+)

@@ -1,4 +1,6 @@
-"""``spark-nemo evaluate math|processbench|compare``: score a model, or outputs that were saved before."""
+"""``spark-nemo evaluate math|processbench|compare``: score a model, or outputs that were saved
+before.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,22 @@ def add_evaluate_arguments(kind: str, command: argparse.ArgumentParser) -> None:
     many = "+" if kind == "processbench" else None
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="Hugging Face model folder to ask; needs a configuration")
-    source.add_argument("--predictions", nargs=many, metavar="FILE", help="score saved outputs, without a model" + (
-        "; several files vote" if many else ""))
-    _add_data_argument(command, "data.processbench" if kind == "processbench" else "data.eval_problems")
+    source.add_argument(
+        "--predictions",
+        nargs=many,
+        metavar="FILE",
+        help="score saved outputs, without a model" + ("; several files vote" if many else ""),
+    )
+    _add_data_argument(
+        command, "data.processbench" if kind == "processbench" else "data.eval_problems"
+    )
     (_add_math_arguments if kind == "math" else _add_judge_arguments)(command)
 
 
 def add_asking_arguments(command: argparse.ArgumentParser) -> None:
-    """``--model`` with the options of both benchmarks, for the plan of a job; ``refuse_the_others`` then looks."""
+    """``--model`` with the options of both benchmarks, for the plan of a job; ``refuse_the_others``
+    then looks.
+    """
     command.add_argument("--model", help="with evaluate-*: the model folder")
     _add_data_argument(command, "the configured data")
     _add_math_arguments(command)
@@ -38,46 +48,86 @@ def add_asking_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def refuse_the_others(kind: str | None, arguments: argparse.Namespace) -> None:
-    """Raise ``ConfigError`` for an option that is not one of the benchmark ``kind``'s; None: of no benchmark's."""
-    given = {"math": {"--benchmark": arguments.benchmark, "--k": arguments.k},
-             "processbench": {"--critic": arguments.critic, "--votes": arguments.votes != 1}}
-    named = [name for owner, options in given.items() if owner != kind for name, value in options.items() if value]
-    named += [name for name, value in (("--model", arguments.model), ("--data", arguments.data)) if value and not kind]
+    """Raise ``ConfigError`` for an option that is not one of the benchmark ``kind``'s; None: of no
+    benchmark's.
+    """
+    given = {
+        "math": {"--benchmark": arguments.benchmark, "--k": arguments.k},
+        "processbench": {"--critic": arguments.critic, "--votes": arguments.votes != 1},
+    }
+    named = [
+        name
+        for owner, options in given.items()
+        if owner != kind
+        for name, value in options.items()
+        if value
+    ]
+    named += [
+        name
+        for name, value in (("--model", arguments.model), ("--data", arguments.data))
+        if value and not kind
+    ]
     if named:
-        raise ConfigError(f"{named[0]}: {f'evaluate {kind}' if kind else 'this stage'} has no such option")
+        raise ConfigError(
+            f"{named[0]}: {f'evaluate {kind}' if kind else 'this stage'} has no such option"
+        )
     if kind and not arguments.model:
         raise ConfigError(f"evaluate {kind}: --model is missing: name the model folder")
 
 
 def add_compare_arguments(command: argparse.ArgumentParser) -> None:
     """Two files of completions and their problems."""
-    command.add_argument("first", metavar="FIRST.jsonl", help="completions that `evaluate math` saved")
-    command.add_argument("second", metavar="SECOND.jsonl", help="another run's completions of the same problems")
-    command.add_argument("--data", nargs="+", metavar="FILE", required=True, help=f"the problems: {_SOURCES}")
+    command.add_argument(
+        "first", metavar="FIRST.jsonl", help="completions that `evaluate math` saved"
+    )
+    command.add_argument(
+        "second", metavar="SECOND.jsonl", help="another run's completions of the same problems"
+    )
+    command.add_argument(
+        "--data", nargs="+", metavar="FILE", required=True, help=f"the problems: {_SOURCES}"
+    )
     _add_math_arguments(command)
 
 
 def _add_data_argument(command: argparse.ArgumentParser, configured: str) -> None:
-    command.add_argument("--data", nargs="+", metavar="FILE",
-                         help=f"what --predictions are about, or what --model is asked in place of {configured}: "
-                              f"{_SOURCES}")
+    command.add_argument(
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help=f"what --predictions are about, or what --model is asked in place of {configured}: "
+        f"{_SOURCES}",
+    )
 
 
 def _add_judge_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--critic", action="store_true", help="ask --model as the benchmark's critic (any chat "
-                         "model), not as a reward model of stage2.variant")
-    command.add_argument("--votes", type=int, default=1, metavar="N", help="with --model: majority over N replies")
+    command.add_argument(
+        "--critic",
+        action="store_true",
+        help="ask --model as the benchmark's critic (any chat "
+        "model), not as a reward model of stage2.variant",
+    )
+    command.add_argument(
+        "--votes", type=int, default=1, metavar="N", help="with --model: majority over N replies"
+    )
 
 
 def _add_math_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--benchmark", help="format of --data where its name does not tell, e.g. amc23")
+    command.add_argument(
+        "--benchmark", help="format of --data where its name does not tell, e.g. amc23"
+    )
     command.add_argument("--k", nargs="+", type=int, default=[], help="the k of pass@k and maj@k")
 
 
 def overrides_after_data(arguments: argparse.Namespace) -> None:
-    """Give the overrides their words that stand behind ``--data FILE...``, which argparse takes for more files."""
+    """Give the overrides their words that stand behind ``--data FILE...``, which argparse takes for
+    more files.
+    """
     if arguments.data is not None:
-        words = [word for word in arguments.data if word[:1] in "+~" or ("=" in word and not Path(word).exists())]
+        words = [
+            word
+            for word in arguments.data
+            if word[:1] in "+~" or ("=" in word and not Path(word).exists())
+        ]
         arguments.data = [word for word in arguments.data if word not in words]
         arguments.overrides += words
 
@@ -85,12 +135,18 @@ def overrides_after_data(arguments: argparse.Namespace) -> None:
 def score_saved(kind: str, arguments: argparse.Namespace) -> str:
     """The table for ``--predictions``."""
     if not arguments.data:
-        raise ConfigError("--predictions needs --data: the file with the problems the predictions are about")
+        raise ConfigError(
+            "--predictions needs --data: the file with the problems the predictions are about"
+        )
     if arguments.overrides:
-        raise ConfigError(f"{arguments.overrides[0]} has no effect with --predictions: no model is asked")
+        raise ConfigError(
+            f"{arguments.overrides[0]} has no effect with --predictions: no model is asked"
+        )
     if kind == "processbench" and (arguments.critic or arguments.votes != 1):
-        raise ConfigError(f"{'--critic' if arguments.critic else '--votes'} has no effect with --predictions: no model "
-                          "is asked; the file says what was voted")
+        raise ConfigError(
+            f"{'--critic' if arguments.critic else '--votes'} has no effect with --predictions: no model "
+            "is asked; the file says what was voted"
+        )
     try:
         return (_saved_processbench if kind == "processbench" else _saved_math)(arguments)
     except ValueError as error:
@@ -98,10 +154,14 @@ def score_saved(kind: str, arguments: argparse.Namespace) -> str:
 
 
 def score_model(kind: str, config: SparkConfig, arguments: argparse.Namespace) -> str:
-    """The table for ``--model``, its last line the overall figure; what the model said is saved under
-    ``run.dir/evaluate``, and the first line says how to score that again."""
-    name, configured = (("data.processbench", config.data.processbench) if kind == "processbench" else
-                        ("data.eval_problems", config.data.eval_problems))
+    """The table for ``--model``, its last line the overall figure; what the model said is saved
+    under ``run.dir/evaluate``, and the first line says how to score that again.
+    """
+    name, configured = (
+        ("data.processbench", config.data.processbench)
+        if kind == "processbench"
+        else ("data.eval_problems", config.data.eval_problems)
+    )
     data = arguments.data or ([configured] if configured else [])
     if not data:
         raise ConfigError(f"{name} is not set; or name files with --data")
@@ -121,7 +181,9 @@ def compare_saved(arguments: argparse.Namespace) -> str:
 
     try:
         sets = read_math_sets(arguments.data, arguments.benchmark)
-        return _comparison_table(compare_completions(arguments.first, arguments.second, sets, arguments.k))
+        return _comparison_table(
+            compare_completions(arguments.first, arguments.second, sets, arguments.k)
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -130,12 +192,18 @@ def model_output(kind: str, config: SparkConfig, arguments: argparse.Namespace) 
     """Where ``score_model`` saves what the model said."""
     # All trained models are called `model`; the folder above tells them apart.
     name = "-".join(Path(arguments.model).resolve().parts[-2:])
-    ending = f"processbench{_judge_suffix(arguments)}.json" if kind == "processbench" else "completions.jsonl"
+    ending = (
+        f"processbench{_judge_suffix(arguments)}.json"
+        if kind == "processbench"
+        else "completions.jsonl"
+    )
     return Path(config.run.dir) / "evaluate" / f"{name}-{ending}"
 
 
 def _judge_suffix(arguments: argparse.Namespace) -> str:
-    return ("-critic" if arguments.critic else "") + (f"-{arguments.votes}votes" if arguments.votes != 1 else "")
+    return ("-critic" if arguments.critic else "") + (
+        f"-{arguments.votes}votes" if arguments.votes != 1 else ""
+    )
 
 
 def _saved_processbench(arguments: argparse.Namespace) -> str:
@@ -152,7 +220,9 @@ def _saved_math(arguments: argparse.Namespace) -> str:
     return _math_table(score_sets(read_completions(arguments.predictions), sets, arguments.k))
 
 
-def _model_math(config: SparkConfig, arguments: argparse.Namespace, data: list[str], output: Path) -> str:
+def _model_math(
+    config: SparkConfig, arguments: argparse.Namespace, data: list[str], output: Path
+) -> str:
     from spark_nemo.engines.client import run_async
     from spark_nemo.engines.served import ServedModel
     from spark_nemo.evaluation.completions import average_estimates, score_sets, write_completions
@@ -163,25 +233,39 @@ def _model_math(config: SparkConfig, arguments: argparse.Namespace, data: list[s
     settings = config.evaluation
     for k in arguments.k:
         if not 1 <= k <= settings.samples_per_problem:
-            raise ConfigError(f"--k {k}: evaluation.samples_per_problem is {settings.samples_per_problem}")
+            raise ConfigError(
+                f"--k {k}: evaluation.samples_per_problem is {settings.samples_per_problem}"
+            )
     sets = read_math_sets(data, arguments.benchmark)
     problems = [problem.problem for each in sets.values() for problem in each]
     served = ServedModel.load(config.engine, arguments.model, "policy", output.parent / "servers")
     try:
-        completions, _ = run_async(sample_policy(served, problems, prompt_set(config.rl.prompt_set), settings))
+        completions, _ = run_async(
+            sample_policy(served, problems, prompt_set(config.rl.prompt_set), settings)
+        )
     finally:
         run_async(served.engine.close())
     write_completions(output, completions)
     scores = score_sets(completions, sets, arguments.k, settings.bootstrap_samples)
-    again = _again("math", output, data) + (f" --benchmark {arguments.benchmark}" if arguments.benchmark else "")
+    again = _again("math", output, data) + (
+        f" --benchmark {arguments.benchmark}" if arguments.benchmark else ""
+    )
     overall = average_estimates(scores, settings.bootstrap_samples)
     count = settings.samples_per_problem
-    cuts = "".join(f", {name}={value}" for name in ("top_p", "top_k") if (value := getattr(settings, name)) is not None)
-    return (f"{again}\n{_math_table(scores)}\n{len(problems)} problems: sampled {_shown(overall[f'avg@{count}'])} "
-            f"(avg@{count}, T={settings.temperature}{cuts}), greedy {_shown(overall['greedy pass@1'])}")
+    cuts = "".join(
+        f", {name}={value}"
+        for name in ("top_p", "top_k")
+        if (value := getattr(settings, name)) is not None
+    )
+    return (
+        f"{again}\n{_math_table(scores)}\n{len(problems)} problems: sampled {_shown(overall[f'avg@{count}'])} "
+        f"(avg@{count}, T={settings.temperature}{cuts}), greedy {_shown(overall['greedy pass@1'])}"
+    )
 
 
-def _model_processbench(config: SparkConfig, arguments: argparse.Namespace, data: list[str], output: Path) -> str:
+def _model_processbench(
+    config: SparkConfig, arguments: argparse.Namespace, data: list[str], output: Path
+) -> str:
     from spark_nemo.engines.served import ServedModel
     from spark_nemo.evaluation.judging import (
         Critic,
@@ -195,14 +279,24 @@ def _model_processbench(config: SparkConfig, arguments: argparse.Namespace, data
 
     if not arguments.critic:
         check_names_steps(config.stage2.variant)
-    judge = Critic() if arguments.critic else RewardModelJudge(
-        config.stage2.variant, prompt_set(config.stage1.prompt_set))
+    judge = (
+        Critic()
+        if arguments.critic
+        else RewardModelJudge(config.stage2.variant, prompt_set(config.stage1.prompt_set))
+    )
     sampling = config.stage2.eval_sampling
     check_votes(arguments.votes, sampling)
     splits = read_splits(data)
     served = ServedModel.load(config.engine, arguments.model, "verifier", output.parent / "servers")
     score = judge_processbench(
-        served, judge, splits, sampling, arguments.votes, 2 * config.engine.slots("verifier"), output)
+        served,
+        judge,
+        splits,
+        sampling,
+        arguments.votes,
+        2 * config.engine.slots("verifier"),
+        output,
+    )
     return f"{_again('processbench', output, data)}\n{_processbench_table(score)}"
 
 
@@ -211,13 +305,22 @@ def _again(kind: str, output: Path, data: list[str]) -> str:
 
 
 def _processbench_table(score: SavedScore) -> str:
-    lines = [f"{'split':<16}{'acc_error':>10}{'acc_correct':>12}{'F1':>8}{'cases':>8}{'unparsed':>10}"]
+    lines = [
+        f"{'split':<16}{'acc_error':>10}{'acc_correct':>12}{'F1':>8}{'cases':>8}{'unparsed':>10}"
+    ]
     for name, split in score.splits.items():
-        lines.append(f"{name:<16}{100 * split.acc_error:>10.1f}{100 * split.acc_correct:>12.1f}{100 * split.f1:>8.1f}"
-                     f"{split.num_error + split.num_correct:>8}{split.num_unparsed:>10}")
+        lines.append(
+            f"{name:<16}{100 * split.acc_error:>10.1f}{100 * split.acc_correct:>12.1f}{100 * split.f1:>8.1f}"
+            f"{split.num_error + split.num_correct:>8}{split.num_unparsed:>10}"
+        )
     how = f"majority of {score.votes}" if score.votes > 1 else "one prediction per case"
-    return "\n".join([*lines, f"average F1 {100 * score.average:.1f} [{100 * score.interval.low:.1f}, "
-                              f"{100 * score.interval.high:.1f}], {how}"])
+    return "\n".join(
+        [
+            *lines,
+            f"average F1 {100 * score.average:.1f} [{100 * score.interval.low:.1f}, "
+            f"{100 * score.interval.high:.1f}], {how}",
+        ]
+    )
 
 
 def _math_table(scores: Mapping[str, MathScore]) -> str:
@@ -225,7 +328,11 @@ def _math_table(scores: Mapping[str, MathScore]) -> str:
 
     parts = []
     for name, score in scores.items():
-        late = f", {score.unjudged} answers not judged within the limits: wrong" if score.unjudged else ""
+        late = (
+            f", {score.unjudged} answers not judged within the limits: wrong"
+            if score.unjudged
+            else ""
+        )
         parts += [f"{name}: {score.problems} problems{late}", *_rows(score.estimates)]
     if len(scores) > 1:
         parts += [f"average of {len(scores)} benchmarks", *_rows(average_estimates(scores))]
@@ -240,15 +347,21 @@ def _comparison_table(comparison: MathComparison) -> str:
     lines = [f"{'benchmark':<16}{'':<18}{'first':>8}{'second':>8}{'first - second, 95%':>26}"]
     for row in comparison.differences:
         value, low, high = row.difference
-        lines.append(f"{row.benchmark:<16}{row.name:<18}{row.first:>8.3f}{row.second:>8.3f}"
-                     f"{f'{value:+.3f} [{low:+.3f}, {high:+.3f}]':>26}{'  *' if row.differs else ''}")
-    lines.append("* the interval excludes 0 (paired bootstrap over problems); unmarked: no difference shown")
+        lines.append(
+            f"{row.benchmark:<16}{row.name:<18}{row.first:>8.3f}{row.second:>8.3f}"
+            f"{f'{value:+.3f} [{low:+.3f}, {high:+.3f}]':>26}{'  *' if row.differs else ''}"
+        )
+    lines.append(
+        "* the interval excludes 0 (paired bootstrap over problems); unmarked: no difference shown"
+    )
     for which, names in (("first", comparison.only_first), ("second", comparison.only_second)):
         if names:
             lines.append(f"only the {which} run has {', '.join(names)}")
     if any(comparison.unjudged):
         first, second = comparison.unjudged
-        lines.append(f"answers not judged within the limits, which count as wrong: {first} and {second}")
+        lines.append(
+            f"answers not judged within the limits, which count as wrong: {first} and {second}"
+        )
     return "\n".join(lines)
 
 

@@ -1,4 +1,6 @@
-"""``spark-nemo explain RUN ID``: what a training example was made of, from the label back to the models."""
+"""``spark-nemo explain RUN ID``: what a training example was made of, from the label back to the
+models.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,25 @@ EXAMPLES = """examples:
 def add_explain_command(commands: argparse._SubParsersAction) -> None:
     """The ``explain`` command."""
     command = commands.add_parser(
-        "explain", help="walk from a training example back to its votes, solution, problem, prompts and models",
+        "explain",
+        help="walk from a training example back to its votes, solution, problem, prompts and models",
         description="Walk from a training example back to its votes, verifications, solution, problem, prompts and "
-                    "models. RUN is a run folder, or a store folder.",
-        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+        "models. RUN is a run folder, or a store folder.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     command.add_argument("run_folder", type=Path, metavar="RUN", help="run folder or store folder")
-    command.add_argument("id", metavar="ID", help="key of a solution, verification or other record, or its beginning; "
-                                                  "METHOD:KEY for the label that a method gave a solution")
-    command.add_argument("--all", action="store_true", help="print the texts of all verifications, not the chosen only")
+    command.add_argument(
+        "id",
+        metavar="ID",
+        help="key of a solution, verification or other record, or its beginning; "
+        "METHOD:KEY for the label that a method gave a solution",
+    )
+    command.add_argument(
+        "--all",
+        action="store_true",
+        help="print the texts of all verifications, not the chosen only",
+    )
     command.set_defaults(run=_explain)
 
 
@@ -59,8 +72,10 @@ def explain(lineage: Lineage, all_texts: bool, models: Mapping[str, str] = {}) -
         if source := chosen_verification(label, lineage.descendants):
             chosen.add(source.key)
     yield from _made(lineage.descendants, {*chosen, lineage.asked[1]}, all_texts)
-    yield from _section(f"solution {solution.key}", f"{solution.num_tokens} tokens, finish_reason "
-                        f"{solution.finish_reason}\n{solution.text}")
+    yield from _section(
+        f"solution {solution.key}",
+        f"{solution.num_tokens} tokens, finish_reason {solution.finish_reason}\n{solution.text}",
+    )
     yield from _section(f"problem {solution.problem_id}", solution.question)
     for name, prompt in (("generator", lineage.solve_prompt), ("verifier", lineage.verify_prompt)):
         for message in prompt or []:
@@ -70,7 +85,9 @@ def explain(lineage: Lineage, all_texts: bool, models: Mapping[str, str] = {}) -
 
 def _label(label: Mapping[str, object], lineage: Lineage) -> Iterator[str]:
     evidence = dict(label["evidence"])
-    yield from _section(f"label by {label['method']}", f"answer correct: {_yes(label['answer_correct'])}")
+    yield from _section(
+        f"label by {label['method']}", f"answer correct: {_yes(label['answer_correct'])}"
+    )
     correct, votes = evidence.pop("correct_votes", ()), evidence.pop("num_votes", 0)
     for step, (labelled, count) in enumerate(zip(label["step_labels"], correct), start=1):
         share = f", agreement {max(count, votes - count) / votes:.2f}" if votes else ""
@@ -86,7 +103,15 @@ def _label(label: Mapping[str, object], lineage: Lineage) -> Iterator[str]:
     else:
         yield f"  target, made from {source.kind} {source.key}, vote {evidence['chosen_vote']} ({why}):"
         yield from ("    | " + line for line in label["target_text"].split("\n"))
-    shown = {"method", "solution", "step_labels", "answer_correct", "target_text", "evidence", "reason"}
+    shown = {
+        "method",
+        "solution",
+        "step_labels",
+        "answer_correct",
+        "target_text",
+        "evidence",
+        "reason",
+    }
     for name, value in label.items():
         if name not in shown:
             yield f"  {name}: {value if isinstance(value, str) else json.dumps(value)}"
@@ -94,14 +119,18 @@ def _label(label: Mapping[str, object], lineage: Lineage) -> Iterator[str]:
 
 def _votes(descendants: Sequence[Descendant]) -> Iterator[str]:
     """The votes per step of a solution without a label."""
-    verdicts = [outcome_from_json(d.payload["outcome"]) for d in descendants if d.kind == VERIFICATION]
+    verdicts = [
+        outcome_from_json(d.payload["outcome"]) for d in descendants if d.kind == VERIFICATION
+    ]
     count = count_votes(verdicts)
     for step, votes in enumerate(count.correct_votes, start=1):
         yield f"  step {step}: {votes} of {count.num_votes} votes for correct"
 
 
 def _made(descendants: Sequence[Descendant], in_full: set[str], all_texts: bool) -> Iterator[str]:
-    yield from _section("made of the solution", "nothing" if not descendants else f"{len(descendants)} records")
+    yield from _section(
+        "made of the solution", "nothing" if not descendants else f"{len(descendants)} records"
+    )
     for record in descendants:
         vote = f" vote {record.payload['vote']}" if "vote" in record.payload else ""
         about = "" if record.kind == VERIFICATION else f" of {record.parent}"
@@ -125,7 +154,11 @@ def _outcome(payload: Mapping[str, object]) -> str:
 
 def _made_by(made_by: Mapping[str, object], models: Mapping[str, str]) -> Iterator[str]:
     for name, value in made_by.items():
-        where = f" ({models[name.removeprefix('models.')]})" if name.removeprefix("models.") in models else ""
+        where = (
+            f" ({models[name.removeprefix('models.')]})"
+            if name.removeprefix("models.") in models
+            else ""
+        )
         yield f"{name}: {value if isinstance(value, str) else json.dumps(value)}{where}"
 
 
@@ -134,7 +167,11 @@ def _model_folders(folder: Path) -> dict[str, str]:
     path = folder.parent.parent / "config.yaml"
     if folder.parent.name != "stage1" or not path.is_file():
         return {}
-    return {role: name for role, name in yaml.safe_load(path.read_text(encoding="utf-8"))["models"].items() if name}
+    return {
+        role: name
+        for role, name in yaml.safe_load(path.read_text(encoding="utf-8"))["models"].items()
+        if name
+    }
 
 
 def _section(title: str, text: str) -> Iterator[str]:

@@ -1,4 +1,6 @@
-"""The ``spark-nemo`` command: one subcommand per stage, and the whole pipeline. Overrides are Hydra's."""
+"""The ``spark-nemo`` command: one subcommand per stage, and the whole pipeline. Overrides are
+Hydra's.
+"""
 
 from __future__ import annotations
 
@@ -55,11 +57,17 @@ STOPPED = 3
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand. Returns 0 when it finished, 2 on bad input (one line on stderr), 3 when asked to stop."""
+    """Run a subcommand. Returns 0 when it finished, 2 on bad input (one line on stderr), 3 when
+    asked to stop.
+    """
     die_with_parent()
     arguments = _parse(argv)
     arguments.command_line = sys.argv[1:] if argv is None else argv
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
     _quieten()
     try:
         return arguments.run(arguments)
@@ -74,7 +82,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    """The arguments; overrides may stand on both sides of a flag, which argparse alone takes for an error."""
+    """The arguments; overrides may stand on both sides of a flag, which argparse alone takes for an
+    error.
+    """
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
@@ -86,8 +96,11 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="spark-nemo", description="Reference-free RL for reasoning models, in three stages.", epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        prog="spark-nemo",
+        description="Reference-free RL for reasoning models, in three stages.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, run, summary in (
         ("sft", _sft, "teach the policy its format, before stage III"),
@@ -96,39 +109,69 @@ def _parser() -> argparse.ArgumentParser:
         ("stage3", _stage3, "GRPO with the reward model"),
     ):
         command = _config_command(commands, name, summary)
-        command.add_argument("--dry-run", action="store_true", help="check and print the plan, start and write nothing")
+        command.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="check and print the plan, start and write nothing",
+        )
         command.set_defaults(run=run, part=name)
         if name == "stage3":
-            command.add_argument("--servers", action="append", default=[], metavar="ROLE=URL[,URL...]",
-                                 help="slurm/stage3_rl.sh: where it has launched the servers of policy or verifier")
+            command.add_argument(
+                "--servers",
+                action="append",
+                default=[],
+                metavar="ROLE=URL[,URL...]",
+                help="slurm/stage3_rl.sh: where it has launched the servers of policy or verifier",
+            )
     pipeline = _config_command(commands, "pipeline", "all three stages and the report")
-    pipeline.add_argument("--dry-run", action="store_true", help="check and print the plan, start and write nothing")
+    pipeline.add_argument(
+        "--dry-run", action="store_true", help="check and print the plan, start and write nothing"
+    )
     pipeline.set_defaults(run=_pipeline, part="pipeline")
     report = _config_command(
-        commands, "report", "write summary.json and report.html of a run; `report compare RUN...` compares over seeds")
-    report.add_argument("--out", type=Path, help="with compare: folder for compare.md and compare.html")
+        commands,
+        "report",
+        "write summary.json and report.html of a run; `report compare RUN...` compares over seeds",
+    )
+    report.add_argument(
+        "--out", type=Path, help="with compare: folder for compare.md and compare.html"
+    )
     report.set_defaults(run=_report)
-    evaluate = commands.add_parser("evaluate", help="score a model, or saved outputs: mathematics or ProcessBench")
+    evaluate = commands.add_parser(
+        "evaluate", help="score a model, or saved outputs: mathematics or ProcessBench"
+    )
     kinds = evaluate.add_subparsers(required=True, metavar="BENCHMARK")
-    for kind, summary in (("math", "held-out problems by their final answers"),
-                          ("processbench", "finding the first wrong step")):
+    for kind, summary in (
+        ("math", "held-out problems by their final answers"),
+        ("processbench", "finding the first wrong step"),
+    ):
         command = _config_command(kinds, kind, summary)
         add_evaluate_arguments(kind, command)
         command.set_defaults(run=partial(_evaluate, kind))
-    command = kinds.add_parser("compare", help="two runs of `evaluate math`, paired problem by problem")
+    command = kinds.add_parser(
+        "compare", help="two runs of `evaluate math`, paired problem by problem"
+    )
     add_compare_arguments(command)
     command.set_defaults(run=_evaluate_compare)
-    plan = _config_command(commands, "slurm-plan", "check a configuration and tell the scripts in slurm/ what it needs")
+    plan = _config_command(
+        commands, "slurm-plan", "check a configuration and tell the scripts in slurm/ what it needs"
+    )
     add_plan_arguments(plan)
     plan.set_defaults(run=_slurm_plan)
-    status = commands.add_parser("status", help="how far a run is, here or on a cluster, from its files only")
+    status = commands.add_parser(
+        "status", help="how far a run is, here or on a cluster, from its files only"
+    )
     status.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder (run.dir)")
     status.set_defaults(run=_status)
     add_plan_command(commands)
     add_data_commands(commands)
     add_explain_command(commands)
-    toy = commands.add_parser("toy", help="build the small world's base models from a seed (the shipped ones were)")
-    toy.add_argument("--out", type=Path, required=True, help="folder for generator/, verifier/ and critic/")
+    toy = commands.add_parser(
+        "toy", help="build the small world's base models from a seed (the shipped ones were)"
+    )
+    toy.add_argument(
+        "--out", type=Path, required=True, help="folder for generator/, verifier/ and critic/"
+    )
     toy.add_argument("--seed", type=int, default=0)
     toy.set_defaults(run=_toy)
     return parser
@@ -141,12 +184,22 @@ def _examples(name: str) -> str | None:
     return "\n".join([head, *own]) if own else None
 
 
-def _config_command(commands: argparse._SubParsersAction, name: str, summary: str) -> argparse.ArgumentParser:
+def _config_command(
+    commands: argparse._SubParsersAction, name: str, summary: str
+) -> argparse.ArgumentParser:
     command = commands.add_parser(
-        name, help=summary, description=summary, epilog=_examples(name),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    command.add_argument("overrides", nargs="*", help="Hydra overrides: +experiment=NAME, section.key=value")
-    command.add_argument("--print-config", action="store_true", help="show the resolved configuration and exit")
+        name,
+        help=summary,
+        description=summary,
+        epilog=_examples(name),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument(
+        "overrides", nargs="*", help="Hydra overrides: +experiment=NAME, section.key=value"
+    )
+    command.add_argument(
+        "--print-config", action="store_true", help="show the resolved configuration and exit"
+    )
     return command
 
 
@@ -188,7 +241,9 @@ def _stage1(arguments: argparse.Namespace) -> int:
     if _planned(arguments):
         return 0
     config = _configured(arguments)
-    if config is not None and not _finished(config, "stage1", stage1_folder(config.run) / shard_name(config.stage1)):
+    if config is not None and not _finished(
+        config, "stage1", stage1_folder(config.run) / shard_name(config.stage1)
+    ):
         run_stage1(config)
     return 0
 
@@ -201,7 +256,9 @@ def _finished(config: SparkConfig, part: str, folder: Path) -> bool:
     if not is_finished(config, part, folder):
         return False
     if is_main_rank():
-        print(f"{part} is complete in {folder}, there is nothing to do; to run it anew name another run.dir")
+        print(
+            f"{part} is complete in {folder}, there is nothing to do; to run it anew name another run.dir"
+        )
     return True
 
 
@@ -214,8 +271,11 @@ def _stage2(arguments: argparse.Namespace) -> int:
     from spark_nemo.stages.checks import check_stage2
 
     return _on_all_ranks(
-        arguments, lambda config: stage2_folder(config.run, config.stage2.method, config.stage2.variant), check_stage2,
-        run)
+        arguments,
+        lambda config: stage2_folder(config.run, config.stage2.method, config.stage2.variant),
+        check_stage2,
+        run,
+    )
 
 
 def _stage3(arguments: argparse.Namespace) -> int:
@@ -226,11 +286,15 @@ def _stage3(arguments: argparse.Namespace) -> int:
 
     from spark_nemo.stages.checks import check_stage3
 
-    return _on_all_ranks(arguments, lambda config: stage3_folder(config.run, config.arm), check_stage3, run)
+    return _on_all_ranks(
+        arguments, lambda config: stage3_folder(config.run, config.arm), check_stage3, run
+    )
 
 
 def _on_all_ranks(
-    arguments: argparse.Namespace, folder: Callable[[SparkConfig], Path], check: Callable[[SparkConfig], None],
+    arguments: argparse.Namespace,
+    folder: Callable[[SparkConfig], Path],
+    check: Callable[[SparkConfig], None],
     run: Callable[[SparkConfig], bool],
 ) -> int:
     from spark_nemo.cli.launch import launch_ranks, must_launch
@@ -244,13 +308,19 @@ def _on_all_ranks(
     for servers in getattr(arguments, "servers", ()):
         role, _, urls = servers.partition("=")
         config.engine.pool(role)  # a role that does not exist
-        config = replace(config, engine=replace(
-            config.engine, **{role: config.engine.pool(role).found_at(urls.split(","))}))
+        config = replace(
+            config,
+            engine=replace(
+                config.engine, **{role: config.engine.pool(role).found_at(urls.split(","))}
+            ),
+        )
     if _finished(config, arguments.part, folder(config)):
         return 0
     if must_launch(config.megatron):
         check(config)
-        with part_lock(folder(config)):  # the main rank takes it; here it only refuses before ranks are started
+        with part_lock(
+            folder(config)
+        ):  # the main rank takes it; here it only refuses before ranks are started
             pass
         return launch_ranks(config.megatron, arguments.command_line)
     return 0 if run(config) else STOPPED
@@ -281,16 +351,30 @@ def _report(arguments: argparse.Namespace) -> int:
 
     for word in arguments.overrides:
         if "=" not in word and not word.startswith("~"):
-            raise ConfigError(f"{word}: name the run as run.dir={word}, with the overrides that its stages had")
+            raise ConfigError(
+                f"{word}: name the run as run.dir={word}, with the overrides that its stages had"
+            )
     if config := _configured(arguments):
-        if not any((Path(config.run.dir) / stage).is_dir() for stage in ("sft", "stage1", "stage2", "stage3")):
-            raise ConfigError(f"run.dir={config.run.dir}: no stage has been run there, there is nothing to report")
-        print(f"report: {write_report(config.run.dir, collect_summary(config, oracle_for(config)))}")
+        if not any(
+            (Path(config.run.dir) / stage).is_dir()
+            for stage in ("sft", "stage1", "stage2", "stage3")
+        ):
+            raise ConfigError(
+                f"run.dir={config.run.dir}: no stage has been run there, there is nothing to report"
+            )
+        print(
+            f"report: {write_report(config.run.dir, collect_summary(config, oracle_for(config)))}"
+        )
     return 0
 
 
 def _compare(runs: list[str], out: Path | None) -> int:
-    from spark_nemo.report.compare import compare_runs, comparison_markdown, read_runs, write_comparison
+    from spark_nemo.report.compare import (
+        compare_runs,
+        comparison_markdown,
+        read_runs,
+        write_comparison,
+    )
 
     comparison = compare_runs(read_runs(runs))
     print(comparison_markdown(comparison), end="")
@@ -337,7 +421,9 @@ def _toy(arguments: argparse.Namespace) -> int:
 
 def _quieten() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\..*|torch\..*|spark_nemo\.megatron\..*")
+    warnings.filterwarnings(
+        "ignore", category=UserWarning, module=r"megatron\..*|torch\..*|spark_nemo\.megatron\..*"
+    )
     warnings.filterwarnings("ignore", category=FutureWarning)
     for name in ("megatron", "torch", "hydra", "matplotlib"):
         logging.getLogger(name).setLevel(logging.ERROR)

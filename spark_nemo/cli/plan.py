@@ -1,4 +1,6 @@
-"""``spark-nemo plan``: which layouts of a stage fit a cluster, what a rank holds, about how long a step takes."""
+"""``spark-nemo plan``: which layouts of a stage fit a cluster, what a rank holds, about how long a
+step takes.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,12 @@ says what is missing and which setting helps."""
 def add_plan_command(commands: argparse._SubParsersAction) -> None:
     """The subcommand ``plan``."""
     parser = commands.add_parser(
-        "plan", help="memory per rank, layouts that fit, and estimated step times on a cluster",
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+        "plan",
+        help="memory per rank, layouts that fit, and estimated step times on a cluster",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     configure(parser)
 
 
@@ -33,37 +39,72 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Its arguments."""
     from spark_nemo.stages.planner.cluster import Cluster, Rates
 
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides: +experiment=NAME, section.key=value")
-    parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and exit")
+    parser.add_argument(
+        "overrides", nargs="*", help="Hydra overrides: +experiment=NAME, section.key=value"
+    )
+    parser.add_argument(
+        "--print-config", action="store_true", help="show the resolved configuration and exit"
+    )
     parser.add_argument("--stage", choices=STAGES, required=True)
-    parser.add_argument("--model", help="folder or published name, instead of the configured model that the stage "
-                                        "trains (stage1: that generates)")
-    parser.add_argument("--check", action="store_true", help="only the configured layout (megatron.*); without it, all")
+    parser.add_argument(
+        "--model",
+        help="folder or published name, instead of the configured model that the stage "
+        "trains (stage1: that generates)",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="only the configured layout (megatron.*); without it, all",
+    )
     parser.add_argument("--json", action="store_true", help="everything as one JSON object")
     for role in ("policy", "verifier"):
-        parser.add_argument(f"--{role}-gpus", type=int, metavar="N", help=f"GPUs of the {role} servers in stage1 and "
-                                                                         "stage3; default: a sixth of the nodes")
+        parser.add_argument(
+            f"--{role}-gpus",
+            type=int,
+            metavar="N",
+            help=f"GPUs of the {role} servers in stage1 and stage3; default: a sixth of the nodes",
+        )
     cluster = parser.add_argument_group("cluster")
     cluster.add_argument("--nodes", type=int, required=True)
-    _flags(cluster, Cluster, {
-        "gpus_per_node": "", "gpu_memory_gb": "10^9 bytes of one GPU as CUDA tells them: 79.1 GiB on an H100 of 80 GB",
-        "reserve": "share of it for CUDA, NCCL and fragmentation"})
-    rates = parser.add_argument_group("rates", "What is achieved. The defaults are assumptions for H100 in bfloat16.")
-    _flags(rates, Rates, {
-        "train_tflops": "per GPU, training", "prefill_tflops": "per GPU, reading prompts",
-        "memory_gbs": "GB/s of a GPU's memory", "nvlink_gbs": "GB/s between GPUs of a node",
-        "network_gbs": "GB/s per GPU between nodes", "collective_us": "microseconds of a small collective in a node",
-        "disk_gbs": "GB/s of the shared file system",
-        "mean_length": "mean length of texts as a share of their limit",
-        "kv_share": "share of a GPU that an engine takes for weights and KV cache"})
+    _flags(
+        cluster,
+        Cluster,
+        {
+            "gpus_per_node": "",
+            "gpu_memory_gb": "10^9 bytes of one GPU as CUDA tells them: 79.1 GiB on an H100 of 80 GB",
+            "reserve": "share of it for CUDA, NCCL and fragmentation",
+        },
+    )
+    rates = parser.add_argument_group(
+        "rates", "What is achieved. The defaults are assumptions for H100 in bfloat16."
+    )
+    _flags(
+        rates,
+        Rates,
+        {
+            "train_tflops": "per GPU, training",
+            "prefill_tflops": "per GPU, reading prompts",
+            "memory_gbs": "GB/s of a GPU's memory",
+            "nvlink_gbs": "GB/s between GPUs of a node",
+            "network_gbs": "GB/s per GPU between nodes",
+            "collective_us": "microseconds of a small collective in a node",
+            "disk_gbs": "GB/s of the shared file system",
+            "mean_length": "mean length of texts as a share of their limit",
+            "kv_share": "share of a GPU that an engine takes for weights and KV cache",
+        },
+    )
     parser.set_defaults(run=_plan)
 
 
 def _flags(group: argparse._ArgumentGroup, kind: type, texts: dict[str, str]) -> None:
     defaults = {field.name: field.default for field in fields(kind)}
     for name, text in texts.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=type(defaults[name]), default=defaults[name],
-                           help=f"{text} (default {defaults[name]:g})".strip())
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=type(defaults[name]),
+            default=defaults[name],
+            help=f"{text} (default {defaults[name]:g})".strip(),
+        )
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -75,15 +116,29 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         print(config_yaml(config), end="")
         return 0
-    engine_gpus = {role: value for role in ("policy", "verifier")
-                   if (value := getattr(arguments, f"{role}_gpus")) is not None}
+    engine_gpus = {
+        role: value
+        for role in ("policy", "verifier")
+        if (value := getattr(arguments, f"{role}_gpus")) is not None
+    }
     if engine_gpus and arguments.stage not in ("stage1", "stage3"):
-        raise ConfigError(f"--{min(engine_gpus)}-gpus has no effect with --stage {arguments.stage}: no engine runs")
+        raise ConfigError(
+            f"--{min(engine_gpus)}-gpus has no effect with --stage {arguments.stage}: no engine runs"
+        )
     if arguments.check and arguments.stage == "stage1":
         raise ConfigError("--check has no effect with --stage stage1: nothing is trained")
-    given = {kind: kind(**{field.name: getattr(arguments, field.name) for field in fields(kind)})
-             for kind in (Cluster, Rates)}
-    plan = make_plan(config, arguments.stage, given[Cluster], given[Rates], model=arguments.model,
-                     engine_gpus=engine_gpus, check=arguments.check)
+    given = {
+        kind: kind(**{field.name: getattr(arguments, field.name) for field in fields(kind)})
+        for kind in (Cluster, Rates)
+    }
+    plan = make_plan(
+        config,
+        arguments.stage,
+        given[Cluster],
+        given[Rates],
+        model=arguments.model,
+        engine_gpus=engine_gpus,
+        check=arguments.check,
+    )
     print(json.dumps(plan_json(plan), indent=1) if arguments.json else plan_text(plan))
     return 0

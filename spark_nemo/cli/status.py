@@ -1,5 +1,5 @@
-"""``spark-nemo status RUN``: how far a run is, from the run folder's files only: a chain of Slurm jobs, or parts that
-were started by hand, whose lock tells whether anybody is at them.
+"""``spark-nemo status RUN``: how far a run is, from the run folder's files only: a chain of Slurm
+jobs, or parts that were started by hand, whose lock tells whether anybody is at them.
 
 ::
 
@@ -34,7 +34,9 @@ _FAILED = " FAILED: "
 
 @dataclass(frozen=True)
 class PartStatus:
-    """One part; ``total`` and ``per_second`` are None while nothing tells them. Times are seconds since 1970."""
+    """One part; ``total`` and ``per_second`` are None while nothing tells them. Times are seconds
+    since 1970.
+    """
 
     name: str
     state: str
@@ -55,16 +57,23 @@ class PartStatus:
 
 
 def run_status(run_dir: Path) -> str:
-    """The table that ``spark-nemo status`` prints. Raises ``ConfigError`` when there is nothing to tell."""
+    """The table that ``spark-nemo status`` prints. Raises ``ConfigError`` when there is nothing to
+    tell.
+    """
     if not run_dir.is_dir():
         raise ConfigError(f"{run_dir}: no such run folder")
     parts = read_status(run_dir)
     if not parts:
         raise ConfigError(f"{run_dir}: no stage has been started or submitted there")
-    rows = [(p.name, p.state, p.job, _shown_progress(p), _shown_rate(p), _shown_left(p), _shown_note(p)) for p in parts]
+    rows = [
+        (p.name, p.state, p.job, _shown_progress(p), _shown_rate(p), _shown_left(p), _shown_note(p))
+        for p in parts
+    ]
     rows.insert(0, ("part", "state", "job", "progress", "rate", "time left", ""))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    ]
     for part in parts:
         if part.error:
             lines += ["", f"{part.name}, job {part.job}, last error:"]
@@ -75,24 +84,33 @@ def run_status(run_dir: Path) -> str:
 def read_status(run_dir: Path) -> list[PartStatus]:
     """Every part that was submitted, started or finished, in the order of the stages."""
     submitted = _submitted(run_dir)
-    started = {path.parent.relative_to(run_dir / LOGS).as_posix()
-               for pattern in ("*/latest", "*/*/latest") for path in (run_dir / LOGS).glob(pattern)}
+    started = {
+        path.parent.relative_to(run_dir / LOGS).as_posix()
+        for pattern in ("*/latest", "*/*/latest")
+        for path in (run_dir / LOGS).glob(pattern)
+    }
     present = {path.parent.relative_to(run_dir).as_posix() for path in _part_files(run_dir)}
     config_file = run_dir / "config.yaml"
     config = yaml.safe_load(config_file.read_text()) if config_file.exists() else {}
     names = [*submitted, *sorted((started | present) - submitted.keys())]
-    return [_part(run_dir, name, submitted.get(name, ""), config) for name in sorted(names, key=_stage)]
+    return [
+        _part(run_dir, name, submitted.get(name, ""), config) for name in sorted(names, key=_stage)
+    ]
 
 
 def _part_files(run_dir: Path) -> Iterator[Path]:
     for stage in ("stage1", "stage2", "stage3"):
         for name in (DONE, PROGRESS, "metrics.jsonl", LOCK):
             yield from run_dir.glob(f"{stage}/*/{name}")
-    yield from (path for name in (DONE, "metrics.jsonl", LOCK) if (path := run_dir / "sft" / name).exists())
+    yield from (
+        path for name in (DONE, "metrics.jsonl", LOCK) if (path := run_dir / "sft" / name).exists()
+    )
 
 
 def _stage(part: str) -> str:
-    return {"report": "stage9", "evaluate": "stage8", "sft": "stage0"}.get(stage := part.split("/")[0], stage)
+    return {"report": "stage9", "evaluate": "stage8", "sft": "stage0"}.get(
+        stage := part.split("/")[0], stage
+    )
 
 
 def _submitted(run_dir: Path) -> dict[str, str]:
@@ -107,19 +125,33 @@ def _part(run_dir: Path, name: str, job: str, config: dict) -> PartStatus:
     finished = (folder / DONE).exists() or state.get("STATE") == "done"
     done, total = _progress(folder, config)
     total = total or int(state.get("TOTAL") or 0) or None
-    signs = [path.stat().st_mtime for path in (log / STATE, folder / "metrics.jsonl", folder / PROGRESS)
-             if path.exists()]
+    signs = [
+        path.stat().st_mtime
+        for path in (log / STATE, folder / "metrics.jsonl", folder / PROGRESS)
+        if path.exists()
+    ]
     last_sign = max(signs, default=None)
     rate = None
     if last_sign is not None and "STARTED" in state and not finished:
-        made, seconds = done - int(state.get("DONE_BEFORE") or 0), last_sign - float(state["STARTED"])
+        made, seconds = (
+            done - int(state.get("DONE_BEFORE") or 0),
+            last_sign - float(state["STARTED"]),
+        )
         rate = made / seconds if made > 0 and seconds > 0 else None
     error = log / ERROR
     return PartStatus(
-        name, "done" if finished else state.get("STATE", "waiting"), state.get("JOB", job), done,
-        total, rate, last_sign, "" if finished else state.get("REASON", ""),
+        name,
+        "done" if finished else state.get("STATE", "waiting"),
+        state.get("JOB", job),
+        done,
+        total,
+        rate,
+        last_sign,
+        "" if finished else state.get("REASON", ""),
         "\n".join(error.read_text(errors="replace").splitlines()[-_SHOWN_ERROR_LINES:])
-        if error.exists() and not finished else "")
+        if error.exists() and not finished
+        else "",
+    )
 
 
 def _by_lock(folder: Path) -> dict[str, str]:
@@ -130,7 +162,10 @@ def _by_lock(folder: Path) -> dict[str, str]:
         return {"STATE": "unknown", "REASON": f"its lock cannot be asked ({error.strerror})"}
     if owner is None:
         return {"STATE": "interrupted", "REASON": "the same command resumes it"}
-    return {"STATE": "running", "REASON": f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"}
+    return {
+        "STATE": "running",
+        "REASON": f"process {owner.get('pid', '?')} on {owner.get('host', '?')}",
+    }
 
 
 def _progress(folder: Path, config: dict) -> tuple[int, int | None]:
@@ -138,14 +173,20 @@ def _progress(folder: Path, config: dict) -> tuple[int, int | None]:
     if (folder / PROGRESS).exists():
         progress = json.loads((folder / PROGRESS).read_text())
         return progress["done"], progress["total"]
-    rows = (folder / "metrics.jsonl").read_text().split("\n")[:-1] if (folder / "metrics.jsonl").exists() else []
+    rows = (
+        (folder / "metrics.jsonl").read_text().split("\n")[:-1]
+        if (folder / "metrics.jsonl").exists()
+        else []
+    )
     if not rows:
         return 0, None
     last, section = json.loads(rows[-1]), "sft" if folder.name == "sft" else "stage2"
     if last.get("epoch") and config:
         # Stage II and the format SFT: `epoch` is the share of the data seen before the row's step.
         # An epoch ends with a smaller batch, so it is the steps of one that are rounded up.
-        return last["step"] + 1, config[section]["epochs"] * math.ceil(round(last["step"] / last["epoch"], 6))
+        return last["step"] + 1, config[section]["epochs"] * math.ceil(
+            round(last["step"] / last["epoch"], 6)
+        )
     return last["step"] + 1, None
 
 
@@ -156,7 +197,9 @@ def _state(path: Path) -> dict[str, str]:
 
 def _refused(run_dir: Path, job: str) -> dict[str, str]:
     """A job that ended before it had a log folder said why in Slurm's own output file."""
-    for path in (run_dir / LOGS / "slurm").glob(f"*-{job if '_' in job else job + '_*'}.out") if job else ():
+    for path in (
+        (run_dir / LOGS / "slurm").glob(f"*-{job if '_' in job else job + '_*'}.out") if job else ()
+    ):
         _, failed, reason = path.read_text(errors="replace").rpartition(_FAILED)
         if failed:
             return {"STATE": "failed", "REASON": reason.splitlines()[0], "JOB": job}
@@ -173,7 +216,9 @@ def _shown_progress(part: PartStatus) -> str:
 def _shown_rate(part: PartStatus) -> str:
     if part.per_second is None:
         return ""
-    return f"{part.per_second:.1f}/s" if part.per_second >= 1 else f"{1 / part.per_second:.1f} s each"
+    return (
+        f"{part.per_second:.1f}/s" if part.per_second >= 1 else f"{1 / part.per_second:.1f} s each"
+    )
 
 
 def _shown_left(part: PartStatus) -> str:
@@ -190,4 +235,10 @@ def _shown_note(part: PartStatus) -> str:
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return (
+        f"{hours} h {minutes:02d} min"
+        if hours
+        else f"{minutes} min {rest:02d} s"
+        if minutes
+        else f"{rest} s"
+    )

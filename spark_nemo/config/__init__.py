@@ -1,18 +1,46 @@
-"""Configuration: dataclasses that hold every default and refuse what would have no effect. No torch."""
+"""Configuration: dataclasses that hold every default and refuse what would have no effect. No
+torch.
+"""
 
 from .engine import EngineConfig, PoolConfig, SamplingConfig
 from .errors import ConfigError
 from .labels import LABEL_METHODS, REFERENCE_GUIDED, REVISED_METHODS, VOTE_METHODS, LabelsConfig
 from .rl import FailurePolicy, RLConfig
-from .schema import DataConfig, EvaluationConfig, ModelsConfig, PipelineConfig, RunConfig, SparkConfig
+from .schema import (
+    DataConfig,
+    EvaluationConfig,
+    ModelsConfig,
+    PipelineConfig,
+    RunConfig,
+    SparkConfig,
+)
 from .sft import SftConfig
 from .trainer import MegatronConfig, OptimizerConfig
 from .verification import Stage1Config, Stage2Config
 from .weight_sync import WeightSyncConfig
 
 __all__ = [
-    "LABEL_METHODS", "REFERENCE_GUIDED", "REVISED_METHODS", "VOTE_METHODS", "ConfigError", "DataConfig",
-    "EngineConfig", "EvaluationConfig", "FailurePolicy", "LabelsConfig", "MegatronConfig", "ModelsConfig",
-    "OptimizerConfig", "PipelineConfig", "PoolConfig", "RLConfig", "RunConfig", "SamplingConfig", "SftConfig",
-    "SparkConfig", "Stage1Config", "Stage2Config", "WeightSyncConfig",
+    "LABEL_METHODS",
+    "REFERENCE_GUIDED",
+    "REVISED_METHODS",
+    "VOTE_METHODS",
+    "ConfigError",
+    "DataConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "FailurePolicy",
+    "LabelsConfig",
+    "MegatronConfig",
+    "ModelsConfig",
+    "OptimizerConfig",
+    "PipelineConfig",
+    "PoolConfig",
+    "RLConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "SftConfig",
+    "SparkConfig",
+    "Stage1Config",
+    "Stage2Config",
+    "WeightSyncConfig",
 ]

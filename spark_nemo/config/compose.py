@@ -1,4 +1,6 @@
-"""Hydra composition: the dataclasses hold every default, ``conf/`` and the command line say what differs."""
+"""Hydra composition: the dataclasses hold every default, ``conf/`` and the command line say what
+differs.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +33,17 @@ def config_folder() -> Path:
     for folder in candidates:
         if folder.is_dir():
             return folder.resolve()
-    raise ConfigError(f"no conf/ folder at {' or '.join(map(str, candidates))}: set SPARK_NEMO_CONF")
+    raise ConfigError(
+        f"no conf/ folder at {' or '.join(map(str, candidates))}: set SPARK_NEMO_CONF"
+    )
 
 
 def compose_config(overrides: list[str]) -> SparkConfig:
-    """The validated configuration for Hydra overrides such as ``+experiment=toy`` and ``rl.group_size=8``.
+    """The validated configuration for Hydra overrides such as ``+experiment=toy`` and
+    ``rl.group_size=8``.
 
-    Raises ``ConfigError``, one line, for an unknown key, a wrong type, an illegal value or a value without effect.
+    Raises ``ConfigError``, one line, for an unknown key, a wrong type, an illegal value or a value
+    without effect.
     """
     ConfigStore.instance().store(name=_STORE_NAME, node=SparkConfig)
     try:
@@ -47,7 +53,9 @@ def compose_config(overrides: list[str]) -> SparkConfig:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_one_line(error)) from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"a file in {config_folder()} is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"a file in {config_folder()} is not YAML: {' '.join(str(error).split())}"
+        ) from error
     assert isinstance(config, SparkConfig)
     return config
 
@@ -75,15 +83,25 @@ def _one_line(error: BaseException) -> str:
     lines = [" ".join(str(c).split("\n")[0].split()) for c in known]
     lines = [line for i, line in enumerate(lines) if "$VALUE" not in line and line not in lines[:i]]
     keys = {key for c in known if (key := getattr(c, "full_key", None))}
-    suffix = "".join(f" (key: {key})" for key in sorted(keys) if not any(key in line for line in lines))
+    suffix = "".join(
+        f" (key: {key})" for key in sorted(keys) if not any(key in line for line in lines)
+    )
     return "; ".join(lines) + suffix + _hint("; ".join(lines))
 
 
 def _hint(message: str) -> str:
-    """What to write instead, after Hydra's words for a wrong name; nothing where none of them is recognised."""
+    """What to write instead, after Hydra's words for a wrong name; nothing where none of them is
+    recognised.
+    """
     if found := re.search(r"Key '(\w+)' not in '(\w+)'", message):
-        names = next(([each.name for each in fields(section)] for section in _sections(SparkConfig)
-                      if section.__name__ == found[2]), [])
+        names = next(
+            (
+                [each.name for each in fields(section)]
+                for section in _sections(SparkConfig)
+                if section.__name__ == found[2]
+            ),
+            [],
+        )
         close = difflib.get_close_matches(found[1], names, n=1)
         return f": did you mean {close[0]}?" if close else f": there are {', '.join(names)}"
     if found := re.search(r"Could not override '(experiment|engine)'\. No match", message):

@@ -30,8 +30,10 @@ def in_unit_interval(name: str, value: float) -> None:
 
 
 def check_finite(settings: object, prefix: str = "") -> None:
-    """Raise ``ConfigError`` naming the first NaN or infinity in a tree of dataclasses: every comparison with NaN is
-    false, so it would pass most bounds, and as a limit it would let everything through."""
+    """Raise ``ConfigError`` naming the first NaN or infinity in a tree of dataclasses: every
+    comparison with NaN is false, so it would pass most bounds, and as a limit it would let
+    everything through.
+    """
     for each in fields(settings):  # type: ignore[arg-type]
         value, name = getattr(settings, each.name), f"{prefix}{each.name}"
         if is_dataclass(value):
@@ -42,4 +44,6 @@ def check_finite(settings: object, prefix: str = "") -> None:
 
 def without_effect(name: str, value: object, because: str) -> ConfigError:
     """The error for a knob that would be read by nobody."""
-    return ConfigError(f"{name}={value} has no effect {because}: remove it or change the other setting")
+    return ConfigError(
+        f"{name}={value} has no effect {because}: remove it or change the other setting"
+    )

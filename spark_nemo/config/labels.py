@@ -7,10 +7,17 @@ from dataclasses import dataclass
 from .errors import ConfigError, at_least, in_unit_interval, one_of, without_effect
 
 VOTE_METHODS = ("single", "outcome_consistency", "step_consistency")
-"""Reference-free methods that read votes alone; also the ways to pick the verification that is criticised."""
+"""Reference-free methods that read votes alone; also the ways to pick the verification that is
+criticised.
+"""
 REVISED_METHODS = {
-    "meta_critique": "single", "hybrid_outcome": "outcome_consistency", "hybrid_step": "step_consistency"}
-"""Methods that read the merge of a verification and its critique, by the way that verification is picked."""
+    "meta_critique": "single",
+    "hybrid_outcome": "outcome_consistency",
+    "hybrid_step": "step_consistency",
+}
+"""Methods that read the merge of a verification and its critique, by the way that verification is
+picked.
+"""
 REFERENCE_GUIDED = "reference_guided"
 """The declared baseline whose verifier is told the answer."""
 LABEL_METHODS = (*VOTE_METHODS, *REVISED_METHODS, REFERENCE_GUIDED)
@@ -18,21 +25,29 @@ LABEL_METHODS = (*VOTE_METHODS, *REVISED_METHODS, REFERENCE_GUIDED)
 
 @dataclass
 class LabelsConfig:
-    """What the paper leaves open about labels; the arguments for the defaults are in ``verification.picks`` and
-    ``verification.selection``.
+    """What the paper leaves open about labels; the arguments for the defaults are in
+    ``verification.picks`` and ``verification.selection``.
     """
 
     ties: str = "drop"
     """A tied step or verdict: drop the solution, or count it as incorrect."""
     no_match: str = "drop"
-    """No vote agrees with the majority on every step: drop the solution, or take the closest vote (hamming)."""
+    """No vote agrees with the majority on every step: drop the solution, or take the closest vote
+    (hamming).
+    """
     final_verdict: str = "agreed"
-    """Of step-consistent and merged targets: the last line must be agreed with the steps, or may be any."""
+    """Of step-consistent and merged targets: the last line must be agreed with the steps, or may be
+    any.
+    """
     reference_pick: str | None = None
-    """How reference_guided chooses among its verifications: single, outcome_consistency or step_consistency (None)."""
+    """How reference_guided chooses among its verifications: single, outcome_consistency or
+    step_consistency (None).
+    """
     balance: str = "consensus"
-    """Equal numbers of Yes and No per problem, counted by the labels' own verdicts (consensus) or by answer keys
-    (ground_truth, the published way and a declared baseline); none keeps every label."""
+    """Equal numbers of Yes and No per problem, counted by the labels' own verdicts (consensus) or
+    by answer keys (ground_truth, the published way and a declared baseline); none keeps every
+    label.
+    """
     max_per_verdict: int | None = None
     """With balance: at most so many labels of each verdict per problem. None is 3."""
     max_per_problem: int | None = None
@@ -58,13 +73,22 @@ class LabelsConfig:
             if getattr(self, name) is not None:
                 in_unit_interval(f"labels.{name}", getattr(self, name))
         if self.balance == "none" and self.max_per_verdict is not None:
-            raise without_effect("labels.max_per_verdict", self.max_per_verdict, "with labels.balance=none")
+            raise without_effect(
+                "labels.max_per_verdict", self.max_per_verdict, "with labels.balance=none"
+            )
         if self.balance != "none" and self.max_per_problem is not None:
-            raise ConfigError(f"labels.max_per_problem={self.max_per_problem}: with labels.balance={self.balance} the "
-                              "limit is labels.max_per_verdict, which keeps the balance")
+            raise ConfigError(
+                f"labels.max_per_problem={self.max_per_problem}: with labels.balance={self.balance} the "
+                "limit is labels.max_per_verdict, which keeps the balance"
+            )
         if self.balance == "ground_truth" and self.reference_answers is None:
-            raise ConfigError("labels.balance=ground_truth needs labels.reference_answers (JSONL with problem_id and "
-                              "answer): a declared baseline that reads answer keys")
+            raise ConfigError(
+                "labels.balance=ground_truth needs labels.reference_answers (JSONL with problem_id and "
+                "answer): a declared baseline that reads answer keys"
+            )
         if self.balance != "ground_truth" and self.reference_answers is not None:
             raise without_effect(
-                "labels.reference_answers", self.reference_answers, f"with labels.balance={self.balance}")
+                "labels.reference_answers",
+                self.reference_answers,
+                f"with labels.balance={self.balance}",
+            )

@@ -12,25 +12,36 @@ DEFAULT_MAX_ROUNDS = 4
 
 @dataclass
 class RolloutConfig:
-    """Neither is on unless it is set; then a step trains on ``rl.prompts_per_step`` groups by the newest weights."""
+    """Neither is on unless it is set; then a step trains on ``rl.prompts_per_step`` groups by the
+    newest weights.
+    """
 
     one_step_off: bool = False
-    """While step k trains, the batch of step k + 1 is generated and verified with the weights that step k began with;
-    ``rl.importance_cap`` corrects for it. The first batch is the only one on-policy."""
+    """While step k trains, the batch of step k + 1 is generated and verified with the weights that
+    step k began with; ``rl.importance_cap`` corrects for it. The first batch is the only one
+    on-policy.
+    """
     oversample: float | None = None
-    """Dynamic sampling (DAPO): a group without advantages (its rewards are all equal) trains nothing and is replaced.
-    This many times the missing prompts are started at once; of the useful groups the first in prompt order are kept,
-    and what still decodes then is aborted. 1 starts no more than is missing. None keeps every group."""
+    """Dynamic sampling (DAPO): a group without advantages (its rewards are all equal) trains
+    nothing and is replaced. This many times the missing prompts are started at once; of the useful
+    groups the first in prompt order are kept, and what still decodes then is aborted. 1 starts no
+    more than is missing. None keeps every group.
+    """
     max_rounds: int | None = None
-    """How often missing groups are started anew before the step trains on fewer; only read with oversample. None is
-    4."""
+    """How often missing groups are started anew before the step trains on fewer; only read with
+    oversample. None is 4.
+    """
 
     def __post_init__(self) -> None:
         if self.oversample is not None and not 1 <= self.oversample < math.inf:
-            raise ConfigError(f"rl.rollout.oversample={self.oversample}: at least 1 (starts no more than is missing)")
+            raise ConfigError(
+                f"rl.rollout.oversample={self.oversample}: at least 1 (starts no more than is missing)"
+            )
         if self.max_rounds is not None:
             if self.oversample is None:
-                raise without_effect("rl.rollout.max_rounds", self.max_rounds, "without rl.rollout.oversample")
+                raise without_effect(
+                    "rl.rollout.max_rounds", self.max_rounds, "without rl.rollout.oversample"
+                )
             at_least("rl.rollout.max_rounds", self.max_rounds, 1)
 
     @property
@@ -45,11 +56,17 @@ class RolloutConfig:
     def check(self, steps: int, importance_cap: float | None, estimator: str) -> None:
         """Raise ``ConfigError`` for what does not go with these settings of ``rl``."""
         if self.one_step_off and steps == 1:
-            raise without_effect("rl.rollout.one_step_off", True, "with rl.steps=1 (the first batch is on-policy)")
+            raise without_effect(
+                "rl.rollout.one_step_off", True, "with rl.steps=1 (the first batch is on-policy)"
+            )
         if self.one_step_off and importance_cap is None:
-            raise ConfigError("rl.rollout.one_step_off trains on samples of older weights: set rl.importance_cap "
-                              "(2.0 is usual), which corrects for it")
+            raise ConfigError(
+                "rl.rollout.one_step_off trains on samples of older weights: set rl.importance_cap "
+                "(2.0 is usual), which corrects for it"
+            )
         if self.oversample is not None and estimator == "reinforce_pp":
-            raise ConfigError(f"rl.rollout.oversample={self.oversample} drops groups without advantages, and "
-                              "rl.estimator=reinforce_pp compares with the whole batch, so that every group has some: "
-                              "remove one of the two")
+            raise ConfigError(
+                f"rl.rollout.oversample={self.oversample} drops groups without advantages, and "
+                "rl.estimator=reinforce_pp compares with the whole batch, so that every group has some: "
+                "remove one of the two"
+            )

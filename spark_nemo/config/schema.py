@@ -1,7 +1,7 @@
 """Every setting of the system and its default. ``conf/`` only says what an experiment changes.
 
-A value that nothing would read under the chosen options raises ``ConfigError``: such knobs default to None
-("not set") so that a set value can be told from a default. Nothing here imports torch.
+A value that nothing would read under the chosen options raises ``ConfigError``: such knobs default
+to None ("not set") so that a set value can be told from a default. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -48,13 +48,16 @@ class ModelsConfig:
     policy: str = ""
     """Where stage III starts."""
     policy_base: str | None = None
-    """What ``spark-nemo sft`` teaches the policy's format; models.policy is then the folder it writes,
-    ``RUN/sft/model``."""
+    """What ``spark-nemo sft`` teaches the policy's format; models.policy is then the folder it
+    writes, ``RUN/sft/model``.
+    """
 
 
 @dataclass
 class DataConfig:
-    """Problem files (JSONL with ``problem_id`` and ``question``), or ``toy:SPLIT:COUNT`` for the small world's."""
+    """Problem files (JSONL with ``problem_id`` and ``question``), or ``toy:SPLIT:COUNT`` for the
+    small world's.
+    """
 
     stage1_problems: str = ""
     rl_problems: str = ""
@@ -64,7 +67,9 @@ class DataConfig:
     """Answer keys of ``rl_problems``: allowed only with ``rl.reward=rlvr``."""
     processbench: str = ""
     sft_examples: str = ""
-    """Responses in the policy's format (JSONL with ``problem_id``, ``question`` and ``response``); read by sft only."""
+    """Responses in the policy's format (JSONL with ``problem_id``, ``question`` and ``response``);
+    read by sft only.
+    """
 
 
 @dataclass
@@ -85,7 +90,9 @@ class EvaluationConfig:
         for name in ("samples_per_problem", "max_new_tokens", "bootstrap_samples"):
             at_least(f"evaluation.{name}", getattr(self, name), 1)
         if self.temperature <= 0:
-            raise ConfigError(f"evaluation.temperature={self.temperature}: must be positive (greedy is reported too)")
+            raise ConfigError(
+                f"evaluation.temperature={self.temperature}: must be positive (greedy is reported too)"
+            )
 
 
 @dataclass
@@ -96,13 +103,19 @@ class PipelineConfig:
     """Stages I shards, label methods and RL arms run at the same time."""
     label_methods: list[str] = field(default_factory=lambda: list(VOTE_METHODS))
     rounds: int = 1
-    """From round 2 on the reward model of the round before verifies, and the labels of ``stage2.method`` are made anew
-    from its votes on the same solutions; the last round's reward model is stage III's."""
+    """From round 2 on the reward model of the round before verifies, and the labels of
+    ``stage2.method`` are made anew from its votes on the same solutions; the last round's reward
+    model is stage III's.
+    """
     rewards: list[str] = field(default_factory=lambda: ["process_aware"])
-    """Reward designs, an arm of stage III for each: a name of rl.reward, or of rl.advantage (on process_aware)."""
+    """Reward designs, an arm of stage III for each: a name of rl.reward, or of rl.advantage (on
+    process_aware).
+    """
     variants: list[str] = field(default_factory=list)
-    """Kinds of reward model that stage2.method's labels train, with an arm of stage III for every design that asks one
-    and each of them; an orm gets the designs that need no step labels. Empty is stage2.variant alone."""
+    """Kinds of reward model that stage2.method's labels train, with an arm of stage III for every
+    design that asks one and each of them; an orm gets the designs that need no step labels. Empty
+    is stage2.variant alone.
+    """
     rl_answers: str | None = None
     """Answer keys, handed to the rlvr arm only."""
 
@@ -116,12 +129,16 @@ class PipelineConfig:
         for variant in self.variants:
             one_of("pipeline.variants", variant, VARIANTS)
         if self.variants and not self.label_methods:
-            raise without_effect("pipeline.variants", self.variants, "with pipeline.label_methods=[]")
+            raise without_effect(
+                "pipeline.variants", self.variants, "with pipeline.label_methods=[]"
+            )
         for name in ("label_methods", "rewards", "variants"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ConfigError(f"pipeline.{name}={getattr(self, name)}: name each only once")
         if self.rl_answers is not None and "rlvr" not in self.rewards:
-            raise without_effect("pipeline.rl_answers", self.rl_answers, "without rlvr in pipeline.rewards")
+            raise without_effect(
+                "pipeline.rl_answers", self.rl_answers, "without rlvr in pipeline.rewards"
+            )
 
 
 @dataclass
@@ -144,24 +161,36 @@ class SparkConfig:
 
     def __post_init__(self) -> None:
         check_finite(self)
-        if self.pipeline.parallel_jobs > 1 and (self.engine.policy.servers or self.engine.verifier.servers):
-            raise ConfigError(f"pipeline.parallel_jobs={self.pipeline.parallel_jobs} with launched servers: every job "
-                              "would launch its own on the same devices; set 1, or name running servers by urls")
+        if self.pipeline.parallel_jobs > 1 and (
+            self.engine.policy.servers or self.engine.verifier.servers
+        ):
+            raise ConfigError(
+                f"pipeline.parallel_jobs={self.pipeline.parallel_jobs} with launched servers: every job "
+                "would launch its own on the same devices; set 1, or name running servers by urls"
+            )
         if self.data.rl_answers is not None and self.rl.reward != "rlvr":
-            raise without_effect("data.rl_answers", self.data.rl_answers, f"with rl.reward={self.rl.reward}")
+            raise without_effect(
+                "data.rl_answers", self.data.rl_answers, f"with rl.reward={self.rl.reward}"
+            )
         self._check_variants()
         if self.pipeline.rounds > 1 and self.stage2.variant != "prm_cot":
-            raise ConfigError(f"pipeline.rounds={self.pipeline.rounds}: a later round needs verifications as a prm_cot "
-                              f"writes them, stage2.variant is {self.stage2.variant}")
+            raise ConfigError(
+                f"pipeline.rounds={self.pipeline.rounds}: a later round needs verifications as a prm_cot "
+                f"writes them, stage2.variant is {self.stage2.variant}"
+            )
         if self.pipeline.rounds > 1 and self.stage2.method not in self.pipeline.label_methods:
-            raise ConfigError(f"pipeline.rounds={self.pipeline.rounds} verifies with the reward model of stage2.method="
-                              f"{self.stage2.method}: add it to pipeline.label_methods")
+            raise ConfigError(
+                f"pipeline.rounds={self.pipeline.rounds} verifies with the reward model of stage2.method="
+                f"{self.stage2.method}: add it to pipeline.label_methods"
+            )
         self.weight_sync.check_engine(self.engine.kind)
         self._check_label_methods()
 
     @property
     def reward_variant(self) -> str | None:
-        """``rl.reward_variant``, resolved: the kind of reward model that stage III asks, None for a baseline."""
+        """``rl.reward_variant``, resolved: the kind of reward model that stage III asks, None for a
+        baseline.
+        """
         return self.reward_variant_asked if asks_reward_model(self.rl.design) else None
 
     @property
@@ -185,39 +214,60 @@ class SparkConfig:
             return
         # A stage II job of the pipeline gets stage2.variant on top of the same settings.
         if self.stage2.variant not in variants:
-            raise ConfigError(f"pipeline.variants={variants}: add stage2.variant={self.stage2.variant}, which every "
-                              "other label method is trained in, or change that")
+            raise ConfigError(
+                f"pipeline.variants={variants}: add stage2.variant={self.stage2.variant}, which every "
+                "other label method is trained in, or change that"
+            )
         if self.pipeline.rounds > 1 and variants != ["prm_cot"]:
-            raise ConfigError(f"pipeline.rounds={self.pipeline.rounds}: only a prm_cot writes verifications that a "
-                              f"later round can learn from, pipeline.variants is {variants}")
+            raise ConfigError(
+                f"pipeline.rounds={self.pipeline.rounds}: only a prm_cot writes verifications that a "
+                f"later round can learn from, pipeline.variants is {variants}"
+            )
 
     def _check_label_methods(self) -> None:
         """What the label methods need of stage I, and what only they read."""
         for method in self.pipeline.label_methods:
             pick = REVISED_METHODS.get(method)
             if pick is not None and pick not in self.stage1.revise:
-                raise ConfigError(f"pipeline.label_methods has {method}: add {pick} to stage1.revise")
+                raise ConfigError(
+                    f"pipeline.label_methods has {method}: add {pick} to stage1.revise"
+                )
             if method == REFERENCE_GUIDED and self.stage1.reference_answers is None:
-                raise ConfigError(f"pipeline.label_methods has {method}, a baseline that reads answer keys: set "
-                                  "stage1.reference_answers (JSONL with problem_id and answer)")
+                raise ConfigError(
+                    f"pipeline.label_methods has {method}, a baseline that reads answer keys: set "
+                    "stage1.reference_answers (JSONL with problem_id and answer)"
+                )
         self._check_label_rules()
         if REFERENCE_GUIDED not in (self.stage2.method, *self.pipeline.label_methods):
-            for name, value in (("stage1.reference_answers", self.stage1.reference_answers),
-                                ("labels.reference_pick", self.labels.reference_pick)):
+            for name, value in (
+                ("stage1.reference_answers", self.stage1.reference_answers),
+                ("labels.reference_pick", self.labels.reference_pick),
+            ):
                 if value is not None:
                     raise without_effect(
-                        name, value, f"where neither stage2.method nor pipeline.label_methods has {REFERENCE_GUIDED}")
+                        name,
+                        value,
+                        f"where neither stage2.method nor pipeline.label_methods has {REFERENCE_GUIDED}",
+                    )
 
     def _check_label_rules(self) -> None:
         """Rules that no label method asked for reads."""
         methods = {self.stage2.method, *self.pipeline.label_methods}
-        picks = {REVISED_METHODS.get(method, method) for method in methods} | set(self.stage1.revise)
+        picks = {REVISED_METHODS.get(method, method) for method in methods} | set(
+            self.stage1.revise
+        )
         if REFERENCE_GUIDED in methods:
             picks.add(self.labels.reference_pick or "step_consistency")
         by_steps = "step_consistency" in picks
-        read = {"ties": by_steps or "outcome_consistency" in picks, "no_match": by_steps,
-                "final_verdict": by_steps or not methods.isdisjoint(REVISED_METHODS)}
+        read = {
+            "ties": by_steps or "outcome_consistency" in picks,
+            "no_match": by_steps,
+            "final_verdict": by_steps or not methods.isdisjoint(REVISED_METHODS),
+        }
         for name, default in (("ties", "drop"), ("no_match", "drop"), ("final_verdict", "agreed")):
             if (value := getattr(self.labels, name)) != default and not read[name]:
-                raise without_effect(f"labels.{name}", value, "with these label methods (stage2.method, "
-                                     "pipeline.label_methods)")
+                raise without_effect(
+                    f"labels.{name}",
+                    value,
+                    "with these label methods (stage2.method, pipeline.label_methods)",
+                )

@@ -10,7 +10,8 @@ from .trainer import OptimizerConfig
 
 @dataclass
 class SftConfig:
-    """Fine-tuning of ``models.policy_base`` on responses in the policy's format. The prompt is that of rl.prompt_set.
+    """Fine-tuning of ``models.policy_base`` on responses in the policy's format. The prompt is that
+    of rl.prompt_set.
 
     The defaults are RL-Tango's, whose result the paper starts from; warm-up and decay are ours.
     """
@@ -21,14 +22,19 @@ class SftConfig:
     max_length: int = 4096
     """Prompt plus response tokens; a longer example is left out and counted."""
     invalid: str = "error"
-    """What a response does that the format gate would refuse: error (nothing is trained) or drop (it is counted)."""
+    """What a response does that the format gate would refuse: error (nothing is trained) or drop
+    (it is counted).
+    """
     held_out: float = 0.1
-    """Share of the problems, drawn by run.seed, whose responses are not trained on; their loss is logged."""
+    """Share of the problems, drawn by run.seed, whose responses are not trained on; their loss is
+    logged.
+    """
     eval_every: int | None = None
     """Optimizer steps between two held-out losses; None is 100. Not read with held_out=0."""
     save_every: int = 100
     optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(lr=5e-6, warmup_fraction=0.03, decay="cosine"))
+        default_factory=lambda: OptimizerConfig(lr=5e-6, warmup_fraction=0.03, decay="cosine")
+    )
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "save_every"):

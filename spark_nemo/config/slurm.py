@@ -1,4 +1,6 @@
-"""Which task of which ``srun`` this process is, from the environment that Slurm gives a step's tasks."""
+"""Which task of which ``srun`` this process is, from the environment that Slurm gives a step's
+tasks.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ _FIRST_PORT, _NUM_PORTS = 10000, 20000
 
 @dataclass(frozen=True)
 class SlurmTask:
-    """One task of a step. Where nothing else is said, the tasks meet at ``master_address:master_port``."""
+    """One task of a step. Where nothing else is said, the tasks meet at
+    ``master_address:master_port``.
+    """
 
     rank: int
     world_size: int
@@ -22,9 +26,11 @@ class SlurmTask:
 
 
 def slurm_task(environment: Mapping[str, str] | None = None) -> SlurmTask | None:
-    """This process as a task of a step with several tasks; None outside, in a batch script and in a step of one task.
+    """This process as a task of a step with several tasks; None outside, in a batch script and in a
+    step of one task.
 
-    The tasks meet on the step's first node, where Slurm puts task 0, at a port made from the job's and step's ids.
+    The tasks meet on the step's first node, where Slurm puts task 0, at a port made from the job's
+    and step's ids.
     """
     env = os.environ if environment is None else environment
     # Not SLURM_NTASKS: the batch script and every shell in an allocation have it as well.
@@ -32,7 +38,9 @@ def slurm_task(environment: Mapping[str, str] | None = None) -> SlurmTask | None
     if world_size == 1:
         return None
     port = _FIRST_PORT + (int(env["SLURM_JOB_ID"]) * 16 + int(env["SLURM_STEP_ID"])) % _NUM_PORTS
-    return SlurmTask(int(env["SLURM_PROCID"]), world_size, first_host(env["SLURM_STEP_NODELIST"]), port)
+    return SlurmTask(
+        int(env["SLURM_PROCID"]), world_size, first_host(env["SLURM_STEP_NODELIST"]), port
+    )
 
 
 def first_host(node_list: str) -> str:

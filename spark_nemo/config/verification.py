@@ -32,40 +32,56 @@ class Stage1Config:
     verifications_per_solution: int = 16
     prompt_set: str = "paper"
     verifier_prompt: str = "verify"
-    """What the verifier is asked with: verify (a general model) or reward_model (a PRM-CoT of an earlier round)."""
+    """What the verifier is asked with: verify (a general model) or reward_model (a PRM-CoT of an
+    earlier round).
+    """
     solutions_from: str | None = None
-    """Store of an earlier run whose solutions are taken over where they are the ones this run would sample."""
+    """Store of an earlier run whose solutions are taken over where they are the ones this run would
+    sample.
+    """
     generator_sampling: SamplingConfig = field(
-        default_factory=lambda: SamplingConfig(temperature=0.7, top_p=0.95, max_new_tokens=8192))
+        default_factory=lambda: SamplingConfig(temperature=0.7, top_p=0.95, max_new_tokens=8192)
+    )
     verifier_sampling: SamplingConfig = field(
-        default_factory=lambda: SamplingConfig(temperature=0.8, top_p=0.95, max_new_tokens=8192))
+        default_factory=lambda: SamplingConfig(temperature=0.8, top_p=0.95, max_new_tokens=8192)
+    )
     num_shards: int = 1
     shard: int | None = None
-    """Work on problems with index % num_shards == shard only (a Slurm array task); None does all."""
+    """Work on problems with index % num_shards == shard only (a Slurm array task); None does all.
+    """
     max_failure_rate: float = 0.5
     """Stop when more than this share of solutions or verifications is unusable."""
     revise: list[str] = field(default_factory=list)
-    """Which verification of a solution gets a critique and a merge: the one picked by single (for meta_critique), by
-    outcome_consistency (hybrid_outcome) or by step_consistency (hybrid_step)."""
+    """Which verification of a solution gets a critique and a merge: the one picked by single (for
+    meta_critique), by outcome_consistency (hybrid_outcome) or by step_consistency (hybrid_step).
+    """
     revision_sampling: RevisionSamplingConfig = field(default_factory=RevisionSamplingConfig)
     """Of critiques and merges; only read with revise."""
     reference_answers: str | None = None
-    """Answer keys of data.stage1_problems, shown to the verifier for the labels of reference_guided: a declared
-    baseline. Legal only where that method is asked for."""
+    """Answer keys of data.stage1_problems, shown to the verifier for the labels of
+    reference_guided: a declared baseline. Legal only where that method is asked for.
+    """
     reference_verifications: int | None = None
     """Verifications per solution that see the answer. None is 8, as in the authors' script."""
     max_requests_in_flight: int | None = None
-    """Solutions and verifications asked for at the same time; None is twice what the engine decodes together."""
+    """Solutions and verifications asked for at the same time; None is twice what the engine decodes
+    together.
+    """
     early_stop: str = "none"
     """When to stop asking for votes on a solution: ``none``, ``exact`` or ``sequential``; see
     ``verification.early_stop``."""
     early_stop_error: float | None = None
-    """Of the sequential test: probability that a step's majority would be another one after all votes."""
+    """Of the sequential test: probability that a step's majority would be another one after all
+    votes.
+    """
     early_stop_verdict: bool = False
-    """The majority of the final Yes/No must be decided too, not the steps' only; costs about five points of the saving
-    on the small world. For outcome consistency, which rests on it."""
+    """The majority of the final Yes/No must be decided too, not the steps' only; costs about five
+    points of the saving on the small world. For outcome consistency, which rests on it.
+    """
     wave_size: int | None = None
-    """Least number of votes on a solution asked for together under early_stop; None is 1, which costs fewest votes."""
+    """Least number of votes on a solution asked for together under early_stop; None is 1, which
+    costs fewest votes.
+    """
 
     def __post_init__(self) -> None:
         at_least("stage1.solutions_per_problem", self.solutions_per_problem, 1)
@@ -77,7 +93,9 @@ class Stage1Config:
         if self.shard is None and self.num_shards > 1:
             raise without_effect("stage1.num_shards", self.num_shards, "without stage1.shard")
         if self.shard is not None and not 0 <= self.shard < self.num_shards:
-            raise ConfigError(f"stage1.shard={self.shard}: must lie in 0..{self.num_shards - 1} (stage1.num_shards)")
+            raise ConfigError(
+                f"stage1.shard={self.shard}: must lie in 0..{self.num_shards - 1} (stage1.num_shards)"
+            )
         if self.max_requests_in_flight is not None:
             at_least("stage1.max_requests_in_flight", self.max_requests_in_flight, 1)
         self._check_early_stop()
@@ -86,7 +104,9 @@ class Stage1Config:
     @property
     def revised_with(self) -> SamplingConfig:
         """``revision_sampling``, resolved."""
-        given = {name: value for name, value in vars(self.revision_sampling).items() if value is not None}
+        given = {
+            name: value for name, value in vars(self.revision_sampling).items() if value is not None
+        }
         return SamplingConfig(**{"temperature": 0.0, "max_new_tokens": 8192, **given})
 
     @property
@@ -101,32 +121,51 @@ class Stage1Config:
             raise ConfigError(f"stage1.revise={self.revise}: name each only once")
         for name, value in vars(self.revision_sampling).items():
             if value is not None and not self.revise:
-                raise without_effect(f"stage1.revision_sampling.{name}", value, "with stage1.revise=[]")
+                raise without_effect(
+                    f"stage1.revision_sampling.{name}", value, "with stage1.revise=[]"
+                )
         if self.revise:
             _ = self.revised_with  # refuses illegal values
         if self.reference_verifications is not None:
             at_least("stage1.reference_verifications", self.reference_verifications, 1)
             if self.reference_answers is None:
-                raise without_effect("stage1.reference_verifications", self.reference_verifications,
-                                     "without stage1.reference_answers")
+                raise without_effect(
+                    "stage1.reference_verifications",
+                    self.reference_verifications,
+                    "without stage1.reference_answers",
+                )
 
     def _check_early_stop(self) -> None:
         one_of("stage1.early_stop", self.early_stop, {"none", "exact", "sequential"})
         if self.early_stop == "sequential":
             if self.early_stop_error is None:
-                raise ConfigError("stage1.early_stop=sequential needs stage1.early_stop_error, 0.05 for example")
+                raise ConfigError(
+                    "stage1.early_stop=sequential needs stage1.early_stop_error, 0.05 for example"
+                )
             if not 0 < self.early_stop_error < 0.5:
-                raise ConfigError(f"stage1.early_stop_error={self.early_stop_error}: must lie between 0 and 0.5")
+                raise ConfigError(
+                    f"stage1.early_stop_error={self.early_stop_error}: must lie between 0 and 0.5"
+                )
         elif self.early_stop_error is not None:
             raise without_effect(
-                "stage1.early_stop_error", self.early_stop_error, f"with stage1.early_stop={self.early_stop}")
+                "stage1.early_stop_error",
+                self.early_stop_error,
+                f"with stage1.early_stop={self.early_stop}",
+            )
         least = {"none": 1, "exact": 3, "sequential": 2}[self.early_stop]
         if self.verifications_per_solution < least:
-            raise without_effect("stage1.early_stop", self.early_stop, f"with fewer than {least} votes "
-                                 f"(stage1.verifications_per_solution={self.verifications_per_solution})")
+            raise without_effect(
+                "stage1.early_stop",
+                self.early_stop,
+                f"with fewer than {least} votes "
+                f"(stage1.verifications_per_solution={self.verifications_per_solution})",
+            )
         if self.wave_size is not None:
             at_least("stage1.wave_size", self.wave_size, 1)
-        for name, value in (("wave_size", self.wave_size), ("early_stop_verdict", self.early_stop_verdict or None)):
+        for name, value in (
+            ("wave_size", self.wave_size),
+            ("early_stop_verdict", self.early_stop_verdict or None),
+        ):
             if value is not None and self.early_stop == "none":
                 raise without_effect(f"stage1.{name}", value, "with stage1.early_stop=none")
 
@@ -142,10 +181,12 @@ class Stage2Config:
     """Sequences per optimizer step, over all data-parallel ranks."""
     max_length: int = 8192
     optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(warmup_fraction=0.03, decay="cosine"))
+        default_factory=lambda: OptimizerConfig(warmup_fraction=0.03, decay="cosine")
+    )
     save_every: int = 50
     eval_sampling: SamplingConfig = field(
-        default_factory=lambda: SamplingConfig(temperature=0.0, max_new_tokens=4096))
+        default_factory=lambda: SamplingConfig(temperature=0.0, max_new_tokens=4096)
+    )
 
     def __post_init__(self) -> None:
         one_of("stage2.method", self.method, set(LABEL_METHODS))

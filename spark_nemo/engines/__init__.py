@@ -16,6 +16,18 @@ from .factory import build_engine
 from .tokenizer import Tokenizer, TokenizerError
 
 __all__ = [
-    "Engine", "EngineFailure", "EngineHealth", "EngineLost", "EngineUnavailable", "FinishReason", "Generation",
-    "GenerationRequest", "SamplingParams", "Tokenizer", "TokenizerError", "build_engine", "generate_all", "run_async",
+    "Engine",
+    "EngineFailure",
+    "EngineHealth",
+    "EngineLost",
+    "EngineUnavailable",
+    "FinishReason",
+    "Generation",
+    "GenerationRequest",
+    "SamplingParams",
+    "Tokenizer",
+    "TokenizerError",
+    "build_engine",
+    "generate_all",
+    "run_async",
 ]

@@ -1,7 +1,8 @@
 """The one interface every engine has: embedded here, SGLang and vLLM over HTTP later.
 
-Token ids go in and come out; an engine never sees text. Log-probabilities are those of the distribution the token was
-drawn from *after* temperature and before top-p/top-k cutting (SGLang's meaning), so trainer and engine can be compared.
+Token ids go in and come out; an engine never sees text. Log-probabilities are those of the
+distribution the token was drawn from *after* temperature and before top-p/top-k cutting (SGLang's
+meaning), so trainer and engine can be compared.
 """
 
 from __future__ import annotations
@@ -23,22 +24,30 @@ class FinishReason(StrEnum):
 
 
 class EngineFailure(RuntimeError):
-    """A request the engine could not serve (bad ids, too long, engine closed). Callers turn it into EngineError."""
+    """A request the engine could not serve (bad ids, too long, engine closed). Callers turn it into
+    EngineError.
+    """
 
 
 class EngineUnavailable(EngineFailure):
-    """This engine cannot serve just now (died, hung, unreachable, shut down), but another one could: safe to redo."""
+    """This engine cannot serve just now (died, hung, unreachable, shut down), but another one
+    could: safe to redo.
+    """
 
 
 class EngineLost(EngineFailure):
-    """Nothing is left that could serve any request: a run must stop on it and not count it as one failed request."""
+    """Nothing is left that could serve any request: a run must stop on it and not count it as one
+    failed request.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to draw tokens. ``temperature=0`` is greedy; ``top_p=1`` and ``top_k=0`` switch those cuts off.
+    """How to draw tokens. ``temperature=0`` is greedy; ``top_p=1`` and ``top_k=0`` switch those
+    cuts off.
 
-    ``seed`` makes a request's draws independent of what else is in the batch; None draws fresh randomness.
+    ``seed`` makes a request's draws independent of what else is in the batch; None draws fresh
+    randomness.
     """
 
     max_new_tokens: int
@@ -69,9 +78,11 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What was sampled. The terminating stop token, when there is one, is the last of ``token_ids``.
+    """What was sampled. The terminating stop token, when there is one, is the last of
+    ``token_ids``.
 
-    ``logprobs`` are in nats; ``weight_versions`` holds the version of the weights that sampled each token.
+    ``logprobs`` are in nats; ``weight_versions`` holds the version of the weights that sampled each
+    token.
     """
 
     token_ids: tuple[int, ...]
@@ -93,27 +104,36 @@ class EngineHealth:
 
 
 class Engine(abc.ABC):
-    """A served causal language model. One event loop owns an engine; ``generate`` may be awaited many times at once."""
+    """A served causal language model. One event loop owns an engine; ``generate`` may be awaited
+    many times at once.
+    """
 
     max_in_flight: int | None = None
-    """So many requests are sent at once, the others wait in ``generate``; None when there is no such bound."""
+    """So many requests are sent at once, the others wait in ``generate``; None when there is no
+    such bound.
+    """
 
     @abc.abstractmethod
     async def generate(self, request: GenerationRequest) -> Generation:
         """Continue one prompt. Raises ``EngineFailure`` when it cannot be served."""
 
     @abc.abstractmethod
-    async def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    async def update_weights(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], version: int
+    ) -> None:
         """Replace the weights by Hugging Face-named tensors and drop cached prefixes.
 
-        Requests in flight go on under the new weights; every token carries the version that sampled it.
-        Raises ``EngineFailure`` if a tensor is missing, unknown or of another shape; then no weight has changed.
+        Requests in flight go on under the new weights; every token carries the version that sampled
+        it. Raises ``EngineFailure`` if a tensor is missing, unknown or of another shape; then no
+        weight has changed.
         """
 
     async def weights_checksum(self) -> list[dict[str, str]]:
-        """A hash of every tensor as it is served now, by the engine's name of it; one dictionary per engine rank.
+        """A hash of every tensor as it is served now, by the engine's name of it; one dictionary
+        per engine rank.
 
-        Raises ``EngineFailure`` when the engine cannot tell. See ``weight_sync.checksum`` for what is compared with it.
+        Raises ``EngineFailure`` when the engine cannot tell. See ``weight_sync.checksum`` for what
+        is compared with it.
         """
         raise EngineFailure(f"{type(self).__name__} gives no checksums of its weights")
 
@@ -130,8 +150,10 @@ class Engine(abc.ABC):
         """Report state without waiting for a generation."""
 
     async def probe(self, timeout_s: float) -> None:
-        """Raise ``EngineUnavailable`` unless the engine could serve a request now, as far as it can tell within
-        ``timeout_s``. Overridden where a real generation is a better answer than ``health``; not asked while paused."""
+        """Raise ``EngineUnavailable`` unless the engine could serve a request now, as far as it can
+        tell within ``timeout_s``. Overridden where a real generation is a better answer than
+        ``health``; not asked while paused.
+        """
         if not (await self.health()).alive:
             raise EngineUnavailable("the engine reports that it is not alive")
 

@@ -27,9 +27,10 @@ async def generate_all(
 ) -> list[Generation | EngineFailure]:
     """Serve all ``requests``; results come back in submission order.
 
-    A request the engine refuses gives its ``EngineFailure`` as the result, so one bad request does not cost the others.
-    ``on_result(index, result)`` is called as each finishes, in the event loop: it delays the engine while it runs.
-    Any other exception, or cancellation, cancels what is in flight and is raised.
+    A request the engine refuses gives its ``EngineFailure`` as the result, so one bad request does
+    not cost the others. ``on_result(index, result)`` is called as each finishes, in the event loop:
+    it delays the engine while it runs. Any other exception, or cancellation, cancels what is in
+    flight and is raised.
     """
     if max_in_flight < 1:
         raise ValueError(f"max_in_flight={max_in_flight}: must be at least 1")
@@ -57,8 +58,9 @@ async def generate_all(
 
 
 async def all_or_none(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """All results, in order. When one fails, the others are cancelled and have ended before its error is raised; after
-    ``asyncio.gather`` alone they would go on asking engines."""
+    """All results, in order. When one fails, the others are cancelled and have ended before its
+    error is raised; after ``asyncio.gather`` alone they would go on asking engines.
+    """
     tasks = [asyncio.create_task(each) for each in work]
     try:
         return await asyncio.gather(*tasks)
@@ -71,8 +73,8 @@ async def all_or_none(work: Iterable[Coroutine[Any, Any, Result]]) -> list[Resul
 def freeze_heap() -> None:
     """Take what is loaded by now out of the garbage collector's walks, once the models are there.
 
-    Many requests in flight make it run often, and each run would walk all of torch's objects again: 0.07 of 0.26 CPU ms
-    per request (benchmarks/sglang_client.py).
+    Many requests in flight make it run often, and each run would walk all of torch's objects again:
+    0.07 of 0.26 CPU ms per request (benchmarks/sglang_client.py).
     """
     gc.collect()
     gc.freeze()
@@ -88,16 +90,19 @@ def _runner() -> asyncio.Runner:
 def run_async(coroutine: Coroutine[Any, Any, Result]) -> Result:
     """Run ``coroutine`` from ordinary code on the process's one persistent event loop.
 
-    An engine belongs to the loop it was first used on, so every call that touches it must come through here. Between
-    calls nothing runs: requests in flight wait. Raises ``RuntimeError`` inside a running event loop.
+    An engine belongs to the loop it was first used on, so every call that touches it must come
+    through here. Between calls nothing runs: requests in flight wait. Raises ``RuntimeError``
+    inside a running event loop.
     """
     return _runner().run(coroutine)
 
 
 class BackgroundWork(Generic[Result]):
-    """``run_async`` of one coroutine in a thread of its own, while the caller's thread does something else.
+    """``run_async`` of one coroutine in a thread of its own, while the caller's thread does
+    something else.
 
-    The loop is the process's one: nobody may call ``run_async`` until ``result`` or ``cancel`` has returned.
+    The loop is the process's one: nobody may call ``run_async`` until ``result`` or ``cancel`` has
+    returned.
     """
 
     def __init__(self, coroutine: Coroutine[Any, Any, Result]) -> None:
@@ -121,7 +126,9 @@ class BackgroundWork(Generic[Result]):
             self._thread.shutdown()
 
     def cancel(self) -> None:
-        """End the coroutine, wait until it has ended and forget its result. Harmless when it is over."""
+        """End the coroutine, wait until it has ended and forget its result. Harmless when it is
+        over.
+        """
         while not self._future.done() and not self._begun.wait(0.01):
             pass
         if not self._future.done():
@@ -131,10 +138,16 @@ class BackgroundWork(Generic[Result]):
 
 
 async def until_idle(engine: Engine, timeout_s: float = 10.0) -> None:
-    """Return when nothing is in flight at ``engine`` any more, cancelled requests included, or after ``timeout_s``."""
+    """Return when nothing is in flight at ``engine`` any more, cancelled requests included, or
+    after ``timeout_s``.
+    """
     end = asyncio.get_running_loop().time() + timeout_s
     while (health := await engine.health()).running or health.waiting:
         if asyncio.get_running_loop().time() > end:
-            log.warning("%d requests are still in flight %g s after they were aborted", health.running, timeout_s)
+            log.warning(
+                "%d requests are still in flight %g s after they were aborted",
+                health.running,
+                timeout_s,
+            )
             return
         await asyncio.sleep(0)

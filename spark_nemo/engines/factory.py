@@ -13,7 +13,9 @@ Build = Callable[[EngineConfig, Path, str, Path | None], Engine]
 
 
 def _local(config: EngineConfig, model_dir: Path, role: str, log_dir: Path | None) -> Engine:
-    return LocalEngine.from_folder(model_dir, max_batch_size=config.max_batch_size, max_context=config.max_context)
+    return LocalEngine.from_folder(
+        model_dir, max_batch_size=config.max_batch_size, max_context=config.max_context
+    )
 
 
 def _sglang(config: EngineConfig, model_dir: Path, role: str, log_dir: Path | None) -> Engine:
@@ -31,11 +33,15 @@ def _vllm(config: EngineConfig, model_dir: Path, role: str, log_dir: Path | None
 KINDS: dict[str, Build] = {"local": _local, "sglang": _sglang, "vllm": _vllm}
 
 
-def build_engine(config: EngineConfig, model_dir: Path | str, role: str, log_dir: Path | None = None) -> Engine:
-    """The engine ``config.kind`` names for ``role`` (``policy`` or ``verifier``), serving ``model_dir`` as weight
-    version 0: embedded, or a ``Fleet`` of the role's servers, whose logs go to ``log_dir``.
+def build_engine(
+    config: EngineConfig, model_dir: Path | str, role: str, log_dir: Path | None = None
+) -> Engine:
+    """The engine ``config.kind`` names for ``role`` (``policy`` or ``verifier``), serving
+    ``model_dir`` as weight version 0: embedded, or a ``Fleet`` of the role's servers, whose logs go
+    to ``log_dir``.
 
-    Raises ``EngineFailure`` when the folder cannot be served, ``ConfigError`` when the role has no engines.
+    Raises ``EngineFailure`` when the folder cannot be served, ``ConfigError`` when the role has no
+    engines.
     """
     config.pool(role)
     return KINDS[config.kind](config, Path(model_dir), role, log_dir)

@@ -9,8 +9,9 @@ from .base import EngineFailure, GenerationRequest
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """What can be served without harm. Ids outside the vocabulary would hurt a whole batch, and kill SGLang or, worse,
-    are served by it."""
+    """What can be served without harm. Ids outside the vocabulary would hurt a whole batch, and
+    kill SGLang or, worse, are served by it.
+    """
 
     vocab_size: int
     max_context: int
@@ -19,7 +20,9 @@ class RequestLimits:
         if self.vocab_size < 1:
             raise ValueError(f"vocab_size={self.vocab_size}: must be at least 1")
         if self.max_context < 2:
-            raise ValueError(f"max_context={self.max_context}: must hold a prompt token and a new one")
+            raise ValueError(
+                f"max_context={self.max_context}: must hold a prompt token and a new one"
+            )
 
     def refuse_bad(self, request: GenerationRequest) -> None:
         """Raise ``EngineFailure`` for what the server would refuse, cut short or die of."""
@@ -29,8 +32,11 @@ class RequestLimits:
         if len(ids) + room > self.max_context:
             raise EngineFailure(
                 f"prompt of {len(ids)} tokens + max_new_tokens={room} is {len(ids) + room}, over the context of "
-                f"{self.max_context}: shorten one or raise engine.max_context")
+                f"{self.max_context}: shorten one or raise engine.max_context"
+            )
         for field, tokens in (("prompt", ids), ("stop", request.sampling.stop_token_ids)):
             bad = next((token for token in tokens if not 0 <= token < self.vocab_size), None)
             if bad is not None:
-                raise EngineFailure(f"{field} token id {bad} is outside the vocabulary of {self.vocab_size}")
+                raise EngineFailure(
+                    f"{field} token id {bad} is outside the vocabulary of {self.vocab_size}"
+                )

@@ -21,8 +21,10 @@ def model_numbers(folder: Path | str) -> ModelNumbers:
     """From ``config.json``. Raises ``ConfigError`` naming what is missing."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise ConfigError(f"model folder {folder}: no config.json there; name a Hugging Face model folder (hub names "
-                          "are not downloaded: hf download NAME --local-dir FOLDER)")
+        raise ConfigError(
+            f"model folder {folder}: no config.json there; name a Hugging Face model folder (hub names "
+            "are not downloaded: hf download NAME --local-dir FOLDER)"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -1,8 +1,10 @@
-"""The hash of a tensor that trainer and engines agree on: SGLang's, which depends on where the tensor lies.
+"""The hash of a tensor that trainer and engines agree on: SGLang's, which depends on where the
+tensor lies.
 
-In CPU memory it is the first 8 bytes of SHA-256 over the raw bytes in row-major order (srt/managers/mm_utils.py,
-``tensor_hash``); on a GPU a sum over mixed 32-bit words (kernels/ops/memory/gpu_tensor_hash.py). Both are 16 hex
-digits, and both are made here from blocks of rows as they come.
+In CPU memory it is the first 8 bytes of SHA-256 over the raw bytes in row-major order
+(srt/managers/mm_utils.py, ``tensor_hash``); on a GPU a sum over mixed 32-bit words
+(kernels/ops/memory/gpu_tensor_hash.py). Both are 16 hex digits, and both are made here from blocks
+of rows as they come.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ _POSITION = ((0x27D4EB2D, 15), (0x165667B1, 13))
 _TILE = 8192
 """Words that are summed before they are mixed again."""
 _HOLD = 8 << 20
-"""Bytes that are mixed at once. A block costs some 50 small kernels, and a model has 10,000s of experts' tensors."""
+"""Bytes that are mixed at once. A block costs some 50 small kernels, and a model has 10,000s of
+experts' tensors.
+"""
 
 
 class TensorDigest(Protocol):
@@ -53,23 +57,29 @@ class ByteDigest:
 
 
 class WordDigest:
-    """SGLang's GPU hash in plain torch: two sums of mixed words per tile of 8192, mixed again and added.
+    """SGLang's GPU hash in plain torch: two sums of mixed words per tile of 8192, mixed again and
+    added.
 
-    int32 stands for uint32: products and sums wrap alike, only right shifts need a mask. Small blocks are held, as
-    copies, until there are 8 MiB of them. Raises ``ValueError`` for a block that ends inside a word.
+    int32 stands for uint32: products and sums wrap alike, only right shifts need a mask. Small
+    blocks are held, as copies, until there are 8 MiB of them. Raises ``ValueError`` for a block
+    that ends inside a word.
     """
 
     def __init__(self, num_bytes: int, device: torch.device) -> None:
         self._words, self._at = num_bytes // 4, 0
         self._held: list[torch.Tensor] = []
         self._held_words = 0
-        self._sums_2K = torch.zeros(2, max(1, -(-self._words // _TILE)), dtype=torch.int64, device=device)
+        self._sums_2K = torch.zeros(
+            2, max(1, -(-self._words // _TILE)), dtype=torch.int64, device=device
+        )
 
     def update(self, block: torch.Tensor) -> None:
         """See ``TensorDigest``."""
         raw_B = block.detach().contiguous().reshape(-1).view(torch.uint8)
         if raw_B.numel() % 4:
-            raise ValueError(f"a block of {raw_B.numel()} bytes ends inside a 32-bit word: it has no hash of its own")
+            raise ValueError(
+                f"a block of {raw_B.numel()} bytes ends inside a 32-bit word: it has no hash of its own"
+            )
         words_N = raw_B.view(torch.int32)
         self._held_words += words_N.numel()
         enough = self._held_words * 4 >= _HOLD or self._at + self._held_words >= self._words
@@ -84,7 +94,8 @@ class WordDigest:
         position_N, tile_N = index_N.to(torch.int32), index_N // _TILE
         for sums_K, seed, (factor, turn) in zip(self._sums_2K, _SEEDS, _POSITION):
             place_N = (position_N * _signed(factor) + _signed(seed)) ^ (
-                (position_N << turn) | _shifted(position_N, 32 - turn))
+                (position_N << turn) | _shifted(position_N, 32 - turn)
+            )
             mixed_N = _mix(words_N ^ place_N)
             sums_K.index_add_(0, tile_N, mixed_N.to(torch.int64) & _MASK32)
         self._at += words_N.numel()
@@ -94,7 +105,10 @@ class WordDigest:
         if self._held:
             self._mix_held()
         length = _signed(self._words * 4 & _MASK32)
-        high, low = ((_mix(_wrapped(sums_K) ^ length).to(torch.int64) & _MASK32).tolist() for sums_K in self._sums_2K)
+        high, low = (
+            (_mix(_wrapped(sums_K) ^ length).to(torch.int64) & _MASK32).tolist()
+            for sums_K in self._sums_2K
+        )
         total = sum((a << 32) | b for a, b in zip(high, low)) & _MASK64
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             total = ((total ^ (total >> shift)) * factor) & _MASK64

@@ -1,7 +1,8 @@
-"""Accuracy on held-out problems from a table of graded samples, with bootstrap intervals over problems.
+"""Accuracy on held-out problems from a table of graded samples, with bootstrap intervals over
+problems.
 
-Problems are the units that are resampled: samples of one problem are not independent of each other, so resampling
-samples would make every interval too narrow.
+Problems are the units that are resampled: samples of one problem are not independent of each other,
+so resampling samples would make every interval too narrow.
 """
 
 from __future__ import annotations
@@ -25,18 +26,27 @@ class GradedSample:
     answer: str | None = None
 
 
-def mean_accuracy(rows: Iterable[GradedSample], samples: int = DEFAULT_SAMPLES, seed: int = 0) -> Estimate:
-    """avg@k: the mean over problems of the share of right samples, every problem having the same k samples."""
+def mean_accuracy(
+    rows: Iterable[GradedSample], samples: int = DEFAULT_SAMPLES, seed: int = 0
+) -> Estimate:
+    """avg@k: the mean over problems of the share of right samples, every problem having the same k
+    samples.
+    """
     return _mean(problem_rates(rows), samples, seed)
 
 
-def greedy_accuracy(rows: Iterable[GradedSample], samples: int = DEFAULT_SAMPLES, seed: int = 0) -> Estimate:
+def greedy_accuracy(
+    rows: Iterable[GradedSample], samples: int = DEFAULT_SAMPLES, seed: int = 0
+) -> Estimate:
     """Greedy pass@1. Raises ``ValueError`` unless there is exactly one sample per problem."""
     return _mean(greedy_values(rows), samples, seed)
 
 
 def accuracy_difference(
-    first: Iterable[GradedSample], second: Iterable[GradedSample], samples: int = DEFAULT_SAMPLES, seed: int = 0,
+    first: Iterable[GradedSample],
+    second: Iterable[GradedSample],
+    samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
 ) -> Estimate:
     """avg@k of ``first`` minus avg@k of ``second``, paired by problem.
 
@@ -44,43 +54,63 @@ def accuracy_difference(
     """
     rates, other = problem_rates(first), problem_rates(second)
     if rates.keys() != other.keys():
-        raise ValueError(f"paired accuracies over different problems: {sorted(rates.keys() ^ other.keys())[:3]}, ...")
-    return mean_difference(list(rates.values()), [other[problem_id] for problem_id in rates], samples, seed)
+        raise ValueError(
+            f"paired accuracies over different problems: {sorted(rates.keys() ^ other.keys())[:3]}, ..."
+        )
+    return mean_difference(
+        list(rates.values()), [other[problem_id] for problem_id in rates], samples, seed
+    )
 
 
 def pass_at_k(
-    rows: Iterable[GradedSample], k: int, samples: int = DEFAULT_SAMPLES, seed: int = 0,
+    rows: Iterable[GradedSample],
+    k: int,
+    samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
 ) -> Estimate:
     """The mean over problems of ``pass_at_k_values``."""
     return _mean(pass_at_k_values(rows, k), samples, seed)
 
 
 def majority_at_k(
-    rows: Iterable[GradedSample], k: int, samples: int = DEFAULT_SAMPLES, seed: int = 0,
+    rows: Iterable[GradedSample],
+    k: int,
+    samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
 ) -> Estimate:
     """maj@k: the share of problems of which ``majority_values`` says True."""
     return _mean(majority_values(rows, k), samples, seed)
 
 
 def problem_rates(rows: Iterable[GradedSample]) -> dict[str, float]:
-    """Share of right samples by problem. Raises ``ValueError`` unless every problem has as many samples."""
+    """Share of right samples by problem. Raises ``ValueError`` unless every problem has as many
+    samples.
+    """
     table = _by_problem(rows)
     if len({len(graded) for graded in table.values()}) > 1:
         raise ValueError("avg@k: every problem must have the same number of samples")
-    return {problem_id: sum(s.correct for s in graded) / len(graded) for problem_id, graded in table.items()}
+    return {
+        problem_id: sum(s.correct for s in graded) / len(graded)
+        for problem_id, graded in table.items()
+    }
 
 
 def greedy_values(rows: Iterable[GradedSample]) -> dict[str, bool]:
-    """Whether each problem's greedy completion is right. Raises ``ValueError`` unless each has exactly one."""
+    """Whether each problem's greedy completion is right. Raises ``ValueError`` unless each has
+    exactly one.
+    """
     table = _by_problem(rows)
     for problem_id, graded in table.items():
         if len(graded) != 1:
-            raise ValueError(f"problem {problem_id} has {len(graded)} greedy samples: greedy pass@1 takes one")
+            raise ValueError(
+                f"problem {problem_id} has {len(graded)} greedy samples: greedy pass@1 takes one"
+            )
     return {problem_id: graded[0].correct for problem_id, graded in table.items()}
 
 
 def pass_at_k_values(rows: Iterable[GradedSample], k: int) -> dict[str, float]:
-    """Chance that at least one of k samples is right, by problem, estimated without bias from n >= k samples.
+    """Chance that at least one of k samples is right, by problem, estimated without bias from n >=
+    k samples.
 
     1 - C(n - c, k) / C(n, k) with c right of n samples (Chen et al. 2021, arXiv 2107.03374, eq. 1).
     """
@@ -96,8 +126,9 @@ def pass_at_k_values(rows: Iterable[GradedSample], k: int) -> dict[str, float]:
 def majority_values(rows: Iterable[GradedSample], k: int) -> dict[str, bool]:
     """Is the most frequent answer of a problem's first k samples right? By problem.
 
-    Answers are grouped by ``normalise_answer``; samples without an answer do not vote; the answer seen first wins a
-    tie; a problem on which nobody votes is wrong. Grouping is by text, so ``1/2`` and ``0.5`` are two answers.
+    Answers are grouped by ``normalise_answer``; samples without an answer do not vote; the answer
+    seen first wins a tie; a problem on which nobody votes is wrong. Grouping is by text, so ``1/2``
+    and ``0.5`` are two answers.
     """
     values = {}
     for problem_id, graded in _by_problem(rows).items():
@@ -106,7 +137,9 @@ def majority_values(rows: Iterable[GradedSample], k: int) -> dict[str, bool]:
         voters = [sample for sample in graded[:k] if sample.answer is not None]
         votes = Counter(normalise_answer(sample.answer) for sample in voters)
         winner = votes.most_common(1)[0][0] if votes else None
-        values[problem_id] = next((s.correct for s in voters if normalise_answer(s.answer) == winner), False)
+        values[problem_id] = next(
+            (s.correct for s in voters if normalise_answer(s.answer) == winner), False
+        )
     return values
 
 

@@ -1,7 +1,8 @@
 """Answer keys and how a predicted answer is compared with one.
 
-``AnswerKey`` and ``EvalProblem`` are the only types in the package that hold a reference answer. Stages I and II never
-see them; stage III sees them at evaluation steps, and in training only in the declared RLVR baseline.
+``AnswerKey`` and ``EvalProblem`` are the only types in the package that hold a reference answer.
+Stages I and II never see them; stage III sees them at evaluation steps, and in training only in the
+declared RLVR baseline.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ MAX_ANSWER_CHARS = 1000
 
 _INTEGER = re.compile(r"[+-]?\d{1,100}", re.ASCII)
 _DECIMAL = re.compile(r"[+-]?(\d{1,100}\.\d{0,100}|\.\d{1,100})", re.ASCII)
-_FRACTION = re.compile(r"([+-]?)(?:\\frac\{([+-]?\d{1,100})\}\{(\d{1,100})\}|([+]?\d{1,100})/(\d{1,100}))", re.ASCII)
+_FRACTION = re.compile(
+    r"([+-]?)(?:\\frac\{([+-]?\d{1,100})\}\{(\d{1,100})\}|([+]?\d{1,100})/(\d{1,100}))", re.ASCII
+)
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", re.ASCII)
 _ASSIGNMENT = re.compile(r"[A-Za-z](_\{?\w+\}?)?=", re.ASCII)
 
@@ -48,10 +51,11 @@ class EvalProblem:
 
 
 def read_eval_problems(path: str | Path) -> list[EvalProblem]:
-    """Read JSONL (or a .json list) with ``problem_id``, ``question``, ``answer`` and optionally ``source``.
+    """Read JSONL (or a .json list) with ``problem_id``, ``question``, ``answer`` and optionally
+    ``source``.
 
-    An answer may be a number in the file; it is kept as text. Raises ``DataFileError`` that names the file, line and
-    field of the first row that is malformed or repeats a ``problem_id``.
+    An answer may be a number in the file; it is kept as text. Raises ``DataFileError`` that names
+    the file, line and field of the first row that is malformed or repeats a ``problem_id``.
     """
     problems: dict[str, EvalProblem] = {}
     for place, row in read_rows(path):
@@ -60,12 +64,16 @@ def read_eval_problems(path: str | Path) -> list[EvalProblem]:
         source = row.get("source", "")
         if not isinstance(source, str):
             raise DataFileError(f"{place}: field 'source' must be a string")
-        problems[key.problem_id] = EvalProblem(Problem(key.problem_id, question, source), key.answer)
+        problems[key.problem_id] = EvalProblem(
+            Problem(key.problem_id, question, source), key.answer
+        )
     return list(problems.values())
 
 
 def read_answer_keys(path: str | Path) -> dict[str, AnswerKey]:
-    """Read ``problem_id`` and ``answer`` rows by problem id: the keys of the RLVR baseline (``data.rl_answers``)."""
+    """Read ``problem_id`` and ``answer`` rows by problem id: the keys of the RLVR baseline
+    (``data.rl_answers``).
+    """
     keys: dict[str, AnswerKey] = {}
     for place, row in read_rows(path):
         key = _read_key(place, row, keys)
@@ -81,13 +89,15 @@ def answer_matches(predicted: str | None, gold: str) -> bool:
 def judge_answer(predicted: str | None, gold: str) -> Judgement:
     """Whether a final answer equals the reference answer. No prediction (None, blank) is wrong.
 
-    In this order: equal after ``normalise_answer``; both plain numbers, compared exactly (``27.0`` = ``27``,
-    ``0.5`` = ``\\frac{1}{2}``); otherwise math-verify 0.8+, ``verify(gold, answer)``, in a worker process with limits
-    of time and memory (``checker``). A string that math-verify cannot judge within them is ``LATE`` or ``DIED``.
-    Results of the slow path are remembered, so a hostile string costs its time limit once.
+    In this order: equal after ``normalise_answer``; both plain numbers, compared exactly (``27.0``
+    = ``27``, ``0.5`` = ``\\frac{1}{2}``); otherwise math-verify 0.8+, ``verify(gold, answer)``, in
+    a worker process with limits of time and memory (``checker``). A string that math-verify cannot
+    judge within them is ``LATE`` or ``DIED``. Results of the slow path are remembered, so a hostile
+    string costs its time limit once.
 
-    Two things that math-verify accepts are refused here because a policy could learn them: an equation whose left side
-    is not one symbol (``6 = 5`` for 5), and unbalanced braces or a second box inside the answer.
+    Two things that math-verify accepts are refused here because a policy could learn them: an
+    equation whose left side is not one symbol (``6 = 5`` for 5), and unbalanced braces or a second
+    box inside the answer.
     """
     if predicted is None or not predicted.strip():
         return Judgement.DIFFERENT
@@ -109,21 +119,26 @@ def judge_answer(predicted: str | None, gold: str) -> Judgement:
 
 
 def grade_answers(pairs: Sequence[tuple[str | None, str]]) -> list[bool]:
-    """``answer_matches`` of every ``(predicted, gold)``, the slow ones at the same time in the checker's workers."""
+    """``answer_matches`` of every ``(predicted, gold)``, the slow ones at the same time in the
+    checker's workers.
+    """
     return [judgement is Judgement.EQUAL for judgement in judge_answers(pairs)]
 
 
 def judge_answers(pairs: Sequence[tuple[str | None, str]]) -> list[Judgement]:
-    """``judge_answer`` of every ``(predicted, gold)``, the slow ones at the same time in the checker's workers."""
+    """``judge_answer`` of every ``(predicted, gold)``, the slow ones at the same time in the
+    checker's workers.
+    """
     with ThreadPoolExecutor(shared_checker().workers) as threads:
         return list(threads.map(lambda pair: judge_answer(*pair), pairs))
 
 
 def normalise_answer(text: str) -> str:
-    """Remove what never changes an answer's value: dollar signs, spacing, thousands commas, ``x =``, a final full stop.
+    """Remove what never changes an answer's value: dollar signs, spacing, thousands commas, ``x
+    =``, a final full stop.
 
-    ``\\dfrac`` and ``\\tfrac`` become ``\\frac``, ``\\text{...}`` its content, and a percent or degree sign is dropped
-    as a unit. Also the key by which majority voting groups answers.
+    ``\\dfrac`` and ``\\tfrac`` become ``\\frac``, ``\\text{...}`` its content, and a percent or
+    degree sign is dropped as a unit. Also the key by which majority voting groups answers.
     """
     text = text.strip().strip("$").strip()
     text = re.sub(r"\\(?:left|right|quad|qquad)(?![A-Za-z])|\\[!,;: ]", "", text)
@@ -132,24 +147,35 @@ def normalise_answer(text: str) -> str:
     text = re.sub(r"\^\{?\\circ\}?|\\degree|\\%|%|\\\$", "", text)
     text = re.sub(r"\\frac(\d)(\d)(?!\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"(?<![A-Za-z\\])\s+|\s+(?![A-Za-z])", "", text).removesuffix(".")
-    text = text[len(match.group()):] if (match := _ASSIGNMENT.match(text)) else text
+    text = text[len(match.group()) :] if (match := _ASSIGNMENT.match(text)) else text
     return text.replace(",", "") if _THOUSANDS.fullmatch(text) else text
 
 
 def _read_key(place: str, row: dict[str, object], seen: dict[str, object]) -> AnswerKey:
-    problem_id = required_id(place, row, "problem_id", "a number or string that identifies the problem")
+    problem_id = required_id(
+        place, row, "problem_id", "a number or string that identifies the problem"
+    )
     if problem_id in seen:
-        raise DataFileError(f"{place}: field 'problem_id' repeats {problem_id!r}: ids must be unique"
-                            + id_hint(problem_id))
+        raise DataFileError(
+            f"{place}: field 'problem_id' repeats {problem_id!r}: ids must be unique"
+            + id_hint(problem_id)
+        )
     if type(row.get("answer")) in (int, float):
         if type(row["answer"]) is float and not isfinite(row["answer"]):
-            raise DataFileError(f"{place}: field 'answer' is {row['answer']}, but must be a finite number or a string")
+            raise DataFileError(
+                f"{place}: field 'answer' is {row['answer']}, but must be a finite number or a string"
+            )
         row = {**row, "answer": str(row["answer"])}
-    return AnswerKey(problem_id, required_text(place, row, "answer", "the reference answer, a string or a number"))
+    return AnswerKey(
+        problem_id,
+        required_text(place, row, "answer", "the reference answer, a string or a number"),
+    )
 
 
 def _number(text: str) -> Fraction | None:
-    """The exact value of an integer, a decimal or a simple fraction; None for anything else (or division by 0)."""
+    """The exact value of an integer, a decimal or a simple fraction; None for anything else (or
+    division by 0).
+    """
     if _INTEGER.fullmatch(text) or _DECIMAL.fullmatch(text):
         return Fraction(text)
     match = _FRACTION.fullmatch(text)
@@ -157,7 +183,11 @@ def _number(text: str) -> Fraction | None:
         return None
     sign, top, bottom, plain_top, plain_bottom = match.groups()
     denominator = int(bottom or plain_bottom)
-    return None if denominator == 0 else (-1 if sign == "-" else 1) * Fraction(int(top or plain_top), denominator)
+    return (
+        None
+        if denominator == 0
+        else (-1 if sign == "-" else 1) * Fraction(int(top or plain_top), denominator)
+    )
 
 
 def _balanced(text: str) -> bool:

@@ -1,7 +1,7 @@
 """Percentile bootstrap intervals (Efron 1979), vectorised and seeded.
 
-An interval here says how far a number might have moved had other problems or cases been drawn from the same source.
-It says nothing about training again with another seed.
+An interval here says how far a number might have moved had other problems or cases been drawn from
+the same source. It says nothing about training again with another seed.
 """
 
 from __future__ import annotations
@@ -29,14 +29,19 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Hits:
-    """Which cases of a ProcessBench split were predicted exactly: ``error`` of label >= 0, ``correct`` of label -1."""
+    """Which cases of a ProcessBench split were predicted exactly: ``error`` of label >= 0,
+    ``correct`` of label -1.
+    """
 
     error: NDArray[np.bool_]
     correct: NDArray[np.bool_]
 
 
 def mean_estimate(
-    values: ArrayLike, samples: int = DEFAULT_SAMPLES, seed: int = 0, level: float = 0.95,
+    values: ArrayLike,
+    samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Estimate:
     """The mean of ``values`` with its bootstrap interval. Raises ``ValueError`` without values."""
     values = _checked(values, "values")
@@ -44,36 +49,63 @@ def mean_estimate(
 
 
 def mean_difference(
-    first: ArrayLike, second: ArrayLike, samples: int = DEFAULT_SAMPLES, seed: int = 0, level: float = 0.95,
+    first: ArrayLike,
+    second: ArrayLike,
+    samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Estimate:
-    """mean(first) - mean(second) of values paired by position: a resample takes both values of a pair or neither."""
+    """mean(first) - mean(second) of values paired by position: a resample takes both values of a
+    pair or neither.
+    """
     first, second = _checked(first, "first"), _checked(second, "second")
     if first.shape != second.shape:
-        raise ValueError(f"paired bootstrap of {len(first)} and {len(second)} values: the cases must be the same")
+        raise ValueError(
+            f"paired bootstrap of {len(first)} and {len(second)} values: the cases must be the same"
+        )
     return mean_estimate(first - second, samples, seed, level)
 
 
 def grouped_mean_estimate(
-    groups: Sequence[ArrayLike], samples: int = DEFAULT_SAMPLES, seed: int = 0, level: float = 0.95,
+    groups: Sequence[ArrayLike],
+    samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Estimate:
-    """The plain mean of the groups' means, as of benchmarks of different sizes; units are resampled within groups."""
+    """The plain mean of the groups' means, as of benchmarks of different sizes; units are resampled
+    within groups.
+    """
     if not groups:
         raise ValueError("bootstrap: mean of no groups")
     arrays, rng = [_checked(group, "group") for group in groups], np.random.default_rng(seed)
-    replicates = np.mean([
-        np.array([array[rng.integers(len(array), size=len(array))].mean() for _ in range(samples)])
-        for array in arrays], axis=0)
+    replicates = np.mean(
+        [
+            np.array(
+                [array[rng.integers(len(array), size=len(array))].mean() for _ in range(samples)]
+            )
+            for array in arrays
+        ],
+        axis=0,
+    )
     return _estimate(float(np.mean([array.mean() for array in arrays])), replicates, level)
 
 
 def ratio_estimate(
-    numerators: ArrayLike, denominators: ArrayLike, samples: int = DEFAULT_SAMPLES, seed: int = 0, level: float = 0.95,
+    numerators: ArrayLike,
+    denominators: ArrayLike,
+    samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Estimate:
-    """sum(numerators) / sum(denominators) over resampled units, e.g. right steps per step, resampling solutions.
+    """sum(numerators) / sum(denominators) over resampled units, e.g. right steps per step,
+    resampling solutions.
 
     Raises ``ValueError`` without units or with a denominator that is not positive.
     """
-    numerators, denominators = _checked(numerators, "numerators"), _checked(denominators, "denominators")
+    numerators, denominators = (
+        _checked(numerators, "numerators"),
+        _checked(denominators, "denominators"),
+    )
     if numerators.shape != denominators.shape or not np.all(denominators > 0):
         raise ValueError("every unit needs one numerator and one positive denominator")
     count, rng = len(numerators), np.random.default_rng(seed)
@@ -86,29 +118,47 @@ def ratio_estimate(
 
 
 def f1_estimate(
-    splits: Sequence[Hits], samples: int = DEFAULT_SAMPLES, seed: int = 0, level: float = 0.95,
+    splits: Sequence[Hits],
+    samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Estimate:
-    """Mean F1 over splits. Cases are resampled within split and kind, so both accuracies stay defined."""
+    """Mean F1 over splits. Cases are resampled within split and kind, so both accuracies stay
+    defined.
+    """
     _check_splits(splits)
     rng = np.random.default_rng(seed)
-    replicates = np.mean([
-        _f1(_resampled_rates(rng, split.error, samples), _resampled_rates(rng, split.correct, samples))
-        for split in splits], axis=0)
+    replicates = np.mean(
+        [
+            _f1(
+                _resampled_rates(rng, split.error, samples),
+                _resampled_rates(rng, split.correct, samples),
+            )
+            for split in splits
+        ],
+        axis=0,
+    )
     return _estimate(_average(splits), replicates, level)
 
 
 def f1_difference(
-    first: Sequence[Hits], second: Sequence[Hits], samples: int = DEFAULT_SAMPLES, seed: int = 0, level: float = 0.95,
+    first: Sequence[Hits],
+    second: Sequence[Hits],
+    samples: int = DEFAULT_SAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Estimate:
     """Mean F1 of ``first`` minus that of ``second`` over the same cases in the same order.
 
-    Paired: a resample draws cases, and a case counts with what both models made of it. For hits and misses this is a
-    multinomial draw over the four pairs of outcomes, which is how it is computed.
+    Paired: a resample draws cases, and a case counts with what both models made of it. For hits and
+    misses this is a multinomial draw over the four pairs of outcomes, which is how it is computed.
     """
     _check_splits(first)
     _check_splits(second)
     if [_sizes(split) for split in first] != [_sizes(split) for split in second]:
-        raise ValueError("paired bootstrap of two F1s: both models must have predicted the same cases of every split")
+        raise ValueError(
+            "paired bootstrap of two F1s: both models must have predicted the same cases of every split"
+        )
     rng = np.random.default_rng(seed)
     differences = []
     for a, b in zip(first, second):
@@ -118,12 +168,17 @@ def f1_difference(
     return _estimate(_average(first) - _average(second), np.mean(differences, axis=0), level)
 
 
-def _resampled_rates(rng: np.random.Generator, hits: NDArray[np.bool_], samples: int) -> NDArray[np.float64]:
+def _resampled_rates(
+    rng: np.random.Generator, hits: NDArray[np.bool_], samples: int
+) -> NDArray[np.float64]:
     return rng.binomial(len(hits), hits.mean(), size=samples) / len(hits)
 
 
 def _resampled_pairs(
-    rng: np.random.Generator, a: NDArray[np.bool_], b: NDArray[np.bool_], samples: int,
+    rng: np.random.Generator,
+    a: NDArray[np.bool_],
+    b: NDArray[np.bool_],
+    samples: int,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     cells = np.bincount(2 * a.astype(int) + b.astype(int), minlength=4)
     drawn = rng.multinomial(len(a), cells / len(a), size=samples)
@@ -136,7 +191,14 @@ def _f1(acc_error: NDArray[np.float64], acc_correct: NDArray[np.float64]) -> NDA
 
 
 def _average(splits: Sequence[Hits]) -> float:
-    return float(np.mean([_f1(split.error.mean(keepdims=True), split.correct.mean(keepdims=True)) for split in splits]))
+    return float(
+        np.mean(
+            [
+                _f1(split.error.mean(keepdims=True), split.correct.mean(keepdims=True))
+                for split in splits
+            ]
+        )
+    )
 
 
 def _sizes(split: Hits) -> tuple[int, int]:
@@ -145,7 +207,9 @@ def _sizes(split: Hits) -> tuple[int, int]:
 
 def _check_splits(splits: Sequence[Hits]) -> None:
     if not splits or any(min(_sizes(split)) == 0 for split in splits):
-        raise ValueError("F1 needs at least one split, each with cases with an error and cases without")
+        raise ValueError(
+            "F1 needs at least one split, each with cases with an error and cases without"
+        )
 
 
 def _checked(values: ArrayLike, name: str) -> NDArray[np.float64]:

@@ -1,8 +1,9 @@
 """math-verify in a worker process, so that no answer string can hang, exhaust or crash the caller.
 
-Symbolic comparison may run forever or fill the memory (``9^{9^{9^9}}``). math-verify's own limits are signals, which
-do not interrupt a long C computation and work in the main thread only. The worker is another Python process, started
-when first needed, that answers JSON lines through a child of its own; a child that is late is killed and replaced.
+Symbolic comparison may run forever or fill the memory (``9^{9^{9^9}}``). math-verify's own limits
+are signals, which do not interrupt a long C computation and work in the main thread only. The
+worker is another Python process, started when first needed, that answers JSON lines through a child
+of its own; a child that is late is killed and replaced.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ START_LIMIT_S = 120.0
 MEMORY_LIMIT_BYTES = 2 << 30
 """Address space of one worker's child; an answer that needs more is not judged."""
 GRACE_S = 2.0
-"""How much later than its limit a worker may report a late answer, before it is taken for hanging itself."""
+"""How much later than its limit a worker may report a late answer, before it is taken for hanging
+itself.
+"""
 
 
 class Judgement(StrEnum):
-    """What came of comparing an answer with its key. ``LATE`` and ``DIED`` say nothing about the answer: nobody could
-    tell within the limits of time and memory; a score counts them as wrong and says how many there were."""
+    """What came of comparing an answer with its key. ``LATE`` and ``DIED`` say nothing about the
+    answer: nobody could tell within the limits of time and memory; a score counts them as wrong and
+    says how many there were.
+    """
 
     EQUAL = "equal"
     DIFFERENT = "different"
@@ -43,7 +48,9 @@ class Judgement(StrEnum):
 
 @dataclass
 class CheckerStats:
-    """What the worker was asked and how often it gave no answer. Each timeout and crash was reported as "not equal"."""
+    """What the worker was asked and how often it gave no answer. Each timeout and crash was
+    reported as "not equal".
+    """
 
     questions: int = 0
     timeouts: int = 0
@@ -51,7 +58,9 @@ class CheckerStats:
 
 
 class MathChecker:
-    """Asks math-verify whether two answers are equal, with a time limit. Safe to share between threads."""
+    """Asks math-verify whether two answers are equal, with a time limit. Safe to share between
+    threads.
+    """
 
     def __init__(self, limit_s: float = 5.0) -> None:
         self.limit_s = limit_s
@@ -61,12 +70,18 @@ class MathChecker:
         self._owner = os.getpid()
 
     def equivalent(self, gold: str, answer: str) -> bool:
-        """``math_verify.verify(gold, answer)``; the order matters. False when the worker is late or dies (counted)."""
+        """``math_verify.verify(gold, answer)``; the order matters. False when the worker is late or
+        dies (counted).
+        """
         return self.judge(gold, answer) is Judgement.EQUAL
 
     def judge(self, gold: str, answer: str) -> Judgement:
-        """``equivalent`` with the reason. Raises ``RuntimeError`` when the worker cannot be started at all."""
-        question = json.dumps({"gold": gold, "answer": answer, "limit_s": self.limit_s}).encode() + b"\n"
+        """``equivalent`` with the reason. Raises ``RuntimeError`` when the worker cannot be started
+        at all.
+        """
+        question = (
+            json.dumps({"gold": gold, "answer": answer, "limit_s": self.limit_s}).encode() + b"\n"
+        )
         with self._lock:
             self.stats.questions += 1
             if os.getpid() != self._owner:  # after a fork the pipe belongs to the parent
@@ -92,12 +107,22 @@ class MathChecker:
         self.close()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "spark_nemo.evaluation.checker_worker", str(MEMORY_LIMIT_BYTES)],
-            bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
-                 "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)})
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            },
+        )
         if self._read_line(START_LIMIT_S) != "ready":
             self.close()
-            raise RuntimeError("the answer checker did not start: is math-verify installed in this environment?")
+            raise RuntimeError(
+                "the answer checker did not start: is math-verify installed in this environment?"
+            )
 
     def _ask(self, question: bytes) -> Judgement:
         try:
@@ -107,17 +132,23 @@ class MathChecker:
             reply = ""
         if not reply:
             self.close()  # the worker itself hangs or has died, not its child
-        judgement = Judgement(reply) if reply else Judgement.LATE if reply is None else Judgement.DIED
+        judgement = (
+            Judgement(reply) if reply else Judgement.LATE if reply is None else Judgement.DIED
+        )
         if judgement is Judgement.LATE:
             self.stats.timeouts += 1
-            logger.warning("answer checker: no result within %.1f s, counted as not equal", self.limit_s)
+            logger.warning(
+                "answer checker: no result within %.1f s, counted as not equal", self.limit_s
+            )
         elif judgement is Judgement.DIED:
             self.stats.crashes += 1
             logger.warning("answer checker: the worker died, counted as not equal")
         return judgement
 
     def _read_line(self, limit_s: float) -> str | None:
-        """One line without its newline; None when it does not come in time, an empty string at end of file."""
+        """One line without its newline; None when it does not come in time, an empty string at end
+        of file.
+        """
         deadline = time.monotonic() + limit_s
         descriptor, line = self._process.stdout.fileno(), b""
         while not line.endswith(b"\n"):
@@ -132,9 +163,11 @@ class MathChecker:
 
 
 class CheckerPool:
-    """Several checkers behind one ``equivalent``: as many threads as there are workers ask at the same time.
+    """Several checkers behind one ``equivalent``: as many threads as there are workers ask at the
+    same time.
 
-    A worker starts when its checker is first needed, so a caller with one thread pays for one worker.
+    A worker starts when its checker is first needed, so a caller with one thread pays for one
+    worker.
     """
 
     def __init__(self, workers: int, limit_s: float = 5.0) -> None:
@@ -148,10 +181,14 @@ class CheckerPool:
     def stats(self) -> CheckerStats:
         """The sums over the workers."""
         every = [checker.stats for checker in self._checkers]
-        return CheckerStats(*(sum(getattr(s, name) for s in every) for name in ("questions", "timeouts", "crashes")))
+        return CheckerStats(
+            *(sum(getattr(s, name) for s in every) for name in ("questions", "timeouts", "crashes"))
+        )
 
     def equivalent(self, gold: str, answer: str) -> bool:
-        """As ``MathChecker.equivalent``; waits for a free worker, which does not count against the time limit."""
+        """As ``MathChecker.equivalent``; waits for a free worker, which does not count against the
+        time limit.
+        """
         return self.judge(gold, answer) is Judgement.EQUAL
 
     def judge(self, gold: str, answer: str) -> Judgement:

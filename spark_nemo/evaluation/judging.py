@@ -1,6 +1,8 @@
-"""A model on ProcessBench: it is asked about every case, once or several times, and what it said becomes votes.
+"""A model on ProcessBench: it is asked about every case, once or several times, and what it said
+becomes votes.
 
-Two kinds of judge: our reward models in the format they were trained on, and any chat model as the benchmark's critic.
+Two kinds of judge: our reward models in the format they were trained on, and any chat model as the
+benchmark's critic.
 """
 
 from __future__ import annotations
@@ -15,7 +17,13 @@ from pathlib import Path
 from spark_nemo.config import ConfigError, SamplingConfig
 from spark_nemo.engines.base import EngineFailure, EngineLost
 from spark_nemo.engines.served import ServedModel
-from spark_nemo.grammar import PromptSet, Variant, legal_step_text, parse_generation, render_solution
+from spark_nemo.grammar import (
+    PromptSet,
+    Variant,
+    legal_step_text,
+    parse_generation,
+    render_solution,
+)
 from spark_nemo.grammar.critic_prompt import CRITIC_VERSION, critic_messages
 from spark_nemo.grammar.prompts import ChatMessages
 from spark_nemo.records import EngineError, derive_seed, outcome_kind
@@ -28,7 +36,9 @@ from .reading import DataFileError
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What the model said to one question. ``finish_reason`` is None when the engine refused it, as ``error`` says."""
+    """What the model said to one question. ``finish_reason`` is None when the engine refused it, as
+    ``error`` says.
+    """
 
     text: str
     num_tokens: int
@@ -52,7 +62,9 @@ class Judge(ABC):
 
 
 class Critic(Judge):
-    """Any chat model. Its last box votes, whatever is in it, also when the reply was cut off: the official rule."""
+    """Any chat model. Its last box votes, whatever is in it, also when the reply was cut off: the
+    official rule.
+    """
 
     name, version = "critic", CRITIC_VERSION
 
@@ -69,7 +81,8 @@ class Critic(Judge):
 class RewardModelJudge(Judge):
     """A PRM or PRM-CoT: its verdict's first wrong step votes; what is no verdict does not.
 
-    An ORM can be asked the same way, but ``vote`` raises ``ValueError`` for its verdict (see ``check_names_steps``).
+    An ORM can be asked the same way, but ``vote`` raises ``ValueError`` for its verdict (see
+    ``check_names_steps``).
     """
 
     def __init__(self, variant: Variant | str, prompts: PromptSet) -> None:
@@ -82,8 +95,10 @@ class RewardModelJudge(Judge):
             try:
                 steps.append(legal_step_text(step))
             except ValueError:
-                raise DataFileError(f"case {case.case_id!r}: step {index} of 'steps', {step!r}, has no content, so a "
-                                    "reward model cannot be shown it: leave the case out") from None
+                raise DataFileError(
+                    f"case {case.case_id!r}: step {index} of 'steps', {step!r}, has no content, so a "
+                    "reward model cannot be shown it: leave the case out"
+                ) from None
         solution = render_solution(steps, None)
         return self.prompts.reward(self.variant, case.problem, solution)
 
@@ -91,20 +106,28 @@ class RewardModelJudge(Judge):
         if reply.finish_reason is None:
             return None, outcome_kind(EngineError(reply.error))
         outcome = parse_generation(
-            reply.text, reply.finish_reason, reply.num_tokens, len(case.steps), self.variant)
+            reply.text, reply.finish_reason, reply.num_tokens, len(case.steps), self.variant
+        )
         first = predict_first_error(outcome)
         return None if first is None else str(first), outcome_kind(outcome)
 
 
 def judge_processbench(
-    served: ServedModel, judge: Judge, splits: Mapping[str, Sequence[ProcessBenchCase]], sampling: SamplingConfig,
-    votes: int, in_flight: int, output: Path,
+    served: ServedModel,
+    judge: Judge,
+    splits: Mapping[str, Sequence[ProcessBenchCase]],
+    sampling: SamplingConfig,
+    votes: int,
+    in_flight: int,
+    output: Path,
 ) -> SavedScore:
-    """Ask ``votes`` times about every case, save what was said to ``output``, and score the majority by split.
+    """Ask ``votes`` times about every case, save what was said to ``output``, and score the
+    majority by split.
 
-    The file holds every text and can be scored again (``score_saved_predictions``). A question that the engine refuses,
-    too long a prompt for example, is a vote missing, counted by kind. Closes the engine. Raises ``ConfigError`` for
-    several votes without randomness, ``EngineFailure`` when the engine stopped on the way.
+    The file holds every text and can be scored again (``score_saved_predictions``). A question that
+    the engine refuses, too long a prompt for example, is a vote missing, counted by kind. Closes
+    the engine. Raises ``ConfigError`` for several votes without randomness, ``EngineFailure`` when
+    the engine stopped on the way.
     """
     check_votes(votes, sampling)
     cases = [case for split in splits.values() for case in split]
@@ -114,29 +137,61 @@ def judge_processbench(
         votes_and_kinds = [judge.vote(reply, case) for reply in said]
         cast[case.case_id] = [vote for vote, _ in votes_and_kinds]
         texts = [reply.text for reply in said]
-        rows.append({
-            "id": case.case_id, "label": case.label, "prediction": majority_vote(cast[case.case_id]),
-            **({"generated_critique": texts} if judge.name == Critic.name else
-               {"votes": cast[case.case_id], "texts": texts}),
-            "kinds": [kind for _, kind in votes_and_kinds], "num_tokens": sum(reply.num_tokens for reply in said),
-            **({"errors": errors} if (errors := [reply.error for reply in said if reply.error]) else {})})
+        rows.append(
+            {
+                "id": case.case_id,
+                "label": case.label,
+                "prediction": majority_vote(cast[case.case_id]),
+                **(
+                    {"generated_critique": texts}
+                    if judge.name == Critic.name
+                    else {"votes": cast[case.case_id], "texts": texts}
+                ),
+                "kinds": [kind for _, kind in votes_and_kinds],
+                "num_tokens": sum(reply.num_tokens for reply in said),
+                **(
+                    {"errors": errors}
+                    if (errors := [reply.error for reply in said if reply.error])
+                    else {}
+                ),
+            }
+        )
     score = score_votes(splits, cast)
-    write_json_atomic(output, {
-        "judge": judge.name, "prompt": judge.version, "model": served.identity, "votes": votes,
-        "sampling": vars(sampling), "average_f1": score.average,
-        "splits": {name: {"acc_error": split.acc_error, "acc_correct": split.acc_correct, "f1": split.f1,
-                          "num_error": split.num_error, "num_correct": split.num_correct,
-                          "num_unparsed": split.num_unparsed} for name, split in score.splits.items()},
-        "kinds": dict(Counter(kind for row in rows for kind in row["kinds"])),
-        "num_tokens": sum(row["num_tokens"] for row in rows), "cases": rows})
+    write_json_atomic(
+        output,
+        {
+            "judge": judge.name,
+            "prompt": judge.version,
+            "model": served.identity,
+            "votes": votes,
+            "sampling": vars(sampling),
+            "average_f1": score.average,
+            "splits": {
+                name: {
+                    "acc_error": split.acc_error,
+                    "acc_correct": split.acc_correct,
+                    "f1": split.f1,
+                    "num_error": split.num_error,
+                    "num_correct": split.num_correct,
+                    "num_unparsed": split.num_unparsed,
+                }
+                for name, split in score.splits.items()
+            },
+            "kinds": dict(Counter(kind for row in rows for kind in row["kinds"])),
+            "num_tokens": sum(row["num_tokens"] for row in rows),
+            "cases": rows,
+        },
+    )
     return score
 
 
 def check_names_steps(variant: str) -> None:
     """Raise ``ConfigError`` for a kind of reward model that has no ProcessBench score."""
     if variant == Variant.ORM:
-        raise ConfigError("stage2.variant=orm: an ORM names no step and has no ProcessBench score; `spark-nemo stage2` "
-                          "scores its verdicts on whole solutions")
+        raise ConfigError(
+            "stage2.variant=orm: an ORM names no step and has no ProcessBench score; `spark-nemo stage2` "
+            "scores its verdicts on whole solutions"
+        )
 
 
 def check_votes(votes: int, sampling: SamplingConfig) -> None:
@@ -144,18 +199,26 @@ def check_votes(votes: int, sampling: SamplingConfig) -> None:
     if votes < 1:
         raise ConfigError(f"--votes={votes}: must be at least 1")
     if votes > 1 and sampling.temperature == 0:
-        raise ConfigError(f"--votes={votes} with stage2.eval_sampling.temperature=0: every vote would be the same; the "
-                          "benchmark's authors use stage2.eval_sampling.temperature=1.0 stage2.eval_sampling.top_p=0.9")
+        raise ConfigError(
+            f"--votes={votes} with stage2.eval_sampling.temperature=0: every vote would be the same; the "
+            "benchmark's authors use stage2.eval_sampling.temperature=1.0 stage2.eval_sampling.top_p=0.9"
+        )
 
 
 async def ask_all(
-    served: ServedModel, cases: Sequence[ProcessBenchCase], messages: Callable[[ProcessBenchCase], ChatMessages],
-    sampling: SamplingConfig, votes: int, in_flight: int,
+    served: ServedModel,
+    cases: Sequence[ProcessBenchCase],
+    messages: Callable[[ProcessBenchCase], ChatMessages],
+    sampling: SamplingConfig,
+    votes: int,
+    in_flight: int,
 ) -> list[list[Reply]]:
-    """``votes`` replies to the question about each case; at most ``in_flight`` are under way at once.
+    """``votes`` replies to the question about each case; at most ``in_flight`` are under way at
+    once.
 
-    Seeds depend on case and vote alone. Raises ``EngineFailure`` when the engine stopped on the way: there is no score;
-    before anything is asked, ``DataFileError`` for a case that ``messages`` cannot show.
+    Seeds depend on case and vote alone. Raises ``EngineFailure`` when the engine stopped on the
+    way: there is no score; before anything is asked, ``DataFileError`` for a case that ``messages``
+    cannot show.
     """
     for case in cases:
         messages(case)
@@ -164,7 +227,9 @@ async def ask_all(
     async def ask(case: ProcessBenchCase, vote: int) -> Reply:
         async with slots:
             try:
-                done = await served.complete(messages(case), sampling, derive_seed("critic", case.case_id, vote))
+                done = await served.complete(
+                    messages(case), sampling, derive_seed("critic", case.case_id, vote)
+                )
             except EngineLost:
                 raise
             except EngineFailure as failure:
@@ -173,8 +238,10 @@ async def ask_all(
 
     flat = await asyncio.gather(*(ask(case, vote) for case in cases for vote in range(votes)))
     if not (await served.engine.health()).alive:
-        raise EngineFailure("the engine stopped during the evaluation on ProcessBench: there is no score, run again")
-    return [flat[start:start + votes] for start in range(0, len(flat), votes)]
+        raise EngineFailure(
+            "the engine stopped during the evaluation on ProcessBench: there is no score, run again"
+        )
+    return [flat[start : start + votes] for start in range(0, len(flat), votes)]
 
 
 async def _ask_and_close(served: ServedModel, *arguments: object) -> list[list[Reply]]:

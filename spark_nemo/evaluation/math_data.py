@@ -1,7 +1,8 @@
 """The mathematics benchmarks as they are distributed, and the Skywork prompts without answers.
 
-Files and Hugging Face datasets of one benchmark name their columns differently, so each part of a problem is looked for
-under the names that are in use. Every ``DataFileError`` names the file, the line (or row) and the field.
+Files and Hugging Face datasets of one benchmark name their columns differently, so each part of a
+problem is looked for under the names that are in use. Every ``DataFileError`` names the file, the
+line (or row) and the field.
 """
 
 from __future__ import annotations
@@ -25,33 +26,48 @@ logger = logging.getLogger(__name__)
 read_skywork_prompts = read_verl_problems
 
 BENCHMARKS: dict[str, int] = {
-    "math500": 500, "aime24": 30, "aime25": 30, "amc23": 40, "minerva_math": 272, "olympiadbench": 675}
-"""Benchmarks and how many problems published figures are over (QwenLM/Qwen2.5-Math; AIME has two papers of 15)."""
+    "math500": 500,
+    "aime24": 30,
+    "aime25": 30,
+    "amc23": 40,
+    "minerva_math": 272,
+    "olympiadbench": 675,
+}
+"""Benchmarks and how many problems published figures are over (QwenLM/Qwen2.5-Math; AIME has two
+papers of 15).
+"""
 
-_SPELLINGS = {"aime2024": "aime24", "aime2025": "aime25", "amc2023": "amc23", "minerva": "minerva_math"} | {
-    re.sub("[^a-z0-9]", "", name): name for name in BENCHMARKS}
+_SPELLINGS = {
+    "aime2024": "aime24",
+    "aime2025": "aime25",
+    "amc2023": "amc23",
+    "minerva": "minerva_math",
+} | {re.sub("[^a-z0-9]", "", name): name for name in BENCHMARKS}
 _IDS = ("unique_id", "problem_id", "id", "idx", "ID", "problem_idx")
 _QUESTIONS = ("problem", "question", "Problem", "Question")
 _ANSWERS = ("answer", "final_answer", "Answer", "expected_answer")
 _SOLUTIONS = ("solution", "Solution")
-_MAX_EXACT = 2 ** 53
+_MAX_EXACT = 2**53
 """Beyond it a JSON float no longer says which integer was meant."""
 
 Row = dict[str, object]
 
 
 def benchmark_of(source: str | Path) -> str | None:
-    """The benchmark that a file's or dataset's name says (``MATH-500.parquet``, ``hf:math-ai/aime25``), else None."""
+    """The benchmark that a file's or dataset's name says (``MATH-500.parquet``,
+    ``hf:math-ai/aime25``), else None.
+    """
     return _SPELLINGS.get(re.sub("[^a-z0-9]", "", source_name(source).lower()))
 
 
 def read_math(source: str | Path, benchmark: str | None = None) -> list[EvalProblem]:
     """Read a benchmark from JSONL, JSON, Parquet or ``hf:owner/name[:config][:split]``.
 
-    ``benchmark`` is a key of ``BENCHMARKS``; None takes it from the source's name. A ``problem_id`` is the benchmark's
-    name and the row's own identifier, or 12 digits of a hash of the question where rows have none. A source of no known
-    benchmark must have our own fields (``problem_id``, ``question``, ``answer``). Raises ``DataFileError`` for a
-    malformed row or a repeated identifier, ``ValueError`` for an unknown ``benchmark``.
+    ``benchmark`` is a key of ``BENCHMARKS``; None takes it from the source's name. A ``problem_id``
+    is the benchmark's name and the row's own identifier, or 12 digits of a hash of the question
+    where rows have none. A source of no known benchmark must have our own fields (``problem_id``,
+    ``question``, ``answer``). Raises ``DataFileError`` for a malformed row or a repeated
+    identifier, ``ValueError`` for an unknown ``benchmark``.
     """
     if benchmark is not None and benchmark not in BENCHMARKS:
         raise ValueError(f"benchmark {benchmark!r}: known are {', '.join(BENCHMARKS)}")
@@ -65,25 +81,34 @@ def read_math(source: str | Path, benchmark: str | None = None) -> list[EvalProb
         id_field, identifier = _identifier(place, row, question, field)
         problem_id = f"{name}-{identifier}"
         if problem_id in problems:
-            raise DataFileError(f"{place}: field {id_field!r} repeats {str(row[id_field])[:40]!r}: must be unique")
+            raise DataFileError(
+                f"{place}: field {id_field!r} repeats {str(row[id_field])[:40]!r}: must be unique"
+            )
         problems[problem_id] = EvalProblem(Problem(problem_id, question, name), _answer(place, row))
     return list(problems.values())
 
 
-def read_math_sets(sources: Sequence[str | Path], benchmark: str | None = None) -> dict[str, list[EvalProblem]]:
-    """``read_math`` of several sources by benchmark (or by the source's name); two of one benchmark are joined.
+def read_math_sets(
+    sources: Sequence[str | Path], benchmark: str | None = None
+) -> dict[str, list[EvalProblem]]:
+    """``read_math`` of several sources by benchmark (or by the source's name); two of one benchmark
+    are joined.
 
-    A set of another size than published figures are over is said in the log. Raises ``DataFileError`` as ``read_math``
-    does, and for a problem that two sources have.
+    A set of another size than published figures are over is said in the log. Raises
+    ``DataFileError`` as ``read_math`` does, and for a problem that two sources have.
     """
     sets: dict[str, list[EvalProblem]] = {}
     seen: set[str] = set()
     for source in sources:
         problems = read_math(source, benchmark)
         if repeated := seen & {problem.problem.problem_id for problem in problems}:
-            raise DataFileError(f"{source}: problem {min(repeated)!r} is in another file of --data too")
+            raise DataFileError(
+                f"{source}: problem {min(repeated)!r} is in another file of --data too"
+            )
         seen |= {problem.problem.problem_id for problem in problems}
-        sets.setdefault(benchmark or benchmark_of(source) or source_name(source), []).extend(problems)
+        sets.setdefault(benchmark or benchmark_of(source) or source_name(source), []).extend(
+            problems
+        )
     for name, problems in sets.items():
         _warn_of_size(name, len(problems))
     return sets
@@ -91,21 +116,29 @@ def read_math_sets(sources: Sequence[str | Path], benchmark: str | None = None) 
 
 def _warn_of_size(name: str, count: int) -> None:
     if name == "amc23" and count == 83:
-        logger.warning("amc23: these 83 problems are those of AMC 2022 and 2023 together (AI-MO), not the 40 that "
-                       "published figures are over: do not compare with those")
+        logger.warning(
+            "amc23: these 83 problems are those of AMC 2022 and 2023 together (AI-MO), not the 40 that "
+            "published figures are over: do not compare with those"
+        )
     elif count != BENCHMARKS.get(name, count):
-        logger.warning("%s: %d problems, where published figures are over %d", name, count, BENCHMARKS[name])
+        logger.warning(
+            "%s: %d problems, where published figures are over %d", name, count, BENCHMARKS[name]
+        )
 
 
 def _field(place: str, row: Row, names: Sequence[str], meaning: str) -> str:
     for name in names:
         if name in row:
             return name
-    raise DataFileError(f"{place}: field {names[0]!r} is missing: {meaning} (also read: {', '.join(names[1:])})")
+    raise DataFileError(
+        f"{place}: field {names[0]!r} is missing: {meaning} (also read: {', '.join(names[1:])})"
+    )
 
 
 def _identifier(place: str, row: Row, question: str, question_field: str) -> tuple[str, str]:
-    """The field that identifies a row, and what it says. A hash of the question does not change with the order."""
+    """The field that identifies a row, and what it says. A hash of the question does not change
+    with the order.
+    """
     field = next((name for name in _IDS if name in row), None)
     if field is None:
         return question_field, content_key(question)[:12]
@@ -114,22 +147,38 @@ def _identifier(place: str, row: Row, question: str, question_field: str) -> tup
 
 def _answer(place: str, row: Row) -> str:
     """A field of its own, or the last box of the worked solution (Minerva Math has nothing else)."""
-    if not any(name in row for name in _ANSWERS) and (name := next((n for n in _SOLUTIONS if n in row), None)):
+    if not any(name in row for name in _ANSWERS) and (
+        name := next((n for n in _SOLUTIONS if n in row), None)
+    ):
         answer = extract_boxed(required_text(place, row, name, "the worked solution"))
         if not answer:
-            raise DataFileError(f"{place}: field {name!r} has no \\boxed{{...}} with the reference answer")
+            raise DataFileError(
+                f"{place}: field {name!r} has no \\boxed{{...}} with the reference answer"
+            )
         return answer
     field = _field(place, row, _ANSWERS, "the reference answer")
     value = row[field]
     if isinstance(value, list):
-        # OlympiadBench's open-ended text problems hold one string, several answers separated by commas inside it.
+        # OlympiadBench's open-ended text problems hold one string, several answers separated by
+        # commas inside it.
         if len(value) != 1:
-            raise DataFileError(f"{place}: field {field!r} must be one reference answer or a list with one")
+            raise DataFileError(
+                f"{place}: field {field!r} must be one reference answer or a list with one"
+            )
         value = value[0]
     if type(value) is float:
         if not isfinite(value) or abs(value) > _MAX_EXACT:
-            raise DataFileError(f"{place}: field {field!r} is {str(value)[:40]!r}, but must be a finite number up to "
-                                "2^53")
-        return str(int(value)) if value == int(value) else str(value)  # AMC 2023 keeps whole numbers as 27.0
-    return str(value) if type(value) is int else required_text(
-        place, {field: value}, field, "the reference answer, a string or a number")
+            raise DataFileError(
+                f"{place}: field {field!r} is {str(value)[:40]!r}, but must be a finite number up to "
+                "2^53"
+            )
+        return (
+            str(int(value)) if value == int(value) else str(value)
+        )  # AMC 2023 keeps whole numbers as 27.0
+    return (
+        str(value)
+        if type(value) is int
+        else required_text(
+            place, {field: value}, field, "the reference answer, a string or a number"
+        )
+    )

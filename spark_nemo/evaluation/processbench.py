@@ -1,4 +1,5 @@
-"""ProcessBench (arXiv 2412.06559): find the first wrong step of a solution, or say that there is none.
+"""ProcessBench (arXiv 2412.06559): find the first wrong step of a solution, or say that there is
+none.
 
 The format, the scoring and the reading of a critic's ``\\boxed{}`` are those of the official code
 (QwenLM/ProcessBench, commit e802463), and so are its quirks where two readings are possible.
@@ -23,7 +24,9 @@ _BOX = "\\boxed{"
 
 @dataclass(frozen=True, slots=True)
 class ProcessBenchCase:
-    """One solution with the 0-based index of its first wrong step as ``label``, -1 when every step is right."""
+    """One solution with the 0-based index of its first wrong step as ``label``, -1 when every step
+    is right.
+    """
 
     case_id: str
     generator: str
@@ -35,7 +38,9 @@ class ProcessBenchCase:
 
 @dataclass(frozen=True, slots=True)
 class ProcessBenchScore:
-    """Fractions in [0, 1]. ``acc_error`` is over the cases with an error, ``acc_correct`` over those without."""
+    """Fractions in [0, 1]. ``acc_error`` is over the cases with an error, ``acc_correct`` over
+    those without.
+    """
 
     acc_error: float
     acc_correct: float
@@ -47,35 +52,52 @@ class ProcessBenchScore:
 
 
 def read_processbench(path: str | Path) -> list[ProcessBenchCase]:
-    """Read an official split: a ``.json`` list, or ``.jsonl``. Fields beyond the official six are ignored.
+    """Read an official split: a ``.json`` list, or ``.jsonl``. Fields beyond the official six are
+    ignored.
 
     Raises ``DataFileError`` that names the file, the row and the field of the first malformed row.
     """
     cases = [_read_case(place, row) for place, row in read_rows(path)]
-    repeated = [case_id for case_id, count in Counter(case.case_id for case in cases).items() if count > 1]
+    repeated = [
+        case_id for case_id, count in Counter(case.case_id for case in cases).items() if count > 1
+    ]
     if repeated:
         raise DataFileError(f"{path}: field 'id' repeats {repeated[0]!r}: ids must be unique")
     return cases
 
 
-def score_processbench(labels: Sequence[int], predictions: Sequence[int | None]) -> ProcessBenchScore:
+def score_processbench(
+    labels: Sequence[int], predictions: Sequence[int | None]
+) -> ProcessBenchScore:
     """Score exact predictions of the first wrong step; None (nothing could be parsed) is wrong.
 
-    ``f1`` is the harmonic mean of the two accuracies, and 0 when both are 0 (the official code divides by zero there).
-    Raises ``ValueError`` when the lengths differ, or when one kind of case is absent: such a split has no F1.
+    ``f1`` is the harmonic mean of the two accuracies, and 0 when both are 0 (the official code
+    divides by zero there). Raises ``ValueError`` when the lengths differ, or when one kind of case
+    is absent: such a split has no F1.
     """
     if len(labels) != len(predictions):
         raise ValueError(f"{len(predictions)} predictions for {len(labels)} ProcessBench cases")
-    error = np.array([prediction == label for label, prediction in zip(labels, predictions) if label != -1], bool)
-    correct = np.array([prediction == label for label, prediction in zip(labels, predictions) if label == -1], bool)
+    error = np.array(
+        [prediction == label for label, prediction in zip(labels, predictions) if label != -1], bool
+    )
+    correct = np.array(
+        [prediction == label for label, prediction in zip(labels, predictions) if label == -1], bool
+    )
     if not len(error) or not len(correct):
-        raise ValueError(f"{len(error)} cases with an error and {len(correct)} without: F1 needs both kinds")
+        raise ValueError(
+            f"{len(error)} cases with an error and {len(correct)} without: F1 needs both kinds"
+        )
     acc_error, acc_correct = float(error.mean()), float(correct.mean())
     total = acc_error + acc_correct
     return ProcessBenchScore(
-        acc_error=acc_error, acc_correct=acc_correct, f1=2 * acc_error * acc_correct / total if total else 0.0,
-        num_error=len(error), num_correct=len(correct),
-        num_unparsed=sum(prediction is None for prediction in predictions), hits=Hits(error, correct))
+        acc_error=acc_error,
+        acc_correct=acc_correct,
+        f1=2 * acc_error * acc_correct / total if total else 0.0,
+        num_error=len(error),
+        num_correct=len(correct),
+        num_unparsed=sum(prediction is None for prediction in predictions),
+        hits=Hits(error, correct),
+    )
 
 
 def average_f1(scores: Iterable[ProcessBenchScore]) -> float:
@@ -87,17 +109,22 @@ def average_f1(scores: Iterable[ProcessBenchScore]) -> float:
 
 
 def predict_first_error(outcome: VariantOutcome) -> int | None:
-    """What a generative PRM predicts: its verdict's first wrong step; None for every kind of failure.
+    """What a generative PRM predicts: its verdict's first wrong step; None for every kind of
+    failure.
 
     Raises ``ValueError`` for an ORM's verdict, which names no step.
     """
     if isinstance(outcome, AnswerVerdict):
-        raise ValueError("an ORM's verdict names no step: it has no ProcessBench score, see evaluation.critic")
+        raise ValueError(
+            "an ORM's verdict names no step: it has no ProcessBench score, see evaluation.critic"
+        )
     return outcome.first_error if isinstance(outcome, Verdict) else None
 
 
 def parse_critic_box(text: str) -> int | None:
-    """A critic's prediction: the content of its last ``\\boxed{}``, which must be an integer; None otherwise."""
+    """A critic's prediction: the content of its last ``\\boxed{}``, which must be an integer; None
+    otherwise.
+    """
     box = boxed_vote(text)
     return None if box is None else _to_int(box)
 
@@ -105,8 +132,8 @@ def parse_critic_box(text: str) -> int | None:
 def majority_prediction(texts: Iterable[str]) -> int | None:
     """The majority over several critics' texts, as in the official code.
 
-    Votes are the boxed *strings* (``1`` and ``01`` differ, words vote too), texts without a box do not vote, the string
-    seen first wins a tie, and the winner must be an integer.
+    Votes are the boxed *strings* (``1`` and ``01`` differ, words vote too), texts without a box do
+    not vote, the string seen first wins a tie, and the winner must be an integer.
     """
     return majority_vote(map(boxed_vote, texts))
 
@@ -120,12 +147,13 @@ def majority_vote(votes: Iterable[str | None]) -> int | None:
 def boxed_vote(text: str) -> str | None:
     r"""What a critic's text votes for: the stripped content of its last box; None without a box.
 
-    The official pattern is ``\\boxed\{([^}]*)\}``: a box ends at the first closing brace, none begins inside another.
-    Found here in one pass, where the pattern takes minutes on a megabyte of boxes that never close.
+    The official pattern is ``\\boxed\{([^}]*)\}``: a box ends at the first closing brace, none
+    begins inside another. Found here in one pass, where the pattern takes minutes on a megabyte of
+    boxes that never close.
     """
     content, start = None, text.find(_BOX)
     while start >= 0 and (end := text.find("}", start)) >= 0:
-        content = text[start + len(_BOX):end]
+        content = text[start + len(_BOX) : end]
         start = text.find(_BOX, end)
     return None if content is None else content.strip()
 
@@ -143,11 +171,16 @@ def _read_case(place: str, row: dict[str, object]) -> ProcessBenchCase:
         raise DataFileError(f"{place}: field 'steps' must be a non-empty list of strings")
     label = required(place, row, "label", int, "the 0-based index of the first wrong step, or -1")
     if not -1 <= label < len(steps):
-        raise DataFileError(f"{place}: field 'label' is {label}, but must lie in -1..{len(steps) - 1} ('steps')")
+        raise DataFileError(
+            f"{place}: field 'label' is {label}, but must lie in -1..{len(steps) - 1} ('steps')"
+        )
     return ProcessBenchCase(
         case_id=required_text(place, row, "id", "a string such as gsm8k-0"),
-        generator=required(place, row, "generator", str, "the name of the model that wrote the steps"),
+        generator=required(
+            place, row, "generator", str, "the name of the model that wrote the steps"
+        ),
         problem=required_text(place, row, "problem", "the question's text"),
         steps=tuple(steps),
         final_answer_correct=required(place, row, "final_answer_correct", bool, "true or false"),
-        label=label)
+        label=label,
+    )

@@ -15,11 +15,13 @@ T = TypeVar("T")
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, object]]]:
-    """Yield ``(place, row)`` of a ``.jsonl`` file (blank lines are skipped), a ``.json`` list of objects, a
-    ``.parquet`` file, or a Hugging Face dataset written ``hf:owner/name[:config][:split]``.
+    """Yield ``(place, row)`` of a ``.jsonl`` file (blank lines are skipped), a ``.json`` list of
+    objects, a ``.parquet`` file, or a Hugging Face dataset written
+    ``hf:owner/name[:config][:split]``.
 
-    ``place`` reads ``file:line 3`` or ``file:row 3``, counted from 1. Raises ``DataFileError`` for a missing or empty
-    file, bytes that are not UTF-8, bad JSON or Parquet, a row that is not an object, or a dataset that is not there.
+    ``place`` reads ``file:line 3`` or ``file:row 3``, counted from 1. Raises ``DataFileError`` for
+    a missing or empty file, bytes that are not UTF-8, bad JSON or Parquet, a row that is not an
+    object, or a dataset that is not there.
     """
     count = 0
     for place, row in _any_rows(path):
@@ -32,11 +34,15 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, dict[str, object]]]:
 
 
 def required(place: str, row: dict[str, object], field: str, kind: type[T], meaning: str) -> T:
-    """``row[field]``, which must be there and of exactly this type (a bool is not an int). Raises ``DataFileError``."""
+    """``row[field]``, which must be there and of exactly this type (a bool is not an int). Raises
+    ``DataFileError``.
+    """
     if field not in row:
         raise DataFileError(f"{place}: field {field!r} is missing: {meaning}")
     if type(row[field]) is not kind:
-        raise DataFileError(f"{place}: field {field!r} is {_shown(row[field])}, but must be {meaning}")
+        raise DataFileError(
+            f"{place}: field {field!r} is {_shown(row[field])}, but must be {meaning}"
+        )
     return row[field]
 
 
@@ -48,12 +54,16 @@ def required_text(place: str, row: dict[str, object], field: str, meaning: str) 
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise DataFileError(f"{place}: field {field!r} holds half of a surrogate pair, which is no character") from None
+        raise DataFileError(
+            f"{place}: field {field!r} holds half of a surrogate pair, which is no character"
+        ) from None
     return text
 
 
 def required_id(place: str, row: dict[str, object], field: str, meaning: str) -> str:
-    """``required_text``, or an integer as text: 1 and "1" are one identifier. Raises ``DataFileError``."""
+    """``required_text``, or an integer as text: 1 and "1" are one identifier. Raises
+    ``DataFileError``.
+    """
     value = row.get(field)
     return str(value) if type(value) is int else required_text(place, row, field, meaning)
 
@@ -76,7 +86,10 @@ def _any_rows(source: str | Path) -> Iterator[tuple[str, object]]:
 def _json_rows(path: Path, text: str) -> Iterator[tuple[str, object]]:
     try:
         rows = json.loads(text)
-    except (ValueError, RecursionError) as error:  # a plain ValueError for a number of too many digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # a plain ValueError for a number of too many digits
         raise DataFileError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(rows, list):
         raise DataFileError(f"{path}: must hold a JSON list of rows, not {type(rows).__name__}")

@@ -1,7 +1,8 @@
 """Yes or No about a whole solution, on ProcessBench-format cases: what an ORM can be scored on.
 
-This is *not* ProcessBench: no step is named, so a No counts for a solution with an error wherever the error is, and
-guessing is right half of the time. Its figures have names of their own and are never put beside a ProcessBench F1.
+This is *not* ProcessBench: no step is named, so a No counts for a solution with an error wherever
+the error is, and guessing is right half of the time. Its figures have names of their own and are
+never put beside a ProcessBench F1.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from .bootstrap import Hits
 
 @dataclass(frozen=True, slots=True)
 class WholeSolutionScore:
-    """Fractions in [0, 1]: how often a solution with an error got a No, how often one without got a Yes, and their
-    harmonic mean (0 when both are 0; 0.5 for a coin). ``num_unparsed`` cases without a verdict count as wrong."""
+    """Fractions in [0, 1]: how often a solution with an error got a No, how often one without got a
+    Yes, and their harmonic mean (0 when both are 0; 0.5 for a coin). ``num_unparsed`` cases without
+    a verdict count as wrong.
+    """
 
     verdict_acc_error: float
     verdict_acc_correct: float
@@ -35,8 +38,11 @@ def said_yes(outcome: VariantOutcome) -> bool | None:
     return outcome.answer_correct if isinstance(outcome, Verdict | AnswerVerdict) else None
 
 
-def score_whole_solutions(labels: Sequence[int], verdicts: Sequence[bool | None]) -> WholeSolutionScore:
-    """Score verdicts on cases whose ``labels`` are ProcessBench's: -1 for a solution without an error.
+def score_whole_solutions(
+    labels: Sequence[int], verdicts: Sequence[bool | None]
+) -> WholeSolutionScore:
+    """Score verdicts on cases whose ``labels`` are ProcessBench's: -1 for a solution without an
+    error.
 
     Raises ``ValueError`` when the lengths differ, or when one kind of case is absent.
     """
@@ -45,11 +51,17 @@ def score_whole_solutions(labels: Sequence[int], verdicts: Sequence[bool | None]
     error = np.array([said is False for label, said in zip(labels, verdicts) if label != -1], bool)
     correct = np.array([said is True for label, said in zip(labels, verdicts) if label == -1], bool)
     if not len(error) or not len(correct):
-        raise ValueError(f"{len(error)} cases with an error and {len(correct)} without: both kinds are needed")
+        raise ValueError(
+            f"{len(error)} cases with an error and {len(correct)} without: both kinds are needed"
+        )
     acc_error, acc_correct = float(error.mean()), float(correct.mean())
     total = acc_error + acc_correct
     return WholeSolutionScore(
-        verdict_acc_error=acc_error, verdict_acc_correct=acc_correct,
+        verdict_acc_error=acc_error,
+        verdict_acc_correct=acc_correct,
         verdict_harmonic_mean=2 * acc_error * acc_correct / total if total else 0.0,
-        num_error=len(error), num_correct=len(correct), num_unparsed=sum(said is None for said in verdicts),
-        hits=Hits(error, correct))
+        num_error=len(error),
+        num_correct=len(correct),
+        num_unparsed=sum(said is None for said in verdicts),
+        hits=Hits(error, correct),
+    )

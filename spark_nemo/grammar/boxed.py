@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-# The order matters: a backslash takes the next character with it, so "\\boxed{" (two backslashes) opens no box and
-# "\{" opens no group.
+# The order matters: a backslash takes the next character with it, so "\\boxed{" (two backslashes)
+# opens no box and "\{" opens no group.
 _TOKEN = re.compile(r"\\boxed\{|\\.|[{}]", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    r"""One complete ``\boxed{content}`` of ``text``; ``start`` and ``end`` bound all of it, backslash too."""
+    r"""One complete ``\boxed{content}`` of ``text``; ``start`` and ``end`` bound all of it,
+    backslash too.
+    """
 
     text: str = field(repr=False)
     start: int
@@ -21,12 +23,16 @@ class Box:
 
     @property
     def content(self) -> str:
-        """What is inside. Cut out when asked for: those of a megabyte of nested boxes would take gigabytes."""
-        return self.text[self.content_start:self.end - 1]
+        """What is inside. Cut out when asked for: those of a megabyte of nested boxes would take
+        gigabytes.
+        """
+        return self.text[self.content_start : self.end - 1]
 
 
 def find_boxes(text: str) -> tuple[Box, ...]:
-    """All complete boxes in the order they open; a box inside a box counts too, an unclosed one does not."""
+    """All complete boxes in the order they open; a box inside a box counts too, an unclosed one
+    does not.
+    """
     open_groups: list[tuple[bool, int, int]] = []
     boxes = []
     for token in _TOKEN.finditer(text):
@@ -40,6 +46,8 @@ def find_boxes(text: str) -> tuple[Box, ...]:
 
 
 def extract_boxed(text: str) -> str | None:
-    """Content of the box that closes last (the outer one of nested boxes), stripped; None when there is no box."""
+    """Content of the box that closes last (the outer one of nested boxes), stripped; None when
+    there is no box.
+    """
     boxes = find_boxes(text)
     return max(boxes, key=lambda box: box.end).content.strip() if boxes else None

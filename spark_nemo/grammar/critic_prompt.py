@@ -1,7 +1,9 @@
-r"""How any chat model is asked to find the first wrong paragraph of a solution: ProcessBench's kind of prompt.
+r"""How any chat model is asked to find the first wrong paragraph of a solution: ProcessBench's kind
+of prompt.
 
-The structure is that of the benchmark's own prompt (arXiv 2412.06559: numbered paragraphs in tags, the earliest wrong
-index or -1 in a box); the words are ours, so figures may differ a little from those under the original words.
+The structure is that of the benchmark's own prompt (arXiv 2412.06559: numbered paragraphs in tags,
+the earliest wrong index or -1 in a box); the words are ours, so figures may differ a little from
+those under the original words.
 """
 
 from __future__ import annotations
@@ -35,5 +37,7 @@ CRITIC_VERSION = f"critic-{content_key(CRITIC)[:8]}"
 
 def critic_messages(question: str, steps: Sequence[str]) -> ChatMessages:
     """The one user message about a solution whose paragraphs are ``steps``, shown as they are."""
-    paragraphs = "\n\n".join(f"<paragraph_{index}>\n{step}\n</paragraph_{index}>" for index, step in enumerate(steps))
+    paragraphs = "\n\n".join(
+        f"<paragraph_{index}>\n{step}\n</paragraph_{index}>" for index, step in enumerate(steps)
+    )
     return fill_user_message(CRITIC, question=question, paragraphs=paragraphs)

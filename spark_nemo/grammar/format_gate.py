@@ -1,7 +1,9 @@
-r"""The format gate of the reward: a response that breaks one of these rules is never shown to the reward model.
+r"""The format gate of the reward: a response that breaks one of these rules is never shown to the
+reward model.
 
-The published gate stops at the first four rules, so a box may stand anywhere and ``\boxed{9}<answer>nine</answer>``
-passes. Here the box has to be inside the answer tag, and the steps have to parse: the verifier sees nothing else.
+The published gate stops at the first four rules, so a box may stand anywhere and
+``\boxed{9}<answer>nine</answer>`` passes. Here the box has to be inside the answer tag, and the
+steps have to parse: the verifier sees nothing else.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from .steps import ParsedResponse, StepFormat, split_response
 
 @dataclass(frozen=True, slots=True)
 class FormatRule:
-    """``holds(text)`` is False when the response breaks the rule. A rule may rely on those listed before it."""
+    """``holds(text)`` is False when the response breaks the rule. A rule may rely on those listed
+    before it.
+    """
 
     name: str
     holds: Callable[[str], bool]
@@ -38,18 +42,23 @@ def _box_in_answer(text: str) -> bool:
 
 
 RULES: tuple[FormatRule, ...] = (
-    # Counts the bare command, so that a broken or double-backslash box cannot accompany the real one.
+    # Counts the bare command, so that a broken or double-backslash box cannot accompany the real
+    # one.
     FormatRule("one_box", lambda text: text.count("\\boxed") == 1),
     FormatRule("box_complete_on_one_line", _box_is_complete),
     FormatRule("one_answer_tag", _one_answer_tag),
     FormatRule("nothing_after_answer", lambda text: not text.partition("</answer>")[2].strip()),
     FormatRule("box_in_answer", _box_in_answer),
-    FormatRule("tagged_steps", lambda text: isinstance(split_response(text, StepFormat.TAGGED), ParsedResponse)),
+    FormatRule(
+        "tagged_steps",
+        lambda text: isinstance(split_response(text, StepFormat.TAGGED), ParsedResponse),
+    ),
 )
 
 
 def check_format(text: str) -> FormatViolation | None:
-    """The first rule a policy response (special tokens removed) breaks, or None. Never raises on any text.
+    """The first rule a policy response (special tokens removed) breaks, or None. Never raises on
+    any text.
 
     After None, ``split_response(text, StepFormat.TAGGED)`` is a ``ParsedResponse``.
     """

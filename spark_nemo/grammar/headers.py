@@ -1,11 +1,14 @@
-"""The line-start markers that several parsers share, so that they can never disagree about what a header is.
+"""The line-start markers that several parsers share, so that they can never disagree about what a
+header is.
 
-A line ends at a newline character only. Matching ignores ASCII case. Accepted, with optional leading blanks::
+A line ends at a newline character only. Matching ignores ASCII case. Accepted, with optional
+leading blanks::
 
     Step 1: text      **Step 1:** text      **Step 1**: text      **Step 1: title**      ## Step 1: text
     Answer: text      **Answer:** text      **Answer**: text      **Answer: text**       ## Answer: text
 
-(one to six ``#``). The colon is required: a prose line such as "Step 2 follows from ..." is no header.
+(one to six ``#``). The colon is required: a prose line such as "Step 2 follows from ..." is no
+header.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ ANY_HEADER = re.compile(_MARK + r"(?:Step[ \t]++[0-9]++|Answer)" + _COLON, FLAGS
 
 def after_header(text: str, header: re.Match[str], end: int) -> str:
     """What follows a header up to ``end``, stripped, without the ``**`` that closes a bold header."""
-    body = text[header.end():end]
+    body = text[header.end() : end]
     if header["bold"] and not header["closed"]:
         first_line, newline, rest = body.partition("\n")
         body = first_line.replace("**", "", 1) + newline + rest

@@ -38,7 +38,9 @@ Example response:
 
 Problem: {{question}}"""
 
-STEP_COUNT_LINE = "The student solution has {{n}} steps: judge each of the {{n}}, no more and no fewer.\n\n"
+STEP_COUNT_LINE = (
+    "The student solution has {{n}} steps: judge each of the {{n}}, no more and no fewer.\n\n"
+)
 
 _RULES = """\
 You are a mathematics teacher who marks a student's solution. No answer key is available: find out for yourself \
@@ -62,7 +64,8 @@ What to write, with nothing added before or after:
 
 _BAKERY_QUESTION = (
     "A bakery sells muffins for 3 dollars each. It sold 24 muffins on Monday and twice as many on Tuesday. How many "
-    "dollars did it take on the two days together?")
+    "dollars did it take on the two days together?"
+)
 _BAKERY_STEPS = (
     "Twice as many as 24 is 2 * 24 = 48, so 48 muffins were sold on Tuesday.",
     "On both days together 24 + 48 = 72 muffins were sold.",
@@ -71,19 +74,26 @@ _BAKERY_STEPS = (
 _BAKERY_JUDGEMENTS = (
     StepJudgement(
         "Tuesday's sales",
-        "The problem says that Tuesday's number is twice Monday's, which is 24. I get 2 * 24 = 48 too.", True),
+        "The problem says that Tuesday's number is twice Monday's, which is 24. I get 2 * 24 = 48 too.",
+        True,
+    ),
     StepJudgement(
         "Muffins on both days",
-        "The question is about both days, so the two numbers have to be added: 24 + 48 = 72. The sum is right.", True),
+        "The question is about both days, so the two numbers have to be added: 24 + 48 = 72. The sum is right.",
+        True,
+    ),
     StepJudgement(
         "Money taken",
         "Every muffin costs 3 dollars, so the total is 72 * 3. Since 70 * 3 = 210 and 2 * 3 = 6, this is 216. The step "
-        "agrees.", True),
+        "agrees.",
+        True,
+    ),
 )
 
 _TANK_QUESTION = (
     "A tank holds 200 litres of water. Each day it loses 10% of the water in it, and in the evening 15 litres are "
-    "added. How many litres are in the tank after three days?")
+    "added. How many litres are in the tank after three days?"
+)
 _TANK_STEPS = (
     "On day 1 the loss is 10% of 200, which is 20 litres, and 180 litres remain.",
     "In the evening 15 litres are added: 180 + 15 = 195 litres.",
@@ -95,38 +105,58 @@ _TANK_STEPS = (
 _TANK_JUDGEMENTS = (
     StepJudgement(
         "Loss on day 1",
-        "A tenth of 200 is 20, and 200 - 20 = 180. The loss comes before the refill, as the problem says.", True),
+        "A tenth of 200 is 20, and 200 - 20 = 180. The loss comes before the refill, as the problem says.",
+        True,
+    ),
     StepJudgement("Refill on day 1", "15 litres are added to 180, which gives 195.", True),
-    StepJudgement("Loss on day 2", "A tenth of 195 is 19.5, and 195 - 19.5 = 175.5. Both numbers are right.", True),
+    StepJudgement(
+        "Loss on day 2",
+        "A tenth of 195 is 19.5, and 195 - 19.5 = 175.5. Both numbers are right.",
+        True,
+    ),
     StepJudgement(
         "Refill on day 2",
         "Adding 15 is the right thing to do, but 175.5 + 15 = 190.5. The student wrote 189.5, which is one litre too "
-        "little.", False),
+        "little.",
+        False,
+    ),
     StepJudgement(
         "Loss on day 3",
         "The step starts from 189.5 where 190.5 is needed. The loss should be 19.05 litres, leaving 171.45, so its "
-        "numbers are wrong.", False),
+        "numbers are wrong.",
+        False,
+    ),
     StepJudgement(
         "Refill on day 3",
         "This adds 15 to the wrong 170.55. From 171.45 the amount is 186.45 litres, so 185.55 is not the answer.",
-        False),
+        False,
+    ),
 )
 
 
-def _example(question: str, steps: tuple[str, ...], answer: str, judgements: tuple[StepJudgement, ...],
-             answer_correct: bool) -> str:
-    return (f"Question: {question}\n\nStudent Solution:\n{render_solution(steps, answer)}\n\n"
-            f"Teacher Verification:\n{render_verification(judgements, answer_correct)}")
+def _example(
+    question: str,
+    steps: tuple[str, ...],
+    answer: str,
+    judgements: tuple[StepJudgement, ...],
+    answer_correct: bool,
+) -> str:
+    return (
+        f"Question: {question}\n\nStudent Solution:\n{render_solution(steps, answer)}\n\n"
+        f"Teacher Verification:\n{render_verification(judgements, answer_correct)}"
+    )
 
 
 BAKERY_EXAMPLE = _example(_BAKERY_QUESTION, _BAKERY_STEPS, "216", _BAKERY_JUDGEMENTS, True)
 TANK_EXAMPLE = _example(_TANK_QUESTION, _TANK_STEPS, "185.55", _TANK_JUDGEMENTS, False)
 
-VERIFY = "\n\n".join([
-    _RULES,
-    "Two examples follow, then the solution to mark.",
-    f"--- Example 1 ---\n\n{BAKERY_EXAMPLE}",
-    f"--- Example 2 ---\n\n{TANK_EXAMPLE}",
-    "--- To mark ---\n\nQuestion: {{question}}\n\nStudent Solution:\n{{solution}}\n\n"
-    "{{step_count}}Teacher Verification:",
-])
+VERIFY = "\n\n".join(
+    [
+        _RULES,
+        "Two examples follow, then the solution to mark.",
+        f"--- Example 1 ---\n\n{BAKERY_EXAMPLE}",
+        f"--- Example 2 ---\n\n{TANK_EXAMPLE}",
+        "--- To mark ---\n\nQuestion: {{question}}\n\nStudent Solution:\n{{solution}}\n\n"
+        "{{step_count}}Teacher Verification:",
+    ]
+)

@@ -1,14 +1,16 @@
 """The full instructions for critique, merge and reference-guided verification, in our own words.
 
-What each must contain is from the paper's description (arXiv 2512.03244; DeepCritic for critique and merge). The
-inputs have tags so that a solution's own headings cannot be taken for the prompt's.
+What each must contain is from the paper's description (arXiv 2512.03244; DeepCritic for critique
+and merge). The inputs have tags so that a solution's own headings cannot be taken for the prompt's.
 """
 
 from __future__ import annotations
 
 from .paper_prompts import BAKERY_EXAMPLE, TANK_EXAMPLE, VERIFY
 
-STEP_COUNT_LINE = "The student solution has {{n}} steps: judge each of the {{n}}, no more and no fewer.\n\n"
+STEP_COUNT_LINE = (
+    "The student solution has {{n}} steps: judge each of the {{n}}, no more and no fewer.\n\n"
+)
 
 _FORMAT = """\
 - For step k a line "## Step k: " with a short title, then the analysis, then a line that is exactly \
@@ -82,15 +84,20 @@ What to write, with nothing added before or after and no further sections:
 _NO_KEY = "No answer key is available: find out for yourself whether each step holds."
 _WITH_KEY = (
     "The expected answer stands after the solution: use it to decide on the last line and to look for the step that "
-    "goes wrong when the student's answer differs. Still judge every step by its own reasoning.")
+    "goes wrong when the student's answer differs. Still judge every step by its own reasoning."
+)
 _ENDING = "{{step_count}}Teacher Verification:"
 
 
 def _with_reference() -> str:
     """``VERIFY`` with the expected answer after every solution, the two examples included."""
-    text = VERIFY.replace(_NO_KEY, _WITH_KEY).replace(_ENDING, "Expected Answer: {{expected_answer}}\n\n" + _ENDING)
+    text = VERIFY.replace(_NO_KEY, _WITH_KEY).replace(
+        _ENDING, "Expected Answer: {{expected_answer}}\n\n" + _ENDING
+    )
     for example, answer in ((BAKERY_EXAMPLE, "216"), (TANK_EXAMPLE, "186.45")):
-        shown = example.replace("\n\nTeacher Verification:", f"\n\nExpected Answer: {answer}\n\nTeacher Verification:")
+        shown = example.replace(
+            "\n\nTeacher Verification:", f"\n\nExpected Answer: {answer}\n\nTeacher Verification:"
+        )
         text = text.replace(example, shown)
     return text
 

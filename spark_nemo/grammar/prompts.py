@@ -1,7 +1,7 @@
 """Chat prompts in the one grammar. The texts are data: ``paper_prompts`` holds the long ones.
 
-``PromptSet.version`` depends on every character of the set and on the grammar, so results made under other words can
-never be taken for these.
+``PromptSet.version`` depends on every character of the set and on the grammar, so results made
+under other words can never be taken for these.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ _STEPWISE = "Problem: {{question}}\n\nStudent Solution: {{solution}}\n\nLet's ve
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Templates with ``{{question}}``, ``{{solution}}`` and ``{{step_count}}`` in them; each makes one user message.
+    """Templates with ``{{question}}``, ``{{solution}}`` and ``{{step_count}}`` in them; each makes
+    one user message.
 
-    ``solution`` is always the text of ``ParsedResponse.canonical`` (or ``render_solution``), whatever format the
-    response had. ``step_count_line`` is what ``{{step_count}}`` becomes when the number of steps is known.
+    ``solution`` is always the text of ``ParsedResponse.canonical`` (or ``render_solution``),
+    whatever format the response had. ``step_count_line`` is what ``{{step_count}}`` becomes when
+    the number of steps is known.
     """
 
     name: str
@@ -50,16 +52,23 @@ class PromptSet:
         """Ask the policy for a response in StepFormat.TAGGED."""
         return fill_user_message(self.policy_template, question=question)
 
-    def verify(self, question: str, solution_text: str, num_steps: int | None = None) -> ChatMessages:
+    def verify(
+        self, question: str, solution_text: str, num_steps: int | None = None
+    ) -> ChatMessages:
         """Ask a general model for a verification without a reference answer.
 
-        ``num_steps`` is stated where the set has a place for it, which makes count mismatches rarer.
+        ``num_steps`` is stated where the set has a place for it, which makes count mismatches
+        rarer.
         """
         count = "" if num_steps is None else self.step_count_line.replace("{{n}}", str(num_steps))
-        return fill_user_message(self.verify_template, question=question, solution=solution_text, step_count=count)
+        return fill_user_message(
+            self.verify_template, question=question, solution=solution_text, step_count=count
+        )
 
     def reward(self, variant: Variant, question: str, solution_text: str) -> ChatMessages:
-        """Ask the fine-tuned reward model; PRM and PRM-CoT share a prompt and differ in what they were trained on."""
+        """Ask the fine-tuned reward model; PRM and PRM-CoT share a prompt and differ in what they
+        were trained on.
+        """
         template = self.orm_template if Variant(variant) is Variant.ORM else self.stepwise_template
         return fill_user_message(template, question=question, solution=solution_text)
 
@@ -84,11 +93,13 @@ PROMPT_SETS = {
         solve_template=paper_prompts.SOLVE,
         policy_template=paper_prompts.POLICY,
         verify_template=paper_prompts.VERIFY,
-        step_count_line=paper_prompts.STEP_COUNT_LINE),
+        step_count_line=paper_prompts.STEP_COUNT_LINE,
+    ),
     # For models of about a million parameters, where every prompt token costs.
     "compact": PromptSet(
         name="compact",
         solve_template="{{question}}",
         policy_template="{{question}}\nUse tags.",
-        verify_template=_STEPWISE),
+        verify_template=_STEPWISE,
+    ),
 }

@@ -1,7 +1,9 @@
-"""Prompts about a verification: criticise it, merge verification and critique, verify with a reference answer.
+"""Prompts about a verification: criticise it, merge verification and critique, verify with a
+reference answer.
 
-A class apart from ``PromptSet``: a field more there would change the version, and with it the key, of every stored
-solution and verification. ``RevisionPrompts.version`` belongs to critiques, merges and reference verifications alone.
+A class apart from ``PromptSet``: a field more there would change the version, and with it the key,
+of every stored solution and verification. ``RevisionPrompts.version`` belongs to critiques, merges
+and reference verifications alone.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from .version import GRAMMAR_VERSION
 
 @dataclass(frozen=True, slots=True)
 class RevisionPrompts:
-    """Templates with ``{{question}}``, ``{{solution}}``, ``{{verification}}``, ``{{critique}}``, ``{{step_count}}`` and
-    ``{{expected_answer}}`` in them; each makes one user message.
+    """Templates with ``{{question}}``, ``{{solution}}``, ``{{verification}}``, ``{{critique}}``,
+    ``{{step_count}}`` and ``{{expected_answer}}`` in them; each makes one user message.
 
-    Texts put in are without thinking: ``after_thinking`` has cut it off. The compact merge repeats neither the
-    problem nor the solution: verification and critique quote the steps.
+    Texts put in are without thinking: ``after_thinking`` has cut it off. The compact merge repeats
+    neither the problem nor the solution: verification and critique quote the steps.
     """
 
     name: str
@@ -38,32 +40,62 @@ class RevisionPrompts:
     def critique(self, question: str, solution_text: str, verification: str) -> ChatMessages:
         """Ask for the faults of a verification."""
         return fill_user_message(
-            self.critique_template, question=question, solution=solution_text, verification=verification)
+            self.critique_template,
+            question=question,
+            solution=solution_text,
+            verification=verification,
+        )
 
     def merge(
-        self, question: str, solution_text: str, verification: str, critique: str, num_steps: int,
+        self,
+        question: str,
+        solution_text: str,
+        verification: str,
+        critique: str,
+        num_steps: int,
     ) -> ChatMessages:
-        """Ask for one verification, in the verification format, made of a verification and its critique."""
+        """Ask for one verification, in the verification format, made of a verification and its
+        critique.
+        """
         return fill_user_message(
-            self.merge_template, question=question, solution=solution_text, verification=verification,
-            critique=critique, step_count=self._step_count(num_steps))
+            self.merge_template,
+            question=question,
+            solution=solution_text,
+            verification=verification,
+            critique=critique,
+            step_count=self._step_count(num_steps),
+        )
 
     def verify_with_reference(
-        self, question: str, solution_text: str, expected_answer: str, num_steps: int,
+        self,
+        question: str,
+        solution_text: str,
+        expected_answer: str,
+        num_steps: int,
     ) -> ChatMessages:
-        """The declared baseline: ask for a verification and give the answer away. No reference-free method may."""
+        """The declared baseline: ask for a verification and give the answer away. No reference-free
+        method may.
+        """
         return fill_user_message(
-            self.reference_template, question=question, solution=solution_text, expected_answer=expected_answer,
-            step_count=self._step_count(num_steps))
+            self.reference_template,
+            question=question,
+            solution=solution_text,
+            expected_answer=expected_answer,
+            step_count=self._step_count(num_steps),
+        )
 
     def _step_count(self, num_steps: int) -> str:
         return self.step_count_line.replace("{{n}}", str(num_steps))
 
 
 def revision_prompts(name: str) -> RevisionPrompts:
-    """The prompts that go with the prompt set ``paper`` or ``compact``. Raises ``ValueError`` on another name."""
+    """The prompts that go with the prompt set ``paper`` or ``compact``. Raises ``ValueError`` on
+    another name.
+    """
     if name not in REVISION_PROMPTS:
-        raise ValueError(f"revision prompts {name!r}: choose one of {', '.join(sorted(REVISION_PROMPTS))}")
+        raise ValueError(
+            f"revision prompts {name!r}: choose one of {', '.join(sorted(REVISION_PROMPTS))}"
+        )
     return REVISION_PROMPTS[name]
 
 
@@ -73,12 +105,14 @@ REVISION_PROMPTS = {
         critique_template=paper_revision_prompts.CRITIQUE,
         merge_template=paper_revision_prompts.MERGE,
         reference_template=paper_revision_prompts.VERIFY_WITH_REFERENCE,
-        step_count_line=paper_revision_prompts.STEP_COUNT_LINE),
+        step_count_line=paper_revision_prompts.STEP_COUNT_LINE,
+    ),
     "compact": RevisionPrompts(
         name="compact",
         critique_template="Problem: {{question}}\n\nStudent Solution: {{solution}}\n\n"
-                          "Verification: {{verification}}\n\nCritique.",
+        "Verification: {{verification}}\n\nCritique.",
         merge_template="Verification: {{verification}}\n\nCritique: {{critique}}\n\nMerge.",
         reference_template="Problem: {{question}}\n\nStudent Solution: {{solution}}\n\n"
-                           "Expected Answer: {{expected_answer}}\n\nLet's verify step by step."),
+        "Expected Answer: {{expected_answer}}\n\nLet's verify step by step.",
+    ),
 }

@@ -1,6 +1,7 @@
 """Splits a response into steps and maps steps to the tokens that were sampled.
 
-Whatever the source format, the verifier and the reward model see the one plain text of ``render_solution``.
+Whatever the source format, the verifier and the reward model see the one plain text of
+``render_solution``.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from .headers import ANSWER_HEADER, ANY_HEADER, STEP_HEADER, after_header
 class StepFormat(StrEnum):
     r"""How a response marks its steps.
 
-    TAGGED is the policy's ``<think><step>..</step>..</think><answer>\boxed{..}</answer>``; PLAIN is the generator's
-    ``Step 1: ..`` to ``Answer: ..`` (see ``headers`` for the spellings accepted).
+    TAGGED is the policy's ``<think><step>..</step>..</think><answer>\boxed{..}</answer>``; PLAIN is
+    the generator's ``Step 1: ..`` to ``Answer: ..`` (see ``headers`` for the spellings accepted).
     """
 
     TAGGED = "tagged"
@@ -30,9 +31,11 @@ class StepFormat(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A step's content (stripped, without its header or tags) and the character range ``[start, end)`` it occupies.
+    """A step's content (stripped, without its header or tags) and the character range ``[start,
+    end)`` it occupies.
 
-    The range runs from the step's header or opening tag to the next step's, or to what closes the steps.
+    The range runs from the step's header or opening tag to the next step's, or to what closes the
+    steps.
     """
 
     text: str
@@ -44,7 +47,8 @@ class Step:
 class ParsedResponse:
     r"""A response in the grammar. Steps touch: ``steps[k].end == steps[k + 1].start``.
 
-    ``answer`` is one line without its ``\boxed{}``; ``[answer_start, answer_end)`` covers tag or header too.
+    ``answer`` is one line without its ``\boxed{}``; ``[answer_start, answer_end)`` covers tag or
+    header too.
     """
 
     text: str
@@ -75,7 +79,9 @@ class RegionKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Characters ``[start, end)`` of a response; ``step`` is the 0-based step for STEP regions and None otherwise."""
+    """Characters ``[start, end)`` of a response; ``step`` is the 0-based step for STEP regions and
+    None otherwise.
+    """
 
     kind: RegionKind
     start: int
@@ -84,7 +90,9 @@ class Region:
 
 
 def split_response(text: str, fmt: StepFormat) -> ParsedResponse | ParseFailure:
-    """Parse a response (special tokens removed). Never raises on any text; a failure names the rule broken."""
+    """Parse a response (special tokens removed). Never raises on any text; a failure names the rule
+    broken.
+    """
     return _split_tagged(text) if StepFormat(fmt) is StepFormat.TAGGED else _split_plain(text)
 
 
@@ -95,7 +103,10 @@ def regions(text: str, fmt: StepFormat) -> tuple[Region, ...] | ParseFailure:
         return parsed
     tiles = [
         Region(RegionKind.PREAMBLE, 0, parsed.steps[0].start),
-        *(Region(RegionKind.STEP, step.start, step.end, index) for index, step in enumerate(parsed.steps)),
+        *(
+            Region(RegionKind.STEP, step.start, step.end, index)
+            for index, step in enumerate(parsed.steps)
+        ),
         Region(RegionKind.CLOSING, parsed.steps[-1].end, parsed.answer_start),
         Region(RegionKind.ANSWER, parsed.answer_start, parsed.answer_end),
         Region(RegionKind.TRAILING, parsed.answer_end, len(text)),
@@ -106,9 +117,9 @@ def regions(text: str, fmt: StepFormat) -> tuple[Region, ...] | ParseFailure:
 def render_solution(steps: Sequence[str], answer: str | None) -> str:
     """``Step 1: ..`` lines and ``Answer: ..``; the inverse of the PLAIN split.
 
-    ``answer=None`` leaves the answer line out (foreign solutions that have none; such a text does not parse back).
-    Raises ``ValueError`` naming the step when a text would read back as something else; ``legal_step_text`` repairs
-    foreign steps.
+    ``answer=None`` leaves the answer line out (foreign solutions that have none; such a text does
+    not parse back). Raises ``ValueError`` naming the step when a text would read back as something
+    else; ``legal_step_text`` repairs foreign steps.
     """
     if not steps:
         raise ValueError("render_solution: a solution needs at least one step")
@@ -118,7 +129,9 @@ def render_solution(steps: Sequence[str], answer: str | None) -> str:
     lines = [f"Step {number}: {step}" for number, step in enumerate(steps, start=1)]
     if answer is not None:
         if not answer or answer != _clean_answer(answer) or "\n" in answer:
-            raise ValueError(f"render_solution: answer {answer!r} must be one stripped, unboxed, non-empty line")
+            raise ValueError(
+                f"render_solution: answer {answer!r} must be one stripped, unboxed, non-empty line"
+            )
         lines.append(f"Answer: {answer}")
     return "\n".join(lines)
 
@@ -126,8 +139,8 @@ def render_solution(steps: Sequence[str], answer: str | None) -> str:
 def legal_step_text(text: str) -> str:
     """Make a step of foreign origin (a benchmark's paragraph) fit for ``render_solution``.
 
-    A header the text begins with is dropped; a colon of any header inside becomes a dash. Raises ``ValueError`` when
-    nothing is left.
+    A header the text begins with is dropped; a colon of any header inside becomes a dash. Raises
+    ``ValueError`` when nothing is left.
     """
     stripped = text.strip()
     header = STEP_HEADER.match(stripped)
@@ -145,24 +158,36 @@ def decode_tokens(token_bytes: Sequence[bytes]) -> str:
 def token_spans(token_bytes: Sequence[bytes], parsed: ParsedResponse) -> tuple[TokenSpan, ...]:
     """Each step's token range, from the bytes of the tokens as sampled.
 
-    A token belongs to the step that holds its first byte (an empty token: the byte that would come next), so ranges
-    never overlap and each starts where the one before it ends. A step inside one longer token gets an empty range.
-    Tokens after the text (the end-of-sequence token) belong to no step. Raises ``ValueError`` when the tokens do not
-    decode to ``parsed.text`` plus at most such a tail.
+    A token belongs to the step that holds its first byte (an empty token: the byte that would come
+    next), so ranges never overlap and each starts where the one before it ends. A step inside one
+    longer token gets an empty range. Tokens after the text (the end-of-sequence token) belong to no
+    step. Raises ``ValueError`` when the tokens do not decode to ``parsed.text`` plus at most such a
+    tail.
     """
     data = b"".join(token_bytes)
     text, char_to_byte = _decode_with_offsets(data)
     if not text.startswith(parsed.text):
-        at = next((i for i, (a, b) in enumerate(zip(text, parsed.text)) if a != b), min(len(text), len(parsed.text)))
-        raise ValueError(f"token_spans: the tokens' bytes and the parsed text differ from character {at} on")
+        at = next(
+            (i for i, (a, b) in enumerate(zip(text, parsed.text)) if a != b),
+            min(len(text), len(parsed.text)),
+        )
+        raise ValueError(
+            f"token_spans: the tokens' bytes and the parsed text differ from character {at} on"
+        )
     starts = list(accumulate(map(len, token_bytes), initial=0))[:-1]
     return tuple(
-        TokenSpan(bisect_left(starts, char_to_byte[step.start]), bisect_left(starts, char_to_byte[step.end]))
-        for step in parsed.steps)
+        TokenSpan(
+            bisect_left(starts, char_to_byte[step.start]),
+            bisect_left(starts, char_to_byte[step.end]),
+        )
+        for step in parsed.steps
+    )
 
 
 def _decode_with_offsets(data: bytes) -> tuple[str, list[int]]:
-    """``data.decode("utf-8", "replace")`` and the byte offset of every character, closed by ``len(data)``."""
+    """``data.decode("utf-8", "replace")`` and the byte offset of every character, closed by
+    ``len(data)``.
+    """
     if data.isascii():
         return data.decode("ascii"), list(range(len(data) + 1))
     characters: list[str] = []
@@ -172,7 +197,10 @@ def _decode_with_offsets(data: bytes) -> tuple[str, list[int]]:
         try:
             good, bad_length = data[position:].decode("utf-8"), 0
         except UnicodeDecodeError as error:
-            good, bad_length = data[position:position + error.start].decode("utf-8"), error.end - error.start
+            good, bad_length = (
+                data[position : position + error.start].decode("utf-8"),
+                error.end - error.start,
+            )
         for character in good:
             characters.append(character)
             offsets.append(position)
@@ -199,29 +227,33 @@ def _split_tagged(text: str) -> ParsedResponse | ParseFailure:
     starts = [*(tag.start() for tag in tags), len(text)]
     # Between two tags there is content after <step> and <answer>, and white space everywhere else.
     for gap, opener in enumerate(["", *names]):
-        if opener not in ("<step>", "<answer>") and text[ends[gap]:starts[gap]].strip():
+        if opener not in ("<step>", "<answer>") and text[ends[gap] : starts[gap]].strip():
             return ParseFailure(f"text_outside_tags: after {opener or 'the beginning'}")
     steps = []
     for index in range(num_steps):
         opening, closing, following = tags[1 + 2 * index], tags[2 + 2 * index], tags[3 + 2 * index]
-        body = _tagged_step_text(text[opening.end():closing.start()].strip(), index + 1)
+        body = _tagged_step_text(text[opening.end() : closing.start()].strip(), index + 1)
         if isinstance(body, ParseFailure):
             return body
         steps.append(Step(body, opening.start(), following.start()))
     answer_tag, answer_close = tags[-2], tags[-1]
-    answer = _clean_answer(text[answer_tag.end():answer_close.start()])
+    answer = _clean_answer(text[answer_tag.end() : answer_close.start()])
     return _with_answer(text, steps, answer, answer_tag.start(), answer_close.end())
 
 
 def _tagged_step_text(body: str, number: int) -> str | ParseFailure:
-    """A tagged step's content; a ``Step k:`` of its own number at its beginning is tolerated and dropped."""
+    """A tagged step's content; a ``Step k:`` of its own number at its beginning is tolerated and
+    dropped.
+    """
     if reason := _step_fault(body):
         return ParseFailure(f"{reason.partition(':')[0]}: step {number}")
     header = STEP_HEADER.match(body)
     if header is None:
         return body
     if header["number"] != str(number):
-        return ParseFailure(f"step_numbering: step {number} calls itself Step {header['number'][:8]}")
+        return ParseFailure(
+            f"step_numbering: step {number} calls itself Step {header['number'][:8]}"
+        )
     return after_header(body, header, len(body)) or ParseFailure(f"step_empty: step {number}")
 
 
@@ -232,9 +264,13 @@ def _split_plain(text: str) -> ParsedResponse | ParseFailure:
         return ParseFailure("steps_missing: no line starts with 'Step 1:'")
     for number, header in enumerate(headers, start=1):
         if header["number"] != str(number):
-            return ParseFailure(f"step_numbering: Step {header['number'][:8]} where Step {number} was expected")
+            return ParseFailure(
+                f"step_numbering: Step {header['number'][:8]} where Step {number} was expected"
+            )
     if len(answers) != 1:
-        return ParseFailure("answer_missing" if not answers else f"answer_repeated: {len(answers)} 'Answer:' lines")
+        return ParseFailure(
+            "answer_missing" if not answers else f"answer_repeated: {len(answers)} 'Answer:' lines"
+        )
     answer_header = answers[0]
     if answer_header.start() < headers[-1].start():
         return ParseFailure("answer_not_last: a step follows the 'Answer:' line")
@@ -253,7 +289,9 @@ def _split_plain(text: str) -> ParsedResponse | ParseFailure:
     return _with_answer(text, steps, answer, answer_header.start(), answer_end)
 
 
-def _with_answer(text: str, steps: list[Step], answer: str, start: int, end: int) -> ParsedResponse | ParseFailure:
+def _with_answer(
+    text: str, steps: list[Step], answer: str, start: int, end: int
+) -> ParsedResponse | ParseFailure:
     if not answer:
         return ParseFailure("answer_empty")
     if "\n" in answer:
@@ -273,7 +311,8 @@ def _step_fault(text: str) -> str | None:
         return "step_empty: the text is empty"
     if text != text.strip():
         return "step_unstripped: white space at an end of the text"
-    # Its first line may look like a header: in plain text it follows "Step k: " and so does not start a line.
+    # Its first line may look like a header: in plain text it follows "Step k: " and so does not
+    # start a line.
     newline = text.find("\n")
     if newline >= 0 and ANY_HEADER.search(text, newline + 1):
         return "step_contains_header: a line of the text looks like a 'Step k:' or 'Answer:' line"

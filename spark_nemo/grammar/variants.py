@@ -1,7 +1,7 @@
 """The three kinds of generative reward model: what each is trained to write, and how that is read.
 
-ORM writes ``Yes`` or ``No``. PRM writes ``Step k: Correct`` or ``Step k: Incorrect`` per line, then the verdict line.
-PRM-CoT writes the verification text of ``verification``.
+ORM writes ``Yes`` or ``No``. PRM writes ``Step k: Correct`` or ``Step k: Incorrect`` per line, then
+the verdict line. PRM-CoT writes the verification text of ``verification``.
 """
 
 from __future__ import annotations
@@ -34,13 +34,17 @@ class Variant(StrEnum):
 
 _PRM_LINE = re.compile(
     r"^[ \t]*+\**+Step[ \t]++(?P<number>[0-9]++)[ \t]*+:[ \t]*+\**+[ \t]*+(?P<negation>in)?correct\.?\**+[ \t\r]*+$",
-    FLAGS)
+    FLAGS,
+)
 
 
-def render_target(variant: Variant, judgements: Sequence[StepJudgement], answer_correct: bool) -> str:
+def render_target(
+    variant: Variant, judgements: Sequence[StepJudgement], answer_correct: bool
+) -> str:
     """The completion to train on. ORM reads no judgements, PRM only their labels.
 
-    Raises ``ValueError`` when there are no judgements but labels are needed, and like ``render_verification``.
+    Raises ``ValueError`` when there are no judgements but labels are needed, and like
+    ``render_verification``.
     """
     variant = Variant(variant)
     if variant is Variant.ORM:
@@ -49,12 +53,17 @@ def render_target(variant: Variant, judgements: Sequence[StepJudgement], answer_
         return render_verification(judgements, answer_correct)
     if not judgements:
         raise ValueError("render_target: at least one judgement is needed")
-    lines = [f"Step {k}: {'Correct' if item.correct else 'Incorrect'}" for k, item in enumerate(judgements, start=1)]
+    lines = [
+        f"Step {k}: {'Correct' if item.correct else 'Incorrect'}"
+        for k, item in enumerate(judgements, start=1)
+    ]
     return "\n".join([*lines, verdict_line(answer_correct)])
 
 
 def parse_variant(variant: Variant, text: str, num_steps: int | None = None) -> VariantOutcome:
-    """Read a reward model's completion. ORM gives an ``AnswerVerdict`` and reads no step count. Never raises."""
+    """Read a reward model's completion. ORM gives an ``AnswerVerdict`` and reads no step count.
+    Never raises.
+    """
     variant = Variant(variant)
     if variant is Variant.PRM_COT:
         return parse_verification(text, num_steps)
@@ -62,9 +71,14 @@ def parse_variant(variant: Variant, text: str, num_steps: int | None = None) -> 
 
 
 def parse_generation(
-    text: str, finish_reason: str, num_tokens: int, num_steps: int | None, variant: Variant = Variant.PRM_COT,
+    text: str,
+    finish_reason: str,
+    num_tokens: int,
+    num_steps: int | None,
+    variant: Variant = Variant.PRM_COT,
 ) -> VariantOutcome:
-    """What one engine generation came to: ``length`` is Truncated, ``abort`` an EngineError, ``stop`` is parsed.
+    """What one engine generation came to: ``length`` is Truncated, ``abort`` an EngineError,
+    ``stop`` is parsed.
 
     An ``Outcome`` for the step-wise variants. Raises ``ValueError`` on another finish reason.
     """
@@ -79,7 +93,9 @@ def parse_generation(
 
 
 def _parse_orm(text: str) -> AnswerVerdict | ParseFailure:
-    """``Yes`` or ``No`` alone; white space around it, ASCII case and one closing period do not matter."""
+    """``Yes`` or ``No`` alone; white space around it, ASCII case and one closing period do not
+    matter.
+    """
     body = after_thinking(text)
     if isinstance(body, ParseFailure):
         return body

@@ -6,9 +6,10 @@
 
     **Verification: Is the answer correct (Yes/No)? Yes**
 
-Read with some tolerance, where the meaning is not in doubt: one to six ``#`` or ``**Step k: ..**`` as header, a label
-anywhere in its block and without its period, a verdict line without bold, ``Verification:`` or ``(Yes/No)``, and prose
-before the first header, after a label and after the verdict line (ignored). ASCII case is ignored.
+Read with some tolerance, where the meaning is not in doubt: one to six ``#`` or ``**Step k: ..**``
+as header, a label anywhere in its block and without its period, a verdict line without bold,
+``Verification:`` or ``(Yes/No)``, and prose before the first header, after a label and after the
+verdict line (ignored). ASCII case is ignored.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _LABEL = re.compile(r"\*\*This step is (?P<negation>in)?correct\.?\*\*", FLAGS)
 # A verdict has a line of its own: a question quoted in prose is not one.
 _VERDICT_LINE = re.compile(
     r"^[ \t]*+\**+[ \t]*+(?:Verification:[ \t]*+\**+[ \t]*+)?Is the answer correct[ \t]*+(?:\(Yes/No\))?[ \t]*+\?"
-    r"[ \t]*+\**+[ \t]*+(?P<verdict>Yes|No)\.?[ \t]*+\**+\.?[ \t\r]*+$", FLAGS)
+    r"[ \t]*+\**+[ \t]*+(?P<verdict>Yes|No)\.?[ \t]*+\**+\.?[ \t\r]*+$",
+    FLAGS,
+)
 _THINK, _END_THINK = "<think>", "</think>"
 
 
@@ -47,7 +50,9 @@ class ParsedVerification:
     @property
     def verdict(self) -> Verdict:
         """Labels and final line alone."""
-        return Verdict(tuple(judgement.correct for judgement in self.judgements), self.answer_correct)
+        return Verdict(
+            tuple(judgement.correct for judgement in self.judgements), self.answer_correct
+        )
 
 
 def verdict_line(answer_correct: bool) -> str:
@@ -58,8 +63,9 @@ def verdict_line(answer_correct: bool) -> str:
 def render_verification(judgements: Sequence[StepJudgement], answer_correct: bool) -> str:
     """The canonical text; ``parse_judgements`` reads it back exactly.
 
-    An empty analysis has no line. Raises ``ValueError`` naming the step when there is none, or when a title or an
-    analysis has white space at an end or contains a header, a label, a verdict line or a think tag.
+    An empty analysis has no line. Raises ``ValueError`` naming the step when there is none, or when
+    a title or an analysis has white space at an end or contains a header, a label, a verdict line
+    or a think tag.
     """
     if not judgements:
         raise ValueError("render_verification: at least one judgement is needed")
@@ -77,10 +83,12 @@ def render_verification(judgements: Sequence[StepJudgement], answer_correct: boo
 
 
 def parse_judgements(text: str, num_steps: int | None = None) -> ParsedVerification | ParseFailure:
-    """Read a verification; thinking up to the last ``</think>`` is cut off first. Never raises on any text.
+    """Read a verification; thinking up to the last ``</think>`` is cut off first. Never raises on
+    any text.
 
-    Steps must be numbered 1..n, each with exactly one label, and be ``num_steps`` many unless that is None: nothing
-    is padded or cut. Of the verdict lines only those after the last label count, and they must agree.
+    Steps must be numbered 1..n, each with exactly one label, and be ``num_steps`` many unless that
+    is None: nothing is padded or cut. Of the verdict lines only those after the last label count,
+    and they must agree.
     """
     body = after_thinking(text)
     if isinstance(body, ParseFailure):
@@ -93,15 +101,20 @@ def parse_judgements(text: str, num_steps: int | None = None) -> ParsedVerificat
     for index, header in enumerate(headers):
         labels = list(_LABEL.finditer(body, header.end(), bounds[index + 1]))
         if len(labels) != 1:
-            return ParseFailure(f"step_label: {len(labels)} labels in step {index + 1}, exactly one is needed")
+            return ParseFailure(
+                f"step_label: {len(labels)} labels in step {index + 1}, exactly one is needed"
+            )
         (label,) = labels
         line_end = body.find("\n", header.end())
         if not 0 <= line_end < label.start():
             return ParseFailure(f"step_label: on the header line of step {index + 1}")
-        judgements.append(StepJudgement(
-            title=after_header(body, header, line_end),
-            analysis=body[line_end:label.start()].strip(),
-            correct=label["negation"] is None))
+        judgements.append(
+            StepJudgement(
+                title=after_header(body, header, line_end),
+                analysis=body[line_end : label.start()].strip(),
+                correct=label["negation"] is None,
+            )
+        )
         last_label_end = label.end()
     answer_correct = parse_verdict_lines(body, last_label_end)
     if isinstance(answer_correct, ParseFailure):
@@ -116,7 +129,9 @@ def parse_verification(text: str, num_steps: int | None = None) -> Outcome:
 
 
 def canonical_verification(text: str, num_steps: int | None = None) -> str | ParseFailure:
-    """A verification in the canonical spelling, without thinking and stray prose: fit to be a training target."""
+    """A verification in the canonical spelling, without thinking and stray prose: fit to be a
+    training target.
+    """
     parsed = parse_judgements(text, num_steps)
     if isinstance(parsed, ParseFailure):
         return parsed
@@ -148,12 +163,16 @@ def is_verdict_line(line: str) -> bool:
 
 
 def numbering_fault(numbers: list[str], num_steps: int | None) -> ParseFailure | None:
-    """The rule that step numbers as written break: at least one, 1..n in order, and ``num_steps`` many if known."""
+    """The rule that step numbers as written break: at least one, 1..n in order, and ``num_steps``
+    many if known.
+    """
     if not numbers:
         return ParseFailure("steps_missing: no step header")
     for expected, number in enumerate(numbers, start=1):
         if number != str(expected):
-            return ParseFailure(f"step_numbering: Step {number[:8]} where Step {expected} was expected")
+            return ParseFailure(
+                f"step_numbering: Step {number[:8]} where Step {expected} was expected"
+            )
     if num_steps is not None and len(numbers) != num_steps:
         return ParseFailure(f"step_count: {len(numbers)} steps judged, {num_steps} in the solution")
     return None

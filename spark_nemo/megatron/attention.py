@@ -16,31 +16,45 @@ from torch import Tensor
 class PackedRows(PackedSeqParams):
     """How to cut a pack of T rows into blocks ``[n, L]`` of sequences of about the same length.
 
-    ``qkv_format`` is not "thd": Megatron then treats the pack as one sequence. Rotary embeddings are applied by the
-    core attention from a table indexed by position; Megatron's thd path loops over the sequences in every layer.
+    ``qkv_format`` is not "thd": Megatron then treats the pack as one sequence. Rotary embeddings
+    are applied by the core attention from a table indexed by position; Megatron's thd path loops
+    over the sequences in every layer.
     """
 
     blocks: Sequence[tuple[int, int]] = ()
     """(n, L) of each block, in the order of ``padded_rows``."""
     padded_rows: Tensor | None = None
-    """int64 [sum n * L]: the pack's row at each place of the blocks; padding repeats a sequence's last row. None when
-    the pack is exactly one block, which is then only a view."""
+    """int64 [sum n * L]: the pack's row at each place of the blocks; padding repeats a sequence's
+    last row. None when the pack is exactly one block, which is then only a view.
+    """
     rows: Tensor | None = None
     """int64 [T]: where each row of the pack is in the blocks."""
     rotary: tuple[Tensor, Tensor] | None = None
-    """Cosines and sines ``[T, 1, D / 2]`` of every row's position; None leaves queries and keys as they are."""
+    """Cosines and sines ``[T, 1, D / 2]`` of every row's position; None leaves queries and keys as
+    they are.
+    """
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens_N: Tensor, padding_share: float = 0.15,
-                        rotary: tuple[Tensor, Tensor] | None = None) -> PackedRows:
+    def from_cu_seqlens(
+        cls,
+        cu_seqlens_N: Tensor,
+        padding_share: float = 0.15,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> PackedRows:
         """Group sequences so that about ``padding_share`` of a block is padding at most.
 
         Padding comes after a sequence's tokens, so under a causal mask no real token sees it.
         """
         starts, ends = cu_seqlens_N[:-1].tolist(), cu_seqlens_N[1:].tolist()
         lengths = [end - start for start, end in zip(starts, ends)]
-        common = {"qkv_format": "packed_rows", "cu_seqlens_q": cu_seqlens_N, "cu_seqlens_kv": cu_seqlens_N,
-                  "max_seqlen_q": max(lengths), "max_seqlen_kv": max(lengths), "rotary": rotary}
+        common = {
+            "qkv_format": "packed_rows",
+            "cu_seqlens_q": cu_seqlens_N,
+            "cu_seqlens_kv": cu_seqlens_N,
+            "max_seqlen_q": max(lengths),
+            "max_seqlen_kv": max(lengths),
+            "rotary": rotary,
+        }
         if len(set(lengths)) == 1:
             return cls(**common, blocks=((len(lengths), lengths[0]),))
 
@@ -58,17 +72,26 @@ class PackedRows(PackedSeqParams):
             first_n1 = torch.tensor([starts[i] for i in group])[:, None]
             last_n1 = torch.tensor([ends[i] - 1 for i in group])[:, None]
             rows_nL = first_n1 + torch.arange(L)
-            home[rows_nL[rows_nL <= last_n1]] = offset + torch.arange(n * L).view(n, L)[rows_nL <= last_n1]
+            home[rows_nL[rows_nL <= last_n1]] = (
+                offset + torch.arange(n * L).view(n, L)[rows_nL <= last_n1]
+            )
             padded.append(torch.minimum(rows_nL, last_n1).reshape(-1))
             blocks.append((n, L))
             offset += n * L
         device = cu_seqlens_N.device
-        return cls(**common, blocks=tuple(blocks), padded_rows=torch.cat(padded).to(device), rows=home.to(device))
+        return cls(
+            **common,
+            blocks=tuple(blocks),
+            padded_rows=torch.cat(padded).to(device),
+            rows=home.to(device),
+        )
 
 
 class _ToBlocks(torch.autograd.Function):
-    """Gather rows into padded blocks. The gradient is a gather too (deterministic, no index_add): padding carries none,
-    because its outputs are dropped and its keys and values come after every real query."""
+    """Gather rows into padded blocks. The gradient is a gather too (deterministic, no index_add):
+    padding carries none, because its outputs are dropped and its keys and values come after every
+    real query.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: PackedRows) -> Tensor:
@@ -94,9 +117,11 @@ class _FromBlocks(torch.autograd.Function):
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotary embedding of ``[T, heads, D]`` from ``[T, 1, D / 2]`` cosines and sines (halves, not interleaved).
+    """Rotary embedding of ``[T, heads, D]`` from ``[T, 1, D / 2]`` cosines and sines (halves, not
+    interleaved).
 
-    Written into one buffer: Megatron's version is five passes forward and more backward, and on a CPU passes are time.
+    Written into one buffer: Megatron's version is five passes forward and more backward, and on a
+    CPU passes are time.
     """
 
     @staticmethod
@@ -117,9 +142,12 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     return out
 
 
-def packed_causal_attention(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, rows: PackedRows,
-                            scale: float | None = None) -> Tensor:
-    """Causal attention of every token over its own sequence; grouped queries when G < H. Returns [T, H, D]."""
+def packed_causal_attention(
+    q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, rows: PackedRows, scale: float | None = None
+) -> Tensor:
+    """Causal attention of every token over its own sequence; grouped queries when G < H. Returns
+    [T, H, D].
+    """
     qkv = (q_THD, k_TGD, v_TGD)
     if rows.padded_rows is not None:
         qkv = tuple(_ToBlocks.apply(x, rows) for x in qkv)
@@ -128,7 +156,8 @@ def packed_causal_attention(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, rows: P
     for (n, L), *block in zip(rows.blocks, *(x.split(sizes) for x in qkv)):
         q, k, v = (x.view(n, L, *x.shape[1:]).transpose(1, 2) for x in block)
         out_nHLD = F.scaled_dot_product_attention(
-            q, k, v, is_causal=L > 1, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+            q, k, v, is_causal=L > 1, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
         outputs.append(out_nHLD.transpose(1, 2).reshape(n * L, *q_THD.shape[1:]))
     out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return out if rows.padded_rows is None else _FromBlocks.apply(out, rows)
@@ -137,17 +166,34 @@ def packed_causal_attention(q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, rows: P
 class PackedCoreAttention(torch.nn.Module):
     """Megatron's core-attention slot, filled by ``packed_causal_attention``."""
 
-    def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str,
-                 attention_dropout: float | None = None, softmax_scale: float | None = None, **unused: Any) -> None:
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **unused: Any,
+    ) -> None:
         super().__init__()
         self.scale = softmax_scale
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
-                attn_mask_type: Any = None, attention_bias: Tensor | None = None,
-                packed_seq_params: PackedRows | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedRows | None = None,
+    ) -> Tensor:
         """Query, key and value are ``[T, 1, heads, D]``; returns ``[T, 1, heads * D]``."""
         if packed_seq_params is None or query.shape[1] != 1:
-            raise ValueError("PackedCoreAttention takes one packed row and its PackedRows, not a padded batch")
+            raise ValueError(
+                "PackedCoreAttention takes one packed row and its PackedRows, not a padded batch"
+            )
         q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if packed_seq_params.rotary is not None:
             cos, sin = (x.to(q.dtype) for x in packed_seq_params.rotary)

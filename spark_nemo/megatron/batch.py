@@ -1,4 +1,6 @@
-"""One micro-batch for the trainer: several sequences packed in one row, without padding between them."""
+"""One micro-batch for the trainer: several sequences packed in one row, without padding between
+them.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ from torch import Tensor
 class PackedBatch:
     """Several sequences end to end in one row of T tokens (one micro-batch).
 
-    Whoever packs has already shifted: ``labels_T[t]`` is the token that follows ``tokens_T[t]`` in its own sequence,
-    arbitrary where ``loss_mask_T`` is 0. So the log-probability at position t is that of ``labels_T[t]``.
+    Whoever packs has already shifted: ``labels_T[t]`` is the token that follows ``tokens_T[t]`` in
+    its own sequence, arbitrary where ``loss_mask_T`` is 0. So the log-probability at position t is
+    that of ``labels_T[t]``.
     """
 
     tokens_T: Tensor
@@ -32,14 +35,28 @@ class PackedBatch:
 
     def __post_init__(self) -> None:
         T = self.tokens_T.numel()
-        rows = {"tokens_T": self.tokens_T, "labels_T": self.labels_T, "positions_T": self.positions_T,
-                "loss_mask_T": self.loss_mask_T, **{f"extras[{k!r}]": v for k, v in self.extras.items()}}
+        rows = {
+            "tokens_T": self.tokens_T,
+            "labels_T": self.labels_T,
+            "positions_T": self.positions_T,
+            "loss_mask_T": self.loss_mask_T,
+            **{f"extras[{k!r}]": v for k, v in self.extras.items()},
+        }
         for name, row in rows.items():
             if row.shape != (T,):
-                raise ValueError(f"PackedBatch.{name} has shape {tuple(row.shape)}: expected ({T},) like tokens_T")
+                raise ValueError(
+                    f"PackedBatch.{name} has shape {tuple(row.shape)}: expected ({T},) like tokens_T"
+                )
         bounds = self.cu_seqlens_N.tolist()
-        if T == 0 or bounds[0] != 0 or bounds[-1] != T or any(a >= b for a, b in itertools.pairwise(bounds)):
-            raise ValueError(f"PackedBatch.cu_seqlens_N={bounds[:8]}...: must rise strictly from 0 to T={T} (T > 0)")
+        if (
+            T == 0
+            or bounds[0] != 0
+            or bounds[-1] != T
+            or any(a >= b for a, b in itertools.pairwise(bounds))
+        ):
+            raise ValueError(
+                f"PackedBatch.cu_seqlens_N={bounds[:8]}...: must rise strictly from 0 to T={T} (T > 0)"
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -54,12 +71,18 @@ class PackedBatch:
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on ``device``."""
         return PackedBatch(
-            self.tokens_T.to(device), self.labels_T.to(device), self.positions_T.to(device),
-            self.cu_seqlens_N.to(device), self.loss_mask_T.to(device),
-            {name: row_T.to(device) for name, row_T in self.extras.items()})
+            self.tokens_T.to(device),
+            self.labels_T.to(device),
+            self.positions_T.to(device),
+            self.cu_seqlens_N.to(device),
+            self.loss_mask_T.to(device),
+            {name: row_T.to(device) for name, row_T in self.extras.items()},
+        )
 
     def padded_to_multiple_of(self, multiple: int) -> PackedBatch:
-        """Append one masked dummy sequence so that T divides by ``multiple`` (sequence parallelism splits the row)."""
+        """Append one masked dummy sequence so that T divides by ``multiple`` (sequence parallelism
+        splits the row).
+        """
         missing = -self.num_tokens % multiple
         if missing == 0:
             return self
@@ -68,7 +91,12 @@ class PackedBatch:
             return torch.cat([row_T, row_T.new_zeros(missing)])
 
         return PackedBatch(
-            grow(self.tokens_T), grow(self.labels_T),
+            grow(self.tokens_T),
+            grow(self.labels_T),
             torch.cat([self.positions_T, torch.arange(missing, device=self.positions_T.device)]),
-            torch.cat([self.cu_seqlens_N, self.cu_seqlens_N.new_tensor([self.num_tokens + missing])]),
-            grow(self.loss_mask_T), {k: grow(v) for k, v in self.extras.items()})
+            torch.cat(
+                [self.cu_seqlens_N, self.cu_seqlens_N.new_tensor([self.num_tokens + missing])]
+            ),
+            grow(self.loss_mask_T),
+            {k: grow(v) for k, v in self.extras.items()},
+        )

@@ -24,24 +24,27 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=30)
-"""How long ranks wait for each other's objects. The main rank generates, verifies and evaluates for hours, or loads
-servers, and torch would end what the others wait in after 10 minutes (NCCL) or 30 (gloo). A rank that dies is noticed
-at once: its connections close."""
+"""How long ranks wait for each other's objects. The main rank generates, verifies and evaluates for
+hours, or loads servers, and torch would end what the others wait in after 10 minutes (NCCL) or 30
+(gloo). A rank that dies is noticed at once: its connections close.
+"""
 WRITING = timedelta(hours=2)
-"""How long ranks wait in the default group: megatron-core's checkpoints end with a barrier there, and the ranks that
-have nothing to write reach it first. NCCL's watchdog would end the process after 10 minutes, in which a 70B model's
-terabyte is not always written."""
+"""How long ranks wait in the default group: megatron-core's checkpoints end with a barrier there,
+and the ranks that have nothing to write reach it first. NCCL's watchdog would end the process after
+10 minutes, in which a 70B model's terabyte is not always written.
+"""
 _control: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
 """The default group, and that of all ranks over which objects go."""
 
 
 def initialize(layout: MegatronConfig) -> None:
-    """Join the other ranks and build Megatron's process groups for ``layout``. Calling it again is harmless.
+    """Join the other ranks and build Megatron's process groups for ``layout``. Calling it again is
+    harmless.
 
-    Ranks come from torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) or are the tasks of one ``srun``; a process
-    started by itself is a world of one. A call with another layout of the same size replaces the groups, and workers
-    built before it must not be used any more. Raises ``ConfigError`` when the number of ranks is not
-    ``layout.world_size``.
+    Ranks come from torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) or are the tasks of one
+    ``srun``; a process started by itself is a world of one. A call with another layout of the same
+    size replaces the groups, and workers built before it must not be used any more. Raises
+    ``ConfigError`` when the number of ranks is not ``layout.world_size``.
     """
     rank, world_size = _rank_and_world_size()
     if world_size != layout.world_size:
@@ -49,7 +52,8 @@ def initialize(layout: MegatronConfig) -> None:
             f"megatron.tensor_parallel={layout.tensor_parallel} x pipeline_parallel={layout.pipeline_parallel} x "
             f"data_parallel={layout.data_parallel} needs {layout.world_size} processes and {world_size} run: "
             f"start with srun --ntasks={layout.world_size} or torchrun --nproc-per-node {layout.world_size}, or change "
-            "megatron.data_parallel")
+            "megatron.data_parallel"
+        )
     if not dist.is_initialized():
         _join(rank, world_size)
     if world_size > 1:
@@ -103,8 +107,10 @@ def _rank_and_world_size() -> tuple[int, int]:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         world_size = int(os.environ["WORLD_SIZE"])
         if world_size > 1 and "MASTER_ADDR" not in os.environ:
-            raise ConfigError(f"WORLD_SIZE={world_size} but MASTER_ADDR is not set: export MASTER_ADDR and "
-                              "MASTER_PORT, or start with torchrun")
+            raise ConfigError(
+                f"WORLD_SIZE={world_size} but MASTER_ADDR is not set: export MASTER_ADDR and "
+                "MASTER_PORT, or start with torchrun"
+            )
         return int(os.environ["RANK"]), world_size
     if (task := slurm_task()) is not None:
         os.environ.setdefault("MASTER_ADDR", task.master_address)
@@ -129,7 +135,8 @@ def _join(rank: int, world_size: int) -> None:
     else:
         os.environ.setdefault("MASTER_PORT", "29500")
         dist.init_process_group(backend, rank=rank, world_size=world_size)
-    # Not as init_process_group's timeout: that is also how long one waits for a rank that never starts.
+    # Not as init_process_group's timeout: that is also how long one waits for a rank that never
+    # starts.
     dist.distributed_c10d._set_pg_timeout(WRITING, dist.group.WORLD)
     logger.info("rank %d of %d joined over %s", rank, world_size, backend)
 
@@ -149,20 +156,26 @@ def _build_groups(layout: MegatronConfig) -> None:
 
     sizes = (layout.tensor_parallel, layout.pipeline_parallel, layout.expert_parallel)
     if parallel_state.model_parallel_is_initialized():
-        if sizes == (parallel_state.get_tensor_model_parallel_world_size(),
-                     parallel_state.get_pipeline_model_parallel_world_size(),
-                     parallel_state.get_expert_model_parallel_world_size()):
+        if sizes == (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_expert_model_parallel_world_size(),
+        ):
             return
         _leave_groups(parallel_state)
     with cuda_means_cpu():
         parallel_state.initialize_model_parallel(
-            layout.tensor_parallel, layout.pipeline_parallel, expert_model_parallel_size=layout.expert_parallel,
-            expert_tensor_parallel_size=1)
+            layout.tensor_parallel,
+            layout.pipeline_parallel,
+            expert_model_parallel_size=layout.expert_parallel,
+            expert_tensor_parallel_size=1,
+        )
 
 
 def _leave_groups(parallel_state: ModuleType) -> None:
-    """Megatron forgets its groups and leaves them running: their gloo threads wake a hundred times a second each, and
-    after twenty layouts a rank has a thousand of them."""
+    """Megatron forgets its groups and leaves them running: their gloo threads wake a hundred times
+    a second each, and after twenty layouts a rank has a thousand of them.
+    """
     known = parallel_state._global_process_group_list or ()
     parallel_state.destroy_model_parallel()
     dist.barrier()  # a rank that leaves first would break what the others still say to it

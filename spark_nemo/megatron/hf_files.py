@@ -1,7 +1,8 @@
-"""Hugging Face model folders on disk: tensors read and written one by one, folders written atomically.
+"""Hugging Face model folders on disk: tensors read and written one by one, folders written
+atomically.
 
-A folder may come from a stranger. Its weights are safetensors, which hold nothing that could run; its index may not
-point out of it; its Python files are neither run nor copied.
+A folder may come from a stranger. Its weights are safetensors, which hold nothing that could run;
+its index may not point out of it; its Python files are neither run nor copied.
 """
 
 from __future__ import annotations
@@ -29,17 +30,32 @@ MAX_SHARD_BYTES = 4 << 30
 COPIED_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".tiktoken")
 TEMPLATES = "additional_chat_templates"
 INDEX = "model.safetensors.index.json"
-_DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
-_OTHER_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
-                 "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+_OTHER_DTYPES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class SafetensorsFolder(Mapping[str, Tensor]):
     """The tensors of a model folder, read from disk when asked for; sharded or not."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Read the index only. ``ConfigError`` when there are no safetensors, or a file is missing or damaged."""
+        """Read the index only. ``ConfigError`` when there are no safetensors, or a file is missing
+        or damaged.
+        """
         self.folder = Path(folder)
         if (self.folder / INDEX).is_file():
             self._file_of = _read_index(self.folder)
@@ -52,7 +68,9 @@ class SafetensorsFolder(Mapping[str, Tensor]):
                 with self._open(file.name) as tensors:
                     for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
                         if name in self._file_of:
-                            raise ConfigError(f"tensor {name} is in {self.folder / self._file_of[name]} and in {file}")
+                            raise ConfigError(
+                                f"tensor {name} is in {self.folder / self._file_of[name]} and in {file}"
+                            )
                         self._file_of[name] = file.name
 
     def __getitem__(self, name: str) -> Tensor:
@@ -60,7 +78,9 @@ class SafetensorsFolder(Mapping[str, Tensor]):
             try:
                 return tensors.get_tensor(name)
             except SafetensorError as error:
-                raise ConfigError(f"tensor {name} in {self.folder / self._file_of[name]}: {error}") from error
+                raise ConfigError(
+                    f"tensor {name} in {self.folder / self._file_of[name]}: {error}"
+                ) from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -74,33 +94,45 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         return sorted(set(self._file_of.values()))
 
     def describe(self, of_any_type: bool = False) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every tensor, from the headers of all files. ``ConfigError`` names a damaged file, or a
-        tensor that is not where the index says, that the index forgot, or, unless ``of_any_type``, that is not a
-        floating-point number of at least 16 bits."""
+        """Shape and dtype of every tensor, from the headers of all files. ``ConfigError`` names a
+        damaged file, or a tensor that is not where the index says, that the index forgot, or,
+        unless ``of_any_type``, that is not a floating-point number of at least 16 bits.
+        """
         known = {**_DTYPES, **_OTHER_DTYPES} if of_any_type else _DTYPES
         found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for file in self.files:
             with self._open(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118
                     if self._file_of.get(name) != file:
-                        raise ConfigError(f"{self.folder / file} has tensor {name}, which {INDEX} "
-                                          + ("does not list" if name not in self._file_of else
-                                             f"puts into {self._file_of[name]}"))
+                        raise ConfigError(
+                            f"{self.folder / file} has tensor {name}, which {INDEX} "
+                            + (
+                                "does not list"
+                                if name not in self._file_of
+                                else f"puts into {self._file_of[name]}"
+                            )
+                        )
                     part = tensors.get_slice(name)
                     if part.get_dtype() not in known:
-                        raise ConfigError(f"tensor {name} in {self.folder / file} has dtype {part.get_dtype()}, "
-                                          f"weights are one of {', '.join(known)}")
+                        raise ConfigError(
+                            f"tensor {name} in {self.folder / file} has dtype {part.get_dtype()}, "
+                            f"weights are one of {', '.join(known)}"
+                        )
                     found[name] = (tuple(part.get_shape()), known[part.get_dtype()])
         if missing := sorted(set(self._file_of) - set(found)):
-            raise ConfigError(f"{INDEX} of {self.folder} puts tensor {missing[0]} into {self._file_of[missing[0]]}, "
-                              "which does not have it")
+            raise ConfigError(
+                f"{INDEX} of {self.folder} puts tensor {missing[0]} into {self._file_of[missing[0]]}, "
+                "which does not have it"
+            )
         return {name: found[name] for name in self._file_of}
 
     @contextlib.contextmanager
     def _open(self, file: str) -> Iterator[Any]:
         check_inside(self.folder / file, self.folder)
         if not (self.folder / file).exists():
-            raise ConfigError(f"{self.folder / file} is missing, though {INDEX} names it: fetch or copy it again")
+            raise ConfigError(
+                f"{self.folder / file} is missing, though {INDEX} names it: fetch or copy it again"
+            )
         check_fetched(self.folder / file)
         try:
             with safe_open(self.folder / file, framework="pt") as tensors:
@@ -118,24 +150,35 @@ def _read_index(folder: Path) -> dict[str, str]:
     if not isinstance(file_of, dict) or not file_of:
         raise ConfigError(f"{path}: weight_map names no tensors")
     for name, file in file_of.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ConfigError(f"{path} puts tensor {name} into {file!r}: only .safetensors files of the same folder "
-                              "are read")
+        if (
+            not isinstance(file, str)
+            or Path(file).name != file
+            or not file.endswith(".safetensors")
+        ):
+            raise ConfigError(
+                f"{path} puts tensor {name} into {file!r}: only .safetensors files of the same folder "
+                "are read"
+            )
     return file_of
 
 
 def check_inside(path: Path, folder: Path) -> None:
-    """``ConfigError`` when ``path`` is a link out of ``folder``; those into a Hugging Face cache's blobs are fine."""
+    """``ConfigError`` when ``path`` is a link out of ``folder``; those into a Hugging Face cache's
+    blobs are fine.
+    """
     allowed = (folder.resolve(), (folder / ".." / ".." / "blobs").resolve())
     if path.is_symlink() and path.resolve().parent not in allowed:
-        raise ConfigError(f"{path} is a link to {path.resolve()}, outside its folder: copy the file there")
+        raise ConfigError(
+            f"{path} is a link to {path.resolve()}, outside its folder: copy the file there"
+        )
 
 
 class RandomTensors(Mapping[str, Tensor]):
-    """Initial weights that depend on the seed and the tensor's name only, so not on the parallel layout.
+    """Initial weights that depend on the seed and the tensor's name only, so not on the parallel
+    layout.
 
-    Matrices are normal with ``initializer_range``, the two projections back into the residual stream divided by
-    sqrt(2 x layers) (GPT-2); norms are 1, biases 0.
+    Matrices are normal with ``initializer_range``, the two projections back into the residual
+    stream divided by sqrt(2 x layers) (GPT-2); norms are 1, biases 0.
     """
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], shape: ModelShape, seed: int) -> None:
@@ -172,7 +215,9 @@ def atomic_folder(target: str | Path) -> Iterator[Path]:
 
 
 def replace_folder(temporary: Path, target: Path) -> None:
-    """Rename a finished folder into place after flushing its files; a folder already there is moved away first."""
+    """Rename a finished folder into place after flushing its files; a folder already there is moved
+    away first.
+    """
     for path in temporary.rglob("*"):
         if path.is_file():
             _flush(path)
@@ -185,37 +230,49 @@ def replace_folder(temporary: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_model_files(folder: Path, hf_config: dict[str, Any], dtype: torch.dtype, source_dir: Path | None) -> None:
+def write_model_files(
+    folder: Path, hf_config: dict[str, Any], dtype: torch.dtype, source_dir: Path | None
+) -> None:
     """config.json with the stored dtype, and the tokenizer and generation files of ``source_dir``.
 
-    Python files and what names them (``auto_map``) stay behind: a checkpoint's own code is never run, nor passed on.
+    Python files and what names them (``auto_map``) stay behind: a checkpoint's own code is never
+    run, nor passed on.
     """
     if source_dir is not None:
         copy_companions(Path(source_dir), folder)
     left_out = ("dtype", "torch_dtype", "auto_map")
     config = {key: value for key, value in hf_config.items() if key not in left_out}
     key = "torch_dtype" if "torch_dtype" in hf_config else "dtype"
-    (folder / "config.json").write_text(json.dumps({**config, key: str(dtype).removeprefix("torch.")}, indent=2))
+    (folder / "config.json").write_text(
+        json.dumps({**config, key: str(dtype).removeprefix("torch.")}, indent=2)
+    )
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation and configuration files, and the templates that transformers keeps in a folder of
-    their own. ``ConfigError`` for a link out of ``source``."""
+    """Copy tokenizer, generation and configuration files, and the templates that transformers keeps
+    in a folder of their own. ``ConfigError`` for a link out of ``source``.
+    """
     for path in sorted((source / TEMPLATES).glob("*.jinja")):
         check_inside(path, source)
         (target / TEMPLATES).mkdir(exist_ok=True)
         shutil.copyfile(path, target / TEMPLATES / path.name)
     for path in sorted(source.iterdir()):
-        if path.is_file() and path.suffix in COPIED_SUFFIXES and not path.name.endswith(".index.json"):
+        if (
+            path.is_file()
+            and path.suffix in COPIED_SUFFIXES
+            and not path.name.endswith(".index.json")
+        ):
             check_inside(path, source)
             shutil.copyfile(path, target / path.name)
 
 
 class SafetensorsWriter:
-    """One safetensors file, written tensor by tensor in any order; it gets its name when the last one is there.
+    """One safetensors file, written tensor by tensor in any order; it gets its name when the last
+    one is there.
 
     The format is an 8-byte length, a JSON header with the place of every tensor, and their bytes
-    (https://github.com/huggingface/safetensors#format). The library writes whole files from memory only.
+    (https://github.com/huggingface/safetensors#format). The library writes whole files from memory
+    only.
     """
 
     def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
@@ -224,7 +281,11 @@ class SafetensorsWriter:
         self._start, end = {}, 0
         for name, size in shapes.items():
             begin, end = end, end + math.prod(size) * dtype.itemsize
-            header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(size), "data_offsets": [begin, end]}
+            header[name] = {
+                "dtype": _DTYPE_NAMES[dtype],
+                "shape": list(size),
+                "data_offsets": [begin, end],
+            }
             self._start[name] = begin
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # the bytes of the tensors are aligned
@@ -245,9 +306,15 @@ class SafetensorsWriter:
             os.rename(self._temporary, self.path)
 
 
-def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shapes: dict[str, tuple[int, ...]],
-                  dtype: torch.dtype, max_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write safetensors files of at most ``max_bytes`` and their index, holding one tensor in memory at a time.
+def write_tensors(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    shapes: dict[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    max_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write safetensors files of at most ``max_bytes`` and their index, holding one tensor in
+    memory at a time.
 
     Files that an earlier, interrupted call has finished in ``folder`` are kept.
     """
@@ -265,7 +332,9 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shapes: d
         writers[file].write(name, tensor)
     if len(files) > 1:
         total = sum(math.prod(size) for size in shapes.values()) * dtype.itemsize
-        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": file_of}, indent=2))
+        (folder / INDEX).write_text(
+            json.dumps({"metadata": {"total_size": total}, "weight_map": file_of}, indent=2)
+        )
 
 
 def plan_files(shapes: dict[str, tuple[int, ...]], itemsize: int, max_bytes: int) -> dict[str, str]:

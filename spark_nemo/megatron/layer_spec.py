@@ -1,4 +1,6 @@
-"""Which modules a transformer layer is made of: Transformer Engine's where they run, ours elsewhere."""
+"""Which modules a transformer layer is made of: Transformer Engine's where they run, ours
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,10 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 
 from .attention import PackedCoreAttention, PackedRows
 from .batch import PackedBatch
@@ -29,10 +34,15 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmod
     """The layer specification for GPTModel. Parameters have the same checkpoint names either way."""
     if uses_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm,
-            qk_layernorm=config.qk_layernorm)
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
     spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        num_experts=config.num_moe_experts,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
+    )
     layer, attention = spec.submodules, spec.submodules.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention.core_attention = PackedCoreAttention
@@ -42,24 +52,41 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmod
         layer.mlp.submodules.activation_func = swiglu
     else:
         layer.mlp.submodules.experts.submodules.activation_func = swiglu
-        # Transformer Engine does not fuse the norm before a router: in a checkpoint it keeps its own name.
+        # Transformer Engine does not fuse the norm before a router: in a checkpoint it keeps its
+        # own name.
         del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm
+    )
 
 
 def packing_arguments(batch: PackedBatch, rotary: RotaryEmbedding) -> dict[str, Any]:
-    """How the layers of ``layer_spec`` want to be told about the sequences of a pack and their positions."""
+    """How the layers of ``layer_spec`` want to be told about the sequences of a pack and their
+    positions.
+    """
     if uses_transformer_engine():
-        params = PackedSeqParams(qkv_format="thd", cu_seqlens_q=batch.cu_seqlens_N, cu_seqlens_kv=batch.cu_seqlens_N,
-                                 max_seqlen_q=batch.max_seqlen, max_seqlen_kv=batch.max_seqlen)
-        return {"packed_seq_params": params, "rotary_pos_emb": rotary(table_length(batch.max_seqlen), packed_seq=True)}
+        params = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=batch.cu_seqlens_N,
+            cu_seqlens_kv=batch.cu_seqlens_N,
+            max_seqlen_q=batch.max_seqlen,
+            max_seqlen_kv=batch.max_seqlen,
+        )
+        return {
+            "packed_seq_params": params,
+            "rotary_pos_emb": rotary(table_length(batch.max_seqlen), packed_seq=True),
+        }
     angles = rotary.get_freqs_non_repeated(batch.max_seqlen).to(batch.positions_T.device)
-    rows = PackedRows.from_cu_seqlens(batch.cu_seqlens_N, rotary=tuple(
-        table[batch.positions_T, None] for table in (angles.cos(), angles.sin())))
+    rows = PackedRows.from_cu_seqlens(
+        batch.cu_seqlens_N,
+        rotary=tuple(table[batch.positions_T, None] for table in (angles.cos(), angles.sin())),
+    )
     return {"packed_seq_params": rows, "rotary_pos_emb": None}
 
 
 def table_length(max_seqlen: int) -> int:
-    """Rows of the table of rotary angles: the power of two that holds ``max_seqlen``. Megatron keeps the last 32
-    tables on the GPU, half a gigabyte at 32k tokens if every micro-batch has a length of its own."""
+    """Rows of the table of rotary angles: the power of two that holds ``max_seqlen``. Megatron
+    keeps the last 32 tables on the GPU, half a gigabyte at 32k tokens if every micro-batch has a
+    length of its own.
+    """
     return 1 << (max_seqlen - 1).bit_length()

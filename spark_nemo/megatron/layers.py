@@ -1,6 +1,8 @@
-"""RMSNorm and swiglu in few passes over memory, for where Transformer Engine is not. Right on any device.
+"""RMSNorm and swiglu in few passes over memory, for where Transformer Engine is not. Right on any
+device.
 
-On a CPU a pass over the activations costs as much as a small matrix product; torch composes both from many.
+On a CPU a pass over the activations costs as much as a small matrix product; torch composes both
+from many.
 """
 
 from __future__ import annotations
@@ -17,7 +19,13 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x32 = x.float()
-        inverse_rms = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        inverse_rms = (
+            torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
+            .square_()
+            .div_(x.shape[-1])
+            .add_(eps)
+            .rsqrt_()
+        )
         ctx.save_for_backward(x, weight, inverse_rms)
         return (x32 * inverse_rms).mul_(weight).to(x.dtype)
 
@@ -25,7 +33,11 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse_rms = ctx.saved_tensors
         H = x.shape[-1]
-        grad_RH, x_RH, inverse_R1 = grad.reshape(-1, H).float(), x.reshape(-1, H).float(), inverse_rms.reshape(-1, 1)
+        grad_RH, x_RH, inverse_R1 = (
+            grad.reshape(-1, H).float(),
+            x.reshape(-1, H).float(),
+            inverse_rms.reshape(-1, 1),
+        )
         product_RH = grad_RH * x_RH
         grad_weight = product_RH.T @ inverse_R1[:, 0]
         # dx = (grad * weight) / rms - x * sum(grad * weight * x) / (H * rms^3)
@@ -41,7 +53,8 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Under sequence parallelism each tensor rank sees part of the row; Megatron sums the marked gradients.
+        # Under sequence parallelism each tensor rank sees part of the row; Megatron sums the marked
+        # gradients.
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:

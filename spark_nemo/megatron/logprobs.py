@@ -1,7 +1,8 @@
 """Log-probabilities of given tokens from hidden states, without ever holding [T, V] float32 logits.
 
-The logits of a chunk of rows exist twice: once forward, where only the normaliser of each row is kept, and once
-backward, where they are recomputed. The vocabulary is split over the tensor-parallel group as Megatron splits it.
+The logits of a chunk of rows exist twice: once forward, where only the normaliser of each row is
+kept, and once backward, where they are recomputed. The vocabulary is split over the tensor-parallel
+group as Megatron splits it.
 """
 
 from __future__ import annotations
@@ -18,24 +19,42 @@ CHUNK_ELEMENTS = 1 << 26
 
 
 def vocab_parallel_logprobs(
-    hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, vocab_size: int, temperature: float = 1.0,
-    with_entropy: bool = False, group: dist.ProcessGroup | None = None, chunk_rows: int | None = None,
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    labels_T: Tensor,
+    vocab_size: int,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    group: dist.ProcessGroup | None = None,
+    chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``log softmax(hidden @ weight.T / temperature)[label]`` of each row, and the entropy in nats if asked for.
+    """``log softmax(hidden @ weight.T / temperature)[label]`` of each row, and the entropy in nats
+    if asked for.
 
-    ``weight_VH`` is this rank's rows of the output embedding; rows at or beyond ``vocab_size`` (padding) take no part.
-    ``labels_T`` may hold anything where the result is not used. Returns float32 [T] twice (the entropy is detached, or
-    None). The gradient of ``hidden_TH`` is this rank's part only: the caller sums it over ``group``.
-    Raises ``ValueError`` unless ``temperature > 0``.
+    ``weight_VH`` is this rank's rows of the output embedding; rows at or beyond ``vocab_size``
+    (padding) take no part. ``labels_T`` may hold anything where the result is not used. Returns
+    float32 [T] twice (the entropy is detached, or None). The gradient of ``hidden_TH`` is this
+    rank's part only: the caller sums it over ``group``. Raises ``ValueError`` unless ``temperature
+    > 0``.
     """
     if temperature <= 0:
-        raise ValueError(f"temperature={temperature}: log-probabilities need a positive temperature")
+        raise ValueError(
+            f"temperature={temperature}: log-probabilities need a positive temperature"
+        )
     world, rank = (1, 0) if group is None else (group.size(), group.rank())
     first = rank * weight_VH.shape[0]
     valid = min(weight_VH.shape[0], vocab_size - first)
     rows = chunk_rows or rows_per_chunk(weight_VH.shape[0])
     logprobs_T, entropy_T = _Logprobs.apply(
-        hidden_TH, weight_VH, labels_T - first, valid, temperature, with_entropy, group if world > 1 else None, rows)
+        hidden_TH,
+        weight_VH,
+        labels_T - first,
+        valid,
+        temperature,
+        with_entropy,
+        group if world > 1 else None,
+        rows,
+    )
     return logprobs_T, entropy_T if with_entropy else None
 
 
@@ -46,15 +65,26 @@ def rows_per_chunk(vocabulary_rows: int) -> int:
 
 class _Logprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_TH: Tensor, weight_VH: Tensor, labels_T: Tensor, valid: int, temperature: float,
-                with_entropy: bool, group: dist.ProcessGroup | None, rows: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        labels_T: Tensor,
+        valid: int,
+        temperature: float,
+        with_entropy: bool,
+        group: dist.ProcessGroup | None,
+        rows: int,
+    ) -> tuple[Tensor, Tensor]:
         T = hidden_TH.shape[0]
         logprobs_T, lse_T = (hidden_TH.new_empty(T, dtype=torch.float32) for _ in range(2))
         entropy_T = hidden_TH.new_zeros(T if with_entropy else 0, dtype=torch.float32)
         for start in range(0, T, rows):
             part = slice(start, start + rows)
             logits_tV = _logits(hidden_TH[part], weight_VH, valid, temperature)
-            logprobs_T[part], lse_T[part], entropy = _normalise(logits_tV, labels_T[part], with_entropy, group)
+            logprobs_T[part], lse_T[part], entropy = _normalise(
+                logits_tV, labels_T[part], with_entropy, group
+            )
             if with_entropy:
                 entropy_T[part] = entropy
         ctx.save_for_backward(hidden_TH, weight_VH, labels_T, lse_T)
@@ -78,9 +108,18 @@ class _Logprobs(torch.autograd.Function):
             grad_tV.sub_(lse_T[part, None]).exp_().mul_(-scale_t1)
             grad_tV.scatter_add_(1, labels_t1.clamp(0, ctx.valid - 1), scale_t1 * here_t1)
             grad_tV = grad_tV.to(weight_VH.dtype)
-            grad_hidden_TH[part] = grad_tV @ weight_VH[:ctx.valid]
-            grad_weight_VH[:ctx.valid] += grad_tV.T @ hidden_TH[part]
-        return grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype), None, None, None, None, None, None
+            grad_hidden_TH[part] = grad_tV @ weight_VH[: ctx.valid]
+            grad_weight_VH[: ctx.valid] += grad_tV.T @ hidden_TH[part]
+        return (
+            grad_hidden_TH,
+            grad_weight_VH.to(weight_VH.dtype),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _logits(hidden_tH: Tensor, weight_VH: Tensor, valid: int, temperature: float) -> Tensor:
@@ -89,8 +128,9 @@ def _logits(hidden_tH: Tensor, weight_VH: Tensor, valid: int, temperature: float
     return logits_tV if temperature == 1 else logits_tV.div_(temperature)
 
 
-def _normalise(logits_tV: Tensor, labels_t: Tensor, with_entropy: bool,
-               group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _normalise(
+    logits_tV: Tensor, labels_t: Tensor, with_entropy: bool, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-probability of the label, log-sum-exp and entropy of each row; overwrites ``logits_tV``."""
     valid = logits_tV.shape[1]
     here_t = (labels_t >= 0) & (labels_t < valid)

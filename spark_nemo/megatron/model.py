@@ -1,4 +1,6 @@
-"""Megatron's GPTModel for a Hugging Face configuration, with packed input and chunked log-probabilities out."""
+"""Megatron's GPTModel for a Hugging Face configuration, with packed input and chunked
+log-probabilities out.
+"""
 
 from __future__ import annotations
 
@@ -33,29 +35,46 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class PackedGPT(GPTModel):
-    """A GPTModel that takes a ``PackedBatch`` and, on the last pipeline stage, returns log-probabilities."""
+    """A GPTModel that takes a ``PackedBatch`` and, on the last pipeline stage, returns
+    log-probabilities.
+    """
 
-    def forward(self, batch: PackedBatch, temperature: float, with_entropy: bool) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: PackedBatch, temperature: float, with_entropy: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Hidden states ``[T, 1, H]``, or on the last stage ``(logprobs_T, entropy_T or None)``."""
         positions_1T = batch.positions_T[None]
         hidden = self.embedding(batch.tokens_T[None], positions_1T) if self.pre_process else None
         hidden = self.decoder(
-            hidden_states=hidden, attention_mask=None, **packing_arguments(batch, self.rotary_pos_emb))
+            hidden_states=hidden,
+            attention_mask=None,
+            **packing_arguments(batch, self.rotary_pos_emb),
+        )
         if not self.post_process:
             return hidden
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         group = parallel_state.get_tensor_model_parallel_group()
         if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
+            hidden = gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=True, group=group
+            )
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=group)
         return vocab_parallel_logprobs(
-            hidden[:, 0], weight, batch.labels_T, self.real_vocab_size, temperature, with_entropy, group)
+            hidden[:, 0],
+            weight,
+            batch.labels_T,
+            self.real_vocab_size,
+            temperature,
+            with_entropy,
+            group,
+        )
 
 
 def build_model(shape: ModelShape, layout: MegatronConfig) -> PackedGPT:
-    """This rank's part of the model on its device, with uninitialised weights. Needs the process groups.
+    """This rank's part of the model on its device, with uninitialised weights. Needs the process
+    groups.
 
     Raises ``ConfigError`` when the model cannot be split as ``layout`` says.
     """
@@ -63,17 +82,24 @@ def build_model(shape: ModelShape, layout: MegatronConfig) -> PackedGPT:
 
 
 def construct(shape: ModelShape, layout: MegatronConfig) -> PackedGPT:
-    """``build_model`` without moving it to the device: under ``torch.device("meta")`` it takes no memory."""
+    """``build_model`` without moving it to the device: under ``torch.device("meta")`` it takes no
+    memory.
+    """
     shape.check_layout(layout)
     config = transformer_config(shape, layout)
     with cuda_means_cpu():
         model = PackedGPT(
-            config=config, transformer_layer_spec=layer_spec(config),
-            vocab_size=shape.padded_vocab_size(layout.tensor_parallel), max_sequence_length=shape.max_positions,
+            config=config,
+            transformer_layer_spec=layer_spec(config),
+            vocab_size=shape.padded_vocab_size(layout.tensor_parallel),
+            max_sequence_length=shape.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
-            share_embeddings_and_output_weights=shape.tied_embeddings, position_embedding_type="rope",
-            rotary_base=shape.rope_theta, parallel_output=True)
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=shape.rope_theta,
+            parallel_output=True,
+        )
     model.rotary_pos_emb.inv_freq = inverse_frequencies(shape)
     model.real_vocab_size = shape.vocab_size
     _mark_sharded_weights(model)
@@ -82,18 +108,26 @@ def construct(shape: ModelShape, layout: MegatronConfig) -> PackedGPT:
 
 
 def _mark_sharded_weights(model: PackedGPT) -> None:
-    """Megatron marks sharded weights while it initialises them, which is off here. Without the mark, clipping would
-    count the shards of the first tensor rank only, and every gradient norm would be wrong."""
+    """Megatron marks sharded weights while it initialises them, which is off here. Without the
+    mark, clipping would count the shards of the first tensor rank only, and every gradient norm
+    would be wrong.
+    """
     dimension = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if type(module) in dimension and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+        if (
+            type(module) in dimension
+            and weight is not None
+            and not hasattr(weight, "tensor_model_parallel")
+        ):
             set_tensor_model_parallel_attributes(weight, True, dimension[type(module)], 1)
 
 
 def _mark_experts(model: PackedGPT) -> None:
-    """Gradients of experts are summed over all ranks that hold the same expert. Megatron does that only where experts
-    are spread (expert_parallel > 1), but tensor ranks that each hold them all see only part of the tokens, too."""
+    """Gradients of experts are summed over all ranks that hold the same expert. Megatron does that
+    only where experts are spread (expert_parallel > 1), but tensor ranks that each hold them all
+    see only part of the tokens, too.
+    """
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             parameter.allreduce = False
@@ -107,41 +141,70 @@ def transformer_config(shape: ModelShape, layout: MegatronConfig) -> Transformer
         "none": {},
         # Not core_attn, Megatron's default: flash attention recomputes itself.
         "selective": {"recompute_granularity": "selective", "recompute_modules": ["mlp", "moe"]},
-        "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+        "full": {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        },
     }[layout.recompute]
     return TransformerConfig(
-        num_layers=shape.num_layers, hidden_size=shape.hidden_size, ffn_hidden_size=shape.ffn_size,
-        num_attention_heads=shape.num_heads, num_query_groups=shape.num_kv_heads, kv_channels=shape.head_dim,
-        normalization="RMSNorm", layernorm_epsilon=shape.norm_eps, gated_linear_unit=True, activation_func=F.silu,
-        add_bias_linear=False, add_qkv_bias=shape.qkv_bias, qk_layernorm=shape.qk_norm, hidden_dropout=0.0,
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
+        hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=layout.tensor_parallel, pipeline_model_parallel_size=layout.pipeline_parallel,
-        sequence_parallel=layout.sequence_parallel, params_dtype=dtype, pipeline_dtype=dtype,
+        tensor_model_parallel_size=layout.tensor_parallel,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+        sequence_parallel=layout.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # Transformer Engine's layers would each make the whole weight of all tensor ranks in float32, to cut it up.
+        # Transformer Engine's layers would each make the whole weight of all tensor ranks in
+        # float32, to cut it up.
         use_cpu_initialization=not uses_transformer_engine(),
-        # The slot for an activation function that does the gating too; layer_spec fills it with ours.
+        # The slot for an activation function that does the gating too; layer_spec fills it with
+        # ours.
         use_te_activation_func=not uses_transformer_engine(),
         # Every weight is written by hf_weights, which checks that none was left out.
         perform_initialization=False,
         apply_rope_fusion=uses_transformer_engine(),
-        # The loss is divided by the number of tokens of all micro-batches and ranks, not averaged per micro-batch.
-        calculate_per_token_loss=True, finalize_model_grads_func=finalize_model_grads,
-        # Micro-batches differ in length, so stages send each other the shape first. Padding all of them to the longest
-        # would cost attention and linear layers over nothing. (Megatron wants alltoall for it, even without experts.)
-        variable_seq_lengths=pipelined, moe_token_dispatcher_type="alltoall",
-        deallocate_pipeline_outputs=pipelined, batch_p2p_sync=torch.cuda.is_available(), **recompute,
-        **_expert_settings(shape, layout))
+        # The loss is divided by the number of tokens of all micro-batches and ranks, not averaged
+        # per micro-batch.
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=finalize_model_grads,
+        # Micro-batches differ in length, so stages send each other the shape first. Padding all of
+        # them to the longest would cost attention and linear layers over nothing. (Megatron wants
+        # alltoall for it, even without experts.)
+        variable_seq_lengths=pipelined,
+        moe_token_dispatcher_type="alltoall",
+        deallocate_pipeline_outputs=pipelined,
+        batch_p2p_sync=torch.cuda.is_available(),
+        **recompute,
+        **_expert_settings(shape, layout),
+    )
 
 
 def _expert_settings(shape: ModelShape, layout: MegatronConfig) -> dict[str, Any]:
     if (experts := shape.experts) is None:
         return {}
     return {
-        "num_moe_experts": experts.count, "moe_ffn_hidden_size": experts.ffn_size,
+        "num_moe_experts": experts.count,
+        "moe_ffn_hidden_size": experts.ffn_size,
         "moe_router_topk": experts.per_token,
         # Softmax over the chosen experts equals softmax over all divided by the sum of the chosen.
         "moe_router_pre_softmax": not experts.normalised,
-        "moe_router_load_balancing_type": "none", "moe_grouped_gemm": uses_transformer_engine(),
-        "expert_model_parallel_size": layout.expert_parallel, "expert_tensor_parallel_size": 1,
+        "moe_router_load_balancing_type": "none",
+        "moe_grouped_gemm": uses_transformer_engine(),
+        "expert_model_parallel_size": layout.expert_parallel,
+        "expert_tensor_parallel_size": 1,
     }

@@ -1,4 +1,6 @@
-"""AdamW with a schedule on top of Megatron's optimizers, and what their torch AdamW needs to resume exactly."""
+"""AdamW with a schedule on top of Megatron's optimizers, and what their torch AdamW needs to resume
+exactly.
+"""
 
 from __future__ import annotations
 
@@ -26,38 +28,76 @@ from .model import DTYPES, PackedGPT
 
 
 def wrap_for_gradients(model: PackedGPT, layout: MegatronConfig) -> DistributedDataParallel:
-    """Megatron's data-parallel wrapper: buffers of ``layout.gradients``, summed over ranks when a step ends."""
-    return DistributedDataParallel(model.config, DistributedDataParallelConfig(
-        grad_reduce_in_fp32=layout.gradients == "float32",
-        use_distributed_optimizer=layout.distributed_optimizer), model)
+    """Megatron's data-parallel wrapper: buffers of ``layout.gradients``, summed over ranks when a
+    step ends.
+    """
+    return DistributedDataParallel(
+        model.config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=layout.gradients == "float32",
+            use_distributed_optimizer=layout.distributed_optimizer,
+        ),
+        model,
+    )
 
 
-def build_optimizer(model: DistributedDataParallel, settings: OptimizerConfig, layout: MegatronConfig,
-                    total_steps: int | None) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
-    """Optimizer and schedule. Raises ``ConfigError`` when the schedule needs ``total_steps`` and has none."""
+def build_optimizer(
+    model: DistributedDataParallel,
+    settings: OptimizerConfig,
+    layout: MegatronConfig,
+    total_steps: int | None,
+) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
+    """Optimizer and schedule. Raises ``ConfigError`` when the schedule needs ``total_steps`` and
+    has none.
+    """
     scheduled = settings.warmup_fraction > 0 or settings.decay != "constant"
     if scheduled and total_steps is None:
-        raise ConfigError(f"optimizer.decay={settings.decay} with optimizer.warmup_fraction="
-                          f"{settings.warmup_fraction} needs the total number of steps")
+        raise ConfigError(
+            f"optimizer.decay={settings.decay} with optimizer.warmup_fraction="
+            f"{settings.warmup_fraction} needs the total number of steps"
+        )
     dtype = DTYPES[layout.dtype]
-    optimizer = get_megatron_optimizer(MegatronOptimizerConfig(
-        optimizer="adam", lr=settings.lr, min_lr=settings.min_lr, weight_decay=settings.weight_decay,
-        adam_beta1=settings.beta1, adam_beta2=settings.beta2, adam_eps=settings.eps, clip_grad=settings.clip_grad,
-        bf16=dtype == torch.bfloat16, params_dtype=dtype,
-        use_distributed_optimizer=layout.distributed_optimizer), [model])
+    optimizer = get_megatron_optimizer(
+        MegatronOptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.beta1,
+            adam_beta2=settings.beta2,
+            adam_eps=settings.eps,
+            clip_grad=settings.clip_grad,
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=layout.distributed_optimizer,
+        ),
+        [model],
+    )
     _make_resumable(optimizer)
 
     warmup = math.ceil(settings.warmup_fraction * total_steps) if scheduled else 0
-    # Megatron's warm-up starts from init_lr: this one makes step k of W use lr * (k + 1) / (W + 1), never zero.
+    # Megatron's warm-up starts from init_lr: this one makes step k of W use lr * (k + 1) / (W + 1),
+    # never zero.
     scheduler = OptimizerParamScheduler(
-        optimizer, init_lr=settings.lr / (warmup + 1), max_lr=settings.lr, min_lr=settings.min_lr,
-        lr_warmup_steps=warmup, lr_decay_steps=max(total_steps or 1, warmup + 1), lr_decay_style=settings.decay,
-        start_wd=settings.weight_decay, end_wd=settings.weight_decay, wd_incr_steps=0, wd_incr_style="constant")
+        optimizer,
+        init_lr=settings.lr / (warmup + 1),
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(total_steps or 1, warmup + 1),
+        lr_decay_style=settings.decay,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
     return optimizer, scheduler
 
 
 def set_step(scheduler: OptimizerParamScheduler, step: int) -> None:
-    """Put the schedule at ``step`` and write learning rate and weight decay into the optimizer's groups."""
+    """Put the schedule at ``step`` and write learning rate and weight decay into the optimizer's
+    groups.
+    """
     scheduler.num_steps = step
     scheduler.step(0)
 
@@ -74,34 +114,51 @@ def clip_and_step(optimizer: ChainedOptimizer) -> float:
         raise NonFiniteGradient(f"gradient norm is {norm}: the step was not taken")
     for part in optimizer.chained_optimizers:
         if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
-            clip_grad_by_total_norm_fp32(parameters, max_norm=part.config.clip_grad, total_norm=norm)
+            clip_grad_by_total_norm_fp32(
+                parameters, max_norm=part.config.clip_grad, total_norm=norm
+            )
     optimizer.step_with_ready_grads()
     optimizer.zero_grad()  # float32 copies of bfloat16 gradients would stay until the next step
     return norm
 
 
 def prime_state(optimizer: ChainedOptimizer) -> None:
-    """Give torch AdamW the state it lacks before its first step: without it a checkpoint has nowhere to go."""
+    """Give torch AdamW the state it lacks before its first step: without it a checkpoint has
+    nowhere to go.
+    """
     for inner in _torch_adamw(optimizer):
         for group in inner.param_groups:
             for parameter in group["params"]:
                 if not inner.state[parameter]:
-                    inner.state[parameter] = {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(parameter),
-                                              "exp_avg_sq": torch.zeros_like(parameter)}
+                    inner.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        "exp_avg": torch.zeros_like(parameter),
+                        "exp_avg_sq": torch.zeros_like(parameter),
+                    }
 
 
 @contextmanager
 def padding_counted(optimizer: ChainedOptimizer) -> Iterator[None]:
-    """While the state of a distributed optimizer is described for a checkpoint: what lies between its buckets counts.
+    """While the state of a distributed optimizer is described for a checkpoint: what lies between
+    its buckets counts.
 
-    Megatron gathers the state without the padding at the end of each bucket, and then cuts the parameters out at their
-    places in the padded buffer. Behind a first bucket with padding (a tied output layer on a last stage has a bucket of
-    its own) every parameter's state was saved shifted, without a word.
+    Megatron gathers the state without the padding at the end of each bucket, and then cuts the
+    parameters out at their places in the padded buffer. Behind a first bucket with padding (a tied
+    output layer on a last stage has a bucket of its own) every parameter's state was saved shifted,
+    without a word.
     """
-    parts = [part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)]
+    parts = [
+        part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)
+    ]
     buffers = [buffer for part in parts for buffer in part.buffers]
-    owners = [(owner, size) for buffer in buffers
-              for owner, size in ((buffer, buffer.numel), *((x, x.grad_data.numel()) for x in buffer.buckets))]
+    owners = [
+        (owner, size)
+        for buffer in buffers
+        for owner, size in (
+            (buffer, buffer.numel),
+            *((x, x.grad_data.numel()) for x in buffer.buckets),
+        )
+    ]
     unpadded = [owner.numel_unpadded for owner, _ in owners]
     try:
         for owner, size in owners:
@@ -113,7 +170,9 @@ def padding_counted(optimizer: ChainedOptimizer) -> Iterator[None]:
 
 
 def separate_steps(optimizer: ChainedOptimizer) -> None:
-    """Megatron loads one step counter shared by all parameters, which AdamW would then advance once for each."""
+    """Megatron loads one step counter shared by all parameters, which AdamW would then advance once
+    for each.
+    """
     for inner in _torch_adamw(optimizer):
         for state in inner.state.values():
             state["step"] = state["step"].clone()
@@ -125,10 +184,14 @@ def _torch_adamw(optimizer: ChainedOptimizer) -> list[torch.optim.AdamW]:
 
 
 def _make_resumable(optimizer: ChainedOptimizer) -> None:
-    """Without Transformer Engine the distributed optimizer cannot read its own checkpoint (KeyError: 'step')."""
+    """Without Transformer Engine the distributed optimizer cannot read its own checkpoint
+    (KeyError: 'step').
+    """
     for part in optimizer.chained_optimizers:
         if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW):
-            part._set_main_param_and_optimizer_states = types.MethodType(_set_state_without_step, part)
+            part._set_main_param_and_optimizer_states = types.MethodType(
+                _set_state_without_step, part
+            )
 
 
 def _set_state_without_step(self: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> None:

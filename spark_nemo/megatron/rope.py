@@ -13,10 +13,11 @@ from .model_shape import ModelShape
 def inverse_frequencies(shape: ModelShape) -> Tensor:
     """Radians per position ``[head_dim / 2]``, slowest last.
 
-    ``theta^(-2k / head_dim)`` (Su et al., 2021, arXiv:2104.09864). Llama 3's stretch, as in transformers'
-    modeling_rope_utils.py: with c original positions, a wavelength above c / low_freq_factor grows by ``factor``, one
-    below c / high_freq_factor stays, and between them the two are mixed linearly in c / wavelength. megatron-core has
-    this too, but with 1, 4 and 8192 for the three constants whatever config.json says.
+    ``theta^(-2k / head_dim)`` (Su et al., 2021, arXiv:2104.09864). Llama 3's stretch, as in
+    transformers' modeling_rope_utils.py: with c original positions, a wavelength above c /
+    low_freq_factor grows by ``factor``, one below c / high_freq_factor stays, and between them the
+    two are mixed linearly in c / wavelength. megatron-core has this too, but with 1, 4 and 8192 for
+    the three constants whatever config.json says.
     """
     exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
     plain = 1.0 / shape.rope_theta**exponents

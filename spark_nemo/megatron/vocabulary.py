@@ -1,4 +1,6 @@
-"""Do tokenizer and embedding go together? Read from tokenizer.json alone; no tokenizer library, no torch."""
+"""Do tokenizer and embedding go together? Read from tokenizer.json alone; no tokenizer library, no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from .model_shape import ModelShape, check_fetched
 
 
 def check_tokenizer(folder: str | Path, shape: ModelShape) -> None:
-    """Raise ``ConfigError`` for a token whose id has no row in the embedding; a folder without tokenizer.json is fine.
+    """Raise ``ConfigError`` for a token whose id has no row in the embedding; a folder without
+    tokenizer.json is fine.
 
     Rows without a token are common (Qwen and Llama round the vocabulary up) and no error.
     """
@@ -22,13 +25,17 @@ def check_tokenizer(folder: str | Path, shape: ModelShape) -> None:
         return
     check_fetched(path)
     try:
-        text, highest = max(_tokens(json.loads(path.read_text())), key=lambda token: token[1], default=("", -1))
+        text, highest = max(
+            _tokens(json.loads(path.read_text())), key=lambda token: token[1], default=("", -1)
+        )
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path} is no tokenizer: {error}") from error
     if highest >= shape.vocab_size:
-        raise ConfigError(f"{path} has token {text!r} with id {highest}, but tensor model.embed_tokens.weight has "
-                          f"{shape.vocab_size} rows (vocab_size in config.json): enlarge the embedding, or use the "
-                          "model's own tokenizer")
+        raise ConfigError(
+            f"{path} has token {text!r} with id {highest}, but tensor model.embed_tokens.weight has "
+            f"{shape.vocab_size} rows (vocab_size in config.json): enlarge the embedding, or use the "
+            "model's own tokenizer"
+        )
 
 
 def _tokens(tokenizer: dict[str, Any]) -> Iterator[tuple[str, int]]:

@@ -28,9 +28,10 @@ from .vocabulary import check_tokenizer
 LossFn = Callable[[Tensor, Tensor | None, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
 """``(logprobs_T, entropy_T | None, batch) -> (loss_sum, metric_sums)``.
 
-``logprobs_T`` (float32, nats, after temperature) carries the gradient; ``entropy_T`` is a detached metric and None
-unless it was asked for. ``loss_sum`` is the sum over the positions of this micro-batch, not a mean; so is every metric.
-``batch`` is the caller's, plus a masked dummy sequence under sequence parallelism.
+``logprobs_T`` (float32, nats, after temperature) carries the gradient; ``entropy_T`` is a detached
+metric and None unless it was asked for. ``loss_sum`` is the sum over the positions of this
+micro-batch, not a mean; so is every metric. ``batch`` is the caller's, plus a masked dummy sequence
+under sequence parallelism.
 """
 
 Weights = dict[str, Tensor]
@@ -53,7 +54,8 @@ class StepResult:
 
 
 class MegatronWorker:
-    """One rank's share of a model, and its optimizer. Every method is collective: call it on all ranks.
+    """One rank's share of a model, and its optimizer. Every method is collective: call it on all
+    ranks.
 
     Build one with ``from_hf`` or ``from_config``:
 
@@ -63,7 +65,9 @@ class MegatronWorker:
     >>> worker.save_hf("out", source_dir=folder)                                     # doctest: +SKIP
     """
 
-    def __init__(self, hf_config: dict[str, Any], shape: ModelShape, layout: MegatronConfig, seed: int) -> None:
+    def __init__(
+        self, hf_config: dict[str, Any], shape: ModelShape, layout: MegatronConfig, seed: int
+    ) -> None:
         """Process groups and an unfilled model; for ``from_hf`` and ``from_config``."""
         from megatron.core import parallel_state
 
@@ -84,12 +88,20 @@ class MegatronWorker:
         self._borrowed = False
 
     @classmethod
-    def from_hf(cls, model_dir: str | Path, layout: MegatronConfig, seed: int,
-                optimizer: OptimizerConfig | None = None, total_steps: int | None = None) -> MegatronWorker:
-        """Load a Hugging Face model folder; ``optimizer=None`` gives a worker for forward passes only.
+    def from_hf(
+        cls,
+        model_dir: str | Path,
+        layout: MegatronConfig,
+        seed: int,
+        optimizer: OptimizerConfig | None = None,
+        total_steps: int | None = None,
+    ) -> MegatronWorker:
+        """Load a Hugging Face model folder; ``optimizer=None`` gives a worker for forward passes
+        only.
 
-        ``total_steps`` (optimizer steps of the whole run) sets warm-up and decay. Raises ``ConfigError`` naming the
-        missing folder, the offending tensor, or the ``megatron.*`` setting that does not fit the model.
+        ``total_steps`` (optimizer steps of the whole run) sets warm-up and decay. Raises
+        ``ConfigError`` naming the missing folder, the offending tensor, or the ``megatron.*``
+        setting that does not fit the model.
         """
         hf_config = read_hf_config(model_dir)
         shape = ModelShape.from_hf(hf_config, f"{model_dir}/config.json")
@@ -99,21 +111,33 @@ class MegatronWorker:
         return worker._with_optimizer(optimizer, total_steps)
 
     @classmethod
-    def from_config(cls, hf_config: dict[str, Any], layout: MegatronConfig, seed: int,
-                    optimizer: OptimizerConfig | None = None, total_steps: int | None = None) -> MegatronWorker:
-        """A new model with random weights (``hf_files.RandomTensors``) that do not depend on ``layout``."""
+    def from_config(
+        cls,
+        hf_config: dict[str, Any],
+        layout: MegatronConfig,
+        seed: int,
+        optimizer: OptimizerConfig | None = None,
+        total_steps: int | None = None,
+    ) -> MegatronWorker:
+        """A new model with random weights (``hf_files.RandomTensors``) that do not depend on
+        ``layout``.
+        """
         worker = cls(hf_config, ModelShape.from_hf(hf_config, "hf_config"), layout, seed)
         shapes = hf_weights.hf_tensor_shapes(worker.shape)
         worker._fill(hf_files.RandomTensors(shapes, worker.shape, seed), "random initialisation")
         return worker._with_optimizer(optimizer, total_steps)
 
     @on_this_device
-    def _with_optimizer(self, settings: OptimizerConfig | None, total_steps: int | None) -> MegatronWorker:
+    def _with_optimizer(
+        self, settings: OptimizerConfig | None, total_steps: int | None
+    ) -> MegatronWorker:
         if settings is None:
             self.model.requires_grad_(False)
         else:
             self._trained = wrap_for_gradients(self.model, self.layout)
-            self._optimizer, self._scheduler = build_optimizer(self._trained, settings, self.layout, total_steps)
+            self._optimizer, self._scheduler = build_optimizer(
+                self._trained, settings, self.layout, total_steps
+            )
         return self
 
     @property
@@ -128,9 +152,10 @@ class MegatronWorker:
 
     @property
     def quadratic_cost(self) -> float:
-        """c in the cost ``T + c T^2`` of a sequence of T positions: multiplications of causal attention (queries by
-        keys, weights by values, over T / 2 positions on average) per multiplication with a weight matrix. Of experts
-        those count that see a token."""
+        """c in the cost ``T + c T^2`` of a sequence of T positions: multiplications of causal
+        attention (queries by keys, weights by values, over T / 2 positions on average) per
+        multiplication with a weight matrix. Of experts those count that see a token.
+        """
         shape, experts = self.shape, self.shape.experts
         attention = shape.num_layers * shape.num_heads * shape.head_dim
         width = experts.per_token * experts.ffn_size if experts is not None else shape.ffn_size
@@ -140,14 +165,20 @@ class MegatronWorker:
     # Forward passes
 
     @on_this_device
-    def logprobs(self, micro_batches: Sequence[PackedBatch], temperature: float = 1.0) -> list[Tensor]:
-        """Float32 ``logprobs_T`` of each micro-batch of this data-parallel rank, on all its pipeline stages."""
+    def logprobs(
+        self, micro_batches: Sequence[PackedBatch], temperature: float = 1.0
+    ) -> list[Tensor]:
+        """Float32 ``logprobs_T`` of each micro-batch of this data-parallel rank, on all its
+        pipeline stages.
+        """
         together = self._in_step(micro_batches)
         if not together:
             return []
         outputs: list[Tensor] = []
 
-        def keep(output: tuple[Tensor, Tensor | None], batch: PackedBatch) -> tuple[Tensor, dict[str, Any]]:
+        def keep(
+            output: tuple[Tensor, Tensor | None], batch: PackedBatch
+        ) -> tuple[Tensor, dict[str, Any]]:
             outputs.append(output[0])
             return output[0].sum(), {}
 
@@ -157,41 +188,61 @@ class MegatronWorker:
                 self._schedule(self.model, together, temperature, False, keep, forward_only=True)
         finally:
             self.model.train()
-        return [self._from_last_stage(batch.num_tokens, outputs[i] if outputs else None)
-                for i, batch in enumerate(micro_batches)]
+        return [
+            self._from_last_stage(batch.num_tokens, outputs[i] if outputs else None)
+            for i, batch in enumerate(micro_batches)
+        ]
 
     def _from_last_stage(self, length: int, padded_T: Tensor | None) -> Tensor:
         logprobs_T = torch.empty(length, device=device())
         if padded_T is not None:
             logprobs_T.copy_(padded_T[:length])  # without the padding of sequence parallelism
         if self.layout.pipeline_parallel > 1:
-            dist.broadcast(logprobs_T, dist.get_global_rank(self._pipeline_group, self._pipeline_group.size() - 1),
-                           group=self._pipeline_group)
+            dist.broadcast(
+                logprobs_T,
+                dist.get_global_rank(self._pipeline_group, self._pipeline_group.size() - 1),
+                group=self._pipeline_group,
+            )
         return logprobs_T
 
     # Training
 
     @on_this_device
-    def train_step(self, micro_batches: Sequence[PackedBatch], loss_fn: LossFn, temperature: float = 1.0,
-                   with_entropy: bool = False, check: Callable[[], object] | None = None) -> StepResult:
-        """One optimizer step on the micro-batches of all data-parallel ranks (each passes its own, in any number).
+    def train_step(
+        self,
+        micro_batches: Sequence[PackedBatch],
+        loss_fn: LossFn,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+        check: Callable[[], object] | None = None,
+    ) -> StepResult:
+        """One optimizer step on the micro-batches of all data-parallel ranks (each passes its own,
+        in any number).
 
-        The gradient is that of ``StepResult.loss``, whatever the split into ranks and micro-batches. ``check`` runs on
-        every rank when the loss has seen everything and no weight has changed; what it raises ends the step. Raises
-        ``NonFiniteGradient`` on every rank, with weights unchanged, when the gradient is not finite, and ``ValueError``
-        when every loss mask is zero.
+        The gradient is that of ``StepResult.loss``, whatever the split into ranks and
+        micro-batches. ``check`` runs on every rank when the loss has seen everything and no weight
+        has changed; what it raises ends the step. Raises ``NonFiniteGradient`` on every rank, with
+        weights unchanged, when the gradient is not finite, and ``ValueError`` when every loss mask
+        is zero.
         """
         if self._optimizer is None:
-            raise RuntimeError("this worker has no optimizer: pass optimizer=OptimizerConfig(...) when building it")
+            raise RuntimeError(
+                "this worker has no optimizer: pass optimizer=OptimizerConfig(...) when building it"
+            )
         if self._borrowed:
             raise RuntimeError("train_step inside use_weights would train the borrowed weights")
         num_tokens = self._global_num_tokens(micro_batches)
         reports: list[tuple[float, dict[str, float]]] = []
 
-        def loss(output: tuple[Tensor, Tensor | None], batch: PackedBatch) -> tuple[Tensor, dict[str, Any]]:
-            loss_sum, metrics = loss_fn(*output, batch) if batch is not _NOTHING else (output[0].sum() * 0, {})
+        def loss(
+            output: tuple[Tensor, Tensor | None], batch: PackedBatch
+        ) -> tuple[Tensor, dict[str, Any]]:
+            loss_sum, metrics = (
+                loss_fn(*output, batch) if batch is not _NOTHING else (output[0].sum() * 0, {})
+            )
             reports.append((float(loss_sum), {key: float(value) for key, value in metrics.items()}))
-            # Megatron counts tokens in an integer after the backward pass; loss masks may be fractions.
+            # Megatron counts tokens in an integer after the backward pass; loss masks may be
+            # fractions.
             return loss_sum / num_tokens, {}
 
         self._trained.zero_grad_buffer()
@@ -206,12 +257,16 @@ class MegatronWorker:
         try:
             grad_norm = clip_and_step(self._optimizer)
         except NonFiniteGradient as error:
-            raise NonFiniteGradient(f"optimizer step {self.step}: {error} (loss={total / num_tokens})") from error
+            raise NonFiniteGradient(
+                f"optimizer step {self.step}: {error} (loss={total / num_tokens})"
+            ) from error
         self._scheduler.step(1)
         return StepResult(total / num_tokens, grad_norm, lr, num_tokens, metrics)
 
     def _in_step(self, micro_batches: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """These and, where ranks exchange tokens in every layer, as many empty ones as the busiest rank has more."""
+        """These and, where ranks exchange tokens in every layer, as many empty ones as the busiest
+        rank has more.
+        """
         if self.layout.expert_parallel == 1:
             return list(micro_batches)
         longest = max(distributed.gather_objects(len(micro_batches)))
@@ -219,45 +274,79 @@ class MegatronWorker:
 
     def _global_num_tokens(self, micro_batches: Sequence[PackedBatch]) -> float:
         own = math.fsum(float(batch.loss_mask_T.double().sum()) for batch in micro_batches)
-        # Tensor and pipeline ranks have the same micro-batches: count the ranks that report the loss.
+        # Tensor and pipeline ranks have the same micro-batches: count the ranks that report the
+        # loss.
         total = math.fsum(distributed.gather_objects(own if self._reports else 0.0))
         if total <= 0:
-            raise ValueError("loss_mask_T is zero everywhere in this step: there is nothing to train on")
+            raise ValueError(
+                "loss_mask_T is zero everywhere in this step: there is nothing to train on"
+            )
         return total
 
-    def _sum_reports(self, reports: list[tuple[float, dict[str, float]]]) -> tuple[float, dict[str, float]]:
-        everything = [r for part in distributed.gather_objects(reports if self._reports else []) for r in part]
+    def _sum_reports(
+        self, reports: list[tuple[float, dict[str, float]]]
+    ) -> tuple[float, dict[str, float]]:
+        everything = [
+            r for part in distributed.gather_objects(reports if self._reports else []) for r in part
+        ]
         keys = sorted({key for _, metrics in everything for key in metrics})
-        return (_sum([loss for loss, _ in everything]),
-                {key: _sum([metrics.get(key, 0.0) for _, metrics in everything]) for key in keys})
+        return (
+            _sum([loss for loss, _ in everything]),
+            {key: _sum([metrics.get(key, 0.0) for _, metrics in everything]) for key in keys},
+        )
 
-    def _schedule(self, model: torch.nn.Module, micro_batches: Sequence[PackedBatch], temperature: float,
-                  with_entropy: bool, loss: Callable[..., Any], forward_only: bool) -> None:
-        """Run the micro-batches through the pipeline. ``loss`` sees them in order, on the last stage."""
+    def _schedule(
+        self,
+        model: torch.nn.Module,
+        micro_batches: Sequence[PackedBatch],
+        temperature: float,
+        with_entropy: bool,
+        loss: Callable[..., Any],
+        forward_only: bool,
+    ) -> None:
+        """Run the micro-batches through the pipeline. ``loss`` sees them in order, on the last
+        stage.
+        """
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        def forward_step(batches: Iterator[PackedBatch], model: torch.nn.Module) -> tuple[Any, Callable[..., Any]]:
+        def forward_step(
+            batches: Iterator[PackedBatch], model: torch.nn.Module
+        ) -> tuple[Any, Callable[..., Any]]:
             batch = next(batches)
             moved = batch if batch is _NOTHING else batch.to(device())
             if self.layout.sequence_parallel:
                 moved = moved.padded_to_multiple_of(self.layout.tensor_parallel)
             seen = _NOTHING if batch is _NOTHING else moved
-            return model(moved.to(device()), temperature, with_entropy), functools.partial(_per_token_loss, loss, seen)
+            return model(moved.to(device()), temperature, with_entropy), functools.partial(
+                _per_token_loss, loss, seen
+            )
 
         get_forward_backward_func()(
-            forward_step_func=forward_step, data_iterator=iter(micro_batches), model=model,
-            num_microbatches=len(micro_batches), seq_length=max(b.num_tokens for b in micro_batches),
-            micro_batch_size=1, forward_only=forward_only)
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=model,
+            num_microbatches=len(micro_batches),
+            seq_length=max(b.num_tokens for b in micro_batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
 
     # Weights
 
     def snapshot(self) -> Weights:
-        """A copy in CPU memory of this rank's weights (without optimizer state), for ``use_weights``."""
-        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.model.named_parameters()}
+        """A copy in CPU memory of this rank's weights (without optimizer state), for
+        ``use_weights``.
+        """
+        return {
+            name: parameter.detach().to("cpu", copy=True)
+            for name, parameter in self.model.named_parameters()
+        }
 
     @contextmanager
     def use_weights(self, snapshot: Weights) -> Iterator[None]:
-        """Run forward passes under other weights, then restore the current ones bit for bit, also after an error."""
+        """Run forward passes under other weights, then restore the current ones bit for bit, also
+        after an error.
+        """
         if self._borrowed:
             raise RuntimeError("use_weights does not nest")
         current, self._borrowed = self.snapshot(), True
@@ -277,12 +366,14 @@ class MegatronWorker:
     def export_hf(self) -> Iterator[tuple[str, Tensor]]:
         """Full tensors under Hugging Face names, one parameter at a time, on every rank.
 
-        Collective: every rank must iterate to the end. A tensor is only valid until the next one; copy it to keep it.
+        Collective: every rank must iterate to the end. A tensor is only valid until the next one;
+        copy it to keep it.
         """
         return hf_weights.export_tensors(self.model, self.shape)
 
     def save_hf(self, folder: str | Path, source_dir: str | Path | None) -> None:
-        """Write a Hugging Face model folder atomically: config.json, safetensors, and ``source_dir``'s other files.
+        """Write a Hugging Face model folder atomically: config.json, safetensors, and
+        ``source_dir``'s other files.
 
         Raises ``OSError`` on every rank when rank 0 cannot write.
         """
@@ -292,7 +383,11 @@ class MegatronWorker:
             try:
                 with hf_files.atomic_folder(folder) as temporary:
                     hf_files.write_model_files(
-                        temporary, self.hf_config, self.dtype, None if source_dir is None else Path(source_dir))
+                        temporary,
+                        self.hf_config,
+                        self.dtype,
+                        None if source_dir is None else Path(source_dir),
+                    )
                     hf_files.write_tensors(temporary, tensors, shapes, self.dtype)
             except OSError as caught:
                 error = caught
@@ -302,7 +397,9 @@ class MegatronWorker:
             raise error
 
     def load_hf_weights(self, folder: str | Path) -> None:
-        """Replace the weights by those of a model folder of the same shape. ``ConfigError`` names a wrong tensor."""
+        """Replace the weights by those of a model folder of the same shape. ``ConfigError`` names a
+        wrong tensor.
+        """
         self._fill(hf_files.SafetensorsFolder(folder), str(folder))
 
     @on_this_device
@@ -313,44 +410,69 @@ class MegatronWorker:
 
     # Checkpoints
 
-    def save_checkpoint(self, folder: str | Path, state: dict[str, Any], keep: int = 2,
-                        files: Mapping[str, bytes] | None = None) -> Path:
-        """Write ``folder/step-N`` and point ``folder/latest`` at it; the newest ``keep`` checkpoints stay.
+    def save_checkpoint(
+        self,
+        folder: str | Path,
+        state: dict[str, Any],
+        keep: int = 2,
+        files: Mapping[str, bytes] | None = None,
+    ) -> Path:
+        """Write ``folder/step-N`` and point ``folder/latest`` at it; the newest ``keep``
+        checkpoints stay.
 
-        ``state`` is the caller's own, JSON-able, the same on every rank; ``files`` are more of it, from the main rank,
-        to be read in ``checkpoint.newest(folder)``.
+        ``state`` is the caller's own, JSON-able, the same on every rank; ``files`` are more of it,
+        from the main rank, to be read in ``checkpoint.newest(folder)``.
         """
         self._need_optimizer()
         return checkpoint.save(
-            folder, self.model, self._optimizer, self._scheduler, state, keep, files or {}, self.hf_config)
+            folder,
+            self.model,
+            self._optimizer,
+            self._scheduler,
+            state,
+            keep,
+            files or {},
+            self.hf_config,
+        )
 
     def load_checkpoint(self, folder: str | Path) -> dict[str, Any]:
         """Restore the newest checkpoint, saved under any layout, and return the caller's state.
 
-        What follows equals, bit for bit under the same layout, what would have followed the save. ``ConfigError`` when
-        there is none; ask ``checkpoint.has_checkpoint`` first.
+        What follows equals, bit for bit under the same layout, what would have followed the save.
+        ``ConfigError`` when there is none; ask ``checkpoint.has_checkpoint`` first.
         """
         self._need_optimizer()
         return checkpoint.load(folder, self.model, self._optimizer, self._scheduler)
 
     def _need_optimizer(self) -> None:
         if self._optimizer is None:
-            raise ConfigError("checkpoints need an optimizer: build the worker with optimizer=OptimizerConfig(...)")
+            raise ConfigError(
+                "checkpoints need an optimizer: build the worker with optimizer=OptimizerConfig(...)"
+            )
 
 
 _NOTHING = PackedBatch(
-    tokens_T=torch.zeros(1, dtype=torch.int64), labels_T=torch.zeros(1, dtype=torch.int64),
-    positions_T=torch.zeros(1, dtype=torch.int64), cu_seqlens_N=torch.tensor([0, 1], dtype=torch.int32),
-    loss_mask_T=torch.zeros(1))
+    tokens_T=torch.zeros(1, dtype=torch.int64),
+    labels_T=torch.zeros(1, dtype=torch.int64),
+    positions_T=torch.zeros(1, dtype=torch.int64),
+    cu_seqlens_N=torch.tensor([0, 1], dtype=torch.int32),
+    loss_mask_T=torch.zeros(1),
+)
 """Stands in for the micro-batches of a data-parallel rank that has none."""
 
 
-def _per_token_loss(loss: Callable[..., Any], batch: PackedBatch, output: Any) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Megatron's triple (loss, number of tokens, report); zero tokens tell it not to rescale the gradients."""
+def _per_token_loss(
+    loss: Callable[..., Any], batch: PackedBatch, output: Any
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Megatron's triple (loss, number of tokens, report); zero tokens tell it not to rescale the
+    gradients.
+    """
     value, report = loss(output, batch)
     return value, torch.zeros((), dtype=torch.int32, device=value.device), report
 
 
 def _sum(values: list[float]) -> float:
-    """Exactly rounded, so independent of the order; plain where fsum cannot (infinities of both signs)."""
+    """Exactly rounded, so independent of the order; plain where fsum cannot (infinities of both
+    signs).
+    """
     return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)

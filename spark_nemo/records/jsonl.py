@@ -15,16 +15,20 @@ _OTHER_NAMES = {"problem_id": ("unique_id", "id", "idx"), "question": ("problem"
 
 
 class DataFileError(ValueError):
-    """A data file that cannot be used; the one-line message names the file and, where it applies, line and field."""
+    """A data file that cannot be used; the one-line message names the file and, where it applies,
+    line and field.
+    """
 
 
 def read_problems(path: str | Path) -> list[Problem]:
-    """Read a JSONL file of objects with ``problem_id`` (a string or an integer, see ``id_of``), ``question`` and
-    optionally ``source``, or a Parquet file in verl's layout (``read_verl_problems``).
+    """Read a JSONL file of objects with ``problem_id`` (a string or an integer, see ``id_of``),
+    ``question`` and optionally ``source``, or a Parquet file in verl's layout
+    (``read_verl_problems``).
 
-    The names that the mathematics benchmarks use instead (``unique_id``, ``id`` or ``idx``, and ``problem``) are read
-    too. Any other field, an answer above all, is dropped here and reaches no record. Raises
-    ``DataFileError`` naming file and line of whatever is missing, malformed, empty or repeated.
+    The names that the mathematics benchmarks use instead (``unique_id``, ``id`` or ``idx``, and
+    ``problem``) are read too. Any other field, an answer above all, is dropped here and reaches no
+    record. Raises ``DataFileError`` naming file and line of whatever is missing, malformed, empty
+    or repeated.
     """
     if Path(path).suffix == ".parquet":
         from .verl_parquet import read_verl_problems
@@ -39,8 +43,10 @@ def read_problems(path: str | Path) -> list[Problem]:
             raise DataFileError(f"{path}:{number}: {error}") from None
         if problem.problem_id in seen:
             first = seen[problem.problem_id]
-            raise DataFileError(f"{path}:{number}: problem_id {problem.problem_id!r} is already on line {first}"
-                                + id_hint(problem.problem_id))
+            raise DataFileError(
+                f"{path}:{number}: problem_id {problem.problem_id!r} is already on line {first}"
+                + id_hint(problem.problem_id)
+            )
         seen[problem.problem_id] = number
         problems.append(problem)
     return problems
@@ -49,10 +55,11 @@ def read_problems(path: str | Path) -> list[Problem]:
 def json_rows(path: str | Path) -> Iterator[tuple[int, dict[str, object]]]:
     """The objects of a JSONL file with their line numbers, from 1.
 
-    Raises ``DataFileError`` for a file that cannot be read or is empty, and naming file and line for an empty line and
-    for one that is no JSON object in UTF-8.
+    Raises ``DataFileError`` for a file that cannot be read or is empty, and naming file and line
+    for an empty line and for one that is no JSON object in UTF-8.
     """
-    # Bytes split at newline characters only; str.splitlines would also split at U+2028 inside a question.
+    # Bytes split at newline characters only; str.splitlines would also split at U+2028 inside a
+    # question.
     try:
         lines = Path(path).read_bytes().removesuffix(b"\n").split(b"\n")
     except OSError as error:
@@ -80,31 +87,50 @@ def _object(line: bytes) -> dict[str, object]:
 
 def _problem(data: dict[str, object]) -> Problem:
     _use_other_names(data)
-    return Problem(id_of(data, "problem_id"), text_of(data, "question"), text_of(data, "source", ""))
+    return Problem(
+        id_of(data, "problem_id"), text_of(data, "question"), text_of(data, "source", "")
+    )
 
 
 def id_of(data: dict[str, object], name: str) -> str:
-    """``data[name]``, a string or an integer, as text: files number their problems either way, and 1 and "1" are one
-    identifier. Raises ``ValueError`` naming the field."""
+    """``data[name]``, a string or an integer, as text: files number their problems either way, and
+    1 and "1" are one identifier. Raises ``ValueError`` naming the field.
+    """
     value = data.get(name)
     return str(value) if type(value) is int else text_of(data, name, kind="a string or an integer")
 
 
 def id_hint(identifier: str) -> str:
-    """What to add when an identifier is there twice: two that differ in the file may be one as text."""
-    return " (an integer and a string of its digits are one id)" if identifier.lstrip("-").isdigit() else ""
+    """What to add when an identifier is there twice: two that differ in the file may be one as
+    text.
+    """
+    return (
+        " (an integer and a string of its digits are one id)"
+        if identifier.lstrip("-").isdigit()
+        else ""
+    )
 
 
-def text_of(data: dict[str, object], name: str, default: str | None = None, kind: str = "a string") -> str:
-    """``data[name]``, a string that UTF-8 can hold. Raises ``ValueError`` naming the field, and what may be there."""
+def text_of(
+    data: dict[str, object], name: str, default: str | None = None, kind: str = "a string"
+) -> str:
+    """``data[name]``, a string that UTF-8 can hold. Raises ``ValueError`` naming the field, and
+    what may be there.
+    """
     value = data.get(name, default)
     if not isinstance(value, str):
-        found = f"not {type(value).__name__}" if name in data else f"it is missing; the row has {', '.join(data)}"
+        found = (
+            f"not {type(value).__name__}"
+            if name in data
+            else f"it is missing; the row has {', '.join(data)}"
+        )
         raise ValueError(f"{name!r} must be {kind}, {found}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError(f"{name!r} holds half of a surrogate pair, which is no character") from None
+        raise ValueError(
+            f"{name!r} holds half of a surrogate pair, which is no character"
+        ) from None
     return value
 
 
@@ -117,7 +143,8 @@ def _use_other_names(data: dict[str, object]) -> None:
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """A temporary file to write to; it replaces ``path`` when the block ends, and is removed when the block fails.
+    """A temporary file to write to; it replaces ``path`` when the block ends, and is removed when
+    the block fails.
 
     After a crash ``path`` holds what it held before or the whole new file, never a part.
     """
@@ -140,13 +167,17 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
-    """Replace ``path`` by a UTF-8 file with this text: after a crash it holds the old text or the new, never a part."""
+    """Replace ``path`` by a UTF-8 file with this text: after a crash it holds the old text or the
+    new, never a part.
+    """
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
 
 
 def write_json_atomic(path: str | Path, obj: object) -> None:
-    """``write_text_atomic`` of indented JSON. Raises ``ValueError`` for NaN and infinities, which JSON lacks."""
+    """``write_text_atomic`` of indented JSON. Raises ``ValueError`` for NaN and infinities, which
+    JSON lacks.
+    """
     write_text_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 

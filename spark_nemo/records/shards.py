@@ -1,7 +1,8 @@
-"""The files of a record store: one record per line, appended by one writer, readable without this code.
+"""The files of a record store: one record per line, appended by one writer, readable without this
+code.
 
-A line is the CRC-32 of what follows the tab as 8 hex digits, a tab, and ASCII JSON with ``key``, ``kind``, ``parent``
-(absent when there is none) and ``payload``.
+A line is the CRC-32 of what follows the tab as 8 hex digits, a tab, and ASCII JSON with ``key``,
+``kind``, ``parent`` (absent when there is none) and ``payload``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from .jsonl import fsync_directory
 
 SHARD_SUFFIX = ".records"
 # The usual beginning of a record, from which the names are read without parsing the payload.
-_HEAD = re.compile(rb'\{"key": "([^"\\]+)", "kind": "([^"\\]+)", (?:"parent": "([^"\\]+)", )?"payload": \{')
+_HEAD = re.compile(
+    rb'\{"key": "([^"\\]+)", "kind": "([^"\\]+)", (?:"parent": "([^"\\]+)", )?"payload": \{'
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +38,8 @@ class Names:
 class Line:
     """One line of a shard at byte ``offset``; ``names`` is None when no intact record is in it.
 
-    ``torn``: it does not end in a newline, so its writer is writing it or was killed. ``salvaged``: a damaged newline
-    had glued a damaged record to this one, which begins at ``offset``.
+    ``torn``: it does not end in a newline, so its writer is writing it or was killed. ``salvaged``:
+    a damaged newline had glued a damaged record to this one, which begins at ``offset``.
     """
 
     offset: int
@@ -54,21 +57,26 @@ class ShardWriter:
         for number in count():
             self.path = folder / f"{writer_name}.{number:06d}{SHARD_SUFFIX}"
             try:
-                self.handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+                self.handle = os.open(
+                    self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644
+                )
                 break
             except FileExistsError:
                 continue
         self.end = 0
         self.clean = True
-        """False when part of a line could not be taken back; then nothing may be appended any more."""
+        """False when part of a line could not be taken back; then nothing may be appended any more.
+        """
         fsync_directory(folder)
 
     def write(self, line: bytes) -> int:
-        """Append one line and return its offset. One ``os.write``, more only where the kernel takes less."""
+        """Append one line and return its offset. One ``os.write``, more only where the kernel takes
+        less.
+        """
         start, rest = self.end, memoryview(line)
         try:
             while rest:
-                rest = rest[os.write(self.handle, rest):]
+                rest = rest[os.write(self.handle, rest) :]
             self.end = start + len(line)
         except BaseException:
             try:
@@ -106,18 +114,21 @@ def read_lines(path: Path, start: int = 0) -> Iterator[Line]:
             if names is not None:
                 yield Line(offset, len(text), names, text[:8].decode("ascii"))
             else:
-                # A damaged newline glues two records together; the second still begins before the last tab.
+                # A damaged newline glues two records together; the second still begins before the
+                # last tab.
                 glued = max(0, text.rfind(b"\t") - 8)
                 names = _names(text[glued:]) if glued else None
                 yield Line(offset, glued if names else len(text), None)
                 if names is not None:
-                    checksum = text[glued:glued + 8].decode("ascii")
+                    checksum = text[glued : glued + 8].decode("ascii")
                     yield Line(offset + glued, len(text) - glued, names, checksum, salvaged=True)
             offset += len(text)
 
 
 def read_record(path: Path, line: Line) -> dict[str, object]:
-    """The whole record of an intact line of ``read_lines``: ``key``, ``kind``, ``payload`` and perhaps ``parent``."""
+    """The whole record of an intact line of ``read_lines``: ``key``, ``kind``, ``payload`` and
+    perhaps ``parent``.
+    """
     with path.open("rb") as file:
         file.seek(line.offset)
         body = checked_body(file.read(line.length))
@@ -138,7 +149,9 @@ def _names(line: bytes) -> Names | None:
         return None
     if head := _HEAD.match(body):
         key, kind, parent = head.groups()
-        return Names(key.decode("ascii"), kind.decode("ascii"), parent.decode("ascii") if parent else None)
+        return Names(
+            key.decode("ascii"), kind.decode("ascii"), parent.decode("ascii") if parent else None
+        )
     try:
         data = json.loads(body)
         parent = data.get("parent")

@@ -1,7 +1,8 @@
 """An append-only store of JSON records in a folder of shard files (see ``shards`` for the format).
 
-Every writer appends to a fresh shard of its own, so writers need no locks and nobody ever appends to a torn line. Where
-a record lies is kept in an index on disk (see ``index``), a cache: the shards alone are the store.
+Every writer appends to a fresh shard of its own, so writers need no locks and nobody ever appends
+to a torn line. Where a record lies is kept in an index on disk (see ``index``), a cache: the shards
+alone are the store.
 """
 
 from __future__ import annotations
@@ -29,36 +30,51 @@ _WRITER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OPEN_SHARDS = 32
 _COMMIT_EVERY = 4096
-"""Records after which the index is committed; a killed writer's next start reads about so many lines again."""
+"""Records after which the index is committed; a killed writer's next start reads about so many
+lines again.
+"""
 
 
 class StoreFull(RuntimeError):
-    """The disk, quota or file size limit has no room for a record. Everything acknowledged before is intact."""
+    """The disk, quota or file size limit has no room for a record. Everything acknowledged before
+    is intact.
+    """
 
 
 class RecordStore:
-    """Records by key in one folder. Use it from one thread at a time; any number of processes may have it open.
+    """Records by key in one folder. Use it from one thread at a time; any number of processes may
+    have it open.
 
-    ``writer_name`` names this process's shards; without it the store is read-only and the folder must exist. A key
-    names one record of its kind: appending it again does nothing, and when two writers wrote it, the one read first
-    (shards in order of their names) counts. ``append`` returns once the record is on disk, or with ``fsync_every=n``
-    once every n-th one is; ``flush``, also done on closing, settles the rest. A record may name a ``parent``, the key
-    of the record it is about. Memory does not grow with the number of records, but for ``keys``.
+    ``writer_name`` names this process's shards; without it the store is read-only and the folder
+    must exist. A key names one record of its kind: appending it again does nothing, and when two
+    writers wrote it, the one read first (shards in order of their names) counts. ``append`` returns
+    once the record is on disk, or with ``fsync_every=n`` once every n-th one is; ``flush``, also
+    done on closing, settles the rest. A record may name a ``parent``, the key of the record it is
+    about. Memory does not grow with the number of records, but for ``keys``.
 
-    Raises ``ValueError`` on a bad name, payload or a read-only append, ``StoreFull`` when there is no room.
+    Raises ``ValueError`` on a bad name, payload or a read-only append, ``StoreFull`` when there is
+    no room.
     """
 
-    def __init__(self, folder: str | Path, writer_name: str | None = None, *, fsync_every: int = 1) -> None:
+    def __init__(
+        self, folder: str | Path, writer_name: str | None = None, *, fsync_every: int = 1
+    ) -> None:
         if writer_name is not None and not _WRITER_NAME.fullmatch(writer_name):
-            raise ValueError(f"RecordStore writer_name={writer_name!r}: use letters, digits, '.', '_' and '-'")
+            raise ValueError(
+                f"RecordStore writer_name={writer_name!r}: use letters, digits, '.', '_' and '-'"
+            )
         if fsync_every < 1:
             raise ValueError(f"RecordStore fsync_every={fsync_every}: must be at least 1")
         self.folder = Path(folder)
         self.corrupt_records = 0
-        """Lines met so far that fail their checksum; each was logged with file and byte offset, and skipped. A writer
-        that resumes from its index meets only what it reads; a reader meets every line on opening."""
+        """Lines met so far that fail their checksum; each was logged with file and byte offset, and
+        skipped. A writer that resumes from its index meets only what it reads; a reader meets every
+        line on opening.
+        """
         self.torn_tails = 0
-        """Shards that ended in an unfinished line at the last refresh: a killed writer's unacknowledged record."""
+        """Shards that ended in an unfinished line at the last refresh: a killed writer's
+        unacknowledged record.
+        """
         self._writer_name = writer_name
         self._fsync_every = fsync_every
         self._files: OrderedDict[int, FileIO] = OrderedDict()
@@ -70,7 +86,9 @@ class RecordStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             fsync_directory(self.folder.parent)
         elif not self.folder.is_dir():
-            raise FileNotFoundError(f"{self.folder}: no record store there: check the path or run the stage before")
+            raise FileNotFoundError(
+                f"{self.folder}: no record store there: check the path or run the stage before"
+            )
         self._open_index()
 
     def __enter__(self) -> RecordStore:
@@ -84,12 +102,16 @@ class RecordStore:
         self._ask(self._scan_all)
 
     def append(self, key: str, kind: str, payload: Payload, *, parent: str | None = None) -> bool:
-        """Write one record; False, and nothing is written, when this key of this kind is there already."""
+        """Write one record; False, and nothing is written, when this key of this kind is there
+        already.
+        """
         if self._writer_name is None:
             raise ValueError(f"{self.folder}: opened without a writer_name, so for reading only")
         if not key or not kind or parent == "" or not isinstance(payload, dict):
-            raise ValueError(f"{self.folder}: record {key!r}: key, kind and parent must not be empty, "
-                             "the payload must be a dict")
+            raise ValueError(
+                f"{self.folder}: record {key!r}: key, kind and parent must not be empty, "
+                "the payload must be a dict"
+            )
         if self._ask(lambda index: index.has(kind, key)):
             return False
         line = encode_line(Names(key, kind, parent), payload)
@@ -108,13 +130,16 @@ class RecordStore:
         return True
 
     def flush(self) -> None:
-        """Put every appended record on disk. When that fails, those not yet settled count as never appended."""
+        """Put every appended record on disk. When that fails, those not yet settled count as never
+        appended.
+        """
         if self._writer is None or not self._unsettled:
             return
         try:
             os.fsync(self._writer.handle)
         except OSError as error:
-            # After a failed fsync the kernel may have dropped the pages: only a new file can be trusted.
+            # After a failed fsync the kernel may have dropped the pages: only a new file can be
+            # trusted.
             for kind, key in self._unsettled:
                 self._ask(lambda index, kind=kind, key=key: index.forget(kind, key))
             lost, self._unsettled = len(self._unsettled), []
@@ -125,7 +150,9 @@ class RecordStore:
         self._ask(lambda index: index.commit() if index.pending >= _COMMIT_EVERY else None)
 
     def close(self) -> None:
-        """Flush and let go of the shard and the index. The store can still be read, from a new index."""
+        """Flush and let go of the shard and the index. The store can still be read, from a new
+        index.
+        """
         try:
             self.flush()
         finally:
@@ -142,7 +169,8 @@ class RecordStore:
         return self._ask(lambda index: index.kinds())
 
     def keys(self, kind: str) -> set[str]:
-        """Keys of the records of a kind, as of opening, the last refresh and this store's own appends.
+        """Keys of the records of a kind, as of opening, the last refresh and this store's own
+        appends.
 
         This set is in memory: for a store of any size stream with ``iter``.
         """
@@ -157,15 +185,20 @@ class RecordStore:
         return self._ask(lambda index: index.counts())
 
     def iter(self, kind: str, *, by_key: bool = False) -> Iterator[tuple[str, Payload]]:
-        """Stream ``(key, payload)``, each key once, in the order read (which is fastest) or in the order of the keys.
+        """Stream ``(key, payload)``, each key once, in the order read (which is fastest) or in the
+        order of the keys.
 
         One gone bad since is logged and skipped.
         """
-        entries = self._ask(lambda index: index.in_key_order(kind) if by_key else index.in_order_read(kind))
+        entries = self._ask(
+            lambda index: index.in_key_order(kind) if by_key else index.in_order_read(kind)
+        )
         return self._payloads(kind, entries)
 
     def children(self, parent: str, kind: str) -> Iterator[tuple[str, Payload]]:
-        """Stream ``(key, payload)`` of the records of a kind that name this parent, in the order of their keys."""
+        """Stream ``(key, payload)`` of the records of a kind that name this parent, in the order of
+        their keys.
+        """
         return self._payloads(kind, self._ask(lambda index: index.children(parent, kind)))
 
     def children_per_parent(self, kind: str) -> dict[int, int]:
@@ -173,7 +206,9 @@ class RecordStore:
         return self._ask(lambda index: index.children_per_parent(kind))
 
     def adopt(self, kind: str, parent_of: Callable[[Payload], str | None]) -> None:
-        """Give records written without a parent the one that ``parent_of`` finds in the payload, in this index only."""
+        """Give records written without a parent the one that ``parent_of`` finds in the payload, in
+        this index only.
+        """
         for entry in self._ask(lambda index: index.without_parent(kind)):
             payload = self._read(kind, entry)
             parent = None if payload is None else parent_of(payload)
@@ -181,7 +216,9 @@ class RecordStore:
                 self._ask(lambda index, row=entry.row, parent=parent: index.set_parent(row, parent))
 
     def get(self, key: str, kind: str | None = None) -> Payload | None:
-        """The payload of a key, of the given kind or of the first kind that has it; None when there is none."""
+        """The payload of a key, of the given kind or of the first kind that has it; None when there
+        is none.
+        """
         for name in self.kinds() if kind is None else (kind,):
             entry = self._ask(lambda index, name=name: index.find(name, key))
             if entry is not None and (payload := self._read(name, entry)) is not None:
@@ -202,7 +239,9 @@ class RecordStore:
         index = self._index
         for entry in entries:
             if self._index is not index:
-                raise RuntimeError(f"{self.folder}: closed, or its index replaced, while being read: read it again")
+                raise RuntimeError(
+                    f"{self.folder}: closed, or its index replaced, while being read: read it again"
+                )
             payload = self._read(kind, entry)
             if payload is not None:
                 yield entry.key, payload
@@ -231,12 +270,18 @@ class RecordStore:
     def _shard_name(self, shard: int) -> str:
         return self._ask(lambda index: index.shard_name(shard))
 
-    def _add_own(self, index: StoreIndex, kind: str, key: str, parent: str | None, offset: int, line: bytes) -> None:
+    def _add_own(
+        self, index: StoreIndex, kind: str, key: str, parent: str | None, offset: int, line: bytes
+    ) -> None:
         name = self._writer.path.name
         state = index.shards.get(name) or index.add_shard(name)
         if state.scanned <= offset:  # else a new index has read the line already
             index.add([(kind, key, parent, state.id, offset, len(line))])
-            state.scanned, state.last, state.checksum = offset + len(line), offset, line[:8].decode("ascii")
+            state.scanned, state.last, state.checksum = (
+                offset + len(line),
+                offset,
+                line[:8].decode("ascii"),
+            )
 
     def _open_index(self) -> None:
         """This writer's own index as far as it fits the shards, a temporary one for everybody else."""
@@ -249,7 +294,12 @@ class RecordStore:
                     index = self._index_file.open(is_current=False)
                 self._index = index
             except (OSError, IndexFailure) as error:
-                logger.info("%s: no index file for %s (%s): a temporary one", self.folder, self._writer_name, error)
+                logger.info(
+                    "%s: no index file for %s (%s): a temporary one",
+                    self.folder,
+                    self._writer_name,
+                    error,
+                )
                 self._close_index(keep=False)
         self._ask(self._scan_all)
 
@@ -281,8 +331,10 @@ class RecordStore:
             return question(self._index)
         except IndexFailure as error:
             self._close_index(keep=False)
-            raise StoreFull(f"{self.folder}: a temporary index cannot be written ({error}): set SQLITE_TMPDIR to a "
-                            "folder with space; every acknowledged record is intact") from error
+            raise StoreFull(
+                f"{self.folder}: a temporary index cannot be written ({error}): set SQLITE_TMPDIR to a "
+                "folder with space; every acknowledged record is intact"
+            ) from error
 
     def _close_index(self, keep: bool) -> None:
         index, self._index = self._index, None
@@ -323,7 +375,9 @@ class RecordStore:
                 self._report_corrupt(path.name, line.offset)
             else:
                 names = line.names
-                found.append((names.kind, names.key, names.parent, state.id, line.offset, line.length))
+                found.append(
+                    (names.kind, names.key, names.parent, state.id, line.offset, line.length)
+                )
                 state.last, state.checksum = line.offset, line.checksum
             state.scanned = line.offset + line.length
             if len(found) >= _COMMIT_EVERY:

@@ -20,7 +20,9 @@ def content_key(*parts: object) -> str:
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from the parts, so that a sample's randomness does not depend on what ran before it."""
+    """A 63-bit seed from the parts, so that a sample's randomness does not depend on what ran
+    before it.
+    """
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
@@ -35,12 +37,16 @@ class Problem:
 
     def __post_init__(self) -> None:
         if not self.problem_id or not self.question.strip():
-            raise ValueError(f"problem {self.problem_id!r}: 'problem_id' and 'question' must not be empty")
+            raise ValueError(
+                f"problem {self.problem_id!r}: 'problem_id' and 'question' must not be empty"
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyExample:
-    """A response in the policy's format to learn from; some model's own text, which no key has judged."""
+    """A response in the policy's format to learn from; some model's own text, which no key has
+    judged.
+    """
 
     problem_id: str
     question: str
@@ -80,8 +86,12 @@ class Verification:
 
     def to_json(self) -> dict[str, object]:
         return {
-            "key": self.key, "solution_key": self.solution_key, "vote": self.vote, "text": self.text,
-            "outcome": outcome_to_json(self.outcome), "num_tokens": self.num_tokens,
+            "key": self.key,
+            "solution_key": self.solution_key,
+            "vote": self.vote,
+            "text": self.text,
+            "outcome": outcome_to_json(self.outcome),
+            "num_tokens": self.num_tokens,
             "num_prompt_tokens": self.num_prompt_tokens,
         }
 
@@ -92,7 +102,8 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceVerification(Verification):
-    """A verification whose prompt gave the answer away: the declared baseline's, of a kind and type of its own.
+    """A verification whose prompt gave the answer away: the declared baseline's, of a kind and type
+    of its own.
 
     Labelling without answers refuses it.
     """
@@ -100,7 +111,9 @@ class ReferenceVerification(Verification):
 
 @dataclass(frozen=True, slots=True)
 class Critique:
-    """A critic's text on one verification. ``finish_reason`` other than ``stop`` means there is no merge."""
+    """A critic's text on one verification. ``finish_reason`` other than ``stop`` means there is no
+    merge.
+    """
 
     key: str
     solution_key: str
@@ -116,7 +129,9 @@ class Critique:
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """A verification and its critique made into one text, read by the parser that reads verifications."""
+    """A verification and its critique made into one text, read by the parser that reads
+    verifications.
+    """
 
     key: str
     solution_key: str
@@ -152,9 +167,9 @@ class Revision:
 class LabelEvidence:
     """Why a label says what it says: per step, the votes for correct and how many votes there were.
 
-    ``matching_votes`` is how many verifications the chosen one was drawn from. ``chosen_by`` is the rule that chose
-    it: ``first_vote``, ``verdict_majority``, ``step_majority`` or ``closest_to_step_majority``. The two last keys are
-    those of a label that meta-critique made.
+    ``matching_votes`` is how many verifications the chosen one was drawn from. ``chosen_by`` is the
+    rule that chose it: ``first_vote``, ``verdict_majority``, ``step_majority`` or
+    ``closest_to_step_majority``. The two last keys are those of a label that meta-critique made.
     """
 
     correct_votes: tuple[int, ...]
@@ -175,7 +190,9 @@ class LabelEvidence:
 
 @dataclass(frozen=True, slots=True)
 class LabelledSolution:
-    """A solution with the label one method gave it and the text chosen, or merged, as the training target."""
+    """A solution with the label one method gave it and the text chosen, or merged, as the training
+    target.
+    """
 
     method: str
     solution: Solution
@@ -188,8 +205,10 @@ class LabelledSolution:
     def step_agreement(self) -> tuple[float, ...]:
         """Share of the votes that say of each step what the label says."""
         total = self.evidence.num_votes
-        return tuple((votes if correct else total - votes) / total
-                     for correct, votes in zip(self.step_labels, self.evidence.correct_votes))
+        return tuple(
+            (votes if correct else total - votes) / total
+            for correct, votes in zip(self.step_labels, self.evidence.correct_votes)
+        )
 
     @property
     def reason(self) -> str:
@@ -201,12 +220,18 @@ class LabelledSolution:
             "step_majority": f"one of {evidence.matching_votes} votes with the majority's label on every step",
             "closest_to_step_majority": "no vote has the majority's label on every step; this one is closest",
         }.get(evidence.chosen_by, evidence.chosen_by)
-        return f"{chosen}, merged with a critique of it" if evidence.merge_key is not None else chosen
+        return (
+            f"{chosen}, merged with a critique of it" if evidence.merge_key is not None else chosen
+        )
 
     def to_json(self) -> dict[str, object]:
         """A plain dict, with what can be computed from the rest for whoever reads the file."""
-        return {**asdict(self), "reason": self.reason, "step_agreement": self.step_agreement,
-                "step_entropy": self.evidence.step_entropy}
+        return {
+            **asdict(self),
+            "reason": self.reason,
+            "step_agreement": self.step_agreement,
+            "step_entropy": self.evidence.step_entropy,
+        }
 
 
 def _entropy(share: float) -> float:
@@ -229,8 +254,9 @@ class TokenSpan:
 class Rollout:
     """One sampled response of the policy, in token ids, with the engine's own log-probabilities.
 
-    ``logprobs[t]`` belongs to ``response_ids[t]`` after temperature; ``weight_versions[t]`` is the version of the
-    policy weights that sampled it. The closing end-of-sequence token, when there is one, is part of ``response_ids``.
+    ``logprobs[t]`` belongs to ``response_ids[t]`` after temperature; ``weight_versions[t]`` is the
+    version of the policy weights that sampled it. The closing end-of-sequence token, when there is
+    one, is part of ``response_ids``.
     """
 
     problem: Problem
@@ -246,6 +272,10 @@ class Rollout:
     def __post_init__(self) -> None:
         lengths = (len(self.response_ids), len(self.logprobs), len(self.weight_versions))
         if len(set(lengths)) != 1:
-            raise ValueError(f"rollout of {self.problem.problem_id}: ids, logprobs, versions have lengths {lengths}")
+            raise ValueError(
+                f"rollout of {self.problem.problem_id}: ids, logprobs, versions have lengths {lengths}"
+            )
         if any(span.end > lengths[0] for span in self.step_spans):
-            raise ValueError(f"rollout of {self.problem.problem_id}: a step span ends after token {lengths[0]}")
+            raise ValueError(
+                f"rollout of {self.problem.problem_id}: a step span ends after token {lengths[0]}"
+            )

@@ -1,6 +1,7 @@
 """What a verification came to: a verdict, or one of four named ways of not getting one.
 
-A caller has to say what each failure costs (see ``config.FailurePolicy``); none of them can be read as a number.
+A caller has to say what each failure costs (see ``config.FailurePolicy``); none of them can be read
+as a number.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 class Verdict:
     """A verification that parsed completely.
 
-    ``step_labels[k]`` is True when step ``k + 1`` was judged correct; ``answer_correct`` is the final Yes/No line.
+    ``step_labels[k]`` is True when step ``k + 1`` was judged correct; ``answer_correct`` is the
+    final Yes/No line.
     """
 
     step_labels: tuple[bool, ...]
@@ -20,17 +22,23 @@ class Verdict:
 
     def __post_init__(self) -> None:
         if not self.step_labels:
-            raise ValueError("Verdict.step_labels is empty: a verification without steps is a ParseFailure")
+            raise ValueError(
+                "Verdict.step_labels is empty: a verification without steps is a ParseFailure"
+            )
 
     @property
     def first_error(self) -> int:
-        """0-based index of the first step judged incorrect; -1 when there is none (ProcessBench's convention)."""
+        """0-based index of the first step judged incorrect; -1 when there is none (ProcessBench's
+        convention).
+        """
         return next((k for k, correct in enumerate(self.step_labels) if not correct), -1)
 
 
 @dataclass(frozen=True, slots=True)
 class ParseFailure:
-    """The verifier finished, but its text is not in the grammar; ``reason`` names the first rule it broke."""
+    """The verifier finished, but its text is not in the grammar; ``reason`` names the first rule it
+    broke.
+    """
 
     reason: str
 
@@ -58,8 +66,9 @@ class FormatViolation:
 
 @dataclass(frozen=True, slots=True)
 class AnswerVerdict:
-    """What an ORM says of a whole solution. It has no field ``step_labels``, not an empty one: whatever counts steps
-    fails on it instead of seeing a solution without steps."""
+    """What an ORM says of a whole solution. It has no field ``step_labels``, not an empty one:
+    whatever counts steps fails on it instead of seeing a solution without steps.
+    """
 
     answer_correct: bool
 

@@ -13,20 +13,27 @@ LABELS = "labels.json"
 
 
 def answer_key_readers(folders: Sequence[Path], config: SparkConfig) -> dict[str, str]:
-    """Part of the run by its place in the run folder, and what it read answers for; empty for a run without.
+    """Part of the run by its place in the run folder, and what it read answers for; empty for a run
+    without.
 
-    ``folders`` are those of the rounds, the run's own first. Evaluation, which reads answers to measure, is no part.
+    ``folders`` are those of the rounds, the run's own first. Evaluation, which reads answers to
+    measure, is no part.
     """
     top, found = folders[0], {}
     for folder in folders:
         for path in sorted(folder.glob("stage1/stats-*.json")):
             if json.loads(path.read_text()).get("reference_guided"):
-                found[_place(folder / "stage1", top)] = "the verifier of the reference-guided baseline saw the answers"
+                found[_place(folder / "stage1", top)] = (
+                    "the verifier of the reference-guided baseline saw the answers"
+                )
         for path in sorted(folder.glob(f"stage2/*/{LABELS}")):
             if json.loads(path.read_text())["reads_answer_keys"]:
                 guided = path.parent.name.startswith(REFERENCE_GUIDED)
                 found[_place(path.parent, top)] = (
-                    "labels of the reference-guided baseline" if guided else "labels balanced by ground truth")
+                    "labels of the reference-guided baseline"
+                    if guided
+                    else "labels balanced by ground truth"
+                )
     for path in sorted(top.glob("stage3/*/")):
         design, variant = _arm(path.name)
         if design in READS_ANSWER_KEYS:

@@ -49,7 +49,9 @@ from spark_nemo.verification.revise import CRITIQUE, MERGE
 
 _VERIFYING = (VERIFICATION, CRITIQUE, MERGE, REFERENCE_VERIFICATION)
 _ARM_KEYS = {"process_aware": "spark"}
-"""Keys of arms in a summary that are not their folders' names: the paper's own design with a PRM-CoT."""
+"""Keys of arms in a summary that are not their folders' names: the paper's own design with a
+PRM-CoT.
+"""
 _SHOWN_SOLUTIONS = 16
 PROCESSBENCH, WHOLE_SOLUTION = "processbench.json", "whole_solution.json"
 
@@ -59,12 +61,26 @@ def collect_summary(
 ) -> dict[str, Any]:
     """Everything the report shows about ``run.dir``, as the plain dict of ``report.model.Summary``."""
     folder = Path(config.run.dir)
-    stage1, stage2, stage3 = _stage1(folder, config, oracle), _stage2(folder), _stage3(folder, config, oracle)
-    return to_plain(Summary(
-        title=f"SPARK-NeMo run {folder.name}", seeds=[config.run.seed], environment=_environment(),
-        stage1=stage1, stage2=stage2, stage3=stage3, rounds=_rounds(folder, config, oracle),
-        seconds=_seconds(folder), tokens=_tokens(folder), commands=list(commands),
-        reads_answer_keys=answer_key_readers(_round_folders(folder), config)))
+    stage1, stage2, stage3 = (
+        _stage1(folder, config, oracle),
+        _stage2(folder),
+        _stage3(folder, config, oracle),
+    )
+    return to_plain(
+        Summary(
+            title=f"SPARK-NeMo run {folder.name}",
+            seeds=[config.run.seed],
+            environment=_environment(),
+            stage1=stage1,
+            stage2=stage2,
+            stage3=stage3,
+            rounds=_rounds(folder, config, oracle),
+            seconds=_seconds(folder),
+            tokens=_tokens(folder),
+            commands=list(commands),
+            reads_answer_keys=answer_key_readers(_round_folders(folder), config),
+        )
+    )
 
 
 def _stage1(folder: Path, config: SparkConfig, oracle: Oracle | None) -> Stage1Summary | None:
@@ -73,23 +89,35 @@ def _stage1(folder: Path, config: SparkConfig, oracle: Oracle | None) -> Stage1S
     problems, failures = set(), Counter()
     solutions = verifications = 0
     with RecordStore(folder / "stage1/store") as store:
-        for solution, votes in stream_collected(store):  # one by one: a store may be far larger than memory
+        for solution, votes in stream_collected(
+            store
+        ):  # one by one: a store may be far larger than memory
             problems.add(solution.problem_id)
             solutions, verifications = solutions + 1, verifications + len(votes)
-            failures.update(outcome_kind(v.outcome) for v in votes if not isinstance(v.outcome, Verdict))
-    shown = any(json.loads(path.read_text()).get("reference_guided") for path in folder.glob("stage1/stats-*.json"))
+            failures.update(
+                outcome_kind(v.outcome) for v in votes if not isinstance(v.outcome, Verdict)
+            )
+    shown = any(
+        json.loads(path.read_text()).get("reference_guided")
+        for path in folder.glob("stage1/stats-*.json")
+    )
     return Stage1Summary(
-        problems=len(problems), solutions=solutions, verifications=verifications,
+        problems=len(problems),
+        solutions=solutions,
+        verifications=verifications,
         failure_rates={kind: count / verifications for kind, count in sorted(failures.items())},
         label_quality=label_scores(folder, config, oracle) if oracle else {},
-        answers_shown_to_baseline=shown)
+        answers_shown_to_baseline=shown,
+    )
 
 
 def _stage2(folder: Path) -> Stage2Summary | None:
     scores: dict[str, ProcessBenchScore] = {}
     for path in _by_method(folder, PROCESSBENCH):
         cases = json.loads(path.read_text())["cases"]
-        scores[path.parent.name] = score_processbench([c["label"] for c in cases], [c["prediction"] for c in cases])
+        scores[path.parent.name] = score_processbench(
+            [c["label"] for c in cases], [c["prediction"] for c in cases]
+        )
     whole = _whole_solutions(folder)
     if not scores and not whole:
         return None
@@ -101,35 +129,53 @@ def _stage2(folder: Path) -> Stage2Summary | None:
     first = next(iter(scores.values()), None)
     cases = first.num_error + first.num_correct if first else next(iter(whole.values())).cases
     return Stage2Summary(
-        cases=cases, f1={name: m.f1.value for name, m in methods.items()}, methods=methods, f1_gain_interval=gain,
-        whole_solutions=whole)
+        cases=cases,
+        f1={name: m.f1.value for name, m in methods.items()},
+        methods=methods,
+        f1_gain_interval=gain,
+        whole_solutions=whole,
+    )
 
 
 def _by_method(folder: Path, file: str) -> list[Path]:
-    """The files of reward models in the order of their labels' methods, each method's PRM-CoT first."""
+    """The files of reward models in the order of their labels' methods, each method's PRM-CoT
+    first.
+    """
     paths = {path.parent.name: path for path in folder.glob(f"stage2/*/{file}")}
-    names = [f"{method}{variant_suffix(variant)}" for method in LABEL_METHODS for variant in VARIANTS]
+    names = [
+        f"{method}{variant_suffix(variant)}" for method in LABEL_METHODS for variant in VARIANTS
+    ]
     return [paths[name] for name in names if name in paths]
 
 
 def _whole_solutions(folder: Path) -> dict[str, WholeSolutionScores]:
-    """Yes or No about whole solutions, of all reward models, when one of them is an ORM: else nobody asks."""
+    """Yes or No about whole solutions, of all reward models, when one of them is an ORM: else
+    nobody asks.
+    """
     scores: dict[str, WholeSolutionScores] = {}
     orms = _by_method(folder, WHOLE_SOLUTION)
     for path in [*_by_method(folder, PROCESSBENCH), *orms] if orms else []:
         cases = json.loads(path.read_text())["cases"]
-        score = score_whole_solutions([c["label"] for c in cases],
-                                      [said_yes(outcome_from_json(c["outcome"])) for c in cases])
-        # The bootstrap of a harmonic mean of two accuracies is that of an F1, whatever the two are of.
+        score = score_whole_solutions(
+            [c["label"] for c in cases], [said_yes(outcome_from_json(c["outcome"])) for c in cases]
+        )
+        # The bootstrap of a harmonic mean of two accuracies is that of an F1, whatever the two are
+        # of.
         scores[path.parent.name] = WholeSolutionScores(
-            len(cases), figure(mean_estimate(score.hits.error)), figure(mean_estimate(score.hits.correct)),
-            figure(f1_estimate([score.hits])), score.num_unparsed)
+            len(cases),
+            figure(mean_estimate(score.hits.error)),
+            figure(mean_estimate(score.hits.correct)),
+            figure(f1_estimate([score.hits])),
+            score.num_unparsed,
+        )
     return scores
 
 
 def _method_scores(score: ProcessBenchScore) -> MethodScores:
     error, correct = mean_estimate(score.hits.error), mean_estimate(score.hits.correct)
-    return MethodScores(figure(error), figure(correct), figure(f1_estimate([score.hits])), score.num_unparsed)
+    return MethodScores(
+        figure(error), figure(correct), figure(f1_estimate([score.hits])), score.num_unparsed
+    )
 
 
 def _rounds(folder: Path, config: SparkConfig, oracle: Oracle | None) -> list[RoundSummary]:
@@ -137,41 +183,69 @@ def _rounds(folder: Path, config: SparkConfig, oracle: Oracle | None) -> list[Ro
     rounds, method, folders = [], config.stage2.method, _round_folders(folder)
     for number, path in enumerate(folders if len(folders) > 1 else [], start=1):
         stage1, stage2 = _stage1(path, config, oracle), _stage2(path)
-        rounds.append(RoundSummary(
-            number, stage1.label_quality.get(method) if stage1 else None,
-            stage2.methods[method].f1 if stage2 and method in stage2.methods else None))
+        rounds.append(
+            RoundSummary(
+                number,
+                stage1.label_quality.get(method) if stage1 else None,
+                stage2.methods[method].f1 if stage2 and method in stage2.methods else None,
+            )
+        )
     return rounds
 
 
 def _round_folders(folder: Path) -> list[Path]:
     """Folders of the rounds; the first is the run's own."""
-    return [folder, *sorted(folder.glob("round-*"), key=lambda path: int(path.name.removeprefix("round-")))]
+    return [
+        folder,
+        *sorted(folder.glob("round-*"), key=lambda path: int(path.name.removeprefix("round-"))),
+    ]
 
 
 def _stage3(folder: Path, config: SparkConfig, oracle: Oracle | None) -> Stage3Summary | None:
-    found = {_ARM_KEYS.get(path.parent.name, path.parent.name): path.parent
-             for path in sorted(folder.glob("stage3/*/evaluations.jsonl"))}
+    found = {
+        _ARM_KEYS.get(path.parent.name, path.parent.name): path.parent
+        for path in sorted(folder.glob("stage3/*/evaluations.jsonl"))
+    }
     arms = {name: found[name] for name in arm_order(list(found))}
     if not arms:
         return None
     evaluations = {arm: _rows(path / "evaluations.jsonl") for arm, path in arms.items()}
-    ends = {"base": next(iter(evaluations.values()))[0], **{arm: rows[-1] for arm, rows in evaluations.items()}}
+    ends = {
+        "base": next(iter(evaluations.values()))[0],
+        **{arm: rows[-1] for arm, rows in evaluations.items()},
+    }
     return Stage3Summary(
-        problems=len(ends["base"]["rates"]), samples_per_problem=config.evaluation.samples_per_problem,
+        problems=len(ends["base"]["rates"]),
+        samples_per_problem=config.evaluation.samples_per_problem,
         accuracy={arm: row["sampled"]["value"] for arm, row in ends.items()},
-        accuracy_intervals={arm: (row["sampled"]["low"], row["sampled"]["high"]) for arm, row in ends.items()},
+        accuracy_intervals={
+            arm: (row["sampled"]["low"], row["sampled"]["high"]) for arm, row in ends.items()
+        },
         greedy={arm: Figure(**row["greedy"]) for arm, row in ends.items()},
-        differences={f"spark_minus_{other}": _difference(ends["spark"], ends[other])
-                     for other in ends if other != "spark" and "spark" in ends},
+        differences={
+            f"spark_minus_{other}": _difference(ends["spark"], ends[other])
+            for other in ends
+            if other != "spark" and "spark" in ends
+        },
         curves={arm: _curve(path, evaluations[arm]) for arm, path in arms.items()},
-        solutions=[s for arm, path in arms.items() for s in _solutions(path / "samples.jsonl", arm, oracle)],
-        probes={arm: [ProbeResult(**each) for each in rows[-1]["probes"]]
-                for arm, path in arms.items() if (rows := _rows(path / "hacking.jsonl"))})
+        solutions=[
+            s for arm, path in arms.items() for s in _solutions(path / "samples.jsonl", arm, oracle)
+        ],
+        probes={
+            arm: [ProbeResult(**each) for each in rows[-1]["probes"]]
+            for arm, path in arms.items()
+            if (rows := _rows(path / "hacking.jsonl"))
+        },
+    )
 
 
 def _difference(first: dict, second: dict) -> Figure:
     problems = first["rates"].keys()
-    return figure(mean_difference([first["rates"][p] for p in problems], [second["rates"][p] for p in problems]))
+    return figure(
+        mean_difference(
+            [first["rates"][p] for p in problems], [second["rates"][p] for p in problems]
+        )
+    )
 
 
 def _curve(folder: Path, evaluations: list[dict]) -> list[CurvePoint]:
@@ -180,11 +254,24 @@ def _curve(folder: Path, evaluations: list[dict]) -> list[CurvePoint]:
     points = []
     for step in sorted(accuracy.keys() | metrics.keys()):
         row = metrics.get(step, {})
-        rates = {key.removeprefix("failure/"): value for key, value in row.items() if key.startswith("failure/")}
+        rates = {
+            key.removeprefix("failure/"): value
+            for key, value in row.items()
+            if key.startswith("failure/")
+        }
         mismatch = row.get("engine_logprob_diff_mean")
         detectors = {name: row[f"hacking/{name}"] for name in DETECTORS if f"hacking/{name}" in row}
-        points.append(CurvePoint(
-            step, row.get("reward"), accuracy.get(step), rates, row.get("entropy"), mismatch, detectors))
+        points.append(
+            CurvePoint(
+                step,
+                row.get("reward"),
+                accuracy.get(step),
+                rates,
+                row.get("entropy"),
+                mismatch,
+                detectors,
+            )
+        )
     return points
 
 
@@ -196,17 +283,30 @@ def _solutions(path: Path, arm: str, oracle: Oracle | None) -> list[ScoredSoluti
         labels = row["step_labels"] or [None] * len(row["steps"])
         truths = oracle(row["question"], row["steps"]) if oracle else [None] * len(row["steps"])
         verdict = said_yes(outcome_from_json(row["outcome"])) if row["outcome"] else None
-        failure = row["violation"] or (row["outcome"]["kind"] if row["outcome"] and verdict is None else None)
-        shown.append(ScoredSolution(
-            question=row["question"], arm=arm, verdict=verdict, reward=row["reward"], failure=failure,
-            truly_correct=all(truths) if oracle else None,
-            steps=[ScoredStep(t, said, true) for t, said, true in zip(row["steps"], labels, truths)]))
+        failure = row["violation"] or (
+            row["outcome"]["kind"] if row["outcome"] and verdict is None else None
+        )
+        shown.append(
+            ScoredSolution(
+                question=row["question"],
+                arm=arm,
+                verdict=verdict,
+                reward=row["reward"],
+                failure=failure,
+                truly_correct=all(truths) if oracle else None,
+                steps=[
+                    ScoredStep(t, said, true) for t, said, true in zip(row["steps"], labels, truths)
+                ],
+            )
+        )
     return shown
 
 
 def _seconds(folder: Path) -> dict[str, float]:
     seconds: dict[str, float] = {}
-    for path in (path for part in _round_folders(folder) for path in part.glob("stage*/*/seconds.json")):
+    for path in (
+        path for part in _round_folders(folder) for path in part.glob("stage*/*/seconds.json")
+    ):
         stage = path.parent.parent.name
         seconds[stage] = seconds.get(stage, 0.0) + json.loads(path.read_text())["seconds"]
     return dict(sorted(seconds.items()))
@@ -216,15 +316,19 @@ def _tokens(folder: Path) -> dict[str, int]:
     tokens: Counter[str] = Counter()
     for number, part in enumerate(_round_folders(folder), start=1):
         if (part / "stage1/store").is_dir():
-            # Not from the statistics: those know only what the last of several runs paid for. Later rounds took their
-            # solutions over from the first.
+            # Not from the statistics: those know only what the last of several runs paid for. Later
+            # rounds took their solutions over from the first.
             kinds = (SOLUTION, *_VERIFYING) if number == 1 else _VERIFYING
             with RecordStore(part / "stage1/store") as store:
-                tokens["stage1"] += sum(row["num_tokens"] for kind in kinds for _, row in store.iter(kind))
+                tokens["stage1"] += sum(
+                    row["num_tokens"] for kind in kinds for _, row in store.iter(kind)
+                )
         for path in part.glob("stage2/*/DONE.json"):
             tokens["stage2"] += json.loads(path.read_text())["tokens"]
     for path in folder.glob("stage3/*/metrics.jsonl"):
-        tokens["stage3"] += int(sum(row["sampled_tokens"] + row["verifier_tokens"] for row in _rows(path)))
+        tokens["stage3"] += int(
+            sum(row["sampled_tokens"] + row["verifier_tokens"] for row in _rows(path))
+        )
     return dict(tokens)
 
 

@@ -1,4 +1,6 @@
-"""Runs against each other over seeds: means, intervals, and per pair a verdict that needs an interval without 0."""
+"""Runs against each other over seeds: means, intervals, and per pair a verdict that needs an
+interval without 0.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ NOTES = (
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A number that several seeds have: ``family`` is what may be compared, ``values`` are fractions by seed."""
+    """A number that several seeds have: ``family`` is what may be compared, ``values`` are
+    fractions by seed.
+    """
 
     family: str
     name: str
@@ -45,7 +49,9 @@ class Quantity:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """First minus second over ``seeds`` shared seeds; ``half`` is the half-width of its interval, None below two."""
+    """First minus second over ``seeds`` shared seeds; ``half`` is the half-width of its interval,
+    None below two.
+    """
 
     family: str
     first: str
@@ -85,16 +91,20 @@ def read_runs(arguments: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
         try:
             runs.append((group, json.loads(path.read_text(encoding="utf-8"))))
         except OSError as error:
-            raise SummaryError(f"{path}: cannot be read ({error.strerror}); `spark-nemo report` writes it") from error
+            raise SummaryError(
+                f"{path}: cannot be read ({error.strerror}); `spark-nemo report` writes it"
+            ) from error
         except ValueError as error:
             raise SummaryError(f"{path}: not valid JSON ({error})") from error
     return runs
 
 
 def compare_runs(summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> Comparison:
-    """Collect reward models' F1 and policies' accuracy over the seeds of each group, and compare them pairwise.
+    """Collect reward models' F1 and policies' accuracy over the seeds of each group, and compare
+    them pairwise.
 
-    Raises ``SummaryError`` without runs, or when two runs of one group share a seed: it would count twice.
+    Raises ``SummaryError`` without runs, or when two runs of one group share a seed: it would count
+    twice.
     """
     runs = [(group, read_summary(summary)) for group, summary in summaries]
     if not runs:
@@ -104,14 +114,23 @@ def compare_runs(summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> Comparis
     for group, run in runs:
         seed = tuple(run.seeds)
         if (group, seed) in seen:
-            raise SummaryError(f"two runs{f' of {group}' if group else ''} have the seed {list(seed)}: they would "
-                               "count twice; name their groups, as in new=runs/a old=runs/b")
+            raise SummaryError(
+                f"two runs{f' of {group}' if group else ''} have the seed {list(seed)}: they would "
+                "count twice; name their groups, as in new=runs/a old=runs/b"
+            )
         seen.add((group, seed))
         for family, name, value in _values(run):
             found.setdefault((family, _named(group, name)), {})[seed] = value
     quantities = [Quantity(family, name, values) for (family, name), values in found.items()]
-    return Comparison(runs, quantities, [
-        pair for a, b in combinations(quantities, 2) if a.family == b.family and (pair := _pair(a, b))])
+    return Comparison(
+        runs,
+        quantities,
+        [
+            pair
+            for a, b in combinations(quantities, 2)
+            if a.family == b.family and (pair := _pair(a, b))
+        ],
+    )
 
 
 def comparison_markdown(comparison: Comparison) -> str:
@@ -119,11 +138,19 @@ def comparison_markdown(comparison: Comparison) -> str:
     parts = ["# Comparison over seeds"]
     for family in dict.fromkeys(quantity.family for quantity in comparison.quantities):
         rows = [["", "mean", "95% interval", "seeds"]] + [
-            [q.name, *_mean_cells(*mean_and_half_width(list(q.values.values()))), str(len(q.values))]
-            for q in comparison.quantities if q.family == family]
+            [
+                q.name,
+                *_mean_cells(*mean_and_half_width(list(q.values.values()))),
+                str(len(q.values)),
+            ]
+            for q in comparison.quantities
+            if q.family == family
+        ]
         pairs = [["first", "second", "first − second", "95% interval", "seeds", "verdict"]] + [
             [p.first, p.second, *_mean_cells(p.mean, p.half, signed=True), str(p.seeds), p.verdict]
-            for p in comparison.pairs if p.family == family]
+            for p in comparison.pairs
+            if p.family == family
+        ]
         parts += [f"## {family}", _table(rows)] + ([_table(pairs)] if len(pairs) > 1 else [])
     return "\n\n".join([*parts, "\n".join(f"- {note}" for note in NOTES)]) + "\n"
 
@@ -131,13 +158,26 @@ def comparison_markdown(comparison: Comparison) -> str:
 def comparison_page(comparison: Comparison) -> str:
     """The tables and the RL curves with bands as one HTML file that needs nothing else."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("spark_nemo.report", "."), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True)
+        loader=jinja2.PackageLoader("spark_nemo.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters.update(cells=lambda pair: _mean_cells(pair.mean, pair.half, signed=True))
-    means = {id(q): _mean_cells(*mean_and_half_width(list(q.values.values()))) for q in comparison.quantities}
+    means = {
+        id(q): _mean_cells(*mean_and_half_width(list(q.values.values())))
+        for q in comparison.quantities
+    }
     families = list(dict.fromkeys(q.family for q in comparison.quantities))
     return environment.get_template("compare.html.j2").render(
-        comparison=comparison, families=families, means=means, id=id, charts=_charts(comparison), notes=NOTES)
+        comparison=comparison,
+        families=families,
+        means=means,
+        id=id,
+        charts=_charts(comparison),
+        notes=NOTES,
+    )
 
 
 def write_comparison(folder: str | Path, comparison: Comparison) -> Path:
@@ -151,12 +191,19 @@ def write_comparison(folder: str | Path, comparison: Comparison) -> Path:
 def _values(run: Summary) -> list[tuple[str, str, float]]:
     values = []
     if run.stage2:
-        values += [("Reward models: ProcessBench F1", method_name(name), f1) for name, f1 in run.stage2.f1.items()]
-        values += [(_WHOLE_SOLUTIONS, method_name(name), scores.verdict_harmonic_mean.value)
-                   for name, scores in run.stage2.whole_solutions.items()]
+        values += [
+            ("Reward models: ProcessBench F1", method_name(name), f1)
+            for name, f1 in run.stage2.f1.items()
+        ]
+        values += [
+            (_WHOLE_SOLUTIONS, method_name(name), scores.verdict_harmonic_mean.value)
+            for name, scores in run.stage2.whole_solutions.items()
+        ]
     if run.stage3:
-        values += [("Policies: held-out problems solved", arm_name(name), accuracy)
-                   for name, accuracy in run.stage3.accuracy.items()]
+        values += [
+            ("Policies: held-out problems solved", arm_name(name), accuracy)
+            for name, accuracy in run.stage3.accuracy.items()
+        ]
     return values
 
 
@@ -173,7 +220,8 @@ def _charts(comparison: Comparison) -> list[tuple[str, Markup, list[tuple[str, M
     charts = []
     chosen: list[tuple[str, str, Callable[[CurvePoint], float | None]]] = [
         ("Problems solved, out of 100", "problems solved", lambda point: point.true_accuracy),
-        ("Mean reward, times 100", "mean reward", lambda point: point.reward)]
+        ("Mean reward, times 100", "mean reward", lambda point: point.reward),
+    ]
     for title, label, value in chosen:
         curves: dict[str, list[dict[int, float]]] = {}
         for group, run in comparison.runs:
@@ -184,14 +232,25 @@ def _charts(comparison: Comparison) -> list[tuple[str, Markup, list[tuple[str, M
         series = [_banded(name, index, lines) for index, (name, lines) in enumerate(curves.items())]
         series = [line for line in series if line.points]
         if series:
-            charts.append((title, line_chart(series, "RL step", label, f"{label} by RL step, with 95% bands"),
-                           [(line.name, legend_mark(line.style)) for line in series]))
+            charts.append(
+                (
+                    title,
+                    line_chart(series, "RL step", label, f"{label} by RL step, with 95% bands"),
+                    [(line.name, legend_mark(line.style)) for line in series],
+                )
+            )
     return charts
 
 
 def _banded(name: str, index: int, lines: Sequence[dict[int, float]]) -> Series:
-    """The mean over seeds with its interval, at the steps that every seed has: elsewhere the seeds behind it change."""
-    style = Style(_COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)], _DASHES[index % len(_DASHES)])
+    """The mean over seeds with its interval, at the steps that every seed has: elsewhere the seeds
+    behind it change.
+    """
+    style = Style(
+        _COLOURS[index % len(_COLOURS)],
+        _MARKERS[index % len(_MARKERS)],
+        _DASHES[index % len(_DASHES)],
+    )
     steps = sorted(set.intersection(*(set(line) for line in lines)))
     ends = [(step, *mean_and_half_width([line[step] for line in lines])) for step in steps]
     band = [(step, mean - half, mean + half) for step, mean, half in ends if half is not None]
@@ -211,5 +270,7 @@ def _mean_cells(mean: float, half: float | None, signed: bool = False) -> tuple[
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |"
-                     for row in rows)
+    return "\n".join(
+        "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |"
+        for row in rows
+    )

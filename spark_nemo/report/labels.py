@@ -1,4 +1,6 @@
-"""Label quality of a run's store against the hidden truth, by method: how right, how many kept, how many tokens."""
+"""Label quality of a run's store against the hidden truth, by method: how right, how many kept, how
+many tokens.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +23,27 @@ from spark_nemo.verification.cost import method_tokens
 from .model import Figure, LabelScores
 
 Oracle = Callable[[str, Sequence[str]], tuple[bool, ...]]
-"""``oracle(question, steps)``: which steps are truly right. Only worlds made by a program have one."""
+"""``oracle(question, steps)``: which steps are truly right. Only worlds made by a program have one.
+"""
 
 
 def label_scores(folder: Path, config: SparkConfig, oracle: Oracle) -> dict[str, LabelScores]:
-    """Scores of every method of ``pipeline.label_methods`` before filters, and what stage II's filters removed."""
+    """Scores of every method of ``pipeline.label_methods`` before filters, and what stage II's
+    filters removed.
+    """
     with RecordStore(folder / "stage1/store") as store:
-        return {method: _scores(method, store, config, oracle, _removed(folder, method))
-                for method in config.pipeline.label_methods}
+        return {
+            method: _scores(method, store, config, oracle, _removed(folder, method))
+            for method in config.pipeline.label_methods
+        }
 
 
 def _scores(
-    method: str, store: RecordStore, config: SparkConfig, oracle: Oracle, removed: dict[str, int],
+    method: str,
+    store: RecordStore,
+    config: SparkConfig,
+    oracle: Oracle,
+    removed: dict[str, int],
 ) -> LabelScores:
     options, seed = LabelOptions.of(config.labels), config.run.seed
     truths, tokens = {}, 0
@@ -42,8 +53,14 @@ def _scores(
     labelled, dropped = label_collected(method, store, seed, options)
     quality = label_quality(labelled, truths)
     return LabelScores(
-        quality.share_kept, figure(quality.step_accuracy), figure(quality.first_error_accuracy), dropped, removed,
-        tokens_per_solution=tokens / len(truths), tokens_per_label=tokens / len(labelled) if labelled else None)
+        quality.share_kept,
+        figure(quality.step_accuracy),
+        figure(quality.first_error_accuracy),
+        dropped,
+        removed,
+        tokens_per_solution=tokens / len(truths),
+        tokens_per_label=tokens / len(labelled) if labelled else None,
+    )
 
 
 def _steps(solution: Solution) -> tuple[str, ...]:
@@ -55,7 +72,10 @@ def _steps(solution: Solution) -> tuple[str, ...]:
 def _removed(folder: Path, method: str) -> dict[str, int]:
     """What stage II's filters removed; nothing where it has not run, or ran before there were any."""
     # Reward models of all kinds have the same labels.
-    paths = [folder / "stage2" / f"{method}{variant_suffix(variant)}" / "labels.json" for variant in VARIANTS]
+    paths = [
+        folder / "stage2" / f"{method}{variant_suffix(variant)}" / "labels.json"
+        for variant in VARIANTS
+    ]
     found = next((path for path in paths if path.exists()), None)
     return json.loads(found.read_text()).get("removed", {}) if found else {}
 

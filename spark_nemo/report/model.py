@@ -1,7 +1,9 @@
-"""The schema of ``summary.json``: plain dataclasses, and a reader that names what is wrong with a summary.
+"""The schema of ``summary.json``: plain dataclasses, and a reader that names what is wrong with a
+summary.
 
-Shares, accuracies and F1 are fractions in [0, 1]; the page shows them times 100. A part of a run that did not happen is
-None or absent, and the page leaves it out: it is never written or shown as 0.
+Shares, accuracies and F1 are fractions in [0, 1]; the page shows them times 100. A part of a run
+that did not happen is None or absent, and the page leaves it out: it is never written or shown as
+0.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class LabelScores:
-    """Labels of one method against the truth; the accuracies are over the kept solutions, None when none was kept."""
+    """Labels of one method against the truth; the accuracies are over the kept solutions, None when
+    none was kept.
+    """
 
     share_kept: float
     step_accuracy: Figure | None = None
@@ -47,7 +51,8 @@ class LabelScores:
     removed: dict[str, int] = field(default_factory=dict)
     """Labels that the filters and the balancing of stage II removed, by rule."""
     tokens_per_solution: float | None = None
-    """Tokens of verifications, critique and merge that the method needs, per solution given to it."""
+    """Tokens of verifications, critique and merge that the method needs, per solution given to it.
+    """
     tokens_per_label: float | None = None
     """The same per solution that got a label."""
 
@@ -79,7 +84,9 @@ class MethodScores:
 
 @dataclass(frozen=True)
 class WholeSolutionScores:
-    """Yes or No about whole solutions, over ``cases``: not a ProcessBench score, for no step is named."""
+    """Yes or No about whole solutions, over ``cases``: not a ProcessBench score, for no step is
+    named.
+    """
 
     cases: int
     verdict_acc_error: Figure
@@ -107,7 +114,10 @@ class Stage2Summary:
     def __post_init__(self) -> None:
         if self.f1 != {name: scores.f1.value for name, scores in self.methods.items()}:
             raise SummaryError("'f1' must repeat the f1 values of 'methods'")
-        if self.f1_gain_interval is not None and not {"single", "step_consistency"} <= self.f1.keys():
+        if (
+            self.f1_gain_interval is not None
+            and not {"single", "step_consistency"} <= self.f1.keys()
+        ):
             raise SummaryError("'f1_gain_interval' needs the methods single and step_consistency")
 
 
@@ -121,15 +131,18 @@ class CurvePoint:
     failure_rates: dict[str, float] = field(default_factory=dict)
     entropy: float | None = None
     mismatch: float | None = None
-    """Mean absolute difference of the engine's and the trainer's log-probabilities, in nats per token."""
+    """Mean absolute difference of the engine's and the trainer's log-probabilities, in nats per
+    token.
+    """
     hacking: dict[str, float] = field(default_factory=dict)
     """Share of the responses that each detector of reward hacking counts, by its name."""
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Adversarial responses of one kind at the last evaluation: how many the reward model accepted, how many got no
-    verdict, and the constraint that refuses the kind (None: nothing does)."""
+    """Adversarial responses of one kind at the last evaluation: how many the reward model accepted,
+    how many got no verdict, and the constraint that refuses the kind (None: nothing does).
+    """
 
     kind: str
     asked: int
@@ -149,7 +162,9 @@ class ScoredStep:
 
 @dataclass(frozen=True)
 class ScoredSolution:
-    """A sampled solution of an RL arm with the reward it got. ``verdict`` None: no verdict, ``failure`` says why."""
+    """A sampled solution of an RL arm with the reward it got. ``verdict`` None: no verdict,
+    ``failure`` says why.
+    """
 
     question: str
     steps: list[ScoredStep]
@@ -162,11 +177,13 @@ class ScoredSolution:
 
 @dataclass(frozen=True)
 class Stage3Summary:
-    """Policies by arm: ``base`` (before RL), ``spark`` (reference-free: process-aware with a PRM-CoT), and the other
-    arms by folder: a reward design, with ``-prm`` or ``-orm`` for that kind of reward model. ``rlvr`` read answer keys.
+    """Policies by arm: ``base`` (before RL), ``spark`` (reference-free: process-aware with a
+    PRM-CoT), and the other arms by folder: a reward design, with ``-prm`` or ``-orm`` for that kind
+    of reward model. ``rlvr`` read answer keys.
 
-    ``accuracy`` is the mean over ``samples_per_problem`` samples at temperature; ``greedy`` is one greedy sample.
-    ``differences`` are paired over problems and named ``spark_minus_base``, ``spark_minus_rlvr`` and so on.
+    ``accuracy`` is the mean over ``samples_per_problem`` samples at temperature; ``greedy`` is one
+    greedy sample. ``differences`` are paired over problems and named ``spark_minus_base``,
+    ``spark_minus_rlvr`` and so on.
     """
 
     problems: int
@@ -182,7 +199,9 @@ class Stage3Summary:
 
     def __post_init__(self) -> None:
         if unknown := self.accuracy_intervals.keys() - self.accuracy.keys():
-            raise SummaryError(f"'accuracy_intervals' names {sorted(unknown)}, which 'accuracy' has not")
+            raise SummaryError(
+                f"'accuracy_intervals' names {sorted(unknown)}, which 'accuracy' has not"
+            )
         for arm, points in self.curves.items():
             steps = [point.step for point in points]
             if steps != sorted(set(steps)):
@@ -191,7 +210,9 @@ class Stage3Summary:
 
 @dataclass(frozen=True)
 class RoundSummary:
-    """One round of labelling with the configured method; from round 2 on the reward model before it verified."""
+    """One round of labelling with the configured method; from round 2 on the reward model before it
+    verified.
+    """
 
     number: int
     labels: LabelScores | None = None
@@ -200,7 +221,9 @@ class RoundSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """One run. ``seconds`` and ``tokens`` are by stage (``stage1``, ``stage2``, ``stage3``, ``evaluation``, ...)."""
+    """One run. ``seconds`` and ``tokens`` are by stage (``stage1``, ``stage2``, ``stage3``,
+    ``evaluation``, ...).
+    """
 
     title: str
     seeds: list[int] = field(default_factory=list)
@@ -215,11 +238,15 @@ class Summary:
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     reads_answer_keys: dict[str, str] | None = None
-    """Parts of the run that read answer keys to train, and what for; None in summaries made before it was kept."""
+    """Parts of the run that read answer keys to train, and what for; None in summaries made before
+    it was kept.
+    """
 
 
 def read_summary(data: Mapping[str, Any]) -> Summary:
-    """Check a plain dict (as from ``summary.json``). Raises ``SummaryError`` that names the first bad field."""
+    """Check a plain dict (as from ``summary.json``). Raises ``SummaryError`` that names the first
+    bad field.
+    """
     return _read(Summary, data, "summary")
 
 
@@ -231,20 +258,36 @@ def to_plain(summary: Summary) -> dict[str, Any]:
 def _read(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
-        return None if value is None else _read(next(a for a in arguments if a is not type(None)), value, where)
+        return (
+            None
+            if value is None
+            else _read(next(a for a in arguments if a is not type(None)), value, where)
+        )
     if is_dataclass(kind):
         return _read_dataclass(kind, value, where)
     if origin is dict:
         _expect(isinstance(value, Mapping), where, "an object", value)
-        return {str(name): _read(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
+        return {
+            str(name): _read(arguments[1], item, f"{where}.{name}") for name, item in value.items()
+        }
     if origin in (list, tuple):
         _expect(isinstance(value, (list, tuple)), where, "a list", value)
-        _expect(origin is list or len(value) == len(arguments), where, f"a list of {len(arguments)}", value)
+        _expect(
+            origin is list or len(value) == len(arguments),
+            where,
+            f"a list of {len(arguments)}",
+            value,
+        )
         return origin(_read(arguments[0], item, f"{where}[{k}]") for k, item in enumerate(value))
     if kind is float:
         _expect(type(value) in (int, float) and isfinite(value), where, "a finite number", value)
         return float(value)
-    _expect(type(value) is kind, where, {int: "a whole number", bool: "true or false"}.get(kind, "a string"), value)
+    _expect(
+        type(value) is kind,
+        where,
+        {int: "a whole number", bool: "true or false"}.get(kind, "a string"),
+        value,
+    )
     return value
 
 

@@ -5,28 +5,48 @@ from __future__ import annotations
 from spark_nemo.config.designs import READS_ANSWER_KEYS, VARIANTS
 
 METHOD_NAMES = {
-    "single": "Single verification", "outcome_consistency": "Outcome consistency",
-    "step_consistency": "Step consistency", "meta_critique": "Meta-critique",
-    "hybrid_outcome": "Meta-critique of the outcome pick", "hybrid_step": "Meta-critique of the step pick",
+    "single": "Single verification",
+    "outcome_consistency": "Outcome consistency",
+    "step_consistency": "Step consistency",
+    "meta_critique": "Meta-critique",
+    "hybrid_outcome": "Meta-critique of the outcome pick",
+    "hybrid_step": "Meta-critique of the step pick",
     "reference_guided": "Reference-guided, sees the answer",
 }
-ARM_NAMES = {"base": "Before RL", "spark": "SPARK, no answer keys", "rlvr": "RLVR, with answer keys"}
-"""Arms whose keys in a summary are not folder names, and the baseline that every run is compared with."""
+ARM_NAMES = {
+    "base": "Before RL",
+    "spark": "SPARK, no answer keys",
+    "rlvr": "RLVR, with answer keys",
+}
+"""Arms whose keys in a summary are not folder names, and the baseline that every run is compared
+with.
+"""
 SHORT_NAMES = {"base": "before RL", "spark": "SPARK", "rlvr": "RLVR"}
 VARIANT_NAMES = {"prm_cot": "PRM-CoT", "prm": "PRM", "orm": "ORM"}
 DESIGN_NAMES = {
-    "process_aware": "Process-aware", "step_average": "Step average", "step_augmented": "Step-augmented",
-    "selective": "Selective advantage", "selective_half": "Selective advantage, halved",
-    "global_step": "Global step reward", "global_step_penalty": "Global step reward with step penalty",
-    "min_form": "Min-form (PURE)", "prefix": "Prefix (VPPO)", "capo": "CAPO", "majority": "Majority vote",
+    "process_aware": "Process-aware",
+    "step_average": "Step average",
+    "step_augmented": "Step-augmented",
+    "selective": "Selective advantage",
+    "selective_half": "Selective advantage, halved",
+    "global_step": "Global step reward",
+    "global_step_penalty": "Global step reward with step penalty",
+    "min_form": "Min-form (PURE)",
+    "prefix": "Prefix (VPPO)",
+    "capo": "CAPO",
+    "majority": "Majority vote",
     "random": "Random reward",
 }
 
 
 def method_name(name: str) -> str:
-    """Of a reward model by its folder: the labels it was trained on, and its kind where it is no PRM-CoT."""
+    """Of a reward model by its folder: the labels it was trained on, and its kind where it is no
+    PRM-CoT.
+    """
     method, variant = _parted(name)
-    return METHOD_NAMES.get(method, _words(method)) + (f", {VARIANT_NAMES[variant]}" if variant else "")
+    return METHOD_NAMES.get(method, _words(method)) + (
+        f", {VARIANT_NAMES[variant]}" if variant else ""
+    )
 
 
 def arm_name(name: str) -> str:
@@ -35,17 +55,26 @@ def arm_name(name: str) -> str:
         return ARM_NAMES[name]
     design, variant = _parted(name)
     keys = ", with answer keys" if design in READS_ANSWER_KEYS else ""
-    return DESIGN_NAMES.get(design, _words(design)) + (f", {VARIANT_NAMES[variant]}" if variant else "") + keys
+    return (
+        DESIGN_NAMES.get(design, _words(design))
+        + (f", {VARIANT_NAMES[variant]}" if variant else "")
+        + keys
+    )
 
 
 def difference_name(name: str) -> str:
     """Of ``FIRST_minus_SECOND``."""
     first, minus, second = name.partition("_minus_")
-    return " minus ".join(SHORT_NAMES.get(arm, arm_name(arm)) for arm in (first, second)) if minus else _words(name)
+    return (
+        " minus ".join(SHORT_NAMES.get(arm, arm_name(arm)) for arm in (first, second))
+        if minus
+        else _words(name)
+    )
 
 
 def arm_order(names: list[str]) -> list[str]:
     """Before RL, SPARK, the other designs as they come, and what reads answer keys last of all."""
+
     def place(name: str) -> int:
         return {"base": 0, "spark": 1}.get(name, 3 if _parted(name)[0] in READS_ANSWER_KEYS else 2)
 

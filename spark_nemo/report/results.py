@@ -1,4 +1,6 @@
-"""The results document: one row per seed, and the mean over seeds with an interval that covers the seeds."""
+"""The results document: one row per seed, and the mean over seeds with an interval that covers the
+seeds.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,38 @@ from .model import Summary, SummaryError, read_summary
 from .names import arm_name, arm_order
 
 # Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom.
-_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-         2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+_T_95 = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+    2.093,
+    2.086,
+    2.080,
+    2.074,
+    2.069,
+    2.064,
+    2.060,
+    2.056,
+    2.052,
+    2.048,
+    2.045,
+    2.042,
+)
 
 _NOT_SHOWN = """\
 What this does not show:
@@ -27,8 +59,9 @@ What this does not show:
 def results_markdown(summaries: Sequence[Mapping[str, Any]]) -> str:
     """Markdown for docs/results.md from the summaries of runs that differ in their seed only.
 
-    F1 and accuracy are times 100. The last row is the mean and, from two seeds on, the half-width of Student's 95%
-    interval over seeds. Raises ``SummaryError`` without summaries or when two of them share a seed.
+    F1 and accuracy are times 100. The last row is the mean and, from two seeds on, the half-width
+    of Student's 95% interval over seeds. Raises ``SummaryError`` without summaries or when two of
+    them share a seed.
     """
     runs = [read_summary(summary) for summary in summaries]
     if not runs:
@@ -37,29 +70,55 @@ def results_markdown(summaries: Sequence[Mapping[str, Any]]) -> str:
     if len(set(seeds)) != len(seeds):
         raise SummaryError(f"two summaries have the same seeds {seeds}: they would count twice")
     over = f"{len(runs)} seeds" if len(runs) > 1 else "one seed"
-    return "\n\n".join([
-        f"# The small world over {over}", _commands(runs),
-        "## Reward models: F1 by labelling method\n\n" + _table(runs, [
-            ("single", lambda r: _f1(r, "single"), _percent),
-            ("outcome consistency", lambda r: _f1(r, "outcome_consistency"), _percent),
-            ("step consistency", lambda r: _f1(r, "step_consistency"), _percent),
-            ("gain of step consistency over single", _gain, _signed),
-        ], {"gain of step consistency over single": _gain_interval}),
-        "## Policies: held-out problems solved\n\n" + _policies(runs),
-        "## Seconds of work by stage (jobs that ran side by side are added up)\n\n" + _table(runs, [
-            *((part.replace("_", " "), lambda r, part=part: r.seconds.get(part), _seconds)
-              for part in dict.fromkeys(part for run in runs for part in run.seconds)),
-            ("all", lambda r: sum(r.seconds.values()) if r.seconds else None, _seconds),
-        ], {}),
-        _NOT_SHOWN]) + "\n"
+    return (
+        "\n\n".join(
+            [
+                f"# The small world over {over}",
+                _commands(runs),
+                "## Reward models: F1 by labelling method\n\n"
+                + _table(
+                    runs,
+                    [
+                        ("single", lambda r: _f1(r, "single"), _percent),
+                        ("outcome consistency", lambda r: _f1(r, "outcome_consistency"), _percent),
+                        ("step consistency", lambda r: _f1(r, "step_consistency"), _percent),
+                        ("gain of step consistency over single", _gain, _signed),
+                    ],
+                    {"gain of step consistency over single": _gain_interval},
+                ),
+                "## Policies: held-out problems solved\n\n" + _policies(runs),
+                "## Seconds of work by stage (jobs that ran side by side are added up)\n\n"
+                + _table(
+                    runs,
+                    [
+                        *(
+                            (
+                                part.replace("_", " "),
+                                lambda r, part=part: r.seconds.get(part),
+                                _seconds,
+                            )
+                            for part in dict.fromkeys(part for run in runs for part in run.seconds)
+                        ),
+                        ("all", lambda r: sum(r.seconds.values()) if r.seconds else None, _seconds),
+                    ],
+                    {},
+                ),
+                _NOT_SHOWN,
+            ]
+        )
+        + "\n"
+    )
 
 
 def _policies(runs: Sequence[Summary]) -> str:
     arms = {"base": "before RL", "spark": "SPARK", "rlvr": "RLVR (reads answer keys)"}
     found = [arm for run in runs if run.stage3 for arm in run.stage3.accuracy]
     names = {arm: arms.get(arm) or arm_name(arm) for arm in arm_order([*arms, *found])}
-    return _table(runs, [(name, lambda r, arm=arm: _accuracy(r, arm), _percent) for arm, name in names.items()],
-                  {name: _accuracy_interval(arm) for arm, name in names.items()})
+    return _table(
+        runs,
+        [(name, lambda r, arm=arm: _accuracy(r, arm), _percent) for arm, name in names.items()],
+        {name: _accuracy_interval(arm) for arm, name in names.items()},
+    )
 
 
 Column = tuple[str, Callable[[Summary], float | None], Callable[[float], str]]
@@ -67,7 +126,9 @@ Interval = Callable[[Summary], tuple[float, float] | None]
 
 
 def mean_and_half_width(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and half-width of Student's 95% interval; None for the latter with fewer than two values."""
+    """Mean and half-width of Student's 95% interval; None for the latter with fewer than two
+    values.
+    """
     count = len(values)
     mean = sum(values) / count
     if count < 2:
@@ -77,7 +138,9 @@ def mean_and_half_width(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def _t_95(degrees: int) -> float:
-    """Beyond the table by the first terms of its expansion in 1 / degrees (Abramowitz and Stegun, 26.7.5)."""
+    """Beyond the table by the first terms of its expansion in 1 / degrees (Abramowitz and Stegun,
+    26.7.5).
+    """
     if degrees <= len(_T_95):
         return _T_95[degrees - 1]
     z = 1.959964
@@ -85,7 +148,9 @@ def _t_95(degrees: int) -> float:
 
 
 def over_seeds(values: Sequence[float | None], factor: float = 1.0) -> str:
-    """``mean ± half-width`` of Student's 95% interval, times ``factor``; says so when some seeds have no value."""
+    """``mean ± half-width`` of Student's 95% interval, times ``factor``; says so when some seeds
+    have no value.
+    """
     known = [factor * value for value in values if value is not None]
     if not known:
         return "–"
@@ -94,21 +159,31 @@ def over_seeds(values: Sequence[float | None], factor: float = 1.0) -> str:
     return f"{mean:.1f}" + ("" if half is None else f" ± {half:.1f}") + partial
 
 
-def _table(runs: Sequence[Summary], columns: Sequence[Column], intervals: Mapping[str, Interval]) -> str:
+def _table(
+    runs: Sequence[Summary], columns: Sequence[Column], intervals: Mapping[str, Interval]
+) -> str:
     rows = [["seed", *(name for name, _, _ in columns)], ["---", *("---:" for _ in columns)]]
     for run in runs:
         cells = []
         for name, value, show in columns:
             number, interval = value(run), intervals[name](run) if name in intervals else None
-            cells.append("–" if number is None else show(number) + (
-                "" if interval is None else f" [{show(interval[0])}, {show(interval[1])}]"))
+            cells.append(
+                "–"
+                if number is None
+                else show(number)
+                + ("" if interval is None else f" [{show(interval[0])}, {show(interval[1])}]")
+            )
         rows.append([", ".join(map(str, run.seeds)) or "–", *cells])
-    rows.append([f"**mean of {len(runs)}**", *(_mean_cell(runs, value, show) for _, value, show in columns)])
+    rows.append(
+        [f"**mean of {len(runs)}**", *(_mean_cell(runs, value, show) for _, value, show in columns)]
+    )
     return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows)
 
 
 def _mean_cell(
-    runs: Sequence[Summary], value: Callable[[Summary], float | None], show: Callable[[float], str],
+    runs: Sequence[Summary],
+    value: Callable[[Summary], float | None],
+    show: Callable[[float], str],
 ) -> str:
     numbers = [number for run in runs if (number := value(run)) is not None]
     if not numbers:

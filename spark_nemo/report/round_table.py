@@ -20,23 +20,51 @@ there are many. No answer key and no true label is read by any of it but this ta
 
 
 def round_section(by_seed: Mapping[int, Mapping[str, Any]], command: str) -> str:
-    """The section's markdown from summaries of runs with rounds. Raises ``SummaryError`` when their rounds differ."""
+    """The section's markdown from summaries of runs with rounds. Raises ``SummaryError`` when their
+    rounds differ.
+    """
     runs = [read_summary(summary) for summary in by_seed.values()]
     numbers = [[entry.number for entry in run.rounds] for run in runs]
     if not runs or any(each != numbers[0] for each in numbers) or not numbers[0]:
         raise SummaryError(f"a table of rounds needs runs of equally many rounds, got {numbers}")
-    rows = [["round", "steps right", "first error right", "solutions kept", "F1 of its reward model"],
-            ["---", *["---:"] * 4]]
+    rows = [
+        ["round", "steps right", "first error right", "solutions kept", "F1 of its reward model"],
+        ["---", *["---:"] * 4],
+    ]
     for entries in zip(*(run.rounds for run in runs)):
         labels = [entry.labels for entry in entries]
-        rows.append([
-            str(entries[0].number),
-            over_seeds([each.step_accuracy.value if each and each.step_accuracy else None for each in labels], 100),
-            over_seeds([each.first_error_accuracy.value if each and each.first_error_accuracy else None
-                        for each in labels], 100),
-            over_seeds([each.share_kept if each else None for each in labels], 100),
-            over_seeds([entry.f1.value if entry.f1 else None for entry in entries], 100)])
+        rows.append(
+            [
+                str(entries[0].number),
+                over_seeds(
+                    [
+                        each.step_accuracy.value if each and each.step_accuracy else None
+                        for each in labels
+                    ],
+                    100,
+                ),
+                over_seeds(
+                    [
+                        each.first_error_accuracy.value
+                        if each and each.first_error_accuracy
+                        else None
+                        for each in labels
+                    ],
+                    100,
+                ),
+                over_seeds([each.share_kept if each else None for each in labels], 100),
+                over_seeds([entry.f1.value if entry.f1 else None for entry in entries], 100),
+            ]
+        )
     table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    return marked(SECTION, "\n\n".join([
-        f"## Rounds: the reward model as the next verifier, over {len(runs)} seeds",
-        f"Produced by:\n\n```\n{command}\n```", table, _NOTES]))
+    return marked(
+        SECTION,
+        "\n\n".join(
+            [
+                f"## Rounds: the reward model as the next verifier, over {len(runs)} seeds",
+                f"Produced by:\n\n```\n{command}\n```",
+                table,
+                _NOTES,
+            ]
+        ),
+    )

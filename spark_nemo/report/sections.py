@@ -1,4 +1,6 @@
-"""Parts of a generated document that other commands write: each stands between markers that carry its name."""
+"""Parts of a generated document that other commands write: each stands between markers that carry
+its name.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ def put_section(document: str, section: str) -> str:
     name = _SECTION.fullmatch(section)["name"]  # type: ignore[index]
     for found in _SECTION.finditer(document):
         if found["name"] == name:
-            return document[:found.start()] + section + document[found.end():]
+            return document[: found.start()] + section + document[found.end() :]
     return f"{document.rstrip()}\n\n{section}\n".lstrip()
 
 

@@ -1,4 +1,6 @@
-"""The paper's comparisons over seeds: label methods, kinds of reward model, reward designs. A section of results.md."""
+"""The paper's comparisons over seeds: label methods, kinds of reward model, reward designs. A
+section of results.md.
+"""
 
 from __future__ import annotations
 
@@ -32,28 +34,53 @@ reward hacking is about that."""
 def study_section(by_seed: Mapping[int, Mapping[str, Any]], command: str) -> str:
     """The section's markdown from summaries of one pipeline over several seeds.
 
-    Reward models are compared with step consistency's PRM-CoT, policies with RLVR. Raises ``SummaryError`` when a run
-    lacks one of the two.
+    Reward models are compared with step consistency's PRM-CoT, policies with RLVR. Raises
+    ``SummaryError`` when a run lacks one of the two.
     """
     comparison = compare_runs([("", summary) for summary in by_seed.values()])
-    return marked(SECTION, "\n\n".join([
-        f"## Label methods, kinds of reward model and reward designs, over {len(by_seed)} seeds",
-        f"Produced by:\n\n```\n{command}\n```",
-        *(part for family in dict.fromkeys(quantity.family for quantity in comparison.quantities)
-          for part in (f"### {family}", _family_table(comparison, family))),
-        _NOTES]))
+    return marked(
+        SECTION,
+        "\n\n".join(
+            [
+                f"## Label methods, kinds of reward model and reward designs, over {len(by_seed)} seeds",
+                f"Produced by:\n\n```\n{command}\n```",
+                *(
+                    part
+                    for family in dict.fromkeys(
+                        quantity.family for quantity in comparison.quantities
+                    )
+                    for part in (f"### {family}", _family_table(comparison, family))
+                ),
+                _NOTES,
+            ]
+        ),
+    )
 
 
 def _family_table(comparison: Comparison, family: str) -> str:
     quantities = [quantity for quantity in comparison.quantities if quantity.family == family]
-    reference = arm_name("rlvr") if family.startswith("Policies") else method_name("step_consistency")
+    reference = (
+        arm_name("rlvr") if family.startswith("Policies") else method_name("step_consistency")
+    )
     if reference not in [quantity.name for quantity in quantities]:
-        raise SummaryError(f"the study compares with {reference!r}, which no run has under {family!r}")
-    rows = [["", "mean", f"minus {reference}", "seeds", "verdict"], ["---", "---:", "---:", "---:", "---"]]
+        raise SummaryError(
+            f"the study compares with {reference!r}, which no run has under {family!r}"
+        )
+    rows = [
+        ["", "mean", f"minus {reference}", "seeds", "verdict"],
+        ["---", "---:", "---:", "---:", "---"],
+    ]
     for quantity in quantities:
         pair = _against(comparison.pairs, quantity.name, reference, family)
-        rows.append([quantity.name, over_seeds(list(quantity.values.values()), 100),
-                     _signed(pair) if pair else "", str(len(quantity.values)), pair.verdict if pair else ""])
+        rows.append(
+            [
+                quantity.name,
+                over_seeds(list(quantity.values.values()), 100),
+                _signed(pair) if pair else "",
+                str(len(quantity.values)),
+                pair.verdict if pair else "",
+            ]
+        )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -16,9 +16,11 @@ REPORT_FILE = "report.html"
 
 
 def write_report(folder: str | Path, summary: Mapping[str, Any]) -> Path:
-    """Write ``summary.json`` and ``report.html`` into ``folder`` (made if absent) and return the page's path.
+    """Write ``summary.json`` and ``report.html`` into ``folder`` (made if absent) and return the
+    page's path.
 
-    Raises ``SummaryError`` before anything is written when the summary does not fit ``report.model``.
+    Raises ``SummaryError`` before anything is written when the summary does not fit
+    ``report.model``.
     """
     plain = to_plain(read_summary(summary))
     page = report_page(plain)

@@ -8,7 +8,16 @@ from .step_rewards import step_augmented_reward, step_average_reward
 from .votes import aggregate_votes
 
 __all__ = [
-    "Checker", "FailureCount", "FailureRateExceeded", "RewardBatch", "aggregate_votes", "apply_failure_policy",
-    "majority_rewards", "process_aware_reward", "random_reward", "rlvr_rewards", "step_augmented_reward",
+    "Checker",
+    "FailureCount",
+    "FailureRateExceeded",
+    "RewardBatch",
+    "aggregate_votes",
+    "apply_failure_policy",
+    "majority_rewards",
+    "process_aware_reward",
+    "random_reward",
+    "rlvr_rewards",
+    "step_augmented_reward",
     "step_average_reward",
 ]

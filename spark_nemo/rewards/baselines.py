@@ -11,7 +11,8 @@ from spark_nemo.records import FormatViolation, Rollout
 
 
 def random_reward(gated: ParsedResponse | FormatViolation, seed: int) -> float:
-    """``r = f * Bernoulli(0.5)``, a coin that depends on ``seed`` alone. Source: arXiv 2512.03244, figure 4.
+    """``r = f * Bernoulli(0.5)``, a coin that depends on ``seed`` alone. Source: arXiv 2512.03244,
+    figure 4.
 
     Resists inflation: no step is read.
     """
@@ -19,11 +20,12 @@ def random_reward(gated: ParsedResponse | FormatViolation, seed: int) -> float:
 
 
 def majority_rewards(rollouts: Sequence[Rollout], key: Callable[[str], str]) -> list[float]:
-    """``r = 1`` for the responses whose boxed answer is the most frequent one of their group, else 0. Source: TTRL,
-    arXiv 2504.16084. No format gate, like RLVR.
+    """``r = 1`` for the responses whose boxed answer is the most frequent one of their group, else
+    0. Source: TTRL, arXiv 2504.16084. No format gate, like RLVR.
 
-    ``key`` maps answers of equal meaning to one string. A response without an answer has no vote and is worth 0 by this
-    definition. Among equally frequent answers the one seen first wins. Groups go by id and may differ in size.
+    ``key`` maps answers of equal meaning to one string. A response without an answer has no vote
+    and is worth 0 by this definition. Among equally frequent answers the one seen first wins.
+    Groups go by id and may differ in size.
 
     Resists inflation: no step is read.
     """
@@ -34,4 +36,7 @@ def majority_rewards(rollouts: Sequence[Rollout], key: Callable[[str], str]) -> 
         if answer:
             votes.setdefault(rollout.group, Counter())[answer] += 1
     labels = {group: counted.most_common(1)[0][0] for group, counted in votes.items()}
-    return [float(bool(answer) and answer == labels[rollout.group]) for rollout, answer in zip(rollouts, keys)]
+    return [
+        float(bool(answer) and answer == labels[rollout.group])
+        for rollout, answer in zip(rollouts, keys)
+    ]

@@ -1,4 +1,6 @@
-"""The reward model as a judge of rollouts: gate the format, ask, retry what gave no verdict, and keep the reason."""
+"""The reward model as a judge of rollouts: gate the format, ask, retry what gave no verdict, and
+keep the reason.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,14 @@ from dataclasses import dataclass, field
 
 from spark_nemo.config.hacking import ConstraintsConfig
 from spark_nemo.engines.client import all_or_none
-from spark_nemo.records import EngineError, Failure, FormatViolation, Rollout, VariantOutcome, derive_seed
+from spark_nemo.records import (
+    EngineError,
+    Failure,
+    FormatViolation,
+    Rollout,
+    VariantOutcome,
+    derive_seed,
+)
 
 from .hacking.constraints import read_response
 from .prm_service import Answer, Case, PRMService
@@ -15,7 +24,9 @@ from .votes import aggregate_votes
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What became of one rollout. ``outcome`` is None exactly when the format gate kept it from the verifier."""
+    """What became of one rollout. ``outcome`` is None exactly when the format gate kept it from the
+    verifier.
+    """
 
     violation: FormatViolation | None
     outcome: VariantOutcome | None
@@ -26,8 +37,8 @@ class Judgement:
 class RewardJudge:
     """Decides about rollouts by asking a ``PRMService``.
 
-    Every rollout gets ``votes`` verifications, of which ``min_votes`` must be verdicts; each is tried again up to
-    ``retries`` times, with a fresh seed, while it is no verdict.
+    Every rollout gets ``votes`` verifications, of which ``min_votes`` must be verdicts; each is
+    tried again up to ``retries`` times, with a fresh seed, while it is no verdict.
     """
 
     service: PRMService
@@ -37,7 +48,9 @@ class RewardJudge:
     constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)
 
     async def judge(self, rollout: Rollout) -> Judgement:
-        """Check the format, then verify the canonical steps, so policy and reward model share one text."""
+        """Check the format, then verify the canonical steps, so policy and reward model share one
+        text.
+        """
         parsed = read_response(rollout, self.constraints)
         if isinstance(parsed, FormatViolation):
             return Judgement(parsed, None)
@@ -54,14 +67,17 @@ class RewardJudge:
             outcome = answer.outcome
             num_tokens += answer.num_tokens
             # A greedy attempt would fail the same way again, unless it was the engine that failed.
-            repeats = self.service.sampling.temperature == 0 and not isinstance(outcome, EngineError)
+            repeats = self.service.sampling.temperature == 0 and not isinstance(
+                outcome, EngineError
+            )
             if not isinstance(outcome, Failure) or repeats:
                 break
         return Answer(outcome, num_tokens)
 
 
 def vote_seed(rollout: Rollout, attempt: int, vote: int) -> int:
-    """The seed of one attempt at one vote. The first vote's is that of a judge with one vote: asking for more votes
-    adds to the first and does not replace it."""
+    """The seed of one attempt at one vote. The first vote's is that of a judge with one vote:
+    asking for more votes adds to the first and does not replace it.
+    """
     parts = ("judge", rollout.problem.problem_id, rollout.text, attempt)
     return derive_seed(*parts) if vote == 0 else derive_seed(*parts, vote)

@@ -1,9 +1,11 @@
-"""Verifications on request: each content is asked for once, remembered, and answered within a deadline.
+"""Verifications on request: each content is asked for once, remembered, and answered within a
+deadline.
 
-Between the judge, which decides what to ask, and the engine, which may be slow, full or dead. The service adds no
-randomness: a remembered result is the one that the same request, with the same seed, gave before. On an engine that
-honours seeds (embedded, vLLM) rewards are therefore those of a run without the cache; SGLang draws anew each time, and
-there a remembered sampled result is one of the results it could have given.
+Between the judge, which decides what to ask, and the engine, which may be slow, full or dead. The
+service adds no randomness: a remembered result is the one that the same request, with the same
+seed, gave before. On an engine that honours seeds (embedded, vLLM) rewards are therefore those of a
+run without the cache; SGLang draws anew each time, and there a remembered sampled result is one of
+the results it could have given.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServiceLimits:
-    """``queue`` verifications at the engine at once, ``deadline`` seconds for each, ``cache_entries`` remembered."""
+    """``queue`` verifications at the engine at once, ``deadline`` seconds for each,
+    ``cache_entries`` remembered.
+    """
 
     queue: int = 1024
     deadline: float = 1800.0
@@ -34,22 +38,30 @@ class ServiceLimits:
 
     def __post_init__(self) -> None:
         if self.queue < 1 or self.deadline <= 0 or self.cache_entries < 0:
-            raise ValueError(f"{self}: queue at least 1, deadline positive, cache_entries at least 0")
+            raise ValueError(
+                f"{self}: queue at least 1, deadline positive, cache_entries at least 0"
+            )
 
     @classmethod
     def from_config(cls, rl: RLConfig, slots: int) -> ServiceLimits:
-        """The configured limits, for engines that decode ``slots`` verifications together. Not set, ``queue`` is as
-        many and as many again next in line: who waits longer for an engine does so before its deadline begins."""
+        """The configured limits, for engines that decode ``slots`` verifications together. Not set,
+        ``queue`` is as many and as many again next in line: who waits longer for an engine does so
+        before its deadline begins.
+        """
         by_length = cls().deadline + TOKEN_TIMEOUT_S * rl.verifier_sampling.max_new_tokens
-        named = {"queue": 2 * slots if rl.verifier_queue is None else rl.verifier_queue,
-                 "deadline": by_length if rl.verifier_deadline is None else rl.verifier_deadline,
-                 "cache_entries": rl.verifier_cache}
+        named = {
+            "queue": 2 * slots if rl.verifier_queue is None else rl.verifier_queue,
+            "deadline": by_length if rl.verifier_deadline is None else rl.verifier_deadline,
+            "cache_entries": rl.verifier_cache,
+        }
         return cls(**{name: value for name, value in named.items() if value is not None})
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one verification came to, and the tokens it took the verifier (also when they were not sampled anew)."""
+    """What one verification came to, and the tokens it took the verifier (also when they were not
+    sampled anew).
+    """
 
     outcome: VariantOutcome
     num_tokens: int
@@ -57,7 +69,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Case:
-    """One response to be verified, in canonical text. Its prompt is encoded once, for all its votes and attempts."""
+    """One response to be verified, in canonical text. Its prompt is encoded once, for all its votes
+    and attempts.
+    """
 
     question: str
     canonical: str
@@ -83,7 +97,9 @@ class _Flight:
 
 @dataclass(slots=True)
 class ServiceCounts:
-    """Since the last ``take_counts``: requests by where their answer came from, and the tokens sampled for them."""
+    """Since the last ``take_counts``: requests by where their answer came from, and the tokens
+    sampled for them.
+    """
 
     asked: int = 0
     remembered: int = 0
@@ -95,22 +111,31 @@ class ServiceCounts:
     def metrics(self) -> dict[str, float]:
         """Counts, and ``hit_rate``: the share of the requests that cost the engine nothing."""
         saved = self.remembered + self.shared
-        return {**{name: float(value) for name, value in asdict(self).items()},
-                "hit_rate": saved / self.asked if self.asked else 0.0}
+        return {
+            **{name: float(value) for name, value in asdict(self).items()},
+            "hit_rate": saved / self.asked if self.asked else 0.0,
+        }
 
 
 class PRMService:
-    """Asks one served reward model of one kind: with that kind's prompt, read by that kind's parser. Belongs to the
-    event loop it is first used in.
+    """Asks one served reward model of one kind: with that kind's prompt, read by that kind's
+    parser. Belongs to the event loop it is first used in.
 
-    Remembered are verdicts, parse failures and truncations: with its seed, or greedily, a request would give the same
-    again. An ``EngineError`` says nothing about the content and is never remembered. The key is the content (question,
-    canonical response, number of steps, prompt set, grammar), the kind of reward model, the sampling with its seed
-    (which carries vote and attempt; a greedy request has none), the reward model's identity and its weight version.
+    Remembered are verdicts, parse failures and truncations: with its seed, or greedily, a request
+    would give the same again. An ``EngineError`` says nothing about the content and is never
+    remembered. The key is the content (question, canonical response, number of steps, prompt set,
+    grammar), the kind of reward model, the sampling with its seed (which carries vote and attempt;
+    a greedy request has none), the reward model's identity and its weight version.
     """
 
-    def __init__(self, served: ServedModel, prompts: PromptSet, sampling: SamplingConfig,
-                 limits: ServiceLimits = ServiceLimits(), variant: Variant = Variant.PRM_COT) -> None:
+    def __init__(
+        self,
+        served: ServedModel,
+        prompts: PromptSet,
+        sampling: SamplingConfig,
+        limits: ServiceLimits = ServiceLimits(),
+        variant: Variant = Variant.PRM_COT,
+    ) -> None:
         self.served, self.prompts, self.sampling, self.limits = served, prompts, sampling, limits
         self.variant = Variant(variant)
         self._room = asyncio.Semaphore(limits.queue)
@@ -120,10 +145,11 @@ class PRMService:
         self._counts = ServiceCounts()
 
     async def refresh(self) -> None:
-        """Read the engine's weight version; results of other versions are not used. Call it before every batch.
+        """Read the engine's weight version; results of other versions are not used. Call it before
+        every batch.
 
-        An engine that cannot say its version is asked everything anew until it can. Until the first call nothing is
-        remembered.
+        An engine that cannot say its version is asked everything anew until it can. Until the first
+        call nothing is remembered.
         """
         try:
             health = await self.served.engine.health()
@@ -132,17 +158,20 @@ class PRMService:
             log.info("the verifier's engine has no health to report: %s", failure)
             self._version = None
         if self._version is None:
-            log.warning("the verifier does not say its weight version: nothing is taken from the cache until it does")
+            log.warning(
+                "the verifier does not say its weight version: nothing is taken from the cache until it does"
+            )
 
     def case(self, question: str, canonical: str, num_steps: int) -> Case:
         """A response to ``verify``, once or several times."""
         return Case(question, canonical, num_steps, self.prompts, self.served, self.variant)
 
     async def verify(self, case: Case, seed: int) -> Answer:
-        """The verification of ``case`` drawn with ``seed``; raises ``EngineLost`` alone, for a pool without servers.
+        """The verification of ``case`` drawn with ``seed``; raises ``EngineLost`` alone, for a pool
+        without servers.
 
-        A request like one on its way waits for that one's answer. When every caller of a request is cancelled, so is
-        the request.
+        A request like one on its way waits for that one's answer. When every caller of a request is
+        cancelled, so is the request.
         """
         self._counts.asked += 1
         if self._version is None or not self.limits.cache_entries:
@@ -155,7 +184,9 @@ class PRMService:
         if (flight := self._flights.get(key)) is not None:
             self._counts.shared += 1
         else:
-            flight = self._flights[key] = _Flight(asyncio.create_task(self._fly(key, case, seed, self._version)))
+            flight = self._flights[key] = _Flight(
+                asyncio.create_task(self._fly(key, case, seed, self._version))
+            )
         return await self._wait(key, flight)
 
     def take_counts(self) -> ServiceCounts:
@@ -166,8 +197,18 @@ class PRMService:
     def _key(self, case: Case, seed: int, version: int) -> str:
         drawn = None if self.sampling.temperature == 0 else seed
         return content_key(
-            "prm", self.variant, self.served.identity, version, GRAMMAR_VERSION, self.prompts.version,
-            self.sampling.identity(), drawn, case.question, case.canonical, case.num_steps)
+            "prm",
+            self.variant,
+            self.served.identity,
+            version,
+            GRAMMAR_VERSION,
+            self.prompts.version,
+            self.sampling.identity(),
+            drawn,
+            case.question,
+            case.canonical,
+            case.num_steps,
+        )
 
     async def _wait(self, key: str, flight: _Flight) -> Answer:
         flight.waiting += 1
@@ -185,7 +226,9 @@ class PRMService:
         try:
             answer, versions = await self._sample(case, seed)
         finally:
-            if (flight := self._flights.get(key)) is not None and flight.task is asyncio.current_task():
+            if (
+                flight := self._flights.get(key)
+            ) is not None and flight.task is asyncio.current_task():
                 del self._flights[key]
         # Weights that changed on the way leave a result that belongs to neither version.
         if not isinstance(answer.outcome, EngineError) and versions <= {version}:
@@ -199,7 +242,9 @@ class PRMService:
         return answer
 
     async def _sample(self, case: Case, seed: int) -> tuple[Answer, set[int]]:
-        """The answer and the weight versions that it was sampled by; waits for a place at the engine first."""
+        """The answer and the weight versions that it was sampled by; waits for a place at the
+        engine first.
+        """
         async with self._room:
             try:
                 async with asyncio.timeout(self.limits.deadline) as clock:
@@ -213,8 +258,12 @@ class PRMService:
                 if not clock.expired():
                     raise  # not ours: a bug below
                 self._counts.deadline_missed += 1
-                return Answer(EngineError(
-                    f"deadline: no verification within {self.limits.deadline:g} s (rl.verifier_deadline)"), 0), set()
+                return Answer(
+                    EngineError(
+                        f"deadline: no verification within {self.limits.deadline:g} s (rl.verifier_deadline)"
+                    ),
+                    0,
+                ), set()
         num_tokens = len(done.generation.token_ids)
         self._counts.sampled_tokens += num_tokens
         reason = str(done.generation.finish_reason)

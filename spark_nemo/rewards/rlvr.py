@@ -1,4 +1,6 @@
-"""The declared baseline: a reward from answer keys (RLVR). The keys stay with the checker that is passed in."""
+"""The declared baseline: a reward from answer keys (RLVR). The keys stay with the checker that is
+passed in.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,14 @@ from collections.abc import Callable, Sequence
 from spark_nemo.records import Failure, Rollout
 
 Checker = Callable[[Sequence[tuple[str, str]]], Sequence[bool | Failure]]
-"""``checker([(problem_id, response_text), ...])``: does each response reach its problem's answer? A ``Failure`` where
-nobody could tell. It raises on an unknown id."""
+"""``checker([(problem_id, response_text), ...])``: does each response reach its problem's answer? A
+``Failure`` where nobody could tell. It raises on an unknown id.
+"""
 
 
 def rlvr_rewards(rollouts: Sequence[Rollout], checker: Checker) -> list[float | Failure]:
-    """1.0 where the checker accepts the rollout's text, else 0.0; a comparison that came to nothing stays the
-    ``Failure`` it is. The paper's RLVR baseline has no format gate.
+    """1.0 where the checker accepts the rollout's text, else 0.0; a comparison that came to nothing
+    stays the ``Failure`` it is. The paper's RLVR baseline has no format gate.
 
     Resists inflation: no step is read.
     """

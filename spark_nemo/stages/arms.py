@@ -1,4 +1,6 @@
-"""The arms of the pipeline's stage III: a reward design with a kind of reward model, or a baseline alone."""
+"""The arms of the pipeline's stage III: a reward design with a kind of reward model, or a baseline
+alone.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,18 @@ from spark_nemo.config.errors import without_effect
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One RL run of the pipeline. ``variant`` is the kind of reward model it asks, None for a baseline."""
+    """One RL run of the pipeline. ``variant`` is the kind of reward model it asks, None for a
+    baseline.
+    """
 
     design: str
     variant: str | None
 
     @property
     def name(self) -> str:
-        """Of its folder, job and row in the report: equal to ``SparkConfig.arm`` of its configuration."""
+        """Of its folder, job and row in the report: equal to ``SparkConfig.arm`` of its
+        configuration.
+        """
         return f"{self.design}{variant_suffix(self.variant)}"
 
     @property
@@ -42,41 +48,56 @@ class Arm:
 
 
 def pipeline_arms(config: SparkConfig) -> list[Arm]:
-    """``pipeline.rewards`` times the kinds of reward model, without what an ORM cannot reward (``left_out``).
+    """``pipeline.rewards`` times the kinds of reward model, without what an ORM cannot reward
+    (``left_out``).
 
-    Raises ``ConfigError`` for a design that is left out with every kind, and for settings that would contradict the
-    list.
+    Raises ``ConfigError`` for a design that is left out with every kind, and for settings that
+    would contradict the list.
     """
     rl, pipeline = config.rl, config.pipeline
     if rl.reward_model is not None and len(pipeline.variants) > 1:
-        raise ConfigError(f"pipeline.variants={pipeline.variants} with rl.reward_model={rl.reward_model}: a named "
-                          "model is of one kind; remove one of the two")
+        raise ConfigError(
+            f"pipeline.variants={pipeline.variants} with rl.reward_model={rl.reward_model}: a named "
+            "model is of one kind; remove one of the two"
+        )
     if rl.reward_model is None and rl.reward_variant is not None:
-        raise without_effect("rl.reward_variant", rl.reward_variant, "in the pipeline, whose arms ask each of "
-                             "pipeline.variants")
+        raise without_effect(
+            "rl.reward_variant",
+            rl.reward_variant,
+            "in the pipeline, whose arms ask each of pipeline.variants",
+        )
     variants = [rl.reward_variant] if rl.reward_variant is not None else config.reward_models
     arms = []
     for design in pipeline.rewards:
-        asked = [variant for variant in variants if variant != "orm" or design not in NEEDS_STEP_LABELS]
+        asked = [
+            variant for variant in variants if variant != "orm" or design not in NEEDS_STEP_LABELS
+        ]
         if not asks_reward_model(design):
             arms.append(Arm(design, None))
         elif not asked:
-            raise ConfigError(f"pipeline.rewards has {design}, which is made of step labels, and an ORM gives none: "
-                              "add prm or prm_cot to pipeline.variants, or remove it")
+            raise ConfigError(
+                f"pipeline.rewards has {design}, which is made of step labels, and an ORM gives none: "
+                "add prm or prm_cot to pipeline.variants, or remove it"
+            )
         else:
             arms += [Arm(design, variant) for variant in asked]
     return arms
 
 
 def left_out(config: SparkConfig) -> list[Arm]:
-    """The arms that ``pipeline_arms`` has not: designs made of step labels with an ORM, which gives none."""
-    return [Arm(design, "orm") for design in config.pipeline.rewards
-            if design in NEEDS_STEP_LABELS and "orm" in config.pipeline.variants]
+    """The arms that ``pipeline_arms`` has not: designs made of step labels with an ORM, which gives
+    none.
+    """
+    return [
+        Arm(design, "orm")
+        for design in config.pipeline.rewards
+        if design in NEEDS_STEP_LABELS and "orm" in config.pipeline.variants
+    ]
 
 
 def arm_settings(config: SparkConfig, arm: Arm) -> dict[str, object]:
-    """What makes the arm's configuration out of the pipeline's, by dotted name: its design, its reward model, and
-    settings taken back that its design does not read.
+    """What makes the arm's configuration out of the pipeline's, by dotted name: its design, its
+    reward model, and settings taken back that its design does not read.
 
     Raises ``ConfigError`` for an arm that needs answer keys where there are none.
     """
@@ -90,7 +111,9 @@ def arm_settings(config: SparkConfig, arm: Arm) -> dict[str, object]:
         settings["data.rl_answers"] = None
     if arm.reads_answer_keys:
         if config.pipeline.rl_answers is None:
-            raise ConfigError("pipeline.rewards has rlvr: set pipeline.rl_answers (JSONL with problem_id and answer)")
+            raise ConfigError(
+                "pipeline.rewards has rlvr: set pipeline.rl_answers (JSONL with problem_id and answer)"
+            )
         settings["data.rl_answers"] = config.pipeline.rl_answers
     for name, unset in unread_knobs(arm.design).items():
         if attrgetter(name)(config.rl) != unset:
@@ -102,7 +125,9 @@ def arm_settings(config: SparkConfig, arm: Arm) -> dict[str, object]:
 def arm_config(config: SparkConfig, arm: Arm) -> SparkConfig:
     """The configuration that the arm's job will have. Raises ``ConfigError`` like the job would."""
     # All at once and inside out: a setting alone may contradict the others.
-    return _with(config, {tuple(name.split(".")): value for name, value in arm_settings(config, arm).items()})
+    return _with(
+        config, {tuple(name.split(".")): value for name, value in arm_settings(config, arm).items()}
+    )
 
 
 def _with(section: Any, values: Mapping[tuple[str, ...], object]) -> Any:
@@ -120,4 +145,6 @@ def as_overrides(settings: Mapping[str, object]) -> list[str]:
 
 
 def _written(value: object) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )

@@ -1,4 +1,6 @@
-"""Everything that can be known to be wrong before a model is loaded: one error that names the field or file."""
+"""Everything that can be known to be wrong before a model is loaded: one error that names the field
+or file.
+"""
 
 from __future__ import annotations
 
@@ -30,17 +32,25 @@ _SLACK = 16
 
 
 def check_sft(config: SparkConfig) -> None:
-    """The base model, its layout and context, and that there are examples; ``run_sft`` reads them before any work."""
+    """The base model, its layout and context, and that there are examples; ``run_sft`` reads them
+    before any work.
+    """
     if not config.models.policy_base:
-        raise ConfigError("models.policy_base is not set: name the model that is to learn the policy's format")
+        raise ConfigError(
+            "models.policy_base is not set: name the model that is to learn the policy's format"
+        )
     shape = _model(Path(config.models.policy_base), "models.policy_base")
     shape.check_layout(config.megatron)
     if config.sft.max_length > shape.max_positions:
-        raise ConfigError(f"sft.max_length={config.sft.max_length}: models.policy_base={config.models.policy_base} has "
-                          f"a context of {shape.max_positions}")
+        raise ConfigError(
+            f"sft.max_length={config.sft.max_length}: models.policy_base={config.models.policy_base} has "
+            f"a context of {shape.max_positions}"
+        )
     if not Path(_set(config, "data.sft_examples")).is_file():
-        raise ConfigError(f"data.sft_examples={config.data.sft_examples}: no such file (JSONL with problem_id, "
-                          "question and response)")
+        raise ConfigError(
+            f"data.sft_examples={config.data.sft_examples}: no such file (JSONL with problem_id, "
+            "question and response)"
+        )
 
 
 def check_stage1(config: SparkConfig) -> None:
@@ -52,31 +62,39 @@ def check_stage1(config: SparkConfig) -> None:
     _served_model(config, "models.verifier")
     read_problems(_set(config, "data.stage1_problems"))
     if stage.solutions_from is not None and not Path(stage.solutions_from).is_dir():
-        raise ConfigError(f"stage1.solutions_from={stage.solutions_from}: no store there; name the stage1/store of an "
-                          "earlier run")
+        raise ConfigError(
+            f"stage1.solutions_from={stage.solutions_from}: no store there; name the stage1/store of an "
+            "earlier run"
+        )
     _fits(config, "stage1.generator_sampling", stage.generator_sampling)
     _fits(config, "stage1.verifier_sampling", stage.verifier_sampling)
     if stage.revise:
         _fits(config, "stage1.revision_sampling", stage.revised_with)
     if config.models.critic is not None and (stage.revise or stage.reference_answers is not None):
         if engine.pool("verifier").urls:
-            raise ConfigError(f"models.critic={config.models.critic}: engine.verifier.urls serve the verifier; let the "
-                              "verifier criticise (models.critic=null), or launch servers with engine.verifier.servers")
+            raise ConfigError(
+                f"models.critic={config.models.critic}: engine.verifier.urls serve the verifier; let the "
+                "verifier criticise (models.critic=null), or launch servers with engine.verifier.servers"
+            )
         _served_model(config, "models.critic")
     if stage.reference_answers is not None:
         _has_answers(config, "stage1.reference_answers", "data.stage1_problems")
 
 
 def check_stage2(config: SparkConfig) -> None:
-    """The base model, its layout and engine, the evaluation cases and, for the declared baseline, the answers."""
+    """The base model, its layout and engine, the evaluation cases and, for the declared baseline,
+    the answers.
+    """
     _trained_model(config, "models.reward_base")
     if config.labels.balance == "ground_truth":
         _has_answers(config, "labels.reference_answers", "data.stage1_problems")
     labels = [case.label for case in read_processbench(_set(config, "data.processbench"))]
     config.engine.require("verifier")
     if -1 not in labels or max(labels) == -1:
-        raise ConfigError(f"data.processbench={config.data.processbench}: a score needs cases with an error and "
-                          "without")
+        raise ConfigError(
+            f"data.processbench={config.data.processbench}: a score needs cases with an error and "
+            "without"
+        )
     _fits(config, "stage2.eval_sampling", config.stage2.eval_sampling)
 
 
@@ -84,15 +102,22 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
     """The policy, its layout, the problems and whatever the chosen reward reads."""
     rl = config.rl
     if config.engine.kind == "vllm":
-        raise ConfigError("engine.kind=vllm: its weights are not updated by this package, so it serves stage I and "
-                          "evaluation only; stage III needs sglang or local")
+        raise ConfigError(
+            "engine.kind=vllm: its weights are not updated by this package, so it serves stage I and "
+            "evaluation only; stage III needs sglang or local"
+        )
     config.engine.require("policy")
     if rl.asks_reward_model:
         config.engine.require("verifier")
-    if (config.models.policy_base and Path(_set(config, "models.policy")).parts[-2:] == ("sft", "model")
-            and not (Path(config.models.policy) / "config.json").exists()):
-        raise ConfigError(f"models.policy={config.models.policy}: no model there; `spark-nemo sft` makes it of "
-                          f"models.policy_base={config.models.policy_base}")
+    if (
+        config.models.policy_base
+        and Path(_set(config, "models.policy")).parts[-2:] == ("sft", "model")
+        and not (Path(config.models.policy) / "config.json").exists()
+    ):
+        raise ConfigError(
+            f"models.policy={config.models.policy}: no model there; `spark-nemo sft` makes it of "
+            f"models.policy_base={config.models.policy_base}"
+        )
     _trained_model(config, "models.policy")
     numbers = check_sync(read_hf_config(config.models.policy), "models.policy")
     check_server_args(numbers, config.engine.policy.server_args, "engine.policy.server_args")
@@ -101,16 +126,27 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
     _fits(config, "rl.sampling", rl.sampling)
     _fits(config, "evaluation", config.evaluation)
     if rl.rollout.oversample is None and rl.prompts_per_step > len(problems):
-        raise ConfigError(f"rl.prompts_per_step={rl.prompts_per_step}: data.rl_problems={config.data.rl_problems} has "
-                          f"{len(problems)} problems, and a step draws none twice")
+        raise ConfigError(
+            f"rl.prompts_per_step={rl.prompts_per_step}: data.rl_problems={config.data.rl_problems} has "
+            f"{len(problems)} problems, and a step draws none twice"
+        )
     _prompts_fit(config, "data.rl_problems", problems, "rl.sampling", rl.sampling.max_new_tokens)
-    _prompts_fit(config, "data.eval_problems", [one.problem for one in held_out], "evaluation",
-                 config.evaluation.max_new_tokens)
+    _prompts_fit(
+        config,
+        "data.eval_problems",
+        [one.problem for one in held_out],
+        "evaluation",
+        config.evaluation.max_new_tokens,
+    )
     if rl.sampling.temperature == 0:
-        raise ConfigError("rl.sampling.temperature=0: a group of equal responses has no advantage; use 1.0")
+        raise ConfigError(
+            "rl.sampling.temperature=0: a group of equal responses has no advantage; use 1.0"
+        )
     if rl.reward == "rlvr":
         if config.data.rl_answers is None:
-            raise ConfigError("rl.reward=rlvr needs data.rl_answers (JSONL with problem_id and answer)")
+            raise ConfigError(
+                "rl.reward=rlvr needs data.rl_answers (JSONL with problem_id and answer)"
+            )
         _has_answers(config, "data.rl_answers", "data.rl_problems")
     if not rl.asks_reward_model:
         return
@@ -122,23 +158,31 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
         _served_folder(config, folder, "rl.reward_model")
         made = (read_done(folder.parent) or {}).get("variant", config.reward_variant)
         if made != config.reward_variant:
-            raise ConfigError(f"rl.reward_variant={config.reward_variant} (or stage2.variant): {folder} was trained as "
-                              f"{made}; set rl.reward_variant={made} or name another rl.reward_model")
+            raise ConfigError(
+                f"rl.reward_variant={config.reward_variant} (or stage2.variant): {folder} was trained as "
+                f"{made}; set rl.reward_variant={made} or name another rl.reward_model"
+            )
     if rl.hacking.heldout_verifier is not None:
         if config.engine.kind != "local" and config.engine.pool("verifier").urls:
-            raise ConfigError(f"rl.hacking.heldout_verifier={rl.hacking.heldout_verifier}: engine.verifier.urls serve "
-                              "the reward model; launch servers with engine.verifier.servers")
+            raise ConfigError(
+                f"rl.hacking.heldout_verifier={rl.hacking.heldout_verifier}: engine.verifier.urls serve "
+                "the reward model; launch servers with engine.verifier.servers"
+            )
         _served_folder(config, Path(rl.hacking.heldout_verifier), "rl.hacking.heldout_verifier")
 
 
 def check_pipeline(config: SparkConfig) -> None:
-    """The stages that the pipeline has, with every arm of stage III, before the first of them starts."""
+    """The stages that the pipeline has, with every arm of stage III, before the first of them
+    starts.
+    """
     check_stage1(config)
     if config.pipeline.label_methods:
         check_stage2(config)
     for arm in pipeline_arms(config):
         try:
-            check_stage3(arm_config(config, arm), reward_model_comes_later=arm.comes_from_stage2(config))
+            check_stage3(
+                arm_config(config, arm), reward_model_comes_later=arm.comes_from_stage2(config)
+            )
         except ConfigError as error:
             raise ConfigError(f"stage III, arm {arm.name}: {error}") from error
     if config.pipeline.rl_answers is not None:
@@ -146,8 +190,9 @@ def check_pipeline(config: SparkConfig) -> None:
 
 
 def check_data_here(config: SparkConfig, fields: Sequence[str]) -> None:
-    """Of these fields, every file that is on this machine, row by row, for ``--dry-run``: what a job would only say
-    after its wait in the queue. Raises ``DataFileError`` with file and line."""
+    """Of these fields, every file that is on this machine, row by row, for ``--dry-run``: what a
+    job would only say after its wait in the queue. Raises ``DataFileError`` with file and line.
+    """
     for field in fields:
         section, name = field.split(".")
         path = getattr(getattr(config, section), name)
@@ -167,19 +212,28 @@ def check_data_here(config: SparkConfig, fields: Sequence[str]) -> None:
 
 
 def reward_model_folder(config: SparkConfig) -> Path:
-    """Where the reward model is: named, or stage II's result in this run. Raises ``ConfigError`` when there is none."""
+    """Where the reward model is: named, or stage II's result in this run. Raises ``ConfigError``
+    when there is none.
+    """
     made = stage2_folder(config.run, config.stage2.method, config.reward_variant) / "model"
     model = Path(config.rl.reward_model or made)
     if not (model / "config.json").exists():
-        raise ConfigError(f"rl.reward_model={model}: no model there; run `spark-nemo stage2` or name one")
+        raise ConfigError(
+            f"rl.reward_model={model}: no model there; run `spark-nemo stage2` or name one"
+        )
     return model
 
 
 def _has_answers(config: SparkConfig, answers: str, problems: str) -> None:
     """Every problem of one file has an answer in the other."""
     path = _set(config, answers)
-    if missing := {p.problem_id for p in read_problems(_set(config, problems))} - read_answer_keys(path).keys():
-        raise ConfigError(f"{answers}={path}: no answer for {len(missing)} of {problems}, {min(missing)} first")
+    if (
+        missing := {p.problem_id for p in read_problems(_set(config, problems))}
+        - read_answer_keys(path).keys()
+    ):
+        raise ConfigError(
+            f"{answers}={path}: no answer for {len(missing)} of {problems}, {min(missing)} first"
+        )
 
 
 def _set(config: SparkConfig, field: str) -> str:
@@ -191,11 +245,15 @@ def _set(config: SparkConfig, field: str) -> str:
 
 
 def check_sync(hf_config: Mapping[str, Any], field: str) -> ModelNumbers:
-    """What a sync is planned from. ``ConfigError`` for a model whose weights no plan brings to an engine."""
+    """What a sync is planned from. ``ConfigError`` for a model whose weights no plan brings to an
+    engine.
+    """
     try:
         return ModelNumbers.from_config(hf_config)
     except ConfigError as error:
-        raise ConfigError(f"{field}: {error}: stage III cannot train it; name another policy") from error
+        raise ConfigError(
+            f"{field}: {error}: stage III cannot train it; name another policy"
+        ) from error
 
 
 def _served_model(config: SparkConfig, field: str) -> None:
@@ -229,23 +287,36 @@ def _model(folder: Path, field: str) -> ModelShape:
 
 
 def _prompts_fit(
-    config: SparkConfig, field: str, problems: Sequence[Problem], sampling: str, max_new_tokens: int,
+    config: SparkConfig,
+    field: str,
+    problems: Sequence[Problem],
+    sampling: str,
+    max_new_tokens: int,
 ) -> None:
-    """An engine refuses a prompt without room for the response: the run would end at the step that draws it."""
+    """An engine refuses a prompt without room for the response: the run would end at the step that
+    draws it.
+    """
     tokenizer, prompts = Tokenizer.load(config.models.policy), prompt_set(config.rl.prompt_set)
     room = config.engine.max_context - max_new_tokens
-    # A token is a byte at least: most questions need not be encoded, which would take seconds for 17,000 of them.
+    # A token is a byte at least: most questions need not be encoded, which would take seconds for
+    # 17,000 of them.
     around = len(tokenizer.encode_chat(prompts.policy("?"))) + _SLACK
     doubtful = [one for one in problems if around + len(one.question.encode()) > room]
-    lengths = {one.problem_id: len(tokenizer.encode_chat(prompts.policy(one.question))) for one in doubtful}
+    lengths = {
+        one.problem_id: len(tokenizer.encode_chat(prompts.policy(one.question))) for one in doubtful
+    }
     if over := {name: length for name, length in lengths.items() if length > room}:
         name, length = next(iter(over.items()))
-        raise ConfigError(f"{field}={_set(config, field)}: {len(over)} of {len(problems)} prompts, that of {name} with "
-                          f"{length} tokens first, have no room for {sampling}.max_new_tokens={max_new_tokens} in "
-                          f"engine.max_context={config.engine.max_context}: remove them, or change one of the two")
+        raise ConfigError(
+            f"{field}={_set(config, field)}: {len(over)} of {len(problems)} prompts, that of {name} with "
+            f"{length} tokens first, have no room for {sampling}.max_new_tokens={max_new_tokens} in "
+            f"engine.max_context={config.engine.max_context}: remove them, or change one of the two"
+        )
 
 
 def _fits(config: SparkConfig, field: str, sampling: SamplingConfig | EvaluationConfig) -> None:
     if sampling.max_new_tokens >= config.engine.max_context:
-        raise ConfigError(f"{field}.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt in "
-                          f"engine.max_context={config.engine.max_context}: lower one or raise the other")
+        raise ConfigError(
+            f"{field}.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt in "
+            f"engine.max_context={config.engine.max_context}: lower one or raise the other"
+        )

@@ -1,4 +1,6 @@
-"""Child processes that do not outlive their parent: a killed run must not write on behind the back of the next one."""
+"""Child processes that do not outlive their parent: a killed run must not write on behind the back
+of the next one.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +17,31 @@ _PR_SET_PDEATHSIG = 1
 
 
 def start_child(
-    arguments: Sequence[str], environment: Mapping[str, str] | None = None, output: IO[bytes] | None = None
+    arguments: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    output: IO[bytes] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """``spark-nemo`` with ``arguments`` in a session of its own, so that Ctrl-C reaches the parent alone.
+    """``spark-nemo`` with ``arguments`` in a session of its own, so that Ctrl-C reaches the parent
+    alone.
 
     ``output`` takes stdout and stderr; None leaves them where the parent's go.
     """
     return subprocess.Popen(
-        [sys.executable, "-m", "spark_nemo.cli.main", *arguments], stdin=subprocess.DEVNULL, stdout=output,
-        stderr=output, start_new_session=True,
-        env={**os.environ, **(environment or {}), _PARENT: str(os.getpid())})
+        [sys.executable, "-m", "spark_nemo.cli.main", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+        env={**os.environ, **(environment or {}), _PARENT: str(os.getpid())},
+    )
 
 
 def die_with_parent() -> None:
-    """In a child of ``start_child``: have the kernel kill this process when its parent dies (on Linux). Else nothing.
+    """In a child of ``start_child``: have the kernel kill this process when its parent dies (on
+    Linux). Else nothing.
 
-    SIGKILL, because a checkpoint written now could meet the run that was started in place of the parent's.
+    SIGKILL, because a checkpoint written now could meet the run that was started in place of the
+    parent's.
     """
     parent = os.environ.pop(_PARENT, None)
     if parent is None or sys.platform != "linux":

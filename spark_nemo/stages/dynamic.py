@@ -1,9 +1,11 @@
-"""Dynamic sampling: more prompts are started than a step needs, and groups that would train nothing are replaced.
+"""Dynamic sampling: more prompts are started than a step needs, and groups that would train nothing
+are replaced.
 
-Source: DAPO, arXiv 2503.14476, its section 3.2. Which groups are kept depends on their content and the prompts' order
-and never on which finished first, so a repeated or a resumed run keeps the same ones: group n is looked at when all
-groups before it were, and the first ``prompts_per_step`` useful ones are kept. Nothing that comes after them can have
-changed them, so it is aborted wherever it is; its prompts go back and are the next step's first.
+Source: DAPO, arXiv 2503.14476, its section 3.2. Which groups are kept depends on their content and
+the prompts' order and never on which finished first, so a repeated or a resumed run keeps the same
+ones: group n is looked at when all groups before it were, and the first ``prompts_per_step`` useful
+ones are kept. Nothing that comes after them can have changed them, so it is aborted wherever it is;
+its prompts go back and are the next step's first.
 """
 
 from __future__ import annotations
@@ -36,13 +38,17 @@ def prompts_at_most(config: RLConfig) -> int:
     return config.rollout.rounds * config.rollout.started(config.prompts_per_step)
 
 
-async def dynamic_batch(session: RolloutSession, problems: Sequence[Problem], step: int) -> ScoredBatch:
-    """A batch of ``prompts_per_step`` useful groups of ``problems``, which are at least ``prompts_at_most``.
+async def dynamic_batch(
+    session: RolloutSession, problems: Sequence[Problem], step: int
+) -> ScoredBatch:
+    """A batch of ``prompts_per_step`` useful groups of ``problems``, which are at least
+    ``prompts_at_most``.
 
-    Its metrics are those of every group that was looked at, kept or not, so that dropping does not flatter the reward;
-    ``dynamic/useful_fraction`` is the kept share of them. With too few useful groups in ``rl.rollout.max_rounds``
-    rounds it holds what there is, and with none at all the first ``prompts_per_step``, which leave the policy as it
-    was. Raises what ``RolloutSession.batch`` raises.
+    Its metrics are those of every group that was looked at, kept or not, so that dropping does not
+    flatter the reward; ``dynamic/useful_fraction`` is the kept share of them. With too few useful
+    groups in ``rl.rollout.max_rounds`` rounds it holds what there is, and with none at all the
+    first ``prompts_per_step``, which leave the policy as it was. Raises what
+    ``RolloutSession.batch`` raises.
     """
     config, rounds, missing = session.config, 0, session.config.prompts_per_step
     groups: list[Group] = []
@@ -51,30 +57,47 @@ async def dynamic_batch(session: RolloutSession, problems: Sequence[Problem], st
     while missing and rounds < config.rollout.rounds:
         rounds += 1
         numbers = range(len(groups), len(groups) + config.rollout.started(missing))
-        starts = [partial(session.group, n, problems[n], step, _earlier(problems, n)) for n in numbers]
+        starts = [
+            partial(session.group, n, problems[n], step, _earlier(problems, n)) for n in numbers
+        ]
         found = await first_useful(starts, lambda group: trains(session, group, step), missing)
         kept += [number for number, (_, useful) in zip(numbers, found) if useful]
         groups += [group for group, _ in found]
         missing = config.prompts_per_step - len(kept)
     for served in (session.policy, *([session.judge.service.served] if session.judge else [])):
-        await until_idle(served.engine)  # what was aborted must not share a batch with what comes next
+        await until_idle(
+            served.engine
+        )  # what was aborted must not share a batch with what comes next
     everything = session.scored([judged for group in groups for judged in group], step)
     if missing:
-        log.warning("step %d: %d of %d groups have advantages after %d rounds; it trains on fewer than the %d wanted",
-                    step, len(kept), len(groups), rounds, config.prompts_per_step)
-    metrics = {**everything.metrics, "dynamic/useful_fraction": len(kept) / len(groups),
-               "dynamic/groups": float(len(groups)), "dynamic/rounds": float(rounds)}
+        log.warning(
+            "step %d: %d of %d groups have advantages after %d rounds; it trains on fewer than the %d wanted",
+            step,
+            len(kept),
+            len(groups),
+            rounds,
+            config.prompts_per_step,
+        )
+    metrics = {
+        **everything.metrics,
+        "dynamic/useful_fraction": len(kept) / len(groups),
+        "dynamic/groups": float(len(groups)),
+        "dynamic/rounds": float(rounds),
+    }
     chosen = kept or list(range(min(len(groups), config.prompts_per_step)))
     return replace(select_groups(everything, chosen), metrics=metrics, consumed=len(groups))
 
 
 async def first_useful(
-    starts: Sequence[Callable[[], Coroutine[None, None, Group]]], useful: Callable[[Group], bool], wanted: int,
+    starts: Sequence[Callable[[], Coroutine[None, None, Group]]],
+    useful: Callable[[Group], bool],
+    wanted: int,
 ) -> list[tuple[Group, bool]]:
-    """Start all, and return the results in order, each with whether it is useful, up to the ``wanted``-th that is.
+    """Start all, and return the results in order, each with whether it is useful, up to the
+    ``wanted``-th that is.
 
-    The others are cancelled and have ended when this returns; what failed among them is nobody's loss and is logged.
-    Raises what a result that was waited for raises.
+    The others are cancelled and have ended when this returns; what failed among them is nobody's
+    loss and is logged. Raises what a result that was waited for raises.
     """
     tasks = [asyncio.create_task(start()) for start in starts]
     found: list[tuple[Group, bool]] = []
@@ -89,14 +112,16 @@ async def first_useful(
         for task in tasks:
             task.cancel()
         ends = await asyncio.gather(*tasks, return_exceptions=True)
-        for end in ends[len(found):]:
+        for end in ends[len(found) :]:
             if isinstance(end, Exception):
                 log.info("a group that was not needed had failed: %s", end)
     return found
 
 
 def trains(session: RolloutSession, group: Group, step: int) -> bool:
-    """Has any response of the group an advantage, under the configured design? Without a valid sample none has."""
+    """Has any response of the group an advantage, under the configured design? Without a valid
+    sample none has.
+    """
     batch = session.scored(group, step, counts=False)
     advantages = batch_advantages(batch, session.config)
     rows = [advantages] if isinstance(advantages, torch.Tensor) else advantages
@@ -104,15 +129,24 @@ def trains(session: RolloutSession, group: Group, step: int) -> bool:
 
 
 def select_groups(batch: ScoredBatch, chosen: Sequence[int]) -> ScoredBatch:
-    """The batch of these groups alone, numbered from 0 in their order; its failure rates stay those of the whole."""
+    """The batch of these groups alone, numbered from 0 in their order; its failure rates stay those
+    of the whole.
+    """
     number = {group: position for position, group in enumerate(chosen)}
     kept = [i for i, rollout in enumerate(batch.rollouts) if rollout.group in number]
-    rewards = RewardBatch(tuple(batch.rewards.rewards[i] for i in kept), tuple(batch.rewards.valid[i] for i in kept),
-                          batch.rewards.failure_rates)
+    rewards = RewardBatch(
+        tuple(batch.rewards.rewards[i] for i in kept),
+        tuple(batch.rewards.valid[i] for i in kept),
+        batch.rewards.failure_rates,
+    )
     return replace(
-        batch, rewards=rewards,
-        rollouts=tuple(replace(batch.rollouts[i], group=number[batch.rollouts[i].group]) for i in kept),
-        judgements=tuple(batch.judgements[i] for i in kept) if batch.judgements else ())
+        batch,
+        rewards=rewards,
+        rollouts=tuple(
+            replace(batch.rollouts[i], group=number[batch.rollouts[i].group]) for i in kept
+        ),
+        judgements=tuple(batch.judgements[i] for i in kept) if batch.judgements else (),
+    )
 
 
 def _earlier(problems: Sequence[Problem], number: int) -> int:

@@ -21,15 +21,18 @@ log = logging.getLogger(__name__)
 
 
 class BatchFeed:
-    """Every rank has one; only the main rank has a session, whose batches all ranks get. A context manager: leaving it
-    ends what is still being generated.
+    """Every rank has one; only the main rank has a session, whose batches all ranks get. A context
+    manager: leaving it ends what is still being generated.
 
-    With ``rl.rollout.one_step_off`` the loop is ``take`` (this step's batch; the next one is begun), train, ``settle``
-    (the next one is there). Between the two no other call may use the engines. ``cursor`` counts the prompts that
-    dynamic sampling has used up, those of the batch ahead included.
+    With ``rl.rollout.one_step_off`` the loop is ``take`` (this step's batch; the next one is
+    begun), train, ``settle`` (the next one is there). Between the two no other call may use the
+    engines. ``cursor`` counts the prompts that dynamic sampling has used up, those of the batch
+    ahead included.
     """
 
-    def __init__(self, config: SparkConfig, problems: Sequence[Problem], session: RLSession | None) -> None:
+    def __init__(
+        self, config: SparkConfig, problems: Sequence[Problem], session: RLSession | None
+    ) -> None:
         self._config, self._problems, self._session = config, problems, session
         self._work: BackgroundWork[ScoredBatch] | None = None
         self._ahead: ScoredBatch | None = None
@@ -40,7 +43,9 @@ class BatchFeed:
         """The batch of ``step``. Collective; raises on every rank what generating it raises."""
         batch, self._ahead = self._ahead, None
         if batch is None:
-            batch = on_main_rank(lambda: run_async(self._open_session.batch(self._asked(step), step)))
+            batch = on_main_rank(
+                lambda: run_async(self._open_session.batch(self._asked(step), step))
+            )
             self.cursor += batch.consumed or 0
         rl = self._config.rl
         if rl.rollout.one_step_off and step + 1 < rl.steps:
@@ -50,7 +55,9 @@ class BatchFeed:
         return batch
 
     def settle(self) -> None:
-        """Wait for the batch that was begun, if any. Collective; raises on every rank what generating it raises."""
+        """Wait for the batch that was begun, if any. Collective; raises on every rank what
+        generating it raises.
+        """
         if not self._begun:
             return
         self._begun = False
@@ -58,14 +65,19 @@ class BatchFeed:
         self.cursor += self._ahead.consumed or 0
 
     def is_current(self, batch: ScoredBatch, step: int) -> bool:
-        """Was the batch sampled with the weights that the trainer has at ``step``? Where it is known not to be, the
-        first-step gate has nothing to compare."""
+        """Was the batch sampled with the weights that the trainer has at ``step``? Where it is
+        known not to be, the first-step gate has nothing to compare.
+        """
         if not self._config.rl.rollout.one_step_off:
             return True
-        return all(version == step for rollout in batch.rollouts for version in rollout.weight_versions)
+        return all(
+            version == step for rollout in batch.rollouts for version in rollout.weight_versions
+        )
 
     def metrics(self, batch: ScoredBatch, step: int) -> dict[str, float]:
-        """``weight_lag``: by how many versions the weights that sampled a token are older, on average over tokens."""
+        """``weight_lag``: by how many versions the weights that sampled a token are older, on
+        average over tokens.
+        """
         if not self._config.rl.rollout.one_step_off:
             return {}
         lags = [step - version for rollout in batch.rollouts for version in rollout.weight_versions]
@@ -85,7 +97,9 @@ class BatchFeed:
         """What ``state`` and ``files`` left in a checkpoint. Collective."""
         self.cursor = int(state.get("cursor", 0))  # type: ignore[call-overload]
         path = folder / IN_FLIGHT
-        self._ahead = on_main_rank(lambda: batch_from_bytes(path.read_bytes()) if path.exists() else None)
+        self._ahead = on_main_rank(
+            lambda: batch_from_bytes(path.read_bytes()) if path.exists() else None
+        )
         if self._ahead is not None:
             log.info("the next batch was in flight and is taken from the checkpoint")
 
@@ -99,7 +113,10 @@ class BatchFeed:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None,
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.abandon()
 
@@ -125,6 +142,10 @@ class BatchFeed:
 def prompt_indices(cursor: int, count: int, num_problems: int, seed: int) -> list[int]:
     """``count`` problems from place ``cursor`` on of all epochs' permutations, one after the other."""
     epochs = range(cursor // num_problems, (cursor + count - 1) // num_problems + 1)
-    order = [index for epoch in epochs for index in batch_indices(epoch, num_problems, num_problems, seed)]
+    order = [
+        index
+        for epoch in epochs
+        for index in batch_indices(epoch, num_problems, num_problems, seed)
+    ]
     start = cursor % num_problems
-    return order[start:start + count]
+    return order[start : start + count]

@@ -1,8 +1,9 @@
-"""Is a part finished, from the very settings and files that a command names? Then there is nothing to do.
+"""Is a part finished, from the very settings and files that a command names? Then there is nothing
+to do.
 
-``DONE.json`` alone does not say so: another setting or a longer data file may ask for more than what was done, or for
-something else, which the stage itself goes on with or refuses. Engines and layouts do not count: they are how a part is
-worked on, and it has been.
+``DONE.json`` alone does not say so: another setting or a longer data file may ask for more than
+what was done, or for something else, which the stage itself goes on with or refuses. Engines and
+layouts do not count: they are how a part is worked on, and it has been.
 """
 
 from __future__ import annotations
@@ -23,17 +24,32 @@ from spark_nemo.stages.run_folder import mark_done, read_done, stage1_folder, st
 _INPUTS = "inputs"
 _READS = {
     "sft": ("sft", "rl.prompt_set", "data.sft_examples", "models.policy_base"),
-    "stage1": ("stage1", "data.stage1_problems", "models.generator", "models.verifier", "models.critic"),
+    "stage1": (
+        "stage1",
+        "data.stage1_problems",
+        "models.generator",
+        "models.verifier",
+        "models.critic",
+    ),
     "stage2": ("stage2", "labels", "stage1.prompt_set", "data.processbench", "models.reward_base"),
-    "stage3": ("rl", "evaluation", "stage1.prompt_set", "reward_variant", "data.rl_problems", "data.eval_problems",
-               "data.rl_answers", "models.policy"),
+    "stage3": (
+        "rl",
+        "evaluation",
+        "stage1.prompt_set",
+        "reward_variant",
+        "data.rl_problems",
+        "data.eval_problems",
+        "data.rl_answers",
+        "models.policy",
+    ),
 }
 """Settings that a part's results depend on, by section or by name, besides ``run.seed``."""
 
 
 def inputs_of(config: SparkConfig, part: str) -> str:
-    """16 hex digits of all that ``part`` (sft, stage1, stage2 or stage3) is made from: settings, and of the files,
-    models and stores that they name the content (of large ones sizes and ends)."""
+    """16 hex digits of all that ``part`` (sft, stage1, stage2 or stage3) is made from: settings,
+    and of the files, models and stores that they name the content (of large ones sizes and ends).
+    """
     read = {name: _plain(attrgetter(name)(config)) for name in ("run.seed", *_READS[part])}
     if part == "stage2":
         read["the store"] = _identity(str(stage1_folder(config.run) / "store"))
@@ -44,15 +60,18 @@ def inputs_of(config: SparkConfig, part: str) -> str:
 
 
 def is_finished(config: SparkConfig, part: str, folder: Path) -> bool:
-    """Was ``part``, whose folder this is, finished from what ``config`` names, and is its result still there?"""
+    """Was ``part``, whose folder this is, finished from what ``config`` names, and is its result
+    still there?
+    """
     result = folder.parent / "store" if part == "stage1" else folder / "model/config.json"
     done = read_done(folder) or {}
     return _INPUTS in done and result.exists() and done[_INPUTS] == inputs_of(config, part)
 
 
 def inputs_to_remember(config: SparkConfig, part: str) -> str | None:
-    """``inputs_of`` before the work begins; None but on the main rank, which notes them: hundreds of ranks would read
-    the same data and models for nothing."""
+    """``inputs_of`` before the work begins; None but on the main rank, which notes them: hundreds
+    of ranks would read the same data and models for nothing.
+    """
     return inputs_of(config, part) if is_main_rank() else None
 
 

@@ -1,4 +1,6 @@
-"""Run a handful of dependent commands on this machine, some at a time. On a cluster Slurm does this instead."""
+"""Run a handful of dependent commands on this machine, some at a time. On a cluster Slurm does this
+instead.
+"""
 
 from __future__ import annotations
 
@@ -41,17 +43,22 @@ class Job:
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int, logs: Path) -> bool:
-    """Run the unfinished jobs in order, at most ``at_once`` together. Returns False when stopped by a signal.
+    """Run the unfinished jobs in order, at most ``at_once`` together. Returns False when stopped by
+    a signal.
 
-    A signal is passed on to the running jobs, which write their checkpoints; the same call resumes. Raises
-    ``JobFailed`` with the last line of the log when a job fails; the others are stopped first.
+    A signal is passed on to the running jobs, which write their checkpoints; the same call resumes.
+    Raises ``JobFailed`` with the last line of the log when a job fails; the others are stopped
+    first.
     """
     logs.mkdir(parents=True, exist_ok=True)
     done = {job.name for job in jobs if read_done(job.folder) is not None}
     running: dict[str, tuple[Job, subprocess.Popen[bytes], float]] = {}
     stopping = _StopRequest()
-    with (stopping, _stopped_at_the_end(running),
-          progress_bar(total=len(jobs), initial=len(done), desc="pipeline", unit="job") as bar):
+    with (
+        stopping,
+        _stopped_at_the_end(running),
+        progress_bar(total=len(jobs), initial=len(done), desc="pipeline", unit="job") as bar,
+    ):
         while len(done) < len(jobs):
             if stopping.requested and not running:
                 return False
@@ -66,17 +73,25 @@ def run_jobs(jobs: Sequence[Job], at_once: int, logs: Path) -> bool:
                 if read_done(job.folder) is not None:
                     done.add(name)
                     bar.update()
-                    bar.write(f"{name}: done in {time.monotonic() - started:.0f} s", file=sys.stderr)
+                    bar.write(
+                        f"{name}: done in {time.monotonic() - started:.0f} s", file=sys.stderr
+                    )
                 elif not stopping.requested:
-                    raise JobFailed(f"{name} failed: {_last_line(logs / f'{name}.log')} (log: {logs / f'{name}.log'})")
+                    raise JobFailed(
+                        f"{name} failed: {_last_line(logs / f'{name}.log')} (log: {logs / f'{name}.log'})"
+                    )
             stopping.pass_on([process for _, process, _ in running.values()])
-            bar.set_postfix_str(", ".join(f"{n} {_progress(j.folder)}" for n, (j, _, _) in running.items()))
+            bar.set_postfix_str(
+                ", ".join(f"{n} {_progress(j.folder)}" for n, (j, _, _) in running.items())
+            )
             time.sleep(_POLL_S)
     return True
 
 
 class _StopRequest:
-    """Remembers SIGINT or SIGTERM and hands each to the jobs: the first asks for a checkpoint, a second kills."""
+    """Remembers SIGINT or SIGTERM and hands each to the jobs: the first asks for a checkpoint, a
+    second kills.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -110,7 +125,9 @@ def _start(job: Job, logs: Path) -> subprocess.Popen[bytes]:
 
 
 @contextmanager
-def _stopped_at_the_end(running: dict[str, tuple[Job, subprocess.Popen[bytes], float]]) -> Iterator[None]:
+def _stopped_at_the_end(
+    running: dict[str, tuple[Job, subprocess.Popen[bytes], float]],
+) -> Iterator[None]:
     """Whatever ends the block, no job goes on without the pipeline."""
     try:
         yield
@@ -132,9 +149,11 @@ def _progress(folder: Path) -> str:
 
 
 def _last_line(path: Path) -> str:
-    """What the last attempt said at its end: its one-line error, or else its last line that is no progress bar."""
+    """What the last attempt said at its end: its one-line error, or else its last line that is no
+    progress bar.
+    """
     text = path.read_text(errors="replace").rpartition(_LOG_START)[2]
     if (start := text.rfind(_ERROR)) >= 0:
-        return text[start + len(_ERROR):].splitlines()[0][:300]
+        return text[start + len(_ERROR) :].splitlines()[0][:300]
     lines = [line.strip() for line in text.splitlines()[1:] if line.strip() and "%|" not in line]
     return lines[-1][:300] if lines else "no output"

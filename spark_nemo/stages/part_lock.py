@@ -1,9 +1,11 @@
-"""One process at a time works on a part of a run: two that wrote the same checkpoints would spoil both.
+"""One process at a time works on a part of a run: two that wrote the same checkpoints would spoil
+both.
 
-The lock is ``flock`` on the file LOCK in the part's folder. The kernel lets go of it when the process ends, however it
-ends, so nothing has to be cleaned up; what is written in the file only tells who has it. A part is a shard of stage I,
-a reward model, an arm, the format SFT, or a whole ``pipeline``, which holds the run folder itself; all of them may run
-side by side. Only the main rank of a part takes its lock. Where a file system has no locks, a warning says so.
+The lock is ``flock`` on the file LOCK in the part's folder. The kernel lets go of it when the
+process ends, however it ends, so nothing has to be cleaned up; what is written in the file only
+tells who has it. A part is a shard of stage I, a reward model, an arm, the format SFT, or a whole
+``pipeline``, which holds the run folder itself; all of them may run side by side. Only the main
+rank of a part takes its lock. Where a file system has no locks, a warning says so.
 """
 
 from __future__ import annotations
@@ -30,15 +32,17 @@ LOCK = "LOCK"
 _NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 _GLANCE_S = 0.2
 _held: set[int] = set()
-"""File descriptors; a forked child must close its copies, or it would keep the lock of a parent that was killed."""
+"""File descriptors; a forked child must close its copies, or it would keep the lock of a parent
+that was killed.
+"""
 
 
 @contextmanager
 def part_lock(folder: Path) -> Iterator[None]:
     """Hold the part in ``folder``, which is made; on ranks other than the main one do nothing.
 
-    Raises ``ConfigError`` that names the process which has it. A Slurm job that was requeued goes on in spite of the
-    lock of its own lost node, which a network file system may keep for a while.
+    Raises ``ConfigError`` that names the process which has it. A Slurm job that was requeued goes
+    on in spite of the lock of its own lost node, which a network file system may keep for a while.
     """
     if not is_main_rank():
         yield
@@ -49,8 +53,16 @@ def part_lock(folder: Path) -> Iterator[None]:
     taken = False
     try:
         if taken := _take(file, folder):
-            _write(file, {"host": socket.gethostname(), "pid": os.getpid(), "command": sys.argv[1:],
-                          "since": datetime.now().astimezone().isoformat(" ", "seconds"), "slurm": _slurm_start()})
+            _write(
+                file,
+                {
+                    "host": socket.gethostname(),
+                    "pid": os.getpid(),
+                    "command": sys.argv[1:],
+                    "since": datetime.now().astimezone().isoformat(" ", "seconds"),
+                    "slurm": _slurm_start(),
+                },
+            )
         yield
     finally:
         if taken:
@@ -60,10 +72,11 @@ def part_lock(folder: Path) -> Iterator[None]:
 
 
 def part_owner(folder: Path) -> dict[str, Any] | None:
-    """Who works on the part in ``folder``, as ``part_lock`` wrote it; None for nobody. Writes nothing.
+    """Who works on the part in ``folder``, as ``part_lock`` wrote it; None for nobody. Writes
+    nothing.
 
-    Raises ``OSError`` where there are no locks to ask. Who has the lock of a network file system may be out of sight
-    on another node: as good as that file system's ``flock``.
+    Raises ``OSError`` where there are no locks to ask. Who has the lock of a network file system
+    may be out of sight on another node: as good as that file system's ``flock``.
     """
     try:
         file = os.open(folder / LOCK, os.O_RDONLY)
@@ -87,15 +100,24 @@ def _take(file: int, folder: Path) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        log.warning("%s cannot be locked (%s): take care that no second run works on it", folder, error.strerror)
+        log.warning(
+            "%s cannot be locked (%s): take care that no second run works on it",
+            folder,
+            error.strerror,
+        )
         return False
     (job, start), (its_job, its_start) = _slurm_start(), owner.get("slurm", (None, 0))
     if job is not None and job == its_job and start > its_start:
-        log.warning("%s is still locked by an earlier start of this job on %s: going on", folder, owner.get("host"))
+        log.warning(
+            "%s is still locked by an earlier start of this job on %s: going on",
+            folder,
+            owner.get("host"),
+        )
         return False
     raise ConfigError(
         f"{folder} is being worked on by process {owner.get('pid', '?')} on {owner.get('host', '?')} since "
-        f"{owner.get('since', '?')}: wait for it or end it, or use another run.dir")
+        f"{owner.get('since', '?')}: wait for it or end it, or use another run.dir"
+    )
 
 
 def _lock(file: int) -> None:
@@ -107,7 +129,9 @@ def _lock(file: int) -> None:
 
 
 def is_main_rank() -> bool:
-    """By what the launcher (torchrun, srun) says; a process that nobody launched as a rank is the only one."""
+    """By what the launcher (torchrun, srun) says; a process that nobody launched as a rank is the
+    only one.
+    """
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return os.environ["RANK"] == "0"
     task = slurm_task()

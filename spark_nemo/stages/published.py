@@ -1,7 +1,9 @@
-"""What config.json says of the models that the recipes name, so that a recipe is checked before 100 GB are downloaded.
+"""What config.json says of the models that the recipes name, so that a recipe is checked before 100
+GB are downloaded.
 
-Looked up, not remembered. Layers, widths, heads and vocabulary are those that ``tests/weight_sync/shapes`` keeps with
-their sources (a test compares); a fine-tuned model shares its base's. The contexts:
+Looked up, not remembered. Layers, widths, heads and vocabulary are those that
+``tests/weight_sync/shapes`` keeps with their sources (a test compares); a fine-tuned model shares
+its base's. The contexts:
 
 * Qwen2.5-*-Instruct, 32,768: github.com/QwenLM/Qwen3 issue 1133 ("the config says 32k"), and its model card's section
   on long texts.
@@ -19,11 +21,26 @@ from typing import Any
 
 
 def _config(
-    model_type: str, layers: int, hidden: int, heads: int, ffn: int, vocabulary: int, context: int, kv_heads: int = 8,
+    model_type: str,
+    layers: int,
+    hidden: int,
+    heads: int,
+    ffn: int,
+    vocabulary: int,
+    context: int,
+    kv_heads: int = 8,
 ) -> dict[str, Any]:
-    return {"model_type": model_type, "num_hidden_layers": layers, "hidden_size": hidden, "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads, "intermediate_size": ffn, "vocab_size": vocabulary,
-            "max_position_embeddings": context, "tie_word_embeddings": False}
+    return {
+        "model_type": model_type,
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": ffn,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": context,
+        "tie_word_embeddings": False,
+    }
 
 
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -36,7 +53,13 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "Llama-3.1-70B-Instruct": _config("llama", 80, 8192, 64, 28672, 128256, 131072),
 }
 """By folder name."""
-BASES = {"Qwen2.5-14B-Instruct": "qwen2.5-14b", "Qwen2.5-72B-Instruct": "qwen2.5-72b", "Qwen2.5-Math-7B": "qwen2.5-7b",
-         "Qwen2.5-Math-72B": "qwen2.5-72b", "Qwen3-32B": "qwen3-32b", "Llama-3.1-70B": "llama-3.1-70b",
-         "Llama-3.1-70B-Instruct": "llama-3.1-70b"}
+BASES = {
+    "Qwen2.5-14B-Instruct": "qwen2.5-14b",
+    "Qwen2.5-72B-Instruct": "qwen2.5-72b",
+    "Qwen2.5-Math-7B": "qwen2.5-7b",
+    "Qwen2.5-Math-72B": "qwen2.5-72b",
+    "Qwen3-32B": "qwen3-32b",
+    "Llama-3.1-70B": "llama-3.1-70b",
+    "Llama-3.1-70B-Instruct": "llama-3.1-70b",
+}
 """The model in ``tests/weight_sync/shapes`` whose sizes each one shares."""

@@ -1,4 +1,6 @@
-"""The generating half of stage III: sample groups, judge every response as soon as it is finished, score the batch."""
+"""The generating half of stage III: sample groups, judge every response as soon as it is finished,
+score the batch.
+"""
 
 from __future__ import annotations
 
@@ -40,15 +42,19 @@ from spark_nemo.stages.timeline import GENERATE, VERIFY, Timeline
 Judged = tuple[Rollout, Judgement | None]
 """A rollout and, where a reward model is asked, what became of it."""
 MODEL_REWARDS = {
-    "process_aware": process_aware_reward, "step_average": step_average_reward, "step_augmented": step_augmented_reward,
+    "process_aware": process_aware_reward,
+    "step_average": step_average_reward,
+    "step_augmented": step_augmented_reward,
 }
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredBatch:
-    """One step's rollouts with their rewards; ``judgements`` is empty for the baselines without a reward model.
+    """One step's rollouts with their rewards; ``judgements`` is empty for the baselines without a
+    reward model.
 
-    ``consumed`` is how many prompts of the data went into it, when that is not the number of its groups.
+    ``consumed`` is how many prompts of the data went into it, when that is not the number of its
+    groups.
     """
 
     rollouts: tuple[Rollout, ...]
@@ -60,7 +66,9 @@ class ScoredBatch:
 
 @dataclass(frozen=True, slots=True)
 class RolloutSession:
-    """What the main rank needs to make a batch: the policy's engine and what the reward asks, if anything."""
+    """What the main rank needs to make a batch: the policy's engine and what the reward asks, if
+    anything.
+    """
 
     policy: ServedModel
     prompts: PromptSet
@@ -74,10 +82,13 @@ class RolloutSession:
     async def batch(self, problems: Sequence[Problem], step: int) -> ScoredBatch:
         """``group_size`` rollouts of every problem, scored.
 
-        Raises ``EngineFailure`` when the policy's engine fails (a group must be whole) and ``FailureRateExceeded``.
+        Raises ``EngineFailure`` when the policy's engine fails (a group must be whole) and
+        ``FailureRateExceeded``.
         """
         await self.refresh()
-        groups = await all_or_none(self.group(number, problem, step) for number, problem in enumerate(problems))
+        groups = await all_or_none(
+            self.group(number, problem, step) for number, problem in enumerate(problems)
+        )
         return self.scored([judged for group in groups for judged in group], step)
 
     async def refresh(self) -> None:
@@ -86,34 +97,59 @@ class RolloutSession:
             await self.judge.service.refresh()
 
     async def group(self, number: int, problem: Problem, step: int, again: int = 0) -> list[Judged]:
-        """The rollouts of one problem, each judged as soon as it is finished, while its siblings still decode.
+        """The rollouts of one problem, each judged as soon as it is finished, while its siblings
+        still decode.
 
-        ``again`` counts earlier groups of the same problem in this step: they must not draw the same samples.
+        ``again`` counts earlier groups of the same problem in this step: they must not draw the
+        same samples.
         """
         return await all_or_none(
-            self._one(number, problem, index, step, again) for index in range(self.config.group_size))
+            self._one(number, problem, index, step, again)
+            for index in range(self.config.group_size)
+        )
 
     def scored(self, judged: Sequence[Judged], step: int, *, counts: bool = True) -> ScoredBatch:
-        """The batch of whole groups, in order. Raises ``FailureRateExceeded``; not when its failures count nowhere."""
+        """The batch of whole groups, in order. Raises ``FailureRateExceeded``; not when its
+        failures count nowhere.
+        """
         rollouts = tuple(rollout for rollout, _ in judged)
         judgements = tuple(judgement for _, judgement in judged if judgement is not None)
-        scores = [shaped(self.config, *pair)
-                  for pair in zip(rollouts, self._scores(rollouts, judgements, step), strict=True)]
-        shown = sum(judgement.outcome is not None for judgement in judgements) if self.judge else len(scores)
+        scores = [
+            shaped(self.config, *pair)
+            for pair in zip(rollouts, self._scores(rollouts, judgements, step), strict=True)
+        ]
+        shown = (
+            sum(judgement.outcome is not None for judgement in judgements)
+            if self.judge
+            else len(scores)
+        )
         if counts:
             self.failures.add(scores, shown, self.config.failures.bound)
         rewards = apply_failure_policy(scores, self.config.failures, num_verifications=shown)
-        return ScoredBatch(rollouts, rewards, judgements, batch_metrics(rollouts, rewards, judgements))
+        return ScoredBatch(
+            rollouts, rewards, judgements, batch_metrics(rollouts, rewards, judgements)
+        )
 
     async def _one(self, group: int, problem: Problem, index: int, step: int, again: int) -> Judged:
-        seed = derive_seed("rollout", self.seed, step, problem.problem_id, index, *([again] if again else []))
+        seed = derive_seed(
+            "rollout", self.seed, step, problem.problem_id, index, *([again] if again else [])
+        )
         with self.timeline.during(GENERATE, step):
-            done = await self.policy.complete(self.prompts.policy(problem.question), self.config.sampling, seed)
+            done = await self.policy.complete(
+                self.prompts.policy(problem.question), self.config.sampling, seed
+            )
         generation = done.generation
         rollout = Rollout(
-            problem=problem, group=group, prompt_ids=done.prompt_ids, response_ids=generation.token_ids,
-            logprobs=generation.logprobs, weight_versions=generation.weight_versions, text=done.text,
-            finish_reason=str(generation.finish_reason), step_spans=self._spans(generation.token_ids))
+            problem=problem,
+            group=group,
+            prompt_ids=done.prompt_ids,
+            response_ids=generation.token_ids,
+            logprobs=generation.logprobs,
+            weight_versions=generation.weight_versions,
+            text=done.text,
+            finish_reason=str(generation.finish_reason),
+            step_spans=self._spans(generation.token_ids),
+        )
         if self.judge is None:
             return rollout, None
         with self.timeline.during(VERIFY, step):
@@ -133,10 +169,17 @@ class RolloutSession:
             case "majority":
                 return list(majority_rewards(rollouts, normalise_answer))
             case "random":
-                rules, first = self.config.hacking.constraints, rollouts[0].group * self.config.group_size
-                return [random_reward(read_response(rollout, rules),
-                                      derive_seed("random-reward", self.seed, step, position))
-                        for position, rollout in enumerate(rollouts, start=first)]
+                rules, first = (
+                    self.config.hacking.constraints,
+                    rollouts[0].group * self.config.group_size,
+                )
+                return [
+                    random_reward(
+                        read_response(rollout, rules),
+                        derive_seed("random-reward", self.seed, step, position),
+                    )
+                    for position, rollout in enumerate(rollouts, start=first)
+                ]
             case "rlvr":
                 assert self.checker is not None
                 return rlvr_rewards(rollouts, self.checker)
@@ -156,12 +199,15 @@ def shaped(config: RLConfig, rollout: Rollout, score: float | Failure) -> float 
 
 
 def batch_metrics(
-    rollouts: Sequence[Rollout], rewards: RewardBatch, judgements: Sequence[Judgement],
+    rollouts: Sequence[Rollout],
+    rewards: RewardBatch,
+    judgements: Sequence[Judgement],
 ) -> dict[str, float]:
-    """Means over the batch, as fractions or tokens; ``failure/...`` are shares of the verifications asked for.
+    """Means over the batch, as fractions or tokens; ``failure/...`` are shares of the verifications
+    asked for.
 
-    Where nobody labelled a step (an ORM, a baseline, no verdict at all) there is no ``correct_step_fraction``: it would
-    be a 0 that nobody said.
+    Where nobody labelled a step (an ORM, a baseline, no verdict at all) there is no
+    ``correct_step_fraction``: it would be a 0 that nobody said.
     """
     valid = [reward for reward, ok in zip(rewards.rewards, rewards.valid) if ok]
     violations = Counter(j.violation.rule for j in judgements if j.violation is not None)
@@ -179,5 +225,7 @@ def batch_metrics(
         "sampled_tokens": float(sum(len(r.response_ids) for r in rollouts)),
         "verifier_tokens": float(sum(j.num_tokens for j in judgements)),
         **{f"failure/{kind}": rate for kind, rate in rewards.failure_rates.items()},
-        **{f"violation/{rule}": count / len(rollouts) for rule, count in sorted(violations.items())},
+        **{
+            f"violation/{rule}": count / len(rollouts) for rule, count in sorted(violations.items())
+        },
     }

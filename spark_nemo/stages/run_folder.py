@@ -1,4 +1,5 @@
-"""The run folder: where each stage's results lie, how a finished part is marked, and how progress is shown.
+"""The run folder: where each stage's results lie, how a finished part is marked, and how progress
+is shown.
 
 ::
 
@@ -64,21 +65,33 @@ def stage3_folder(run: RunConfig, arm: str) -> Path:
 
 
 def comparable_rl(rl: dict[str, object]) -> dict[str, object]:
-    """``asdict`` of an ``RLConfig`` with the two settings that may be unset as what unset means, for comparing runs: a
-    folder made before they could be unset has the values, and is the same run. So is one made before the settings of
-    the verifier and of shaping existed. The kind of reward model is in the folder's name. Of ``hacking`` only the
-    constraints change what is trained.
+    """``asdict`` of an ``RLConfig`` with the two settings that may be unset as what unset means,
+    for comparing runs: a folder made before they could be unset has the values, and is the same
+    run. So is one made before the settings of the verifier and of shaping existed. The kind of
+    reward model is in the folder's name. Of ``hacking`` only the constraints change what is
+    trained.
     """
     hacking = rl.get("hacking", {})
-    constraints = {**asdict(ConstraintsConfig()), **hacking.get("constraints", {}), **rl.get("hacking.constraints", {})}
+    constraints = {
+        **asdict(ConstraintsConfig()),
+        **hacking.get("constraints", {}),
+        **rl.get("hacking.constraints", {}),
+    }
     named = {name: value for name, value in rl.items() if name not in ("reward_variant", "hacking")}
-    return {**VERIFIER_KNOBS, **SHAPING_KNOBS, **named, "hacking.constraints": constraints,
-            "std_normalise": rl["std_normalise"] is not False,
-            "loss_aggregation": rl["loss_aggregation"] or "token_mean"}
+    return {
+        **VERIFIER_KNOBS,
+        **SHAPING_KNOBS,
+        **named,
+        "hacking.constraints": constraints,
+        "std_normalise": rl["std_normalise"] is not False,
+        "loss_aggregation": rl["loss_aggregation"] or "token_mean",
+    }
 
 
 def read_done(folder: Path) -> dict[str, object] | None:
-    """What ``mark_done`` wrote, None while the part is unfinished. A marker, never an exit code, means success."""
+    """What ``mark_done`` wrote, None while the part is unfinished. A marker, never an exit code,
+    means success.
+    """
     path = folder / DONE
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -107,7 +120,9 @@ class Clock:
 
 
 class Progress:
-    """A progress bar on the terminal and ``progress.json`` in the folder, for whoever watches from outside."""
+    """A progress bar on the terminal and ``progress.json`` in the folder, for whoever watches from
+    outside.
+    """
 
     def __init__(self, folder: Path, total: int, unit: str, clock: Clock | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,6 @@
-"""The policy's format SFT: a base model learns to write steps in tags and its answer in a box, before stage III."""
+"""The policy's format SFT: a base model learns to write steps in tags and its answer in a box,
+before stage III.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,11 @@ from spark_nemo.stages.layout_check import check_memory
 from spark_nemo.stages.part_lock import part_lock
 from spark_nemo.stages.run_folder import Clock, mark_done, sft_folder
 from spark_nemo.training.packing import TrainSequence, drop_longer_than
-from spark_nemo.training.policy_examples import policy_sequences, read_policy_examples, split_held_out
+from spark_nemo.training.policy_examples import (
+    policy_sequences,
+    read_policy_examples,
+    split_held_out,
+)
 from spark_nemo.training.sft import held_out_loss, num_sft_steps, train_sft
 from spark_nemo.training.stop import StopFlag
 
@@ -35,10 +41,11 @@ class SftData:
 
 
 def run_sft(config: SparkConfig) -> bool:
-    """Check every example, fine-tune, export ``model/``. Returns False when asked to stop; run again to go on.
+    """Check every example, fine-tune, export ``model/``. Returns False when asked to stop; run
+    again to go on.
 
-    Collective over the trainer ranks. Raises ``ConfigError`` or ``DataFileError`` on bad input, or when another
-    process is at it, before any work.
+    Collective over the trainer ranks. Raises ``ConfigError`` or ``DataFileError`` on bad input, or
+    when another process is at it, before any work.
     """
     data = sft_data(config)
     check_memory(config, "sft")
@@ -53,16 +60,30 @@ def _train(config: SparkConfig, data: SftData, folder: Path) -> bool:
     stage, base = config.sft, config.models.policy_base
     log.info("%s", data.counts)
     total_steps = num_sft_steps(len(data.trained), stage.epochs, stage.batch_size)
-    worker = MegatronWorker.from_hf(base, config.megatron, config.run.seed, stage.optimizer, total_steps)
+    worker = MegatronWorker.from_hf(
+        base, config.megatron, config.run.seed, stage.optimizer, total_steps
+    )
     clock, budget = Clock(folder), config.megatron.tokens_per_micro_batch
     if worker.is_main:
         write_json_atomic(folder / "data.json", data.counts)
     with StopFlag(folder) as stop:
         result = train_sft(
-            worker, data.trained, epochs=stage.epochs, batch_size=stage.batch_size, tokens_per_micro_batch=budget,
-            seed=config.run.seed, run_folder=folder, save_every=stage.save_every, stop=stop,
-            held_out=data.held_out, eval_every=stage.measured_every, made_with={
-                "sft.optimizer": asdict(stage.optimizer), "models.policy_base": model_identity(base)})
+            worker,
+            data.trained,
+            epochs=stage.epochs,
+            batch_size=stage.batch_size,
+            tokens_per_micro_batch=budget,
+            seed=config.run.seed,
+            run_folder=folder,
+            save_every=stage.save_every,
+            stop=stop,
+            held_out=data.held_out,
+            eval_every=stage.measured_every,
+            made_with={
+                "sft.optimizer": asdict(stage.optimizer),
+                "models.policy_base": model_identity(base),
+            },
+        )
     if worker.is_main:
         clock.save()
     if not result.finished:
@@ -70,26 +91,45 @@ def _train(config: SparkConfig, data: SftData, folder: Path) -> bool:
     last = held_out_loss(worker, data.held_out, budget) if data.held_out else None
     worker.save_hf(folder / "model", source_dir=Path(base))
     if worker.is_main:
-        mark_done(folder, {**data.counts, "held_out_loss": last, "seconds": clock.seconds, "steps": total_steps,
-                           "tokens": sum(s.num_positions for s in data.trained) * stage.epochs})
+        mark_done(
+            folder,
+            {
+                **data.counts,
+                "held_out_loss": last,
+                "seconds": clock.seconds,
+                "steps": total_steps,
+                "tokens": sum(s.num_positions for s in data.trained) * stage.epochs,
+            },
+        )
     return True
 
 
 def sft_data(config: SparkConfig) -> SftData:
     """Settings and examples, checked; the examples divided and tokenised. Loads no model.
 
-    Raises ``ConfigError`` for settings that cannot work or when nothing is left to train on, and ``DataFileError``.
+    Raises ``ConfigError`` for settings that cannot work or when nothing is left to train on, and
+    ``DataFileError``.
     """
     check_sft(config)
     stage, tokenizer = config.sft, Tokenizer.load(config.models.policy_base)
-    examples, dropped = read_policy_examples(config.data.sft_examples, drop_invalid=stage.invalid == "drop")
+    examples, dropped = read_policy_examples(
+        config.data.sft_examples, drop_invalid=stage.invalid == "drop"
+    )
     sides, too_long = [], 0
     for side in split_held_out(examples, stage.held_out, config.run.seed):
         kept, longer = drop_longer_than(
-            policy_sequences(side, prompt_set(config.rl.prompt_set), tokenizer), stage.max_length)
+            policy_sequences(side, prompt_set(config.rl.prompt_set), tokenizer), stage.max_length
+        )
         sides.append(kept)
         too_long += longer
     if not sides[0]:
         raise ConfigError(f"sft.max_length={stage.max_length}: every example is longer")
-    return SftData(*sides, {"examples": len(sides[0]), "held_out": len(sides[1]), "too_long": too_long,
-                            "dropped": dict(sorted(dropped.items()))})
+    return SftData(
+        *sides,
+        {
+            "examples": len(sides[0]),
+            "held_out": len(sides[1]),
+            "too_long": too_long,
+            "dropped": dict(sorted(dropped.items())),
+        },
+    )

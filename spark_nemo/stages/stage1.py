@@ -1,4 +1,6 @@
-"""Stage I: verification data. M solutions per problem, N verifications per solution, nothing asked for twice."""
+"""Stage I: verification data. M solutions per problem, N verifications per solution, nothing asked
+for twice.
+"""
 
 from __future__ import annotations
 
@@ -30,32 +32,51 @@ _LAST_PROBE_S = 30.0
 def run_stage1(config: SparkConfig) -> CollectCounts:
     """Sample what is missing of the configured shard (or of everything) and write its statistics.
 
-    Raises ``ConfigError`` on bad input, or when another process is at this shard, before any model is loaded;
-    ``TooManyFailures`` when more than ``stage1.max_failure_rate`` of the solutions or verifications is unusable: as
-    soon as that is clear, and what is stored by then stays.
+    Raises ``ConfigError`` on bad input, or when another process is at this shard, before any model
+    is loaded; ``TooManyFailures`` when more than ``stage1.max_failure_rate`` of the solutions or
+    verifications is unusable: as soon as that is clear, and what is stored by then stays.
     """
     check_stage1(config)
-    folder, name, inputs = stage1_folder(config.run), shard_name(config.stage1), inputs_to_remember(config, "stage1")
+    folder, name, inputs = (
+        stage1_folder(config.run),
+        shard_name(config.stage1),
+        inputs_to_remember(config, "stage1"),
+    )
     with part_lock(folder / name):
         counts = _sample(config, folder, name)
-        if not counts.postponed_verifications and not counts.engine_failures:  # or the next run asks again
+        if (
+            not counts.postponed_verifications and not counts.engine_failures
+        ):  # or the next run asks again
             remember_inputs(folder / name, inputs)
         return counts
 
 
 def _sample(config: SparkConfig, folder: Path, name: str) -> CollectCounts:
     stage, problems = config.stage1, _shard(read_problems(config.data.stage1_problems), config)
-    generator = ServedModel.load(config.engine, config.models.generator, "policy", folder / "servers" / name)
-    verifier = ServedModel.load(config.engine, config.models.verifier, "verifier", folder / "servers" / name)
-    clock, total = Clock(folder / name), len(problems) * stage.solutions_per_problem * stage.verifications_per_solution
+    generator = ServedModel.load(
+        config.engine, config.models.generator, "policy", folder / "servers" / name
+    )
+    verifier = ServedModel.load(
+        config.engine, config.models.verifier, "verifier", folder / "servers" / name
+    )
+    clock, total = (
+        Clock(folder / name),
+        len(problems) * stage.solutions_per_problem * stage.verifications_per_solution,
+    )
 
-    with (RecordStore(folder / "store", writer_name=name, fsync_every=256) as store,
-          progress(folder / name, total, "verification", clock) as bar):
+    with (
+        RecordStore(folder / "store", writer_name=name, fsync_every=256) as store,
+        progress(folder / name, total, "verification", clock) as bar,
+    ):
         watch = Stage1Watch(stage, bar, total)
         earlier = RecordStore(stage.solutions_from) if stage.solutions_from is not None else None
         after = after_votes(config, verifier, store, folder / "servers" / name)
-        collector = Collector(stage, config.run.seed, generator, verifier, store, watch, after, earlier)
-        _claim(folder / "made_by.json", {**collector.made_by(), **(after.made_by() if after else {})})
+        collector = Collector(
+            stage, config.run.seed, generator, verifier, store, watch, after, earlier
+        )
+        _claim(
+            folder / "made_by.json", {**collector.made_by(), **(after.made_by() if after else {})}
+        )
         freeze_heap()
         ledger = watch.ledger = LedgerFile(folder / f"ledger-{name}.json", collector.ledger)
         try:
@@ -64,25 +85,34 @@ def _sample(config: SparkConfig, folder: Path, name: str) -> CollectCounts:
             ledger.save()
             watch.show(collector.counts)
     if counts.postponed_verifications:
-        log.warning("%d verifications were put off because an engine failed: the same command asks for them",
-                    counts.postponed_verifications)
+        log.warning(
+            "%d verifications were put off because an engine failed: the same command asks for them",
+            counts.postponed_verifications,
+        )
     clock.save()
     extra = after.stats() if after else {}
     for what, row in extra.items():
         log.info("%s: %s", what, row)
-    write_json_atomic(folder / f"stats-{name}.json", {**asdict(counts), **extra, "seconds": clock.seconds})
+    write_json_atomic(
+        folder / f"stats-{name}.json", {**asdict(counts), **extra, "seconds": clock.seconds}
+    )
     check_failure_rates(counts, stage.max_failure_rate, more=after.rates() if after else [])
     mark_done(folder / name, asdict(counts))
     return counts
 
 
 def shard_name(stage: Stage1Config) -> str:
-    """Which share of the problems; the number of shards is part of it, for another number cuts differently."""
+    """Which share of the problems; the number of shards is part of it, for another number cuts
+    differently.
+    """
     return "shard-all" if stage.shard is None else f"shard-{stage.shard}-of-{stage.num_shards}"
 
 
 async def _collect(
-    collector: Collector, after: AfterVotes | None, problems: list[Problem], config: SparkConfig,
+    collector: Collector,
+    after: AfterVotes | None,
+    problems: list[Problem],
+    config: SparkConfig,
 ) -> CollectCounts:
     # Twice what is decoded together, so that a row that falls free finds a request waiting.
     in_flight = config.stage1.max_requests_in_flight or 2 * config.engine.slots("verifier")
@@ -105,7 +135,9 @@ async def _collect(
 
 
 def _stopped(failure: EngineFailure) -> EngineFailure:
-    return EngineFailure(f"stage I stopped before its end, what is stored stays, run again: {failure}")
+    return EngineFailure(
+        f"stage I stopped before its end, what is stored stays, run again: {failure}"
+    )
 
 
 def _claim(path: Path, made_by: dict[str, object]) -> None:
@@ -113,8 +145,10 @@ def _claim(path: Path, made_by: dict[str, object]) -> None:
     before = json.loads(path.read_text()) if path.exists() else made_by
     for name, value in made_by.items():
         if (old := before.get(name, value)) != value:
-            raise ConfigError(f"{path.parent} was sampled with {name}={old}, this run has {value}: "
-                              "use another run.dir or the same settings")
+            raise ConfigError(
+                f"{path.parent} was sampled with {name}={old}, this run has {value}: "
+                "use another run.dir or the same settings"
+            )
     write_json_atomic(path, {**before, **made_by})
 
 
@@ -124,4 +158,4 @@ def _first(error: Exception) -> Exception:
 
 def _shard(problems: list[Problem], config: SparkConfig) -> list[Problem]:
     stage = config.stage1
-    return problems if stage.shard is None else problems[stage.shard::stage.num_shards]
+    return problems if stage.shard is None else problems[stage.shard :: stage.num_shards]

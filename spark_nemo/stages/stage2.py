@@ -1,6 +1,8 @@
-"""Stage II: a generative reward model, fine-tuned on one method's labels and scored on ProcessBench-format cases.
+"""Stage II: a generative reward model, fine-tuned on one method's labels and scored on
+ProcessBench-format cases.
 
-A PRM or PRM-CoT has a ProcessBench F1; an ORM, which names no step, a score of its verdicts under other names.
+A PRM or PRM-CoT has a ProcessBench F1; an ORM, which names no step, a score of its verdicts under
+other names.
 """
 
 from __future__ import annotations
@@ -21,7 +23,13 @@ from spark_nemo.stages.finished import inputs_to_remember, remember_inputs
 from spark_nemo.stages.labels import make_labels
 from spark_nemo.stages.layout_check import check_memory
 from spark_nemo.stages.part_lock import part_lock
-from spark_nemo.stages.run_folder import PROCESSBENCH, WHOLE_SOLUTION, Clock, mark_done, stage2_folder
+from spark_nemo.stages.run_folder import (
+    PROCESSBENCH,
+    WHOLE_SOLUTION,
+    Clock,
+    mark_done,
+    stage2_folder,
+)
 from spark_nemo.training.packing import TrainSequence, drop_longer_than
 from spark_nemo.training.sft import num_sft_steps, train_sft
 from spark_nemo.training.stop import StopFlag
@@ -31,10 +39,11 @@ log = logging.getLogger(__name__)
 
 
 def run_stage2(config: SparkConfig) -> bool:
-    """Label, fine-tune, export, evaluate. Returns False when asked to stop before the end; run again to go on.
+    """Label, fine-tune, export, evaluate. Returns False when asked to stop before the end; run
+    again to go on.
 
-    Collective over the trainer ranks. Raises ``ConfigError`` on bad input, or when another process is at it, before
-    any work.
+    Collective over the trainer ranks. Raises ``ConfigError`` on bad input, or when another process
+    is at it, before any work.
     """
     check_stage2(config)
     check_memory(config, "stage2")
@@ -52,14 +61,26 @@ def _train(config: SparkConfig, folder: Path) -> bool:
     labelled = make_labels(config)
     sequences = _sequences(config, labelled, Tokenizer.load(base))
     total_steps = num_sft_steps(len(sequences), stage.epochs, stage.batch_size)
-    worker = MegatronWorker.from_hf(base, config.megatron, config.run.seed, stage.optimizer, total_steps)
+    worker = MegatronWorker.from_hf(
+        base, config.megatron, config.run.seed, stage.optimizer, total_steps
+    )
     clock = Clock(folder)
     with StopFlag(folder) as stop:
         result = train_sft(
-            worker, sequences, epochs=stage.epochs, batch_size=stage.batch_size,
-            tokens_per_micro_batch=config.megatron.tokens_per_micro_batch, seed=config.run.seed, run_folder=folder,
-            save_every=stage.save_every, stop=stop, made_with={
-                "stage2.optimizer": asdict(stage.optimizer), "models.reward_base": model_identity(base)})
+            worker,
+            sequences,
+            epochs=stage.epochs,
+            batch_size=stage.batch_size,
+            tokens_per_micro_batch=config.megatron.tokens_per_micro_batch,
+            seed=config.run.seed,
+            run_folder=folder,
+            save_every=stage.save_every,
+            stop=stop,
+            made_with={
+                "stage2.optimizer": asdict(stage.optimizer),
+                "models.reward_base": model_identity(base),
+            },
+        )
     if worker.is_main:
         clock.save()
     if not result.finished:
@@ -68,8 +89,16 @@ def _train(config: SparkConfig, folder: Path) -> bool:
     if worker.is_main:
         scored = _scored(folder, config)
         clock.save()
-        mark_done(folder, {**scored, "variant": stage.variant, "seconds": clock.seconds, "examples": len(sequences),
-                           "tokens": sum(s.num_positions for s in sequences) * stage.epochs})
+        mark_done(
+            folder,
+            {
+                **scored,
+                "variant": stage.variant,
+                "seconds": clock.seconds,
+                "examples": len(sequences),
+                "tokens": sum(s.num_positions for s in sequences) * stage.epochs,
+            },
+        )
     return True
 
 
@@ -81,7 +110,9 @@ def _scored(folder: Path, config: SparkConfig) -> dict[str, float]:
     return {"f1": score_reward_model(folder / "model", config, folder / PROCESSBENCH).f1}
 
 
-def _sequences(config: SparkConfig, labelled: list[LabelledSolution], tokenizer: Tokenizer) -> list[TrainSequence]:
+def _sequences(
+    config: SparkConfig, labelled: list[LabelledSolution], tokenizer: Tokenizer
+) -> list[TrainSequence]:
     prompts, variant = prompt_set(config.stage1.prompt_set), Variant(config.stage2.variant)
     sequences = []
     for label in labelled:
@@ -90,8 +121,12 @@ def _sequences(config: SparkConfig, labelled: list[LabelledSolution], tokenizer:
         sequences.append(TrainSequence(tokenizer.encode_chat(messages), response))
     kept, num_dropped = drop_longer_than(sequences, config.stage2.max_length)
     if num_dropped:
-        log.warning("%d of %d examples are longer than stage2.max_length=%d and were left out",
-                    num_dropped, len(sequences), config.stage2.max_length)
+        log.warning(
+            "%d of %d examples are longer than stage2.max_length=%d and were left out",
+            num_dropped,
+            len(sequences),
+            config.stage2.max_length,
+        )
     if not kept:
         raise ConfigError(f"stage2.max_length={config.stage2.max_length}: every example is longer")
     return kept

@@ -1,4 +1,6 @@
-"""Stage III: GRPO with the reward model's verdict (or, as declared baselines, with answer keys, votes or a coin)."""
+"""Stage III: GRPO with the reward model's verdict (or, as declared baselines, with answer keys,
+votes or a coin).
+"""
 
 from __future__ import annotations
 
@@ -45,11 +47,13 @@ _OUT_OF_FORMAT = 0.9
 
 
 def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool:
-    """Generate, verify, train, sync; evaluate and save now and then. Collective over the trainer ranks.
+    """Generate, verify, train, sync; evaluate and save now and then. Collective over the trainer
+    ranks.
 
-    Returns False when asked to stop before the last step; the same call resumes, and the next losses are those of an
-    uninterrupted run. A ``verifier`` that is served already (the hacking simulator's) is asked instead of the reward
-    model's folder. Raises ``ConfigError`` on bad input, or when another process is at it, before any work.
+    Returns False when asked to stop before the last step; the same call resumes, and the next
+    losses are those of an uninterrupted run. A ``verifier`` that is served already (the hacking
+    simulator's) is asked instead of the reward model's folder. Raises ``ConfigError`` on bad input,
+    or when another process is at it, before any work.
     """
     check_stage3(config)
     check_memory(config, "stage3")
@@ -63,24 +67,51 @@ def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool
 
 def _train(config: SparkConfig, folder: Path, verifier: ServedModel | None) -> bool:
     rl = config.rl
-    problems, eval_problems = read_problems(config.data.rl_problems), read_math(config.data.eval_problems)
+    problems, eval_problems = (
+        read_problems(config.data.rl_problems),
+        read_math(config.data.eval_problems),
+    )
     if config.weight_sync.transport_for(config.engine.kind) == "distributed":
         same_nccl_as_sglang()
     worker = MegatronWorker.from_hf(
-        config.models.policy, config.megatron, config.run.seed, rl.optimizer, rl.steps * rl.updates_per_step)
+        config.models.policy,
+        config.megatron,
+        config.run.seed,
+        rl.optimizer,
+        rl.steps * rl.updates_per_step,
+    )
     sync = WeightSync.build(
-        config.weight_sync, worker, engine_kind=config.engine.kind, folder=folder,
-        source_dir=Path(config.models.policy), engine_tensor_parallel=config.engine.policy.tensor_parallel or 1)
+        config.weight_sync,
+        worker,
+        engine_kind=config.engine.kind,
+        folder=folder,
+        source_dir=Path(config.models.policy),
+        engine_tensor_parallel=config.engine.policy.tensor_parallel or 1,
+    )
     session = _open_on_main_rank(config, folder, sync, verifier)
     try:
-        return _run(config, worker, sync, session, BatchFeed(config, problems, session), eval_problems,
-                    made_with(config, problems, verifier))
+        return _run(
+            config,
+            worker,
+            sync,
+            session,
+            BatchFeed(config, problems, session),
+            eval_problems,
+            made_with(config, problems, verifier),
+        )
     finally:
         _release(sync, session)
 
 
-def _run(config: SparkConfig, worker: MegatronWorker, sync: WeightSync, session: RLSession | None, feed: BatchFeed,
-         eval_problems: list, made: dict[str, object]) -> bool:
+def _run(
+    config: SparkConfig,
+    worker: MegatronWorker,
+    sync: WeightSync,
+    session: RLSession | None,
+    feed: BatchFeed,
+    eval_problems: list,
+    made: dict[str, object],
+) -> bool:
     """The steps that are missing. Was the last one made?"""
     rl, folder = config.rl, stage3_folder(config.run, config.arm)
     reference = worker.snapshot() if rl.kl_estimator != "none" else None
@@ -89,7 +120,13 @@ def _run(config: SparkConfig, worker: MegatronWorker, sync: WeightSync, session:
     writer.truncate_from(start)
     timeline = session.rollouts.timeline if session is not None else Timeline()
 
-    bar = progress_bar(total=rl.steps, initial=start, desc=f"rl {config.arm}", unit="step", disable=not worker.is_main)
+    bar = progress_bar(
+        total=rl.steps,
+        initial=start,
+        desc=f"rl {config.arm}",
+        unit="step",
+        disable=not worker.is_main,
+    )
     with StopFlag(folder) as stop, feed, bar, closing(writer):
         for step in range(start, rl.steps):
             _sync(sync, worker, session, step)
@@ -98,13 +135,23 @@ def _run(config: SparkConfig, worker: MegatronWorker, sync: WeightSync, session:
             batch = feed.take(step)
             with timeline.during(TRAIN, step):
                 metrics = train_on_rollouts(
-                    worker, batch.rollouts, batch_advantages(batch, rl), torch.tensor(batch.rewards.valid), rl,
-                    reference=reference, tokens_per_micro_batch=config.megatron.tokens_per_micro_batch,
-                    gate=_gate(config, sync, worker, session, feed) if _compares(start, step, feed, batch) else None)
+                    worker,
+                    batch.rollouts,
+                    batch_advantages(batch, rl),
+                    torch.tensor(batch.rewards.valid),
+                    rl,
+                    reference=reference,
+                    tokens_per_micro_batch=config.megatron.tokens_per_micro_batch,
+                    gate=_gate(config, sync, worker, session, feed)
+                    if _compares(start, step, feed, batch)
+                    else None,
+                )
             if step == start and worker.is_main:
                 warn_out_of_format(batch.metrics)
             feed.settle()
-            watched = on_main_rank(lambda step=step, batch=batch: run_async(session.watched(batch, step)))
+            watched = on_main_rank(
+                lambda step=step, batch=batch: run_async(session.watched(batch, step))
+            )
             writer.write(step, {**batch.metrics, **feed.metrics(batch, step), **watched, **metrics})
             _write_timing(folder, timeline, step, worker.is_main)
             bar.set_postfix(reward=f"{batch.metrics['reward']:.3f}", refresh=False)
@@ -112,22 +159,34 @@ def _run(config: SparkConfig, worker: MegatronWorker, sync: WeightSync, session:
             stopping = any(gather_objects(stop.requested)) and step + 1 < rl.steps
             if stopping or (step + 1) % rl.save_every == 0 or step + 1 == rl.steps:
                 worker.save_checkpoint(
-                    folder / CHECKPOINTS, {"step": step + 1, "made_with": made, **feed.state()},
-                    files={**feed.files(), **(session.files() if session is not None else {})})
+                    folder / CHECKPOINTS,
+                    {"step": step + 1, "made_with": made, **feed.state()},
+                    files={**feed.files(), **(session.files() if session is not None else {})},
+                )
                 on_main_rank(clock.save)
             if stopping:
-                log.info("stopped after step %d of %d (%s); run again to go on", step + 1, rl.steps, stop.reason)
+                log.info(
+                    "stopped after step %d of %d (%s); run again to go on",
+                    step + 1,
+                    rl.steps,
+                    stop.reason,
+                )
                 return False
     _finish(sync, worker, session, config, folder, clock, eval_problems)
     return True
 
 
 def _open_on_main_rank(
-    config: SparkConfig, folder: Path, sync: WeightSync, verifier: ServedModel | None,
+    config: SparkConfig,
+    folder: Path,
+    sync: WeightSync,
+    verifier: ServedModel | None,
 ) -> RLSession | None:
-    """The session on the main rank, None on the others. An error is every rank's, or they would wait for it.
+    """The session on the main rank, None on the others. An error is every rank's, or they would
+    wait for it.
 
-    A server of a fleet that returns in the middle of a step gets the current weights from ``sync`` before it serves.
+    A server of a fleet that returns in the middle of a step gets the current weights from ``sync``
+    before it serves.
     """
     opened: list[RLSession] = []
     on_main_rank(lambda: opened.append(open_session(config, folder, verifier)))
@@ -137,7 +196,9 @@ def _open_on_main_rank(
 
 
 def _release(sync: WeightSync, session: RLSession | None) -> None:
-    """However the run ends: servers that live on keep neither a process group, nor paused requests, nor old weights."""
+    """However the run ends: servers that live on keep neither a process group, nor paused requests,
+    nor old weights.
+    """
     if session is None:
         return
     try:
@@ -147,37 +208,75 @@ def _release(sync: WeightSync, session: RLSession | None) -> None:
 
 
 def made_with(
-    config: SparkConfig, problems: Sequence[Problem], verifier: ServedModel | None = None,
+    config: SparkConfig,
+    problems: Sequence[Problem],
+    verifier: ServedModel | None = None,
 ) -> dict[str, object]:
-    """What the steps depend on, by name: settings, and of the problems and the models their content."""
-    free = {"eval_every", "save_every", "failures", "verifier_queue", "verifier_deadline", "verifier_cache"}
+    """What the steps depend on, by name: settings, and of the problems and the models their
+    content.
+    """
+    free = {
+        "eval_every",
+        "save_every",
+        "failures",
+        "verifier_queue",
+        "verifier_deadline",
+        "verifier_cache",
+    }
     rl = comparable_rl(asdict(config.rl))
-    rl |= {"sampling": config.rl.sampling.identity(), "verifier_sampling": config.rl.verifier_sampling.identity()}
+    rl |= {
+        "sampling": config.rl.sampling.identity(),
+        "verifier_sampling": config.rl.verifier_sampling.identity(),
+    }
     judge = {}
     if config.rl.asks_reward_model:
-        judge["the reward model"] = verifier.identity if verifier else model_identity(reward_model_folder(config))
-    return {**{f"rl.{name}": value for name, value in rl.items() if name not in free}, **judge,
-            "run.seed": config.run.seed, "models.policy": model_identity(config.models.policy),
-            "data.rl_problems": content_key([(problem.problem_id, problem.question) for problem in problems])}
+        judge["the reward model"] = (
+            verifier.identity if verifier else model_identity(reward_model_folder(config))
+        )
+    return {
+        **{f"rl.{name}": value for name, value in rl.items() if name not in free},
+        **judge,
+        "run.seed": config.run.seed,
+        "models.policy": model_identity(config.models.policy),
+        "data.rl_problems": content_key(
+            [(problem.problem_id, problem.question) for problem in problems]
+        ),
+    }
 
 
-def _resume(worker: MegatronWorker, made: dict[str, object], checkpoints: Path, feed: BatchFeed,
-            session: RLSession | None) -> int:
-    """The step to go on from. Raises ``ConfigError`` when the checkpoint is of a run with other settings."""
+def _resume(
+    worker: MegatronWorker,
+    made: dict[str, object],
+    checkpoints: Path,
+    feed: BatchFeed,
+    session: RLSession | None,
+) -> int:
+    """The step to go on from. Raises ``ConfigError`` when the checkpoint is of a run with other
+    settings.
+    """
     if not has_checkpoint(checkpoints):
         return 0
     state = worker.load_checkpoint(checkpoints)
     for name, value in made.items():
         if (before := state.get("made_with", {}).get(name, value)) != value:
-            raise ConfigError(f"{checkpoints} was made with {name}={before}, this run has {value}: "
-                              "use another run.dir or the same settings")
+            raise ConfigError(
+                f"{checkpoints} was made with {name}={before}, this run has {value}: "
+                "use another run.dir or the same settings"
+            )
     feed.restore(state, newest(checkpoints))
     on_main_rank(lambda: session.restore(newest(checkpoints)))
     return int(state["step"])
 
 
-def _finish(sync: WeightSync, worker: MegatronWorker, session: RLSession | None, config: SparkConfig, folder: Path,
-            clock: Clock, eval_problems: list) -> None:
+def _finish(
+    sync: WeightSync,
+    worker: MegatronWorker,
+    session: RLSession | None,
+    config: SparkConfig,
+    folder: Path,
+    clock: Clock,
+    eval_problems: list,
+) -> None:
     on_main_rank(lambda: session.rollouts.failures.finish(config.rl.failures.bound))
     _sync(sync, worker, session, config.rl.steps)
     accuracy = on_main_rank(lambda: run_async(session.evaluate(eval_problems, config.rl.steps)))
@@ -187,19 +286,31 @@ def _finish(sync: WeightSync, worker: MegatronWorker, session: RLSession | None,
         mark_done(folder, {"accuracy": accuracy.sampled.value, "seconds": clock.seconds})
 
 
-def _sync(sync: WeightSync, worker: MegatronWorker, session: RLSession | None, version: int) -> None:
+def _sync(
+    sync: WeightSync, worker: MegatronWorker, session: RLSession | None, version: int
+) -> None:
     run_async(sync.push(worker, session.policy.engine if session else None, version))
 
 
 def _compares(start: int, step: int, feed: BatchFeed, batch: ScoredBatch) -> bool:
-    """Does the first-step gate look at this batch? Not at one that older weights sampled: it would differ."""
+    """Does the first-step gate look at this batch? Not at one that older weights sampled: it would
+    differ.
+    """
     if step == start and not feed.is_current(batch, step):
-        log.info("first-step gate: the batch of step %d was sampled with older weights and is not compared", step)
+        log.info(
+            "first-step gate: the batch of step %d was sampled with older weights and is not compared",
+            step,
+        )
     return step == start and feed.is_current(batch, step)
 
 
-def _gate(config: SparkConfig, sync: WeightSync, worker: MegatronWorker, session: RLSession | None,
-          feed: BatchFeed) -> FirstStepGate:
+def _gate(
+    config: SparkConfig,
+    sync: WeightSync,
+    worker: MegatronWorker,
+    session: RLSession | None,
+    feed: BatchFeed,
+) -> FirstStepGate:
     engine = session.policy.engine if session else None
     show = session.policy.tokenizer.decode_response if session else None
 
@@ -208,16 +319,23 @@ def _gate(config: SparkConfig, sync: WeightSync, worker: MegatronWorker, session
         return run_async(sync.differing_tensors(worker, engine))
 
     return FirstStepGate(
-        config.weight_sync, differing_tensors, **({"show": lambda token: show((token,))} if show else {}))
+        config.weight_sync,
+        differing_tensors,
+        **({"show": lambda token: show((token,))} if show else {}),
+    )
 
 
 def warn_out_of_format(metrics: Mapping[str, float]) -> None:
-    """Say once, early, that a policy without the format learns nothing, in place of a flat curve after a night."""
+    """Say once, early, that a policy without the format learns nothing, in place of a flat curve
+    after a night.
+    """
     share = metrics.get("format_violations", 0.0)
     if share > _OUT_OF_FORMAT:
-        log.warning("%.0f %% of the responses break the format and are paid nothing, and groups of equal rewards teach "
-                    "nothing: teach the format first (`spark-nemo sft`); violation/* in metrics.jsonl says which rules",
-                    100 * share)
+        log.warning(
+            "%.0f %% of the responses break the format and are paid nothing, and groups of equal rewards teach "
+            "nothing: teach the format first (`spark-nemo sft`); violation/* in metrics.jsonl says which rules",
+            100 * share,
+        )
 
 
 def _write_timing(folder: Path, timeline: Timeline, step: int, is_main: bool) -> None:

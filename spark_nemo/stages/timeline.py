@@ -56,14 +56,18 @@ class Timeline:
         return [(a, b) for k, s, a, b in list(self._spans) if k == kind and step in (None, s)]
 
     def row(self, step: int) -> dict[str, float]:
-        """Seconds of each kind in ``step`` and ``verify_hidden``; without verifications there is no such share.
+        """Seconds of each kind in ``step`` and ``verify_hidden``; without verifications there is no
+        such share.
 
-        ``verify_hidden`` is the share of the time in which at least one verification of the step's rollouts was on its
-        way (from the end of its response to its judgement) that lies within a generation, of whatever step, or within
-        training. What is not hidden is time in which the step waited for verifications alone.
+        ``verify_hidden`` is the share of the time in which at least one verification of the step's
+        rollouts was on its way (from the end of its response to its judgement) that lies within a
+        generation, of whatever step, or within training. What is not hidden is time in which the
+        step waited for verifications alone.
         """
         verified = self.of(VERIFY, step)
-        row = {f"{kind}_seconds": seconds(self.of(kind, step)) for kind in (GENERATE, VERIFY, TRAIN)}
+        row = {
+            f"{kind}_seconds": seconds(self.of(kind, step)) for kind in (GENERATE, VERIFY, TRAIN)
+        }
         if row["verify_seconds"] > 0:
             others = [*self.of(GENERATE), *self.of(TRAIN)]
             row["verify_hidden"] = shared_seconds(verified, others) / row["verify_seconds"]

@@ -1,8 +1,9 @@
-"""Pretrain the small world's three base models with the project's own trainer: one command, one seed.
+"""Pretrain the small world's three base models with the project's own trainer: one command, one
+seed.
 
-Facts first, in sequences of a handful of tokens; then clean text in every format; then, from that common base,
-generator's and verifier's own habits; the critic goes on from the verifier. Drilled in the long formats from the start,
-the same arithmetic takes ten times as many tokens.
+Facts first, in sequences of a handful of tokens; then clean text in every format; then, from that
+common base, generator's and verifier's own habits; the critic goes on from the verifier. Drilled in
+the long formats from the start, the same arithmetic takes ten times as many tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from spark_nemo.config import MegatronConfig, OptimizerConfig
 from spark_nemo.engines.tokenizer import Tokenizer
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records.progress_bar import progress_bar
-from spark_nemo.toy.corpus import CorpusExample, clean_corpus, drill_corpus, generator_corpus, verifier_corpus
+from spark_nemo.toy.corpus import (
+    CorpusExample,
+    clean_corpus,
+    drill_corpus,
+    generator_corpus,
+    verifier_corpus,
+)
 from spark_nemo.toy.critic import critic_corpus
 from spark_nemo.toy.data import held_out_questions
 from spark_nemo.toy.tokenizer import train_tokenizer
@@ -37,25 +44,42 @@ BUILT = ("generator", "verifier", "critic")
 def model_config(vocab_size: int) -> dict[str, object]:
     """A Qwen2 of about 0.8 million parameters."""
     return {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": vocab_size, "hidden_size": 128,
-        "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 512,
-        # 0.02 is for widths of thousands; at 128 it starves the first layers of signal and learning starts late.
-        "initializer_range": 0.07, "tie_word_embeddings": True, "torch_dtype": "float32", "use_sliding_window": False,
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": vocab_size,
+        "hidden_size": 128,
+        "intermediate_size": 320,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 512,
+        # 0.02 is for widths of thousands; at 128 it starves the first layers of signal and learning
+        # starts late.
+        "initializer_range": 0.07,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+        "use_sliding_window": False,
     }
 
 
 def build_world(out: Path, seed: int) -> None:
-    """Write ``out/generator``, ``out/verifier`` and ``out/critic``, Hugging Face folders with a shared tokenizer.
+    """Write ``out/generator``, ``out/verifier`` and ``out/critic``, Hugging Face folders with a
+    shared tokenizer.
 
-    A phase that is finished is not run again, so an interrupted build goes on where it stopped, and a folder that has
-    generator and verifier gets its critic from them.
+    A phase that is finished is not run again, so an interrupted build goes on where it stopped, and
+    a folder that has generator and verifier gets its critic from them.
     """
     held_out = held_out_questions()
     corpora = {
-        "drill": drill_corpus(seed), "clean": clean_corpus(seed, held_out),
-        "generator": generator_corpus(seed, held_out), "verifier": verifier_corpus(seed, held_out),
-        "critic": critic_corpus(seed, held_out)}
+        "drill": drill_corpus(seed),
+        "clean": clean_corpus(seed, held_out),
+        "generator": generator_corpus(seed, held_out),
+        "verifier": verifier_corpus(seed, held_out),
+        "critic": critic_corpus(seed, held_out),
+    }
     vocabulary = out / "vocabulary"
 
     def finished(phase: str) -> Path:
@@ -73,14 +97,22 @@ def build_world(out: Path, seed: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _pretrain(phase: str, corpus: Iterator[CorpusExample], start: Path, out: Path, seed: int) -> None:
+def _pretrain(
+    phase: str, corpus: Iterator[CorpusExample], start: Path, out: Path, seed: int
+) -> None:
     steps, tokenizer = STEPS[phase], Tokenizer.load(start)
     optimizer = OptimizerConfig(
-        lr=LEARNING_RATE[phase], min_lr=LEARNING_RATE[phase] / 30, warmup_fraction=0.03, decay="cosine")
+        lr=LEARNING_RATE[phase],
+        min_lr=LEARNING_RATE[phase] / 30,
+        warmup_fraction=0.03,
+        decay="cosine",
+    )
     if (start / "config.json").exists():
         worker = MegatronWorker.from_hf(start, LAYOUT, seed, optimizer, steps)
     else:
-        worker = MegatronWorker.from_config(model_config(tokenizer.vocab_size), LAYOUT, seed, optimizer, steps)
+        worker = MegatronWorker.from_config(
+            model_config(tokenizer.vocab_size), LAYOUT, seed, optimizer, steps
+        )
     bar = progress_bar(iterable=range(steps), desc=phase, unit="step")
     for _ in bar:
         batch = pack(_take(corpus, tokenizer), LAYOUT.tokens_per_micro_batch).micro_batches
@@ -94,8 +126,14 @@ def _take(corpus: Iterator[CorpusExample], tokenizer: Tokenizer) -> list[TrainSe
     sequences, used = [], 0
     while used < TOKENS_PER_STEP:
         example = next(corpus)
-        prompt = tokenizer.encode_chat(example.messages) if example.messages else tokenizer.encode(example.prefix)
-        sequence = TrainSequence(prompt, (*tokenizer.encode(example.completion), *example.stop(tokenizer.eos_ids)))
+        prompt = (
+            tokenizer.encode_chat(example.messages)
+            if example.messages
+            else tokenizer.encode(example.prefix)
+        )
+        sequence = TrainSequence(
+            prompt, (*tokenizer.encode(example.completion), *example.stop(tokenizer.eos_ids))
+        )
         sequences.append(sequence)
         used += sequence.num_positions
     return sequences

@@ -1,4 +1,6 @@
-"""Pretraining text of the small world's two base models, rendered by the project's own grammar and prompts."""
+"""Pretraining text of the small world's two base models, rendered by the project's own grammar and
+prompts.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,14 @@ from spark_nemo.toy.habits import (
     tagged_response,
     write_solution,
 )
-from spark_nemo.toy.problems import MAX_VALUE, OPERATIONS, ToyProblem, apply, legal_operands, sample_problem
+from spark_nemo.toy.problems import (
+    MAX_VALUE,
+    OPERATIONS,
+    ToyProblem,
+    apply,
+    legal_operands,
+    sample_problem,
+)
 
 PROMPTS = prompt_set("compact")
 
@@ -47,7 +56,13 @@ def drill_corpus(seed: int) -> Iterator[CorpusExample]:
     clean = clean_corpus(seed, frozenset())
     while True:
         draw = rng.random()
-        yield _fact_drill(rng) if draw < 0.65 else _comparison_drill(rng) if draw < 0.97 else next(clean)
+        yield (
+            _fact_drill(rng)
+            if draw < 0.65
+            else _comparison_drill(rng)
+            if draw < 0.97
+            else next(clean)
+        )
 
 
 def clean_corpus(seed: int, held_out: frozenset[str]) -> Iterator[CorpusExample]:
@@ -77,11 +92,15 @@ def verifier_corpus(seed: int, held_out: frozenset[str]) -> Iterator[CorpusExamp
     """Verifications with the verifier's habits, of solutions by both kinds of solvers."""
     rng = random.Random(f"verifier corpus {seed}")
     for problem in sampled_problems(rng, held_out):
-        solution = write_solution(problem, ERROR_RICH if rng.random() < 0.6 else GeneratorHabits(), rng)
+        solution = write_solution(
+            problem, ERROR_RICH if rng.random() < 0.6 else GeneratorHabits(), rng
+        )
         yield _verification_example(problem, solution, VerifierHabits(), rng)
 
 
-def _solution_example(problem: ToyProblem, solution: WrittenSolution, rng: random.Random) -> CorpusExample:
+def _solution_example(
+    problem: ToyProblem, solution: WrittenSolution, rng: random.Random
+) -> CorpusExample:
     steps, answer = [step.text for step in solution.steps], str(solution.answer)
     if rng.random() < 0.5:
         return CorpusExample(PROMPTS.solve(problem.question), render_solution(steps, answer))
@@ -93,10 +112,18 @@ def _verification_example(
 ) -> CorpusExample:
     # ProcessBench gives paragraphs without an answer line, so the verifier has to know both.
     shows_answer = rng.random() < 0.7
-    shown = render_solution([s.text for s in solution.steps], str(solution.answer) if shows_answer else None)
-    complete = is_complete(problem, solution) if shows_answer else len(solution.steps) == len(problem.operations)
+    shown = render_solution(
+        [s.text for s in solution.steps], str(solution.answer) if shows_answer else None
+    )
+    complete = (
+        is_complete(problem, solution)
+        if shows_answer
+        else len(solution.steps) == len(problem.operations)
+    )
     return CorpusExample(
-        PROMPTS.verify(problem.question, shown), write_verification(problem, solution, complete, habits, rng))
+        PROMPTS.verify(problem.question, shown),
+        write_verification(problem, solution, complete, habits, rng),
+    )
 
 
 def _fact_drill(rng: random.Random) -> CorpusExample:
@@ -122,9 +149,15 @@ def _random_fact(rng: random.Random) -> WrittenStep:
 
 
 def write_verification(
-    problem: ToyProblem, solution: WrittenSolution, complete: bool, habits: VerifierHabits, rng: random.Random
+    problem: ToyProblem,
+    solution: WrittenSolution,
+    complete: bool,
+    habits: VerifierHabits,
+    rng: random.Random,
 ) -> str:
-    """Verify ``solution`` the way a verifier with these habits would; ``complete`` is seen for what it is."""
+    """Verify ``solution`` the way a verifier with these habits would; ``complete`` is seen for what
+    it is.
+    """
     judgements, left = [], problem.start
     for index, step in enumerate(solution.steps):
         judgements.append(_judge(step, expected_step(problem, index, left), habits, rng))
@@ -148,7 +181,9 @@ def _judge(
 
 
 def recomputation(recomputed: str, step: WrittenStep, rng: random.Random) -> str:
-    """An analysis that sets a computation beside what the step claims, in one of the verifier's two wordings."""
+    """An analysis that sets a computation beside what the step claims, in one of the verifier's two
+    wordings.
+    """
     if rng.random() < 0.5:
         return f"Check: {recomputed}. Claim: {step.text}."
     return f"I get {recomputed}, written {step.text}."

@@ -1,9 +1,10 @@
-"""How the small world's critic works: what its pretraining text teaches it about critiques, merges and references.
+"""How the small world's critic works: what its pretraining text teaches it about critiques, merges
+and references.
 
-The critic derives anew every step that the verification only glanced at, and every subtraction. Any other computation
-that the verification shows it takes at its word. It has a weakness of its own: taking away seven or more it mostly
-forgets to borrow, also when it decodes greedily. So it repairs most of a verifier's faults, believes some, and adds a
-few.
+The critic derives anew every step that the verification only glanced at, and every subtraction. Any
+other computation that the verification shows it takes at its word. It has a weakness of its own:
+taking away seven or more it mostly forgets to borrow, also when it decodes greedily. So it repairs
+most of a verifier's faults, believes some, and adds a few.
 """
 
 from __future__ import annotations
@@ -36,7 +37,12 @@ from spark_nemo.toy.habits import (
 from spark_nemo.toy.problems import OPERATIONS, ToyProblem
 
 PROMPTS = revision_prompts("compact")
-FINE, MISSED_ERROR, FALSE_ALARM, WRONG_REASON = "fine", "missed error", "false alarm", "wrong reason"
+FINE, MISSED_ERROR, FALSE_ALARM, WRONG_REASON = (
+    "fine",
+    "missed error",
+    "false alarm",
+    "wrong reason",
+)
 INCONSISTENT = "inconsistent"
 _EQUATION = r"\d+[-+*]\d+=\d+"
 _SHOWN = re.compile(rf"^(?:Check: |I get )({_EQUATION})[.,]")
@@ -44,8 +50,8 @@ _SHOWN = re.compile(rf"^(?:Check: |I get )({_EQUATION})[.,]")
 
 @dataclass(frozen=True, slots=True)
 class CriticHabits:
-    """Probability to forget the borrow of a subtraction that takes away at least ``hard_operand``, and to write the
-    conclusion about a step the wrong way round.
+    """Probability to forget the borrow of a subtraction that takes away at least ``hard_operand``,
+    and to write the conclusion about a step the wrong way round.
     """
 
     forget_borrow: float = 0.75
@@ -55,13 +61,15 @@ class CriticHabits:
 
 FAULTLESS_CRITIC = CriticHabits(forget_borrow=0.0, careless=0.0)
 CRITICISED = VerifierHabits(miscompute=0.04)
-"""The verifier as the critic knows it; its arithmetic fails now and then, so there are wrong reasons to find."""
+"""The verifier as the critic knows it; its arithmetic fails now and then, so there are wrong
+reasons to find.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class StepCritique:
-    """What a critique says about a step: the computation it believes in beside the step's own, the judgement it holds
-    to be right, and the kind of fault it finds in the verification's.
+    """What a critique says about a step: the computation it believes in beside the step's own, the
+    judgement it holds to be right, and the kind of fault it finds in the verification's.
     """
 
     derived: str
@@ -71,7 +79,9 @@ class StepCritique:
 
     @property
     def text(self) -> str:
-        """The judgement comes before the fault: a small model compares two things more easily than three."""
+        """The judgement comes before the fault: a small model compares two things more easily than
+        three.
+        """
         judgement = "correct" if self.correct else "incorrect"
         return f"I get {self.derived}, written {self.written}. {judgement}: {self.fault}"
 
@@ -88,14 +98,22 @@ class WrittenCritique:
     def text(self) -> str:
         """As the critic writes it."""
         lines = [f"Step {k}: {step.text}" for k, step in enumerate(self.steps, start=1)]
-        return "\n".join([*lines, f"Answer: {'Yes' if self.answer_correct else 'No'}, {self.verdict_fault}"])
+        return "\n".join(
+            [*lines, f"Answer: {'Yes' if self.answer_correct else 'No'}, {self.verdict_fault}"]
+        )
 
 
 def write_critique(
-    problem: ToyProblem, solution: WrittenSolution, verification: ParsedVerification, complete: bool,
-    habits: CriticHabits, rng: random.Random,
+    problem: ToyProblem,
+    solution: WrittenSolution,
+    verification: ParsedVerification,
+    complete: bool,
+    habits: CriticHabits,
+    rng: random.Random,
 ) -> WrittenCritique:
-    """Criticise ``verification`` the way a critic with these habits would; ``complete`` is seen for what it is."""
+    """Criticise ``verification`` the way a critic with these habits would; ``complete`` is seen for
+    what it is.
+    """
     steps, left = [], problem.start
     for index, (step, judgement) in enumerate(zip(solution.steps, verification.judgements)):
         steps.append(_criticise(step, expected_step(problem, index, left), judgement, habits, rng))
@@ -106,9 +124,14 @@ def write_critique(
 
 
 def write_merge(
-    solution: WrittenSolution, verification: ParsedVerification, critique: WrittenCritique, rng: random.Random,
+    solution: WrittenSolution,
+    verification: ParsedVerification,
+    critique: WrittenCritique,
+    rng: random.Random,
 ) -> str:
-    """One verification of both: judgements and reasons as the critique has them, glances replaced by computations."""
+    """One verification of both: judgements and reasons as the critique has them, glances replaced
+    by computations.
+    """
     judgements = []
     for step, judgement, said in zip(solution.steps, verification.judgements, critique.steps):
         keep = said.fault == FINE and judgement.analysis != GLANCE
@@ -118,15 +141,22 @@ def write_merge(
 
 
 def critic_corpus(seed: int, held_out: frozenset[str]) -> Iterator[CorpusExample]:
-    """Critiques, merges and verifications with the expected answer, of solutions by both kinds of solvers."""
+    """Critiques, merges and verifications with the expected answer, of solutions by both kinds of
+    solvers.
+    """
     rng = random.Random(f"critic corpus {seed}")
     for problem in sampled_problems(rng, held_out):
-        solution = write_solution(problem, ERROR_RICH if rng.random() < 0.6 else GeneratorHabits(), rng)
+        solution = write_solution(
+            problem, ERROR_RICH if rng.random() < 0.6 else GeneratorHabits(), rng
+        )
         shown = render_solution([step.text for step in solution.steps], str(solution.answer))
         if rng.random() < 0.25:
             yield CorpusExample(
-                PROMPTS.verify_with_reference(problem.question, shown, str(problem.values[-1]), len(solution.steps)),
-                write_reference_verification(problem, solution, rng))
+                PROMPTS.verify_with_reference(
+                    problem.question, shown, str(problem.values[-1]), len(solution.steps)
+                ),
+                write_reference_verification(problem, solution, rng),
+            )
             continue
         complete = is_complete(problem, solution)
         text = write_verification(problem, solution, complete, CRITICISED, rng)
@@ -138,25 +168,35 @@ def critic_corpus(seed: int, held_out: frozenset[str]) -> Iterator[CorpusExample
         else:
             yield CorpusExample(
                 PROMPTS.merge(problem.question, shown, text, critique.text, len(solution.steps)),
-                write_merge(solution, verification, critique, rng))
+                write_merge(solution, verification, critique, rng),
+            )
 
 
-def write_reference_verification(problem: ToyProblem, solution: WrittenSolution, rng: random.Random) -> str:
-    """Verify with the answer in view: it decides the verdict, and how steps are judged that are only glanced at.
+def write_reference_verification(
+    problem: ToyProblem, solution: WrittenSolution, rng: random.Random
+) -> str:
+    """Verify with the answer in view: it decides the verdict, and how steps are judged that are
+    only glanced at.
 
-    The answer does not say *where* a solution goes wrong, so skimming still costs there. The comparison of the answers
-    stands before the first step, where the grammar ignores it, so it never becomes part of a training target.
+    The answer does not say *where* a solution goes wrong, so skimming still costs there. The
+    comparison of the answers stands before the first step, where the grammar ignores it, so it
+    never becomes part of a training target.
     """
     answer = str(problem.values[-1])
     answer_right = str(solution.answer) == answer
     habits = replace(VerifierHabits(), benefit_of_doubt=1.0 if answer_right else 0.5)
     complete = is_complete(problem, solution) and answer_right
-    compared = f"Check: {answer}. Claim: {solution.answer}. {'correct' if answer_right else 'incorrect'}"
+    compared = (
+        f"Check: {answer}. Claim: {solution.answer}. {'correct' if answer_right else 'incorrect'}"
+    )
     return f"{compared}\n\n{write_verification(problem, solution, complete, habits, rng)}"
 
 
 def _criticise(
-    step: WrittenStep, expected: WrittenStep | None, judgement: StepJudgement, habits: CriticHabits,
+    step: WrittenStep,
+    expected: WrittenStep | None,
+    judgement: StepJudgement,
+    habits: CriticHabits,
     rng: random.Random,
 ) -> StepCritique:
     shown = _SHOWN.match(judgement.analysis)

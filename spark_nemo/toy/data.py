@@ -1,4 +1,6 @@
-"""Problem files of the small world. Splits never share a question, and only evaluation files hold answers."""
+"""Problem files of the small world. Splits never share a question, and only evaluation files hold
+answers.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ def held_out_questions() -> frozenset[str]:
 
 
 def split_problems(split: str, count: int, seed: int) -> list[ToyProblem]:
-    """``count`` problems of a split. The evaluation splits are fixed; the training splits depend on ``seed``.
+    """``count`` problems of a split. The evaluation splits are fixed; the training splits depend on
+    ``seed``.
 
     Raises ``ValueError`` for an unknown split or more evaluation problems than there are.
     """
@@ -40,50 +43,71 @@ def split_problems(split: str, count: int, seed: int) -> list[ToyProblem]:
 
 def write_problems(split: str, count: int, seed: int, folder: Path) -> Path:
     """Answer-free JSONL of a training split."""
-    rows = [{"problem_id": p.record().problem_id, "question": p.question, "source": "toy"}
-            for p in split_problems(split, count, seed)]
+    rows = [
+        {"problem_id": p.record().problem_id, "question": p.question, "source": "toy"}
+        for p in split_problems(split, count, seed)
+    ]
     return _write_rows(folder / f"{split}-{count}-seed{seed}_problems.jsonl", rows)
 
 
 def write_answers(split: str, count: int, seed: int, folder: Path) -> Path:
     """Answer keys, by problem id; for evaluation and the RLVR baseline only."""
-    rows = [{"problem_id": p.record().problem_id, "question": p.question, "answer": str(p.values[-1])}
-            for p in split_problems(split, count, seed)]
+    rows = [
+        {"problem_id": p.record().problem_id, "question": p.question, "answer": str(p.values[-1])}
+        for p in split_problems(split, count, seed)
+    ]
     return _write_rows(folder / f"{split}-{count}-seed{seed}_answers.jsonl", rows)
 
 
 def write_policy_examples(count: int, seed: int, folder: Path) -> Path:
-    """Responses in the policy's format with the generator's mistakes in them: they teach the format, no answer."""
+    """Responses in the policy's format with the generator's mistakes in them: they teach the
+    format, no answer.
+    """
     rng = random.Random(f"toy sft {seed}")
     rows = []
     for problem in split_problems("sft", count, seed):
         solution = write_solution(problem, GeneratorHabits(), rng)
-        rows.append({"problem_id": problem.record().problem_id, "question": problem.question,
-                     "response": tagged_response([step.text for step in solution.steps], str(solution.answer))})
+        rows.append(
+            {
+                "problem_id": problem.record().problem_id,
+                "question": problem.question,
+                "response": tagged_response(
+                    [step.text for step in solution.steps], str(solution.answer)
+                ),
+            }
+        )
     return _write_rows(folder / f"sft-{count}-seed{seed}_examples.jsonl", rows)
 
 
 def write_processbench(count: int, folder: Path) -> Path:
-    """ProcessBench-format cases: about half of the solutions hold an error; labels from the hidden truth."""
+    """ProcessBench-format cases: about half of the solutions hold an error; labels from the hidden
+    truth.
+    """
     rng = random.Random("toy processbench")
     rows = []
     for index, problem in enumerate(split_problems("processbench", count, 0)):
         solution = write_solution(problem, ERROR_RICH, rng)
         truths = written_truths(problem, solution)
-        rows.append({
-            "id": f"toy-{index}", "generator": "toy", "problem": problem.question,
-            "steps": [step.text for step in solution.steps],
-            "final_answer_correct": solution.answer == problem.values[-1],
-            "label": truths.index(False) if False in truths else -1,
-        })
+        rows.append(
+            {
+                "id": f"toy-{index}",
+                "generator": "toy",
+                "problem": problem.question,
+                "steps": [step.text for step in solution.steps],
+                "final_answer_correct": solution.answer == problem.values[-1],
+                "label": truths.index(False) if False in truths else -1,
+            }
+        )
     path = folder / f"processbench-{count}.json"
     write_text_atomic(path, json.dumps(rows, indent=1))
     return path
 
 
 def _avoided(split: str, seed: int) -> frozenset[str]:
-    """Questions that a training split must not have: those held out, and the first of every training split before."""
-    before = SPLITS[SPLITS.index("stage1"):SPLITS.index(split)]
+    """Questions that a training split must not have: those held out, and the first of every
+    training split before.
+    """
+    before = SPLITS[SPLITS.index("stage1") : SPLITS.index(split)]
     return held_out_questions().union(*(_first_questions(each, seed) for each in before))
 
 

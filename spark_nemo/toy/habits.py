@@ -1,9 +1,10 @@
 """How the small world's pretrained models go wrong: what their pretraining text teaches them.
 
-The generator mis-computes at random, forgets carries as a habit (so its most likely answer is wrong there), and now
-and then takes a wrong number, a wrong operation, or stops early. The verifier recomputes most steps with care but skims
-those that look easy; its most likely path on an addition is to skim, while most of its *probability* recomputes. So a
-greedy verification is worse than a vote over sampled ones, which is what consistency labels are meant to exploit.
+The generator mis-computes at random, forgets carries as a habit (so its most likely answer is wrong
+there), and now and then takes a wrong number, a wrong operation, or stops early. The verifier
+recomputes most steps with care but skims those that look easy; its most likely path on an addition
+is to skim, while most of its *probability* recomputes. So a greedy verification is worse than a
+vote over sampled ones, which is what consistency labels are meant to exploit.
 """
 
 from __future__ import annotations
@@ -28,20 +29,37 @@ class GeneratorHabits:
 
 
 ERROR_RICH = GeneratorHabits(
-    slip=0.25, forget_carry=0.35, wrong_operand=0.07, wrong_operation=0.06, stop_early=0.06, wrong_answer_line=0.05)
-"""Mistakes in the solutions that the verifier's corpus and the ProcessBench-format cases are about."""
+    slip=0.25,
+    forget_carry=0.35,
+    wrong_operand=0.07,
+    wrong_operation=0.06,
+    stop_early=0.06,
+    wrong_answer_line=0.05,
+)
+"""Mistakes in the solutions that the verifier's corpus and the ProcessBench-format cases are about.
+"""
 
 
 ALARMING = GeneratorHabits(
-    slip=0.5, forget_carry=0.5, wrong_operand=0.10, wrong_operation=0.08, stop_early=0.06, wrong_answer_line=0.05)
-"""So often wrong that copying a claim instead of recomputing it never pays; the verifier learns to verify on these."""
+    slip=0.5,
+    forget_carry=0.5,
+    wrong_operand=0.10,
+    wrong_operation=0.08,
+    stop_early=0.06,
+    wrong_answer_line=0.05,
+)
+"""So often wrong that copying a claim instead of recomputing it never pays; the verifier learns to
+verify on these.
+"""
 
 FAULTLESS = GeneratorHabits(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class VerifierHabits:
-    """Probability to skim a step by operation (additions look easy), and to call a skimmed step correct."""
+    """Probability to skim a step by operation (additions look easy), and to call a skimmed step
+    correct.
+    """
 
     skim_easy: float = 0.40
     skim_hard: float = 0.20
@@ -79,8 +97,12 @@ class WrittenSolution:
     answer: int
 
 
-def write_solution(problem: ToyProblem, habits: GeneratorHabits, rng: random.Random) -> WrittenSolution:
-    """Solve ``problem`` the way a solver with these habits would; later steps build on earlier results."""
+def write_solution(
+    problem: ToyProblem, habits: GeneratorHabits, rng: random.Random
+) -> WrittenSolution:
+    """Solve ``problem`` the way a solver with these habits would; later steps build on earlier
+    results.
+    """
     value, steps = problem.start, []
     stop = len(problem.operations)
     if rng.random() < habits.stop_early:
@@ -104,7 +126,9 @@ def tagged_response(steps: Sequence[str], answer: str) -> str:
 
 
 def expected_step(problem: ToyProblem, index: int, left: int) -> WrittenStep | None:
-    """What step ``index`` should say, given that the step before ended in ``left``; None when there is no such step."""
+    """What step ``index`` should say, given that the step before ended in ``left``; None when there
+    is no such step.
+    """
     if index >= len(problem.operations):
         return None
     operator, operand = problem.operations[index]
@@ -113,20 +137,30 @@ def expected_step(problem: ToyProblem, index: int, left: int) -> WrittenStep | N
 
 def is_complete(problem: ToyProblem, solution: WrittenSolution) -> bool:
     """Every operation was carried out and the answer line repeats the last result."""
-    return len(solution.steps) == len(problem.operations) and solution.answer == solution.steps[-1].result
+    return (
+        len(solution.steps) == len(problem.operations)
+        and solution.answer == solution.steps[-1].result
+    )
 
 
 def misquote(step: WrittenStep, rng: random.Random) -> WrittenStep:
-    """A claim that differs from ``step``: mostly in the result, sometimes in the operand or the operation."""
+    """A claim that differs from ``step``: mostly in the result, sometimes in the operand or the
+    operation.
+    """
     draw = rng.random()
     if draw < 0.75:
         return replace(step, result=_near(step.result, rng))
     if draw < 0.9:
-        return replace(step, operand=step.operand + 1 if step.operand == 1 else step.operand + rng.choice((-1, 1)))
+        return replace(
+            step,
+            operand=step.operand + 1 if step.operand == 1 else step.operand + rng.choice((-1, 1)),
+        )
     return replace(step, operator=rng.choice([o for o in OPERATIONS if o != step.operator]))
 
 
-def _compute(value: int, operator: str, operand: int, habits: GeneratorHabits, rng: random.Random) -> int:
+def _compute(
+    value: int, operator: str, operand: int, habits: GeneratorHabits, rng: random.Random
+) -> int:
     right = apply(operator, value, operand)
     if operator == "+" and value % 10 + operand % 10 >= 10 and rng.random() < habits.forget_carry:
         return right - 10

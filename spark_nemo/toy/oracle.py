@@ -12,9 +12,11 @@ _STEP = re.compile(r"^(\d+)([-+*])(\d+)=(\d+)$")
 
 
 def step_truths(question: str, steps: Sequence[str]) -> tuple[bool, ...]:
-    """Per step: does it carry out the question's operation on the result of the step before, correctly?
+    """Per step: does it carry out the question's operation on the result of the step before,
+    correctly?
 
-    Each step is judged on its own, given what the step before it claims; a step in no arithmetic form is wrong.
+    Each step is judged on its own, given what the step before it claims; a step in no arithmetic
+    form is wrong.
     """
     problem = parse_question(question)
     truths, left = [], problem.start

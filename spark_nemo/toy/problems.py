@@ -1,7 +1,8 @@
 """The small world's problems: two or three arithmetic steps, told as a formula or as a story.
 
-Every value on the way lies in 0..30, so that the tokenizer can hold a number in one token. A question can be read back
-into the problem that made it; that is how the oracle judges solutions without any answer being stored beside them.
+Every value on the way lies in 0..30, so that the tokenizer can hold a number in one token. A
+question can be read back into the problem that made it; that is how the oracle judges solutions
+without any answer being stored beside them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from spark_nemo.records import Problem, content_key
 
 OPERATIONS = {"+": "Add", "-": "Subtract", "*": "Multiply"}
 MAX_VALUE = 30
-_STORY = {"+": "{name} finds {n} more.", "-": "{name} loses {n}.", "*": "The number is multiplied by {n}."}
+_STORY = {
+    "+": "{name} finds {n} more.",
+    "-": "{name} loses {n}.",
+    "*": "The number is multiplied by {n}.",
+}
 _NAMES = ("Ann", "Bob", "Cem", "Dia")
 _THINGS = ("coins", "cards", "shells")
 
@@ -38,7 +43,9 @@ class ToyProblem:
 
     def record(self) -> Problem:
         """The answer-free record that stages I to III see."""
-        return Problem(problem_id=f"toy-{content_key(self.question)}", question=self.question, source="toy")
+        return Problem(
+            problem_id=f"toy-{content_key(self.question)}", question=self.question, source="toy"
+        )
 
 
 def apply(operator: str, value: int, operand: int) -> int:
@@ -60,7 +67,9 @@ def sample_problem(rng: random.Random) -> ToyProblem:
     return ToyProblem(start, tuple(operations), tell(start, operations, rng))
 
 
-def sample_problems(count: int, seed: int, exclude: frozenset[str] = frozenset()) -> list[ToyProblem]:
+def sample_problems(
+    count: int, seed: int, exclude: frozenset[str] = frozenset()
+) -> list[ToyProblem]:
     """``count`` different problems; none whose question is in ``exclude``."""
     rng = random.Random(f"toy problems {seed}")
     problems: dict[str, ToyProblem] = {}
@@ -72,7 +81,9 @@ def sample_problems(count: int, seed: int, exclude: frozenset[str] = frozenset()
 
 
 def parse_question(question: str) -> ToyProblem:
-    """Inverse of the two ways of telling. Raises ``ValueError`` for a text that is not of the small world."""
+    """Inverse of the two ways of telling. Raises ``ValueError`` for a text that is not of the small
+    world.
+    """
     if question.startswith("Compute "):
         tokens = re.findall(r"\d+|[-+*]", question)
         start, rest = int(tokens[0]), tokens[1:]
@@ -105,5 +116,7 @@ def _formula(start: int, operations: list[tuple[str, int]], _: random.Random) ->
 
 def _story(start: int, operations: list[tuple[str, int]], rng: random.Random) -> str:
     name, thing = rng.choice(_NAMES), rng.choice(_THINGS)
-    told = " ".join(_STORY[operator].format(name=name, n=operand) for operator, operand in operations)
+    told = " ".join(
+        _STORY[operator].format(name=name, n=operand) for operator, operand in operations
+    )
     return f"{name} has {start} {thing}. {told} How many {thing} now?"

@@ -1,4 +1,6 @@
-"""``toy:...`` names in a configuration become real folders and files: stages know nothing of the small world."""
+"""``toy:...`` names in a configuration become real folders and files: stages know nothing of the
+small world.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +17,47 @@ _WITH_ANSWERS = ("eval_problems", "rl_answers", "reference_answers")
 
 
 def resolve_toy(config: SparkConfig) -> SparkConfig:
-    """Replace ``toy:generator``, ``toy:rl:2000`` and the like; files are written to ``run.dir/data``.
+    """Replace ``toy:generator``, ``toy:rl:2000`` and the like; files are written to
+    ``run.dir/data``.
 
     Raises ``ConfigError`` that names the field for a toy name that does not exist.
     """
     models = {name: _model(f"models.{name}", value) for name, value in vars(config.models).items()}
     return replace(
-        config, models=replace(config.models, **models),
-        data=replace(config.data, **{
-            name: _file(f"data.{name}", name, value, config) for name, value in vars(config.data).items()}),
-        stage1=replace(config.stage1, reference_answers=_file(
-            "stage1.reference_answers", "reference_answers", config.stage1.reference_answers, config)),
-        labels=replace(config.labels, reference_answers=_file(
-            "labels.reference_answers", "reference_answers", config.labels.reference_answers, config)),
+        config,
+        models=replace(config.models, **models),
+        data=replace(
+            config.data,
+            **{
+                name: _file(f"data.{name}", name, value, config)
+                for name, value in vars(config.data).items()
+            },
+        ),
+        stage1=replace(
+            config.stage1,
+            reference_answers=_file(
+                "stage1.reference_answers",
+                "reference_answers",
+                config.stage1.reference_answers,
+                config,
+            ),
+        ),
+        labels=replace(
+            config.labels,
+            reference_answers=_file(
+                "labels.reference_answers",
+                "reference_answers",
+                config.labels.reference_answers,
+                config,
+            ),
+        ),
         pipeline=replace(
             config.pipeline,
-            rl_answers=_file("pipeline.rl_answers", "rl_answers", config.pipeline.rl_answers, config)))
+            rl_answers=_file(
+                "pipeline.rl_answers", "rl_answers", config.pipeline.rl_answers, config
+            ),
+        ),
+    )
 
 
 def oracle_for(config: SparkConfig) -> Oracle | None:
@@ -54,7 +81,9 @@ def _file(field: str, name: str, value: str | None, config: SparkConfig) -> str 
         return value
     split, _, count = value.removeprefix(_PREFIX).partition(":")
     if split not in data.SPLITS or not count.isdigit():
-        raise ConfigError(f"{field}={value}: write toy:SPLIT:COUNT with SPLIT one of {', '.join(data.SPLITS)}")
+        raise ConfigError(
+            f"{field}={value}: write toy:SPLIT:COUNT with SPLIT one of {', '.join(data.SPLITS)}"
+        )
     folder, seed = Path(config.run.dir) / "data", config.run.seed
     if name == "processbench":
         return str(data.write_processbench(int(count), folder))

@@ -1,8 +1,10 @@
-"""One advantage per response (GRPO and its relatives), with groups given by id and never by position.
+"""One advantage per response (GRPO and its relatives), with groups given by id and never by
+position.
 
-In all of them a sample that is not valid gets exactly 0 and touches nobody's statistics, whatever its reward is (NaN
-included); a sample with nobody to compare with gets 0; results are float32 of shape (N,); ``ValueError`` is raised when
-lengths differ or a valid reward is not finite. None reads steps: splitting a step changes nothing but the reward.
+In all of them a sample that is not valid gets exactly 0 and touches nobody's statistics, whatever
+its reward is (NaN included); a sample with nobody to compare with gets 0; results are float32 of
+shape (N,); ``ValueError`` is raised when lengths differ or a valid reward is not finite. None reads
+steps: splitting a step changes nothing but the reward.
 """
 
 from __future__ import annotations
@@ -12,36 +14,51 @@ from collections.abc import Sequence
 import torch
 
 STD_EPS = 1e-6
-"""Added to a group's standard deviation. verl uses 1e-6 and TRL 1e-4; both take the unbiased std, as we do."""
+"""Added to a group's standard deviation. verl uses 1e-6 and TRL 1e-4; both take the unbiased std,
+as we do.
+"""
 
 
 def group_advantages(
-    rewards_N: torch.Tensor, groups: Sequence[int], valid_N: torch.Tensor, *, std_normalise: bool, eps: float = STD_EPS,
+    rewards_N: torch.Tensor,
+    groups: Sequence[int],
+    valid_N: torch.Tensor,
+    *,
+    std_normalise: bool,
+    eps: float = STD_EPS,
 ) -> torch.Tensor:
-    """``A_i = (r_i - mean_g) / (std_g + eps)`` over the valid members of sample i's group g (without the division
-    when ``std_normalise`` is off). Source: DeepSeekMath, arXiv 2402.03300, section 4.1.2.
+    """``A_i = (r_i - mean_g) / (std_g + eps)`` over the valid members of sample i's group g
+    (without the division when ``std_normalise`` is off). Source: DeepSeekMath, arXiv 2402.03300,
+    section 4.1.2.
 
-    ``std_g`` is the unbiased one (n - 1). A sample that is not valid gets exactly 0 and does not touch its group's
-    statistics, whatever its reward is (NaN included). A group with fewer than two valid members gives 0: there is
-    nothing to compare with. Groups may differ in size and be interleaved, so fanned-out or filtered batches keep
-    their meaning; a reshape by a fixed group size would silently mix prompts.
+    ``std_g`` is the unbiased one (n - 1). A sample that is not valid gets exactly 0 and does not
+    touch its group's statistics, whatever its reward is (NaN included). A group with fewer than two
+    valid members gives 0: there is nothing to compare with. Groups may differ in size and be
+    interleaved, so fanned-out or filtered batches keep their meaning; a reshape by a fixed group
+    size would silently mix prompts.
 
-    Returns float32 of shape (N,). Raises ``ValueError`` when lengths differ or a valid reward is not finite.
+    Returns float32 of shape (N,). Raises ``ValueError`` when lengths differ or a valid reward is
+    not finite.
     """
     rewards_N, valid_N = _checked(rewards_N, groups, valid_N)
     group_N, count_G = _group_counts(groups, valid_N)
     mean_G = _group_sum(rewards_N, group_N, count_G) / count_G.clamp(min=1)
     centred_N = (rewards_N - mean_G[group_N]) * valid_N
     if std_normalise:
-        std_G = (_group_sum(centred_N.square(), group_N, count_G) / (count_G - 1).clamp(min=1)).sqrt()
+        std_G = (
+            _group_sum(centred_N.square(), group_N, count_G) / (count_G - 1).clamp(min=1)
+        ).sqrt()
         centred_N = centred_N / (std_G + eps)[group_N]
     comparable_N = valid_N & (count_G[group_N] >= 2)
     return torch.where(comparable_N, centred_N, 0.0).to(torch.float32)
 
 
-def rloo_advantages(rewards_N: torch.Tensor, groups: Sequence[int], valid_N: torch.Tensor) -> torch.Tensor:
-    """``A_i = r_i - mean_{j != i} r_j`` over the other valid members of the group: leave-one-out. It is GRPO without
-    the std times n / (n - 1), so the choice matters in groups of different sizes. Source: arXiv 2402.14740, equation 8.
+def rloo_advantages(
+    rewards_N: torch.Tensor, groups: Sequence[int], valid_N: torch.Tensor
+) -> torch.Tensor:
+    """``A_i = r_i - mean_{j != i} r_j`` over the other valid members of the group: leave-one-out.
+    It is GRPO without the std times n / (n - 1), so the choice matters in groups of different
+    sizes. Source: arXiv 2402.14740, equation 8.
     """
     rewards_N, valid_N = _checked(rewards_N, groups, valid_N)
     group_N, count_G = _group_counts(groups, valid_N)
@@ -51,18 +68,27 @@ def rloo_advantages(rewards_N: torch.Tensor, groups: Sequence[int], valid_N: tor
 
 
 def global_advantages(
-    rewards_N: torch.Tensor, groups: Sequence[int], valid_N: torch.Tensor, *, eps: float = STD_EPS,
+    rewards_N: torch.Tensor,
+    groups: Sequence[int],
+    valid_N: torch.Tensor,
+    *,
+    eps: float = STD_EPS,
 ) -> torch.Tensor:
-    """``A_i = (r_i - mean) / (std + eps)`` over all valid samples of the batch, whatever their group: REINFORCE++.
-    Source: arXiv 2501.03262, its global advantage normalisation. The statistics count every response once; verl counts
-    every token, which lets long responses set the mean. Its KL penalty inside the reward is not here: KL is a loss.
+    """``A_i = (r_i - mean) / (std + eps)`` over all valid samples of the batch, whatever their
+    group: REINFORCE++. Source: arXiv 2501.03262, its global advantage normalisation. The statistics
+    count every response once; verl counts every token, which lets long responses set the mean. Its
+    KL penalty inside the reward is not here: KL is a loss.
     """
     rewards_N, valid_N = _checked(rewards_N, groups, valid_N)
     return group_advantages(rewards_N, [0] * len(groups), valid_N, std_normalise=True, eps=eps)
 
 
 def estimate_advantages(
-    estimator: str, rewards_N: torch.Tensor, groups: Sequence[int], valid_N: torch.Tensor, *,
+    estimator: str,
+    rewards_N: torch.Tensor,
+    groups: Sequence[int],
+    valid_N: torch.Tensor,
+    *,
     std_normalise: bool = True,
 ) -> torch.Tensor:
     """The advantages of ``rl.estimator``; ``std_normalise`` is read by grpo only.
@@ -85,25 +111,36 @@ def estimate_advantages(
 
 
 def _checked(
-    rewards_N: torch.Tensor, groups: Sequence[int], valid_N: torch.Tensor,
+    rewards_N: torch.Tensor,
+    groups: Sequence[int],
+    valid_N: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rewards in float64 with 0 where not valid, and the flags as bool."""
     if not len(groups) == rewards_N.numel() == valid_N.numel():
         raise ValueError(
-            f"group_advantages: {rewards_N.numel()} rewards, {len(groups)} group ids, {valid_N.numel()} valid flags")
+            f"group_advantages: {rewards_N.numel()} rewards, {len(groups)} group ids, {valid_N.numel()} valid flags"
+        )
     valid_N = valid_N.to(torch.bool)
     rewards_N = torch.where(valid_N, rewards_N.to(torch.float64), 0.0)
     if not torch.isfinite(rewards_N).all():
-        raise ValueError("group_advantages: a valid sample has a reward that is not finite; mark it invalid instead")
+        raise ValueError(
+            "group_advantages: a valid sample has a reward that is not finite; mark it invalid instead"
+        )
     return rewards_N, valid_N
 
 
-def _group_counts(groups: Sequence[int], valid_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _group_counts(
+    groups: Sequence[int], valid_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Each sample's group as an index (N,) and the number of valid members of each group (G,)."""
     _, group_N = torch.unique(torch.tensor(list(groups), dtype=torch.int64), return_inverse=True)
     num_groups = int(group_N.max()) + 1 if len(groups) else 0
-    return group_N, torch.zeros(num_groups, dtype=torch.float64).index_add_(0, group_N, valid_N.to(torch.float64))
+    return group_N, torch.zeros(num_groups, dtype=torch.float64).index_add_(
+        0, group_N, valid_N.to(torch.float64)
+    )
 
 
-def _group_sum(values_N: torch.Tensor, group_N: torch.Tensor, count_G: torch.Tensor) -> torch.Tensor:
+def _group_sum(
+    values_N: torch.Tensor, group_N: torch.Tensor, count_G: torch.Tensor
+) -> torch.Tensor:
     return torch.zeros_like(count_G).index_add_(0, group_N, values_N)

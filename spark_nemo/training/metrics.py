@@ -1,4 +1,6 @@
-"""Scalars of a run: ``metrics.jsonl`` (one row per step, the source of truth) and TensorBoard beside it."""
+"""Scalars of a run: ``metrics.jsonl`` (one row per step, the source of truth) and TensorBoard
+beside it.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends rows to ``folder/metrics.jsonl`` and scalars to ``folder/tensorboard``; does nothing off the main rank.
+    """Appends rows to ``folder/metrics.jsonl`` and scalars to ``folder/tensorboard``; does nothing
+    off the main rank.
 
-    Every row is flushed when written. A value that is not finite is stored as null and logged, since NaN is not JSON.
+    Every row is flushed when written. A value that is not finite is stored as null and logged,
+    since NaN is not JSON.
     """
 
     def __init__(self, folder: Path, *, is_main: bool = True) -> None:
@@ -49,7 +53,8 @@ class MetricsWriter:
     def truncate_from(self, step: int) -> None:
         """Forget the rows of ``step`` and later, before a resumed run writes them again.
 
-        The JSONL is rewritten atomically; a last line torn by a kill goes too. TensorBoard is told to purge.
+        The JSONL is rewritten atomically; a last line torn by a kill goes too. TensorBoard is told
+        to purge.
         """
         if not self.is_main:
             return
@@ -66,12 +71,15 @@ class MetricsWriter:
 
     def _open_board(self) -> SummaryWriter:
         if self._board is None:
-            self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self._purge_step)
+            self._board = SummaryWriter(
+                str(self.folder / "tensorboard"), purge_step=self._purge_step
+            )
         return self._board
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics file; an absent file has none, and a torn last line (no newline) is not a row.
+    """The rows of a metrics file; an absent file has none, and a torn last line (no newline) is not
+    a row.
 
     Raises ``ValueError`` naming the line when an earlier line is damaged.
     """
@@ -83,5 +91,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON: delete that line to go on") from error
+            raise ValueError(
+                f"{path} line {number} is not JSON: delete that line to go on"
+            ) from error
     return rows

@@ -1,8 +1,9 @@
 """Sequences to micro-batches and back. The next-token shift happens here, once, and nowhere else.
 
-A sequence of prompt p_0..p_{P-1} and response r_0..r_{R-1} becomes P + R - 1 positions: the input is every token but
-the last, the label of a position is the token after it. ``loss_mask`` is 1 on the R positions P-1 .. P+R-2 whose
-labels are the response, so position P-1+t carries everything that belongs to r_t (its log-probability, its advantage).
+A sequence of prompt p_0..p_{P-1} and response r_0..r_{R-1} becomes P + R - 1 positions: the input
+is every token but the last, the label of a position is the token after it. ``loss_mask`` is 1 on
+the R positions P-1 .. P+R-2 whose labels are the response, so position P-1+t carries everything
+that belongs to r_t (its log-probability, its advantage).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from spark_nemo.megatron.batch import PackedBatch
 
 @dataclass(frozen=True)
 class TrainSequence:
-    """A prompt and the response to train on. ``extras[name]`` is float32 [R], one value per response token."""
+    """A prompt and the response to train on. ``extras[name]`` is float32 [R], one value per
+    response token.
+    """
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
@@ -28,11 +31,14 @@ class TrainSequence:
         if not self.prompt_ids or not self.response_ids:
             raise ValueError(
                 f"TrainSequence: {len(self.prompt_ids)} prompt and {len(self.response_ids)} response tokens; "
-                "both need at least one (the first response token is predicted from the prompt)")
+                "both need at least one (the first response token is predicted from the prompt)"
+            )
         for name, values in self.extras.items():
             if values.shape != (len(self.response_ids),):
-                raise ValueError(f"TrainSequence.extras[{name!r}] has shape {tuple(values.shape)}: "
-                                 f"expected ({len(self.response_ids)},), one value per response token")
+                raise ValueError(
+                    f"TrainSequence.extras[{name!r}] has shape {tuple(values.shape)}: "
+                    f"expected ({len(self.response_ids)},), one value per response token"
+                )
 
     @property
     def num_positions(self) -> int:
@@ -51,17 +57,23 @@ class PackedSequences:
     placement: list[tuple[int, int, int]]
 
     def unpack(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Per-position values of every micro-batch, (T,) each, to per-response-token values (R,) of every sequence."""
+        """Per-position values of every micro-batch, (T,) each, to per-response-token values (R,) of
+        every sequence.
+        """
         if len(values) != len(self.micro_batches):
-            raise ValueError(f"unpack: {len(values)} rows of values for {len(self.micro_batches)} micro-batches")
-        return [values[pack][start:start + length] for pack, start, length in self.placement]
+            raise ValueError(
+                f"unpack: {len(values)} rows of values for {len(self.micro_batches)} micro-batches"
+            )
+        return [values[pack][start : start + length] for pack, start, length in self.placement]
 
 
 def first_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Put items into packs of at most ``budget``, longest item first, each into the first pack with room.
+    """Put items into packs of at most ``budget``, longest item first, each into the first pack with
+    room.
 
-    Deterministic (ties go by index). Packs and the items in them come back in index order. An item longer than the
-    budget gets a pack of its own. Uses at most 11/9 of the fewest possible packs plus one (Johnson 1973).
+    Deterministic (ties go by index). Packs and the items in them come back in index order. An item
+    longer than the budget gets a pack of its own. Uses at most 11/9 of the fewest possible packs
+    plus one (Johnson 1973).
     """
     room: list[int] = []
     packs: list[list[int]] = []
@@ -76,17 +88,20 @@ def first_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]
 
 
 def sequence_cost(length: int, quadratic_cost: float) -> float:
-    """What training on a sequence of ``length`` positions costs, in units of one position's matrix products:
-    ``T + c T^2``, with c = ``MegatronWorker.quadratic_cost`` for attention over what comes before."""
-    return length + quadratic_cost * length ** 2
+    """What training on a sequence of ``length`` positions costs, in units of one position's matrix
+    products: ``T + c T^2``, with c = ``MegatronWorker.quadratic_cost`` for attention over what
+    comes before.
+    """
+    return length + quadratic_cost * length**2
 
 
 def split_over_ranks(lengths: Sequence[float], dp_size: int) -> list[list[int]]:
-    """Give every item to exactly one rank, so that ranks get about the same sum of lengths (or costs).
+    """Give every item to exactly one rank, so that ranks get about the same sum of lengths (or
+    costs).
 
-    Longest first to the least loaded rank: no rank exceeds the average by more than one longest item, nor 4/3 of the
-    best split there is (Graham 1969). Deterministic, so each rank computes the same split without talking. A rank gets
-    nothing only if there are fewer items than ranks.
+    Longest first to the least loaded rank: no rank exceeds the average by more than one longest
+    item, nor 4/3 of the best split there is (Graham 1969). Deterministic, so each rank computes the
+    same split without talking. A rank gets nothing only if there are fewer items than ranks.
     """
     load = [0.0] * dp_size
     shares: list[list[int]] = [[] for _ in range(dp_size)]
@@ -97,35 +112,53 @@ def split_over_ranks(lengths: Sequence[float], dp_size: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def drop_longer_than(sequences: Sequence[TrainSequence], max_length: int) -> tuple[list[TrainSequence], int]:
-    """The sequences of at most ``max_length`` tokens (prompt and response), and how many were left out."""
+def drop_longer_than(
+    sequences: Sequence[TrainSequence], max_length: int
+) -> tuple[list[TrainSequence], int]:
+    """The sequences of at most ``max_length`` tokens (prompt and response), and how many were left
+    out.
+    """
     kept = [sequence for sequence in sequences if sequence.num_positions + 1 <= max_length]
     return kept, len(sequences) - len(kept)
 
 
 def pack(sequences: Sequence[TrainSequence], tokens_per_micro_batch: int) -> PackedSequences:
-    """Pack sequences into micro-batches of at most ``tokens_per_micro_batch`` positions (longer ones stay alone)."""
-    packs = first_fit_decreasing([sequence.num_positions for sequence in sequences], tokens_per_micro_batch)
+    """Pack sequences into micro-batches of at most ``tokens_per_micro_batch`` positions (longer
+    ones stay alone).
+    """
+    packs = first_fit_decreasing(
+        [sequence.num_positions for sequence in sequences], tokens_per_micro_batch
+    )
     placement: list[tuple[int, int, int]] = [(0, 0, 0)] * len(sequences)
     for number, indices in enumerate(packs):
         offset = 0
         for index in indices:
             sequence = sequences[index]
-            placement[index] = (number, offset + len(sequence.prompt_ids) - 1, len(sequence.response_ids))
+            placement[index] = (
+                number,
+                offset + len(sequence.prompt_ids) - 1,
+                len(sequence.response_ids),
+            )
             offset += sequence.num_positions
-    return PackedSequences([_one_row([sequences[i] for i in indices]) for indices in packs], placement)
+    return PackedSequences(
+        [_one_row([sequences[i] for i in indices]) for indices in packs], placement
+    )
 
 
 def pack_for_rank(
-    sequences: Sequence[TrainSequence], tokens_per_micro_batch: int, dp_rank: int, dp_size: int,
+    sequences: Sequence[TrainSequence],
+    tokens_per_micro_batch: int,
+    dp_rank: int,
+    dp_size: int,
     quadratic_cost: float = 0.0,
 ) -> PackedSequences:
     """This rank's share of the sequences of one optimizer step, packed.
 
-    The slowest rank is what a step waits for, so shares are balanced by ``sequence_cost``; the budget of a micro-batch
-    is about memory and counts positions. Ranks may have different numbers of micro-batches: gradients are reduced once,
-    after the last, and a pipeline's stages only talk within one data-parallel rank. With fewer sequences than ranks
-    some rank has none; it still has to call the worker, which handles that.
+    The slowest rank is what a step waits for, so shares are balanced by ``sequence_cost``; the
+    budget of a micro-batch is about memory and counts positions. Ranks may have different numbers
+    of micro-batches: gradients are reduced once, after the last, and a pipeline's stages only talk
+    within one data-parallel rank. With fewer sequences than ranks some rank has none; it still has
+    to call the worker, which handles that.
     """
     costs = [sequence_cost(sequence.num_positions, quadratic_cost) for sequence in sequences]
     share = split_over_ranks(costs, dp_size)[dp_rank]
@@ -138,7 +171,8 @@ def _one_row(sequences: Sequence[TrainSequence]) -> PackedBatch:
     for sequence in sequences:
         if sequence.extras.keys() != names:
             raise ValueError(
-                f"TrainSequence.extras differ within a batch: {sorted(names)} and {sorted(sequence.extras)}")
+                f"TrainSequence.extras differ within a batch: {sorted(names)} and {sorted(sequence.extras)}"
+            )
     ids = [sequence.prompt_ids + sequence.response_ids for sequence in sequences]
     before = [torch.zeros(len(sequence.prompt_ids) - 1) for sequence in sequences]
 

@@ -1,4 +1,6 @@
-"""The loop of stage II and of the policy's format SFT: fine-tuning on packed sequences, with exact resume."""
+"""The loop of stage II and of the policy's format SFT: fine-tuning on packed sequences, with exact
+resume.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True, slots=True)
 class SftResult:
-    """``finished`` is False when the run was asked to stop before its last step; call again to go on."""
+    """``finished`` is False when the run was asked to stop before its last step; call again to go
+    on.
+    """
 
     step: int
     total_steps: int
@@ -43,61 +47,95 @@ class SftResult:
 
 
 def num_sft_steps(num_sequences: int, epochs: int, batch_size: int) -> int:
-    """Optimizer steps of a whole run; the last batch of an epoch may be smaller. What the schedule is built for."""
+    """Optimizer steps of a whole run; the last batch of an epoch may be smaller. What the schedule
+    is built for.
+    """
     return epochs * math.ceil(num_sequences / batch_size)
 
 
 def batch_indices(step: int, num_sequences: int, batch_size: int, seed: int) -> list[int]:
     """Which sequences step ``step`` trains on: a slice of its epoch's own permutation.
 
-    A pure function of its arguments, so a resumed run sees the same data in the same order without stored state.
+    A pure function of its arguments, so a resumed run sees the same data in the same order without
+    stored state.
     """
     epoch, position = divmod(step, math.ceil(num_sequences / batch_size))
     generator = torch.Generator().manual_seed(derive_seed(seed, "sft-order", epoch))
     order = torch.randperm(num_sequences, generator=generator)
-    return order[position * batch_size:(position + 1) * batch_size].tolist()
+    return order[position * batch_size : (position + 1) * batch_size].tolist()
 
 
 def train_sft(
-    worker: MegatronWorker, sequences: Sequence[TrainSequence], *, epochs: int, batch_size: int,
-    tokens_per_micro_batch: int, seed: int, run_folder: Path, save_every: int, stop: StopFlag,
-    held_out: Sequence[TrainSequence] = (), eval_every: int = 100, made_with: Mapping[str, object] | None = None,
+    worker: MegatronWorker,
+    sequences: Sequence[TrainSequence],
+    *,
+    epochs: int,
+    batch_size: int,
+    tokens_per_micro_batch: int,
+    seed: int,
+    run_folder: Path,
+    save_every: int,
+    stop: StopFlag,
+    held_out: Sequence[TrainSequence] = (),
+    eval_every: int = 100,
+    made_with: Mapping[str, object] | None = None,
 ) -> SftResult:
-    """Train from the newest checkpoint in ``run_folder`` (or from the start) to the last step or a requested stop.
+    """Train from the newest checkpoint in ``run_folder`` (or from the start) to the last step or a
+    requested stop.
 
-    ``batch_size`` counts sequences per optimizer step over all data-parallel ranks; the loss is the mean over all
-    response tokens of the step. With ``held_out`` sequences every ``eval_every``-th step's row has their loss, measured
-    before the step. Writes ``metrics.jsonl``, TensorBoard and ``checkpoints/``: every ``save_every`` steps, at the end
-    and when stopping. After a resume, rows from the resumed step on are dropped and written again. ``made_with`` is
-    what else the steps depend on (optimizer, base model), by name and JSON-able: a run resumes with the same only.
+    ``batch_size`` counts sequences per optimizer step over all data-parallel ranks; the loss is the
+    mean over all response tokens of the step. With ``held_out`` sequences every ``eval_every``-th
+    step's row has their loss, measured before the step. Writes ``metrics.jsonl``, TensorBoard and
+    ``checkpoints/``: every ``save_every`` steps, at the end and when stopping. After a resume, rows
+    from the resumed step on are dropped and written again. ``made_with`` is what else the steps
+    depend on (optimizer, base model), by name and JSON-able: a run resumes with the same only.
 
-    Collective: all ranks call it with the same sequences. Raises ``ValueError`` when there is nothing to train on and
-    ``ConfigError`` when the checkpoint was made from other data, in another order or with another ``made_with``.
+    Collective: all ranks call it with the same sequences. Raises ``ValueError`` when there is
+    nothing to train on and ``ConfigError`` when the checkpoint was made from other data, in another
+    order or with another ``made_with``.
     """
     if not sequences:
         raise ValueError("train_sft: no sequences to train on")
     run_folder, total_steps = Path(run_folder), num_sft_steps(len(sequences), epochs, batch_size)
-    identity = {"data": data_fingerprint(sequences), "seed": seed, "batch_size": batch_size, "epochs": epochs,
-                **(made_with or {})}
+    identity = {
+        "data": data_fingerprint(sequences),
+        "seed": seed,
+        "batch_size": batch_size,
+        "epochs": epochs,
+        **(made_with or {}),
+    }
     step = saved_step = _resume(worker, run_folder, identity)
     writer = MetricsWriter(run_folder, is_main=worker.is_main)
     writer.truncate_from(step)
-    bar = progress_bar(total=total_steps, initial=step, desc="sft", unit="step", disable=not worker.is_main)
+    bar = progress_bar(
+        total=total_steps, initial=step, desc="sft", unit="step", disable=not worker.is_main
+    )
     while step < total_steps and not any(gather_objects(stop.requested)):
         measured = {}
         if held_out and step % eval_every == 0:
             measured = {"held_out_loss": held_out_loss(worker, held_out, tokens_per_micro_batch)}
         started = time.perf_counter()
-        batch = [sequences[index] for index in batch_indices(step, len(sequences), batch_size, seed)]
-        packed = pack_for_rank(batch, tokens_per_micro_batch, worker.dp_rank, worker.dp_size,
-                               worker.quadratic_cost)
+        batch = [
+            sequences[index] for index in batch_indices(step, len(sequences), batch_size, seed)
+        ]
+        packed = pack_for_rank(
+            batch, tokens_per_micro_batch, worker.dp_rank, worker.dp_size, worker.quadratic_cost
+        )
         result = worker.train_step(packed.micro_batches, sft_loss)
         seconds = time.perf_counter() - started
-        writer.write(step, {
-            "loss": result.loss, "grad_norm": result.grad_norm, "lr": result.lr, "loss_tokens": result.num_tokens,
-            "epoch": step * batch_size / len(sequences), "seconds": seconds,
-            "tokens_per_second": sum(sequence.num_positions for sequence in batch) / seconds, **measured,
-        })
+        writer.write(
+            step,
+            {
+                "loss": result.loss,
+                "grad_norm": result.grad_norm,
+                "lr": result.lr,
+                "loss_tokens": result.num_tokens,
+                "epoch": step * batch_size / len(sequences),
+                "seconds": seconds,
+                "tokens_per_second": sum(sequence.num_positions for sequence in batch) / seconds,
+                **measured,
+            },
+        )
         step += 1
         bar.update()
         bar.set_postfix(loss=f"{result.loss:.4f}")
@@ -109,12 +147,18 @@ def train_sft(
     if step != saved_step:
         worker.save_checkpoint(run_folder / CHECKPOINTS, {**identity, "step": step})
     if step < total_steps:
-        log.info("stopped after step %d of %d (%s); run again to go on", step, total_steps, stop.reason)
+        log.info(
+            "stopped after step %d of %d (%s); run again to go on", step, total_steps, stop.reason
+        )
     return SftResult(step, total_steps)
 
 
-def held_out_loss(worker: MegatronWorker, sequences: Sequence[TrainSequence], tokens_per_micro_batch: int) -> float:
-    """Mean nats per response token of sequences that are not trained on. Collective; the same on every rank."""
+def held_out_loss(
+    worker: MegatronWorker, sequences: Sequence[TrainSequence], tokens_per_micro_batch: int
+) -> float:
+    """Mean nats per response token of sequences that are not trained on. Collective; the same on
+    every rank.
+    """
     packed = pack_for_rank(sequences, tokens_per_micro_batch, worker.dp_rank, worker.dp_size)
     rows = packed.unpack(worker.logprobs(packed.micro_batches))
     own = -math.fsum(float(row_R.double().sum()) for row_R in rows)
@@ -124,7 +168,9 @@ def held_out_loss(worker: MegatronWorker, sequences: Sequence[TrainSequence], to
 
 
 def data_fingerprint(sequences: Sequence[TrainSequence]) -> str:
-    """16 hex digits that depend on every token and its role; a checkpoint carries those of its data."""
+    """16 hex digits that depend on every token and its role; a checkpoint carries those of its
+    data.
+    """
     digest = hashlib.sha256()
     for sequence in sequences:
         for ids in (sequence.prompt_ids, sequence.response_ids):
@@ -139,7 +185,9 @@ def _resume(worker: MegatronWorker, run_folder: Path, identity: dict[str, object
     state = worker.load_checkpoint(run_folder / CHECKPOINTS)
     for name, value in identity.items():
         if (before := state.get(name, value)) != value:
-            raise ConfigError(f"{run_folder / CHECKPOINTS} was made with {name}={before}, this run has {value}: "
-                              "use another run.dir or the same settings")
+            raise ConfigError(
+                f"{run_folder / CHECKPOINTS} was made with {name}={before}, this run has {value}: "
+                "use another run.dir or the same settings"
+            )
     log.info("resuming after step %d", state["step"])
     return int(state["step"])

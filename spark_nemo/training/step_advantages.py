@@ -1,7 +1,8 @@
-"""Advantages per token from step labels. Each design is a pure function of one batch of scored responses.
+"""Advantages per token from step labels. Each design is a pure function of one batch of scored
+responses.
 
-Every function returns one float32 tensor [R] per response, R its number of tokens. A response that is not valid gets
-zeros and touches nobody's statistics. Groups go by id and may differ in size.
+Every function returns one float32 tensor [R] per response, R its number of tokens. A response that
+is not valid gets zeros and touches nobody's statistics. Groups go by id and may differ in size.
 
 **Labels that cannot be used** (``ScoredResponse.labelled_steps`` is None: never verified, or another number of labels
 than of spans) are neither padded nor cut. ``parse_generation`` refuses a verification of another step count, so this
@@ -36,8 +37,8 @@ CAPO_WHOLE, CAPO_WRONG_STEP = 2.0, 1.0
 class ScoredResponse:
     """What an advantage design may know of one response.
 
-    ``reward`` is that of the response as a whole (f * y), read only when ``valid``; ``step_labels`` is None when no
-    verdict exists. ``step_spans[k]`` are the tokens of step k + 1.
+    ``reward`` is that of the response as a whole (f * y), read only when ``valid``; ``step_labels``
+    is None when no verdict exists. ``step_spans[k]`` are the tokens of step k + 1.
     """
 
     group: int
@@ -53,23 +54,33 @@ class ScoredResponse:
 
     @property
     def labelled_steps(self) -> tuple[tuple[TokenSpan, bool], ...] | None:
-        """Spans with their labels; None when there are no labels, no steps, or not as many of one as of the other."""
+        """Spans with their labels; None when there are no labels, no steps, or not as many of one
+        as of the other.
+        """
         if not self.step_labels or len(self.step_labels) != len(self.step_spans):
             return None
         return tuple(zip(self.step_spans, self.step_labels))
 
 
 def broadcast_advantages(responses: Sequence[ScoredResponse], outcome_N: Tensor) -> list[Tensor]:
-    """A response's advantage on each of its tokens. Splitting a step changes nothing: steps are not read."""
-    return [torch.full((r.num_tokens,), a) for r, a in zip(responses, outcome_N.tolist(), strict=True)]
+    """A response's advantage on each of its tokens. Splitting a step changes nothing: steps are not
+    read.
+    """
+    return [
+        torch.full((r.num_tokens,), a) for r, a in zip(responses, outcome_N.tolist(), strict=True)
+    ]
 
 
 def selective_advantages(
-    responses: Sequence[ScoredResponse], outcome_N: Tensor, *, discount: float,
+    responses: Sequence[ScoredResponse],
+    outcome_N: Tensor,
+    *,
+    discount: float,
 ) -> list[Tensor]:
-    """``A_t = A`` where the label of t's step agrees with the sign of A (A >= 0 and correct, or A < 0 and incorrect)
-    and ``discount * A`` where it does not; tokens outside steps keep A. ``discount`` is 0 (zero) or 0.5 (half).
-    Source: arXiv 2512.03244, selective advantage. ``outcome_N`` holds A, group-normalised from f * y.
+    """``A_t = A`` where the label of t's step agrees with the sign of A (A >= 0 and correct, or A <
+    0 and incorrect) and ``discount * A`` where it does not; tokens outside steps keep A.
+    ``discount`` is 0 (zero) or 0.5 (half). Source: arXiv 2512.03244, selective advantage.
+    ``outcome_N`` holds A, group-normalised from f * y.
 
     Without usable labels every token keeps A.
     Resists inflation: splitting a correct step changes no response's total advantage.
@@ -78,18 +89,19 @@ def selective_advantages(
     for response, row_R, advantage in zip(responses, rows, outcome_N.tolist()):
         for span, correct in response.labelled_steps or ():
             if correct != (advantage >= 0):
-                row_R[span.start:span.end] = discount * advantage
+                row_R[span.start : span.end] = discount * advantage
     return rows
 
 
 def global_step_advantages(responses: Sequence[ScoredResponse], outcome_N: Tensor) -> list[Tensor]:
-    """``A_t = 0.8 A + 0.2 sum_{t' >= t} z_t'``, where z is the step reward (+1/n for a correct step, -1/n for an
-    incorrect one, at the step's last token) normalised by mean and unbiased std over all steps of the prompt's group.
-    Source: arXiv 2512.03244, global step-reward; RL-Tango's advantage. ``outcome_N`` holds A, from f * y.
+    """``A_t = 0.8 A + 0.2 sum_{t' >= t} z_t'``, where z is the step reward (+1/n for a correct
+    step, -1/n for an incorrect one, at the step's last token) normalised by mean and unbiased std
+    over all steps of the prompt's group. Source: arXiv 2512.03244, global step-reward; RL-Tango's
+    advantage. ``outcome_N`` holds A, from f * y.
 
-    Without usable labels a response has no step rewards and keeps 0.8 A. A group with equal step rewards has z = 0.
-    Does *not* resist inflation: splitting a correct step in two changes 1/n, the group's statistics, and the total
-    advantage of every response in the group.
+    Without usable labels a response has no step rewards and keeps 0.8 A. A group with equal step
+    rewards has z = 0. Does *not* resist inflation: splitting a correct step in two changes 1/n, the
+    group's statistics, and the total advantage of every response in the group.
     """
     rows = [PROCESS_SHARE * row_R for row_R in broadcast_advantages(responses, outcome_N)]
     for members in _groups(responses):
@@ -109,39 +121,54 @@ def global_step_advantages(responses: Sequence[ScoredResponse], outcome_N: Tenso
 
 
 def global_step_penalty_advantages(
-    responses: Sequence[ScoredResponse], outcome_N: Tensor, *, min_steps: int, max_steps: int,
+    responses: Sequence[ScoredResponse],
+    outcome_N: Tensor,
+    *,
+    min_steps: int,
+    max_steps: int,
 ) -> list[Tensor]:
-    """``global_step_advantages`` where a response of fewer than ``min_steps`` or more than ``max_steps`` steps has no
-    step rewards: it keeps 0.8 A and, like one whose labels do not fit its steps, touches nobody's step statistics (this
-    package's reading of "step rewards 0"). Source: arXiv 2512.03244, global step-reward with step penalty; 3 and 20 in
-    the published code.
+    """``global_step_advantages`` where a response of fewer than ``min_steps`` or more than
+    ``max_steps`` steps has no step rewards: it keeps 0.8 A and, like one whose labels do not fit
+    its steps, touches nobody's step statistics (this package's reading of "step rewards 0").
+    Source: arXiv 2512.03244, global step-reward with step penalty; 3 and 20 in the published code.
 
-    Does *not* resist inflation within the bounds: splitting a correct step changes what ``global_step_advantages`` says
-    it does. The bounds close the way to one all-correct step, and to more steps than ``max_steps``.
+    Does *not* resist inflation within the bounds: splitting a correct step changes what
+    ``global_step_advantages`` says it does. The bounds close the way to one all-correct step, and
+    to more steps than ``max_steps``.
     """
     inside = [min_steps <= len(response.step_spans) <= max_steps for response in responses]
     return global_step_advantages(
-        [response if ok else replace(response, step_labels=None) for response, ok in zip(responses, inside)], outcome_N)
+        [
+            response if ok else replace(response, step_labels=None)
+            for response, ok in zip(responses, inside)
+        ],
+        outcome_N,
+    )
 
 
 def min_form_advantages(
-    responses: Sequence[ScoredResponse], *, temperature: float = MIN_FORM_TEMPERATURE,
+    responses: Sequence[ScoredResponse],
+    *,
+    temperature: float = MIN_FORM_TEMPERATURE,
 ) -> list[Tensor]:
-    """PURE: the value of a response is its worst step. Source: arXiv 2504.15275, with the verdict in the place of the
-    answer key. For response i of a group of K, with r*_t its step credit (``min_form_credit``) at the step's last token
+    """PURE: the value of a response is its worst step. Source: arXiv 2504.15275, with the verdict
+    in the place of the answer key. For response i of a group of K, with r*_t its step credit
+    (``min_form_credit``) at the step's last token
 
         ``A_t = y_i - mean_{j != i} y_j  +  sum_{t' >= t} (r*_t' - b_i)``,   ``b_i = mean_{j != i} (sum_t r*_jt / R_j)``
 
-    b_i is a baseline per *token*: one per step would favour responses of few steps. There is no division by a std.
+    b_i is a baseline per *token*: one per step would favour responses of few steps. There is no
+    division by a std.
 
-    Without usable labels a response counts as one step over all its tokens with reward 2 * reward - 1, so breaking the
-    format (reward 0) is the worst step there is, not an escape from the judge. A group with fewer than two valid
-    members gives 0.
+    Without usable labels a response counts as one step over all its tokens with reward 2 * reward -
+    1, so breaking the format (reward 0) is the worst step there is, not an escape from the judge. A
+    group with fewer than two valid members gives 0.
 
-    Does *not* resist inflation in full. Splitting a correct step never changes the sum of the credits, hence the
-    advantage at the first token, by more than exp(-2 / temperature). With an incorrect step in the response all credit
-    lies on the incorrect ones and no token changes either. In a response of correct steps only, the same credit is
-    spread over other step ends, so the total over tokens changes (either way, with the place of the cut).
+    Does *not* resist inflation in full. Splitting a correct step never changes the sum of the
+    credits, hence the advantage at the first token, by more than exp(-2 / temperature). With an
+    incorrect step in the response all credit lies on the incorrect ones and no token changes
+    either. In a response of correct steps only, the same credit is spread over other step ends, so
+    the total over tokens changes (either way, with the place of the cut).
     """
     rows = [torch.zeros(r.num_tokens, dtype=torch.float64) for r in responses]
     outcome_N = rloo_advantages(*_rewards(responses)).to(torch.float64)
@@ -157,21 +184,28 @@ def min_form_advantages(
 
 
 def min_form_credit(rewards_K: Tensor, temperature: float = MIN_FORM_TEMPERATURE) -> Tensor:
-    """``r*_k = r_k softmax(-r / T)_k``; their sum tends to min_k r_k as T goes to 0. arXiv 2504.15275, equation 5."""
+    """``r*_k = r_k softmax(-r / T)_k``; their sum tends to min_k r_k as T goes to 0. arXiv
+    2504.15275, equation 5.
+    """
     return rewards_K * torch.softmax(-rewards_K / temperature, dim=0)
 
 
 def prefix_advantages(
-    responses: Sequence[ScoredResponse], *, prefix_reward: float = PREFIX_REWARD, relu: bool = False,
+    responses: Sequence[ScoredResponse],
+    *,
+    prefix_reward: float = PREFIX_REWARD,
+    relu: bool = False,
 ) -> list[Tensor]:
-    """VPPO: a failed response is rewarded up to its first error. Source: arXiv 2601.18984, with the verdict in the
-    place of the answer key. ``A_t = r_t - mean_g(y)`` without division by the std, where r_t is y, except that tokens
-    before the first incorrect step of a response with verdict No have r_t = ``prefix_reward``. ``relu`` keeps the
-    prefix's advantage from being negative in a group that mostly succeeds.
+    """VPPO: a failed response is rewarded up to its first error. Source: arXiv 2601.18984, with the
+    verdict in the place of the answer key. ``A_t = r_t - mean_g(y)`` without division by the std,
+    where r_t is y, except that tokens before the first incorrect step of a response with verdict No
+    have r_t = ``prefix_reward``. ``relu`` keeps the prefix's advantage from being negative in a
+    group that mostly succeeds.
 
-    When no step is incorrect and yet the verdict is No, the error is in the answer: the prefix ends with the last step.
-    Without usable labels there is no prefix. A group with fewer than two valid members gives 0.
-    Resists inflation: splitting a correct step changes no response's total advantage, the prefix is a set of tokens.
+    When no step is incorrect and yet the verdict is No, the error is in the answer: the prefix ends
+    with the last step. Without usable labels there is no prefix. A group with fewer than two valid
+    members gives 0. Resists inflation: splitting a correct step changes no response's total
+    advantage, the prefix is a set of tokens.
     """
     rows = [torch.zeros(r.num_tokens) for r in responses]
     for members in _groups(responses):
@@ -186,18 +220,24 @@ def prefix_advantages(
 
 
 def capo_advantages(
-    responses: Sequence[ScoredResponse], *, whole: float = CAPO_WHOLE, wrong_step: float = CAPO_WRONG_STEP,
+    responses: Sequence[ScoredResponse],
+    *,
+    whole: float = CAPO_WHOLE,
+    wrong_step: float = CAPO_WRONG_STEP,
 ) -> list[Tensor]:
-    """CAPO: ``r_t = whole * y - wrong_step * 1[t lies in an incorrect step]``, normalised by mean and unbiased std over
-    all tokens of the group. Source: arXiv 2508.02298, with the verdict in the place of the answer key; the asymmetry
-    whole > wrong_step keeps a correct response with wrong steps above a wrong one without. That the statistics are over
-    the group's tokens is this package's reading.
+    """CAPO: ``r_t = whole * y - wrong_step * 1[t lies in an incorrect step]``, normalised by mean
+    and unbiased std over all tokens of the group. Source: arXiv 2508.02298, with the verdict in the
+    place of the answer key; the asymmetry whole > wrong_step keeps a correct response with wrong
+    steps above a wrong one without. That the statistics are over the group's tokens is this
+    package's reading.
 
     Without usable labels no token is penalised. A group with fewer than two valid members, or without contrast, gives
     0. Resists inflation: splitting a correct step changes no response's total advantage.
     """
     if not whole > wrong_step >= 0:
-        raise ValueError(f"capo_advantages: whole={whole} must be larger than wrong_step={wrong_step} >= 0")
+        raise ValueError(
+            f"capo_advantages: whole={whole} must be larger than wrong_step={wrong_step} >= 0"
+        )
     rows = [torch.zeros(r.num_tokens) for r in responses]
     for members in _groups(responses):
         rewards = {i: _capo_row(responses[i], whole, wrong_step) for i in members}
@@ -210,13 +250,20 @@ def capo_advantages(
 
 
 def step_rewards(labels: Sequence[bool]) -> Tensor:
-    """+1/n for a correct step, -1/n for an incorrect one; labels C, I, C, C give .25, -.25, .25, .25. float64 [n]."""
-    return torch.tensor([1.0 if correct else -1.0 for correct in labels], dtype=torch.float64) / len(labels)
+    """+1/n for a correct step, -1/n for an incorrect one; labels C, I, C, C give .25, -.25, .25,
+    .25. float64 [n].
+    """
+    return torch.tensor(
+        [1.0 if correct else -1.0 for correct in labels], dtype=torch.float64
+    ) / len(labels)
 
 
 def _rewards(responses: Sequence[ScoredResponse]) -> tuple[Tensor, list[int], Tensor]:
-    return (torch.tensor([r.reward for r in responses]), [r.group for r in responses],
-            torch.tensor([r.valid for r in responses], dtype=torch.bool))
+    return (
+        torch.tensor([r.reward for r in responses]),
+        [r.group for r in responses],
+        torch.tensor([r.valid for r in responses], dtype=torch.bool),
+    )
 
 
 def _groups(responses: Sequence[ScoredResponse]) -> list[list[int]]:
@@ -231,7 +278,9 @@ def _groups(responses: Sequence[ScoredResponse]) -> list[list[int]]:
 def _at_step_ends(response: ScoredResponse, values_K: Tensor) -> Tensor:
     row_R = torch.zeros(response.num_tokens, dtype=torch.float64)
     for span, value in zip(response.step_spans, values_K.tolist(), strict=True):
-        row_R[max(span.end - 1, 0)] += value  # += : a step without a token of its own shares its neighbour's
+        row_R[max(span.end - 1, 0)] += (
+            value  # += : a step without a token of its own shares its neighbour's
+        )
     return row_R
 
 
@@ -260,5 +309,5 @@ def _capo_row(response: ScoredResponse, whole: float, wrong_step: float) -> Tens
     row_R = torch.full((response.num_tokens,), whole * response.reward, dtype=torch.float64)
     for span, correct in response.labelled_steps or ():
         if not correct:
-            row_R[span.start:span.end] = whole * response.reward - wrong_step
+            row_R[span.start : span.end] = whole * response.reward - wrong_step
     return row_R

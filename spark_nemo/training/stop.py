@@ -1,4 +1,6 @@
-"""Leave a run cleanly: Ctrl-C, SIGTERM (what Slurm sends before it kills) or a file named STOP in the run folder."""
+"""Leave a run cleanly: Ctrl-C, SIGTERM (what Slurm sends before it kills) or a file named STOP in
+the run folder.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopFlag:
     """A context manager in which a signal asks for a stop instead of killing the process.
 
-    Loops look at ``requested`` between steps, then write their checkpoint and return. A second signal acts as usual
-    (KeyboardInterrupt or death), for whoever cannot wait. Use it in the main thread: Python takes signals only there.
+    Loops look at ``requested`` between steps, then write their checkpoint and return. A second
+    signal acts as usual (KeyboardInterrupt or death), for whoever cannot wait. Use it in the main
+    thread: Python takes signals only there.
     """
 
     def __init__(self, run_folder: Path) -> None:
@@ -27,7 +30,10 @@ class StopFlag:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None,
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._restore()
 
@@ -42,7 +48,9 @@ class StopFlag:
 
     @property
     def requested(self) -> bool:
-        """Has this process been asked to stop? Ranks may differ for a moment: agree among them before acting."""
+        """Has this process been asked to stop? Ranks may differ for a moment: agree among them
+        before acting.
+        """
         if not self.reason and self.stop_file.exists():
             self.reason = str(self.stop_file)
         return bool(self.reason)

@@ -1,4 +1,6 @@
-"""Looking for what is wrong with a store of stage I: every byte is read and every relation between records checked."""
+"""Looking for what is wrong with a store of stage I: every byte is read and every relation between
+records checked.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ _LARGEST_INDEX = 4096
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing found in a shard at a byte. ``harmless``: what a killed writer leaves behind; nothing is lost."""
+    """One thing found in a shard at a byte. ``harmless``: what a killed writer leaves behind;
+    nothing is lost.
+    """
 
     shard: str
     offset: int
@@ -29,9 +33,10 @@ class Finding:
 
 
 def audit_store(folder: Path, made_by: Mapping[str, object] | None = None) -> Iterator[Finding]:
-    """Every fault of a store: bad checksums, records whose parent is missing, records of one key that differ, and keys
-    that are not those of their content. ``made_by`` is what stage I wrote beside the store; without it the last check
-    sees only whether record and payload name the same key.
+    """Every fault of a store: bad checksums, records whose parent is missing, records of one key
+    that differ, and keys that are not those of their content. ``made_by`` is what stage I wrote
+    beside the store; without it the last check sees only whether record and payload name the same
+    key.
 
     Records that a writer adds meanwhile may be missed. Memory does not grow with the records.
     """
@@ -39,22 +44,31 @@ def audit_store(folder: Path, made_by: Mapping[str, object] | None = None) -> It
         for path in shard_paths(folder):
             for line in read_lines(path):
                 if line.torn:
-                    what = f"the last {line.length} bytes are an unfinished record, never acknowledged"
+                    what = (
+                        f"the last {line.length} bytes are an unfinished record, never acknowledged"
+                    )
                     yield Finding(path.name, line.offset, what, harmless=True)
                 elif line.names is None:
-                    yield Finding(path.name, line.offset, f"{line.length} bytes do not fit their checksum")
+                    yield Finding(
+                        path.name, line.offset, f"{line.length} bytes do not fit their checksum"
+                    )
                 else:
                     for what in _faults(store, path, line, made_by):
                         yield Finding(path.name, line.offset, what)
 
 
-def _faults(store: RecordStore, path: Path, line: Line, made_by: Mapping[str, object] | None) -> Iterator[str]:
+def _faults(
+    store: RecordStore, path: Path, line: Line, made_by: Mapping[str, object] | None
+) -> Iterator[str]:
     names = line.names
     assert names is not None
     payload = read_record(path, line)["payload"]
     record = f"{names.kind} {names.key}"
     counted = store.location(names.key, names.kind)
-    if counted not in (None, (path.name, line.offset)) and store.get(names.key, names.kind) != payload:
+    if (
+        counted not in (None, (path.name, line.offset))
+        and store.get(names.key, names.kind) != payload
+    ):
         yield f"{record} differs from the record of the same key that counts, in {counted[0]} at byte {counted[1]}"
     parent = names.parent or (payload.get("solution_key") if names.kind == VERIFICATION else None)
     if parent is not None and not any(store.location(parent, kind) for kind in store.kinds()):
@@ -65,7 +79,9 @@ def _faults(store: RecordStore, path: Path, line: Line, made_by: Mapping[str, ob
         yield f"{record} is not the key of its content under the settings in made_by.json"
 
 
-def _has_its_key(key: str, kind: str, payload: Mapping[str, object], made_by: Mapping[str, object]) -> bool:
+def _has_its_key(
+    key: str, kind: str, payload: Mapping[str, object], made_by: Mapping[str, object]
+) -> bool:
     """Whether ``Collector`` would give this content this key; True where that cannot be derived."""
     role = {SOLUTION: "generator", VERIFICATION: "verifier"}.get(kind)
     fields = ("the grammar", "stage1.prompt_set", f"models.{role}", f"stage1.{role}_sampling")
@@ -77,4 +93,7 @@ def _has_its_key(key: str, kind: str, payload: Mapping[str, object], made_by: Ma
             by.append(asked_with)
         return content_key(VERIFICATION, payload["solution_key"], by, seed, payload["vote"]) == key
     # A solution does not record which of its problem's samples it is.
-    return any(content_key(SOLUTION, payload["question"], by, seed, n) == key for n in range(_LARGEST_INDEX))
+    return any(
+        content_key(SOLUTION, payload["question"], by, seed, n) == key
+        for n in range(_LARGEST_INDEX)
+    )

@@ -1,8 +1,9 @@
 """Stage I's sampling: solutions and their verifications, every one stored as soon as it is there.
 
-A result is stored under a key made of everything that determines it, so a run that was killed, or grown to more votes,
-asks only for what is missing. A solution goes to its verifier the moment it is finished, and its votes, which share
-their whole prompt, reach the engine one after the other. Of a solution that is done only counts are kept.
+A result is stored under a key made of everything that determines it, so a run that was killed, or
+grown to more votes, asks only for what is missing. A solution goes to its verifier the moment it is
+finished, and its votes, which share their whole prompt, reach the engine one after the other. Of a
+solution that is done only counts are kept.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ class CollectCounts:
     postponed_verifications: int = 0
     """Not asked for, because a vote they depend on could not be had: the next run goes on there."""
     engine_failures: dict[str, int] = field(default_factory=dict)
-    """Requests that an engine refused or lost, by its reason with every number written N. Not stored: asked again."""
+    """Requests that an engine refused or lost, by its reason with every number written N. Not
+    stored: asked again.
+    """
 
     def engine_failed(self, failure: EngineFailure) -> None:
         """Count one by its reason; beyond some number of reasons they are not told apart."""
@@ -78,7 +81,9 @@ class CollectCounts:
 
 @dataclass(slots=True)
 class _OpenSolution:
-    """A usable solution whose votes are being collected; ``votes[k]`` is vote k, None while it is in flight."""
+    """A usable solution whose votes are being collected; ``votes[k]`` is vote k, None while it is
+    in flight.
+    """
 
     solution: Solution
     parsed: ParsedResponse
@@ -92,14 +97,21 @@ class _OpenSolution:
 class Collector:
     """Asks generator and verifier for what the store does not hold yet.
 
-    ``after_votes`` is awaited for every solution all of whose votes are in (and not for one that lacks a vote because
-    of an ``EngineFailure``), within the bound on requests in flight, so it should have one request at a time in flight.
-    ``earlier`` is another run's store: a solution in it that is the one to be sampled here is copied instead.
+    ``after_votes`` is awaited for every solution all of whose votes are in (and not for one that
+    lacks a vote because of an ``EngineFailure``), within the bound on requests in flight, so it
+    should have one request at a time in flight. ``earlier`` is another run's store: a solution in
+    it that is the one to be sampled here is copied instead.
     """
 
     def __init__(
-        self, config: Stage1Config, seed: int, generator: ServedModel, verifier: ServedModel, store: RecordStore,
-        on_result: Callable[[CollectCounts], None] = lambda counts: None, after_votes: AfterVotes | None = None,
+        self,
+        config: Stage1Config,
+        seed: int,
+        generator: ServedModel,
+        verifier: ServedModel,
+        store: RecordStore,
+        on_result: Callable[[CollectCounts], None] = lambda counts: None,
+        after_votes: AfterVotes | None = None,
         earlier: RecordStore | None = None,
     ) -> None:
         self.config, self.seed, self.store, self.on_result = config, seed, store, on_result
@@ -116,17 +128,23 @@ class Collector:
 
     def made_by(self) -> dict[str, object]:
         """Everything but the problems that the results depend on, by setting; plain JSON."""
-        return {"run.seed": self.seed, "stage1.prompt_set": self.prompts.version, "the grammar": GRAMMAR_VERSION,
-                "models.generator": self.generator.identity, "models.verifier": self.verifier.identity,
-                "stage1.generator_sampling": self.config.generator_sampling.identity(),
-                "stage1.verifier_prompt": self.config.verifier_prompt,
-                "stage1.verifier_sampling": self.config.verifier_sampling.identity()}
+        return {
+            "run.seed": self.seed,
+            "stage1.prompt_set": self.prompts.version,
+            "the grammar": GRAMMAR_VERSION,
+            "models.generator": self.generator.identity,
+            "models.verifier": self.verifier.identity,
+            "stage1.generator_sampling": self.config.generator_sampling.identity(),
+            "stage1.verifier_prompt": self.config.verifier_prompt,
+            "stage1.verifier_sampling": self.config.verifier_sampling.identity(),
+        }
 
     async def run(self, problems: Iterable[Problem], max_requests_in_flight: int) -> CollectCounts:
-        """Sample everything missing for ``problems``, drawn one by one; at most so many requests are in flight.
+        """Sample everything missing for ``problems``, drawn one by one; at most so many requests
+        are in flight.
 
-        What ``on_result`` or a store that is full raises ends the run, in an ``ExceptionGroup``; requests in flight are
-        given up, and what is stored stays.
+        What ``on_result`` or a store that is full raises ends the run, in an ``ExceptionGroup``;
+        requests in flight are given up, and what is stored stays.
         """
         # In the long run one request of 1 + N is a solution.
         new_share = max(1, max_requests_in_flight // (1 + self.config.verifications_per_solution))
@@ -162,8 +180,13 @@ class Collector:
             return solution
         started = time.monotonic()
         try:
-            completion = whole(await self.generator.complete(
-                self.prompts.solve(problem.question), self.config.generator_sampling, derive_seed(key)))
+            completion = whole(
+                await self.generator.complete(
+                    self.prompts.solve(problem.question),
+                    self.config.generator_sampling,
+                    derive_seed(key),
+                )
+            )
         except EngineLost:  # nobody is left to ask, so all that follow would fail too
             raise
         except EngineFailure as failure:
@@ -172,19 +195,32 @@ class Collector:
                 each.add_failed(time.monotonic() - started)
             # Not stored: the next run asks again.
             return Solution(key, problem.problem_id, problem.question, str(failure), "abort", 0)
-        num_tokens, num_prompt_tokens = len(completion.generation.token_ids), len(completion.prompt_ids)
+        num_tokens, num_prompt_tokens = (
+            len(completion.generation.token_ids),
+            len(completion.prompt_ids),
+        )
         for each in costs:
             each.add_sampled(num_prompt_tokens, num_tokens, time.monotonic() - started)
         solution = Solution(
-            key, problem.problem_id, problem.question, completion.text, str(completion.generation.finish_reason),
-            num_tokens, num_prompt_tokens)
+            key,
+            problem.problem_id,
+            problem.question,
+            completion.text,
+            str(completion.generation.finish_reason),
+            num_tokens,
+            num_prompt_tokens,
+        )
         self.store.append(key, SOLUTION, asdict(solution))
         self.counts.solution_tokens += num_tokens
         return solution
 
     def _stored_solution(self, key: str) -> dict[str, object] | None:
         stored = self.store.get(key, SOLUTION)
-        if stored is None and self._earlier is not None and (stored := self._earlier.get(key, SOLUTION)) is not None:
+        if (
+            stored is None
+            and self._earlier is not None
+            and (stored := self._earlier.get(key, SOLUTION)) is not None
+        ):
             self.store.append(key, SOLUTION, stored)
         return stored
 
@@ -194,17 +230,22 @@ class Collector:
         while wave := self._wave(at):
             numbers = range(len(at.votes), len(at.votes) + wave)
             at.votes += [self._stored_vote(at, vote) for vote in numbers]
-            if missing := [partial(self._ask_verifier, at, vote) for vote in numbers if at.votes[vote] is None]:
+            if missing := [
+                partial(self._ask_verifier, at, vote) for vote in numbers if at.votes[vote] is None
+            ]:
                 at.in_flight = len(missing)
-                # A solution that is begun is finished before others are, while the engine still has its prompt.
+                # A solution that is begun is finished before others are, while the engine still has
+                # its prompt.
                 self._queue.push(missing, first=begun)
                 return
         self._done(at)
 
     def _wave(self, at: _OpenSolution) -> int:
-        """How many more votes to ask for at once; what is missing of a wave is waited for before the next is chosen.
+        """How many more votes to ask for at once; what is missing of a wave is waited for before
+        the next is chosen.
 
-        After a vote that could not be had there is no next wave: which votes it has depends on that one.
+        After a vote that could not be had there is no next wave: which votes it has depends on that
+        one.
         """
         if self._rule is None:
             return self.config.verifications_per_solution - len(at.votes)
@@ -230,8 +271,11 @@ class Collector:
         key, started = self._vote_key(at, vote), time.monotonic()
         costs = (at.verify_cost, self.ledger.parts["verify"])
         try:
-            completion = whole(await self.verifier.complete_prompt(
-                at.prompt_ids, self.config.verifier_sampling, derive_seed(key)))
+            completion = whole(
+                await self.verifier.complete_prompt(
+                    at.prompt_ids, self.config.verifier_sampling, derive_seed(key)
+                )
+            )
         except EngineLost:
             raise
         except EngineFailure as failure:
@@ -242,9 +286,14 @@ class Collector:
         else:
             num_tokens = len(completion.generation.token_ids)
             outcome = parse_generation(
-                completion.text, str(completion.generation.finish_reason), num_tokens, len(at.parsed.steps))
+                completion.text,
+                str(completion.generation.finish_reason),
+                num_tokens,
+                len(at.parsed.steps),
+            )
             record = Verification(
-                key, at.solution.key, vote, completion.text, outcome, num_tokens, len(at.prompt_ids))
+                key, at.solution.key, vote, completion.text, outcome, num_tokens, len(at.prompt_ids)
+            )
             self.store.append(key, VERIFICATION, record.to_json(), parent=at.solution.key)
             self.counts.verification_tokens += num_tokens
             for cost in costs:
@@ -258,11 +307,15 @@ class Collector:
     def _verify_messages(self, at: _OpenSolution) -> ChatMessages:
         if self.config.verifier_prompt == "reward_model":
             return self.prompts.reward(Variant.PRM_COT, at.solution.question, at.parsed.canonical())
-        return self.prompts.verify(at.solution.question, at.parsed.canonical(), len(at.parsed.steps))
+        return self.prompts.verify(
+            at.solution.question, at.parsed.canonical(), len(at.parsed.steps)
+        )
 
     def _count_vote(self, vote: Verification | EngineError) -> None:
         self.counts.verifications += 1
-        self.counts.failed_verifications += isinstance(vote, EngineError) or not isinstance(vote.outcome, Verdict)
+        self.counts.failed_verifications += isinstance(vote, EngineError) or not isinstance(
+            vote.outcome, Verdict
+        )
         self.on_result(self.counts)
 
     def _done(self, at: _OpenSolution) -> None:
@@ -275,19 +328,27 @@ class Collector:
         else:
             self.counts.postponed_verifications += unasked
         self.ledger.solution_done(
-            at.solution.problem_id, at.solve_cost, at.verify_cost, labelled=complete,
-            votes_saved=unasked if complete else 0)
+            at.solution.problem_id,
+            at.solve_cost,
+            at.verify_cost,
+            labelled=complete,
+            votes_saved=unasked if complete else 0,
+        )
         if unasked:
             self.on_result(self.counts)
         if complete and self._after_votes is not None:
-            self._queue.push([partial(self._after_votes, at.solution, at.parsed, votes)], first=True)
+            self._queue.push(
+                [partial(self._after_votes, at.solution, at.parsed, votes)], first=True
+            )
 
     def _vote_key(self, at: _OpenSolution, vote: int) -> str:
         return content_key(VERIFICATION, at.solution.key, self._verified_by, self.seed, vote)
 
 
 def whole(completion: Completion) -> Completion:
-    """``completion``; raises ``EngineFailure`` for one that was aborted, of which nothing may be kept."""
+    """``completion``; raises ``EngineFailure`` for one that was aborted, of which nothing may be
+    kept.
+    """
     if completion.generation.finish_reason is FinishReason.ABORT:
         raise EngineFailure(f"aborted after {len(completion.generation.token_ids)} tokens")
     return completion

@@ -18,7 +18,8 @@ from .revise import revisions_of
 
 
 def stream_collected(store: RecordStore) -> Iterator[tuple[Solution, list[Verification]]]:
-    """Usable solutions in the order of their keys, each with its verifications in the order of theirs.
+    """Usable solutions in the order of their keys, each with its verifications in the order of
+    theirs.
 
     Memory holds one solution and its verifications, however many the store has.
     """
@@ -26,7 +27,10 @@ def stream_collected(store: RecordStore) -> Iterator[tuple[Solution, list[Verifi
     for key, row in store.iter(SOLUTION, by_key=True):
         solution = Solution.from_json(row)
         if isinstance(parse_solution(solution), ParsedResponse):
-            yield solution, [Verification.from_json(vote) for _, vote in store.children(key, VERIFICATION)]
+            yield (
+                solution,
+                [Verification.from_json(vote) for _, vote in store.children(key, VERIFICATION)],
+            )
 
 
 def read_collected(store: RecordStore) -> tuple[list[Solution], list[Verification]]:
@@ -40,9 +44,11 @@ def read_collected(store: RecordStore) -> tuple[list[Solution], list[Verificatio
 
 
 def stream_for(
-    method: str, store: RecordStore,
+    method: str,
+    store: RecordStore,
 ) -> Iterator[tuple[Solution, Sequence[Verification], dict[str, Revision]]]:
-    """What a label method reads: usable solutions, each with its verifications and, where it needs them, revisions.
+    """What a label method reads: usable solutions, each with its verifications and, where it needs
+    them, revisions.
 
     Only ``reference_guided`` gets the verifications that saw the answer, and it gets no others.
     """
@@ -50,11 +56,18 @@ def stream_for(
         if method == REFERENCE_GUIDED:
             yield solution, reference_verifications_of(store, solution.key), {}
         else:
-            yield solution, votes, revisions_of(store, solution.key) if method in REVISED_METHODS else {}
+            yield (
+                solution,
+                votes,
+                revisions_of(store, solution.key) if method in REVISED_METHODS else {},
+            )
 
 
 def label_collected(
-    method: str, store: RecordStore, seed: int, options: LabelOptions = DEFAULT_OPTIONS,
+    method: str,
+    store: RecordStore,
+    seed: int,
+    options: LabelOptions = DEFAULT_OPTIONS,
 ) -> tuple[list[LabelledSolution], dict[str, int]]:
     """``label_all`` of a store's usable solutions, in the order of their keys, read one by one.
 

@@ -12,14 +12,20 @@ from .picks import DEFAULT_OPTIONS, Dropped, LabelOptions
 
 
 def method_tokens(
-    method: str, solution: Solution, verifications: Sequence[Verification], seed: int,
-    options: LabelOptions = DEFAULT_OPTIONS, revisions: Revisions = NO_REVISIONS,
+    method: str,
+    solution: Solution,
+    verifications: Sequence[Verification],
+    seed: int,
+    options: LabelOptions = DEFAULT_OPTIONS,
+    revisions: Revisions = NO_REVISIONS,
 ) -> int:
-    """Tokens of the verifications, the critique and the merge that ``method`` needs for one solution, labelled or not.
+    """Tokens of the verifications, the critique and the merge that ``method`` needs for one
+    solution, labelled or not.
 
-    A single verification needs vote 0 alone, the methods by consistency every vote, and reference-guided labels every
-    verification that saw the answer (those are then what ``verifications`` holds). Prompts and solutions are not
-    counted; the latter are the same for every method.
+    A single verification needs vote 0 alone, the methods by consistency every vote, and
+    reference-guided labels every verification that saw the answer (those are then what
+    ``verifications`` holds). Prompts and solutions are not counted; the latter are the same for
+    every method.
     """
     pick = REVISED_METHODS.get(method, method)
     needed = [v for v in verifications if v.vote == 0] if pick == "single" else verifications

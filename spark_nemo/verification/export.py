@@ -31,14 +31,42 @@ Row = dict[str, object]
 _ROWS_PER_GROUP = 1000
 
 COLUMNS: dict[str, dict[str, str]] = {
-    SOLUTION: {"key": "string", "problem_id": "string", "question": "string", "text": "string",
-               "finish_reason": "string", "num_tokens": "int", "usable": "bool", "num_steps": "int"},
-    VERIFICATION: {"key": "string", "solution_key": "string", "vote": "int", "text": "string", "num_tokens": "int",
-                   "outcome": "string", "failure": "string", "step_labels": "bools", "answer_correct": "bool"},
-    LABEL: {"method": "string", "solution_key": "string", "problem_id": "string", "question": "string",
-            "solution_text": "string", "step_labels": "bools", "answer_correct": "bool", "target_text": "string",
-            "correct_votes": "ints", "num_votes": "int", "yes_votes": "int", "chosen_vote": "int",
-            "matching_votes": "int"},
+    SOLUTION: {
+        "key": "string",
+        "problem_id": "string",
+        "question": "string",
+        "text": "string",
+        "finish_reason": "string",
+        "num_tokens": "int",
+        "usable": "bool",
+        "num_steps": "int",
+    },
+    VERIFICATION: {
+        "key": "string",
+        "solution_key": "string",
+        "vote": "int",
+        "text": "string",
+        "num_tokens": "int",
+        "outcome": "string",
+        "failure": "string",
+        "step_labels": "bools",
+        "answer_correct": "bool",
+    },
+    LABEL: {
+        "method": "string",
+        "solution_key": "string",
+        "problem_id": "string",
+        "question": "string",
+        "solution_text": "string",
+        "step_labels": "bools",
+        "answer_correct": "bool",
+        "target_text": "string",
+        "correct_votes": "ints",
+        "num_votes": "int",
+        "yes_votes": "int",
+        "chosen_vote": "int",
+        "matching_votes": "int",
+    },
 }
 _OTHER = {"key": "string", "parent": "string", "text": "string", "num_tokens": "int"}
 
@@ -47,7 +75,11 @@ def store_rows(store: RecordStore, kind: str) -> Iterator[Row]:
     """The records of a kind as rows, in the order read."""
     flatten = {SOLUTION: _solution, VERIFICATION: _verification}.get(kind)
     for key, payload in store.iter(kind):
-        row = {**payload, "parent": store.parent(key, kind), "key": key} if flatten is None else flatten(payload)
+        row = (
+            {**payload, "parent": store.parent(key, kind), "key": key}
+            if flatten is None
+            else flatten(payload)
+        )
         yield _columns(kind, row)
 
 
@@ -60,12 +92,16 @@ def label_rows(files: Iterable[Path]) -> Iterator[Row]:
 
 
 def write_rows(path: Path, kind: str | None, rows: Iterable[Row]) -> int:
-    """Write JSONL, or Parquet when the name ends in .parquet, streaming and atomically; returns the number of rows.
+    """Write JSONL, or Parquet when the name ends in .parquet, streaming and atomically; returns the
+    number of rows.
 
-    Raises ``ConfigError`` for another ending, Parquet of more than one kind (``kind`` None), or without pyarrow.
+    Raises ``ConfigError`` for another ending, Parquet of more than one kind (``kind`` None), or
+    without pyarrow.
     """
     writers: dict[str, Callable[[Path, str | None, Iterable[Row]], int]] = {
-        ".jsonl": _write_jsonl, ".parquet": _write_parquet}
+        ".jsonl": _write_jsonl,
+        ".parquet": _write_parquet,
+    }
     if path.suffix not in writers:
         raise ConfigError(f"{path}: the name must end in {' or '.join(writers)}")
     with atomic_file(path) as temporary:
@@ -86,11 +122,20 @@ def _write_parquet(path: Path, kind: str | None, rows: Iterable[Row]) -> int:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise ConfigError("Parquet needs pyarrow: pip install 'spark-nemo[parquet]', or write .jsonl") from error
+        raise ConfigError(
+            "Parquet needs pyarrow: pip install 'spark-nemo[parquet]', or write .jsonl"
+        ) from error
     if kind is None:
-        raise ConfigError("a Parquet file has the columns of one kind: name it with --kind, or write .jsonl")
-    types = {"string": pyarrow.string(), "int": pyarrow.int64(), "bool": pyarrow.bool_(),
-             "bools": pyarrow.list_(pyarrow.bool_()), "ints": pyarrow.list_(pyarrow.int64())}
+        raise ConfigError(
+            "a Parquet file has the columns of one kind: name it with --kind, or write .jsonl"
+        )
+    types = {
+        "string": pyarrow.string(),
+        "int": pyarrow.int64(),
+        "bool": pyarrow.bool_(),
+        "bools": pyarrow.list_(pyarrow.bool_()),
+        "ints": pyarrow.list_(pyarrow.int64()),
+    }
     columns = {"kind": "string", **COLUMNS.get(kind, _OTHER), "extra": "string"}
     schema = pyarrow.schema([(name, types[type_]) for name, type_ in columns.items()])
     number, rest = 0, iter(rows)
@@ -103,9 +148,14 @@ def _write_parquet(path: Path, kind: str | None, rows: Iterable[Row]) -> int:
 
 def _columns(kind: str, row: Row) -> Row:
     columns = COLUMNS.get(kind, _OTHER)
-    extra = {name: value for name, value in row.items() if name not in columns and value is not None}
-    return {"kind": kind, **{name: row.get(name) for name in columns},
-            "extra": json.dumps(extra, ensure_ascii=False) if extra else None}
+    extra = {
+        name: value for name, value in row.items() if name not in columns and value is not None
+    }
+    return {
+        "kind": kind,
+        **{name: row.get(name) for name in columns},
+        "extra": json.dumps(extra, ensure_ascii=False) if extra else None,
+    }
 
 
 def _solution(payload: Row) -> Row:
@@ -116,14 +166,31 @@ def _solution(payload: Row) -> Row:
 
 def _verification(payload: Row) -> Row:
     outcome = dict(payload["outcome"])
-    kind, labels, answer = outcome.pop("kind"), outcome.pop("step_labels", None), outcome.pop("answer_correct", None)
-    failure = None if kind == "verdict" else ", ".join(str(value) for value in outcome.values()) or kind
-    return {**{name: value for name, value in payload.items() if name != "outcome"}, "outcome": kind,
-            "failure": failure, "step_labels": labels, "answer_correct": answer}
+    kind, labels, answer = (
+        outcome.pop("kind"),
+        outcome.pop("step_labels", None),
+        outcome.pop("answer_correct", None),
+    )
+    failure = (
+        None if kind == "verdict" else ", ".join(str(value) for value in outcome.values()) or kind
+    )
+    return {
+        **{name: value for name, value in payload.items() if name != "outcome"},
+        "outcome": kind,
+        "failure": failure,
+        "step_labels": labels,
+        "answer_correct": answer,
+    }
 
 
 def _label(row: Row) -> Row:
     solution, evidence = dict(row["solution"]), dict(row["evidence"])
     rest = {name: value for name, value in row.items() if name not in ("solution", "evidence")}
-    return {**evidence, **rest, "solution_key": solution["key"], "problem_id": solution["problem_id"],
-            "question": solution["question"], "solution_text": solution["text"]}
+    return {
+        **evidence,
+        **rest,
+        "solution_key": solution["key"],
+        "problem_id": solution["problem_id"],
+        "question": solution["question"],
+        "solution_text": solution["text"],
+    }

@@ -1,4 +1,6 @@
-"""From a training example back to what it was made of: votes, verifications, solution, problem, prompts and models."""
+"""From a training example back to what it was made of: votes, verifications, solution, problem,
+prompts and models.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _SHOWN_MATCHES = 5
 
 @dataclass(frozen=True, slots=True)
 class Descendant:
-    """A record made from the solution: a verification, or what was made of one. ``parent`` is the key of its source."""
+    """A record made from the solution: a verification, or what was made of one. ``parent`` is the
+    key of its source.
+    """
 
     kind: str
     key: str
@@ -32,7 +36,9 @@ class Descendant:
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """All that one solution and its labels were made of. ``labels`` are rows of labels.jsonl, one per method."""
+    """All that one solution and its labels were made of. ``labels`` are rows of labels.jsonl, one
+    per method.
+    """
 
     asked: tuple[str, str]
     """Kind and key of the record that was asked for."""
@@ -63,15 +69,18 @@ def find_record(store: RecordStore, name: str) -> tuple[str, str]:
     if len(matches) > 1:
         shown = ", ".join(f"{kind} {key}" for kind, key in matches[:_SHOWN_MATCHES])
         more = ", ..." if len(matches) > _SHOWN_MATCHES else ""
-        raise ConfigError(f"{name}: more than one record begins so: {shown}{more}: write more of it")
+        raise ConfigError(
+            f"{name}: more than one record begins so: {shown}{more}: write more of it"
+        )
     return matches[0]
 
 
 def trace(store: RecordStore, name: str, label_files: Sequence[Path], made_by: Payload) -> Lineage:
     """The lineage of a solution, a verification, anything made of them, or a label.
 
-    ``name`` is a key, the beginning of one, or ``method:key`` for a label, whose key is its solution's; the labels of
-    other methods are left out then. Raises ``ConfigError`` when it does not name one record, or its solution is gone.
+    ``name`` is a key, the beginning of one, or ``method:key`` for a label, whose key is its
+    solution's; the labels of other methods are left out then. Raises ``ConfigError`` when it does
+    not name one record, or its solution is gone.
     """
     method, _, key_part = name.rpartition(":")
     adopt_verifications(store)
@@ -79,9 +88,13 @@ def trace(store: RecordStore, name: str, label_files: Sequence[Path], made_by: P
     solution_key = _solution_of(store, *asked)
     row = store.get(solution_key, SOLUTION)
     if row is None:
-        raise ConfigError(f"{asked[0]} {asked[1]}: its solution {solution_key} is not in {store.folder}")
+        raise ConfigError(
+            f"{asked[0]} {asked[1]}: its solution {solution_key} is not in {store.folder}"
+        )
     solution = Solution.from_json(row)
-    labels = [label for label in _labels(label_files, solution_key) if method in ("", label["method"])]
+    labels = [
+        label for label in _labels(label_files, solution_key) if method in ("", label["method"])
+    ]
     if method and not labels:
         raise ConfigError(f"{name}: no label of this method for solution {solution_key}")
     prompts, notes = _prompts(made_by)
@@ -90,9 +103,17 @@ def trace(store: RecordStore, name: str, label_files: Sequence[Path], made_by: P
     if not usable:
         notes.append(f"the solution was never verified: {parsed.reason}")
     return Lineage(
-        asked, solution, labels, list(_descendants(store, solution_key)), made_by,
+        asked,
+        solution,
+        labels,
+        list(_descendants(store, solution_key)),
+        made_by,
         prompts.solve(solution.question) if prompts else None,
-        prompts.verify(solution.question, parsed.canonical(), len(parsed.steps)) if prompts and usable else None, notes)
+        prompts.verify(solution.question, parsed.canonical(), len(parsed.steps))
+        if prompts and usable
+        else None,
+        notes,
+    )
 
 
 def chosen_verification(label: Payload, descendants: Sequence[Descendant]) -> Descendant | None:
@@ -101,7 +122,9 @@ def chosen_verification(label: Payload, descendants: Sequence[Descendant]) -> De
     if key := evidence.get("chosen_key"):
         return next((d for d in descendants if d.key == key), None)
     chosen = evidence.get("chosen_vote")
-    return next((d for d in descendants if d.kind == VERIFICATION and d.payload.get("vote") == chosen), None)
+    return next(
+        (d for d in descendants if d.kind == VERIFICATION and d.payload.get("vote") == chosen), None
+    )
 
 
 def _solution_of(store: RecordStore, kind: str, key: str) -> str:
@@ -124,8 +147,13 @@ def _descendants(store: RecordStore, key: str) -> Iterator[Descendant]:
     kinds = sorted(store.kinds(), key=lambda kind: (kind != VERIFICATION, kind))
     generation, met = [key], {key}
     while generation:
-        found = [Descendant(kind, child, parent, payload) for kind in kinds for parent in generation
-                 for child, payload in store.children(parent, kind) if child not in met]
+        found = [
+            Descendant(kind, child, parent, payload)
+            for kind in kinds
+            for parent in generation
+            for child, payload in store.children(parent, kind)
+            if child not in met
+        ]
         met |= {d.key for d in found}
         yield from sorted(found, key=lambda d: (kinds.index(d.kind), d.payload.get("vote", 0)))
         generation = [d.key for d in found]
@@ -135,7 +163,10 @@ def _labels(files: Sequence[Path], solution_key: str) -> Iterator[Payload]:
     for path in files:
         with path.open(encoding="utf-8") as lines:
             for line in lines:
-                if solution_key in line and (label := json.loads(line))["solution"]["key"] == solution_key:
+                if (
+                    solution_key in line
+                    and (label := json.loads(line))["solution"]["key"] == solution_key
+                ):
                     yield label
 
 
@@ -143,12 +174,16 @@ def _prompts(made_by: Payload) -> tuple[PromptSet | None, list[str]]:
     """The prompt set that was recorded, as it is today, and a note when it has changed since."""
     recorded = str(made_by.get("stage1.prompt_set", ""))
     if not recorded:
-        return None, ["no made_by.json beside the store: prompts, models and sampling are not known"]
+        return None, [
+            "no made_by.json beside the store: prompts, models and sampling are not known"
+        ]
     name = recorded.rsplit("-g", 1)[0]
     try:
         prompts = prompt_set(name)
     except ValueError:
         return None, [f"the prompts were those of {recorded}, which this version does not have"]
     if prompts.version != recorded:
-        return prompts, [f"the prompts were sent in the words of {recorded}; shown are today's, {prompts.version}"]
+        return prompts, [
+            f"the prompts were sent in the words of {recorded}; shown are today's, {prompts.version}"
+        ]
     return prompts, []

@@ -1,8 +1,10 @@
-"""Which of a solution's verifications to go on with (SPARK, arXiv 2512.03244, section 3.1, methods 1 to 3).
+"""Which of a solution's verifications to go on with (SPARK, arXiv 2512.03244, section 3.1, methods
+1 to 3).
 
-A pick is one whole verification, never a splice of several, or ``Dropped`` with the reason. The random choice among
-equally good verifications depends on the seed, the way of picking and the solution's key alone: not on the order of the
-list, on other solutions, or on how the work was sharded.
+A pick is one whole verification, never a splice of several, or ``Dropped`` with the reason. The
+random choice among equally good verifications depends on the seed, the way of picking and the
+solution's key alone: not on the order of the list, on other solutions, or on how the work was
+sharded.
 """
 
 from __future__ import annotations
@@ -19,25 +21,30 @@ from .voting import VoteCount, count_votes, majority
 
 @dataclass(frozen=True, slots=True)
 class LabelOptions:
-    """What the paper leaves open. The defaults drop a solution whenever its label would be doubtful.
+    """What the paper leaves open. The defaults drop a solution whenever its label would be
+    doubtful.
 
     ``ties``: ``drop`` the solution, or count a tied step (or final verdict) as ``incorrect``.
 
-    ``no_match``: when no verification agrees with every step's majority, ``drop`` the solution, or take the one
-    closest to the majority in ``hamming`` distance; the label is then that verification's and not the majority's.
+    ``no_match``: when no verification agrees with every step's majority, ``drop`` the solution, or
+    take the one closest to the majority in ``hamming`` distance; the label is then that
+    verification's and not the majority's.
 
-    ``final_verdict`` of a step-consistent target. ``agreed``: Yes is accepted only when every step is correct, and of
-    the verifications that match the steps the target is one with the final verdict most of them have. Stage III's
-    reward is that last line, so a target that marks an error and still says Yes would teach the reward model the
-    loophole a policy looks for. The converse is accepted: steps can all be right and the answer wrong, as when a
-    solution stops early. (A vote on the last line over *all* verifications would be worse: of verifiers that are right
-    on each of four steps with probability 0.8 most report some error, and No would win on right solutions. That is
-    the weakness of outcome consistency.) ``any``: the last line is not looked at. A merged text is held to the same
-    rule, whatever verification it is made of: the merge is told to make its last line agree.
+    ``final_verdict`` of a step-consistent target. ``agreed``: Yes is accepted only when every step
+    is correct, and of the verifications that match the steps the target is one with the final
+    verdict most of them have. Stage III's reward is that last line, so a target that marks an error
+    and still says Yes would teach the reward model the loophole a policy looks for. The converse is
+    accepted: steps can all be right and the answer wrong, as when a solution stops early. (A vote
+    on the last line over *all* verifications would be worse: of verifiers that are right on each of
+    four steps with probability 0.8 most report some error, and No would win on right solutions.
+    That is the weakness of outcome consistency.) ``any``: the last line is not looked at. A merged
+    text is held to the same rule, whatever verification it is made of: the merge is told to make
+    its last line agree.
 
-    ``reference_pick`` of reference-guided labels. The paper does not say how one of the verifications is chosen. The
-    default ``step_consistency`` is what the best reference-free method does, so the two differ in nothing but the
-    answer in the prompt, and their distance is what the answer is worth.
+    ``reference_pick`` of reference-guided labels. The paper does not say how one of the
+    verifications is chosen. The default ``step_consistency`` is what the best reference-free method
+    does, so the two differ in nothing but the answer in the prompt, and their distance is what the
+    answer is worth.
     """
 
     ties: str = "drop"
@@ -51,26 +58,39 @@ class LabelOptions:
         if self.no_match not in ("drop", "hamming"):
             raise ValueError(f"LabelOptions.no_match={self.no_match!r}: choose drop or hamming")
         if self.final_verdict not in ("agreed", "any"):
-            raise ValueError(f"LabelOptions.final_verdict={self.final_verdict!r}: choose agreed or any")
+            raise ValueError(
+                f"LabelOptions.final_verdict={self.final_verdict!r}: choose agreed or any"
+            )
         if self.reference_pick not in PICKS:
-            raise ValueError(f"LabelOptions.reference_pick={self.reference_pick!r}: choose one of {', '.join(PICKS)}")
+            raise ValueError(
+                f"LabelOptions.reference_pick={self.reference_pick!r}: choose one of {', '.join(PICKS)}"
+            )
 
     @classmethod
     def of(cls, labels: LabelsConfig) -> LabelOptions:
         """The options a configuration asks for."""
-        return cls(labels.ties, labels.no_match, labels.final_verdict, labels.reference_pick or "step_consistency")
+        return cls(
+            labels.ties,
+            labels.no_match,
+            labels.final_verdict,
+            labels.reference_pick or "step_consistency",
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A solution that got no label. ``reason`` is a metric key: ``tie``, ``no_match``, ``vote_0_truncated``, ..."""
+    """A solution that got no label. ``reason`` is a metric key: ``tie``, ``no_match``,
+    ``vote_0_truncated``, ...
+    """
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Pick:
-    """The verification chosen among ``matching`` equally good ones, by the rule of ``LabelEvidence.chosen_by``."""
+    """The verification chosen among ``matching`` equally good ones, by the rule of
+    ``LabelEvidence.chosen_by``.
+    """
 
     verification: Verification
     count: VoteCount
@@ -82,13 +102,17 @@ Picker = Callable[[Solution, Sequence[Verification], int, "LabelOptions"], "Pick
 
 
 def pick_single(
-    solution: Solution, verifications: Sequence[Verification], seed: int, options: LabelOptions,
+    solution: Solution,
+    verifications: Sequence[Verification],
+    seed: int,
+    options: LabelOptions,
 ) -> Pick | Dropped:
     """Method 1: vote 0.
 
-    When vote 0 is a failure the solution is dropped although later votes may be usable. This method stands for a
-    budget of N = 1: taking the first vote that parses would give it up to N attempts, and would keep solutions that
-    are hard to verify on the strength of a rare verification, which is what it is compared against.
+    When vote 0 is a failure the solution is dropped although later votes may be usable. This method
+    stands for a budget of N = 1: taking the first vote that parses would give it up to N attempts,
+    and would keep solutions that are hard to verify on the strength of a rare verification, which
+    is what it is compared against.
     """
     first = next((v for v in verifications if v.vote == 0), None)
     if first is None:
@@ -99,7 +123,10 @@ def pick_single(
 
 
 def pick_outcome_consistency(
-    solution: Solution, verifications: Sequence[Verification], seed: int, options: LabelOptions,
+    solution: Solution,
+    verifications: Sequence[Verification],
+    seed: int,
+    options: LabelOptions,
 ) -> Pick | Dropped:
     """Method 2: a random whole verification among those whose final verdict is the majority's."""
     count = count_votes(v.outcome for v in verifications)
@@ -109,21 +136,33 @@ def pick_outcome_consistency(
     if verdict is None:
         return Dropped("tie")
     matching = [v for v in _voters(verifications) if v.outcome.answer_correct == verdict]
-    return Pick(_choose("outcome_consistency", solution, matching, seed), count, len(matching), "verdict_majority")
+    return Pick(
+        _choose("outcome_consistency", solution, matching, seed),
+        count,
+        len(matching),
+        "verdict_majority",
+    )
 
 
 def pick_step_consistency(
-    solution: Solution, verifications: Sequence[Verification], seed: int, options: LabelOptions,
+    solution: Solution,
+    verifications: Sequence[Verification],
+    seed: int,
+    options: LabelOptions,
 ) -> Pick | Dropped:
-    """Method 3: a random whole verification among those that agree with the majority on every single step.
+    """Method 3: a random whole verification among those that agree with the majority on every
+    single step.
 
-    The paper does not say whether the final verdict must agree with the steps; ``LabelOptions.final_verdict`` does.
-    ``matching`` counts the verifications chosen from, 0 when ``no_match=hamming`` had to step in.
+    The paper does not say whether the final verdict must agree with the steps;
+    ``LabelOptions.final_verdict`` does. ``matching`` counts the verifications chosen from, 0 when
+    ``no_match=hamming`` had to step in.
     """
     count = count_votes(v.outcome for v in verifications)
     if count.num_votes == 0:
         return Dropped("no_votes")
-    target = tuple(_resolve(majority(votes, count.num_votes), options) for votes in count.correct_votes)
+    target = tuple(
+        _resolve(majority(votes, count.num_votes), options) for votes in count.correct_votes
+    )
     if None in target:
         return Dropped("tie")
     voters = _voters(verifications)
@@ -135,7 +174,9 @@ def pick_step_consistency(
         candidates = [v for v in candidates if is_coherent(v.outcome)]
         if not candidates:
             return Dropped("incoherent")
-        verdict = _resolve(majority(sum(v.outcome.answer_correct for v in candidates), len(candidates)), options)
+        verdict = _resolve(
+            majority(sum(v.outcome.answer_correct for v in candidates), len(candidates)), options
+        )
         if verdict is None:
             return Dropped("tie")
         candidates = [v for v in candidates if v.outcome.answer_correct == verdict]
@@ -160,7 +201,9 @@ def is_coherent(verdict: Verdict) -> bool:
 
 
 def _voters(verifications: Sequence[Verification]) -> list[Verification]:
-    return sorted((v for v in verifications if isinstance(v.outcome, Verdict)), key=lambda v: v.vote)
+    return sorted(
+        (v for v in verifications if isinstance(v.outcome, Verdict)), key=lambda v: v.vote
+    )
 
 
 def _distance(verification: Verification, target: tuple[bool, ...]) -> int:
@@ -172,5 +215,7 @@ def _resolve(decision: bool | None, options: LabelOptions) -> bool | None:
     return False if decision is None and options.ties == "incorrect" else decision
 
 
-def _choose(pick: str, solution: Solution, candidates: list[Verification], seed: int) -> Verification:
+def _choose(
+    pick: str, solution: Solution, candidates: list[Verification], seed: int
+) -> Verification:
     return random.Random(derive_seed("label", pick, solution.key, seed)).choice(candidates)

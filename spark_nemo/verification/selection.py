@@ -12,7 +12,8 @@ looks good. ``none`` keeps every label, for data too small to spare any.
 **Balancing by ground truth** is the published way, kept as a declared baseline: the caller brings ``correct``, which
 knows the answers; nothing here does.
 
-What is kept depends on the labels and the seed alone: not on their order, nor on what else was labelled.
+What is kept depends on the labels and the seed alone: not on their order, nor on what else was
+labelled.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Rules for keeping labels; see ``config.LabelsConfig``. ``correct`` is None when labels balance themselves."""
+    """Rules for keeping labels; see ``config.LabelsConfig``. ``correct`` is None when labels
+    balance themselves.
+    """
 
     balance: bool = True
     max_per_verdict: int = 3
@@ -47,12 +50,21 @@ class Selection:
 
     @classmethod
     def of(cls, labels: LabelsConfig, correct: IsCorrect | None = None) -> Selection:
-        """The rules a configuration asks for. Raises ``ValueError`` when ``correct`` is missing or not wanted."""
+        """The rules a configuration asks for. Raises ``ValueError`` when ``correct`` is missing or
+        not wanted.
+        """
         if (labels.balance == "ground_truth") != (correct is not None):
-            raise ValueError(f"labels.balance={labels.balance}: only ground_truth balances by reference answers")
+            raise ValueError(
+                f"labels.balance={labels.balance}: only ground_truth balances by reference answers"
+            )
         return cls(
-            labels.balance != "none", labels.max_per_verdict or 3, labels.max_per_problem, labels.min_agreement,
-            labels.max_entropy, correct)
+            labels.balance != "none",
+            labels.max_per_verdict or 3,
+            labels.max_per_problem,
+            labels.min_agreement,
+            labels.max_entropy,
+            correct,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +76,9 @@ class Selected:
 
 
 def select_labels(labelled: Sequence[LabelledSolution], rules: Selection, seed: int) -> Selected:
-    """Apply the rules in the order of ``REASONS``; a label is counted under the first one that removes it."""
+    """Apply the rules in the order of ``REASONS``; a label is counted under the first one that
+    removes it.
+    """
     fate = {label.solution.key: _unsure(label, rules) for label in labelled}
     if len(fate) != len(labelled):
         raise ValueError("a solution was given two labels of the same method")
@@ -75,11 +89,14 @@ def select_labels(labelled: Sequence[LabelledSolution], rules: Selection, seed: 
     for labels in problems.values():
         # In an order of their own, which neither the caller's order nor other labels can change.
         labels.sort(key=lambda label: derive_seed("select", label.solution.key, seed))
-        fate.update(_balanced(labels, rules) if rules.balance else _capped(labels, rules.max_per_problem))
+        fate.update(
+            _balanced(labels, rules) if rules.balance else _capped(labels, rules.max_per_problem)
+        )
     removed = [reason for reason in fate.values() if reason is not None]
     return Selected(
         kept=[label for label in labelled if fate[label.solution.key] is None],
-        removed={reason: removed.count(reason) for reason in REASONS if reason in removed})
+        removed={reason: removed.count(reason) for reason in REASONS if reason in removed},
+    )
 
 
 def _unsure(label: LabelledSolution, rules: Selection) -> str | None:
@@ -100,10 +117,15 @@ def _balanced(labels: Sequence[LabelledSolution], rules: Selection) -> dict[str,
     if shared == 0:
         return {label.solution.key: "one_sided_problem" for label in labels}
     kept = min(shared, rules.max_per_verdict)
-    return {key: None if rank < kept else "over_limit" if rank < shared else "unbalanced"
-            for keys in sides.values() for rank, key in enumerate(keys)}
+    return {
+        key: None if rank < kept else "over_limit" if rank < shared else "unbalanced"
+        for keys in sides.values()
+        for rank, key in enumerate(keys)
+    }
 
 
 def _capped(labels: Sequence[LabelledSolution], limit: int | None) -> dict[str, str | None]:
-    return {label.solution.key: "over_limit" if limit is not None and rank >= limit else None
-            for rank, label in enumerate(labels)}
+    return {
+        label.solution.key: "over_limit" if limit is not None and rank >= limit else None
+        for rank, label in enumerate(labels)
+    }

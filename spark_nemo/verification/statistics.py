@@ -14,8 +14,10 @@ from .collected import adopt_verifications
 
 @dataclass(slots=True)
 class StoreStatistics:
-    """Counts by kind of record. ``failures`` are by kind and reason: for a solution why it has no steps, for anything
-    with an outcome the outcome's kind and, of a parse failure, the rule that was broken."""
+    """Counts by kind of record. ``failures`` are by kind and reason: for a solution why it has no
+    steps, for anything with an outcome the outcome's kind and, of a parse failure, the rule that
+    was broken.
+    """
 
     records: dict[str, int] = field(default_factory=dict)
     outcomes: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -45,22 +47,34 @@ def store_statistics(store: RecordStore) -> StoreStatistics:
                 failures[reason] += 1
         statistics.records[kind], statistics.tokens[kind] = number, tokens
         if set(outcomes) != {""}:
-            statistics.outcomes[kind], statistics.failures[kind] = dict(outcomes), dict(failures.most_common())
+            statistics.outcomes[kind], statistics.failures[kind] = (
+                dict(outcomes),
+                dict(failures.most_common()),
+            )
         usable = outcomes["usable"] if kind == SOLUTION else usable
     adopt_verifications(store)
     votes = store.children_per_parent(VERIFICATION)
     without = usable - sum(votes.values())
-    statistics.votes_per_solution = {**({0: without} if without > 0 else {}), **dict(sorted(votes.items()))}
+    statistics.votes_per_solution = {
+        **({0: without} if without > 0 else {}),
+        **dict(sorted(votes.items())),
+    }
     for (shard, kind), number in sorted(store.counts().items()):
         statistics.shards.setdefault(shard, {})[kind] = number
     return statistics
 
 
 def outcome_and_reason(kind: str, payload: dict[str, object]) -> tuple[str, str | None]:
-    """The outcome of a record (empty when its kind has none), and of a failure the reason without its particulars."""
+    """The outcome of a record (empty when its kind has none), and of a failure the reason without
+    its particulars.
+    """
     if kind == SOLUTION:
         parsed = parse_solution(Solution.from_json(payload))
-        return ("unusable", _rule(parsed.reason)) if isinstance(parsed, ParseFailure) else ("usable", None)
+        return (
+            ("unusable", _rule(parsed.reason))
+            if isinstance(parsed, ParseFailure)
+            else ("usable", None)
+        )
     outcome = payload.get("outcome")
     if not isinstance(outcome, dict):
         return "", None
@@ -72,5 +86,7 @@ def outcome_and_reason(kind: str, payload: dict[str, object]) -> tuple[str, str 
 
 
 def _rule(reason: str) -> str:
-    """``step_count: 3 steps judged, 2 in the solution`` is ``step_count``; a finish reason is whole."""
+    """``step_count: 3 steps judged, 2 in the solution`` is ``step_count``; a finish reason is
+    whole.
+    """
     return reason if reason.startswith("finish_reason") else reason.partition(":")[0]

@@ -1,4 +1,6 @@
-"""A bounded number of jobs at once, follow-ups before new work: how stage I keeps engines busy and memory flat."""
+"""A bounded number of jobs at once, follow-ups before new work: how stage I keeps engines busy and
+memory flat.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +15,21 @@ _JOBS_PER_YIELD = 64
 class WorkQueue:
     """Runs ``max_in_flight`` jobs at once; a job may push follow-up jobs while it runs.
 
-    New jobs are drawn one at a time from an iterator, as late as possible. Follow-ups come first, or what is begun
-    would pile up unfinished; but ``new_share`` new jobs are kept going as long as fewer than ``max_in_flight``
-    follow-ups wait, or the queue would swing between nothing but new jobs and nothing but follow-ups, and an engine
-    that serves only one of the two would stand idle half of the time. When each new job pushes at most ``n``
-    follow-ups at once, at most ``max_in_flight * (n + 1)`` wait: memory does not grow with the number of jobs.
+    New jobs are drawn one at a time from an iterator, as late as possible. Follow-ups come first,
+    or what is begun would pile up unfinished; but ``new_share`` new jobs are kept going as long as
+    fewer than ``max_in_flight`` follow-ups wait, or the queue would swing between nothing but new
+    jobs and nothing but follow-ups, and an engine that serves only one of the two would stand idle
+    half of the time. When each new job pushes at most ``n`` follow-ups at once, at most
+    ``max_in_flight * (n + 1)`` wait: memory does not grow with the number of jobs.
 
     A slot that falls free is taken again in the same step of the event loop, without a new task.
     """
 
     def __init__(self, max_in_flight: int, new_share: int) -> None:
         if max_in_flight < 1 or new_share < 1:
-            raise ValueError(f"WorkQueue max_in_flight={max_in_flight}, new_share={new_share}: at least 1 each")
+            raise ValueError(
+                f"WorkQueue max_in_flight={max_in_flight}, new_share={new_share}: at least 1 each"
+            )
         self._slots, self._new_share = max_in_flight, new_share
         self._follow_ups: deque[Job] = deque()
         self._new: Iterator[Job] = iter(())
@@ -62,7 +67,9 @@ class WorkQueue:
                 self._new_running -= is_new
             done += 1
             if done % _JOBS_PER_YIELD == 0:
-                await asyncio.sleep(0)  # jobs whose results are stored already never wait, and others want to run
+                await asyncio.sleep(
+                    0
+                )  # jobs whose results are stored already never wait, and others want to run
 
     async def _take(self) -> tuple[Job, bool] | None:
         """The next job and whether it is a new one; None when there will be no more."""

@@ -1,11 +1,13 @@
 """SGLang's parameters as slices of Hugging Face tensors, rank by rank of its tensor parallelism.
 
-Read from sglang 0.5.21 (srt/layers/linear.py, srt/layers/vocab_parallel_embedding.py, srt/models/): q, k and v lie
-below each other in ``qkv_proj``, gate and up in ``gate_up_proj``; o_proj and down_proj are cut by columns; the
-vocabulary is padded with zero rows to a multiple of 64; a key-value head is on several ranks when there are more ranks
-than heads. Experts (srt/layers/moe/fused_moe_triton/layer.py) lie below each other: each one's share of gate and of up
-in ``w13_weight``, of down in ``w2_weight``; the router is whole on every rank. So they lie for SGLang's Triton kernels,
-which it takes by default on GPUs before Blackwell; ``check_server_args`` refuses the arguments that ask for others.
+Read from sglang 0.5.21 (srt/layers/linear.py, srt/layers/vocab_parallel_embedding.py, srt/models/):
+q, k and v lie below each other in ``qkv_proj``, gate and up in ``gate_up_proj``; o_proj and
+down_proj are cut by columns; the vocabulary is padded with zero rows to a multiple of 64; a
+key-value head is on several ranks when there are more ranks than heads. Experts
+(srt/layers/moe/fused_moe_triton/layer.py) lie below each other: each one's share of gate and of up
+in ``w13_weight``, of down in ``w2_weight``; the router is whole on every rank. So they lie for
+SGLang's Triton kernels, which it takes by default on GPUs before Blackwell; ``check_server_args``
+refuses the arguments that ask for others.
 """
 
 from __future__ import annotations
@@ -19,8 +21,17 @@ from spark_nemo.config import ConfigError
 from .numbers import ModelNumbers
 
 VOCABULARY_PADDING = 64
-_OTHER_EXPERTS = ("--ep", "--ep-size", "--expert-parallel-size", "--moe-a2a-backend", "--moe-dp-size",
-                  "--moe-data-parallel-size", "--enable-eplb", "--ep-num-redundant-experts", "--init-expert-location")
+_OTHER_EXPERTS = (
+    "--ep",
+    "--ep-size",
+    "--expert-parallel-size",
+    "--moe-a2a-backend",
+    "--moe-dp-size",
+    "--moe-data-parallel-size",
+    "--enable-eplb",
+    "--ep-num-redundant-experts",
+    "--init-expert-location",
+)
 """Arguments with which a rank of SGLang holds some experts whole, or several copies of one."""
 _RUNNER, _RUNNERS = "--moe-runner-backend", ("auto", "triton")
 
@@ -45,7 +56,9 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows of an engine tensor: a slice of a Hugging Face tensor, or zeros (``name`` None) of that many rows."""
+    """Rows of an engine tensor: a slice of a Hugging Face tensor, or zeros (``name`` None) of that
+    many rows.
+    """
 
     name: str | None
     slice: Slice
@@ -55,7 +68,8 @@ class Piece:
 class EngineTensor:
     """One parameter of one engine rank: its pieces from the first row to the last.
 
-    With three axes (expert, row, column) the rows are those of all experts, one expert after the other.
+    With three axes (expert, row, column) the rows are those of all experts, one expert after the
+    other.
     """
 
     name: str
@@ -65,38 +79,55 @@ class EngineTensor:
 
 def check_engine_layout(numbers: ModelNumbers, tp: int) -> None:
     """Raise ``ConfigError`` for a split that SGLang refuses, naming the numbers."""
-    ffn = (numbers.expert_ffn_size, "ffn rows of an expert") if numbers.experts else (numbers.ffn_size, "ffn rows")
+    ffn = (
+        (numbers.expert_ffn_size, "ffn rows of an expert")
+        if numbers.experts
+        else (numbers.ffn_size, "ffn rows")
+    )
     for count, what in ((numbers.num_heads, "attention heads"), ffn):
         if count % tp:
-            raise ConfigError(f"an engine of {tp} tensor-parallel ranks does not divide the model's {count} {what}")
+            raise ConfigError(
+                f"an engine of {tp} tensor-parallel ranks does not divide the model's {count} {what}"
+            )
     if 0 < numbers.experts < tp:
-        raise ConfigError(f"an engine of {tp} tensor-parallel ranks needs as many experts, the model has "
-                          f"{numbers.experts}")
+        raise ConfigError(
+            f"an engine of {tp} tensor-parallel ranks needs as many experts, the model has "
+            f"{numbers.experts}"
+        )
     if numbers.num_kv_heads % tp and tp % numbers.num_kv_heads:
-        raise ConfigError(f"an engine of {tp} tensor-parallel ranks is neither a divisor nor a multiple of the "
-                          f"model's {numbers.num_kv_heads} key-value heads")
+        raise ConfigError(
+            f"an engine of {tp} tensor-parallel ranks is neither a divisor nor a multiple of the "
+            f"model's {numbers.num_kv_heads} key-value heads"
+        )
     if _padded_vocabulary(numbers) % tp:
-        raise ConfigError(f"an engine of {tp} tensor-parallel ranks does not divide the vocabulary of "
-                          f"{_padded_vocabulary(numbers)} (padded)")
+        raise ConfigError(
+            f"an engine of {tp} tensor-parallel ranks does not divide the vocabulary of "
+            f"{_padded_vocabulary(numbers)} (padded)"
+        )
 
 
 def check_server_args(numbers: ModelNumbers, words: Sequence[str], name: str) -> None:
-    """Raise ``ConfigError`` for arguments under which SGLang lays experts out in another way; ``name`` is their field.
+    """Raise ``ConfigError`` for arguments under which SGLang lays experts out in another way;
+    ``name`` is their field.
 
-    With expert parallelism a rank has some experts whole; other kernels than Triton's have up before gate, or blocks
-    of both, and 0.5.21 cannot load new weights into all of those.
+    With expert parallelism a rank has some experts whole; other kernels than Triton's have up
+    before gate, or blocks of both, and 0.5.21 cannot load new weights into all of those.
     """
     if not numbers.experts:
         return
     for index, word in enumerate(words):
         flag, _, value = word.partition("=")
         if flag in _OTHER_EXPERTS:
-            raise ConfigError(f"{name}: {flag} spreads a model's experts over an engine's ranks in a way that weight "
-                              "sync has no plan for: take it out, experts are cut by tensor parallelism")
-        value = value or "".join(words[index + 1:index + 2])
+            raise ConfigError(
+                f"{name}: {flag} spreads a model's experts over an engine's ranks in a way that weight "
+                "sync has no plan for: take it out, experts are cut by tensor parallelism"
+            )
+        value = value or "".join(words[index + 1 : index + 2])
         if flag == _RUNNER and value not in _RUNNERS:
-            raise ConfigError(f"{name}: {_RUNNER} {value} stores experts in an order of its own, which weight sync has "
-                              "no plan for: use triton")
+            raise ConfigError(
+                f"{name}: {_RUNNER} {value} stores experts in an order of its own, which weight sync has "
+                "no plan for: use triton"
+            )
 
 
 def _padded_vocabulary(numbers: ModelNumbers) -> int:
@@ -105,7 +136,9 @@ def _padded_vocabulary(numbers: ModelNumbers) -> int:
 
 @functools.lru_cache(maxsize=256)
 def engine_tensors(numbers: ModelNumbers, tp: int, rank: int) -> tuple[EngineTensor, ...]:
-    """The parameters of engine rank ``rank`` of ``tp``. Raises ``ConfigError`` when the model cannot be split so."""
+    """The parameters of engine rank ``rank`` of ``tp``. Raises ``ConfigError`` when the model
+    cannot be split so.
+    """
     check_engine_layout(numbers, tp)
     layer = _layer_tensors(numbers, tp, rank)
 
@@ -114,9 +147,15 @@ def engine_tensors(numbers: ModelNumbers, tp: int, rank: int) -> tuple[EngineTen
         return EngineTensor(f"{prefix}{tensor.name}", tensor.shape, pieces)
 
     tensors = [_vocabulary("model.embed_tokens.weight", numbers, tp, rank)]
-    tensors += [named(f"model.layers.{index}.", tensor) for index in range(numbers.num_layers) for tensor in layer]
+    tensors += [
+        named(f"model.layers.{index}.", tensor)
+        for index in range(numbers.num_layers)
+        for tensor in layer
+    ]
     tensors.append(_whole("model.norm.weight", numbers.hidden_size))
-    if not numbers.tied:  # tied, SGLang's lm_head is the embedding itself and has no name of its own
+    if (
+        not numbers.tied
+    ):  # tied, SGLang's lm_head is the embedding itself and has no name of its own
         tensors.append(_vocabulary("lm_head.weight", numbers, tp, rank))
     return tuple(tensors)
 
@@ -126,22 +165,36 @@ def _layer_tensors(numbers: ModelNumbers, tp: int, rank: int) -> list[EngineTens
     q = numbers.q_rows // tp
     kv = max(1, numbers.num_kv_heads // tp) * numbers.head_dim
     kv_rank = rank // max(1, tp // numbers.num_kv_heads)
-    own = {"q": (rank * q, (rank + 1) * q), "k": (kv_rank * kv, (kv_rank + 1) * kv),
-           "v": (kv_rank * kv, (kv_rank + 1) * kv)}
+    own = {
+        "q": (rank * q, (rank + 1) * q),
+        "k": (kv_rank * kv, (kv_rank + 1) * kv),
+        "v": (kv_rank * kv, (kv_rank + 1) * kv),
+    }
 
     def stacked(name: str, parts: dict[str, tuple[int, int]], columns: int | None) -> EngineTensor:
-        pieces = tuple(Piece(part, Slice(rows, None if columns is None else (0, columns)))
-                       for part, rows in parts.items())
+        pieces = tuple(
+            Piece(part, Slice(rows, None if columns is None else (0, columns)))
+            for part, rows in parts.items()
+        )
         height = sum(piece.slice.height for piece in pieces)
         return EngineTensor(name, (height,) if columns is None else (height, columns), pieces)
 
     tensors = [
         _whole("input_layernorm.weight", hidden),
-        stacked("self_attn.qkv_proj.weight", {f"self_attn.{x}_proj.weight": rows for x, rows in own.items()}, hidden),
+        stacked(
+            "self_attn.qkv_proj.weight",
+            {f"self_attn.{x}_proj.weight": rows for x, rows in own.items()},
+            hidden,
+        ),
     ]
     if numbers.qkv_bias:
         tensors.append(
-            stacked("self_attn.qkv_proj.bias", {f"self_attn.{x}_proj.bias": rows for x, rows in own.items()}, None))
+            stacked(
+                "self_attn.qkv_proj.bias",
+                {f"self_attn.{x}_proj.bias": rows for x, rows in own.items()},
+                None,
+            )
+        )
     if numbers.qk_norm:
         tensors += [_whole(f"self_attn.{x}_norm.weight", numbers.head_dim) for x in "qk"]
     return [
@@ -157,17 +210,30 @@ def _feed_forward(numbers: ModelNumbers, tp: int, rank: int) -> list[EngineTenso
     rows = Slice((rank * width, (rank + 1) * width), (0, hidden))
     if not numbers.experts:
         gate_up = tuple(Piece(f"mlp.{x}_proj.weight", rows) for x in ("gate", "up"))
-        return [EngineTensor("mlp.gate_up_proj.weight", (2 * width, hidden), gate_up),
-                _by_columns("mlp.down_proj.weight", hidden, width, rank)]
+        return [
+            EngineTensor("mlp.gate_up_proj.weight", (2 * width, hidden), gate_up),
+            _by_columns("mlp.down_proj.weight", hidden, width, rank),
+        ]
     each = [f"mlp.experts.{expert}." for expert in range(numbers.experts)]
     columns = Slice((0, hidden), (rank * width, (rank + 1) * width))
     return [
-        EngineTensor("mlp.gate.weight", (numbers.experts, hidden),
-                     (Piece("mlp.gate.weight", Slice((0, numbers.experts), (0, hidden))),)),
-        EngineTensor("mlp.experts.w13_weight", (numbers.experts, 2 * width, hidden),
-                     tuple(Piece(f"{expert}{x}_proj.weight", rows) for expert in each for x in ("gate", "up"))),
-        EngineTensor("mlp.experts.w2_weight", (numbers.experts, hidden, width),
-                     tuple(Piece(f"{expert}down_proj.weight", columns) for expert in each)),
+        EngineTensor(
+            "mlp.gate.weight",
+            (numbers.experts, hidden),
+            (Piece("mlp.gate.weight", Slice((0, numbers.experts), (0, hidden))),),
+        ),
+        EngineTensor(
+            "mlp.experts.w13_weight",
+            (numbers.experts, 2 * width, hidden),
+            tuple(
+                Piece(f"{expert}{x}_proj.weight", rows) for expert in each for x in ("gate", "up")
+            ),
+        ),
+        EngineTensor(
+            "mlp.experts.w2_weight",
+            (numbers.experts, hidden, width),
+            tuple(Piece(f"{expert}down_proj.weight", columns) for expert in each),
+        ),
     ]
 
 

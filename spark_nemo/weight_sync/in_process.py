@@ -1,4 +1,6 @@
-"""Weights into an engine of the main rank's own process, tensor by tensor, without a file in between."""
+"""Weights into an engine of the main rank's own process, tensor by tensor, without a file in
+between.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from .transport import Targets, Transport
 
 
 class InProcessTransport(Transport):
-    """``Engine.update_weights``: takes effect between two tokens and drops the cached prefixes itself."""
+    """``Engine.update_weights``: takes effect between two tokens and drops the cached prefixes
+    itself.
+    """
 
     needs_pause = False
 
@@ -22,5 +26,6 @@ class InProcessTransport(Transport):
 
 
 def _owned(export: Export) -> Iterator[tuple[str, torch.Tensor]]:
-    # An exported tensor may be the parameter itself, which the next optimizer step would change under the engine.
+    # An exported tensor may be the parameter itself, which the next optimizer step would change
+    # under the engine.
     return ((name, tensor.clone()) for name, tensor in export)

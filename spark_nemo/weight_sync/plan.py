@@ -1,12 +1,15 @@
-"""Where every Hugging Face tensor lies in the trainer and in the engine, worked out from numbers alone.
+"""Where every Hugging Face tensor lies in the trainer and in the engine, worked out from numbers
+alone.
 
-``plan_sync`` is a pure function: no process group, no torch. The push follows it (order, buckets, memory), the
-checksums are made through its engine view, and tests prove from it that nothing is left out or written twice.
+``plan_sync`` is a pure function: no process group, no torch. The push follows it (order, buckets,
+memory), the checksums are made through its engine view, and tests prove from it that nothing is
+left out or written twice.
 
-The trainer's side is Megatron's sharding as ``megatron/hf_weights.py`` writes it: rows of q, k and v are fused per
-key-value head (its query heads, the key, the value) and cut into equal pieces, also when there are more tensor-parallel
-ranks than key-value heads: then a rank holds a piece of one group, which may be query rows only (megatron-core 0.16
-gathers the product again, transformer/attention.py). An expert is never cut: it lies whole on one expert-parallel rank.
+The trainer's side is Megatron's sharding as ``megatron/hf_weights.py`` writes it: rows of q, k and
+v are fused per key-value head (its query heads, the key, the value) and cut into equal pieces, also
+when there are more tensor-parallel ranks than key-value heads: then a rank holds a piece of one
+group, which may be query rows only (megatron-core 0.16 gathers the product again,
+transformer/attention.py). An expert is never cut: it lies whole on one expert-parallel rank.
 """
 
 from __future__ import annotations
@@ -27,8 +30,14 @@ from .numbers import DTYPE_BYTES, ModelNumbers, checkpoint_tensors
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\..+")
 QKV = re.compile(r"self_attn\.([qkv])_proj\.(weight|bias)")
-WHOLE = {"input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.q_norm.weight",
-         "self_attn.k_norm.weight", "mlp.gate.weight", "model.norm.weight"}
+WHOLE = {
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+    "self_attn.q_norm.weight",
+    "self_attn.k_norm.weight",
+    "mlp.gate.weight",
+    "model.norm.weight",
+}
 BY_COLUMNS = {"self_attn.o_proj.weight", "mlp.down_proj.weight"}
 BY_ROWS = {"mlp.gate_proj.weight", "mlp.up_proj.weight"}
 VOCABULARY = {"model.embed_tokens.weight", "lm_head.weight"}
@@ -36,7 +45,9 @@ VOCABULARY = {"model.embed_tokens.weight", "lm_head.weight"}
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The ranks of one pipeline stage that hold a tensor: ``slices[tp_rank]``, None where a rank has nothing of it."""
+    """The ranks of one pipeline stage that hold a tensor: ``slices[tp_rank]``, None where a rank
+    has nothing of it.
+    """
 
     pp_rank: int
     slices: tuple[Slice | None, ...]
@@ -65,14 +76,19 @@ class SyncPlan:
     tensors: tuple[TensorPlan, ...]
     """In the order of the export and of ``buckets``."""
     engine_ranks: tuple[tuple[EngineTensor, ...], ...]
-    """For each tensor-parallel rank of an engine, its parameters as slices of Hugging Face tensors."""
+    """For each tensor-parallel rank of an engine, its parameters as slices of Hugging Face tensors.
+    """
     buckets: tuple[tuple[str, ...], ...]
     """Names sent together: at most ``bucket_bytes``, or one tensor that is larger."""
     bucket_bytes: int
     buffer_bytes: int
-    """The main rank's buffer: the largest bucket that is no single tensor larger than ``bucket_bytes``."""
+    """The main rank's buffer: the largest bucket that is no single tensor larger than
+    ``bucket_bytes``.
+    """
     gather_bytes: int
-    """The most any rank holds of one Megatron parameter: its gathered shards and the tensors made from them."""
+    """The most any rank holds of one Megatron parameter: its gathered shards and the tensors made
+    from them.
+    """
 
     @property
     def peak_bytes(self) -> int:
@@ -91,12 +107,20 @@ class SyncPlan:
 
 
 def plan_sync(
-    tensors: Mapping[str, Sequence[int]], dtype: str, config: Mapping[str, Any], *, tensor_parallel: int,
-    pipeline_parallel: int, engine_tensor_parallel: int, bucket_bytes: int, expert_parallel: int = 1,
+    tensors: Mapping[str, Sequence[int]],
+    dtype: str,
+    config: Mapping[str, Any],
+    *,
+    tensor_parallel: int,
+    pipeline_parallel: int,
+    engine_tensor_parallel: int,
+    bucket_bytes: int,
+    expert_parallel: int = 1,
 ) -> SyncPlan:
     """The plan for ``tensors`` (Hugging Face names and shapes, in export order) of ``dtype``.
 
-    Raises ``ConfigError`` naming the tensor that is missing, unknown or misshapen, or the numbers that do not divide.
+    Raises ``ConfigError`` naming the tensor that is missing, unknown or misshapen, or the numbers
+    that do not divide.
     """
     numbers = ModelNumbers.from_config(config)
     if dtype not in DTYPE_BYTES:
@@ -104,16 +128,25 @@ def plan_sync(
     if bucket_bytes < 1:
         raise ConfigError(f"weight_sync.bucket_bytes={bucket_bytes}: must be positive")
     _check_tensors(tensors, numbers)
-    planned = _trainer_side(numbers, DTYPE_BYTES[dtype], tensor_parallel, pipeline_parallel, expert_parallel)
+    planned = _trainer_side(
+        numbers, DTYPE_BYTES[dtype], tensor_parallel, pipeline_parallel, expert_parallel
+    )
     by_name = {tensor.name: tensor for tensor in planned}
     ordered = tuple(by_name[name] for name in tensors)
     buckets = _buckets(ordered, bucket_bytes)
     size = {tensor.name: tensor.num_bytes for tensor in ordered}
     totals = [sum(size[name] for name in bucket) for bucket in buckets]
     return SyncPlan(
-        ordered, tuple(engine_tensors(numbers, engine_tensor_parallel, rank) for rank in range(engine_tensor_parallel)),
-        buckets, bucket_bytes, max((total for total in totals if total <= bucket_bytes), default=0),
-        _gather_bytes(numbers, DTYPE_BYTES[dtype], tensor_parallel))
+        ordered,
+        tuple(
+            engine_tensors(numbers, engine_tensor_parallel, rank)
+            for rank in range(engine_tensor_parallel)
+        ),
+        buckets,
+        bucket_bytes,
+        max((total for total in totals if total <= bucket_bytes), default=0),
+        _gather_bytes(numbers, DTYPE_BYTES[dtype], tensor_parallel),
+    )
 
 
 def _check_tensors(tensors: Mapping[str, Sequence[int]], numbers: ModelNumbers) -> None:
@@ -122,33 +155,51 @@ def _check_tensors(tensors: Mapping[str, Sequence[int]], numbers: ModelNumbers) 
         if name not in expected:
             raise ConfigError(f"tensor {name} has no place in the weight-sync plan of this model")
         if tuple(shape) != expected[name]:
-            raise ConfigError(f"tensor {name} has shape {tuple(shape)}, config.json says {expected[name]}")
+            raise ConfigError(
+                f"tensor {name} has shape {tuple(shape)}, config.json says {expected[name]}"
+            )
     if missing := [name for name in expected if name not in tensors]:
         raise ConfigError(f"tensor {missing[0]} is missing ({len(missing)} of {len(expected)})")
 
 
 def check_trainer_layout(numbers: ModelNumbers, tp: int, pp: int, ep: int = 1) -> None:
-    """Raise ``ConfigError`` for a split that Megatron refuses (transformer_config.py), naming the numbers."""
+    """Raise ``ConfigError`` for a split that Megatron refuses (transformer_config.py), naming the
+    numbers.
+    """
     if numbers.num_heads % tp:
-        raise ConfigError(f"megatron.tensor_parallel={tp} does not divide the model's {numbers.num_heads} attention "
-                          "heads")
+        raise ConfigError(
+            f"megatron.tensor_parallel={tp} does not divide the model's {numbers.num_heads} attention "
+            "heads"
+        )
     if not numbers.experts and numbers.ffn_size % tp:
-        raise ConfigError(f"megatron.tensor_parallel={tp} does not divide the model's {numbers.ffn_size} ffn rows")
+        raise ConfigError(
+            f"megatron.tensor_parallel={tp} does not divide the model's {numbers.ffn_size} ffn rows"
+        )
     if ep > 1 and (not numbers.experts or numbers.experts % ep):
-        raise ConfigError(f"megatron.expert_parallel={ep} does not divide the model's {numbers.experts} experts")
+        raise ConfigError(
+            f"megatron.expert_parallel={ep} does not divide the model's {numbers.experts} experts"
+        )
     if numbers.num_kv_heads % tp and tp % numbers.num_kv_heads:
-        raise ConfigError(f"megatron.tensor_parallel={tp} is neither a divisor nor a multiple of the model's "
-                          f"{numbers.num_kv_heads} key-value heads")
+        raise ConfigError(
+            f"megatron.tensor_parallel={tp} is neither a divisor nor a multiple of the model's "
+            f"{numbers.num_kv_heads} key-value heads"
+        )
     fused = numbers.q_rows + 2 * numbers.kv_rows
     if fused % tp:
-        raise ConfigError(f"megatron.tensor_parallel={tp} does not divide the {fused} rows of the fused q, k and v")
+        raise ConfigError(
+            f"megatron.tensor_parallel={tp} does not divide the {fused} rows of the fused q, k and v"
+        )
     if numbers.num_layers % pp:
-        raise ConfigError(f"megatron.pipeline_parallel={pp} does not divide the model's {numbers.num_layers} layers; "
-                          "uneven stages are not supported")
+        raise ConfigError(
+            f"megatron.pipeline_parallel={pp} does not divide the model's {numbers.num_layers} layers; "
+            "uneven stages are not supported"
+        )
 
 
 @functools.lru_cache(maxsize=256)
-def _trainer_side(numbers: ModelNumbers, itemsize: int, tp: int, pp: int, ep: int) -> tuple[TensorPlan, ...]:
+def _trainer_side(
+    numbers: ModelNumbers, itemsize: int, tp: int, pp: int, ep: int
+) -> tuple[TensorPlan, ...]:
     check_trainer_layout(numbers, tp, pp, ep)
     per_stage, per_rank = numbers.num_layers // pp, numbers.experts // ep
 
@@ -177,7 +228,9 @@ def _trainer_side(numbers: ModelNumbers, itemsize: int, tp: int, pp: int, ep: in
     return tuple(one(name, shape) for name, shape in checkpoint_tensors(numbers).items())
 
 
-def _shards(part: str, shape: tuple[int, ...], numbers: ModelNumbers, tp: int) -> tuple[Slice | None, ...]:
+def _shards(
+    part: str, shape: tuple[int, ...], numbers: ModelNumbers, tp: int
+) -> tuple[Slice | None, ...]:
     """What each tensor-parallel rank of the trainer holds of one Hugging Face tensor."""
     rows = shape[0]
     columns = (0, shape[1]) if len(shape) == 2 else None
@@ -187,7 +240,9 @@ def _shards(part: str, shape: tuple[int, ...], numbers: ModelNumbers, tp: int) -
         width = shape[1] // tp
         return tuple(Slice((0, rows), (rank * width, (rank + 1) * width)) for rank in range(tp))
     if part in BY_ROWS or part in VOCABULARY:
-        height = -(-rows // tp)  # of the padded vocabulary; the padding is no part of the checkpoint
+        height = -(
+            -rows // tp
+        )  # of the padded vocabulary; the padding is no part of the checkpoint
         ranges = [(min(rank * height, rows), min((rank + 1) * height, rows)) for rank in range(tp)]
     elif (match := QKV.fullmatch(part)) is not None:
         ranges = [_fused_rows(match[1], rank, tp, numbers) for rank in range(tp)]
@@ -197,7 +252,9 @@ def _shards(part: str, shape: tuple[int, ...], numbers: ModelNumbers, tp: int) -
 
 
 def _fused_rows(which: str, rank: int, tp: int, numbers: ModelNumbers) -> tuple[int, int]:
-    """Rows of q, k or v in a rank's piece of the fused parameter; an empty range when it has none of them."""
+    """Rows of q, k or v in a rank's piece of the fused parameter; an empty range when it has none
+    of them.
+    """
     queries = numbers.num_heads // numbers.num_kv_heads * numbers.head_dim
     height = {"q": queries, "k": numbers.head_dim, "v": numbers.head_dim}[which]
     inside = {"q": 0, "k": queries, "v": queries + numbers.head_dim}[which]
@@ -211,12 +268,16 @@ def _fused_rows(which: str, rank: int, tp: int, numbers: ModelNumbers) -> tuple[
         if low < high:
             found.append((index * height + low - first, index * height + high - first))
     if any(a[1] != b[0] for a, b in pairwise(found)):
-        raise ConfigError(f"tensor_parallel={tp} leaves rank {rank} with scattered rows of {which}: {found}")
+        raise ConfigError(
+            f"tensor_parallel={tp} leaves rank {rank} with scattered rows of {which}: {found}"
+        )
     return (found[0][0], found[-1][1]) if found else (0, 0)
 
 
 def _buckets(tensors: Sequence[TensorPlan], bucket_bytes: int) -> tuple[tuple[str, ...], ...]:
-    """Consecutive tensors up to ``bucket_bytes``; a larger one travels alone, straight from where it is."""
+    """Consecutive tensors up to ``bucket_bytes``; a larger one travels alone, straight from where
+    it is.
+    """
     buckets: list[list[str]] = []
     used = bucket_bytes + 1
     for tensor in tensors:
@@ -231,8 +292,9 @@ def _buckets(tensors: Sequence[TensorPlan], bucket_bytes: int) -> tuple[tuple[st
 def _gather_bytes(numbers: ModelNumbers, itemsize: int, tp: int) -> int:
     """The largest working set of ``hf_weights.export_tensors`` over all parameters.
 
-    A parameter cut by rows is gathered into the Hugging Face tensor itself; one cut by columns, or fused, is gathered
-    and then taken apart: twice its size, unless one rank has it whole. So it has an expert, which is never gathered.
+    A parameter cut by rows is gathered into the Hugging Face tensor itself; one cut by columns, or
+    fused, is gathered and then taken apart: twice its size, unless one rank has it whole. So it has
+    an expert, which is never gathered.
     """
     hidden = numbers.hidden_size
     vocabulary = -(-numbers.vocab_size // tp) * tp * hidden

@@ -1,4 +1,6 @@
-"""The trainer's weights as they stream past: compared with the plan, hashed, put into buckets, memory counted."""
+"""The trainer's weights as they stream past: compared with the plan, hashed, put into buckets,
+memory counted.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from .plan import SyncPlan
 
 @dataclass(frozen=True)
 class Bucket:
-    """Tensors to send together; ``flat_B`` (uint8) holds their bytes one after the other until the next bucket."""
+    """Tensors to send together; ``flat_B`` (uint8) holds their bytes one after the other until the
+    next bucket.
+    """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -35,7 +39,9 @@ class Bucket:
 
 
 class MemoryAccount:
-    """Bytes that a push holds on this rank beyond the model; over the plan's limit it raises ``MemoryError``."""
+    """Bytes that a push holds on this rank beyond the model; over the plan's limit it raises
+    ``MemoryError``.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held, self.peak = limit, 0, 0
@@ -45,17 +51,22 @@ class MemoryAccount:
         self.held += num_bytes
         self.peak = max(self.peak, self.held)
         if self.held > self.limit:
-            raise MemoryError(f"a weight sync holds {self.held} bytes: the plan allows one bucket and one tensor, "
-                              f"{self.limit}")
+            raise MemoryError(
+                f"a weight sync holds {self.held} bytes: the plan allows one bucket and one tensor, "
+                f"{self.limit}"
+            )
 
 
 class Export:
     """One pass over the trainer's tensors on the main rank. The other ranks only ``drain``.
 
-    Collective: whoever begins must come to the end, with ``drain`` if something went wrong in between.
+    Collective: whoever begins must come to the end, with ``drain`` if something went wrong in
+    between.
     """
 
-    def __init__(self, worker: MegatronWorker, plan: SyncPlan, expected: ExpectedChecksums | None = None) -> None:
+    def __init__(
+        self, worker: MegatronWorker, plan: SyncPlan, expected: ExpectedChecksums | None = None
+    ) -> None:
         self.plan, self.expected, self.dtype = plan, expected, worker.dtype
         self.memory = MemoryAccount(plan.buffer_bytes + plan.largest_bytes)
         self._tensors = worker.export_hf()
@@ -63,12 +74,16 @@ class Export:
         self._current = 0
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each tensor, valid until the next. Raises ``ValueError`` when one is not what the plan says."""
+        """Each tensor, valid until the next. Raises ``ValueError`` when one is not what the plan
+        says.
+        """
         for name, tensor in self._tensors:
             planned = next(self._planned, None)
             if planned is None or (name, tuple(tensor.shape)) != (planned.name, planned.shape):
-                raise ValueError(f"the trainer exported {name} {tuple(tensor.shape)}, the plan has "
-                                 f"{planned and (planned.name, planned.shape)}")
+                raise ValueError(
+                    f"the trainer exported {name} {tuple(tensor.shape)}, the plan has "
+                    f"{planned and (planned.name, planned.shape)}"
+                )
             self.memory.hold(tensor.nbytes - self._current)
             self._current = tensor.nbytes
             if self.expected is not None:
@@ -79,7 +94,8 @@ class Export:
         self._current = 0
 
     def buckets(self, buffer_B: torch.Tensor) -> Iterator[Bucket]:
-        """The plan's buckets, in ``buffer_B`` (uint8 [plan.buffer_bytes]); the next overwrites the one before.
+        """The plan's buckets, in ``buffer_B`` (uint8 [plan.buffer_bytes]); the next overwrites the
+        one before.
 
         A tensor larger than a bucket is not copied: ``flat_B`` is its own memory then.
         """
@@ -92,13 +108,20 @@ class Export:
                 shapes.append(tuple(tensor.shape))
                 flat_B = tensor.detach().reshape(-1).view(torch.uint8)
                 if flat_B.numel() <= buffer_B.numel():
-                    buffer_B[used:used + flat_B.numel()].copy_(flat_B)
+                    buffer_B[used : used + flat_B.numel()].copy_(flat_B)
                     flat_B, used = buffer_B, used + flat_B.numel()
                 elif len(names) > 1:
-                    raise ValueError(f"bucket {number} of the plan does not fit the buffer of {buffer_B.numel()} bytes")
+                    raise ValueError(
+                        f"bucket {number} of the plan does not fit the buffer of {buffer_B.numel()} bytes"
+                    )
                 del tensor
-            yield Bucket(names, tuple(shapes), self.dtype, flat_B[:used] if used else flat_B,
-                         number + 1 == len(self.plan.buckets))
+            yield Bucket(
+                names,
+                tuple(shapes),
+                self.dtype,
+                flat_B[:used] if used else flat_B,
+                number + 1 == len(self.plan.buckets),
+            )
             del flat_B
         next(tensors, None)  # to the end of the export
         self.memory.hold(-buffer_B.nbytes)

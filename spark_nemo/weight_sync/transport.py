@@ -42,10 +42,12 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     async def send(self, export: Export, targets: Targets, version: int) -> None:
-        """Bring every target to ``version``, saying ``targets.failed`` for each that did not take it.
+        """Bring every target to ``version``, saying ``targets.failed`` for each that did not take
+        it.
 
-        The caller drops prefix caches afterwards. Raises ``TransferBroken`` when the remaining targets must be sent
-        everything again, and ``EngineFailure`` when no target got anything: all serve what they served before.
+        The caller drops prefix caches afterwards. Raises ``TransferBroken`` when the remaining
+        targets must be sent everything again, and ``EngineFailure`` when no target got anything:
+        all serve what they served before.
         """
 
     async def confirmed(self, version: int) -> None:
@@ -53,10 +55,13 @@ class Transport(abc.ABC):
         del version
 
     async def restore(self, engine: Engine, version: int) -> None:
-        """Bring one server that returns in the middle of a step to ``version``. Raises ``EngineFailure`` if impossible:
-        the server then waits for the next sync."""
-        raise EngineFailure(f"{engine}: this transport cannot send weights version {version} to one server alone; it "
-                            "waits for the next sync")
+        """Bring one server that returns in the middle of a step to ``version``. Raises
+        ``EngineFailure`` if impossible: the server then waits for the next sync.
+        """
+        raise EngineFailure(
+            f"{engine}: this transport cannot send weights version {version} to one server alone; it "
+            "waits for the next sync"
+        )
 
     async def close(self) -> None:
         """Leave nothing behind."""
@@ -65,7 +70,8 @@ class Transport(abc.ABC):
 
 @contextlib.asynccontextmanager
 async def targets_of(engine: Engine, version: int) -> AsyncIterator[Targets]:
-    """The engines behind ``engine``: itself, or a fleet's living members. At the end, a failure of all is raised.
+    """The engines behind ``engine``: itself, or a fleet's living members. At the end, a failure of
+    all is raised.
 
     Of a fleet, who fails is taken out by the fleet itself.
     """
@@ -82,15 +88,22 @@ async def targets_of(engine: Engine, version: int) -> AsyncIterator[Targets]:
         raise targets.errors[engine]
 
 
-async def each(targets: Targets, call: Callable[[Engine], Awaitable[object]], timeout_s: float, what: str) -> None:
-    """Await ``call`` for all who are left at once; who fails or takes longer than ``timeout_s`` is marked failed."""
+async def each(
+    targets: Targets, call: Callable[[Engine], Awaitable[object]], timeout_s: float, what: str
+) -> None:
+    """Await ``call`` for all who are left at once; who fails or takes longer than ``timeout_s`` is
+    marked failed.
+    """
 
     async def one(engine: Engine) -> None:
         try:
             async with asyncio.timeout(timeout_s):
                 await call(engine)
         except TimeoutError:
-            targets.failed(engine, EngineUnavailable(f"{targets.targets[engine]}: {what} took over {timeout_s:g} s"))
+            targets.failed(
+                engine,
+                EngineUnavailable(f"{targets.targets[engine]}: {what} took over {timeout_s:g} s"),
+            )
         except EngineFailure as error:
             targets.failed(engine, error)
 

@@ -1,4 +1,6 @@
-"""A command whose part is finished: it says so and ends, before anything is loaded. The work itself is stood in for."""
+"""A command whose part is finished: it says so and ends, before anything is loaded. The work itself
+is stood in for.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +17,35 @@ from spark_nemo.stages.run_folder import mark_done
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
 from spark_nemo.verification.collect import CollectCounts
 
-FOLDERS = {"sft": "sft", "stage1": "stage1/shard-all", "stage2": "stage2/single", "stage3": "stage3/process_aware"}
-SETTINGS = ["+experiment=toy", "stage2.method=single", "pipeline.rewards=[process_aware]", "pipeline.rl_answers=null",
-            "rl.prompts_per_step=4", f"rl.reward_model={ASSETS / 'verifier'}"]
-DATA = {"stage1_problems": "stage1:10", "processbench": "processbench:30", "rl_problems": "rl:10",
-        "eval_problems": "eval:4", "sft_examples": "sft:10"}
+FOLDERS = {
+    "sft": "sft",
+    "stage1": "stage1/shard-all",
+    "stage2": "stage2/single",
+    "stage3": "stage3/process_aware",
+}
+SETTINGS = [
+    "+experiment=toy",
+    "stage2.method=single",
+    "pipeline.rewards=[process_aware]",
+    "pipeline.rl_answers=null",
+    "rl.prompts_per_step=4",
+    f"rl.reward_model={ASSETS / 'verifier'}",
+]
+DATA = {
+    "stage1_problems": "stage1:10",
+    "processbench": "processbench:30",
+    "rl_problems": "rl:10",
+    "eval_problems": "eval:4",
+    "sft_examples": "sft:10",
+}
 
 
 class Work:
     """Stands in for the part's work, and leaves what it would leave."""
 
-    def __init__(self, part: str, run_dir: Path, data: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self, part: str, run_dir: Path, data: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         self.part, self.run_dir, self.times, self.counts = part, run_dir, 0, CollectCounts()
         self.data = {name: Path(shutil.copy(path, run_dir)) for name, path in data.items()}
         self.folder = run_dir / FOLDERS[part]
@@ -50,49 +70,82 @@ class Work:
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Files of the small world, made once."""
     names = [f"data.{name}=toy:{split}" for name, split in DATA.items()]
-    made = resolve_toy(compose_config([*SETTINGS, *names, f"run.dir={tmp_path_factory.mktemp('data')}"]))
+    made = resolve_toy(
+        compose_config([*SETTINGS, *names, f"run.dir={tmp_path_factory.mktemp('data')}"])
+    )
     return {name: getattr(made.data, name) for name in DATA}
 
 
 @pytest.fixture
-def work(request: pytest.FixtureRequest, tmp_path: Path, data: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Work:
+def work(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    data: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Work:
     return Work(request.param, tmp_path, data, monkeypatch)
 
 
 @pytest.mark.parametrize("work", FOLDERS, indirect=True)
-def test_a_finished_part_says_so_and_is_not_done_again(work: Work, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line with the folder and the way to a new run, status 0, no work; also with another engine or layout, which
-    are how a part is worked on. What the marker said stays. Another seed is another run."""
+def test_a_finished_part_says_so_and_is_not_done_again(
+    work: Work, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line with the folder and the way to a new run, status 0, no work; also with another
+    engine or layout, which are how a part is worked on. What the marker said stays. Another seed is
+    another run.
+    """
     assert work.command() == 0 and work.times == 1 and "is complete" not in capsys.readouterr().out
     for overrides in ((), ("engine.max_batch_size=7",), ("megatron.data_parallel=2",)):
         assert work.command(*overrides) == 0 and work.times == 1
-        assert capsys.readouterr().out == (f"{work.part} is complete in {work.folder}, there is nothing to do; to run "
-                                           "it anew name another run.dir\n")
+        assert capsys.readouterr().out == (
+            f"{work.part} is complete in {work.folder}, there is nothing to do; to run "
+            "it anew name another run.dir\n"
+        )
     assert json.loads((work.folder / "DONE.json").read_text())["f1"] == 0.5
     assert work.command("run.seed=1") == 0 and work.times == 2
 
 
-@pytest.mark.parametrize(("work", "override"), [
-    ("sft", "sft.epochs=9"), ("stage1", "stage1.solutions_per_problem=5"), ("stage2", "stage2.epochs=9"),
-    ("stage2", "labels.balance=consensus"), ("stage3", "rl.steps=9"), ("stage3", "evaluation.samples_per_problem=9"),
-    ("stage3", f"rl.reward_model={ASSETS / 'critic'}"),
-], indirect=["work"])
+@pytest.mark.parametrize(
+    ("work", "override"),
+    [
+        ("sft", "sft.epochs=9"),
+        ("stage1", "stage1.solutions_per_problem=5"),
+        ("stage2", "stage2.epochs=9"),
+        ("stage2", "labels.balance=consensus"),
+        ("stage3", "rl.steps=9"),
+        ("stage3", "evaluation.samples_per_problem=9"),
+        ("stage3", f"rl.reward_model={ASSETS / 'critic'}"),
+    ],
+    indirect=["work"],
+)
 def test_other_settings_are_the_stages_affair(work: Work, override: str) -> None:
-    """More solutions, another reward model: the stage itself goes on with them, or refuses them; nobody is told that
-    what he asked for is there."""
+    """More solutions, another reward model: the stage itself goes on with them, or refuses them;
+    nobody is told that what he asked for is there.
+    """
     assert work.command() == 0 and work.command(override) == 0 and work.times == 2
 
 
-@pytest.mark.parametrize(("work", "name"), [
-    ("sft", "sft_examples"), ("stage1", "stage1_problems"), ("stage2", "processbench"), ("stage3", "eval_problems"),
-], indirect=["work"])
+@pytest.mark.parametrize(
+    ("work", "name"),
+    [
+        ("sft", "sft_examples"),
+        ("stage1", "stage1_problems"),
+        ("stage2", "processbench"),
+        ("stage3", "eval_problems"),
+    ],
+    indirect=["work"],
+)
 def test_a_file_is_known_by_what_it_holds(work: Work, name: str) -> None:
-    """The same name with other lines is other data, and the same lines under another name are the same."""
+    """The same name with other lines is other data, and the same lines under another name are the
+    same.
+    """
     assert work.command() == 0
     path = work.data[name] = work.data[name].rename(work.data[name].with_stem("renamed"))
     assert work.command() == 0 and work.times == 1
     text = path.read_text()
-    path.write_text(json.dumps(json.loads(text)[1:]) if text.startswith("[") else text.partition("\n")[2])
+    path.write_text(
+        json.dumps(json.loads(text)[1:]) if text.startswith("[") else text.partition("\n")[2]
+    )
     assert work.command() == 0 and work.times == 2
 
 
@@ -107,8 +160,9 @@ def test_labels_from_a_store_that_grew_are_other_inputs(work: Work) -> None:
 
 @pytest.mark.parametrize("work", ["stage3"], indirect=True)
 def test_without_its_model_or_by_an_older_version_a_part_is_not_finished(work: Work) -> None:
-    """The model was deleted, or the marker is of a version that did not say what it was made from: the stage is run,
-    and finds its checkpoints."""
+    """The model was deleted, or the marker is of a version that did not say what it was made from:
+    the stage is run, and finds its checkpoints.
+    """
     assert work.command() == 0
     (work.folder / "model/config.json").unlink()
     assert work.command() == 0 and work.times == 2
@@ -116,10 +170,17 @@ def test_without_its_model_or_by_an_older_version_a_part_is_not_finished(work: W
     assert work.command() == 0 and work.times == 3
 
 
-@pytest.mark.parametrize("counts", [CollectCounts(postponed_verifications=1),
-                                    CollectCounts(engine_failures={"prompt of N tokens": 1})])
+@pytest.mark.parametrize(
+    "counts",
+    [
+        CollectCounts(postponed_verifications=1),
+        CollectCounts(engine_failures={"prompt of N tokens": 1}),
+    ],
+)
 @pytest.mark.parametrize("work", ["stage1"], indirect=True)
 def test_what_an_engine_lost_is_asked_for_again(work: Work, counts: CollectCounts) -> None:
-    """Stage I ends although some requests failed; the same command asks for them, as it says in its log."""
+    """Stage I ends although some requests failed; the same command asks for them, as it says in its
+    log.
+    """
     work.counts = counts
     assert work.command() == 0 and work.command() == 0 and work.times == 2

@@ -15,7 +15,9 @@ def test_no_override_gives_the_dataclass_defaults() -> None:
     assert compose_config([]) == SparkConfig()
 
 
-@pytest.mark.parametrize("path", sorted((config_folder() / "experiment").rglob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((config_folder() / "experiment").rglob("*.yaml")), ids=lambda p: p.stem
+)
 def test_every_experiment_composes(path: Path) -> None:
     """Proves each file in conf/experiment is valid; not that its models exist."""
     name = path.relative_to(config_folder() / "experiment").with_suffix("")
@@ -35,7 +37,9 @@ def test_an_override_that_does_not_parse_is_repeated(override: str) -> None:
     assert override in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_recipe_that_is_not_yaml_is_one_line_with_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_that_is_not_yaml_is_one_line_with_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Proves a typing error in a user's own recipe shows the file and the line, not a traceback."""
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("rl: {steps: 3\nrun: [\n")
@@ -60,25 +64,40 @@ def test_the_printed_configuration_names_every_section() -> None:
 
 FLOATS = {
     "engine.policy.request_timeout_s": ["engine.kind=sglang", "engine.policy.servers=1"],
-    "weight_sync.max_mean_mismatch": [], "weight_sync.timeout_s": [], "rl.importance_cap": [],
-    "rl.failures.penalty": ["rl.failures.action=penalise"], "rl.clip_low": ["rl.updates_per_step=2"],
-    "rl.kl_coef": ["rl.kl_estimator=k3"], "rl.sampling.temperature": [], "evaluation.temperature": [],
-    "rl.hacking.detectors.inflation": [], "stage1.max_failure_rate": [], "sft.optimizer.lr": [],
-    "stage2.optimizer.beta2": [], "rl.optimizer.weight_decay": []}
+    "weight_sync.max_mean_mismatch": [],
+    "weight_sync.timeout_s": [],
+    "rl.importance_cap": [],
+    "rl.failures.penalty": ["rl.failures.action=penalise"],
+    "rl.clip_low": ["rl.updates_per_step=2"],
+    "rl.kl_coef": ["rl.kl_estimator=k3"],
+    "rl.sampling.temperature": [],
+    "evaluation.temperature": [],
+    "rl.hacking.detectors.inflation": [],
+    "stage1.max_failure_rate": [],
+    "sft.optimizer.lr": [],
+    "stage2.optimizer.beta2": [],
+    "rl.optimizer.weight_decay": [],
+}
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 @pytest.mark.parametrize("name", FLOATS)
 def test_a_number_that_is_none_is_refused_with_its_name(name: str, value: str) -> None:
-    """Every comparison with NaN is false: as a limit it would let everything through, as a penalty it would become a
-    reward. Settings of every kind; the check walks the whole tree, so new ones are covered too."""
+    """Every comparison with NaN is false: as a limit it would let everything through, as a penalty
+    it would become a reward. Settings of every kind; the check walks the whole tree, so new ones
+    are covered too.
+    """
     with pytest.raises(ConfigError, match=f"{name.rpartition('.')[2]}={value}"):
         compose_config([*FLOATS[name], f"{name}={value}"])
 
 
-@pytest.mark.parametrize("settings", ["lr=0", "eps=0", "weight_decay=-0.1", "clip_grad=-1", "beta1=1", "beta2=-0.5",
-                                      "min_lr=1"])
+@pytest.mark.parametrize(
+    "settings",
+    ["lr=0", "eps=0", "weight_decay=-0.1", "clip_grad=-1", "beta1=1", "beta2=-0.5", "min_lr=1"],
+)
 def test_an_optimizer_that_cannot_work_is_refused(settings: str) -> None:
-    """Each would train, and badly: Adam with beta1=1 never moves, a negative decay lets weights grow."""
+    """Each would train, and badly: Adam with beta1=1 never moves, a negative decay lets weights
+    grow.
+    """
     with pytest.raises(ConfigError, match=f"optimizer.{settings.partition('=')[0]}="):
         compose_config(["rl.optimizer.decay=linear", f"rl.optimizer.{settings}"])

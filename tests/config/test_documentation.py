@@ -16,8 +16,12 @@ from spark_nemo.config import SparkConfig
 from spark_nemo.config.compose import compose_config
 
 REPO = Path(__file__).parents[2]
-PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", REPO / "containers/README.md",
-         *sorted((REPO / "docs").glob("*.md"))]
+PAGES = [
+    REPO / "README.md",
+    REPO / "CONTRIBUTING.md",
+    REPO / "containers/README.md",
+    *sorted((REPO / "docs").glob("*.md")),
+]
 OF_THE_READER = ("conf/experiment/mine.yaml",)
 """What a page tells its reader to make."""
 
@@ -32,16 +36,27 @@ def commands(text: str) -> Iterator[str]:
 
 
 def documented() -> list[tuple[str, str]]:
-    return [(page.name, line) for page in PAGES for line in commands(page.read_text())
-            if " ... " not in f"{line} " and line != "--help"]
+    return [
+        (page.name, line)
+        for page in PAGES
+        for line in commands(page.read_text())
+        if " ... " not in f"{line} " and line != "--help"
+    ]
 
 
 @pytest.mark.parametrize(("page", "line"), documented())
-def test_a_command_of_the_documentation_parses_and_its_settings_compose(page: str, line: str) -> None:
-    """Proves subcommands, flags and overrides, value by value; starts nothing, so files and models may be missing."""
+def test_a_command_of_the_documentation_parses_and_its_settings_compose(
+    page: str, line: str
+) -> None:
+    """Proves subcommands, flags and overrides, value by value; starts nothing, so files and models
+    may be missing.
+    """
     arguments = _parse(shlex.split(line))
-    overrides = [word for word in getattr(arguments, "overrides", []) if "=" in word and not word.startswith(
-        ("old=", "new=")) and word != "+experiment=mine"]
+    overrides = [
+        word
+        for word in getattr(arguments, "overrides", [])
+        if "=" in word and not word.startswith(("old=", "new=")) and word != "+experiment=mine"
+    ]
     if "compare" not in getattr(arguments, "overrides", []):
         compose_config(overrides)
 
@@ -53,8 +68,9 @@ def test_there_are_commands_to_look_at() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_settings_and_files_of_a_page_exist(page: Path) -> None:
-    """Proves it for names in backticks that begin with a section of the configuration, and for links and paths within
-    the repository; not that what is said about them is true."""
+    """Proves it for names in backticks that begin with a section of the configuration, and for
+    links and paths within the repository; not that what is said about them is true.
+    """
     text = page.read_text()
     sections = {each.name for each in fields(SparkConfig)}
     for name in set(re.findall(r"`((?:[a-z_0-9]+\.)+[a-z_0-9]+)(?:=[^`]*)?`", text)):
@@ -67,5 +83,7 @@ def test_settings_and_files_of_a_page_exist(page: Path) -> None:
             at = get_type_hints(at)[part]
     for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
         assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
-    for path in re.findall(r"`((?:spark_nemo|tests|tools|benchmarks|conf|slurm|containers)/[\w./*-]+)`", text):
+    for path in re.findall(
+        r"`((?:spark_nemo|tests|tools|benchmarks|conf|slurm|containers)/[\w./*-]+)`", text
+    ):
         assert path in OF_THE_READER or list(REPO.glob(path)), f"{page.name}: {path}"

@@ -11,26 +11,57 @@ from spark_nemo.stages.plan import dry_run
 TWO = ["engine.kind=sglang", "engine.policy.servers=2", "pipeline.parallel_jobs=1"]
 
 
-@pytest.mark.parametrize(("overrides", "message"), [
-    (["engine.policy.servers=2"], "engine.policy.servers=2 has no effect with engine.kind=local"),
-    (["engine.verifier.router=true"], "engine.verifier.router=True has no effect with engine.kind=local"),
-    ([*TWO, "engine.policy.urls=[http://a:1]"], "set either engine.policy.servers"),
-    (["engine.kind=sglang", "engine.policy.router=true"], "set either engine.policy.servers"),
-    (["engine.kind=sglang", "engine.policy.urls=[http://a:1]", "engine.policy.max_restarts=1"],
-     "engine.policy.max_restarts=1 has no effect with engine.policy.urls"),
-    (["engine.kind=sglang", "engine.policy.urls=[a:1]"], "engine.policy.urls: 'a:1' is no http"),
-    (["engine.kind=sglang", "engine.policy.urls=[http://a:1,http://a:1]"], "name each server once"),
-    ([*TWO, "engine.policy.host=0.0.0.0"], "engine.policy.host"),
-    ([*TWO, "engine.policy.server_args=[--api-key,x]"], "--api-key would show the key"),
-    ([*TWO, "engine.policy.server_args=['--port=1']"], "engine.policy.server_args: --port is set by"),
-    ([*TWO, "engine.policy.request_timeout_s=0"], "engine.policy.request_timeout_s"),
-    ([*TWO, "engine.policy.max_restarts=-1"], "engine.policy.max_restarts"),
-    ([*TWO, "engine.policy.sever_args=[]"], "sever_args"),
-    ([*TWO, "pipeline.parallel_jobs=2"], "pipeline.parallel_jobs=2 with launched servers"),
-    (["engine.kind=vllm", "engine.policy.servers=1", "engine.policy.router=true", "pipeline.parallel_jobs=1"],
-     "engine.policy.router=True has no effect with engine.kind=vllm"),
-    (["engine.kind=slang"], "engine.kind='slang': choose one of local, sglang, vllm"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["engine.policy.servers=2"],
+            "engine.policy.servers=2 has no effect with engine.kind=local",
+        ),
+        (
+            ["engine.verifier.router=true"],
+            "engine.verifier.router=True has no effect with engine.kind=local",
+        ),
+        ([*TWO, "engine.policy.urls=[http://a:1]"], "set either engine.policy.servers"),
+        (["engine.kind=sglang", "engine.policy.router=true"], "set either engine.policy.servers"),
+        (
+            [
+                "engine.kind=sglang",
+                "engine.policy.urls=[http://a:1]",
+                "engine.policy.max_restarts=1",
+            ],
+            "engine.policy.max_restarts=1 has no effect with engine.policy.urls",
+        ),
+        (
+            ["engine.kind=sglang", "engine.policy.urls=[a:1]"],
+            "engine.policy.urls: 'a:1' is no http",
+        ),
+        (
+            ["engine.kind=sglang", "engine.policy.urls=[http://a:1,http://a:1]"],
+            "name each server once",
+        ),
+        ([*TWO, "engine.policy.host=0.0.0.0"], "engine.policy.host"),
+        ([*TWO, "engine.policy.server_args=[--api-key,x]"], "--api-key would show the key"),
+        (
+            [*TWO, "engine.policy.server_args=['--port=1']"],
+            "engine.policy.server_args: --port is set by",
+        ),
+        ([*TWO, "engine.policy.request_timeout_s=0"], "engine.policy.request_timeout_s"),
+        ([*TWO, "engine.policy.max_restarts=-1"], "engine.policy.max_restarts"),
+        ([*TWO, "engine.policy.sever_args=[]"], "sever_args"),
+        ([*TWO, "pipeline.parallel_jobs=2"], "pipeline.parallel_jobs=2 with launched servers"),
+        (
+            [
+                "engine.kind=vllm",
+                "engine.policy.servers=1",
+                "engine.policy.router=true",
+                "pipeline.parallel_jobs=1",
+            ],
+            "engine.policy.router=True has no effect with engine.kind=vllm",
+        ),
+        (["engine.kind=slang"], "engine.kind='slang': choose one of local, sglang, vllm"),
+    ],
+)
 def test_what_cannot_work_or_has_no_effect_is_refused(overrides: list[str], message: str) -> None:
     """Proves the messages name field and reason."""
     with pytest.raises(ConfigError) as raised:
@@ -42,7 +73,9 @@ def test_a_role_without_servers_is_refused_when_it_is_asked_and_not_before() -> 
     """Evaluating a policy needs no verifier pool."""
     config = compose_config(TWO).engine
     config.require("policy")
-    with pytest.raises(ConfigError, match=r"engine\.verifier: set either engine\.verifier\.servers"):
+    with pytest.raises(
+        ConfigError, match=r"engine\.verifier: set either engine\.verifier\.servers"
+    ):
         config.require("verifier")
     with pytest.raises(ConfigError, match="pool='judge'"):
         config.pool("judge")
@@ -56,15 +89,24 @@ def test_slots_count_every_server() -> None:
 
 
 def test_the_cpu_preset_fits_the_small_world(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two policy servers and a verifier server with the flags that a CPU needs, all of them from conf/: there is no
-    code for it. Does not prove that a server takes them; the real tests do."""
+    """Two policy servers and a verifier server with the flags that a CPU needs, all of them from
+    conf/: there is no code for it. Does not prove that a server takes them; the real tests do.
+    """
     monkeypatch.setenv("SPARK_SGLANG_PYTHON", "/env/bin/python")
     config = compose_config(["+experiment=toy", "+engine=sglang_cpu"])
     engine = config.engine
-    assert (engine.kind, engine.policy.servers, engine.verifier.servers, engine.max_context) == ("sglang", 2, 1, 320)
+    assert (engine.kind, engine.policy.servers, engine.verifier.servers, engine.max_context) == (
+        "sglang",
+        2,
+        1,
+        320,
+    )
     assert engine.policy.python == engine.verifier.python == "/env/bin/python"
     assert engine.policy.server_args[:2] == ["--device", "cpu"] == engine.verifier.server_args[:2]
-    assert engine.verifier.server_env["SGLANG_USE_CPU_ENGINE"] == "1" and config.pipeline.parallel_jobs == 1
+    assert (
+        engine.verifier.server_env["SGLANG_USE_CPU_ENGINE"] == "1"
+        and config.pipeline.parallel_jobs == 1
+    )
     monkeypatch.delenv("SPARK_SGLANG_PYTHON")
     assert compose_config(["+experiment=toy", "+engine=sglang_cpu"]).engine.policy.python is None
 
@@ -82,7 +124,9 @@ def test_a_plan_says_what_will_serve() -> None:
 
 
 def test_a_router_before_given_servers_is_launched_and_may_say_where() -> None:
-    """Its interpreter is needed, though the servers run already; their own arguments still have no effect."""
+    """Its interpreter is needed, though the servers run already; their own arguments still have no
+    effect.
+    """
     PoolConfig(urls=["http://a:1"], router=True, python="/env/bin/python").check("engine.policy")
     with pytest.raises(ConfigError, match="server_args"):
         PoolConfig(urls=["http://a:1"], router=True, server_args=["--x"]).check("engine.policy")

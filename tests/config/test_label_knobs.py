@@ -9,23 +9,32 @@ from spark_nemo.config.compose import compose_config
 from spark_nemo.verification import LabelOptions
 
 
-@pytest.mark.parametrize(("override", "message"), [
-    ("stage1.revise=[best]", "stage1.revise='best': choose one of"),
-    ("stage1.revise=[single,single]", "name each only once"),
-    ("stage1.revision_sampling.temperature=0.5", "stage1.revision_sampling.temperature=0.5 has no effect"),
-    ("stage1.reference_verifications=4", "without stage1.reference_answers"),
-    ("stage1.reference_answers=toy:stage1:240", "pipeline.label_methods has reference_guided: remove it"),
-    ("labels.reference_pick=single", "pipeline.label_methods has reference_guided: remove it"),
-    ("pipeline.label_methods=[meta_critique]", "add single to stage1.revise"),
-    ("pipeline.label_methods=[hybrid_step]", "add step_consistency to stage1.revise"),
-    ("pipeline.label_methods=[reference_guided]", "set stage1.reference_answers"),
-    ("labels.balance=ground_truth", "needs labels.reference_answers"),
-    ("labels.reference_answers=toy:stage1:240", "with labels.balance=none"),
-    ("labels.max_per_verdict=2", "with labels.balance=none"),
-    ("labels.ties=maybe", "labels.ties='maybe'"),
-    ("labels.min_agreement=2", "labels.min_agreement=2"),
-    ("stage2.method=best", "stage2.method='best'"),
-])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stage1.revise=[best]", "stage1.revise='best': choose one of"),
+        ("stage1.revise=[single,single]", "name each only once"),
+        (
+            "stage1.revision_sampling.temperature=0.5",
+            "stage1.revision_sampling.temperature=0.5 has no effect",
+        ),
+        ("stage1.reference_verifications=4", "without stage1.reference_answers"),
+        (
+            "stage1.reference_answers=toy:stage1:240",
+            "pipeline.label_methods has reference_guided: remove it",
+        ),
+        ("labels.reference_pick=single", "pipeline.label_methods has reference_guided: remove it"),
+        ("pipeline.label_methods=[meta_critique]", "add single to stage1.revise"),
+        ("pipeline.label_methods=[hybrid_step]", "add step_consistency to stage1.revise"),
+        ("pipeline.label_methods=[reference_guided]", "set stage1.reference_answers"),
+        ("labels.balance=ground_truth", "needs labels.reference_answers"),
+        ("labels.reference_answers=toy:stage1:240", "with labels.balance=none"),
+        ("labels.max_per_verdict=2", "with labels.balance=none"),
+        ("labels.ties=maybe", "labels.ties='maybe'"),
+        ("labels.min_agreement=2", "labels.min_agreement=2"),
+        ("stage2.method=best", "stage2.method='best'"),
+    ],
+)
 def test_a_setting_that_nothing_would_read_is_refused(override: str, message: str) -> None:
     """Proves each on the small world's configuration, where balance is off and no critic is asked."""
     with pytest.raises(ConfigError) as raised:
@@ -36,27 +45,40 @@ def test_a_setting_that_nothing_would_read_is_refused(override: str, message: st
 ONLY = "stage2.method={0} pipeline.label_methods=[{0}] ".format
 
 
-@pytest.mark.parametrize(("methods", "override"), [
-    (ONLY("single"), "labels.ties=incorrect"), (ONLY("single"), "labels.no_match=hamming"),
-    (ONLY("single"), "labels.final_verdict=any"), (ONLY("outcome_consistency"), "labels.no_match=hamming"),
-    (ONLY("outcome_consistency"), "labels.final_verdict=any"),
-    (ONLY("meta_critique") + "stage1.revise=[single]", "labels.ties=incorrect"),
-    (ONLY("hybrid_outcome") + "stage1.revise=[outcome_consistency]", "labels.no_match=hamming")])
+@pytest.mark.parametrize(
+    ("methods", "override"),
+    [
+        (ONLY("single"), "labels.ties=incorrect"),
+        (ONLY("single"), "labels.no_match=hamming"),
+        (ONLY("single"), "labels.final_verdict=any"),
+        (ONLY("outcome_consistency"), "labels.no_match=hamming"),
+        (ONLY("outcome_consistency"), "labels.final_verdict=any"),
+        (ONLY("meta_critique") + "stage1.revise=[single]", "labels.ties=incorrect"),
+        (ONLY("hybrid_outcome") + "stage1.revise=[outcome_consistency]", "labels.no_match=hamming"),
+    ],
+)
 def test_a_rule_that_no_method_reads_is_refused(methods: str, override: str) -> None:
     """What decides ties, missing matches and the last line is read by some ways of picking only."""
     with pytest.raises(ConfigError, match=rf"{override} has no effect with these label methods"):
         compose_config([*methods.split(), override])
 
 
-@pytest.mark.parametrize(("methods", "override"), [
-    (ONLY("outcome_consistency"), "labels.ties=incorrect"), (ONLY("step_consistency"), "labels.no_match=hamming"),
-    (ONLY("step_consistency"), "labels.final_verdict=any"),
-    (ONLY("meta_critique") + "stage1.revise=[single]", "labels.final_verdict=any"),
-    (ONLY("single") + "stage1.revise=[step_consistency]", "labels.no_match=hamming"),
-    (ONLY("reference_guided") + "stage1.reference_answers=a.jsonl", "labels.ties=incorrect"),
-    ("stage2.method=single", "labels.no_match=hamming")])
+@pytest.mark.parametrize(
+    ("methods", "override"),
+    [
+        (ONLY("outcome_consistency"), "labels.ties=incorrect"),
+        (ONLY("step_consistency"), "labels.no_match=hamming"),
+        (ONLY("step_consistency"), "labels.final_verdict=any"),
+        (ONLY("meta_critique") + "stage1.revise=[single]", "labels.final_verdict=any"),
+        (ONLY("single") + "stage1.revise=[step_consistency]", "labels.no_match=hamming"),
+        (ONLY("reference_guided") + "stage1.reference_answers=a.jsonl", "labels.ties=incorrect"),
+        ("stage2.method=single", "labels.no_match=hamming"),
+    ],
+)
 def test_a_rule_that_some_method_reads_is_accepted(methods: str, override: str) -> None:
-    """Through a pick for a critique, through the reference-guided pick, or by one method of several."""
+    """Through a pick for a critique, through the reference-guided pick, or by one method of
+    several.
+    """
     name, _, value = override.removeprefix("labels.").partition("=")
     assert getattr(compose_config([*methods.split(), override]).labels, name) == value
 
@@ -68,13 +90,22 @@ def test_a_limit_per_problem_would_break_the_balance() -> None:
 
 
 def test_the_defaults_are_the_arguments_of_the_docstrings() -> None:
-    """Proves balance by consensus is the default, three and three, without an answer anywhere; that the pipeline's
-    methods are the three by votes; and that unset means greedy critiques and 8 reference verifications."""
+    """Proves balance by consensus is the default, three and three, without an answer anywhere; that
+    the pipeline's methods are the three by votes; and that unset means greedy critiques and 8
+    reference verifications.
+    """
     config = compose_config([])
-    assert (config.labels.balance, config.labels.reference_answers, config.stage1.revise) == ("consensus", None, [])
+    assert (config.labels.balance, config.labels.reference_answers, config.stage1.revise) == (
+        "consensus",
+        None,
+        [],
+    )
     assert LabelOptions.of(config.labels) == LabelOptions()
     assert PipelineConfig().label_methods == ["single", "outcome_consistency", "step_consistency"]
-    assert (config.stage1.revised_with.temperature, config.stage1.revised_with.max_new_tokens) == (0.0, 8192)
+    assert (config.stage1.revised_with.temperature, config.stage1.revised_with.max_new_tokens) == (
+        0.0,
+        8192,
+    )
     assert config.stage1.num_reference_verifications == 8
 
 

@@ -6,22 +6,47 @@ from spark_nemo.config import ConfigError, EngineConfig, PoolConfig
 
 
 def test_a_pool_launched_by_somebody_else_keeps_what_its_clients_read() -> None:
-    """Slurm starts the servers that the pool describes: what is left is their addresses, their size (a process group
-    counts every GPU) and the clients' times, and the pool is a valid one with urls.
+    """Slurm starts the servers that the pool describes: what is left is their addresses, their size
+    (a process group counts every GPU) and the clients' times, and the pool is a valid one with
+    urls.
     """
-    pool = PoolConfig(servers=2, tensor_parallel=4, first_gpu=4, server_args=["--x"], server_env={"A": "1"}, python="p",
-                      router=True, max_restarts=1, start_timeout_s=9, request_timeout_s=7)
+    pool = PoolConfig(
+        servers=2,
+        tensor_parallel=4,
+        first_gpu=4,
+        server_args=["--x"],
+        server_env={"A": "1"},
+        python="p",
+        router=True,
+        max_restarts=1,
+        start_timeout_s=9,
+        request_timeout_s=7,
+    )
     found = pool.found_at(["http://a:1", "http://b:1"])
-    assert found == PoolConfig(urls=["http://a:1", "http://b:1"], tensor_parallel=4, request_timeout_s=7,
-                               lost_timeout_s=120)
+    assert found == PoolConfig(
+        urls=["http://a:1", "http://b:1"],
+        tensor_parallel=4,
+        request_timeout_s=7,
+        lost_timeout_s=120,
+    )
     assert EngineConfig(kind="sglang", policy=found).num_engines("policy") == 2
 
 
-@pytest.mark.parametrize(("times", "lost"), [
-    ({}, 900), ({"start_timeout_s": 1800}, 1800), ({"start_timeout_s": 1800, "lost_timeout_s": 60}, 60)])
-def test_a_pool_that_is_down_has_the_time_of_a_start_to_come_back(times: dict[str, float], lost: float) -> None:
-    """Slurm starts a dead server again, which the pool cannot see: a large model takes minutes, and two minutes, enough
-    for servers that nobody restarts, would end every run whose only server died once. Who sets a time has it."""
+@pytest.mark.parametrize(
+    ("times", "lost"),
+    [
+        ({}, 900),
+        ({"start_timeout_s": 1800}, 1800),
+        ({"start_timeout_s": 1800, "lost_timeout_s": 60}, 60),
+    ],
+)
+def test_a_pool_that_is_down_has_the_time_of_a_start_to_come_back(
+    times: dict[str, float], lost: float
+) -> None:
+    """Slurm starts a dead server again, which the pool cannot see: a large model takes minutes, and
+    two minutes, enough for servers that nobody restarts, would end every run whose only server died
+    once. Who sets a time has it.
+    """
     assert PoolConfig(servers=1, **times).found_at(["http://a:1"]).lost_timeout_s == lost
 
 

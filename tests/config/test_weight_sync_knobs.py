@@ -1,4 +1,6 @@
-"""Weight-sync settings that cannot work, or would be read by nobody, are refused with the field's name."""
+"""Weight-sync settings that cannot work, or would be read by nobody, are refused with the field's
+name.
+"""
 
 import pytest
 
@@ -6,25 +8,39 @@ from spark_nemo.config import ConfigError, SparkConfig, WeightSyncConfig
 from spark_nemo.config.compose import compose_config
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"transport": "nccl"}, "weight_sync.transport='nccl': choose one of disk, distributed"),
-    ({"checksums": "maybe"}, "weight_sync.checksums='maybe'"),
-    ({"bucket_mb": 0}, "weight_sync.bucket_mb=0: must be at least 1"),
-    ({"timeout_s": 0}, "weight_sync.timeout_s=0: must be positive"),
-    ({"max_mean_mismatch": 0.0}, "weight_sync.max_mean_mismatch=0.0: must be positive"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"transport": "nccl"}, "weight_sync.transport='nccl': choose one of disk, distributed"),
+        ({"checksums": "maybe"}, "weight_sync.checksums='maybe'"),
+        ({"bucket_mb": 0}, "weight_sync.bucket_mb=0: must be at least 1"),
+        ({"timeout_s": 0}, "weight_sync.timeout_s=0: must be positive"),
+        ({"max_mean_mismatch": 0.0}, "weight_sync.max_mean_mismatch=0.0: must be positive"),
+    ],
+)
 def test_illegal_values(settings, message):
     """Each names the field and what is allowed."""
     with pytest.raises(ConfigError, match=message):
         WeightSyncConfig(**settings)
 
 
-@pytest.mark.parametrize(("kind", "settings", "message"), [
-    ("local", {"transport": "disk"}, "weight_sync.transport=disk does not fit engine.kind=local"),
-    ("sglang", {"transport": "in_process"}, "weight_sync.transport=in_process does not fit engine.kind=sglang"),
-    ("local", {"bucket_mb": 4}, "weight_sync.bucket_mb=4 has no effect"),
-    ("sglang", {"transport": "tensor", "folder": "x"}, "weight_sync.folder=x has no effect"),
-])
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (
+            "local",
+            {"transport": "disk"},
+            "weight_sync.transport=disk does not fit engine.kind=local",
+        ),
+        (
+            "sglang",
+            {"transport": "in_process"},
+            "weight_sync.transport=in_process does not fit engine.kind=sglang",
+        ),
+        ("local", {"bucket_mb": 4}, "weight_sync.bucket_mb=4 has no effect"),
+        ("sglang", {"transport": "tensor", "folder": "x"}, "weight_sync.folder=x has no effect"),
+    ],
+)
 def test_transports_and_knobs_that_do_not_fit_the_engine(kind, settings, message):
     """The embedded engine takes no files and no buckets; servers take nothing in process."""
     with pytest.raises(ConfigError, match=message):
@@ -32,10 +48,16 @@ def test_transports_and_knobs_that_do_not_fit_the_engine(kind, settings, message
 
 
 def test_defaults_follow_the_engine():
-    """In process for the embedded engine, disk for servers; the section is part of the tree that Hydra composes."""
+    """In process for the embedded engine, disk for servers; the section is part of the tree that
+    Hydra composes.
+    """
     assert WeightSyncConfig().transport_for("local") == "in_process"
     assert WeightSyncConfig().transport_for("sglang") == "disk"
     assert SparkConfig().weight_sync.bucket_bytes == 512 << 20
-    assert compose_config(["weight_sync.max_token_mismatch=0.5"]).weight_sync.max_token_mismatch == 0.5
-    with pytest.raises(ConfigError, match=r"weight_sync\.transport=disk does not fit engine\.kind=local"):
+    assert (
+        compose_config(["weight_sync.max_token_mismatch=0.5"]).weight_sync.max_token_mismatch == 0.5
+    )
+    with pytest.raises(
+        ConfigError, match=r"weight_sync\.transport=disk does not fit engine\.kind=local"
+    ):
         compose_config(["weight_sync.transport=disk"])

@@ -1,4 +1,6 @@
-"""A tiny Qwen2 by transformers with random biases and norms, and a small byte-level tokenizer, both in folders."""
+"""A tiny Qwen2 by transformers with random biases and norms, and a small byte-level tokenizer, both
+in folders.
+"""
 
 import json
 import random
@@ -54,16 +56,34 @@ def tokenizer_folder(tmp_path_factory):
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    corpus = ["Step 1: 3 + 4 = 7, so the answer is \\boxed{7}.", "naïve café – 数学 ∑ x² 😀", "the sum of two numbers"]
-    backend.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=330, special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    corpus = [
+        "Step 1: 3 + 4 = 7, so the answer is \\boxed{7}.",
+        "naïve café – 数学 ∑ x² 😀",
+        "the sum of two numbers",
+    ]
+    backend.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=330,
+            special_tokens=["<|im_start|>", "<|im_end|>"],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     backend.add_tokens(["<step>"])
     folder = tmp_path_factory.mktemp("tokenizer")
     backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>",
-        "chat_template": TEMPLATE}))
-    (folder / "generation_config.json").write_text(json.dumps(
-        {"eos_token_id": [backend.token_to_id("<|im_end|>"), 5]}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": "<|im_end|>",
+                "pad_token": "<|im_end|>",
+                "chat_template": TEMPLATE,
+            }
+        )
+    )
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [backend.token_to_id("<|im_end|>"), 5]})
+    )
     return folder

@@ -1,4 +1,6 @@
-"""What several engine tests share: a tiny Qwen2 by transformers, requests, and a small chat template."""
+"""What several engine tests share: a tiny Qwen2 by transformers, requests, and a small chat
+template.
+"""
 
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -16,9 +18,19 @@ TEMPLATE = (
 def make_model(seed: int, tied: bool) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=CONTEXT, tie_word_embeddings=tied, rope_theta=500.0,
-        eos_token_id=None, bos_token_id=None, initializer_range=0.2)
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=tied,
+        rope_theta=500.0,
+        eos_token_id=None,
+        bos_token_id=None,
+        initializer_range=0.2,
+    )
     model = Qwen2ForCausalLM(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -33,5 +45,8 @@ def ask(prompt, **sampling) -> GenerationRequest:
 
 def named(model):
     """What a trainer would send: names and tensors, without the tied copy of the embedding."""
-    return [(name, tensor) for name, tensor in model.state_dict().items()
-            if not (name == "lm_head.weight" and model.config.tie_word_embeddings)]
+    return [
+        (name, tensor)
+        for name, tensor in model.state_dict().items()
+        if not (name == "lm_head.weight" and model.config.tie_word_embeddings)
+    ]

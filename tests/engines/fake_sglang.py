@@ -1,7 +1,9 @@
-"""A fake SGLang server: the protocol of docs/engines.md, with a hash for a model. It needs no torch and no spark_nemo.
+"""A fake SGLang server: the protocol of docs/engines.md, with a hash for a model. It needs no torch
+and no spark_nemo.
 
-What it says and refuses is what 0.5.21 was seen to do; ``tests/real_sglang/test_fake_is_faithful.py`` compares the two.
-Its tokens depend on the weights' name, the last token and the position, so other weights give other tokens. In a test:
+What it says and refuses is what 0.5.21 was seen to do;
+``tests/real_sglang/test_fake_is_faithful.py`` compares the two. Its tokens depend on the weights'
+name, the last token and the position, so other weights give other tokens. In a test:
 
     async with FakeSglang() as fake:            # in this process; look at fake.calls, set fake.faults
     with fake_process(port) as process:         # fake_sglang_process: to be killed or stopped; POST /_faults
@@ -21,10 +23,25 @@ import numpy as np
 from aiohttp import web
 
 SAMPLING = {
-    "max_new_tokens", "temperature", "top_p", "top_k", "min_p", "stop_token_ids", "ignore_eos", "sampling_seed", "n",
-    "stop", "skip_special_tokens", "repetition_penalty", "frequency_penalty", "presence_penalty", "min_new_tokens"}
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "stop_token_ids",
+    "ignore_eos",
+    "sampling_seed",
+    "n",
+    "stop",
+    "skip_special_tokens",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "min_new_tokens",
+}
 RESERVED_INPUT, RESERVED_TOTAL = 6, 2
-"""Of its context SGLang keeps 6 tokens from prompts and cuts what is sampled 2 tokens short of it."""
+"""Of its context SGLang keeps 6 tokens from prompts and cuts what is sampled 2 tokens short of it.
+"""
 
 
 @dataclass
@@ -53,11 +70,22 @@ class Running:
 
 
 class FakeSglang:
-    """One server. ``calls`` lists (path, body) in order of arrival; ``most_running`` is the high-water mark."""
+    """One server. ``calls`` lists (path, body) in order of arrival; ``most_running`` is the
+    high-water mark.
+    """
 
-    def __init__(self, *, vocab_size: int = 64, context: int = 128, eos_id: int = 2, api_key: str | None = None,
-                 model: str = "model-0", version: str = "0", health_wait_s: float = 0.2,
-                 on_death: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 64,
+        context: int = 128,
+        eos_id: int = 2,
+        api_key: str | None = None,
+        model: str = "model-0",
+        version: str = "0",
+        health_wait_s: float = 0.2,
+        on_death: Callable[[], None] | None = None,
+    ) -> None:
         self.vocab_size, self.context, self.eos_id = vocab_size, context, eos_id
         self.api_key, self.model, self.version = api_key, model, version
         self.health_wait_s = health_wait_s
@@ -101,7 +129,9 @@ class FakeSglang:
             await runner.cleanup()
 
     def die(self, request: web.Request) -> web.Response:
-        """As SGLang dies of what its scheduler cannot take: the process tree is gone, connections break."""
+        """As SGLang dies of what its scheduler cannot take: the process tree is gone, connections
+        break.
+        """
         self.dead = True
         if self._on_death is not None:
             self._on_death()
@@ -172,22 +202,32 @@ class FakeSglang:
             return _error(f"temperature must be non-negative, got {params['temperature']}.")
         total = len(ids) + params.get("max_new_tokens", 128)
         if total > self.context:
-            return _error(f"Requested token count exceeds the model's maximum context length of {self.context} tokens.")
+            return _error(
+                f"Requested token count exceeds the model's maximum context length of {self.context} tokens."
+            )
         if len(ids) >= self.context - RESERVED_INPUT:
-            return _error(f"Input length ({len(ids)} tokens) exceeds the maximum allowed length "
-                          f"({self.context - RESERVED_INPUT} tokens).")
+            return _error(
+                f"Input length ({len(ids)} tokens) exceeds the maximum allowed length "
+                f"({self.context - RESERVED_INPUT} tokens)."
+            )
         return None
 
     async def _sample(self, request: web.Request, body: dict, state: Running) -> dict:
         ids, params = list(body["input_ids"]), body.get("sampling_params") or {}
         room = min(params.get("max_new_tokens", 128), self.context - RESERVED_TOTAL - len(ids))
-        stops = set() if params.get("ignore_eos") else {self.eos_id, *params.get("stop_token_ids", ())}
+        stops = (
+            set() if params.get("ignore_eos") else {self.eos_id, *params.get("stop_token_ids", ())}
+        )
         if self.faults.abort:
             self.faults.abort -= 1
             state.aborted = {"message": "Aborted", "status_code": self.faults.abort_status}
         while len(state.tokens) < room:
             await asyncio.sleep(self.faults.token_s)
-            while state.aborted is None and not self.dead and (self.pause is not None or self.faults.hang):
+            while (
+                state.aborted is None
+                and not self.dead
+                and (self.pause is not None or self.faults.hang)
+            ):
                 await asyncio.sleep(0.002)
             if request.transport is None or request.transport.is_closing():
                 state.aborted = state.aborted or {"message": "disconnected", "status_code": None}
@@ -208,7 +248,11 @@ class FakeSglang:
         temperature = params.get("temperature", 1.0)
         logp_V = logits_V / (temperature or 1.0)
         logp_V = logp_V - np.log(np.exp(logp_V - logp_V.max()).sum()) - logp_V.max()
-        token = int(logp_V.argmax()) if temperature == 0 else int(np.random.choice(self.vocab_size, p=np.exp(logp_V)))
+        token = (
+            int(logp_V.argmax())
+            if temperature == 0
+            else int(np.random.choice(self.vocab_size, p=np.exp(logp_V)))
+        )
         return token, float(logp_V[token])
 
     def _reply(self, rid: str, body: dict, state: Running, finish: dict) -> dict:
@@ -218,14 +262,29 @@ class FakeSglang:
                 ranges.append({"version": version, "start": position, "end": position})
             ranges[-1]["end"] = position + 1
         meta = {
-            "id": rid, "finish_reason": finish, "prompt_tokens": len(body["input_ids"]), "weight_version": self.version,
-            "num_retractions": state.retractions, "reasoning_tokens": 0, "completion_tokens": len(state.tokens),
-            "cached_tokens": 0, "weight_versions": ranges, "cached_tokens_details": None, "dp_rank": None,
-            "e2e_latency": 0.0, "response_sent_to_client_ts": time.time()}
+            "id": rid,
+            "finish_reason": finish,
+            "prompt_tokens": len(body["input_ids"]),
+            "weight_version": self.version,
+            "num_retractions": state.retractions,
+            "reasoning_tokens": 0,
+            "completion_tokens": len(state.tokens),
+            "cached_tokens": 0,
+            "weight_versions": ranges,
+            "cached_tokens_details": None,
+            "dp_rank": None,
+            "e2e_latency": 0.0,
+            "response_sent_to_client_ts": time.time(),
+        }
         if body.get("return_logprob"):
-            entries = [[logprob, token, None] for logprob, token in zip(state.logprobs, state.tokens)]
-            meta |= {"input_token_logprobs": [], "output_token_logprobs": entries,
-                     "output_token_logprobs_length": len(entries)}
+            entries = [
+                [logprob, token, None] for logprob, token in zip(state.logprobs, state.tokens)
+            ]
+            meta |= {
+                "input_token_logprobs": [],
+                "output_token_logprobs": entries,
+                "output_token_logprobs_length": len(entries),
+            }
         return {"text": "", "output_ids": state.tokens, "meta_info": meta}
 
     # control
@@ -240,7 +299,9 @@ class FakeSglang:
     async def pause_generation(self, request: web.Request) -> web.Response:
         mode = request["body"].get("mode", "abort")
         if mode not in ("abort", "retract", "in_place"):
-            return web.json_response({"object": "error", "message": "2 validation errors", "code": 400}, status=400)
+            return web.json_response(
+                {"object": "error", "message": "2 validation errors", "code": 400}, status=400
+            )
         self.pause = mode
         for state in self.running.values():
             if mode == "abort":
@@ -278,20 +339,26 @@ class FakeSglang:
     async def update_weights_from_disk(self, request: web.Request) -> web.Response:
         folder = Path(request["body"]["model_path"])
         if not (folder / "config.json").exists():
-            return _success(f"Failed to get weights iterator: '{folder}'.", False, num_paused_requests=0)
+            return _success(
+                f"Failed to get weights iterator: '{folder}'.", False, num_paused_requests=0
+            )
         weights = b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))
         reply = await self._load(request, hashlib.sha256(weights).hexdigest())
         return reply if self.dead else _success(num_paused_requests=0)
 
     async def begin_weight_update(self, request: web.Request) -> web.Response:
         if self.session:
-            return _success("a weight-update session is already open; call end_weight_update() first", False)
+            return _success(
+                "a weight-update session is already open; call end_weight_update() first", False
+            )
         self.session = True
         return _success()
 
     async def end_weight_update(self, request: web.Request) -> web.Response:
         if not self.session:
-            return _success("no weight-update session is open; call begin_weight_update() first", False)
+            return _success(
+                "no weight-update session is open; call begin_weight_update() first", False
+            )
         self.session = False
         return _success()
 
@@ -310,13 +377,17 @@ class FakeSglang:
         if not self.session:
             return _outside_session("update_weights_from_distributed")
         if body["group_name"] not in self.groups:
-            return _success(f"Failed to receive weights: Group {body['group_name']} not in [].", False)
+            return _success(
+                f"Failed to receive weights: Group {body['group_name']} not in [].", False
+            )
         return await self._load(request, f"{self.model} {body['names']}")
 
     async def update_weights_from_tensor(self, request: web.Request) -> web.Response:
         if not self.session:
             return _outside_session("update_weights_from_tensor")
-        return await self._load(request, f"{self.model} {request['body']['serialized_named_tensors']}")
+        return await self._load(
+            request, f"{self.model} {request['body']['serialized_named_tensors']}"
+        )
 
     async def update_weight_version(self, request: web.Request) -> web.Response:
         body = request["body"]
@@ -345,29 +416,63 @@ class FakeSglang:
         return web.Response()
 
     async def model_info(self, request: web.Request) -> web.Response:
-        return web.json_response({
-            "model_path": self.model, "served_model_name": self.model, "is_generation": True,
-            "weight_version": self.version, "model_type": "qwen2"})
+        return web.json_response(
+            {
+                "model_path": self.model,
+                "served_model_name": self.model,
+                "is_generation": True,
+                "weight_version": self.version,
+                "model_type": "qwen2",
+            }
+        )
 
     async def server_info(self, request: web.Request) -> web.Response:
         arguments = {"api_key": self.api_key, "admin_api_key": None, "context_length": None}
-        return web.json_response({
-            **arguments, "launch_command": f"--api-key {self.api_key}", "max_req_input_len": self.context - 6,
-            "internal_states": [dict(arguments)], "version": "0.5.21"})
+        return web.json_response(
+            {
+                **arguments,
+                "launch_command": f"--api-key {self.api_key}",
+                "max_req_input_len": self.context - 6,
+                "internal_states": [dict(arguments)],
+                "version": "0.5.21",
+            }
+        )
 
     async def set_faults(self, request: web.Request) -> web.Response:
         self.faults = Faults(**request["body"])
         return _success()
 
 
-GETS = {"/health": "health", "/ready": "ready", "/model_info": "model_info", "/server_info": "server_info"}
+GETS = {
+    "/health": "health",
+    "/ready": "ready",
+    "/model_info": "model_info",
+    "/server_info": "server_info",
+}
 POSTS = {
-    "/generate": "generate", "/abort_request": "abort_request", "/_faults": "set_faults",
-    "/release_memory_occupation": "occupation", "/resume_memory_occupation": "occupation",
-    **{f"/{name}": name for name in (
-        "pause_generation", "continue_generation", "flush_cache", "update_weights_from_disk", "begin_weight_update",
-        "end_weight_update", "init_weights_update_group", "destroy_weights_update_group", "weights_checker",
-        "update_weights_from_distributed", "update_weights_from_tensor", "update_weight_version")}}
+    "/generate": "generate",
+    "/abort_request": "abort_request",
+    "/_faults": "set_faults",
+    "/release_memory_occupation": "occupation",
+    "/resume_memory_occupation": "occupation",
+    **{
+        f"/{name}": name
+        for name in (
+            "pause_generation",
+            "continue_generation",
+            "flush_cache",
+            "update_weights_from_disk",
+            "begin_weight_update",
+            "end_weight_update",
+            "init_weights_update_group",
+            "destroy_weights_update_group",
+            "weights_checker",
+            "update_weights_from_distributed",
+            "update_weights_from_tensor",
+            "update_weight_version",
+        )
+    },
+}
 
 
 def _error(message: str) -> web.Response:
@@ -375,7 +480,9 @@ def _error(message: str) -> web.Response:
 
 
 def _success(message: str = "Success", success: bool = True, **more: object) -> web.Response:
-    return web.json_response({"success": success, "message": message, **more}, status=200 if success else 400)
+    return web.json_response(
+        {"success": success, "message": message, **more}, status=200 if success else 400
+    )
 
 
 def _outside_session(call: str) -> web.Response:

@@ -24,12 +24,19 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def fake_process(port: int, *flags: str, api_key: str | None = None) -> Iterator[subprocess.Popen]:
-    """A fake server in a process of its own, ready when this yields; killed at the end. The key goes by environment."""
+    """A fake server in a process of its own, ready when this yields; killed at the end. The key
+    goes by environment.
+    """
     environment = {**os.environ, **({"FAKE_SGLANG_KEY": api_key} if api_key else {})}
-    process = subprocess.Popen([sys.executable, __file__, "--port", str(port), *flags], env=environment)
+    process = subprocess.Popen(
+        [sys.executable, __file__, "--port", str(port), *flags], env=environment
+    )
     try:
         for _ in range(200):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=1):
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=1),
+            ):
                 break
             time.sleep(0.05)
         yield process
@@ -39,8 +46,13 @@ def fake_process(port: int, *flags: str, api_key: str | None = None) -> Iterator
 
 
 async def _serve(arguments: argparse.Namespace) -> None:
-    fake = FakeSglang(vocab_size=arguments.vocab_size, context=arguments.context, version=arguments.weight_version,
-                      api_key=os.environ.get("FAKE_SGLANG_KEY"), on_death=lambda: os._exit(1))
+    fake = FakeSglang(
+        vocab_size=arguments.vocab_size,
+        context=arguments.context,
+        version=arguments.weight_version,
+        api_key=os.environ.get("FAKE_SGLANG_KEY"),
+        on_death=lambda: os._exit(1),
+    )
     fake.faults.token_s = arguments.token_s
     await fake.start(arguments.port)
     await asyncio.Event().wait()

@@ -1,6 +1,8 @@
-"""A vLLM server in this process: the part of 0.32.0's protocol that the client uses, and faults on demand.
+"""A vLLM server in this process: the part of 0.32.0's protocol that the client uses, and faults on
+demand.
 
-Its "model" has log-probabilities that depend on the last token alone, so a client's reading of them can be checked.
+Its "model" has log-probabilities that depend on the last token alone, so a client's reading of them
+can be checked.
 """
 
 from __future__ import annotations
@@ -23,21 +25,34 @@ def logprobs_after(token: int, temperature: float = 1.0) -> list[float]:
 
 
 class FakeVllm:
-    """``delay_s`` before every answer; ``statuses`` are answered first, one per request; ``change`` edits a reply.
+    """``delay_s`` before every answer; ``statuses`` are answered first, one per request; ``change``
+    edits a reply.
 
-    ``bodies`` are the requests seen, ``cancelled`` those whose client went away, ``most`` the most at one time.
+    ``bodies`` are the requests seen, ``cancelled`` those whose client went away, ``most`` the most
+    at one time.
     """
 
     def __init__(self, processed: bool = True) -> None:
         self.delay_s, self.statuses, self.change, self.healthy = 0.0, [], lambda reply: reply, True
-        self.processed, self.bodies, self.cancelled, self.running, self.most = processed, [], 0, 0, 0
+        self.processed, self.bodies, self.cancelled, self.running, self.most = (
+            processed,
+            [],
+            0,
+            0,
+            0,
+        )
 
     @contextlib.asynccontextmanager
     async def serve(self) -> AsyncIterator[str]:
         """The URL, while the block runs."""
         app = web.Application(middlewares=[self._authorise])
-        app.add_routes([web.post("/v1/completions", self._complete), web.get("/v1/models", self._models),
-                        web.get("/health", self._health)])
+        app.add_routes(
+            [
+                web.post("/v1/completions", self._complete),
+                web.get("/v1/models", self._models),
+                web.get("/health", self._health),
+            ]
+        )
         runner = web.AppRunner(app, handler_cancellation=True)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -49,12 +64,17 @@ class FakeVllm:
 
     @web.middleware
     async def _authorise(self, request: web.Request, handler):
-        if request.path.startswith("/v1") and request.headers.get("Authorization") != f"Bearer {KEY}":
+        if (
+            request.path.startswith("/v1")
+            and request.headers.get("Authorization") != f"Bearer {KEY}"
+        ):
             return web.json_response({"error": "Unauthorized"}, status=401)
         return await handler(request)
 
     async def _models(self, request: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": NAME, "max_model_len": CONTEXT}]})
+        return web.json_response(
+            {"object": "list", "data": [{"id": NAME, "max_model_len": CONTEXT}]}
+        )
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(status=200 if self.healthy else 503)
@@ -72,9 +92,13 @@ class FakeVllm:
         finally:
             self.running -= 1
         if self.statuses:
-            return web.json_response({"error": {"message": "not now", "code": 0}}, status=self.statuses.pop(0))
+            return web.json_response(
+                {"error": {"message": "not now", "code": 0}}, status=self.statuses.pop(0)
+            )
         if body["temperature"] > 2:
-            return web.json_response({"error": {"message": "temperature must be in [0, 2]", "code": 400}}, status=400)
+            return web.json_response(
+                {"error": {"message": "temperature must be in [0, 2]", "code": 400}}, status=400
+            )
         return web.json_response(self.change(self._reply(body)))
 
     def _reply(self, body: dict) -> dict:
@@ -87,8 +111,27 @@ class FakeVllm:
             numbers.append(max(row))
             top.append({f"token_id:{ids[-1]}": max(row)})
         stopped = ids[-1] in body["stop_token_ids"]
-        logprobs = None if "logprobs" not in body else {
-            "token_logprobs": numbers, "tokens": [f"token_id:{token}" for token in ids], "top_logprobs": top}
-        return {"object": "text_completion", "model": NAME, "choices": [{
-            "index": 0, "text": "not read", "logprobs": logprobs, "finish_reason": "stop" if stopped else "length",
-            "stop_reason": ids[-1] if stopped else None, "token_ids": ids, "prompt_token_ids": body["prompt"]}]}
+        logprobs = (
+            None
+            if "logprobs" not in body
+            else {
+                "token_logprobs": numbers,
+                "tokens": [f"token_id:{token}" for token in ids],
+                "top_logprobs": top,
+            }
+        )
+        return {
+            "object": "text_completion",
+            "model": NAME,
+            "choices": [
+                {
+                    "index": 0,
+                    "text": "not read",
+                    "logprobs": logprobs,
+                    "finish_reason": "stop" if stopped else "length",
+                    "stop_reason": ids[-1] if stopped else None,
+                    "token_ids": ids,
+                    "prompt_token_ids": body["prompt"],
+                }
+            ],
+        }

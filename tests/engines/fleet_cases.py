@@ -1,4 +1,6 @@
-"""Fake engines that die, hang, refuse and return, for tests of a fleet; milliseconds instead of minutes."""
+"""Fake engines that die, hang, refuse and return, for tests of a fleet; milliseconds instead of
+minutes.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,17 @@ from spark_nemo.engines import (
 from spark_nemo.engines.fleet import Fleet, FleetLimits, Keeper
 
 QUICK = FleetLimits(
-    request_timeout_s=0.3, total_timeout_s=5.0, max_attempts=6, backoff_s=0.002, max_backoff_s=0.02,
-    probe_every_s=0.05, probe_timeout_s=0.1, lost_timeout_s=0.4, control_timeout_s=0.2, update_timeout_s=0.5)
+    request_timeout_s=0.3,
+    total_timeout_s=5.0,
+    max_attempts=6,
+    backoff_s=0.002,
+    max_backoff_s=0.02,
+    probe_every_s=0.05,
+    probe_timeout_s=0.1,
+    lost_timeout_s=0.4,
+    control_timeout_s=0.2,
+    update_timeout_s=0.5,
+)
 
 
 def ask(*prompt: int) -> GenerationRequest:
@@ -29,10 +40,13 @@ def ask(*prompt: int) -> GenerationRequest:
 
 
 class FakeEngine(Engine):
-    """Answers with the prompt and its own number after ``delay``. ``dead``, ``hung``: what a crash and a SIGSTOP look
-    like to a client. ``spoken`` counts answers that left it."""
+    """Answers with the prompt and its own number after ``delay``. ``dead``, ``hung``: what a crash
+    and a SIGSTOP look like to a client. ``spoken`` counts answers that left it.
+    """
 
-    def __init__(self, number: int = 0, delay: float = 0.001, max_in_flight: int | None = None) -> None:
+    def __init__(
+        self, number: int = 0, delay: float = 0.001, max_in_flight: int | None = None
+    ) -> None:
         self.number, self.delay, self.max_in_flight = number, delay, max_in_flight
         self.dead = self.hung = self.closed = self.paused = self.refuses_weights = False
         self.version, self.running, self.spoken, self.probes = 0, 0, 0, 0
@@ -88,8 +102,15 @@ class FakeEngine(Engine):
 class FakeKeeper(Keeper):
     """A process whose every start is a new ``FakeEngine`` with the folder's weights, version 0."""
 
-    def __init__(self, number: int = 0, max_restarts: int = 3, start_s: float = 0.01, delay: float = 0.001) -> None:
-        self.number, self.max_restarts, self.start_s, self.delay = number, max_restarts, start_s, delay
+    def __init__(
+        self, number: int = 0, max_restarts: int = 3, start_s: float = 0.01, delay: float = 0.001
+    ) -> None:
+        self.number, self.max_restarts, self.start_s, self.delay = (
+            number,
+            max_restarts,
+            start_s,
+            delay,
+        )
         self.engines: list[FakeEngine] = []
         self.stopped, self.fails_with = 0, ""
 
@@ -116,7 +137,11 @@ class FakeKeeper(Keeper):
 @contextlib.asynccontextmanager
 async def running(members, limits: FleetLimits = QUICK, **settings) -> AsyncIterator[Fleet]:
     """A fleet that is closed at the end."""
-    named = members if isinstance(members, dict) else {f"m{i}": member for i, member in enumerate(members)}
+    named = (
+        members
+        if isinstance(members, dict)
+        else {f"m{i}": member for i, member in enumerate(members)}
+    )
     fleet = Fleet(named, limits, **settings)
     try:
         yield fleet
@@ -132,10 +157,14 @@ async def until(condition, seconds: float = 3.0) -> None:
 
 
 async def trouble(engines: list[FakeEngine], draw: random.Random, stop: asyncio.Event) -> None:
-    """Kill, hang and revive at random; engine 0 never fails for long, so that there is always a way out."""
+    """Kill, hang and revive at random; engine 0 never fails for long, so that there is always a way
+    out.
+    """
     while not stop.is_set():
         engine = draw.choice(engines)
-        engine.dead, engine.hung = draw.choice([(True, False), (False, True), (False, False), (False, False)])
+        engine.dead, engine.hung = draw.choice(
+            [(True, False), (False, True), (False, False), (False, False)]
+        )
         await asyncio.sleep(draw.uniform(0.001, 0.02))
         if engine.number == 0:
             engine.dead = engine.hung = False

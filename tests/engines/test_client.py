@@ -35,8 +35,12 @@ REQUESTS = [ask((n,)) for n in range(20)]
 def test_results_keep_submission_order_and_failures_their_place():
     """Finishing order is reversed, results are not; a refusal is a value."""
     engine, finished = EchoEngine(), []
-    results = run_async(generate_all(engine, REQUESTS, lambda index, result: finished.append(index)))
-    assert [13 if isinstance(r, EngineFailure) else r.token_ids[0] for r in results] == list(range(20))
+    results = run_async(
+        generate_all(engine, REQUESTS, lambda index, result: finished.append(index))
+    )
+    assert [13 if isinstance(r, EngineFailure) else r.token_ids[0] for r in results] == list(
+        range(20)
+    )
     assert finished != sorted(finished) and sorted(finished) == list(range(20))
 
 
@@ -49,6 +53,7 @@ def test_tasks_are_bounded():
 
 def test_cancelling_cancels_what_is_in_flight():
     """No request survives its caller."""
+
     async def scenario():
         engine = EchoEngine()
         task = asyncio.create_task(generate_all(engine, REQUESTS, max_in_flight=4))

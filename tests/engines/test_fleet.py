@@ -1,4 +1,6 @@
-"""A fleet of fake engines: who gets which request, and that each ends in exactly one result whatever dies."""
+"""A fleet of fake engines: who gets which request, and that each ends in exactly one result
+whatever dies.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,21 @@ from collections import Counter
 import pytest
 from fleet_cases import QUICK, FakeEngine, FakeKeeper, ask, running, trouble, until
 
-from spark_nemo.engines import EngineFailure, EngineLost, EngineUnavailable, FinishReason, Generation, generate_all
+from spark_nemo.engines import (
+    EngineFailure,
+    EngineLost,
+    EngineUnavailable,
+    FinishReason,
+    Generation,
+    generate_all,
+)
 
 
 def test_requests_spread_over_members_and_a_prompt_stays_where_it_was() -> None:
-    """64 different prompts at once: equal shares. 16 votes about each of 8 prompts: every prompt sees one member."""
+    """64 different prompts at once: equal shares. 16 votes about each of 8 prompts: every prompt
+    sees one member.
+    """
+
     async def scenario():
         engines = [FakeEngine(i) for i in range(4)]
         async with running(engines) as fleet:
@@ -35,6 +47,7 @@ def test_requests_spread_over_members_and_a_prompt_stays_where_it_was() -> None:
 
 def test_affinity_gives_way_to_load() -> None:
     """One prompt 100 times at once does not pile up on one of two members."""
+
     async def scenario():
         engines = [FakeEngine(i, delay=0.02) for i in range(2)]
         async with running(engines) as fleet:
@@ -46,7 +59,10 @@ def test_affinity_gives_way_to_load() -> None:
 
 
 def test_a_dead_member_costs_a_retry_and_no_request() -> None:
-    """Requests on the one that dies are redone on the other, each answered once; the counters say so."""
+    """Requests on the one that dies are redone on the other, each answered once; the counters say
+    so.
+    """
+
     async def scenario():
         engines = [FakeEngine(i, delay=0.02) for i in range(2)]
         async with running(engines) as fleet:
@@ -58,14 +74,19 @@ def test_a_dead_member_costs_a_retry_and_no_request() -> None:
 
     answers, metrics = asyncio.run(scenario())
     assert [answer.token_ids[0] for answer in answers] == list(range(40))
-    assert metrics.retries > 5 and metrics.answered == metrics.requests == 40 and metrics.outages >= 1
+    assert (
+        metrics.retries > 5 and metrics.answered == metrics.requests == 40 and metrics.outages >= 1
+    )
     assert metrics.redone_prompt_tokens == metrics.retries
 
 
 def test_a_hung_member_is_found_by_a_probe_long_before_the_request_deadline() -> None:
     """With a request deadline of a minute, hanging requests move within the probe's time."""
+
     async def scenario():
-        limits = QUICK.__class__(request_timeout_s=60, probe_every_s=0.05, probe_timeout_s=0.1, backoff_s=0.01)
+        limits = QUICK.__class__(
+            request_timeout_s=60, probe_every_s=0.05, probe_timeout_s=0.1, backoff_s=0.01
+        )
         engines = [FakeEngine(i, delay=0.01) for i in range(2)]
         async with running(engines, limits) as fleet:
             await fleet.generate(ask(0))
@@ -80,10 +101,17 @@ def test_a_hung_member_is_found_by_a_probe_long_before_the_request_deadline() ->
 
 def test_a_slow_request_on_a_sound_member_does_not_take_it_out() -> None:
     """A request that is over its deadline everywhere fails; the members answer probes and stay."""
+
     async def scenario():
         engines = [FakeEngine(i, delay=10) for i in range(2)]
-        limits = QUICK.__class__(request_timeout_s=0.05, probe_every_s=0.05, probe_timeout_s=0.2, backoff_s=0.01,
-                                 max_attempts=3, total_timeout_s=5)
+        limits = QUICK.__class__(
+            request_timeout_s=0.05,
+            probe_every_s=0.05,
+            probe_timeout_s=0.2,
+            backoff_s=0.01,
+            max_attempts=3,
+            total_timeout_s=5,
+        )
         async with running(engines, limits) as fleet:
             with pytest.raises(EngineFailure, match="gave a request up after 3 attempts") as raised:
                 await fleet.generate(ask(1))
@@ -94,10 +122,15 @@ def test_a_slow_request_on_a_sound_member_does_not_take_it_out() -> None:
 
 
 def test_the_deadline_of_a_request_begins_when_it_has_a_place() -> None:
-    """One member that takes one request at a time, 15 requests at once, a deadline of three: all are answered at the
-    first try, also those that waited for longer than the deadline of one attempt and that of all attempts."""
+    """One member that takes one request at a time, 15 requests at once, a deadline of three: all
+    are answered at the first try, also those that waited for longer than the deadline of one
+    attempt and that of all attempts.
+    """
+
     async def scenario():
-        limits = QUICK.__class__(request_timeout_s=0.15, total_timeout_s=0.3, probe_every_s=0.05, probe_timeout_s=0.1)
+        limits = QUICK.__class__(
+            request_timeout_s=0.15, total_timeout_s=0.3, probe_every_s=0.05, probe_timeout_s=0.1
+        )
         async with running([FakeEngine(delay=0.05, max_in_flight=1)], limits) as fleet:
             begin = time.monotonic()
             answers = await asyncio.gather(*(fleet.generate(ask(i)) for i in range(15)))
@@ -105,16 +138,22 @@ def test_the_deadline_of_a_request_begins_when_it_has_a_place() -> None:
 
     answers, seconds, metrics = asyncio.run(scenario())
     assert [answer.token_ids[0] for answer in answers] == list(range(15))
-    assert seconds > 0.6 and metrics.retries == metrics.outages == 0 and not any(metrics.load.values())
+    assert (
+        seconds > 0.6 and metrics.retries == metrics.outages == 0 and not any(metrics.load.values())
+    )
 
 
 def test_whoever_waits_for_a_place_at_a_member_that_dies_goes_elsewhere() -> None:
-    """Two members of one place each; the first dies with half of the requests waiting for it. All are answered by the
-    other, and only what had been sent counts as redone. A cancelled one gives its place up."""
+    """Two members of one place each; the first dies with half of the requests waiting for it. All
+    are answered by the other, and only what had been sent counts as redone. A cancelled one gives
+    its place up.
+    """
+
     async def scenario():
         engines = [FakeEngine(i, delay=0.02, max_in_flight=1) for i in range(2)]
-        async with running(engines, QUICK.__class__(request_timeout_s=60, probe_every_s=0.05, probe_timeout_s=0.1)
-                           ) as fleet:
+        async with running(
+            engines, QUICK.__class__(request_timeout_s=60, probe_every_s=0.05, probe_timeout_s=0.1)
+        ) as fleet:
             await asyncio.gather(*(fleet.generate(ask(i)) for i in range(2)))
             tasks = [asyncio.ensure_future(fleet.generate(ask(i))) for i in range(20)]
             await asyncio.sleep(0.03)
@@ -130,8 +169,9 @@ def test_whoever_waits_for_a_place_at_a_member_that_dies_goes_elsewhere() -> Non
 
 
 def test_a_request_for_many_tokens_has_more_time() -> None:
-    """A quarter of a second for each token of four: a member that needs half a second is waited for, where a deadline
-    without tokens ends the request. One and all attempts grow alike."""
+    """A quarter of a second for each token of four: a member that needs half a second is waited
+    for, where a deadline without tokens ends the request. One and all attempts grow alike.
+    """
     limits = QUICK.__class__(request_timeout_s=0.1, total_timeout_s=0.6, token_timeout_s=0.25)
     assert limits.deadlines(4) == pytest.approx((1.1, 6.6)) and limits.deadlines(0) == (0.1, 0.6)
 
@@ -146,6 +186,7 @@ def test_a_request_for_many_tokens_has_more_time() -> None:
 
 def test_a_bad_request_passes_at_once_and_blames_nobody() -> None:
     """The engine's own words, one attempt, no outage."""
+
     async def scenario():
         engines = [FakeEngine(i) for i in range(2)]
         async with running(engines) as fleet:
@@ -158,7 +199,10 @@ def test_a_bad_request_passes_at_once_and_blames_nobody() -> None:
 
 
 def test_a_late_answer_is_dropped() -> None:
-    """The first member cannot be cancelled and answers after its attempt was given up: one result, one late answer."""
+    """The first member cannot be cancelled and answers after its attempt was given up: one result,
+    one late answer.
+    """
+
     class Stubborn(FakeEngine):
         async def generate(self, request):
             if self.number == 0:
@@ -181,7 +225,10 @@ def test_a_late_answer_is_dropped() -> None:
 
 
 def test_an_aborted_answer_is_redone() -> None:
-    """A server that is shut down sends what it has with finish_reason=abort: no sample is cut short by that."""
+    """A server that is shut down sends what it has with finish_reason=abort: no sample is cut short
+    by that.
+    """
+
     class Aborting(FakeEngine):
         async def generate(self, request):
             if not self.seen:
@@ -198,7 +245,10 @@ def test_an_aborted_answer_is_redone() -> None:
 
 
 def test_nobody_left_fails_everyone_in_bounded_time_and_says_why() -> None:
-    """Every waiting request and every later one gets ``EngineLost`` naming each member's last error and the wait."""
+    """Every waiting request and every later one gets ``EngineLost`` naming each member's last error
+    and the wait.
+    """
+
     async def scenario():
         engines = [FakeEngine(i) for i in range(3)]
         async with running(engines, name="verifier pool") as fleet:
@@ -215,13 +265,19 @@ def test_nobody_left_fails_everyone_in_bounded_time_and_says_why() -> None:
     results, first, later, health = asyncio.run(scenario())
     assert all(isinstance(result, EngineLost) for result in results) and not health.alive
     message = str(results[0])
-    assert "no server of the verifier pool is left: 3 of 3" in message and "this request waited" in message
-    assert all(f"engine {i}: connection refused" in message for i in range(3)) and "\n" not in message
+    assert (
+        "no server of the verifier pool is left: 3 of 3" in message
+        and "this request waited" in message
+    )
+    assert (
+        all(f"engine {i}: connection refused" in message for i in range(3)) and "\n" not in message
+    )
     assert first < 3 and later < 0.2
 
 
 def test_a_cancelled_caller_reaches_the_member() -> None:
     """The member's call is cancelled too, and its load goes down."""
+
     async def scenario():
         engine = FakeEngine(0, delay=10)
         async with running([engine], limits=QUICK.__class__()) as fleet:
@@ -237,7 +293,10 @@ def test_a_cancelled_caller_reaches_the_member() -> None:
 
 
 def test_a_blocked_event_loop_is_nobodys_failure() -> None:
-    """A training step holds the loop for longer than every deadline; requests and probes in flight survive it."""
+    """A training step holds the loop for longer than every deadline; requests and probes in flight
+    survive it.
+    """
+
     async def scenario():
         engines = [FakeEngine(i, delay=0.05) for i in range(2)]
         async with running(engines) as fleet:
@@ -253,18 +312,33 @@ def test_a_blocked_event_loop_is_nobodys_failure() -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_failures_never_lose_or_double_a_request(seed: int) -> None:
-    """Engines die, hang and return at random under 200 requests. Each ends in exactly one answer, its own; the books
-    balance. Proves nothing about real sockets: the tests with fake servers and real ones do that."""
+    """Engines die, hang and return at random under 200 requests. Each ends in exactly one answer,
+    its own; the books balance. Proves nothing about real sockets: the tests with fake servers and
+    real ones do that.
+    """
+
     async def scenario():
         draw, stop = random.Random(seed), asyncio.Event()
         engines = [FakeEngine(i, delay=draw.uniform(0.001, 0.01)) for i in range(4)]
-        limits = QUICK.__class__(request_timeout_s=0.2, total_timeout_s=30, max_attempts=60, backoff_s=0.002,
-                                 max_backoff_s=0.05, probe_every_s=0.02, probe_timeout_s=0.05, lost_timeout_s=10)
+        limits = QUICK.__class__(
+            request_timeout_s=0.2,
+            total_timeout_s=30,
+            max_attempts=60,
+            backoff_s=0.002,
+            max_backoff_s=0.05,
+            probe_every_s=0.02,
+            probe_timeout_s=0.05,
+            lost_timeout_s=10,
+        )
         async with running(engines, limits) as fleet:
             chaos = asyncio.create_task(trouble(engines, draw, stop))
             got: Counter[int] = Counter()
-            results = await generate_all(fleet, [ask(i, i % 7) for i in range(200)],
-                                         lambda index, result: got.update([index]), max_in_flight=32)
+            results = await generate_all(
+                fleet,
+                [ask(i, i % 7) for i in range(200)],
+                lambda index, result: got.update([index]),
+                max_in_flight=32,
+            )
             stop.set()
             await chaos
             return results, got, fleet.metrics(), fleet._abandoned
@@ -278,8 +352,11 @@ def test_random_failures_never_lose_or_double_a_request(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_failures_of_kept_servers_under_updates_keep_versions_straight(seed: int) -> None:
-    """Servers are killed at random between and during updates and restart with the folder's weights; with a hook, no
-    token is ever sampled from any version but the one that was current when its request began or ended."""
+    """Servers are killed at random between and during updates and restart with the folder's
+    weights; with a hook, no token is ever sampled from any version but the one that was current
+    when its request began or ended.
+    """
+
     async def scenario():
         draw = random.Random(seed)
         keepers = [FakeKeeper(i, max_restarts=1000, start_s=0.003) for i in range(3)]
@@ -291,15 +368,24 @@ def test_random_failures_of_kept_servers_under_updates_keep_versions_straight(se
             engine.version = version
 
         wrong, done = 0, 0
-        limits = QUICK.__class__(max_attempts=60, backoff_s=0.002, max_backoff_s=0.02, probe_every_s=0.02,
-                                 probe_timeout_s=0.2, lost_timeout_s=5, control_timeout_s=1)
+        limits = QUICK.__class__(
+            max_attempts=60,
+            backoff_s=0.002,
+            max_backoff_s=0.02,
+            probe_every_s=0.02,
+            probe_timeout_s=0.2,
+            lost_timeout_s=5,
+            control_timeout_s=1,
+        )
         async with running(keepers, limits, on_return=hook) as fleet:
             for version in range(1, 12):
                 with_some_up = lambda: fleet.metrics().members_up >= 1  # noqa: E731
                 if version > 1:
                     await until(with_some_up)
                 await fleet.pause()
-                with contextlib.suppress(EngineFailure):  # all were dead at once: the old version stays current
+                with contextlib.suppress(
+                    EngineFailure
+                ):  # all were dead at once: the old version stays current
                     await fleet.update_weights([("w", None)], version)
                 await fleet.resume()
                 work = [asyncio.create_task(fleet.generate(ask(i))) for i in range(30)]
@@ -320,7 +406,10 @@ def test_random_failures_of_kept_servers_under_updates_keep_versions_straight(se
 
 
 def test_a_probe_that_a_blocked_event_loop_made_late_is_asked_again() -> None:
-    """A client with a deadline of its own sees it pass while a training step holds the loop: the server was sound."""
+    """A client with a deadline of its own sees it pass while a training step holds the loop: the
+    server was sound.
+    """
+
     class Watched(FakeEngine):
         asked = 0
 
@@ -363,7 +452,10 @@ class Refusing(FakeEngine):
 
 
 def test_a_burst_of_refusals_is_one_failure() -> None:
-    """A server that is overloaded for a moment refuses 30 requests at once; killing it would cost minutes."""
+    """A server that is overloaded for a moment refuses 30 requests at once; killing it would cost
+    minutes.
+    """
+
     async def scenario():
         engine = Refusing(0)
         async with running([engine]) as fleet:
@@ -377,8 +469,10 @@ def test_a_burst_of_refusals_is_one_failure() -> None:
 
 
 def test_a_server_that_serves_nobody_is_taken_out_though_it_answers_probes() -> None:
-    """Three requests, each sent after the last one failed. It is let in again once it answers a probe, and so on with
-    growing pauses; every request is answered by the other one."""
+    """Three requests, each sent after the last one failed. It is let in again once it answers a
+    probe, and so on with growing pauses; every request is answered by the other one.
+    """
+
     async def scenario():
         engines = [Refusing(0), FakeEngine(1)]
         engines[0].refuses = 10**6

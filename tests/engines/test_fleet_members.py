@@ -19,7 +19,10 @@ def up(fleet: Fleet) -> int:
 
 
 def test_a_killed_server_is_restarted_and_gets_the_current_weights_before_it_serves() -> None:
-    """The hook is called once with the new engine and the fleet's version; no request reached it before."""
+    """The hook is called once with the new engine and the fleet's version; no request reached it
+    before.
+    """
+
     async def scenario():
         keepers, calls = [FakeKeeper(i) for i in range(2)], []
 
@@ -32,7 +35,12 @@ def test_a_killed_server_is_restarted_and_gets_the_current_weights_before_it_ser
             keepers[0].engine.dead = True
             await until(lambda: len(keepers[0].engines) == 2 and up(fleet) == 2)
             answers = await asyncio.gather(*(fleet.generate(ask(i)) for i in range(20)))
-            return calls, keepers[0].engine, {v for a in answers for v in a.weight_versions}, fleet.metrics()
+            return (
+                calls,
+                keepers[0].engine,
+                {v for a in answers for v in a.weight_versions},
+                fleet.metrics(),
+            )
 
     calls, engine, versions, metrics = asyncio.run(scenario())
     assert calls == [(engine, 7, [])] and versions == {7} and engine.seen
@@ -40,8 +48,11 @@ def test_a_killed_server_is_restarted_and_gets_the_current_weights_before_it_ser
 
 
 @pytest.mark.parametrize("hook", [None, "fails", "hangs"])
-def test_without_current_weights_a_returning_server_waits_for_the_next_update(hook: str | None) -> None:
+def test_without_current_weights_a_returning_server_waits_for_the_next_update(
+    hook: str | None,
+) -> None:
     """No hook, a failing one and a hanging one: it serves nothing until an update includes it."""
+
     async def scenario():
         keepers = [FakeKeeper(i) for i in range(2)]
 
@@ -66,6 +77,7 @@ def test_without_current_weights_a_returning_server_waits_for_the_next_update(ho
 
 def test_a_server_restarted_under_its_folders_weights_needs_no_hook() -> None:
     """A verifier pool is never updated: what restarts has the right weights."""
+
     async def scenario():
         keeper = FakeKeeper(0)
         async with running([keeper]) as fleet:
@@ -80,6 +92,7 @@ def test_a_server_restarted_under_its_folders_weights_needs_no_hook() -> None:
 
 def test_restarts_are_bounded_and_then_the_fleet_is_lost_with_the_reason() -> None:
     """max_restarts=2: two restarts, then EngineLost at once, not after the waiting time."""
+
     async def scenario():
         keeper = FakeKeeper(0, max_restarts=2)
         async with running([keeper], name="policy pool") as fleet:
@@ -87,8 +100,12 @@ def test_restarts_are_bounded_and_then_the_fleet_is_lost_with_the_reason() -> No
             for _ in range(3):
                 keeper.engine.dead = True
                 with_engines = len(keeper.engines)
-                await until(lambda: (len(keeper.engines) > with_engines and up(fleet) == 1)  # noqa: B023
-                            or str(fleet._members[0].state) == "gone")
+                await until(
+                    lambda: (
+                        (len(keeper.engines) > with_engines and up(fleet) == 1)  # noqa: B023
+                        or str(fleet._members[0].state) == "gone"
+                    )
+                )
             with pytest.raises(EngineLost, match="after 2 restarts within an hour") as raised:
                 await fleet.generate(ask(2))
             return str(raised.value), len(keeper.engines)
@@ -99,6 +116,7 @@ def test_restarts_are_bounded_and_then_the_fleet_is_lost_with_the_reason() -> No
 
 def test_a_server_that_never_comes_up_is_not_tried_again() -> None:
     """Its settings are wrong; the message carries the end of its log."""
+
     async def scenario():
         keeper = FakeKeeper(0)
         keeper.fails_with = "exit status 2 before it served: unrecognized arguments: --atention"
@@ -114,6 +132,7 @@ def test_a_server_that_never_comes_up_is_not_tried_again() -> None:
 
 def test_a_hung_server_of_ours_is_killed_and_restarted() -> None:
     """SIGSTOP is no death: the probe finds it, the keeper kills it."""
+
     async def scenario():
         keepers = [FakeKeeper(i) for i in range(2)]
         async with running(keepers) as fleet:
@@ -127,7 +146,10 @@ def test_a_hung_server_of_ours_is_killed_and_restarted() -> None:
 
 
 def test_a_given_server_that_returns_serves_again() -> None:
-    """Not ours, so not restarted: it is probed until it answers, and keeps its place when it missed no update."""
+    """Not ours, so not restarted: it is probed until it answers, and keeps its place when it missed
+    no update.
+    """
+
     async def scenario():
         engines = [FakeEngine(i) for i in range(2)]
         async with running(engines) as fleet:
@@ -143,6 +165,7 @@ def test_a_given_server_that_returns_serves_again() -> None:
 
 def test_a_member_that_fails_an_update_is_taken_out_and_the_run_goes_on() -> None:
     """One of three hangs during the update: the others have the new version and serve; it may not."""
+
     async def scenario():
         engines = [FakeEngine(i) for i in range(3)]
         async with running(engines) as fleet:
@@ -159,7 +182,10 @@ def test_a_member_that_fails_an_update_is_taken_out_and_the_run_goes_on() -> Non
 
 
 def test_weights_that_every_member_refuses_change_nothing() -> None:
-    """A tensor of another shape is the caller's mistake: an error, and all serve on under the old version."""
+    """A tensor of another shape is the caller's mistake: an error, and all serve on under the old
+    version.
+    """
+
     async def scenario():
         engines = [FakeEngine(i) for i in range(2)]
         async with running(engines) as fleet:
@@ -177,7 +203,10 @@ def test_weights_that_every_member_refuses_change_nothing() -> None:
 
 
 def test_an_update_waits_until_all_servers_have_started_once() -> None:
-    """Stage III updates before it generates: a server that starts slower than the others is not left behind."""
+    """Stage III updates before it generates: a server that starts slower than the others is not
+    left behind.
+    """
+
     async def scenario():
         keepers = [FakeKeeper(0, start_s=0.01), FakeKeeper(1, start_s=0.15)]
         async with running(keepers) as fleet:
@@ -188,7 +217,10 @@ def test_an_update_waits_until_all_servers_have_started_once() -> None:
 
 
 def test_time_paused_is_no_deadline_and_requests_wait() -> None:
-    """A pause of several deadlines: what ran goes on, what came meanwhile is served after it, nothing is redone."""
+    """A pause of several deadlines: what ran goes on, what came meanwhile is served after it,
+    nothing is redone.
+    """
+
     async def scenario():
         engines = [FakeEngine(i, delay=0.03) for i in range(2)]
         async with running(engines) as fleet:
@@ -208,6 +240,7 @@ def test_time_paused_is_no_deadline_and_requests_wait() -> None:
 
 def test_who_returns_during_a_pause_is_paused_and_resumed_with_the_others() -> None:
     """And a server that missed the resume is resumed when it comes back."""
+
     async def scenario():
         keeper, given = FakeKeeper(0), FakeEngine(1)
         async with running({"kept": keeper, "given": given}) as fleet:
@@ -229,6 +262,7 @@ def test_who_returns_during_a_pause_is_paused_and_resumed_with_the_others() -> N
 
 def test_closing_ends_what_runs_and_kills_what_was_started() -> None:
     """Requests in flight fail, kept servers stop, a second close does nothing."""
+
     async def scenario():
         keeper = FakeKeeper(0, delay=10)
         fleet = Fleet({"m0": keeper}, FleetLimits())
@@ -274,6 +308,7 @@ class FakeFront(FakeKeeper, Front):
 
 def test_a_router_gets_first_attempts_and_knows_who_is_up() -> None:
     """All requests pass through it while it lives; a member that dies is struck from its list."""
+
     async def scenario():
         keepers, front = [FakeKeeper(i, max_restarts=0) for i in range(2)], FakeFront(9)
         async with running(keepers, front=front) as fleet:
@@ -293,6 +328,7 @@ def test_a_router_gets_first_attempts_and_knows_who_is_up() -> None:
 @pytest.mark.parametrize("fate", ["dead", "hung"])
 def test_a_killed_router_costs_no_request_and_is_started_again(fate: str) -> None:
     """Requests in flight through it are redone directly; the next router is told of all members."""
+
     async def scenario():
         keepers, front = [FakeKeeper(i, delay=0.03) for i in range(2)], FakeFront(9)
         async with running(keepers, front=front) as fleet:
@@ -304,15 +340,21 @@ def test_a_killed_router_costs_no_request_and_is_started_again(fate: str) -> Non
             answers = await asyncio.gather(*work)
             await until(lambda: len(front.engines) == 2 and len(front.engine.targets) == 2)
             await fleet.generate(ask(50))
-            return [answer.token_ids[0] for answer in answers], len(front.engine.seen), fleet.metrics()
+            return (
+                [answer.token_ids[0] for answer in answers],
+                len(front.engine.seen),
+                fleet.metrics(),
+            )
 
     answers, through, metrics = asyncio.run(scenario())
     assert answers == list(range(40)) and through >= 1 and metrics.members_up == 2
 
 
 def test_a_server_that_dies_after_it_took_an_update_is_not_credited_with_it() -> None:
-    """It takes version 5, dies and is restarted with the folder's weights while the update still runs for another:
-    afterwards it may not pass for version 5."""
+    """It takes version 5, dies and is restarted with the folder's weights while the update still
+    runs for another: afterwards it may not pass for version 5.
+    """
+
     async def scenario():
         keepers = [FakeKeeper(i) for i in range(2)]
         async with running(keepers) as fleet:
@@ -320,7 +362,12 @@ def test_a_server_that_dies_after_it_took_an_update_is_not_credited_with_it() ->
                 for engine in update.targets:
                     engine.version = 5
                 keepers[0].engine.dead = True
-                await until(lambda: len(keepers[0].engines) == 2 and fleet._members[0].engine is keepers[0].engine)
+                await until(
+                    lambda: (
+                        len(keepers[0].engines) == 2
+                        and fleet._members[0].engine is keepers[0].engine
+                    )
+                )
             await asyncio.gather(*(fleet.generate(ask(i)) for i in range(10)))
             return keepers[0].engine.seen, list(fleet.members())
 
@@ -328,14 +375,19 @@ def test_a_server_that_dies_after_it_took_an_update_is_not_credited_with_it() ->
 
 
 def test_a_server_that_is_out_when_an_update_ends_has_not_got_it() -> None:
-    """The only one takes version 5 and dies, and nobody has started it again: the update reached nobody, and may be
-    repeated with its successor, which is not taken out for what its predecessor did."""
+    """The only one takes version 5 and dies, and nobody has started it again: the update reached
+    nobody, and may be repeated with its successor, which is not taken out for what its predecessor
+    did.
+    """
+
     async def scenario():
         keeper = FakeKeeper(0)
         limits = dataclasses.replace(QUICK, backoff_s=0.2, max_backoff_s=0.2, lost_timeout_s=3)
         async with running([keeper], limits) as fleet:
             await fleet.update_weights(WEIGHTS, 4)
-            with pytest.raises(EngineUnavailable, match="reached no server of the fleet: m0: exit status -9"):
+            with pytest.raises(
+                EngineUnavailable, match="reached no server of the fleet: m0: exit status -9"
+            ):
                 async with fleet.updating(5) as update:
                     (engine,) = update.targets
                     engine.version, engine.dead = 5, True
@@ -349,6 +401,7 @@ def test_a_server_that_is_out_when_an_update_ends_has_not_got_it() -> None:
 
 def test_a_server_that_is_being_given_weights_is_not_lost() -> None:
     """Large models take longer to load than a pool is patient: who is back and loads is waited for."""
+
     async def scenario():
         engine = FakeEngine(0)
 
@@ -356,7 +409,9 @@ def test_a_server_that_is_being_given_weights_is_not_lost() -> None:
             await asyncio.sleep(3 * QUICK.lost_timeout_s)
             engine.version = version
 
-        async with running([engine], dataclasses.replace(QUICK, update_timeout_s=5), on_return=slow) as fleet:
+        async with running(
+            [engine], dataclasses.replace(QUICK, update_timeout_s=5), on_return=slow
+        ) as fleet:
             await fleet.update_weights(WEIGHTS, 1)
             engine.dead = True
             await until(lambda: up(fleet) == 0)
@@ -368,6 +423,7 @@ def test_a_server_that_is_being_given_weights_is_not_lost() -> None:
 
 def test_a_given_server_that_returns_with_other_weights_must_be_updated() -> None:
     """Its owner restarted it: what it reports is compared with what we gave it."""
+
     async def scenario():
         engines, calls = [FakeEngine(i) for i in range(2)], []
 

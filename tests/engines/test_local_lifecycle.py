@@ -29,13 +29,19 @@ async def steps(engine, count):
 
 def test_updated_engine_equals_one_built_from_the_new_weights(folder, other_model, prompts):
     """Bit-equal generations, also for a prompt that was cached under the old weights."""
+
     async def scenario():
         requests = [ask(prompt, seed=1) for prompt in prompts]
         engine = LocalEngine.from_folder(folder, max_batch_size=8, max_context=CONTEXT)
         await generate_all(engine, requests)
         await engine.update_weights(named(other_model), version=3)
-        fresh = LocalEngine(Qwen2Shape.from_folder(folder), named(other_model), max_batch_size=8, max_context=CONTEXT,
-                            version=3)
+        fresh = LocalEngine(
+            Qwen2Shape.from_folder(folder),
+            named(other_model),
+            max_batch_size=8,
+            max_context=CONTEXT,
+            version=3,
+        )
         assert await generate_all(engine, requests) == await generate_all(fresh, requests)
 
     asyncio.run(scenario())
@@ -43,6 +49,7 @@ def test_updated_engine_equals_one_built_from_the_new_weights(folder, other_mode
 
 def test_update_copies_what_it_is_given(engine, other_model, prompts):
     """A trainer that goes on writing into its tensors does not change the served weights."""
+
     async def scenario():
         tensors = {name: tensor.clone() for name, tensor in named(other_model)}
         await engine.update_weights(tensors.items(), version=1)
@@ -63,7 +70,10 @@ def unknown(tensors):
 
 
 def misshapen(tensors):
-    return [*tensors[:-1], ("model.norm.weight", torch.zeros(3))], r"model.norm.weight has shape \(3,\)"
+    return [
+        *tensors[:-1],
+        ("model.norm.weight", torch.zeros(3)),
+    ], r"model.norm.weight has shape \(3,\)"
 
 
 def twice(tensors):
@@ -77,6 +87,7 @@ def untied_head(tensors):
 @pytest.mark.parametrize("spoil", [missing, unknown, misshapen, twice, untied_head])
 def test_refused_update_changes_nothing(engine, other_model, prompts, spoil):
     """The error names the tensor; generations and version stay as they were."""
+
     async def scenario():
         before = await engine.generate(ask(prompts[4], seed=1))
         tensors, message = spoil(named(other_model))
@@ -89,7 +100,10 @@ def test_refused_update_changes_nothing(engine, other_model, prompts, spoil):
 
 
 def test_every_token_carries_its_version(engine, other_model, prompts):
-    """An update in mid-generation: earlier tokens keep the old version and values, later ones have the new one."""
+    """An update in mid-generation: earlier tokens keep the old version and values, later ones have
+    the new one.
+    """
+
     async def scenario():
         reference = await engine.generate(ask(prompts[4], seed=1, max_new_tokens=30))
         task = asyncio.create_task(engine.generate(ask(prompts[4], seed=1, max_new_tokens=30)))
@@ -112,6 +126,7 @@ def test_every_token_carries_its_version(engine, other_model, prompts):
 
 def test_pause_stops_tokens_and_resume_continues(engine, prompts):
     """No token is made while paused; afterwards the result is what it would have been."""
+
     async def scenario():
         reference = await engine.generate(ask(prompts[4], seed=1))
         running = asyncio.create_task(engine.generate(ask(prompts[4], seed=1)))
@@ -121,21 +136,36 @@ def test_pause_stops_tokens_and_resume_continues(engine, prompts):
         made = (await engine.health()).tokens_generated
         await asyncio.sleep(0.05)
         health = await engine.health()
-        assert (health.paused, health.tokens_generated, health.running, health.waiting) == (True, made, 1, 1)
+        assert (health.paused, health.tokens_generated, health.running, health.waiting) == (
+            True,
+            made,
+            1,
+            1,
+        )
         await engine.resume()
         assert (await running).token_ids == (await waiting).token_ids == reference.token_ids
 
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("request_, message", [
-    (ask((1, VOCAB)), f"id {VOCAB} is outside the vocabulary of {VOCAB}"),
-    (ask((1, -1)), "id -1 is outside"),
-    (ask((), ), "prompt is empty"),
-    (ask((1,) * 100, max_new_tokens=40), "prompt of 100 tokens.*140.*128"),
-], ids=["too-large", "negative", "empty", "too-long"])
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        (ask((1, VOCAB)), f"id {VOCAB} is outside the vocabulary of {VOCAB}"),
+        (ask((1, -1)), "id -1 is outside"),
+        (
+            ask(
+                (),
+            ),
+            "prompt is empty",
+        ),
+        (ask((1,) * 100, max_new_tokens=40), "prompt of 100 tokens.*140.*128"),
+    ],
+    ids=["too-large", "negative", "empty", "too-long"],
+)
 def test_bad_requests_are_refused_and_hurt_nobody(engine, prompts, request_, message):
     """The refusal says why; a good request in the same batch is served."""
+
     async def scenario():
         bad, good = await generate_all(engine, [request_, ask(prompts[1], seed=0)])
         with pytest.raises(EngineFailure, match=message):
@@ -153,6 +183,7 @@ def test_context_can_be_filled_to_the_last_token(engine):
 
 def test_close_fails_what_is_in_flight(engine, prompts):
     """Running, waiting and later requests all end in EngineFailure; closing twice is fine."""
+
     async def scenario():
         tasks = [asyncio.create_task(engine.generate(ask(prompts[2], seed=n))) for n in range(12)]
         await steps(engine, 10)
@@ -172,6 +203,7 @@ def test_close_fails_what_is_in_flight(engine, prompts):
 
 def test_close_while_paused_does_not_hang(engine, prompts):
     """A paused engine can be closed."""
+
     async def scenario():
         await engine.pause()
         task = asyncio.create_task(engine.generate(ask(prompts[2])))
@@ -184,10 +216,17 @@ def test_close_while_paused_does_not_hang(engine, prompts):
 
 
 def test_crash_fails_everybody_instead_of_hanging(engine, other_model, prompts):
-    """NaN weights stop the engine: all requests get EngineFailure with the cause, and so do later ones."""
+    """NaN weights stop the engine: all requests get EngineFailure with the cause, and so do later
+    ones.
+    """
+
     async def scenario():
-        await engine.update_weights([(n, t * float("nan")) for n, t in named(other_model)], version=1)
-        results = await asyncio.wait_for(generate_all(engine, [ask(p, seed=0) for p in prompts]), timeout=5)
+        await engine.update_weights(
+            [(n, t * float("nan")) for n, t in named(other_model)], version=1
+        )
+        results = await asyncio.wait_for(
+            generate_all(engine, [ask(p, seed=0) for p in prompts]), timeout=5
+        )
         assert all(isinstance(r, EngineFailure) and "not finite" in str(r) for r in results)
         assert not (await engine.health()).alive
 
@@ -196,6 +235,7 @@ def test_crash_fails_everybody_instead_of_hanging(engine, other_model, prompts):
 
 def test_cancelled_request_leaves_the_batch(engine, prompts):
     """Its companions finish with the tokens they would have had; the engine is idle afterwards."""
+
     async def scenario():
         reference = await generate_all(engine, [ask(p, seed=0) for p in prompts])
         tasks = [asyncio.create_task(engine.generate(ask(p, seed=0))) for p in prompts]
@@ -216,6 +256,7 @@ def test_cancelled_request_leaves_the_batch(engine, prompts):
 
 def test_other_coroutines_keep_autograd(engine, prompts):
     """Between steps, and when the loop is left in mid-generation, torch is not in inference mode."""
+
     async def scenario():
         task = asyncio.create_task(engine.generate(ask(prompts[4], seed=1)))
         for _ in range(3):
@@ -230,18 +271,25 @@ def test_other_coroutines_keep_autograd(engine, prompts):
 
 def test_factory_builds_the_configured_engine(folder):
     """EngineConfig's numbers arrive; the context is cut to what the model can do."""
-    engine = build_engine(EngineConfig(kind="local", max_batch_size=3, max_context=4096), folder, "policy")
+    engine = build_engine(
+        EngineConfig(kind="local", max_batch_size=3, max_context=4096), folder, "policy"
+    )
     assert isinstance(engine, LocalEngine) and engine.max_context == CONTEXT
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"model_type": "llama"}, "model_type='llama'"),
-    ({"use_sliding_window": True}, "use_sliding_window"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_parameters"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_type": "llama"}, "model_type='llama'"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope_parameters"),
+    ],
+)
 def test_unsupported_architecture_is_refused(folder, tmp_path, change, message):
     """A folder this decoder would compute wrongly does not load."""
-    (tmp_path / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | change))
+    (tmp_path / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | change)
+    )
     with pytest.raises(EngineFailure, match=message):
         LocalEngine.from_folder(tmp_path, max_batch_size=1, max_context=16)
 
@@ -256,12 +304,22 @@ def test_folder_without_weights_is_refused(folder, tmp_path):
 
 
 DAMAGES = {
-    "config is no JSON": ("config.json", "{"), "config is a list": ("config.json", "[]"),
+    "config is no JSON": ("config.json", "{"),
+    "config is a list": ("config.json", "[]"),
     "config is no UTF-8": ("config.json", b"\xff\xfe"),
-    **{f"config without {key}": ("config.json", key) for key in (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "max_position_embeddings")},
-    "index is no JSON": (INDEX, "{"), "index without a map": (INDEX, "{}"),
+    **{
+        f"config without {key}": ("config.json", key)
+        for key in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+        )
+    },
+    "index is no JSON": (INDEX, "{"),
+    "index without a map": (INDEX, "{}"),
     "index leads out": (INDEX, '{"weight_map": {"model.norm.weight": "../outside.safetensors"}}'),
     "index names no file": (INDEX, '{"weight_map": {"model.norm.weight": "none.safetensors"}}'),
     "weights are cut": ("model.safetensors", b"\x10\x00\x00\x00\x00\x00\x00\x00{"),
@@ -270,24 +328,40 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_folder_is_named(folder, tmp_path, damage):
-    """Every damage is an ``EngineFailure`` with the file in it, and no file outside the folder is read."""
+    """Every damage is an ``EngineFailure`` with the file in it, and no file outside the folder is
+    read.
+    """
     shutil.copytree(folder, tmp_path / "model")
     shutil.copy(folder / "model.safetensors", tmp_path / "outside.safetensors")
     file, content = DAMAGES[damage]
     if damage.startswith("config without"):
         config = json.loads((folder / file).read_text())
         content = json.dumps({name: value for name, value in config.items() if name != content})
-    (tmp_path / "model" / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / "model" / file).write_bytes(
+        content if isinstance(content, bytes) else content.encode()
+    )
     with pytest.raises(EngineFailure, match=re.escape(str(tmp_path / "model"))) as caught:
         LocalEngine.from_folder(tmp_path / "model", max_batch_size=1, max_context=16)
     assert file in str(caught.value) or "none.safetensors" in str(caught.value)
 
 
-@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-                                  "generation_config.json", "chat_template.jinja", "model.safetensors"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "model.safetensors",
+    ],
+)
 def test_an_identity_changes_with_every_file_that_is_read(tmp_path, file):
-    """Stored results are found by it: a folder with another chat template or other end-of-sequence ids says other
-    things. A file that is not there does not count, so folders without one keep the identity they had."""
+    """Stored results are found by it: a folder with another chat template or other end-of-sequence
+    ids says other things. A file that is not there does not count, so folders without one keep the
+    identity they had.
+    """
     (tmp_path / "config.json").write_text("{}")
     found = []
     for text in ("first", "other"):
@@ -299,4 +373,6 @@ def test_an_identity_changes_with_every_file_that_is_read(tmp_path, file):
 def test_engines_do_not_import_transformers():
     """Start-up is paid by every process: the package must come up without the slow import."""
     code = "import sys, spark_nemo.engines; assert 'transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )

@@ -12,13 +12,20 @@ from spark_nemo.engines.local.sampler import RowSampling, cut_probabilities, dra
 
 def rows(count, temperature=1.0, top_p=1.0, top_k=0, seed=0):
     return RowSampling(
-        torch.full((count,), temperature), torch.zeros(count, dtype=torch.bool), torch.full((count,), top_p),
-        torch.full((count,), top_k), torch.rand(count, generator=torch.Generator().manual_seed(seed)),
-        any_greedy=False, any_cut=top_p < 1 or top_k > 0)
+        torch.full((count,), temperature),
+        torch.zeros(count, dtype=torch.bool),
+        torch.full((count,), top_p),
+        torch.full((count,), top_k),
+        torch.rand(count, generator=torch.Generator().manual_seed(seed)),
+        any_greedy=False,
+        any_cut=top_p < 1 or top_k > 0,
+    )
 
 
 def reference_cut(logits_V, top_p, top_k):
-    """Plain Python: the k largest, then the smallest head of them whose mass reaches top_p of theirs."""
+    """Plain Python: the k largest, then the smallest head of them whose mass reaches top_p of
+    theirs.
+    """
     probs = torch.softmax(logits_V.double(), -1).tolist()
     order = sorted(range(len(probs)), key=lambda token: -probs[token])[: top_k or None]
     mass, kept = sum(probs[token] for token in order), []
@@ -30,9 +37,13 @@ def reference_cut(logits_V, top_p, top_k):
     return [probs[token] / total if token in kept else 0.0 for token in range(len(probs))]
 
 
-@pytest.mark.parametrize("temperature, top_p, top_k", [(1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.8, 0), (2.0, 0.9, 7)])
+@pytest.mark.parametrize(
+    "temperature, top_p, top_k", [(1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.8, 0), (2.0, 0.9, 7)]
+)
 def test_draws_follow_the_distribution(temperature, top_p, top_k):
-    """Chi-square of 40 000 one-step draws against plain Python stays under its 99.9 % quantile (roughly)."""
+    """Chi-square of 40 000 one-step draws against plain Python stays under its 99.9 % quantile
+    (roughly).
+    """
     logits_V = torch.randn(12, generator=torch.Generator().manual_seed(5)) * 1.5
     count = 40_000
     tokens_N, _ = draw(logits_V.expand(count, -1), rows(count, temperature, top_p, top_k))
@@ -51,7 +62,9 @@ def test_cut_keeps_exactly_the_nucleus(seed, top_p, top_k):
     """Kept tokens equal plain Python's, whatever another row of the batch asks for."""
     logits_NV = torch.randn(3, 30, generator=torch.Generator().manual_seed(seed)) * 2
     probs_NV = torch.softmax(logits_NV, -1)
-    cut_NV = cut_probabilities(probs_NV, torch.tensor([top_p, 1.0, 0.5]), torch.tensor([top_k, 0, 3]))
+    cut_NV = cut_probabilities(
+        probs_NV, torch.tensor([top_p, 1.0, 0.5]), torch.tensor([top_k, 0, 3])
+    )
     reference_V = torch.tensor(reference_cut(logits_NV[0], top_p, min(top_k, 30)))
     differing = (cut_NV[0] > 0) != (reference_V > 0)
     assert probs_NV[0][differing].sum() < 1e-5  # only rounding at the edge of the nucleus

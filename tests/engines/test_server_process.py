@@ -1,5 +1,6 @@
-"""Servers as processes of ours: start, death with a reason, hang, restart, and nothing left behind. The servers are
-the fake one; ``tests/real_sglang/test_faults.py`` does the same to real ones."""
+"""Servers as processes of ours: start, death with a reason, hang, restart, and nothing left behind.
+The servers are the fake one; ``tests/real_sglang/test_faults.py`` does the same to real ones.
+"""
 
 from __future__ import annotations
 
@@ -16,30 +17,60 @@ import fake_sglang_process
 import psutil
 import pytest
 
-from spark_nemo.engines import EngineFailure, EngineLost, GenerationRequest, SamplingParams, generate_all
+from spark_nemo.engines import (
+    EngineFailure,
+    EngineLost,
+    GenerationRequest,
+    SamplingParams,
+    generate_all,
+)
 from spark_nemo.engines.fleet import Fleet, FleetLimits
 from spark_nemo.engines.fleet.process import ServerProcess
 from spark_nemo.engines.sglang import SglangServer, serve
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process groups and prctl as on Linux")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="process groups and prctl as on Linux"
+)
 LIMITS = FleetLimits(
-    request_timeout_s=20, total_timeout_s=60, backoff_s=0.02, probe_every_s=0.3, probe_timeout_s=0.6,
-    lost_timeout_s=2, control_timeout_s=5)
-REQUESTS = [GenerationRequest((3 + i % 40, 5), SamplingParams(max_new_tokens=30, temperature=0.0, stop_token_ids=(2,)))
-            for i in range(60)]
+    request_timeout_s=20,
+    total_timeout_s=60,
+    backoff_s=0.02,
+    probe_every_s=0.3,
+    probe_timeout_s=0.6,
+    lost_timeout_s=2,
+    control_timeout_s=5,
+)
+REQUESTS = [
+    GenerationRequest(
+        (3 + i % 40, 5), SamplingParams(max_new_tokens=30, temperature=0.0, stop_token_ids=(2,))
+    )
+    for i in range(60)
+]
 
 
 def connect(url: str) -> SglangServer:
-    return SglangServer(url, api_key=None, vocab_size=64, max_context=100, max_in_flight=64, request_timeout_s=30,
-                        control_timeout_s=5)
+    return SglangServer(
+        url,
+        api_key=None,
+        vocab_size=64,
+        max_context=100,
+        max_in_flight=64,
+        request_timeout_s=30,
+        control_timeout_s=5,
+    )
 
 
 def fake(name: str, folder: Path, *flags: str, **settings) -> ServerProcess:
     def command(host: str, port: int) -> list[str]:
         return [sys.executable, fake_sglang_process.__file__, "--port", str(port), *flags]
 
-    return ServerProcess(name, command, connect, log_path=folder / f"{name}.log",
-                         **{"start_timeout_s": 30.0, "max_restarts": 2, **settings})
+    return ServerProcess(
+        name,
+        command,
+        connect,
+        log_path=folder / f"{name}.log",
+        **{"start_timeout_s": 30.0, "max_restarts": 2, **settings},
+    )
 
 
 def gone(pid: int) -> bool:
@@ -54,9 +85,13 @@ def wait_gone(pid: int, seconds: float = 5.0) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-def test_a_server_that_dies_or_hangs_in_a_batch_costs_no_sample(tmp_path: Path, number: signal.Signals) -> None:
-    """60 greedy requests over two processes, one of which gets the signal on the way: 60 answers, those of a single
-    undisturbed server, and the process is there again."""
+def test_a_server_that_dies_or_hangs_in_a_batch_costs_no_sample(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """60 greedy requests over two processes, one of which gets the signal on the way: 60 answers,
+    those of a single undisturbed server, and the process is there again.
+    """
+
     async def scenario():
         keepers = [fake(f"server-{i}", tmp_path, "--token-s", "0.02") for i in range(2)]
         for keeper in keepers:
@@ -68,7 +103,9 @@ def test_a_server_that_dies_or_hangs_in_a_batch_costs_no_sample(tmp_path: Path, 
                 await asyncio.sleep(0.05)
             expected = await generate_all(fleet, REQUESTS)
             counted: list[int] = []
-            work = asyncio.create_task(generate_all(fleet, REQUESTS, lambda index, _: counted.append(index)))
+            work = asyncio.create_task(
+                generate_all(fleet, REQUESTS, lambda index, _: counted.append(index))
+            )
             await asyncio.sleep(0.25)
             victim = keepers[1].pid
             os.killpg(victim, number)
@@ -81,11 +118,17 @@ def test_a_server_that_dies_or_hangs_in_a_batch_costs_no_sample(tmp_path: Path, 
 
     expected, answers, counted, metrics, dead = asyncio.run(scenario())
     assert [a.token_ids for a in answers] == [e.token_ids for e in expected]
-    assert sorted(counted) == list(range(60)) and metrics.retries > 0 and metrics.restarts == 1 and dead
+    assert (
+        sorted(counted) == list(range(60))
+        and metrics.retries > 0
+        and metrics.restarts == 1
+        and dead
+    )
 
 
 def test_a_server_that_dies_at_start_is_shown_with_the_end_of_its_log(tmp_path: Path) -> None:
     """One line: exit status, log file, last words."""
+
     async def scenario():
         keeper = fake("policy-0", tmp_path, "--atention-backend", "none")
         fleet = Fleet({"policy-0": keeper}, LIMITS, name="policy pool")
@@ -97,14 +140,21 @@ def test_a_server_that_dies_at_start_is_shown_with_the_end_of_its_log(tmp_path: 
             await fleet.close()
 
     message = asyncio.run(scenario())
-    assert "exit status 2" in message and "unrecognized arguments: --atention-backend none" in message
+    assert (
+        "exit status 2" in message and "unrecognized arguments: --atention-backend none" in message
+    )
     assert str(tmp_path / "policy-0.log") in message and "\n" not in message
 
 
 def test_a_server_that_never_answers_is_killed_after_its_start_time(tmp_path: Path) -> None:
     """A process that lives and does not listen; the wait is bounded and nothing is left of it."""
-    process = ServerProcess("mute", lambda host, port: [sys.executable, "-c", "import time; time.sleep(60)"], connect,
-                            log_path=tmp_path / "mute.log", start_timeout_s=1.0)
+    process = ServerProcess(
+        "mute",
+        lambda host, port: [sys.executable, "-c", "import time; time.sleep(60)"],
+        connect,
+        log_path=tmp_path / "mute.log",
+        start_timeout_s=1.0,
+    )
 
     async def scenario():
         with pytest.raises(EngineFailure, match="did not serve within 1 s"):
@@ -117,7 +167,9 @@ def test_a_server_that_never_answers_is_killed_after_its_start_time(tmp_path: Pa
 
 def test_a_missing_interpreter_is_named(tmp_path: Path) -> None:
     """Before anything waits."""
-    process = ServerProcess("policy-0", lambda host, port: ["/nowhere/python"], connect, log_path=tmp_path / "x.log")
+    process = ServerProcess(
+        "policy-0", lambda host, port: ["/nowhere/python"], connect, log_path=tmp_path / "x.log"
+    )
     with pytest.raises(EngineFailure, match="cannot run /nowhere/python"):
         process.launch()
 
@@ -159,21 +211,33 @@ time.sleep(300)
 
 @contextlib.contextmanager
 def launched(tmp_path: Path):
-    """A parent process that launches ``serve.py`` over a fake ``sglang`` package; (parent, server pid, log, words)."""
+    """A parent process that launches ``serve.py`` over a fake ``sglang`` package; (parent, server
+    pid, log, words).
+    """
     for name, text in FAKE_PACKAGE.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     log = tmp_path / "server.log"
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"}
-    parent = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(log)], stdout=subprocess.PIPE, env=environment,
-                              cwd=Path(serve.__file__).parents[3])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(log)],
+        stdout=subprocess.PIPE,
+        env=environment,
+        cwd=Path(serve.__file__).parents[3],
+    )
     try:
         pid = int(parent.stdout.readline())
         deadline = time.monotonic() + 20
-        while "SERVING" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
+        while (
+            "SERVING" not in (log.read_text() if log.exists() else "")
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.05)
-        words = next((line.split() for line in log.read_text().splitlines() if line.startswith("SERVING")), None)
+        words = next(
+            (line.split() for line in log.read_text().splitlines() if line.startswith("SERVING")),
+            None,
+        )
         assert words, log.read_text()
         yield parent, pid, log, words
     finally:
@@ -184,10 +248,15 @@ def launched(tmp_path: Path):
 
 
 def test_the_key_is_on_no_command_line_and_in_no_log(tmp_path: Path) -> None:
-    """It reaches the arguments inside the process; SGLang's log of its arguments shows stars; its children inherit no
-    environment variable with it. That real SGLang then asks for it is the real test's to show."""
+    """It reaches the arguments inside the process; SGLang's log of its arguments shows stars; its
+    children inherit no environment variable with it. That real SGLang then asks for it is the real
+    test's to show.
+    """
     with launched(tmp_path) as (_, pid, log, words):
-        lines = [" ".join(process.cmdline()) for process in (psutil.Process(pid), *psutil.Process(pid).children())]
+        lines = [
+            " ".join(process.cmdline())
+            for process in (psutil.Process(pid), *psutil.Process(pid).children())
+        ]
     assert words[1:3] == ["12", "clean"]
     assert not any("a-secret-key" in line for line in lines)
     assert "a-secret-key" not in log.read_text() and "'api_key': '***'" in log.read_text()
@@ -195,8 +264,9 @@ def test_the_key_is_on_no_command_line_and_in_no_log(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("victim", ["parent", "server", "stopped server's parent"])
 def test_nothing_of_a_server_outlives_a_sigkill(tmp_path: Path, victim: str) -> None:
-    """The trainer dies, or the server's first process does: its workers go too, though they asked for nothing and
-    even when the group was stopped."""
+    """The trainer dies, or the server's first process does: its workers go too, though they asked
+    for nothing and even when the group was stopped.
+    """
     with launched(tmp_path) as (parent, pid, _, words):
         family = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
         if victim.startswith("stopped"):

@@ -1,4 +1,6 @@
-"""From a configuration to a fleet of servers: given ones, their limits, and what is launched with which words."""
+"""From a configuration to a fleet of servers: given ones, their limits, and what is launched with
+which words.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from fake_sglang_process import fake_process, free_port
 from fleet_cases import until
 
 from spark_nemo.config import ConfigError, EngineConfig, PoolConfig
-from spark_nemo.engines import EngineLost, EngineUnavailable, GenerationRequest, SamplingParams, build_engine
+from spark_nemo.engines import (
+    EngineLost,
+    EngineUnavailable,
+    GenerationRequest,
+    SamplingParams,
+    build_engine,
+)
 from spark_nemo.engines.fleet import Fleet
 from spark_nemo.engines.fleet.pool import allow_open_files
 from spark_nemo.engines.fleet.process import ServerProcess
@@ -27,22 +35,28 @@ REQUEST = GenerationRequest((5, 6), SamplingParams(max_new_tokens=8, temperature
 
 
 def sglang(max_context: int = 320, **pool) -> EngineConfig:
-    return EngineConfig(kind="sglang", max_context=max_context, max_batch_size=4, policy=PoolConfig(**pool))
+    return EngineConfig(
+        kind="sglang", max_context=max_context, max_batch_size=4, policy=PoolConfig(**pool)
+    )
 
 
 @pytest.mark.parametrize(("kind", "module"), [("sglang", "sglang"), ("vllm", "vllm")])
 def test_servers_that_this_python_cannot_launch_are_refused(
     kind: str, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Proves one line instead of restarts and a traceback in a log; another environment's packages are not looked at.
+    """Proves one line instead of restarts and a traceback in a log; another environment's packages
+    are not looked at.
     """
     monkeypatch.setattr("spark_nemo.engines.fleet.pool.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=rf"no {module}; name one .*SPARK_{kind.upper()}_PYTHON"):
-        build_engine(EngineConfig(kind=kind, max_context=320, policy=PoolConfig(servers=1)), TOY, "policy")
+        build_engine(
+            EngineConfig(kind=kind, max_context=320, policy=PoolConfig(servers=1)), TOY, "policy"
+        )
 
 
 def test_given_servers_serve_as_one_engine() -> None:
     """Two fake servers by URL; both get work, none is ours to kill."""
+
     async def scenario(urls):
         fleet = build_engine(sglang(urls=urls), TOY, "policy")
         try:
@@ -63,13 +77,19 @@ def test_given_servers_serve_as_one_engine() -> None:
 
 
 def test_a_process_may_open_a_connection_for_every_request() -> None:
-    """150 requests at once where 100 files may be open: the pool raises the process's own limit, and nothing is sent
-    twice. The kernel's own bounds are not proven."""
+    """150 requests at once where 100 files may be open: the pool raises the process's own limit,
+    and nothing is sent twice. The kernel's own bounds are not proven.
+    """
+
     async def scenario(url):
-        config = EngineConfig(kind="sglang", max_context=320, max_batch_size=75, policy=PoolConfig(urls=[url]))
+        config = EngineConfig(
+            kind="sglang", max_context=320, max_batch_size=75, policy=PoolConfig(urls=[url])
+        )
         fleet = build_engine(config, TOY, "policy")
         try:
-            return await asyncio.gather(*(fleet.generate(REQUEST) for _ in range(150))), fleet.metrics()
+            return await asyncio.gather(
+                *(fleet.generate(REQUEST) for _ in range(150))
+            ), fleet.metrics()
         finally:
             await fleet.close()
 
@@ -83,7 +103,9 @@ def test_a_process_may_open_a_connection_for_every_request() -> None:
     assert len(answers) == 150 and metrics.retries == metrics.outages == 0
 
 
-def said_of_open_files(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, limits) -> str:
+def said_of_open_files(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, limits
+) -> str:
     """What is logged where ``limits`` (soft, hard) are the process's and 16 servers are asked."""
     monkeypatch.setattr("resource.getrlimit", lambda which: limits)
     monkeypatch.setattr("resource.setrlimit", lambda which, limits: None)
@@ -103,12 +125,17 @@ def test_a_hard_limit_of_open_files_below_the_connections_is_said(
 def test_a_limit_of_open_files_far_over_the_connections_is_not_complained_of(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Soft and hard limit are often the same large number on a cluster; nothing can be raised, and nothing need be."""
-    assert said_of_open_files(monkeypatch, caplog, (1_048_576, 1_048_576)) == "" and not caplog.records
+    """Soft and hard limit are often the same large number on a cluster; nothing can be raised, and
+    nothing need be.
+    """
+    assert (
+        said_of_open_files(monkeypatch, caplog, (1_048_576, 1_048_576)) == "" and not caplog.records
+    )
 
 
 def test_a_given_server_with_a_shorter_context_is_not_used() -> None:
     """SGLang would cut samples short without a word."""
+
     async def scenario(url):
         fleet = build_engine(sglang(urls=[url], lost_timeout_s=0.5), TOY, "policy")
         try:
@@ -117,19 +144,32 @@ def test_a_given_server_with_a_shorter_context_is_not_used() -> None:
             await fleet.close()
 
     port = free_port()
-    with (fake_process(port, "--vocab-size", "691", "--context", "200"),
-          pytest.raises(EngineLost, match=r"max_context=320 is over the 194 tokens.*lower engine\.max_context")):
+    with (
+        fake_process(port, "--vocab-size", "691", "--context", "200"),
+        pytest.raises(
+            EngineLost, match=r"max_context=320 is over the 194 tokens.*lower engine\.max_context"
+        ),
+    ):
         asyncio.run(scenario(f"http://127.0.0.1:{port}"))
 
 
 def test_a_server_in_its_own_warm_up_is_not_up_yet() -> None:
-    """SGLang generates before its warm-up request has ended, but ``/health`` is 503 until then: let in now, it would be
-    busy with real prompts at its first health check, its warm-up behind them, and be killed as dead. How long a real
-    warm-up waits behind real prompts is not proven."""
+    """SGLang generates before its warm-up request has ended, but ``/health`` is 503 until then: let
+    in now, it would be busy with real prompts at its first health check, its warm-up behind them,
+    and be killed as dead. How long a real warm-up waits behind real prompts is not proven.
+    """
+
     async def scenario():
         async with FakeSglang(context=512) as fake:
-            server = CheckedServer(fake.url, api_key=None, vocab_size=64, max_context=320, max_in_flight=4,
-                                   request_timeout_s=20.0, control_timeout_s=5.0)
+            server = CheckedServer(
+                fake.url,
+                api_key=None,
+                vocab_size=64,
+                max_context=320,
+                max_in_flight=4,
+                request_timeout_s=20.0,
+                control_timeout_s=5.0,
+            )
             try:
                 fake.faults.starting = True
                 with pytest.raises(EngineUnavailable, match="503"):
@@ -142,22 +182,46 @@ def test_a_server_in_its_own_warm_up_is_not_up_yet() -> None:
     asyncio.run(scenario())
 
 
-def test_a_launched_server_is_told_its_part_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Model, layout, context with SGLang's reserve, first GPU, weight version 0; the key is in the environment only, a
-    new one for every pool, and the other pool's search path stays at home. Nothing is started here."""
+def test_a_launched_server_is_told_its_part_of_the_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Model, layout, context with SGLang's reserve, first GPU, weight version 0; the key is in the
+    environment only, a new one for every pool, and the other pool's search path stays at home.
+    Nothing is started here.
+    """
     monkeypatch.setattr(ServerProcess, "launch", lambda self: None)
-    pool = {"servers": 2, "tensor_parallel": 2, "first_gpu": 4, "python": "/env/bin/python",
-            "server_args": ["--dtype", "float32"], "server_env": {"A": "b"}}
+    pool = {
+        "servers": 2,
+        "tensor_parallel": 2,
+        "first_gpu": 4,
+        "python": "/env/bin/python",
+        "server_args": ["--dtype", "float32"],
+        "server_env": {"A": "b"},
+    }
     first, second = (build_engine(sglang(**pool), TOY, "policy", tmp_path) for _ in range(2))
     keeper = first._members[1].keeper
     words = keeper._command("127.0.0.1", 1234)
     text = " ".join(words)
-    assert words[:3] == ["/env/bin/python", serve.__file__, "server"] and words[-2:] == ["--dtype", "float32"]
-    for said in (f"--model-path {TOY}", "--tp-size 2", "--base-gpu-id 6", "--context-length 326", "--weight-version 0",
-                 "--max-running-requests 4", "--host 127.0.0.1 --port 1234"):
+    assert words[:3] == ["/env/bin/python", serve.__file__, "server"] and words[-2:] == [
+        "--dtype",
+        "float32",
+    ]
+    for said in (
+        f"--model-path {TOY}",
+        "--tp-size 2",
+        "--base-gpu-id 6",
+        "--context-length 326",
+        "--weight-version 0",
+        "--max-running-requests 4",
+        "--host 127.0.0.1 --port 1234",
+    ):
         assert said in text
     key = keeper._environment[serve.KEY_VARIABLE]
-    assert len(key) > 30 and key not in text and key != second._members[1].keeper._environment[serve.KEY_VARIABLE]
+    assert (
+        len(key) > 30
+        and key not in text
+        and key != second._members[1].keeper._environment[serve.KEY_VARIABLE]
+    )
     assert keeper._environment["PYTHONPATH"] == "" and keeper._environment["A"] == "b"
     assert keeper.log_path == tmp_path / "policy-1.log"
 
@@ -165,12 +229,15 @@ def test_a_launched_server_is_told_its_part_of_the_machine(tmp_path: Path, monke
 def test_a_router_waits_as_long_as_the_longest_request_may_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """sglang-router's own limit is 1800 s (its router_args.py), which a response of 32k tokens on a full server passes;
-    what it cuts off is sampled again from the start. Nothing is started here."""
+    """sglang-router's own limit is 1800 s (its router_args.py), which a response of 32k tokens on a
+    full server passes; what it cuts off is sampled again from the start. Nothing is started here.
+    """
     monkeypatch.setattr(ServerProcess, "launch", lambda self: None)
     pool = {"servers": 1, "python": "/env/bin/python", "router": True}
     for more, seconds in (({}, 600 + 0.25 * 320), ({"request_timeout_s": 7200.0}, 7200)):
-        words = build_engine(sglang(**pool, **more), TOY, "policy", tmp_path)._front.keeper._command("127.0.0.1", 1234)
+        words = build_engine(
+            sglang(**pool, **more), TOY, "policy", tmp_path
+        )._front.keeper._command("127.0.0.1", 1234)
         assert int(words[words.index("--request-timeout-secs") + 1]) >= seconds
 
 
@@ -179,7 +246,9 @@ def test_a_context_beyond_the_models_is_cut_to_what_sglang_can_serve(
 ) -> None:
     """The small world's models have 512 positions; SGLang keeps six."""
     monkeypatch.setattr(ServerProcess, "launch", lambda self: None)
-    monkeypatch.setattr("spark_nemo.engines.fleet.pool.find_spec", lambda name: name)  # as if SGLang were here
+    monkeypatch.setattr(
+        "spark_nemo.engines.fleet.pool.find_spec", lambda name: name
+    )  # as if SGLang were here
     fleet = build_engine(sglang(max_context=4096, servers=1), TOY, "policy", tmp_path)
     words = fleet._members[0].keeper._command("h", 1)
     assert words[words.index("--context-length") + 1] == "512" and words[0] == sys.executable
@@ -195,20 +264,29 @@ def test_what_cannot_be_built_is_named(tmp_path: Path) -> None:
         build_engine(EngineConfig(), TOY, "judge")
 
 
-PROXIES = {"http_proxy": "http://proxy:3128", "HTTPS_PROXY": "http://proxy:3128", "all_proxy": "socks5://proxy:1080",
-           "no_proxy": "10.9.9.9", "NO_PROXY": "10.8.8.8"}
+PROXIES = {
+    "http_proxy": "http://proxy:3128",
+    "HTTPS_PROXY": "http://proxy:3128",
+    "all_proxy": "socks5://proxy:1080",
+    "no_proxy": "10.9.9.9",
+    "NO_PROXY": "10.8.8.8",
+}
 
 
 def test_a_server_reaches_itself_past_the_clusters_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGLang asks itself over HTTP in its warm-up, by ``requests``, which takes the proxy of the environment even for
-    127.0.0.1; when the proxy refuses, it ends itself. Proven by the rules of Python's own library."""
+    """SGLang asks itself over HTTP in its warm-up, by ``requests``, which takes the proxy of the
+    environment even for 127.0.0.1; when the proxy refuses, it ends itself. Proven by the rules of
+    Python's own library.
+    """
     for name, value in PROXIES.items():
         monkeypatch.setenv(name, value)
     serve._past_proxies("server", ["--host", "10.0.0.4", "--port", "30000"])
     for host in ("10.0.0.4:30000", "127.0.0.1:30000", "localhost", "10.9.9.9", "10.8.8.8"):
         assert urllib.request.proxy_bypass_environment(host)
     assert not urllib.request.proxy_bypass_environment("10.0.0.5")
-    assert urllib.request.getproxies_environment()["https"] == PROXIES["HTTPS_PROXY"]  # for what it may download
+    assert (
+        urllib.request.getproxies_environment()["https"] == PROXIES["HTTPS_PROXY"]
+    )  # for what it may download
 
 
 def test_a_router_knows_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:

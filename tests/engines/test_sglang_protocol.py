@@ -16,10 +16,20 @@ from spark_nemo.engines.sglang.protocol import (
 )
 
 REQUEST = ask((1, 2, 3), max_new_tokens=3, stop_token_ids=(9,))
-REPLY = {"text": "ignored", "output_ids": [4, 5, 9], "meta_info": {
-    "id": "r", "finish_reason": {"type": "stop", "matched": 9}, "weight_version": "7",
-    "output_token_logprobs": [[-0.5, 4, None], [-0.25, 5, None], [0.0, 9, None]],
-    "weight_versions": [{"version": "6", "start": 0, "end": 2}, {"version": "7", "start": 2, "end": 3}]}}
+REPLY = {
+    "text": "ignored",
+    "output_ids": [4, 5, 9],
+    "meta_info": {
+        "id": "r",
+        "finish_reason": {"type": "stop", "matched": 9},
+        "weight_version": "7",
+        "output_token_logprobs": [[-0.5, 4, None], [-0.25, 5, None], [0.0, 9, None]],
+        "weight_versions": [
+            {"version": "6", "start": 0, "end": 2},
+            {"version": "7", "start": 2, "end": 3},
+        ],
+    },
+}
 
 
 def changed(path, value):
@@ -37,52 +47,92 @@ def changed(path, value):
 
 
 def test_reply_becomes_a_generation():
-    """Ids, log-probabilities, the closing stop token, and a version for every token from SGLang's ranges."""
+    """Ids, log-probabilities, the closing stop token, and a version for every token from SGLang's
+    ranges.
+    """
     generation = parse_generation(REPLY, REQUEST)
     assert generation.token_ids == (4, 5, 9) and generation.logprobs == (-0.5, -0.25, 0.0)
     assert generation.weight_versions == (6, 6, 7) and generation.finish_reason is FinishReason.STOP
 
 
 def test_full_length_and_abort_before_the_first_token():
-    """All of max_new_tokens is LENGTH; an abort without a token needs neither versions nor log-probabilities."""
+    """All of max_new_tokens is LENGTH; an abort without a token needs neither versions nor
+    log-probabilities.
+    """
     full = changed(["meta_info", "finish_reason"], {"type": "length", "length": 3})
     assert parse_generation(full, REQUEST).finish_reason is FinishReason.LENGTH
-    empty = {"output_ids": [], "meta_info": {"finish_reason": {"type": "abort", "message": "Aborted"}}}
+    empty = {
+        "output_ids": [],
+        "meta_info": {"finish_reason": {"type": "abort", "message": "Aborted"}},
+    }
     assert parse_generation(empty, REQUEST).finish_reason is FinishReason.ABORT
 
 
-@pytest.mark.parametrize("path, value, field", [
-    (["output_ids"], ..., "output_ids is missing"),
-    (["output_ids"], "45", "output_ids: expected a list"),
-    (["output_ids"], [4, 5.0, 9], "output_ids: expected a list"),
-    (["output_ids"], [4, 5, 9, 9], "output_ids has 4 tokens, more than max_new_tokens=3"),
-    (["meta_info"], ..., "meta_info is missing"),
-    (["meta_info"], [], "meta_info: expected an object, got list"),
-    (["meta_info", "finish_reason"], None, "meta_info.finish_reason: expected an object"),
-    (["meta_info", "finish_reason"], {"type": "tired"}, "finish_reason.type='tired'"),
-    (["meta_info", "finish_reason"], {}, "finish_reason.type is missing"),
-    (["meta_info", "finish_reason"], {"type": "stop", "matched": "NaN happened"}, "matched='NaN happened'"),
-    (["meta_info", "output_token_logprobs"], ..., "output_token_logprobs is missing"),
-    (["meta_info", "output_token_logprobs"], [[-0.5, 4, None]], "output_token_logprobs: expected one entry for"),
-    (["meta_info", "output_token_logprobs", 1], [-0.25, 6, None], r"output_token_logprobs\[1\]"),
-    (["meta_info", "output_token_logprobs", 1], [None, 5, None], r"output_token_logprobs\[1\]"),
-    (["meta_info", "output_token_logprobs", 1], [float("nan"), 5, None], r"output_token_logprobs\[1\]"),
-    (["meta_info", "weight_versions"], ..., "weight_versions is missing"),
-    (["meta_info", "weight_versions"], "7", "weight_versions='7'"),
-    (["meta_info", "weight_versions", 1, "start"], 1, r"weight_versions\[1\] covers 1:3, expected to begin at 2"),
-    (["meta_info", "weight_versions", 1, "end"], 4, "weight_versions cover 4 of 3 tokens"),
-    (["meta_info", "weight_versions", 0, "version"], "default", r"weight_versions\[0\].version='default'"),
-])
+@pytest.mark.parametrize(
+    "path, value, field",
+    [
+        (["output_ids"], ..., "output_ids is missing"),
+        (["output_ids"], "45", "output_ids: expected a list"),
+        (["output_ids"], [4, 5.0, 9], "output_ids: expected a list"),
+        (["output_ids"], [4, 5, 9, 9], "output_ids has 4 tokens, more than max_new_tokens=3"),
+        (["meta_info"], ..., "meta_info is missing"),
+        (["meta_info"], [], "meta_info: expected an object, got list"),
+        (["meta_info", "finish_reason"], None, "meta_info.finish_reason: expected an object"),
+        (["meta_info", "finish_reason"], {"type": "tired"}, "finish_reason.type='tired'"),
+        (["meta_info", "finish_reason"], {}, "finish_reason.type is missing"),
+        (
+            ["meta_info", "finish_reason"],
+            {"type": "stop", "matched": "NaN happened"},
+            "matched='NaN happened'",
+        ),
+        (["meta_info", "output_token_logprobs"], ..., "output_token_logprobs is missing"),
+        (
+            ["meta_info", "output_token_logprobs"],
+            [[-0.5, 4, None]],
+            "output_token_logprobs: expected one entry for",
+        ),
+        (
+            ["meta_info", "output_token_logprobs", 1],
+            [-0.25, 6, None],
+            r"output_token_logprobs\[1\]",
+        ),
+        (["meta_info", "output_token_logprobs", 1], [None, 5, None], r"output_token_logprobs\[1\]"),
+        (
+            ["meta_info", "output_token_logprobs", 1],
+            [float("nan"), 5, None],
+            r"output_token_logprobs\[1\]",
+        ),
+        (["meta_info", "weight_versions"], ..., "weight_versions is missing"),
+        (["meta_info", "weight_versions"], "7", "weight_versions='7'"),
+        (
+            ["meta_info", "weight_versions", 1, "start"],
+            1,
+            r"weight_versions\[1\] covers 1:3, expected to begin at 2",
+        ),
+        (["meta_info", "weight_versions", 1, "end"], 4, "weight_versions cover 4 of 3 tokens"),
+        (
+            ["meta_info", "weight_versions", 0, "version"],
+            "default",
+            r"weight_versions\[0\].version='default'",
+        ),
+    ],
+)
 def test_malformed_reply_is_refused_by_field(path, value, field):
-    """A reply that does not say what it must raises and names the field; no default ever takes its place."""
+    """A reply that does not say what it must raises and names the field; no default ever takes its
+    place.
+    """
     with pytest.raises(EngineFailure, match=field):
         parse_generation(changed(path, value), REQUEST)
 
 
 def test_fewer_tokens_than_asked_is_no_length():
-    """SGLang samples 2 tokens less than fit into its context and calls that length: refused, not taken as finished."""
+    """SGLang samples 2 tokens less than fit into its context and calls that length: refused, not
+    taken as finished.
+    """
     short = changed(["meta_info", "finish_reason"], {"type": "length", "length": 3})
-    with pytest.raises(EngineFailure, match="3 of max_new_tokens=5: the server's context is smaller"):
+    with pytest.raises(
+        EngineFailure, match="3 of max_new_tokens=5: the server's context is smaller"
+    ):
         parse_generation(short, ask((1, 2), max_new_tokens=5))
 
 
@@ -92,10 +142,17 @@ def test_stop_at_a_token_that_was_not_asked_for_is_refused():
         parse_generation(REPLY, ask((1, 2), max_new_tokens=3, stop_token_ids=(8,)))
 
 
-@pytest.mark.parametrize("status, kind", [(None, EngineUnavailable), (503, EngineUnavailable), (400, EngineFailure)])
+@pytest.mark.parametrize(
+    "status, kind", [(None, EngineUnavailable), (503, EngineUnavailable), (400, EngineFailure)]
+)
 def test_abort_tells_whose_fault_it_was(status, kind):
-    """A 200 with finish reason abort: 4xx inside blames the request, anything else can be served again."""
-    reply = changed(["meta_info", "finish_reason"], {"type": "abort", "message": "Aborted", "status_code": status})
+    """A 200 with finish reason abort: 4xx inside blames the request, anything else can be served
+    again.
+    """
+    reply = changed(
+        ["meta_info", "finish_reason"],
+        {"type": "abort", "message": "Aborted", "status_code": status},
+    )
     with pytest.raises(EngineFailure, match="Aborted") as caught:
         refuse_aborted(reply)
     assert type(caught.value) is kind
@@ -103,12 +160,26 @@ def test_abort_tells_whose_fault_it_was(status, kind):
 
 
 def test_request_says_what_was_asked():
-    """Ids, our request id, log-probabilities of new tokens only; greedy is temperature 0; top_k only when it cuts."""
-    body = generate_json(ask((5, 6), max_new_tokens=7, temperature=0.0, stop_token_ids=(2,), seed=3), "rid-1")
+    """Ids, our request id, log-probabilities of new tokens only; greedy is temperature 0; top_k
+    only when it cuts.
+    """
+    body = generate_json(
+        ask((5, 6), max_new_tokens=7, temperature=0.0, stop_token_ids=(2,), seed=3), "rid-1"
+    )
     assert body == {
-        "rid": "rid-1", "input_ids": [5, 6], "return_logprob": True, "logprob_start_len": -1, "stream": False,
-        "sampling_params": {"max_new_tokens": 7, "temperature": 0.0, "top_p": 1.0, "stop_token_ids": [2],
-                            "sampling_seed": 3}}
+        "rid": "rid-1",
+        "input_ids": [5, 6],
+        "return_logprob": True,
+        "logprob_start_len": -1,
+        "stream": False,
+        "sampling_params": {
+            "max_new_tokens": 7,
+            "temperature": 0.0,
+            "top_p": 1.0,
+            "stop_token_ids": [2],
+            "sampling_seed": 3,
+        },
+    }
     assert sampling_json(ask((5,), top_k=4).sampling)["top_k"] == 4
 
 
@@ -118,11 +189,16 @@ def test_without_stop_tokens_nothing_stops():
     assert "ignore_eos" not in sampling_json(ask((5,), stop_token_ids=(2,)).sampling)
 
 
-@pytest.mark.parametrize("request_, message", [
-    (ask((1, 61)), "prompt token id 61 is outside the vocabulary of 61"), (ask((1, -1)), "prompt token id -1"),
-    (ask((1,), stop_token_ids=(99,)), "stop token id 99"), (ask(()), "prompt is empty"),
-    (ask((1,) * 100, max_new_tokens=29), "prompt of 100 tokens.*129.*128"),
-])
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        (ask((1, 61)), "prompt token id 61 is outside the vocabulary of 61"),
+        (ask((1, -1)), "prompt token id -1"),
+        (ask((1,), stop_token_ids=(99,)), "stop token id 99"),
+        (ask(()), "prompt is empty"),
+        (ask((1,) * 100, max_new_tokens=29), "prompt of 100 tokens.*129.*128"),
+    ],
+)
 def test_limits_refuse_before_anything_is_sent(request_, message):
     """What SGLang would refuse, cut short or die of."""
     with pytest.raises(EngineFailure, match=message):

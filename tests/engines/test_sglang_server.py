@@ -1,6 +1,8 @@
-"""The client of one SGLang server against the fake: serving, bounds, deadlines, cancelling, retries, the API key.
+"""The client of one SGLang server against the fake: serving, bounds, deadlines, cancelling,
+retries, the API key.
 
-The fake is compared with a real server in tests/real_sglang; what is proven here holds as far as that comparison goes.
+The fake is compared with a real server in tests/real_sglang; what is proven here holds as far as
+that comparison goes.
 """
 
 import asyncio
@@ -22,13 +24,21 @@ KEY = "key-that-nobody-may-see"
 
 
 def client(url, **changes):
-    options = {"api_key": None, "vocab_size": 64, "max_context": 122, "max_in_flight": 64, "request_timeout_s": 20.0,
-               "control_timeout_s": 5.0, **changes}
+    options = {
+        "api_key": None,
+        "vocab_size": 64,
+        "max_context": 122,
+        "max_in_flight": 64,
+        "request_timeout_s": 20.0,
+        "control_timeout_s": 5.0,
+        **changes,
+    }
     return SglangServer(url, **options)
 
 
 def with_fake(scenario, *, fake=None, **changes):
     """Run ``scenario(server, fake)`` against a fake in this process."""
+
     async def run():
         async with fake or FakeSglang() as running:
             server = client(running.url, **changes)
@@ -50,10 +60,17 @@ async def until(condition):
 
 
 def test_generation_is_what_the_server_sampled():
-    """Greedy tokens are repeatable and have finite log-probabilities of the served version; LENGTH when all came."""
+    """Greedy tokens are repeatable and have finite log-probabilities of the served version; LENGTH
+    when all came.
+    """
+
     async def scenario(server, fake):
         first, again = await generate_all(server, [ask((1, 5), temperature=0.0)] * 2)
-        assert first == again and len(first.token_ids) == 20 and first.finish_reason is FinishReason.LENGTH
+        assert (
+            first == again
+            and len(first.token_ids) == 20
+            and first.finish_reason is FinishReason.LENGTH
+        )
         assert first.weight_versions == (3,) * 20 and np.isfinite(first.logprobs).all()
         assert (await server.health()).tokens_generated == 40
 
@@ -61,7 +78,10 @@ def test_generation_is_what_the_server_sampled():
 
 
 def test_stop_token_is_the_last_and_only_asked_for_ones_stop():
-    """Every token is a stop token, so one comes; without stop tokens the model's own end token is passed over."""
+    """Every token is a stop token, so one comes; without stop tokens the model's own end token is
+    passed over.
+    """
+
     async def scenario(server, fake):
         stopped = await server.generate(ask((1, 5), stop_token_ids=tuple(range(64))))
         assert len(stopped.token_ids) == 1 and stopped.finish_reason is FinishReason.STOP
@@ -72,7 +92,10 @@ def test_stop_token_is_the_last_and_only_asked_for_ones_stop():
 
 
 def test_requests_in_flight_are_bounded():
-    """40 callers, 5 slots: the server never sees more than 5; health counts both sides of the bound."""
+    """40 callers, 5 slots: the server never sees more than 5; health counts both sides of the
+    bound.
+    """
+
     async def scenario(server, fake):
         fake.faults.token_s = 0.002
         task = asyncio.create_task(generate_all(server, [ask((n + 1,)) for n in range(40)]))
@@ -86,6 +109,7 @@ def test_requests_in_flight_are_bounded():
 
 def test_cancelled_caller_aborts_on_the_server():
     """The abort names our request id, and the server is idle at once; other requests go on."""
+
     async def scenario(server, fake):
         fake.faults.token_s = 0.01
         cancelled, other = (asyncio.create_task(server.generate(ask((n,)))) for n in (1, 2))
@@ -100,7 +124,10 @@ def test_cancelled_caller_aborts_on_the_server():
 
 
 def test_deadline_aborts_and_says_unavailable():
-    """A generation that does not come is asked to stop and can be served elsewhere; the client stays usable."""
+    """A generation that does not come is asked to stop and can be served elsewhere; the client
+    stays usable.
+    """
+
     async def scenario(server, fake):
         fake.faults.hang = True
         with pytest.raises(EngineUnavailable, match=r"no generation within 0\.2 s"):
@@ -114,6 +141,7 @@ def test_deadline_aborts_and_says_unavailable():
 
 def test_pause_does_not_count_against_the_deadline():
     """Paused longer than the deadline, then served; the tokens before the pause are kept."""
+
     async def scenario(server, fake):
         fake.faults.token_s = 0.005
         task = asyncio.create_task(server.generate(ask((1,))))
@@ -128,9 +156,12 @@ def test_pause_does_not_count_against_the_deadline():
     with_fake(scenario, request_timeout_s=0.5)
 
 
-@pytest.mark.parametrize("fault", [{"drop": 2}, {"fail": 2, "fail_status": 503}], ids=["lost", "503"])
+@pytest.mark.parametrize(
+    "fault", [{"drop": 2}, {"fail": 2, "fail_status": 503}], ids=["lost", "503"]
+)
 def test_safe_failures_are_retried_under_a_new_id(fault):
     """Two failures, then served: one result, tokens counted once, and no request id used twice."""
+
     async def scenario(server, fake):
         for name, value in fault.items():
             setattr(fake.faults, name, value)
@@ -142,12 +173,21 @@ def test_safe_failures_are_retried_under_a_new_id(fault):
     with_fake(scenario)
 
 
-@pytest.mark.parametrize("fault, sent, message", [
-    ({"drop": 9}, 3, "ConnectionLost|Disconnected|disconnected"), ({"fail": 9, "fail_status": 503}, 3, "503"),
-    ({"fail": 9, "fail_status": 500}, 1, "500"), ({"abort": 9}, 1, "aborted the request: Aborted"),
-], ids=["lost", "503", "500", "abort"])
+@pytest.mark.parametrize(
+    "fault, sent, message",
+    [
+        ({"drop": 9}, 3, "ConnectionLost|Disconnected|disconnected"),
+        ({"fail": 9, "fail_status": 503}, 3, "503"),
+        ({"fail": 9, "fail_status": 500}, 1, "500"),
+        ({"abort": 9}, 1, "aborted the request: Aborted"),
+    ],
+    ids=["lost", "503", "500", "abort"],
+)
 def test_lasting_failures_are_unavailable(fault, sent, message):
-    """Bounded attempts, then EngineUnavailable: another server could serve it. 500 and abort are not repeated here."""
+    """Bounded attempts, then EngineUnavailable: another server could serve it. 500 and abort are
+    not repeated here.
+    """
+
     async def scenario(server, fake):
         for name, value in fault.items():
             setattr(fake.faults, name, value)
@@ -160,6 +200,7 @@ def test_lasting_failures_are_unavailable(fault, sent, message):
 
 def test_abort_that_blames_the_request_is_a_plain_failure():
     """No other server would do better, so nobody should redo it."""
+
     async def scenario(server, fake):
         fake.faults.abort, fake.faults.abort_status = 1, 400
         with pytest.raises(EngineFailure, match="400") as caught:
@@ -171,6 +212,7 @@ def test_abort_that_blames_the_request_is_a_plain_failure():
 
 def test_malformed_reply_is_a_failure_that_names_server_and_field():
     """A wrong server is not retried and gives no score."""
+
     async def scenario(server, fake):
         fake.spoil = lambda reply: {**reply, "output_ids": None}
         with pytest.raises(EngineFailure, match=f"{fake.url}/generate: output_ids: expected"):
@@ -183,11 +225,17 @@ def test_malformed_reply_is_a_failure_that_names_server_and_field():
 
 
 def test_killed_and_stopped_servers_are_unavailable(monkeypatch):
-    """SIGSTOP runs into deadlines, SIGKILL into refused connections; health says both without raising."""
+    """SIGSTOP runs into deadlines, SIGKILL into refused connections; health says both without
+    raising.
+    """
+
     async def scenario(server, process):
         await server.generate(ask((1,)))
         assert (await server.health()).alive
-        for signal_, message in ((signal.SIGSTOP, "no generation within"), (signal.SIGKILL, "cannot connect|Disconn")):
+        for signal_, message in (
+            (signal.SIGSTOP, "no generation within"),
+            (signal.SIGKILL, "cannot connect|Disconn"),
+        ):
             os.kill(process.pid, signal_)
             await asyncio.sleep(0.1)
             with pytest.raises(EngineUnavailable, match=message):
@@ -200,18 +248,29 @@ def test_killed_and_stopped_servers_are_unavailable(monkeypatch):
     monkeypatch.setattr("spark_nemo.engines.sglang.server.ABORT_TIMEOUT_S", 0.2)
     port = free_port()
     with fake_process(port) as process:
-        asyncio.run(scenario(client(f"http://127.0.0.1:{port}", request_timeout_s=1.0, control_timeout_s=0.5), process))
+        asyncio.run(
+            scenario(
+                client(f"http://127.0.0.1:{port}", request_timeout_s=1.0, control_timeout_s=0.5),
+                process,
+            )
+        )
 
 
 def test_key_is_sent_but_never_shown(caplog):
-    """In the header of every call; not in URLs, errors, logs, reprs or server_info, even if the server repeats it."""
+    """In the header of every call; not in URLs, errors, logs, reprs or server_info, even if the
+    server repeats it.
+    """
+
     async def scenario(server, fake):
         caplog.set_level(logging.DEBUG)
         fake.faults.fail = 1
         await server.generate(ask((1,)))
         await server.pause()
         await server.resume()
-        fake.faults.drop, texts = 9, [repr(server), repr(await server.server_info()), repr(vars(server))]
+        fake.faults.drop, texts = (
+            9,
+            [repr(server), repr(await server.server_info()), repr(vars(server))],
+        )
         with pytest.raises(EngineUnavailable) as caught:
             await server.generate(ask((1,)))
         texts.append(f"{caught.value!r} {caught.value.__cause__!r}")
@@ -227,6 +286,7 @@ def test_key_is_sent_but_never_shown(caplog):
 
 def test_wrong_key_is_said_plainly():
     """401 is no reason to try elsewhere."""
+
     async def scenario(server, fake):
         with pytest.raises(EngineFailure, match="401: the server wants another API key"):
             await server.generate(ask((1,)))
@@ -234,7 +294,9 @@ def test_wrong_key_is_said_plainly():
     with_fake(scenario, fake=FakeSglang(api_key="other"), api_key=KEY)
 
 
-@pytest.mark.parametrize("url", ["http://me:secret@host:1", "host:1", "http://host:1/v1", "ftp://host"])
+@pytest.mark.parametrize(
+    "url", ["http://me:secret@host:1", "host:1", "http://host:1/v1", "ftp://host"]
+)
 def test_bad_urls_are_refused_without_showing_a_password(url):
     """Only http://host:port; credentials in a URL would end up in logs."""
     with pytest.raises(ValueError, match="server url") as caught:
@@ -244,13 +306,16 @@ def test_bad_urls_are_refused_without_showing_a_password(url):
 
 def test_close_ends_what_is_in_flight_and_leaves_the_server():
     """Running and waiting callers get EngineUnavailable; the server is told; closing twice is fine."""
+
     async def scenario(server, fake):
         fake.faults.hang = True
         tasks = [asyncio.create_task(server.generate(ask((1,)))) for _ in range(4)]
         await until(lambda: len(fake.running) == 2)
         await server.close()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert all(isinstance(result, EngineUnavailable) and "closed" in str(result) for result in results)
+        assert all(
+            isinstance(result, EngineUnavailable) and "closed" in str(result) for result in results
+        )
         assert paths(fake).count("/abort_request") == 2
         await server.close()
         assert not (await server.health()).alive
@@ -260,6 +325,7 @@ def test_close_ends_what_is_in_flight_and_leaves_the_server():
 
 def test_probe_fails_of_a_wrong_key_on_a_healthy_server():
     """``/health`` wants no key, so it may not speak for a server that refuses every request."""
+
     async def scenario(server, fake):
         with pytest.raises(EngineFailure, match="another API key"):
             await server.probe(1.0)
@@ -268,9 +334,12 @@ def test_probe_fails_of_a_wrong_key_on_a_healthy_server():
 
 
 def test_probe_passes_a_server_full_of_other_peoples_requests():
-    """Behind a router, or shared by two runs, a server is full and this client has nothing there: a token of its own
-    would wait in the server's queue for minutes, and a sound server would be killed as hung. That SGLang's ``/health``
-    is 200 then, and asks the scheduler when nothing runs, is read from its http_server.py and not proven here."""
+    """Behind a router, or shared by two runs, a server is full and this client has nothing there: a
+    token of its own would wait in the server's queue for minutes, and a sound server would be
+    killed as hung. That SGLang's ``/health`` is 200 then, and asks the scheduler when nothing runs,
+    is read from its http_server.py and not proven here.
+    """
+
     async def scenario(server, fake):
         fake.faults.token_s = 30.0
         await server.probe(1.0)
@@ -279,7 +348,10 @@ def test_probe_passes_a_server_full_of_other_peoples_requests():
 
 
 def test_probe_passes_a_full_client():
-    """Every slot is taken by long work and the probe still gets its token; a hung scheduler does not give one."""
+    """Every slot is taken by long work and the probe still gets its token; a hung scheduler does
+    not give one.
+    """
+
     async def scenario(server, fake):
         fake.faults.token_s = 0.02
         task = asyncio.create_task(server.generate(ask((1,), max_new_tokens=100)))

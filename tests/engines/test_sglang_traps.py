@@ -1,4 +1,6 @@
-"""The traps of docs/engines.md, as a client meets them: the fake behaves as the real server was seen to."""
+"""The traps of docs/engines.md, as a client meets them: the fake behaves as the real server was
+seen to.
+"""
 
 import asyncio
 
@@ -23,9 +25,15 @@ async def running(server, fake, tokens=0, **sampling):
 
 
 def test_1_updates_outside_a_session_are_refused_at_once():
-    """The refusal comes back as an error while a broadcast would hang; inside a session the same calls succeed."""
+    """The refusal comes back as an error while a broadcast would hang; inside a session the same
+    calls succeed.
+    """
+
     async def scenario(server, fake):
-        for update in (server.update_weights_from_distributed(**BUCKET), server.update_weights_from_tensor(["aGk="])):
+        for update in (
+            server.update_weights_from_distributed(**BUCKET),
+            server.update_weights_from_tensor(["aGk="]),
+        ):
             with pytest.raises(EngineFailure, match="must run between begin_weight_update"):
                 await asyncio.wait_for(update, 2)
         await server.begin_weight_update()
@@ -34,7 +42,13 @@ def test_1_updates_outside_a_session_are_refused_at_once():
         with pytest.raises(EngineFailure, match="Group g not in"):
             await server.update_weights_from_distributed(**BUCKET)
         await server.init_weights_update_group(
-            master_address="127.0.0.1", master_port=1, rank_offset=1, world_size=2, group_name="g", backend="gloo")
+            master_address="127.0.0.1",
+            master_port=1,
+            rank_offset=1,
+            world_size=2,
+            group_name="g",
+            backend="gloo",
+        )
         await server.update_weights_from_distributed(**BUCKET, version=4)
         await server.update_weights_from_tensor(["aGk="], version=5)
         await server.end_weight_update()
@@ -47,13 +61,22 @@ def test_1_updates_outside_a_session_are_refused_at_once():
 
 
 def test_1_server_that_never_answers_an_update_is_unavailable():
-    """Joining a group waits for every rank; the caller gets its own time limit, not the control calls'."""
+    """Joining a group waits for every rank; the caller gets its own time limit, not the control
+    calls'.
+    """
+
     async def scenario(server, fake):
         start = asyncio.get_running_loop().time()
         with pytest.raises(EngineUnavailable, match=r"no answer within 0\.2 s"):
             await server.init_weights_update_group(
-                master_address="127.0.0.1", master_port=1, rank_offset=1, world_size=2, group_name="late",
-                backend="gloo", timeout_s=0.2)
+                master_address="127.0.0.1",
+                master_port=1,
+                rank_offset=1,
+                world_size=2,
+                group_name="late",
+                backend="gloo",
+                timeout_s=0.2,
+            )
         assert asyncio.get_running_loop().time() - start < 2
 
     class Slow(FakeSglang):
@@ -66,12 +89,20 @@ def test_1_server_that_never_answers_an_update_is_unavailable():
 @pytest.mark.parametrize("prompt", [(1, 64), (1, -1)])
 def test_3_ids_outside_the_vocabulary_never_reach_the_server(prompt):
     """The fake dies of them, as the real one does; the client refuses, and the server lives on."""
+
     async def scenario(server, fake):
         with pytest.raises(EngineFailure, match="outside the vocabulary of 64"):
             await server.generate(ask(prompt))
         assert paths(fake) == []
-        bold = SglangServer(fake.url, api_key=None, vocab_size=1000, max_context=100, max_in_flight=1,
-                            request_timeout_s=5, control_timeout_s=1)
+        bold = SglangServer(
+            fake.url,
+            api_key=None,
+            vocab_size=1000,
+            max_context=100,
+            max_in_flight=1,
+            request_timeout_s=5,
+            control_timeout_s=1,
+        )
         with pytest.raises(EngineUnavailable if prompt[1] > 0 else EngineFailure):
             await bold.generate(ask(prompt))
         await bold.close()
@@ -82,9 +113,12 @@ def test_3_ids_outside_the_vocabulary_never_reach_the_server(prompt):
 
 def test_4_logprobs_are_after_temperature():
     """At T=0.5 they differ from those of the same tokens at T=1; greedy reports T=1's."""
+
     async def scenario(server, fake):
         greedy = await server.generate(ask((1,), temperature=0.0, max_new_tokens=1))
-        sharp = [await server.generate(ask((1,), temperature=0.5, max_new_tokens=1)) for _ in range(20)]
+        sharp = [
+            await server.generate(ask((1,), temperature=0.5, max_new_tokens=1)) for _ in range(20)
+        ]
         same = [g.logprobs[0] for g in sharp if g.token_ids == greedy.token_ids]
         assert same and np.ptp(same) == 0 and same[0] > greedy.logprobs[0] + 0.1
 
@@ -92,7 +126,10 @@ def test_4_logprobs_are_after_temperature():
 
 
 def test_5_seed_is_sent():
-    """It has no effect without deterministic inference, which only the real server could show; it is in the body."""
+    """It has no effect without deterministic inference, which only the real server could show; it
+    is in the body.
+    """
+
     async def scenario(server, fake):
         await server.generate(ask((1,), seed=7))
         assert fake.calls[0][1]["sampling_params"]["sampling_seed"] == 7
@@ -102,6 +139,7 @@ def test_5_seed_is_sent():
 
 def test_6_health_is_503_during_a_pause_and_the_client_does_not_ask_it():
     """alive and paused, at once; a probe is refused instead of waiting for the end of the pause."""
+
     async def scenario(server, fake):
         await server.pause()
         health = await asyncio.wait_for(server.health(), 2)
@@ -117,15 +155,19 @@ def test_6_health_is_503_during_a_pause_and_the_client_does_not_ask_it():
 
 @pytest.mark.parametrize("mode", [None, PauseMode.IN_PLACE])
 def test_7_update_that_would_kill_or_block_is_refused(mode, tmp_path):
-    """0.5.21 asserts that the flush succeeded, which requests paused in place prevent; not paused, it would wait for
-    them. Without a flush the paused update goes through, and the tokens carry both versions."""
+    """0.5.21 asserts that the flush succeeded, which requests paused in place prevent; not paused,
+    it would wait for them. Without a flush the paused update goes through, and the tokens carry
+    both versions.
+    """
     (tmp_path / "config.json").touch()
 
     async def scenario(server, fake):
         task = await running(server, fake, tokens=4, max_new_tokens=30)
         if mode is not None:
             await server.pause(mode)
-        with pytest.raises(EngineFailure, match="flush_cache=True with 1 requests running kills the server"):
+        with pytest.raises(
+            EngineFailure, match="flush_cache=True with 1 requests running kills the server"
+        ):
             await server.update_weights_from_disk(tmp_path, 1)
         with pytest.raises(EngineFailure, match="releasing memory with 1 requests running"):
             await server.release_memory_occupation()
@@ -138,7 +180,9 @@ def test_7_update_that_would_kill_or_block_is_refused(mode, tmp_path):
 
 
 def test_7_retracted_requests_survive_an_update_with_flush(tmp_path):
-    """The default pause: cache dropped, weights replaced, nothing lost, every token knows its weights."""
+    """The default pause: cache dropped, weights replaced, nothing lost, every token knows its
+    weights.
+    """
     (tmp_path / "config.json").touch()
 
     async def scenario(server, fake):
@@ -147,14 +191,23 @@ def test_7_retracted_requests_survive_an_update_with_flush(tmp_path):
         await server.update_weights_from_disk(tmp_path, 1)
         await server.resume()
         result = await task
-        assert sorted(result.weight_versions) == list(result.weight_versions) and set(result.weight_versions) == {0, 1}
-        assert len(result.token_ids) == 30 and fake.flushes == 1 and (await server.health()).weight_version == 1
+        assert sorted(result.weight_versions) == list(result.weight_versions) and set(
+            result.weight_versions
+        ) == {0, 1}
+        assert (
+            len(result.token_ids) == 30
+            and fake.flushes == 1
+            and (await server.health()).weight_version == 1
+        )
 
     with_fake(scenario)
 
 
 def test_abort_pause_makes_requests_redoable():
-    """Mode abort ends them with HTTP 200 and what they have: EngineUnavailable, so that a fleet redoes them whole."""
+    """Mode abort ends them with HTTP 200 and what they have: EngineUnavailable, so that a fleet
+    redoes them whole.
+    """
+
     async def scenario(server, fake):
         task = await running(server, fake, max_new_tokens=30)
         await server.pause(PauseMode.ABORT)
@@ -166,15 +219,24 @@ def test_abort_pause_makes_requests_redoable():
 
 
 def test_9_context_is_smaller_than_it_says():
-    """SGLang serves a context of 128 in full up to 122 tokens and then samples fewer: check_limits refuses such a
-    client, and a reply that is too short is refused as well."""
+    """SGLang serves a context of 128 in full up to 122 tokens and then samples fewer: check_limits
+    refuses such a client, and a reply that is too short is refused as well.
+    """
+
     async def scenario(server, fake):
         await server.check_limits()
         assert len((await server.generate(ask((3,) * 100, max_new_tokens=22))).token_ids) == 22
         with pytest.raises(EngineFailure, match=r"123, over the context of 122"):
             await server.generate(ask((3,) * 100, max_new_tokens=23))
-        wide = SglangServer(fake.url, api_key=None, vocab_size=64, max_context=128, max_in_flight=1,
-                            request_timeout_s=5, control_timeout_s=1)
+        wide = SglangServer(
+            fake.url,
+            api_key=None,
+            vocab_size=64,
+            max_context=128,
+            max_in_flight=1,
+            request_timeout_s=5,
+            control_timeout_s=1,
+        )
         with pytest.raises(EngineFailure, match="max_context=128 is over the 122 tokens"):
             await wide.check_limits()
         with pytest.raises(EngineFailure, match="26 of max_new_tokens=28"):
@@ -186,8 +248,11 @@ def test_9_context_is_smaller_than_it_says():
 
 def test_refused_control_calls_carry_the_servers_words(tmp_path):
     """A missing folder and the checksum that 0.5.21 cannot do without CUDA."""
+
     async def scenario(server, fake):
-        with pytest.raises(EngineFailure, match="update_weights_from_disk: 400 Failed to get weights iterator"):
+        with pytest.raises(
+            EngineFailure, match="update_weights_from_disk: 400 Failed to get weights iterator"
+        ):
             await server.update_weights_from_disk(tmp_path, 1)
         with pytest.raises(EngineFailure, match="not compiled with CUDA"):
             await server.weights_checksum()
@@ -199,6 +264,7 @@ def test_refused_control_calls_carry_the_servers_words(tmp_path):
 
 def test_naming_weights_aborts_nothing():
     """SGLang's default would abort every request; ours does not."""
+
     async def scenario(server, fake):
         task = await running(server, fake, tokens=1)
         await server.update_weight_version(9)
@@ -208,7 +274,9 @@ def test_naming_weights_aborts_nothing():
 
 
 def test_7_update_waits_for_running_requests_when_not_paused(tmp_path):
-    """Without a pause an update begins when the last running request has ended: it stamps none of their tokens."""
+    """Without a pause an update begins when the last running request has ended: it stamps none of
+    their tokens.
+    """
     (tmp_path / "config.json").touch()
 
     async def scenario(server, fake):
@@ -220,7 +288,9 @@ def test_7_update_waits_for_running_requests_when_not_paused(tmp_path):
 
 
 def test_death_of_the_server_ends_everything_in_flight(tmp_path):
-    """Requests held in an in-place pause do not wait for a server that an update by somebody else has killed."""
+    """Requests held in an in-place pause do not wait for a server that an update by somebody else
+    has killed.
+    """
     (tmp_path / "config.json").touch()
 
     async def scenario(server, fake):

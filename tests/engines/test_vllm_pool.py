@@ -10,7 +10,13 @@ from fake_vllm import KEY, NAME, FakeVllm
 
 from spark_nemo.config import ConfigError, EngineConfig, PoolConfig
 from spark_nemo.config.compose import compose_config
-from spark_nemo.engines import EngineLost, Generation, GenerationRequest, SamplingParams, build_engine
+from spark_nemo.engines import (
+    EngineLost,
+    Generation,
+    GenerationRequest,
+    SamplingParams,
+    build_engine,
+)
 from spark_nemo.engines.fleet.process import ServerProcess
 from spark_nemo.engines.sglang import serve
 from spark_nemo.stages.checks import check_stage3
@@ -20,7 +26,9 @@ REQUEST = GenerationRequest((5, 6), SamplingParams(max_new_tokens=4, temperature
 
 
 def vllm(max_context: int = 60, **pool) -> EngineConfig:
-    return EngineConfig(kind="vllm", max_context=max_context, max_batch_size=4, policy=PoolConfig(**pool))
+    return EngineConfig(
+        kind="vllm", max_context=max_context, max_batch_size=4, policy=PoolConfig(**pool)
+    )
 
 
 def served_by(fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> Generation:
@@ -42,22 +50,39 @@ def test_a_given_vllm_server_serves_through_the_fleet(monkeypatch: pytest.Monkey
     assert served_by(FakeVllm(), monkeypatch).token_ids
 
 
-def test_log_probabilities_of_another_meaning_keep_a_server_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_probabilities_of_another_meaning_keep_a_server_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """vLLM's default is before temperature."""
     with pytest.raises(EngineLost, match="--logprobs-mode processed_logprobs"):
         served_by(FakeVllm(processed=False), monkeypatch)
 
 
-def test_a_launched_server_is_guarded_and_named_by_its_role(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launched_server_is_guarded_and_named_by_its_role(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """serve.py becomes vLLM; the key is in the environment only. Nothing is started here."""
     monkeypatch.setattr(ServerProcess, "launch", lambda self: None)
-    pool = {"servers": 1, "tensor_parallel": 2, "python": "/env/bin/python", "server_args": ["--enforce-eager"]}
+    pool = {
+        "servers": 1,
+        "tensor_parallel": 2,
+        "python": "/env/bin/python",
+        "server_args": ["--enforce-eager"],
+    }
     keeper = build_engine(vllm(**pool), ASSETS / "verifier", "policy", tmp_path)._members[0].keeper
     words = keeper._command("127.0.0.1", 1234)
     assert words[:4] == ["/env/bin/python", serve.__file__, "exec", "/env/bin/python"]
-    for said in ("--served-model-name policy", "--tensor-parallel-size 2", "--max-model-len 60", "--port 1234"):
+    for said in (
+        "--served-model-name policy",
+        "--tensor-parallel-size 2",
+        "--max-model-len 60",
+        "--port 1234",
+    ):
         assert said in " ".join(words)
-    assert keeper._environment["VLLM_API_KEY"] not in " ".join(words) and words[-1] == "--enforce-eager"
+    assert (
+        keeper._environment["VLLM_API_KEY"] not in " ".join(words)
+        and words[-1] == "--enforce-eager"
+    )
 
 
 def test_what_vllm_cannot_do_is_refused() -> None:
@@ -65,4 +90,6 @@ def test_what_vllm_cannot_do_is_refused() -> None:
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES"):
         build_engine(vllm(servers=1, first_gpu=1), ASSETS / "verifier", "policy")
     with pytest.raises(ConfigError, match="stage III needs sglang or local"):
-        check_stage3(compose_config(["+experiment=toy", "engine.kind=vllm", "pipeline.parallel_jobs=1"]))
+        check_stage3(
+            compose_config(["+experiment=toy", "engine.kind=vllm", "pipeline.parallel_jobs=1"])
+        )

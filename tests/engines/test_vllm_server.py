@@ -1,4 +1,6 @@
-"""The vLLM client against a fake of its protocol; tests/real_vllm compares the same client with the real server."""
+"""The vLLM client against a fake of its protocol; tests/real_vllm compares the same client with the
+real server.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +11,41 @@ import math
 import pytest
 from fake_vllm import CONTEXT, KEY, NAME, VOCAB, FakeVllm, logprobs_after
 
-from spark_nemo.engines import EngineFailure, EngineUnavailable, FinishReason, GenerationRequest, SamplingParams
+from spark_nemo.engines import (
+    EngineFailure,
+    EngineUnavailable,
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+)
 from spark_nemo.engines.vllm import VllmServer, server_command, server_environment
 
 
 def ask(*prompt: int, **sampling) -> GenerationRequest:
-    return GenerationRequest(prompt or (1, 2), SamplingParams(**{"max_new_tokens": 4, "temperature": 0.0, **sampling}))
+    return GenerationRequest(
+        prompt or (1, 2), SamplingParams(**{"max_new_tokens": 4, "temperature": 0.0, **sampling})
+    )
 
 
 def client(url: str, **settings) -> VllmServer:
-    return VllmServer(url, **{
-        "api_key": KEY, "served_name": NAME, "vocab_size": VOCAB, "max_context": CONTEXT, "max_in_flight": 8,
-        "request_timeout_s": 5.0, "control_timeout_s": 5.0, **settings})
+    return VllmServer(
+        url,
+        **{
+            "api_key": KEY,
+            "served_name": NAME,
+            "vocab_size": VOCAB,
+            "max_context": CONTEXT,
+            "max_in_flight": 8,
+            "request_timeout_s": 5.0,
+            "control_timeout_s": 5.0,
+            **settings,
+        },
+    )
 
 
 def with_server(scenario, fake: FakeVllm | None = None, **settings):
     """Run ``scenario(fake, engine)`` while the fake serves."""
+
     async def run():
         server = fake or FakeVllm()
         async with server.serve() as url:
@@ -38,7 +59,10 @@ def with_server(scenario, fake: FakeVllm | None = None, **settings):
 
 
 def test_ids_go_in_and_out_with_the_sampled_tokens_logprobs() -> None:
-    """Ids, log-probabilities after temperature and versions, one each; a stop token ends and is part of the answer."""
+    """Ids, log-probabilities after temperature and versions, one each; a stop token ends and is
+    part of the answer.
+    """
+
     async def scenario(fake, engine):
         full = await engine.generate(ask(temperature=0.5, seed=7))
         stopped = await engine.generate(ask(stop_token_ids=(full.token_ids[2],)))
@@ -46,7 +70,9 @@ def test_ids_go_in_and_out_with_the_sampled_tokens_logprobs() -> None:
 
     full, stopped, bodies = with_server(scenario, weight_version=3)
     context = (2, *full.token_ids)
-    assert full.logprobs == pytest.approx([logprobs_after(a, 0.5)[b] for a, b in itertools.pairwise(context)])
+    assert full.logprobs == pytest.approx(
+        [logprobs_after(a, 0.5)[b] for a, b in itertools.pairwise(context)]
+    )
     assert full.weight_versions == (3,) * 4 and full.finish_reason is FinishReason.LENGTH
     assert stopped.token_ids == full.token_ids[:3] and stopped.finish_reason is FinishReason.STOP
     assert bodies[0]["prompt"] == [1, 2] and bodies[0]["seed"] == 7 and "seed" not in bodies[1]
@@ -55,20 +81,41 @@ def test_ids_go_in_and_out_with_the_sampled_tokens_logprobs() -> None:
 @pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 3}])
 def test_under_a_cut_there_are_no_logprobs_rather_than_other_ones(cut: dict) -> None:
     """vLLM would give those of the cut distribution: NaN instead. A greedy request is not cut."""
+
     async def scenario(fake, engine):
         sampled, greedy = [await engine.generate(ask(temperature=t, **cut)) for t in (0.7, 0.0)]
         assert all(map(math.isnan, sampled.logprobs)) and not any(map(math.isnan, greedy.logprobs))
-        assert "logprobs" not in fake.bodies[0] and fake.bodies[1]["top_p"] == 1.0 and fake.bodies[1]["top_k"] == 0
+        assert (
+            "logprobs" not in fake.bodies[0]
+            and fake.bodies[1]["top_p"] == 1.0
+            and fake.bodies[1]["top_k"] == 0
+        )
 
     with_server(scenario)
 
 
-@pytest.mark.parametrize("request_", [
-    ask(max_new_tokens=CONTEXT), ask(VOCAB), ask(-1), ask(stop_token_ids=(VOCAB,)), ask(temperature=0.001),
-    GenerationRequest((), SamplingParams(max_new_tokens=1))],
-    ids=["too long", "above the vocabulary", "negative", "stop token", "colder than vLLM samples", "empty"])
+@pytest.mark.parametrize(
+    "request_",
+    [
+        ask(max_new_tokens=CONTEXT),
+        ask(VOCAB),
+        ask(-1),
+        ask(stop_token_ids=(VOCAB,)),
+        ask(temperature=0.001),
+        GenerationRequest((), SamplingParams(max_new_tokens=1)),
+    ],
+    ids=[
+        "too long",
+        "above the vocabulary",
+        "negative",
+        "stop token",
+        "colder than vLLM samples",
+        "empty",
+    ],
+)
 def test_what_would_be_refused_or_changed_is_not_sent(request_: GenerationRequest) -> None:
     """Also a temperature that vLLM raises without telling."""
+
     async def scenario(fake, engine):
         with pytest.raises(EngineFailure) as error:
             await engine.generate(request_)
@@ -77,12 +124,23 @@ def test_what_would_be_refused_or_changed_is_not_sent(request_: GenerationReques
     with_server(scenario)
 
 
-@pytest.mark.parametrize(("named", "change"), [
-    ("choices", {"choices": []}), ("prompt_token_ids", {"prompt_token_ids": [1]}), ("token_ids", {"token_ids": None}),
-    ("one entry for each", {"token_ids": [1, 2, 3, 4]}), ("finish_reason", {"finish_reason": "repetition"}),
-    ("max-model-len", {"token_ids": [1]}), ("stop token", {"finish_reason": "stop", "stop_reason": 5})])
+@pytest.mark.parametrize(
+    ("named", "change"),
+    [
+        ("choices", {"choices": []}),
+        ("prompt_token_ids", {"prompt_token_ids": [1]}),
+        ("token_ids", {"token_ids": None}),
+        ("one entry for each", {"token_ids": [1, 2, 3, 4]}),
+        ("finish_reason", {"finish_reason": "repetition"}),
+        ("max-model-len", {"token_ids": [1]}),
+        ("stop token", {"finish_reason": "stop", "stop_reason": 5}),
+    ],
+)
 def test_a_reply_that_does_not_answer_the_request_is_refused(named: str, change: dict) -> None:
-    """Above all ids that are not those the log-probabilities belong to; the message names the field."""
+    """Above all ids that are not those the log-probabilities belong to; the message names the
+    field.
+    """
+
     def changed(reply: dict) -> dict:
         return change if "choices" in change else {"choices": [{**reply["choices"][0], **change}]}
 
@@ -97,6 +155,7 @@ def test_a_reply_that_does_not_answer_the_request_is_refused(named: str, change:
 
 def test_an_aborted_request_could_be_served_elsewhere() -> None:
     """HTTP 200 with finish_reason abort is no generation."""
+
     async def scenario(fake, engine):
         fake.change = lambda reply: {"choices": [{**reply["choices"][0], "finish_reason": "abort"}]}
         with pytest.raises(EngineUnavailable, match="aborted"):
@@ -105,10 +164,20 @@ def test_an_aborted_request_could_be_served_elsewhere() -> None:
     with_server(scenario)
 
 
-@pytest.mark.parametrize(("statuses", "error", "sent"), [
-    ([503], None, 2), ([503] * 9, EngineUnavailable, 3), ([500], EngineUnavailable, 1), ([400], EngineFailure, 1)])
-def test_only_what_was_refused_for_now_is_sent_again(statuses: list[int], error: type | None, sent: int) -> None:
+@pytest.mark.parametrize(
+    ("statuses", "error", "sent"),
+    [
+        ([503], None, 2),
+        ([503] * 9, EngineUnavailable, 3),
+        ([500], EngineUnavailable, 1),
+        ([400], EngineFailure, 1),
+    ],
+)
+def test_only_what_was_refused_for_now_is_sent_again(
+    statuses: list[int], error: type | None, sent: int
+) -> None:
     """503 a few times; 500 is another server's to serve; 400 is nobody's."""
+
     async def scenario(fake, engine):
         fake.statuses = list(statuses)
         if error is None:
@@ -124,6 +193,7 @@ def test_only_what_was_refused_for_now_is_sent_again(statuses: list[int], error:
 
 def test_another_key_is_said_without_showing_the_key() -> None:
     """The commonest mistake of a server given by URL."""
+
     async def scenario(fake, engine):
         with pytest.raises(EngineFailure, match="401") as error:
             await engine.generate(ask())
@@ -134,6 +204,7 @@ def test_another_key_is_said_without_showing_the_key() -> None:
 
 def test_a_dead_server_is_unavailable_and_not_alive() -> None:
     """Nothing listens: the class that lets a fleet serve the request elsewhere."""
+
     async def scenario():
         engine = client("http://127.0.0.1:9")
         with pytest.raises(EngineUnavailable):
@@ -146,6 +217,7 @@ def test_a_dead_server_is_unavailable_and_not_alive() -> None:
 
 def test_a_late_request_ends_at_the_server_too() -> None:
     """The deadline closes the connection, on which vLLM aborts; the real test proves that it does."""
+
     async def scenario(fake, engine):
         fake.delay_s = 30.0
         with pytest.raises(EngineUnavailable, match=r"within 0\.05 s"):
@@ -158,6 +230,7 @@ def test_a_late_request_ends_at_the_server_too() -> None:
 
 def test_cancelling_and_closing_reach_the_server() -> None:
     """A cancelled caller's request and, on close, everything else; a closed client refuses."""
+
     async def scenario(fake, engine):
         fake.delay_s = 30.0
         tasks = [asyncio.create_task(engine.generate(ask())) for _ in range(3)]
@@ -167,7 +240,11 @@ def test_cancelling_and_closing_reach_the_server() -> None:
         assert fake.cancelled == 1
         await engine.close()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [type(result) for result in results] == [asyncio.CancelledError, EngineUnavailable, EngineUnavailable]
+        assert [type(result) for result in results] == [
+            asyncio.CancelledError,
+            EngineUnavailable,
+            EngineUnavailable,
+        ]
         await asyncio.sleep(0.05)
         assert fake.cancelled == 3
         with pytest.raises(EngineUnavailable, match="closed"):
@@ -178,6 +255,7 @@ def test_cancelling_and_closing_reach_the_server() -> None:
 
 def test_requests_in_flight_are_bounded() -> None:
     """Twenty callers, four connections at most; every one is served."""
+
     async def scenario(fake, engine):
         fake.delay_s = 0.01
         await asyncio.gather(*(engine.generate(ask()) for _ in range(20)))
@@ -188,6 +266,7 @@ def test_requests_in_flight_are_bounded() -> None:
 
 def test_health_and_probe_tell_a_sick_server() -> None:
     """/health for liveness, one real token for the rest."""
+
     async def scenario(fake, engine):
         await engine.probe(1.0)
         fake.healthy, fake.delay_s = False, 30.0
@@ -199,7 +278,10 @@ def test_health_and_probe_tell_a_sick_server() -> None:
 
 
 def test_a_probe_does_not_wait_behind_generations() -> None:
-    """With every connection taken by slow requests the probe still gets out: a busy server is not a hung one."""
+    """With every connection taken by slow requests the probe still gets out: a busy server is not a
+    hung one.
+    """
+
     async def scenario(fake, engine):
         fake.delay_s = 0.6
         busy = [asyncio.create_task(engine.generate(ask())) for _ in range(4)]
@@ -212,10 +294,18 @@ def test_a_probe_does_not_wait_behind_generations() -> None:
     with_server(scenario, max_in_flight=1)
 
 
-@pytest.mark.parametrize(("settings", "named"), [
-    ({"max_context": CONTEXT + 1}, "max-model-len"), ({"served_name": "other"}, "served-model-name")])
-def test_a_server_that_is_not_the_one_expected_is_refused_at_start(settings: dict, named: str) -> None:
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"max_context": CONTEXT + 1}, "max-model-len"),
+        ({"served_name": "other"}, "served-model-name"),
+    ],
+)
+def test_a_server_that_is_not_the_one_expected_is_refused_at_start(
+    settings: dict, named: str
+) -> None:
     """A shorter context would cut responses; another name is another model."""
+
     async def scenario(fake, engine):
         with pytest.raises(EngineFailure, match=named):
             await engine.check_limits()
@@ -225,7 +315,10 @@ def test_a_server_that_is_not_the_one_expected_is_refused_at_start(settings: dic
 
 @pytest.mark.parametrize("processed", [True, False])
 def test_the_logprobs_mode_of_a_server_is_found_out(processed: bool) -> None:
-    """A server given by URL may run in vLLM's default mode, before temperature: refused with the flag to set."""
+    """A server given by URL may run in vLLM's default mode, before temperature: refused with the
+    flag to set.
+    """
+
     async def scenario(fake, engine):
         await engine.check_limits()
         if processed:
@@ -239,6 +332,7 @@ def test_the_logprobs_mode_of_a_server_is_found_out(processed: bool) -> None:
 
 def test_weights_and_pauses_are_refused() -> None:
     """A trainer must not believe that its weights arrived, nor that sampling stopped."""
+
     async def scenario(fake, engine):
         for call in (engine.update_weights([], 1), engine.pause()):
             with pytest.raises(EngineFailure):
@@ -249,6 +343,8 @@ def test_weights_and_pauses_are_refused() -> None:
 
 def test_the_key_is_in_the_environment_and_not_on_the_command_line() -> None:
     """Whoever lists processes must not see it."""
-    line = server_command("python", "/m", port=1, served_name=NAME, max_context=64, max_batch_size=2)
+    line = server_command(
+        "python", "/m", port=1, served_name=NAME, max_context=64, max_batch_size=2
+    )
     assert server_environment({"A": "b"}, KEY)["VLLM_API_KEY"] == KEY and KEY not in " ".join(line)
     assert line[line.index("--logprobs-mode") + 1] == "processed_logprobs"

@@ -5,7 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from spark_nemo.engines.base import Engine, EngineHealth, FinishReason, Generation, GenerationRequest
+from spark_nemo.engines.base import (
+    Engine,
+    EngineHealth,
+    FinishReason,
+    Generation,
+    GenerationRequest,
+)
 
 END = 256
 
@@ -23,7 +29,9 @@ class Bytes:
 
 
 class Scripted(Engine):
-    """Says what ``script`` says of a prompt and how often that prompt has come; an exception is raised."""
+    """Says what ``script`` says of a prompt and how often that prompt has come; an exception is
+    raised.
+    """
 
     def __init__(self, script: Callable[[str, int], str | Exception]) -> None:
         self.script, self.seen, self.seeds, self.alive, self.closed = script, {}, [], True, False
@@ -42,7 +50,12 @@ class Scripted(Engine):
             raise said
         cut = said.endswith("...")
         ids = tuple(said.encode()) if cut else (*said.encode(), END)
-        return Generation(ids, (0.0,) * len(ids), (0,) * len(ids), FinishReason.LENGTH if cut else FinishReason.STOP)
+        return Generation(
+            ids,
+            (0.0,) * len(ids),
+            (0,) * len(ids),
+            FinishReason.LENGTH if cut else FinishReason.STOP,
+        )
 
     async def update_weights(self, tensors, version) -> None: ...
     async def pause(self) -> None: ...

@@ -22,14 +22,33 @@ from spark_nemo.evaluation import (
 )
 from spark_nemo.evaluation.completions import read_completions
 
-DATA = Path(os.environ.get("SPARK_NEMO_DATA") or Path(__file__).parents[2].parent / "shared" / "data") / "math"
+DATA = (
+    Path(os.environ.get("SPARK_NEMO_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
+    / "math"
+)
 
 
-@pytest.mark.parametrize("predicted, gold", [
-    ("42", "42"), (" 42. ", "42"), ("$42$", "42"), ("27.0", "27"), ("1,000", "1000"), ("-3", "-3.00"), ("x = 7", "7"),
-    ("0.5", r"\frac{1}{2}"), (r"\dfrac12", r"\frac{1}{2}"), ("1/3", "2/6"), (r"-\frac{1}{2}", r"\frac{-1}{2}"),
-    (r"\text{Evelyn}", "Evelyn"), (r"90^\circ", "90"), (r"50\%", "50"), (r"\left( 1,\ 2 \right)", "(1,2)"), ("+5", "5"),
-])
+@pytest.mark.parametrize(
+    "predicted, gold",
+    [
+        ("42", "42"),
+        (" 42. ", "42"),
+        ("$42$", "42"),
+        ("27.0", "27"),
+        ("1,000", "1000"),
+        ("-3", "-3.00"),
+        ("x = 7", "7"),
+        ("0.5", r"\frac{1}{2}"),
+        (r"\dfrac12", r"\frac{1}{2}"),
+        ("1/3", "2/6"),
+        (r"-\frac{1}{2}", r"\frac{-1}{2}"),
+        (r"\text{Evelyn}", "Evelyn"),
+        (r"90^\circ", "90"),
+        (r"50\%", "50"),
+        (r"\left( 1,\ 2 \right)", "(1,2)"),
+        ("+5", "5"),
+    ],
+)
 def test_equal_answers_are_recognised_without_the_checker(predicted, gold):
     """The common notations of one value; the worker process is not asked."""
     before = shared_checker().stats.questions
@@ -37,22 +56,45 @@ def test_equal_answers_are_recognised_without_the_checker(predicted, gold):
     assert shared_checker().stats.questions == before
 
 
-@pytest.mark.parametrize("predicted, gold", [
-    (None, "1"), ("", "1"), ("  ", ""), ("41", "42"), ("420", "42"), ("4 2", "43"), ("6 = 5", "5"),
-    ("5} \\boxed{6", "6"), ("5 = 6 = 5", "5"), ("9" * 2000, "9"), ("\\boxed{5}", "5"),
-])
+@pytest.mark.parametrize(
+    "predicted, gold",
+    [
+        (None, "1"),
+        ("", "1"),
+        ("  ", ""),
+        ("41", "42"),
+        ("420", "42"),
+        ("4 2", "43"),
+        ("6 = 5", "5"),
+        ("5} \\boxed{6", "6"),
+        ("5 = 6 = 5", "5"),
+        ("9" * 2000, "9"),
+        ("\\boxed{5}", "5"),
+    ],
+)
 def test_wrong_and_tricky_answers_are_refused_without_the_checker(predicted, gold):
-    """``6 = 5`` and two boxes are what a policy might learn: math-verify 0.9 accepts the first for 5."""
+    """``6 = 5`` and two boxes are what a policy might learn: math-verify 0.9 accepts the first for
+    5.
+    """
     before = shared_checker().stats.questions
     assert not answer_matches(predicted, gold)
     assert shared_checker().stats.questions == before
 
 
-@pytest.mark.parametrize("predicted, gold, equal", [
-    (r"(3, \pi/2)", r"\left( 3, \frac{\pi}{2} \right)", True), ("1+x^2", "x^2+1", True),
-    (r"\sqrt{12}", r"2\sqrt{3}", True), ("10^3", "1000", True), ("x^2+2", "x^2+1", False), ("1/2", "1/3", False),
-    ("5, 6", "5", False), ("5 or 6", "5", False), (r"\frac{1}{0}", "1", False),
-])
+@pytest.mark.parametrize(
+    "predicted, gold, equal",
+    [
+        (r"(3, \pi/2)", r"\left( 3, \frac{\pi}{2} \right)", True),
+        ("1+x^2", "x^2+1", True),
+        (r"\sqrt{12}", r"2\sqrt{3}", True),
+        ("10^3", "1000", True),
+        ("x^2+2", "x^2+1", False),
+        ("1/2", "1/3", False),
+        ("5, 6", "5", False),
+        ("5 or 6", "5", False),
+        (r"\frac{1}{0}", "1", False),
+    ],
+)
 def test_symbolic_answers_go_to_math_verify(predicted, gold, equal):
     """Equal and unequal expressions; listing several answers does not hit one of them."""
     assert answer_matches(predicted, gold) == equal
@@ -66,7 +108,7 @@ def test_normalising_never_fails(text):
     assert answer_matches(text, text) == bool(text.strip())
 
 
-@given(st.integers(-10**30, 10**30), st.integers(-10**30, 10**30))
+@given(st.integers(-(10**30), 10**30), st.integers(-(10**30), 10**30))
 @settings(max_examples=100, deadline=None)
 def test_integers_are_compared_exactly(left, right):
     """Beyond the precision of a float, too."""
@@ -84,8 +126,17 @@ def impatient_checker():
     checker.close()
 
 
-@pytest.mark.parametrize("hostile", ["9^{9^{9^{9^9}}}", "10^{10^{10}}", "(" * 400 + "1" + ")" * 400, "99999999999!",
-                                     "\\int_0^1 x^{x^{x^{x^x}}} dx", "\x00\ud800"])
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "9^{9^{9^{9^9}}}",
+        "10^{10^{10}}",
+        "(" * 400 + "1" + ")" * 400,
+        "99999999999!",
+        "\\int_0^1 x^{x^{x^{x^x}}} dx",
+        "\x00\ud800",
+    ],
+)
 def test_a_hostile_answer_costs_at_most_its_time_limit(hostile, impatient_checker):
     """Within the limit it is judged wrong, and the checker answers the next question."""
     checker = impatient_checker
@@ -98,7 +149,9 @@ def test_a_hostile_answer_costs_at_most_its_time_limit(hostile, impatient_checke
 
 
 def test_a_late_answer_is_counted():
-    """A worker that stands still costs a timeout, "not equal" is reported, and a new worker takes over."""
+    """A worker that stands still costs a timeout, "not equal" is reported, and a new worker takes
+    over.
+    """
     checker = MathChecker(limit_s=20.0)
     assert checker.equivalent("1+x", "x+1")
     checker._process.send_signal(signal.SIGSTOP)
@@ -126,8 +179,10 @@ def test_a_worker_that_dies_is_counted_and_replaced():
 def test_eval_problems_are_read(tmp_path):
     """Questions and answers come apart: the Problem that a policy sees has no answer in it."""
     path = tmp_path / "eval.jsonl"
-    path.write_text('{"problem_id": "a", "question": "1+1?", "answer": 2, "source": "x"}\n\n'
-                    '{"problem_id": "b", "question": "half?", "answer": "\\\\frac12", "level": 3}\n')
+    path.write_text(
+        '{"problem_id": "a", "question": "1+1?", "answer": 2, "source": "x"}\n\n'
+        '{"problem_id": "b", "question": "half?", "answer": "\\\\frac12", "level": 3}\n'
+    )
     first, second = read_eval_problems(path)
     assert (first.problem.problem_id, first.problem.source, first.answer) == ("a", "x", "2")
     assert second.answer == r"\frac12"
@@ -136,43 +191,58 @@ def test_eval_problems_are_read(tmp_path):
 
 
 def test_a_number_identifies_a_problem_in_every_file(tmp_path):
-    """Held-out problems, answer keys, and completions that were saved meet under one name however each file writes it;
-    two ways of writing it in one file are one problem twice."""
+    """Held-out problems, answer keys, and completions that were saved meet under one name however
+    each file writes it; two ways of writing it in one file are one problem twice.
+    """
     path, saved = tmp_path / "eval.jsonl", tmp_path / "completions.jsonl"
     path.write_text('{"problem_id": 60, "question": "1+1?", "answer": 2}\n')
     saved.write_text('{"problem_id": 60, "text": "\\\\boxed{2}"}\n')
-    assert [p.problem.problem_id for p in read_eval_problems(path)] == list(read_answer_keys(path)) == ["60"]
+    assert (
+        [p.problem.problem_id for p in read_eval_problems(path)]
+        == list(read_answer_keys(path))
+        == ["60"]
+    )
     assert read_completions(saved)[0].problem_id == "60"
     path.write_text('{"problem_id": "60", "question": "?", "answer": 2}\n' + path.read_text())
-    with pytest.raises(DataFileError, match=r"line 2: .*repeats '60': .*an integer and a string of its digits"):
+    with pytest.raises(
+        DataFileError, match=r"line 2: .*repeats '60': .*an integer and a string of its digits"
+    ):
         read_eval_problems(path)
 
 
-@pytest.mark.parametrize("row, message", [
-    ({"question": "q", "answer": "1"}, "line 2: field 'problem_id' is missing"),
-    ({"problem_id": "b", "answer": "1"}, "line 2: field 'question' is missing"),
-    ({"problem_id": "b", "question": "q"}, "line 2: field 'answer' is missing"),
-    ({"problem_id": "b", "question": "q", "answer": True}, "field 'answer' is True"),
-    ({"problem_id": "b", "question": "q", "answer": ""}, "field 'answer' is blank"),
-    ({"problem_id": 7.0, "question": "q", "answer": "1"}, "field 'problem_id' is 7.0"),
-    ({"problem_id": True, "question": "q", "answer": "1"}, "field 'problem_id' is True"),
-    ({"problem_id": "a", "question": "q", "answer": "1"}, "repeats 'a'"),
-    ({"problem_id": "b", "question": "q", "answer": "1", "source": 1}, "field 'source'"),
-])
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"question": "q", "answer": "1"}, "line 2: field 'problem_id' is missing"),
+        ({"problem_id": "b", "answer": "1"}, "line 2: field 'question' is missing"),
+        ({"problem_id": "b", "question": "q"}, "line 2: field 'answer' is missing"),
+        ({"problem_id": "b", "question": "q", "answer": True}, "field 'answer' is True"),
+        ({"problem_id": "b", "question": "q", "answer": ""}, "field 'answer' is blank"),
+        ({"problem_id": 7.0, "question": "q", "answer": "1"}, "field 'problem_id' is 7.0"),
+        ({"problem_id": True, "question": "q", "answer": "1"}, "field 'problem_id' is True"),
+        ({"problem_id": "a", "question": "q", "answer": "1"}, "repeats 'a'"),
+        ({"problem_id": "b", "question": "q", "answer": "1", "source": 1}, "field 'source'"),
+    ],
+)
 def test_a_malformed_line_is_named(tmp_path, row, message):
     """File, line and field are in the message."""
     path = tmp_path / "eval.jsonl"
-    path.write_text(json.dumps({"problem_id": "a", "question": "q", "answer": "1"}) + "\n" + json.dumps(row))
+    path.write_text(
+        json.dumps({"problem_id": "a", "question": "q", "answer": "1"}) + "\n" + json.dumps(row)
+    )
     with pytest.raises(DataFileError) as caught:
         read_eval_problems(path)
     assert message in str(caught.value) and str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("name, field, count", [
-    ("math500", "answer", 500), ("aime24", "answer", 30), ("amc23", "answer", 40)])
+@pytest.mark.parametrize(
+    "name, field, count",
+    [("math500", "answer", 500), ("aime24", "answer", 30), ("amc23", "answer", 40)],
+)
 def test_every_real_key_matches_itself_and_not_the_next(name, field, count):
-    """On public evaluation sets a key equals itself in another writing, and neighbouring keys that differ as text do
-    not all match; the latter would show a matcher that says yes to everything."""
+    """On public evaluation sets a key equals itself in another writing, and neighbouring keys that
+    differ as text do not all match; the latter would show a matcher that says yes to everything.
+    """
     path = DATA / f"{name}.jsonl"
     if not path.exists():
         pytest.skip(f"{path} is not here: set SPARK_NEMO_DATA")

@@ -1,4 +1,6 @@
-"""A thousand answers that were made to hang, exhaust or crash a checker, and the limits of the processes that judge."""
+"""A thousand answers that were made to hang, exhaust or crash a checker, and the limits of the
+processes that judge.
+"""
 
 from __future__ import annotations
 
@@ -32,26 +34,108 @@ def hostile_answers() -> list[str]:
     rng = random.Random(0)
     digits = "".join(rng.choices("123456789", k=400))
     made = [tower(base, height) for base in (2, 3, 9, 10) for height in (2, 3, 4, 9, 60)]
-    made += [f"{10 ** k + 7}!" for k in range(3, 15)] + ["9" + "!" * k for k in (2, 3, 30, 300)]
+    made += [f"{10**k + 7}!" for k in range(3, 15)] + ["9" + "!" * k for k in (2, 3, 30, 300)]
     made += [f"{a}^{b}" for a in (9, 99, digits[:90]) for b in (999999, 99999999, digits[:40])]
-    made += [opening * n + "1" + closing * n for n in (10, 60, 150, 190) for opening, closing in (
-        ("(", ")"), ("{", "}"), ("[", "]"), ("\\sqrt{", "}"), ("\\frac{1}{", "}"), ("\\left(", "\\right)"), ("|", "|"),
-        ("\\boxed{", "}"), ("-", ""), ("\\text{", "}"), ("\\begin{pmatrix}", "\\end{pmatrix}"))]
-    made += ["{" * 50, "}" * 50, "}{" * 40, "\\boxed{5", "5}", "5} \\boxed{6", "\\boxed{\\boxed{5}}", "\\{\\}\\{", "\\"]
+    made += [
+        opening * n + "1" + closing * n
+        for n in (10, 60, 150, 190)
+        for opening, closing in (
+            ("(", ")"),
+            ("{", "}"),
+            ("[", "]"),
+            ("\\sqrt{", "}"),
+            ("\\frac{1}{", "}"),
+            ("\\left(", "\\right)"),
+            ("|", "|"),
+            ("\\boxed{", "}"),
+            ("-", ""),
+            ("\\text{", "}"),
+            ("\\begin{pmatrix}", "\\end{pmatrix}"),
+        )
+    ]
+    made += [
+        "{" * 50,
+        "}" * 50,
+        "}{" * 40,
+        "\\boxed{5",
+        "5}",
+        "5} \\boxed{6",
+        "\\boxed{\\boxed{5}}",
+        "\\{\\}\\{",
+        "\\",
+    ]
     made += [letter * MEGABYTE for letter in ("9", "(", "\\", "{", " ", "é", "\x00")]
-    made += ["\\boxed{" * (MEGABYTE // 7), "1+" * (MEGABYTE // 2) + "1", "\\frac{1}{2}" * (MEGABYTE // 11)]
-    made += ["\\int_0^1 x^{x^{x^x}} dx", "\\sum_{n=1}^{10^{100}} n^{-n}", "\\prod_{k=1}^{99999999} k",
-             "\\lim_{x \\to 0} \\frac{\\sin(\\sin(\\sin x))}{x^{x^x}}", "\\binom{10^9}{5 \\cdot 10^8}",
-             "\\sin(10^{10^{10}})", "\\log_{0}(0)", "\\frac{0}{0}", "\\frac{1}{0}^{\\frac{1}{0}}", "\\sqrt[0]{1}",
-             "\\Gamma(10^{12})", "0^0", "\\zeta(3)^{\\pi}", "\\lfloor 9^{9^9} \\rfloor", "1_000", "0x10", "1e999",
-             "x^{y^{z^{x^{y^z}}}} = x", "i^{i^{i^{i^i}}}", "10^{-10^{10}}", "(-1)^{10^{99}/3}", "\\infty - \\infty",
-             "\\{1, 2, \\ldots, 10^{12}\\}", "[0, 10^{99})", "(1,2,3) \\cup [4,9!!!]", "e^{e^{e^{79}}}",
-             "\\begin{pmatrix}" + " & ".join("9^9" for _ in range(100)) + "\\end{pmatrix}^{99}",
-             "__import__('os').system('kill 1')", "exec('while True: pass')", "x" * 900, "\\mathrm{" + "a" * 900 + "}"]
+    made += [
+        "\\boxed{" * (MEGABYTE // 7),
+        "1+" * (MEGABYTE // 2) + "1",
+        "\\frac{1}{2}" * (MEGABYTE // 11),
+    ]
+    made += [
+        "\\int_0^1 x^{x^{x^x}} dx",
+        "\\sum_{n=1}^{10^{100}} n^{-n}",
+        "\\prod_{k=1}^{99999999} k",
+        "\\lim_{x \\to 0} \\frac{\\sin(\\sin(\\sin x))}{x^{x^x}}",
+        "\\binom{10^9}{5 \\cdot 10^8}",
+        "\\sin(10^{10^{10}})",
+        "\\log_{0}(0)",
+        "\\frac{0}{0}",
+        "\\frac{1}{0}^{\\frac{1}{0}}",
+        "\\sqrt[0]{1}",
+        "\\Gamma(10^{12})",
+        "0^0",
+        "\\zeta(3)^{\\pi}",
+        "\\lfloor 9^{9^9} \\rfloor",
+        "1_000",
+        "0x10",
+        "1e999",
+        "x^{y^{z^{x^{y^z}}}} = x",
+        "i^{i^{i^{i^i}}}",
+        "10^{-10^{10}}",
+        "(-1)^{10^{99}/3}",
+        "\\infty - \\infty",
+        "\\{1, 2, \\ldots, 10^{12}\\}",
+        "[0, 10^{99})",
+        "(1,2,3) \\cup [4,9!!!]",
+        "e^{e^{e^{79}}}",
+        "\\begin{pmatrix}" + " & ".join("9^9" for _ in range(100)) + "\\end{pmatrix}^{99}",
+        "__import__('os').system('kill 1')",
+        "exec('while True: pass')",
+        "x" * 900,
+        "\\mathrm{" + "a" * 900 + "}",
+    ]
     codes = (0, 1, 7, 27, 0x7F, 0x85, 0x202E, 0xFEFF, 0xFF15, 0x661, 0x1D7DC, 0xD800, 0x10FFFF)
     made += [chr(code) * n for code in codes for n in (1, 40)]
-    pieces = ("\\frac{", "\\sqrt{", "}", "{", "^", "_", "(", ")", "\\left(", "\\right)", "x", "9", "!", "\\pi", "+",
-              "=", "\\boxed{", "&", "\\\\", ",", " ", "\n", "\\cdot", "|", "∑", "\\sin", "\\in", "\\mathbb{R}", "%")
+    pieces = (
+        "\\frac{",
+        "\\sqrt{",
+        "}",
+        "{",
+        "^",
+        "_",
+        "(",
+        ")",
+        "\\left(",
+        "\\right)",
+        "x",
+        "9",
+        "!",
+        "\\pi",
+        "+",
+        "=",
+        "\\boxed{",
+        "&",
+        "\\\\",
+        ",",
+        " ",
+        "\n",
+        "\\cdot",
+        "|",
+        "∑",
+        "\\sin",
+        "\\in",
+        "\\mathbb{R}",
+        "%",
+    )
     while len(made) < COUNT:
         made.append("".join(rng.choices(pieces, k=rng.choice((3, 8, 20, 60)))))
     return made[:COUNT]
@@ -81,9 +165,13 @@ def pool(monkeypatch: pytest.MonkeyPatch, workers: CheckerPool):
 
 
 @pytest.mark.timeout(300)
-def test_a_thousand_hostile_answers_each_get_a_judgement_within_the_limit(pool: CheckerPool) -> None:
-    """Proves none hangs or raises, each costs at most its limit, all are judged not equal but for real equalities, and
-    the pool still judges rightly afterwards: every child that was killed has been replaced."""
+def test_a_thousand_hostile_answers_each_get_a_judgement_within_the_limit(
+    pool: CheckerPool,
+) -> None:
+    """Proves none hangs or raises, each costs at most its limit, all are judged not equal but for
+    real equalities, and the pool still judges rightly afterwards: every child that was killed has
+    been replaced.
+    """
     made, spent, stats = hostile_answers(), [], pool.stats
     assert len(made) == COUNT and sum(len(answer) >= MEGABYTE - 10 for answer in made) >= 10
     golds = ("123456", "\\frac{x^2+1}{7}", "(3, \\frac{\\pi}{2})", "5")
@@ -100,18 +188,25 @@ def test_a_thousand_hostile_answers_each_get_a_judgement_within_the_limit(pool: 
     seconds = time.monotonic() - begin
     assert all(isinstance(judgement, Judgement) for judgement in judged)
     # The two seconds are what a worker may need for replacing a child on a busy machine.
-    assert max(spent) < LIMIT_S + GRACE_S + 2 and seconds < COUNT * LIMIT_S / WORKERS, (max(spent), seconds)
+    assert max(spent) < LIMIT_S + GRACE_S + 2 and seconds < COUNT * LIMIT_S / WORKERS, (
+        max(spent),
+        seconds,
+    )
     assert judged.count(Judgement.EQUAL) <= 5 and judged.count(Judgement.LATE) >= 20
     late, died = pool.stats.timeouts - stats.timeouts, pool.stats.crashes - stats.crashes
     assert (late, died) == (judged.count(Judgement.LATE), judged.count(Judgement.DIED))
     for each in pool._checkers:
         each.limit_s = 60.0
     with ThreadPoolExecutor(WORKERS) as threads:
-        assert all(threads.map(lambda k: pool.equivalent(f"x^2+{k}", f"{k}+x^2"), range(2 * WORKERS)))
+        assert all(
+            threads.map(lambda k: pool.equivalent(f"x^2+{k}", f"{k}+x^2"), range(2 * WORKERS))
+        )
 
 
 def test_a_score_says_how_many_answers_nobody_could_judge(pool: CheckerPool) -> None:
-    """Proves they count as wrong and are counted, and that megabytes of nested boxes are read at once."""
+    """Proves they count as wrong and are counted, and that megabytes of nested boxes are read at
+    once.
+    """
     problems = [answers.EvalProblem(Problem(f"p{i}", "?"), "\\sqrt{2}") for i in range(3)]
     nested = "\\boxed{" * 140_000 + "1" + "}" * 140_000
     texts = ["\\boxed{" + tower(9, 5) + "}", nested, "\\boxed{2^{1/2}}"]
@@ -119,8 +214,14 @@ def test_a_score_says_how_many_answers_nobody_could_judge(pool: CheckerPool) -> 
     assert len(extract_boxed(nested)) > MEGABYTE and time.monotonic() - begin < 5
     for each in pool._checkers:
         each.limit_s = 3.0
-    score = score_completions([SavedCompletion(f"p{i}", 0, True, text) for i, text in enumerate(texts)], problems)
-    assert score.unjudged == 1 and score.values["greedy pass@1"] == {"p0": False, "p1": False, "p2": True}
+    score = score_completions(
+        [SavedCompletion(f"p{i}", 0, True, text) for i, text in enumerate(texts)], problems
+    )
+    assert score.unjudged == 1 and score.values["greedy pass@1"] == {
+        "p0": False,
+        "p1": False,
+        "p2": True,
+    }
 
 
 ASK_TWICE = """
@@ -134,21 +235,34 @@ for function in (lambda gold, answer: {harm}, real):
     print(child.ask(b'{{"gold": "1+x", "answer": "x+1", "limit_s": 60}}\\n', 60.0))
     child.end()
 """
-"""A child that does harm, and then one that judges, forked from a process of the size that the supervisor has: this
-one's address space, after other tests, is beyond the child's limit."""
+"""A child that does harm, and then one that judges, forked from a process of the size that the
+supervisor has: this one's address space, after other tests, is beyond the child's limit.
+"""
 
 
-@pytest.mark.parametrize("harm", [
-    "os.kill(os.getpid(), signal.SIGKILL)", "os._exit(0)", "bytearray(3 * MEMORY_LIMIT_BYTES // 2) is None",
-], ids=["killed", "exit", "too much memory"])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        "os._exit(0)",
+        "bytearray(3 * MEMORY_LIMIT_BYTES // 2) is None",
+    ],
+    ids=["killed", "exit", "too much memory"],
+)
 def test_a_child_that_ends_is_an_answer_not_judged_and_is_replaced(harm: str) -> None:
-    """Proves a kill, an exit and an allocation beyond the limit are no answer, and that the next one is judged."""
-    done = subprocess.run([sys.executable, "-c", ASK_TWICE.format(harm=harm)], capture_output=True, text=True)
+    """Proves a kill, an exit and an allocation beyond the limit are no answer, and that the next
+    one is judged.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", ASK_TWICE.format(harm=harm)], capture_output=True, text=True
+    )
     assert done.stdout.split() == ["died", "equal"], done.stderr
 
 
 def test_the_memory_of_a_judging_process_is_bounded() -> None:
-    """Proves the kernel knows the limit of the process that looks at answers; what it then does is another's test."""
+    """Proves the kernel knows the limit of the process that looks at answers; what it then does is
+    another's test.
+    """
     checker = MathChecker(60.0)
     assert checker.equivalent("1+x", "x+1")
     worker = checker._process.pid
@@ -157,13 +271,18 @@ def test_the_memory_of_a_judging_process_is_bounded() -> None:
     checker.close()
     assert not Path(f"/proc/{worker}").exists()
     deadline = time.monotonic() + 30
-    while Path(f"/proc/{child}").exists() and "State:\tZ" not in Path(f"/proc/{child}/status").read_text():
+    while (
+        Path(f"/proc/{child}").exists()
+        and "State:\tZ" not in Path(f"/proc/{child}/status").read_text()
+    ):
         assert time.monotonic() < deadline, "the child outlives its supervisor"
         time.sleep(0.05)
 
 
 def test_an_interrupted_question_leaves_no_answer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C between question and reply: the reply that still comes must not be taken for that of the next question."""
+    """Ctrl-C between question and reply: the reply that still comes must not be taken for that of
+    the next question.
+    """
     checker = MathChecker()
     try:
         assert not checker.equivalent("1+x", "x+2")

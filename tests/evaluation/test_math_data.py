@@ -1,4 +1,6 @@
-"""The mathematics files: loading in their own formats, gold answers against themselves, prompts without answers."""
+"""The mathematics files: loading in their own formats, gold answers against themselves, prompts
+without answers.
+"""
 
 from __future__ import annotations
 
@@ -26,19 +28,26 @@ from spark_nemo.grammar import extract_boxed
 from spark_nemo.records import Problem
 from spark_nemo.records.jsonl import read_problems
 
-DATA = Path(os.environ.get("SPARK_NEMO_DATA") or Path(__file__).parents[2].parent / "shared" / "data") / "math"
+DATA = (
+    Path(os.environ.get("SPARK_NEMO_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
+    / "math"
+)
 COUNTS = {"math500": 500, "aime24": 30, "amc23": 40, "minerva_math": 272, "olympiadbench": 675}
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no mathematics files in {DATA}")
 
 UNDECIDED = {
     "minerva_math-28": "two nested fractional powers: sympy does not finish expanding them within the time limit",
 }
-"""Gold answers that math-verify does not find equal to themselves; equal text is accepted before it is asked."""
+"""Gold answers that math-verify does not find equal to themselves; equal text is accepted before it
+is asked.
+"""
 
 
 @needs_data
 def test_the_five_files_load() -> None:
-    """Proves the row counts, and that every problem of the 1,517 has its own identifier, a question and an answer."""
+    """Proves the row counts, and that every problem of the 1,517 has its own identifier, a question
+    and an answer.
+    """
     loaded = {name: read_math(DATA / f"{name}.jsonl") for name in COUNTS}
     assert {name: len(problems) for name, problems in loaded.items()} == COUNTS
     flat = [p for problems in loaded.values() for p in problems]
@@ -48,32 +57,49 @@ def test_the_five_files_load() -> None:
 
 @needs_data
 def test_a_completion_that_boxes_the_gold_answer_is_right() -> None:
-    """Proves 100 % on all five files with no exception: reading the box loses nothing of any gold answer."""
-    pairs = [(extract_boxed(f"Thus \\boxed{{{p.answer}}}."), p.answer)
-             for name in COUNTS for p in read_math(DATA / f"{name}.jsonl")]
+    """Proves 100 % on all five files with no exception: reading the box loses nothing of any gold
+    answer.
+    """
+    pairs = [
+        (extract_boxed(f"Thus \\boxed{{{p.answer}}}."), p.answer)
+        for name in COUNTS
+        for p in read_math(DATA / f"{name}.jsonl")
+    ]
     assert grade_answers(pairs) == [True] * 1517
 
 
 @needs_data
 @pytest.mark.timeout(300)
 def test_math_verify_itself_finds_gold_answers_equal_to_themselves() -> None:
-    """Proves the symbolic path parses every gold answer that is no plain number, but for the few listed. The short cut
-    for equal text is not used here, which would hide answers that math-verify cannot read."""
-    problems = [p for name in COUNTS for p in read_math(DATA / f"{name}.jsonl")
-                if not re.fullmatch(r"-?\d+(\.\d*)?", p.answer)]
+    """Proves the symbolic path parses every gold answer that is no plain number, but for the few
+    listed. The short cut for equal text is not used here, which would hide answers that math-verify
+    cannot read.
+    """
+    problems = [
+        p
+        for name in COUNTS
+        for p in read_math(DATA / f"{name}.jsonl")
+        if not re.fullmatch(r"-?\d+(\.\d*)?", p.answer)
+    ]
     assert len(problems) > 400
     pool = CheckerPool(4)
     try:
         with ThreadPoolExecutor(4) as threads:
-            equal = list(threads.map(lambda p: pool.equivalent(*[normalise_answer(p.answer)] * 2), problems))
+            equal = list(
+                threads.map(lambda p: pool.equivalent(*[normalise_answer(p.answer)] * 2), problems)
+            )
     finally:
         pool.close()
-    assert {p.problem.problem_id for p, same in zip(problems, equal) if not same} <= UNDECIDED.keys()
+    assert {
+        p.problem.problem_id for p, same in zip(problems, equal) if not same
+    } <= UNDECIDED.keys()
 
 
 @needs_data
 def test_skywork_prompts_come_without_answers() -> None:
-    """Proves 8,000 questions load and that the answer column is not even read: no record has a field for one."""
+    """Proves 8,000 questions load and that the answer column is not even read: no record has a
+    field for one.
+    """
     pytest.importorskip("pyarrow")
     problems = read_skywork_prompts(DATA / "skywork_math_8k.parquet")
     assert len(problems) == len({p.problem_id for p in problems}) == 8000
@@ -83,7 +109,9 @@ def test_skywork_prompts_come_without_answers() -> None:
 
 def write(folder: Path, name: str, *rows: object) -> Path:
     path = folder / f"{name}.jsonl"
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return path
 
 
@@ -106,7 +134,9 @@ def test_every_format_reads_its_question_and_answer(tmp_path: Path, name: str) -
 
 
 def test_another_file_name_needs_the_benchmark_or_our_own_fields(tmp_path: Path) -> None:
-    """Proves a renamed file can be read by naming its benchmark, and that our own format needs no name."""
+    """Proves a renamed file can be read by naming its benchmark, and that our own format needs no
+    name.
+    """
     renamed = write(tmp_path, "copy", GOOD["amc23"])
     assert read_math(renamed, "amc23")[0].answer == "2"
     with pytest.raises(DataFileError, match="line 1: field 'problem_id' is missing"):
@@ -117,19 +147,22 @@ def test_another_file_name_needs_the_benchmark_or_our_own_fields(tmp_path: Path)
         read_math(own, "gsm8k")
 
 
-@pytest.mark.parametrize(("name", "change", "message"), [
-    ("math500", {"answer": None}, "field 'answer' is None"),
-    ("math500", {"problem": "  "}, "field 'problem' is blank"),
-    ("aime24", {"answer": True}, "field 'answer' is True"),
-    ("aime24", {"id": None}, "field 'id' is None"),
-    ("amc23", {"answer": ""}, "field 'answer' is blank"),
-    ("amc23", {"answer": 1e300}, "field 'answer' is '1e+300'"),
-    ("amc23", {"answer": float("nan")}, "field 'answer' is 'nan'"),
-    ("minerva_math", {"solution": "no box"}, "field 'solution' has no"),
-    ("olympiadbench", {"final_answer": []}, "field 'final_answer' must be"),
-    ("olympiadbench", {"final_answer": ["2", "3"]}, "field 'final_answer' must be"),
-    ("olympiadbench", {"final_answer": [None]}, "field 'final_answer' is None"),
-])
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("math500", {"answer": None}, "field 'answer' is None"),
+        ("math500", {"problem": "  "}, "field 'problem' is blank"),
+        ("aime24", {"answer": True}, "field 'answer' is True"),
+        ("aime24", {"id": None}, "field 'id' is None"),
+        ("amc23", {"answer": ""}, "field 'answer' is blank"),
+        ("amc23", {"answer": 1e300}, "field 'answer' is '1e+300'"),
+        ("amc23", {"answer": float("nan")}, "field 'answer' is 'nan'"),
+        ("minerva_math", {"solution": "no box"}, "field 'solution' has no"),
+        ("olympiadbench", {"final_answer": []}, "field 'final_answer' must be"),
+        ("olympiadbench", {"final_answer": ["2", "3"]}, "field 'final_answer' must be"),
+        ("olympiadbench", {"final_answer": [None]}, "field 'final_answer' is None"),
+    ],
+)
 def test_a_malformed_row_is_named_with_file_line_and_field(
     tmp_path: Path, name: str, change: dict[str, object], message: str
 ) -> None:
@@ -148,37 +181,60 @@ def test_a_repeated_identifier_is_refused(tmp_path: Path, name: str) -> None:
         read_math(write(tmp_path, name, GOOD[name], GOOD[name]))
 
 
-@pytest.mark.parametrize("row", [
-    {"ID": "2024-I-4", "Problem": "1+1?", "Solution": "so \\boxed{9}", "Answer": 2},
-    {"question": "1+1?", "answer": "2", "solution": "so \\boxed{9}"},
-    {"id": "0", "problem": "1+1?", "expected_answer": "2"},
-    {"idx": 0, "question": "1+1?", "final_answer": "$2$"},
-    {"problem": "1+1?", "solution": "so \\boxed{2}"},
-])
-def test_the_column_names_of_the_public_datasets_are_read(tmp_path: Path, row: dict[str, object]) -> None:
-    """Proves each spelling in use, that an answer column goes before a worked solution, and that a problem without an
-    identifier keeps the same one when the rows change places."""
-    other = {**row, **{key: "1+2?" for key in row if key.lower() in ("problem", "question")},
-             **{key: f"{value}x" for key, value in row.items() if key.lower() in ("id", "idx")}}
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"ID": "2024-I-4", "Problem": "1+1?", "Solution": "so \\boxed{9}", "Answer": 2},
+        {"question": "1+1?", "answer": "2", "solution": "so \\boxed{9}"},
+        {"id": "0", "problem": "1+1?", "expected_answer": "2"},
+        {"idx": 0, "question": "1+1?", "final_answer": "$2$"},
+        {"problem": "1+1?", "solution": "so \\boxed{2}"},
+    ],
+)
+def test_the_column_names_of_the_public_datasets_are_read(
+    tmp_path: Path, row: dict[str, object]
+) -> None:
+    """Proves each spelling in use, that an answer column goes before a worked solution, and that a
+    problem without an identifier keeps the same one when the rows change places.
+    """
+    other = {
+        **row,
+        **{key: "1+2?" for key in row if key.lower() in ("problem", "question")},
+        **{key: f"{value}x" for key, value in row.items() if key.lower() in ("id", "idx")},
+    }
     first = read_math(write(tmp_path, "aime24", row, other))
     second = read_math(write(tmp_path, "aime24", other, row))
     assert first == second[::-1] and len(first) == 2
     assert first[0].problem.question == "1+1?" and answer_matches("2", first[0].answer)
 
 
-@pytest.mark.parametrize(("source", "benchmark"), [
-    ("MATH-500.parquet", "math500"), ("x/AIME_2025.jsonl", "aime25"), ("hf:math-ai/aime25", "aime25"),
-    ("hf:HuggingFaceH4/MATH-500::test", "math500"), ("hf:opencompass/AIME2025:AIME2025-I", "aime25"),
-    ("hf:math-ai/minervamath", "minerva_math"), ("hf:some/sets::olympiadbench", "olympiadbench"),
-    ("test-00000-of-00001.parquet", None), ("hf:AI-MO/aimo-validation-amc", None),
-])
-def test_the_name_of_a_file_or_dataset_says_its_benchmark(source: str, benchmark: str | None) -> None:
-    """Proves usual spellings, and that a name which says nothing is not guessed: --benchmark is for it."""
+@pytest.mark.parametrize(
+    ("source", "benchmark"),
+    [
+        ("MATH-500.parquet", "math500"),
+        ("x/AIME_2025.jsonl", "aime25"),
+        ("hf:math-ai/aime25", "aime25"),
+        ("hf:HuggingFaceH4/MATH-500::test", "math500"),
+        ("hf:opencompass/AIME2025:AIME2025-I", "aime25"),
+        ("hf:math-ai/minervamath", "minerva_math"),
+        ("hf:some/sets::olympiadbench", "olympiadbench"),
+        ("test-00000-of-00001.parquet", None),
+        ("hf:AI-MO/aimo-validation-amc", None),
+    ],
+)
+def test_the_name_of_a_file_or_dataset_says_its_benchmark(
+    source: str, benchmark: str | None
+) -> None:
+    """Proves usual spellings, and that a name which says nothing is not guessed: --benchmark is for
+    it.
+    """
     assert benchmark_of(source) == benchmark
 
 
 def test_sets_of_an_unusual_size_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Proves the 83-problem AMC, which is another set, is named; a whole AMC and a set of our own are not."""
+    """Proves the 83-problem AMC, which is another set, is named; a whole AMC and a set of our own
+    are not.
+    """
     rows = [{"id": i, "problem": f"{i}?", "answer": float(i)} for i in range(83)]
     own = write(tmp_path, "mine", {"problem_id": "a", "question": "1+1?", "answer": 2})
     assert list(read_math_sets([write(tmp_path, "amc23", *rows[:40]), own])) == ["amc23", "mine"]
@@ -189,7 +245,9 @@ def test_sets_of_an_unusual_size_are_said(tmp_path: Path, caplog: pytest.LogCapt
     assert "7 problems, where published figures are over 40" in caplog.text
 
 
-def test_two_files_of_one_benchmark_are_joined_and_a_shared_problem_is_refused(tmp_path: Path) -> None:
+def test_two_files_of_one_benchmark_are_joined_and_a_shared_problem_is_refused(
+    tmp_path: Path,
+) -> None:
     """Proves AIME 2025's two papers make one set."""
     for name, rows in (("one", range(2)), ("two", range(2, 4))):
         (tmp_path / name).mkdir()
@@ -201,16 +259,30 @@ def test_two_files_of_one_benchmark_are_joined_and_a_shared_problem_is_refused(t
 
 
 def test_the_tool_writes_prompts_that_stage_one_reads_and_no_answer(tmp_path: Path) -> None:
-    """Proves the way from Skywork's parquet to data.stage1_problems; the answer in the file here is a marked one."""
+    """Proves the way from Skywork's parquet to data.stage1_problems; the answer in the file here is
+    a marked one.
+    """
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
-    parquet.write_table(pyarrow.table({
-        "data_source": ["aops"], "prompt": [[{"role": "system", "content": "s"}, {"role": "user", "content": "1+1?"}]],
-        "reward_model": [{"ground_truth": "SECRET"}]}), tmp_path / "in.parquet")
+    parquet.write_table(
+        pyarrow.table(
+            {
+                "data_source": ["aops"],
+                "prompt": [
+                    [{"role": "system", "content": "s"}, {"role": "user", "content": "1+1?"}]
+                ],
+                "reward_model": [{"ground_truth": "SECRET"}],
+            }
+        ),
+        tmp_path / "in.parquet",
+    )
     tool = Path(__file__).parents[2] / "tools/skywork_prompts.py"
-    subprocess.run([sys.executable, tool, tmp_path / "in.parquet", tmp_path / "out.jsonl"], check=True, env={
-        **os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    subprocess.run(
+        [sys.executable, tool, tmp_path / "in.parquet", tmp_path / "out.jsonl"],
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     assert read_problems(tmp_path / "out.jsonl") == [Problem("skywork-0", "1+1?", "aops")]
     assert "SECRET" not in (tmp_path / "out.jsonl").read_text()
 
@@ -227,6 +299,8 @@ def test_a_parquet_file_without_prompts_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataFileError, match="column 'prompt' is missing"):
         read_skywork_prompts(tmp_path / "short.parquet")
     rows = [[{"role": "user", "content": "1+1?"}], [{"role": "system", "content": "be brief"}]]
-    parquet.write_table(pyarrow.table({"data_source": ["a", "b"], "prompt": rows}), tmp_path / "one.parquet")
+    parquet.write_table(
+        pyarrow.table({"data_source": ["a", "b"], "prompt": rows}), tmp_path / "one.parquet"
+    )
     with pytest.raises(DataFileError, match="row 2: field 'prompt' has no user message"):
         read_skywork_prompts(tmp_path / "one.parquet")

@@ -20,10 +20,20 @@ from spark_nemo.evaluation import (
 )
 from spark_nemo.records import ParseFailure, Truncated, Verdict
 
-DATA = Path(os.environ.get("SPARK_NEMO_DATA") or Path(__file__).parents[2].parent / "shared" / "data") / "processbench"
+DATA = (
+    Path(os.environ.get("SPARK_NEMO_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
+    / "processbench"
+)
 
-ROW = {"id": "gsm8k-0", "generator": "g", "problem": "1+1?", "steps": ["1+1=3", "so 3"], "final_answer_correct": False,
-       "label": 0, "steps-merge": "ignored"}
+ROW = {
+    "id": "gsm8k-0",
+    "generator": "g",
+    "problem": "1+1?",
+    "steps": ["1+1=3", "so 3"],
+    "final_answer_correct": False,
+    "label": 0,
+    "steps-merge": "ignored",
+}
 
 
 def naive_score(labels, predictions):
@@ -42,26 +52,39 @@ def naive_score(labels, predictions):
     return a, b, 0.0 if a == 0 and b == 0 else 2 / (1 / a + 1 / b) if a and b else 0.0
 
 
-@given(st.lists(st.tuples(st.integers(-1, 4), st.one_of(st.none(), st.integers(-2, 5))), min_size=2, max_size=40))
+@given(
+    st.lists(
+        st.tuples(st.integers(-1, 4), st.one_of(st.none(), st.integers(-2, 5))),
+        min_size=2,
+        max_size=40,
+    )
+)
 @settings(max_examples=300, deadline=None)
 def test_scoring_agrees_with_a_naive_scorer(pairs):
     """Random labels and predictions, among them failures and indices that no solution has."""
     labels, predictions = [a for a, _ in pairs] + [-1, 0], [b for _, b in pairs] + [None, 3]
     score = score_processbench(labels, predictions)
-    assert (score.acc_error, score.acc_correct, score.f1) == pytest.approx(naive_score(labels, predictions))
+    assert (score.acc_error, score.acc_correct, score.f1) == pytest.approx(
+        naive_score(labels, predictions)
+    )
     assert score.num_error + score.num_correct == len(labels)
 
 
-@pytest.mark.parametrize("predict, expected", [
-    (lambda label: label, 1.0),
-    (lambda label: -1, 0.0),
-    (lambda label: 0, 0.0),
-    (lambda label: None, 0.0),
-    (lambda label: -1 if label == -1 else label + 1, 0.0),
-    (lambda label: "-1" if label == -1 else label, 0.0),
-])
+@pytest.mark.parametrize(
+    "predict, expected",
+    [
+        (lambda label: label, 1.0),
+        (lambda label: -1, 0.0),
+        (lambda label: 0, 0.0),
+        (lambda label: None, 0.0),
+        (lambda label: -1 if label == -1 else label + 1, 0.0),
+        (lambda label: "-1" if label == -1 else label, 0.0),
+    ],
+)
 def test_predictors_that_do_not_look_get_nothing(predict, expected):
-    """Always "no error", always step 0, nothing at all, one step late, or a string for an index: F1 is 0."""
+    """Always "no error", always step 0, nothing at all, one step late, or a string for an index: F1
+    is 0.
+    """
     labels = [-1] * 5 + [0, 1, 2, 3, 0]
     predictions = [predict(label) for label in labels]
     if expected == 0 and predictions[5] == 0 and predictions[0] == 0:
@@ -93,23 +116,28 @@ def test_predictions_of_a_generative_prm():
     assert predict_first_error(Truncated(5)) is None
 
 
-@pytest.mark.parametrize("text, expected", [
-    (r"so \boxed{2}", 2),
-    (r"first \boxed{1}, no: \boxed{ -1 }", -1),
-    (r"\boxed{2} then \boxed{none}", None),
-    (r"\boxed{1.0}", None),
-    (r"\boxed{\text{paragraph_2}}", None),
-    ("the answer is 2", None),
-    (r"\boxed{" + "9" * 5000 + "}", None),
-    ("", None),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        (r"so \boxed{2}", 2),
+        (r"first \boxed{1}, no: \boxed{ -1 }", -1),
+        (r"\boxed{2} then \boxed{none}", None),
+        (r"\boxed{1.0}", None),
+        (r"\boxed{\text{paragraph_2}}", None),
+        ("the answer is 2", None),
+        (r"\boxed{" + "9" * 5000 + "}", None),
+        ("", None),
+    ],
+)
 def test_the_last_box_of_a_critic_wins_and_must_hold_an_integer(text, expected):
     """As in the official code."""
     assert parse_critic_box(text) == expected
 
 
 def test_majority_over_critics():
-    """Strings vote, texts without a box do not, the first seen wins a tie, a word can win and is then no prediction."""
+    """Strings vote, texts without a box do not, the first seen wins a tie, a word can win and is
+    then no prediction.
+    """
     assert majority_prediction([r"\boxed{2}", "nothing", r"\boxed{0}", r"\boxed{0}"]) == 0
     assert majority_prediction([r"\boxed{2}", r"\boxed{0}"]) == 2
     assert majority_prediction([r"\boxed{01}", r"\boxed{1}", r"\boxed{01}"]) == 1
@@ -117,17 +145,20 @@ def test_majority_over_critics():
     assert majority_prediction(["nothing"]) is None
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"label": None}, "'label' is None"),
-    ({"label": True}, "'label' is True"),
-    ({"label": 2}, "'label' is 2, but must lie in -1..1"),
-    ({"label": -2}, "'label' is -2"),
-    ({"steps": []}, "'steps' must be a non-empty list"),
-    ({"steps": ["a", 3]}, "'steps' must be a non-empty list of strings"),
-    ({"steps": "a"}, "'steps' is 'a'"),
-    ({"final_answer_correct": 1}, "'final_answer_correct' is 1"),
-    ({"problem": " "}, "'problem' is blank"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"label": None}, "'label' is None"),
+        ({"label": True}, "'label' is True"),
+        ({"label": 2}, "'label' is 2, but must lie in -1..1"),
+        ({"label": -2}, "'label' is -2"),
+        ({"steps": []}, "'steps' must be a non-empty list"),
+        ({"steps": ["a", 3]}, "'steps' must be a non-empty list of strings"),
+        ({"steps": "a"}, "'steps' is 'a'"),
+        ({"final_answer_correct": 1}, "'final_answer_correct' is 1"),
+        ({"problem": " "}, "'problem' is blank"),
+    ],
+)
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 def test_a_malformed_row_is_named(tmp_path, change, message, suffix):
     """File, row and field are in the message, whichever of the two file formats it is."""
@@ -140,7 +171,9 @@ def test_a_malformed_row_is_named(tmp_path, change, message, suffix):
     assert str(path) in str(caught.value) and " 2: " in str(caught.value)
 
 
-@pytest.mark.parametrize("field", ["id", "generator", "problem", "steps", "final_answer_correct", "label"])
+@pytest.mark.parametrize(
+    "field", ["id", "generator", "problem", "steps", "final_answer_correct", "label"]
+)
 def test_a_missing_field_is_named(tmp_path, field):
     """Each of the six official fields is required."""
     path = tmp_path / "split.json"
@@ -149,10 +182,18 @@ def test_a_missing_field_is_named(tmp_path, field):
         read_processbench(path)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("[]", "has no rows"), ("{}", "must hold a JSON list"), ("[1]", "row 1: must be a JSON object"),
-    ("[{", "not valid JSON"), (json.dumps([ROW, ROW]), "repeats 'gsm8k-0'"), ("[" * 100_000, "not valid JSON"),
-    ("[1" + "0" * 5000 + "]", "not valid JSON")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[]", "has no rows"),
+        ("{}", "must hold a JSON list"),
+        ("[1]", "row 1: must be a JSON object"),
+        ("[{", "not valid JSON"),
+        (json.dumps([ROW, ROW]), "repeats 'gsm8k-0'"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[1" + "0" * 5000 + "]", "not valid JSON"),
+    ],
+)
 def test_a_file_that_is_no_split_is_refused(tmp_path, text, message):
     """Broken, empty, of another shape, or with a case twice (which would count twice)."""
     path = tmp_path / "split.json"
@@ -169,7 +210,9 @@ def test_a_file_that_is_no_split_is_refused(tmp_path, text, message):
 
 @pytest.mark.parametrize("split, num_error, num_correct", [("gsm8k", 207, 193), ("math", 594, 406)])
 def test_the_official_splits_load_and_score(split, num_error, num_correct):
-    """The published numbers of cases come out, a perfect predictor gets 1, guesses score as naively."""
+    """The published numbers of cases come out, a perfect predictor gets 1, guesses score as
+    naively.
+    """
     path = DATA / f"{split}.json"
     if not path.exists():
         pytest.skip(f"{path} is not here: set SPARK_NEMO_DATA")
@@ -179,13 +222,19 @@ def test_the_official_splits_load_and_score(split, num_error, num_correct):
     rng = random.Random(0)
     guesses = [rng.choice([None, -1, 0, 1, 2, label]) for label in labels]
     score = score_processbench(labels, guesses)
-    assert (score.acc_error, score.acc_correct, score.f1) == pytest.approx(naive_score(labels, guesses))
+    assert (score.acc_error, score.acc_correct, score.f1) == pytest.approx(
+        naive_score(labels, guesses)
+    )
 
 
 @pytest.mark.parametrize("field", ["id", "problem"])
 def test_half_a_surrogate_pair_is_refused_where_it_is_read(tmp_path, field):
-    """No tokenizer can encode it: a model would have been asked about every case before this one for nothing."""
+    """No tokenizer can encode it: a model would have been asked about every case before this one
+    for nothing.
+    """
     path = tmp_path / "split.json"
     path.write_text(json.dumps([{**ROW, field: "a \ud800"}]))
-    with pytest.raises(DataFileError, match=f"row 1: field '{field}' holds half of a surrogate pair"):
+    with pytest.raises(
+        DataFileError, match=f"row 1: field '{field}' holds half of a surrogate pair"
+    ):
         read_processbench(path)

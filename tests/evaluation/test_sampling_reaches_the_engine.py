@@ -1,4 +1,6 @@
-"""The cuts of ``evaluation`` at the engine's end: the embedded engine obeys them, a server is sent them."""
+"""The cuts of ``evaluation`` at the engine's end: the embedded engine obeys them, a server is sent
+them.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,10 @@ def sample(served: ServedModel, question: str, **settings: object) -> list[str]:
 
 
 def test_top_k_of_one_samples_what_greedy_says() -> None:
-    """At a temperature at which the embedded engine's samples differ, top_k=1 and a tiny top_p leave the most probable
-    token alone. Other values of both are compared with a reference in tests/engines."""
+    """At a temperature at which the embedded engine's samples differ, top_k=1 and a tiny top_p
+    leave the most probable token alone. Other values of both are compared with a reference in
+    tests/engines.
+    """
     served = ServedModel.load(EngineConfig(max_context=128), ASSETS / "generator", "policy")
     *free, greedy = sample(served, "7 + 5 - 3", temperature=3.0)
     assert len({*free, greedy}) > 1
@@ -38,7 +42,9 @@ def test_top_k_of_one_samples_what_greedy_says() -> None:
 
 
 def test_a_server_is_sent_the_cuts_of_samples_alone() -> None:
-    """What the client writes into a request; unset, nothing of top_k is said, and the greedy completion has no cut."""
+    """What the client writes into a request; unset, nothing of top_k is said, and the greedy
+    completion has no cut.
+    """
     seen = []
 
     async def generate(request):
@@ -60,8 +66,10 @@ def test_unset_cuts_leave_the_keys_of_stored_results_as_they_were() -> None:
     assert SamplingConfig(**before, top_k=20).identity() == {**before, "top_k": 20}
 
 
-@pytest.mark.parametrize(("settings", "field"), [({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"),
-                                                 ({"top_k": 0}, "top_k")])
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"), ({"top_k": 0}, "top_k")],
+)
 def test_a_cut_that_leaves_nothing_is_refused(settings: dict, field: str) -> None:
     """With the section's own name in the error."""
     with pytest.raises(ConfigError, match=rf"^evaluation\.{field}="):

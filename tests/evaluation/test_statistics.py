@@ -24,34 +24,55 @@ from spark_nemo.records import LabelEvidence, LabelledSolution, Solution
 
 
 def graded(table):
-    """{"p": "10"} becomes two samples of problem p, the first right; letters after a slash are their answers."""
+    """{"p": "10"} becomes two samples of problem p, the first right; letters after a slash are
+    their answers.
+    """
     rows = []
     for problem, spec in table.items():
         marks, _, answers = spec.partition("/")
-        rows += [GradedSample(problem, k, mark == "1", (answers[k] if answers[k] != "-" else None) if answers else None)
-                 for k, mark in enumerate(marks)]
+        rows += [
+            GradedSample(
+                problem,
+                k,
+                mark == "1",
+                (answers[k] if answers[k] != "-" else None) if answers else None,
+            )
+            for k, mark in enumerate(marks)
+        ]
     return rows
 
 
 def test_the_interval_of_a_mean_is_close_to_the_textbook_one():
-    """For 400 fair coins: half a standard normal width of 1.96 * 0.5 / 20. It does not test small samples."""
+    """For 400 fair coins: half a standard normal width of 1.96 * 0.5 / 20. It does not test small
+    samples.
+    """
     values = np.arange(400) % 2
     estimate = mean_estimate(values, samples=4000)
     assert estimate.value == 0.5
     assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.06)
-    assert estimate == mean_estimate(values, samples=4000) != mean_estimate(values, samples=4000, seed=1)
+    assert (
+        estimate
+        == mean_estimate(values, samples=4000)
+        != mean_estimate(values, samples=4000, seed=1)
+    )
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    """200 experiments of 100 draws with a known mean: a 95% interval holds it in 88% to 99% of them."""
+    """200 experiments of 100 draws with a known mean: a 95% interval holds it in 88% to 99% of
+    them.
+    """
     rng = np.random.default_rng(1)
-    covered = sum(e.low <= 0.3 <= e.high for e in (
-        mean_estimate(rng.random(100) < 0.3, samples=400, seed=i) for i in range(200)))
+    covered = sum(
+        e.low <= 0.3 <= e.high
+        for e in (mean_estimate(rng.random(100) < 0.3, samples=400, seed=i) for i in range(200))
+    )
     assert 176 <= covered <= 198
 
 
 def test_pairing_narrows_the_interval_of_a_difference():
-    """Two models that err on the same cases: the paired interval excludes 0 where the separate ones overlap."""
+    """Two models that err on the same cases: the paired interval excludes 0 where the separate ones
+    overlap.
+    """
     rng = np.random.default_rng(0)
     worse = rng.random(300) < 0.6
     better = worse | (rng.random(300) < 0.1)
@@ -63,7 +84,9 @@ def test_pairing_narrows_the_interval_of_a_difference():
 
 
 def test_a_ratio_resamples_whole_units():
-    """Steps of one solution stand or fall together, so the interval is wider than for independent steps."""
+    """Steps of one solution stand or fall together, so the interval is wider than for independent
+    steps.
+    """
     steps, right = np.full(50, 10), np.array([10, 0] * 25)
     clustered = ratio_estimate(right, steps)
     independent = mean_estimate(np.repeat([1, 0], 250))
@@ -78,7 +101,10 @@ def f1_differences_case_by_case(labels, a, b, samples, seed):
     error, correct = np.flatnonzero(labels != -1), np.flatnonzero(labels == -1)
     for _ in range(samples):
         drawn = np.concatenate([rng.choice(error, len(error)), rng.choice(correct, len(correct))])
-        out.append(score_processbench(labels[drawn], a[drawn]).f1 - score_processbench(labels[drawn], b[drawn]).f1)
+        out.append(
+            score_processbench(labels[drawn], a[drawn]).f1
+            - score_processbench(labels[drawn], b[drawn]).f1
+        )
     return np.quantile(out, [0.025, 0.975])
 
 
@@ -91,13 +117,17 @@ def test_the_paired_f1_bootstrap_equals_one_that_draws_cases():
     first, second = score_processbench(labels, a), score_processbench(labels, b)
     difference = f1_difference([first.hits], [second.hits], samples=3000)
     assert difference.value == pytest.approx(first.f1 - second.f1)
-    assert difference[1:] == pytest.approx(f1_differences_case_by_case(labels, a, b, 3000, 5), abs=0.015)
+    assert difference[1:] == pytest.approx(
+        f1_differences_case_by_case(labels, a, b, 3000, 5), abs=0.015
+    )
     same = f1_difference([first.hits], [first.hits])
     assert tuple(same) == (0, 0, 0)
 
 
 def test_f1_estimate_averages_splits():
-    """The value is the mean of the splits' F1 and lies inside its interval; both models must know the same cases."""
+    """The value is the mean of the splits' F1 and lies inside its interval; both models must know
+    the same cases.
+    """
     one = score_processbench([-1, -1, 0, 0], [-1, 0, 0, None])
     two = score_processbench([-1, 2], [-1, 2])
     estimate = f1_estimate([one.hits, two.hits])
@@ -108,7 +138,9 @@ def test_f1_estimate_averages_splits():
 
 
 def test_avg_at_k_is_the_mean_of_the_problems():
-    """Two problems with 1 of 2 and 2 of 2; an uneven table is refused, greedy takes one sample each."""
+    """Two problems with 1 of 2 and 2 of 2; an uneven table is refused, greedy takes one sample
+    each.
+    """
     assert mean_accuracy(graded({"a": "10", "b": "11"})).value == 0.75
     assert greedy_accuracy(graded({"a": "1", "b": "0"})).value == 0.5
     with pytest.raises(ValueError, match="same number of samples"):
@@ -137,7 +169,9 @@ def test_pass_at_k_counts_all_subsets(marks, k):
 
 
 def test_majority_at_k():
-    """Most frequent answer of the first k; no-answers do not vote; first seen wins ties; nobody voting is wrong."""
+    """Most frequent answer of the first k; no-answers do not vote; first seen wins ties; nobody
+    voting is wrong.
+    """
     assert majority_at_k(graded({"p": "011/xyy"}), 3).value == 1
     assert majority_at_k(graded({"p": "011/xyy"}), 2).value == 0
     assert majority_at_k(graded({"p": "0001/---y"}), 4).value == 1
@@ -148,13 +182,19 @@ def test_majority_at_k():
 
 def labelled(key, labels):
     solution = Solution(key, "p", "q", "t", "stop", 1)
-    return LabelledSolution("single", solution, tuple(labels), all(labels), "t", LabelEvidence((), 1, 1, 0, 1))
+    return LabelledSolution(
+        "single", solution, tuple(labels), all(labels), "t", LabelEvidence((), 1, 1, 0, 1)
+    )
 
 
 def test_label_quality_counts_steps_first_errors_and_what_was_kept():
-    """Three of four solutions kept: 6 of 7 steps right, every first error right. Then one wrong label."""
+    """Three of four solutions kept: 6 of 7 steps right, every first error right. Then one wrong
+    label.
+    """
     truths = {"a": [1, 0, 0], "b": [1, 1], "c": [0, 0], "d": [1]}
-    quality = label_quality([labelled("a", [1, 0, 1]), labelled("b", [1, 1]), labelled("c", [0, 0])], truths)
+    quality = label_quality(
+        [labelled("a", [1, 0, 1]), labelled("b", [1, 1]), labelled("c", [0, 0])], truths
+    )
     assert quality.step_accuracy.value == pytest.approx(6 / 7)
     assert quality.first_error_accuracy.value == 1
     assert quality.share_kept == 0.75
@@ -163,7 +203,9 @@ def test_label_quality_counts_steps_first_errors_and_what_was_kept():
 
 
 def test_label_quality_refuses_what_it_cannot_compare():
-    """A label without a truth or with another number of steps; nothing kept has no accuracy rather than 0."""
+    """A label without a truth or with another number of steps; nothing kept has no accuracy rather
+    than 0.
+    """
     with pytest.raises(ValueError, match="no true step labels"):
         label_quality([labelled("x", [1])], {"a": [1]})
     with pytest.raises(ValueError, match="1 labelled steps, 2 true"):

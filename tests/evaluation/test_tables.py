@@ -29,15 +29,19 @@ def folder_with(path: Path, **splits: list[dict]) -> Path:
 
 
 def test_parquet_reads_as_jsonl_does(tmp_path: Path) -> None:
-    """Proves the same problems come out, and that a row at fault and another kind of file are named."""
+    """Proves the same problems come out, and that a row at fault and another kind of file are
+    named.
+    """
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
     parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "aime24.parquet")
     (tmp_path / "aime24.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     assert read_math(tmp_path / "aime24.parquet") == read_math(tmp_path / "aime24.jsonl")
-    parquet.write_table(pyarrow.Table.from_pylist([*ROWS, {"id": 9, "problem": "9?", "answer": None}]),
-                        tmp_path / "amc23.parquet")
+    parquet.write_table(
+        pyarrow.Table.from_pylist([*ROWS, {"id": 9, "problem": "9?", "answer": None}]),
+        tmp_path / "amc23.parquet",
+    )
     with pytest.raises(DataFileError, match=r"amc23.parquet:row 4: field 'answer' is None"):
         read_math(tmp_path / "amc23.parquet")
     (tmp_path / "math500.parquet").write_text("no")
@@ -46,7 +50,9 @@ def test_parquet_reads_as_jsonl_does(tmp_path: Path) -> None:
 
 
 def test_a_dataset_folder_is_read_through_the_datasets_library(tmp_path: Path, datasets) -> None:
-    """Proves the library itself loads a split by name, and the test split without one; a row at fault is named."""
+    """Proves the library itself loads a split by name, and the test split without one; a row at
+    fault is named.
+    """
     folder = folder_with(tmp_path / "aime25", train=ROWS[:1], test=ROWS[1:])
     assert [p.problem.problem_id for p in read_math(f"hf:{folder}")] == ["aime25-1", "aime25-2"]
     assert [p.answer for p in read_math(f"hf:{folder}::train")] == ["1"]
@@ -56,30 +62,47 @@ def test_a_dataset_folder_is_read_through_the_datasets_library(tmp_path: Path, d
 
 
 def test_what_a_dataset_lacks_is_said_in_one_line(tmp_path: Path, datasets) -> None:
-    """Proves a choice of splits, a wrong split, a missing folder, and a hub name on a machine without a network."""
+    """Proves a choice of splits, a wrong split, a missing folder, and a hub name on a machine
+    without a network.
+    """
     folder = folder_with(tmp_path / "aime25", train=ROWS, validation=ROWS)
     for source, message in (
-        (f"hf:{folder}", "has the splits train, validation: name one"), (f"hf:{folder}::tset", "tset"),
-        (f"hf:{tmp_path}/none", "cannot be loaded"), ("hf:nobody/nothing-like-it", "name a local JSONL or Parquet"),
-        ("hf:", "write hf:owner/name"), ("hf:a/b:c:d:e", "write hf:owner/name"),
+        (f"hf:{folder}", "has the splits train, validation: name one"),
+        (f"hf:{folder}::tset", "tset"),
+        (f"hf:{tmp_path}/none", "cannot be loaded"),
+        ("hf:nobody/nothing-like-it", "name a local JSONL or Parquet"),
+        ("hf:", "write hf:owner/name"),
+        ("hf:a/b:c:d:e", "write hf:owner/name"),
     ):
         with pytest.raises(DataFileError, match=message) as raised:
             read_math(source, "aime25")
         assert "\n" not in str(raised.value) and source in str(raised.value)
 
 
-def test_without_the_library_the_package_to_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_the_package_to_install_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Proves the optional dependency is optional and that its absence is no traceback."""
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataFileError, match=r"pip install 'spark-nemo\[hf\]'"):
         read_math("hf:math-ai/aime25")
 
 
-def test_a_hub_dataset_is_asked_for_by_name_configuration_and_split(monkeypatch: pytest.MonkeyPatch, datasets) -> None:
-    """Proves what reaches the library, with its loader replaced, and that ProcessBench's splits are read that way."""
+def test_a_hub_dataset_is_asked_for_by_name_configuration_and_split(
+    monkeypatch: pytest.MonkeyPatch, datasets
+) -> None:
+    """Proves what reaches the library, with its loader replaced, and that ProcessBench's splits are
+    read that way.
+    """
     asked = []
-    row = {"id": "omnimath-0", "generator": "g", "problem": "1?", "steps": ["a"], "final_answer_correct": True,
-           "label": -1}
+    row = {
+        "id": "omnimath-0",
+        "generator": "g",
+        "problem": "1?",
+        "steps": ["a"],
+        "final_answer_correct": True,
+        "label": -1,
+    }
 
     def load_dataset(name: str, config: str | None, split: str | None):
         asked.append((name, config, split))
@@ -88,6 +111,9 @@ def test_a_hub_dataset_is_asked_for_by_name_configuration_and_split(monkeypatch:
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read_processbench("hf:Qwen/ProcessBench::omnimath")[0].case_id == "omnimath-0"
     read_processbench("hf:Qwen/ProcessBench:default:omnimath")
-    assert asked == [("Qwen/ProcessBench", None, "omnimath"), ("Qwen/ProcessBench", "default", "omnimath")]
+    assert asked == [
+        ("Qwen/ProcessBench", None, "omnimath"),
+        ("Qwen/ProcessBench", "default", "omnimath"),
+    ]
     assert source_name("hf:Qwen/ProcessBench::omnimath") == "omnimath"
     assert HubName.parse("data/hf.jsonl") is None

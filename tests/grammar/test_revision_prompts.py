@@ -22,21 +22,31 @@ VERIFICATION, CRITIQUE = "## Step 1: a", "It is {{y}}."
 
 
 def test_the_versions_of_the_prompt_sets_are_those_of_the_shipped_results():
-    """Every stored key has them: a change here would make stored solutions and verifications unreachable."""
+    """Every stored key has them: a change here would make stored solutions and verifications
+    unreachable.
+    """
     assert {name: prompts.version for name, prompts in PROMPT_SETS.items()} == {
-        "paper": "paper-g1-68ded788", "compact": "compact-g1-dbd2cb66"}
+        "paper": "paper-g1-68ded788",
+        "compact": "compact-g1-dbd2cb66",
+    }
 
 
 @pytest.mark.parametrize("name", sorted(REVISION_PROMPTS))
 def test_every_prompt_is_one_user_message_with_its_inputs(name):
-    """Inputs stand in it as given, braces and all, and no place is left unfilled. The compact merge quotes neither
-    question nor solution."""
+    """Inputs stand in it as given, braces and all, and no place is left unfilled. The compact merge
+    quotes neither question nor solution.
+    """
     prompts, whole = revision_prompts(name), name == "paper"
     for messages, inputs in (
         (prompts.critique(QUESTION, SOLUTION, VERIFICATION), (QUESTION, SOLUTION, VERIFICATION)),
-        (prompts.merge(QUESTION, SOLUTION, VERIFICATION, CRITIQUE, 1),
-         (VERIFICATION, CRITIQUE, *((QUESTION, SOLUTION) if whole else ()))),
-        (prompts.verify_with_reference(QUESTION, SOLUTION, "1{{z}}8", 1), (QUESTION, SOLUTION, "1{{z}}8")),
+        (
+            prompts.merge(QUESTION, SOLUTION, VERIFICATION, CRITIQUE, 1),
+            (VERIFICATION, CRITIQUE, *((QUESTION, SOLUTION) if whole else ())),
+        ),
+        (
+            prompts.verify_with_reference(QUESTION, SOLUTION, "1{{z}}8", 1),
+            (QUESTION, SOLUTION, "1{{z}}8"),
+        ),
     ):
         (message,) = messages
         assert message["role"] == "user"
@@ -50,15 +60,22 @@ def test_every_prompt_is_one_user_message_with_its_inputs(name):
 def test_a_version_covers_every_text():
     """Two sets differ, and neither version is a prompt set's."""
     versions = {prompts.version for prompts in REVISION_PROMPTS.values()}
-    assert len(versions) == 2 and versions.isdisjoint(prompts.version for prompts in PROMPT_SETS.values())
+    assert len(versions) == 2 and versions.isdisjoint(
+        prompts.version for prompts in PROMPT_SETS.values()
+    )
 
 
 def test_the_merge_asks_for_the_format_that_the_parser_reads():
-    """What the paper set prescribes, filled in, is in the grammar, for both judgements and both verdicts."""
+    """What the paper set prescribes, filled in, is in the grammar, for both judgements and both
+    verdicts.
+    """
     (message,) = revision_prompts("paper").merge("q", "s", "v", "c", 2)
     labels = re.findall(r'"(\*\*This step is \w+\.\*\*)"', message["content"])
     verdicts = re.findall(r'"(\*\*Verification: [^"]*)"', message["content"])
-    assert verdicts == [verdict_line(True), verdict_line(False)] and "has 2 steps" in message["content"]
+    assert (
+        verdicts == [verdict_line(True), verdict_line(False)]
+        and "has 2 steps" in message["content"]
+    )
     written = f"## Step 1: a\nb\n{labels[0]}\n\n## Step 2: a\nb\n{labels[1]}\n\n{verdicts[1]}"
     assert parse_verification(written, 2) == Verdict((True, False), False)
 
@@ -66,18 +83,28 @@ def test_the_merge_asks_for_the_format_that_the_parser_reads():
 def test_the_critique_names_the_four_kinds_of_fault_and_its_heading():
     """What the paper's critic is asked for."""
     (message,) = revision_prompts("paper").critique("q", "s", "v")
-    for words in ("Missed error", "False alarm", "Wrong reason", "Inconsistent verdict", "<Original Verification>",
-                  "## Critique of the original verification"):
+    for words in (
+        "Missed error",
+        "False alarm",
+        "Wrong reason",
+        "Inconsistent verdict",
+        "<Original Verification>",
+        "## Critique of the original verification",
+    ):
         assert words in message["content"]
 
 
 def test_the_reference_prompt_is_the_reference_free_one_with_an_answer_in_it():
-    """Both examples and the solution to mark have an expected answer, which the reference-free prompt has nowhere."""
+    """Both examples and the solution to mark have an expected answer, which the reference-free
+    prompt has nowhere.
+    """
     (message,) = revision_prompts("paper").verify_with_reference("q", "s", "42", 3)
     (without,) = prompt_set("paper").verify("q", "s", 3)
     assert re.findall(r"Expected Answer: (\S+)\n\n", message["content"]) == ["216", "186.45", "42"]
     assert "Expected Answer" not in without["content"] and "expected" not in VERIFY.lower()
-    assert "No answer key" not in message["content"] and message["content"].count("has 3 steps") == 1
+    assert (
+        "No answer key" not in message["content"] and message["content"].count("has 3 steps") == 1
+    )
 
 
 def test_an_unknown_name_is_refused():

@@ -26,7 +26,9 @@ quick = settings(max_examples=150, deadline=None)
 @quick
 @given(solutions())
 def test_plain_split_inverts_render(solution):
-    """Every solution that can be written reads back exactly; says nothing about texts of another origin."""
+    """Every solution that can be written reads back exactly; says nothing about texts of another
+    origin.
+    """
     steps, answer = solution
     parsed = split_response(render_solution(steps, answer), StepFormat.PLAIN)
     assert isinstance(parsed, ParsedResponse)
@@ -48,7 +50,7 @@ def test_any_text_splits_or_fails(text, fmt):
 def test_truncated_responses_split_or_fail(solution, fmt, data):
     """A valid response cut anywhere neither crashes a splitter nor gains a step."""
     text = tagged(*solution) if fmt is StepFormat.TAGGED else render_solution(*solution)
-    parsed = split_response(text[:data.draw(st.integers(0, len(text)))], fmt)
+    parsed = split_response(text[: data.draw(st.integers(0, len(text)))], fmt)
     assert isinstance(parsed, ParseFailure) or len(parsed.steps) <= len(solution[0])
 
 
@@ -56,10 +58,14 @@ def test_truncated_responses_split_or_fail(solution, fmt, data):
 @given(solutions(), st.sampled_from(StepFormat), st.sampled_from(["", "\n", " \n\n"]))
 def test_regions_tile_the_response(solution, fmt, gap):
     """Regions cover every character once and in order, and the step regions are the steps' ranges."""
-    text = gap + (tagged(*solution, gap) if fmt is StepFormat.TAGGED else render_solution(*solution)) + gap
+    text = (
+        gap
+        + (tagged(*solution, gap) if fmt is StepFormat.TAGGED else render_solution(*solution))
+        + gap
+    )
     tiles = regions(text, fmt)
     assume(not isinstance(tiles, ParseFailure))
-    assert "".join(text[tile.start:tile.end] for tile in tiles) == text
+    assert "".join(text[tile.start : tile.end] for tile in tiles) == text
     assert all(before.end == after.start for before, after in itertools.pairwise(tiles))
     steps = [(tile.start, tile.end) for tile in tiles if tile.kind is RegionKind.STEP]
     assert steps == [(step.start, step.end) for step in split_response(text, fmt).steps]
@@ -72,7 +78,11 @@ def tokenised(draw):
     steps = [step.encode("utf-8", "replace").decode() for step in steps]
     fmt = draw(st.sampled_from(StepFormat))
     answer = answer.encode("utf-8", "replace").decode()
-    text = tagged(steps, answer) if fmt is StepFormat.TAGGED else f"Well. é\n{render_solution(steps, answer)}"
+    text = (
+        tagged(steps, answer)
+        if fmt is StepFormat.TAGGED
+        else f"Well. é\n{render_solution(steps, answer)}"
+    )
     parsed = split_response(text, fmt)
     assume(isinstance(parsed, ParsedResponse))
     data = text.encode()
@@ -84,32 +94,42 @@ def tokenised(draw):
 @quick
 @given(tokenised())
 def test_token_spans_tile_and_hold_the_first_bytes(case):
-    """For any cutting of the bytes: spans touch, and hold exactly the tokens whose first byte lies in the step."""
+    """For any cutting of the bytes: spans touch, and hold exactly the tokens whose first byte lies
+    in the step.
+    """
     tokens, parsed = case
     spans = token_spans(tokens, parsed)
     assert all(before.end == after.start for before, after in itertools.pairwise(spans))
     for step, span in zip(parsed.steps, spans):
         first, last = (len(parsed.text[:at].encode()) for at in (step.start, step.end))
         starts = [sum(map(len, tokens[:position])) for position in range(len(tokens))]
-        assert list(range(span.start, span.end)) == [i for i, start in enumerate(starts) if first <= start < last]
+        assert list(range(span.start, span.end)) == [
+            i for i, start in enumerate(starts) if first <= start < last
+        ]
 
 
 def test_token_that_straddles_a_boundary_counts_for_its_first_byte():
-    """The token "a\\nSt" begins in step 1 and so is step 1's, whole; "\\nAnswer: 4" begins in step 2."""
+    """The token "a\\nSt" begins in step 1 and so is step 1's, whole; "\\nAnswer: 4" begins in step
+    2.
+    """
     tokens = [b"Step 1: ", b"a\nSt", b"ep 2: b", b"\nAnswer: 4", b"<eos>"]
     parsed = split_response("Step 1: a\nStep 2: b\nAnswer: 4", StepFormat.PLAIN)
     assert [(span.start, span.end) for span in token_spans(tokens, parsed)] == [(0, 2), (2, 4)]
 
 
 def test_token_spans_survive_a_split_and_an_invalid_character():
-    """Tokens that split a character or are no UTF-8 at all move no boundary, given the text of decode_tokens."""
+    """Tokens that split a character or are no UTF-8 at all move no boundary, given the text of
+    decode_tokens.
+    """
     tokens = [b"Step 1: \xf0\x9f", b"\x98\x80\xff\xc3", b"\nStep 2: b\nAnswer: 4"]
     parsed = split_response(decode_tokens(tokens), StepFormat.PLAIN)
     assert parsed.steps[0].text == "\U0001f600��"
     starts = [0, 10, 14]
     boundary = len(b"".join(tokens[:2])) + 1
     assert [(s.start, s.end) for s in token_spans(tokens, parsed)] == [
-        (0, sum(start < boundary for start in starts)), (3, 3)]
+        (0, sum(start < boundary for start in starts)),
+        (3, 3),
+    ]
 
 
 @settings(max_examples=200, deadline=None)
@@ -120,7 +140,11 @@ def test_offsets_agree_with_pythons_decoder(data):
 
     text, offsets = _decode_with_offsets(data)
     assert text == decode_tokens([data])
-    assert len(offsets) == len(text) + 1 and offsets == sorted(set(offsets)) and offsets[-1] == len(data)
+    assert (
+        len(offsets) == len(text) + 1
+        and offsets == sorted(set(offsets))
+        and offsets[-1] == len(data)
+    )
 
 
 def test_token_spans_refuse_tokens_of_another_text():
@@ -130,67 +154,80 @@ def test_token_spans_refuse_tokens_of_another_text():
         token_spans([b"Step 1: b\nAnswer: 4"], parsed)
 
 
-@pytest.mark.parametrize("text", [
-    "Step 1: x\nStep 2: y\nAnswer: 4",
-    "Let me think.\n\n**Step 1:** x\n\n**Step 2:** y\n\n**Answer:** 4\n",
-    "**Step 1**: x\n**Step 2**: y\n**Answer**: 4",
-    "## Step 1: x\n### Step 2: y\n## Answer: \\boxed{4}",
-    "step 1: x\r\nstep 2 : y\r\nanswer: 4\r\n",
-    "**Step 1: x**\n**Step 2: y**\n**Answer: 4**",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Step 1: x\nStep 2: y\nAnswer: 4",
+        "Let me think.\n\n**Step 1:** x\n\n**Step 2:** y\n\n**Answer:** 4\n",
+        "**Step 1**: x\n**Step 2**: y\n**Answer**: 4",
+        "## Step 1: x\n### Step 2: y\n## Answer: \\boxed{4}",
+        "step 1: x\r\nstep 2 : y\r\nanswer: 4\r\n",
+        "**Step 1: x**\n**Step 2: y**\n**Answer: 4**",
+    ],
+)
 def test_accepted_spellings_of_plain(text):
     """Headers that language models write mean the same as the plain ones."""
     parsed = split_response(text, StepFormat.PLAIN)
     assert parsed.canonical() == "Step 1: x\nStep 2: y\nAnswer: 4"
 
 
-@pytest.mark.parametrize(("text", "rule"), [
-    ("", "steps_missing"),
-    ("Answer: 4", "steps_missing"),
-    ("Step 2: x\nAnswer: 4", "step_numbering"),
-    ("Step 1: x\nStep 3: y\nAnswer: 4", "step_numbering"),
-    ("Step 1: x\nStep 01: y\nAnswer: 4", "step_numbering"),
-    ("Step 1:\nStep 2: y\nAnswer: 4", "step_empty"),
-    ("Step 1: x", "answer_missing"),
-    ("Step 1: x\nAnswer: 4\nAnswer: 5", "answer_repeated"),
-    ("Answer: 4\nStep 1: x", "answer_not_last"),
-    ("Step 1: x\nAnswer: 4\nI hope this helps.", "answer_not_last"),
-    ("Step 1: x\nAnswer:", "answer_empty"),
-])
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("", "steps_missing"),
+        ("Answer: 4", "steps_missing"),
+        ("Step 2: x\nAnswer: 4", "step_numbering"),
+        ("Step 1: x\nStep 3: y\nAnswer: 4", "step_numbering"),
+        ("Step 1: x\nStep 01: y\nAnswer: 4", "step_numbering"),
+        ("Step 1:\nStep 2: y\nAnswer: 4", "step_empty"),
+        ("Step 1: x", "answer_missing"),
+        ("Step 1: x\nAnswer: 4\nAnswer: 5", "answer_repeated"),
+        ("Answer: 4\nStep 1: x", "answer_not_last"),
+        ("Step 1: x\nAnswer: 4\nI hope this helps.", "answer_not_last"),
+        ("Step 1: x\nAnswer:", "answer_empty"),
+    ],
+)
 def test_plain_failures_name_their_rule(text, rule):
     """Each broken rule of the plain format is told apart."""
     assert split_response(text, StepFormat.PLAIN).reason.startswith(rule)
 
 
-@pytest.mark.parametrize(("text", "rule"), [
-    ("", "tag_order"),
-    ("<think></think><answer>4</answer>", "tag_order"),
-    ("<think><step>x</think><answer>4</answer>", "tag_order"),
-    ("<think><step>x</step></think>", "tag_order"),
-    ("<think><step>x</step></think><answer>4</answer><answer>5</answer>", "tag_order"),
-    ("<think><step>a<step>x</step></step></think><answer>4</answer>", "tag_order"),
-    ("Hi <think><step>x</step></think><answer>4</answer>", "text_outside_tags"),
-    ("<think>so <step>x</step></think><answer>4</answer>", "text_outside_tags"),
-    ("<think><step>x</step></think> so <answer>4</answer>", "text_outside_tags"),
-    ("<think><step>x</step></think><answer>4</answer>!", "text_outside_tags"),
-    ("<think><step> </step></think><answer>4</answer>", "step_empty"),
-    ("<think><step>Step 2: x</step></think><answer>4</answer>", "step_numbering"),
-    ("<think><step>x\nStep 2: y</step></think><answer>4</answer>", "step_contains_header"),
-    ("<think><step>x\nAnswer: 5</step></think><answer>4</answer>", "step_contains_header"),
-    ("<think><step>x</step></think><answer> </answer>", "answer_empty"),
-    ("<think><step>x</step></think><answer>4\n5</answer>", "answer_multiline"),
-])
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("", "tag_order"),
+        ("<think></think><answer>4</answer>", "tag_order"),
+        ("<think><step>x</think><answer>4</answer>", "tag_order"),
+        ("<think><step>x</step></think>", "tag_order"),
+        ("<think><step>x</step></think><answer>4</answer><answer>5</answer>", "tag_order"),
+        ("<think><step>a<step>x</step></step></think><answer>4</answer>", "tag_order"),
+        ("Hi <think><step>x</step></think><answer>4</answer>", "text_outside_tags"),
+        ("<think>so <step>x</step></think><answer>4</answer>", "text_outside_tags"),
+        ("<think><step>x</step></think> so <answer>4</answer>", "text_outside_tags"),
+        ("<think><step>x</step></think><answer>4</answer>!", "text_outside_tags"),
+        ("<think><step> </step></think><answer>4</answer>", "step_empty"),
+        ("<think><step>Step 2: x</step></think><answer>4</answer>", "step_numbering"),
+        ("<think><step>x\nStep 2: y</step></think><answer>4</answer>", "step_contains_header"),
+        ("<think><step>x\nAnswer: 5</step></think><answer>4</answer>", "step_contains_header"),
+        ("<think><step>x</step></think><answer> </answer>", "answer_empty"),
+        ("<think><step>x</step></think><answer>4\n5</answer>", "answer_multiline"),
+    ],
+)
 def test_tagged_failures_name_their_rule(text, rule):
     """Each broken rule of the tagged format is told apart; a step cannot smuggle in a plain header."""
     assert split_response(text, StepFormat.TAGGED).reason.startswith(rule)
 
 
 def test_both_formats_have_one_canonical_text():
-    """The verifier cannot tell which format a response had: the distribution shift between them is gone."""
+    """The verifier cannot tell which format a response had: the distribution shift between them is
+    gone.
+    """
     steps, answer = ("Add 1 to 2.", "Check:\n3 = 3."), "3"
     sources = [
         split_response(tagged(steps, answer), StepFormat.TAGGED),
-        split_response(tagged([f"Step {k}: {s}" for k, s in enumerate(steps, 1)], answer), StepFormat.TAGGED),
+        split_response(
+            tagged([f"Step {k}: {s}" for k, s in enumerate(steps, 1)], answer), StepFormat.TAGGED
+        ),
         split_response(render_solution(steps, answer), StepFormat.PLAIN),
     ]
     assert {parsed.canonical() for parsed in sources} == {render_solution(steps, answer)}
@@ -209,10 +246,18 @@ def test_foreign_steps_can_be_made_legal(paragraphs):
     assert split_response(render_solution(steps, "4"), StepFormat.PLAIN).step_texts == tuple(steps)
 
 
-@pytest.mark.parametrize(("steps", "answer", "match"), [
-    ([], "4", "at least one"), ([""], "4", "step 1"), (["x "], "4", "step 1"), (["x", "y\nStep 3: z"], "4", "step 2"),
-    (["x"], "", "answer"), (["x"], "4\n5", "answer"), (["x"], "\\boxed{4}", "answer"),
-])
+@pytest.mark.parametrize(
+    ("steps", "answer", "match"),
+    [
+        ([], "4", "at least one"),
+        ([""], "4", "step 1"),
+        (["x "], "4", "step 1"),
+        (["x", "y\nStep 3: z"], "4", "step 2"),
+        (["x"], "", "answer"),
+        (["x"], "4\n5", "answer"),
+        (["x"], "\\boxed{4}", "answer"),
+    ],
+)
 def test_render_refuses_what_would_not_read_back(steps, answer, match):
     """Texts that would change meaning on the way are refused, with the place named."""
     with pytest.raises(ValueError, match=match):

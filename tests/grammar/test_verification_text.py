@@ -28,11 +28,15 @@ STEPS = "## Step 1: a\nfine\n**This step is correct.**\n\n## Step 2: b\nbad\n**T
 
 def test_rendered_text_is_the_interchange_format():
     """The exact characters that other implementations of the format read and write."""
-    judgements = [StepJudgement("Add", "1 + 2 = 3.\nYes.", True), StepJudgement("Halve", "3 / 2 is 1.5.", False)]
+    judgements = [
+        StepJudgement("Add", "1 + 2 = 3.\nYes.", True),
+        StepJudgement("Halve", "3 / 2 is 1.5.", False),
+    ]
     assert render_verification(judgements, False) == (
         "## Step 1: Add\n1 + 2 = 3.\nYes.\n**This step is correct.**\n\n"
         "## Step 2: Halve\n3 / 2 is 1.5.\n**This step is incorrect.**\n\n"
-        "**Verification: Is the answer correct (Yes/No)? No**")
+        "**Verification: Is the answer correct (Yes/No)? No**"
+    )
 
 
 @quick
@@ -66,7 +70,9 @@ def test_truncated_verification_gives_no_verdict(verification, data):
 @quick
 @given(anything)
 def test_canonical_text_parses_to_the_same_verdict(noise):
-    """A training target cleaned of stray prose keeps its verdict, or is refused; it never changes meaning."""
+    """A training target cleaned of stray prose keeps its verdict, or is refused; it never changes
+    meaning.
+    """
     text = f"<think>{noise}</think>{noise}\n{STEPS}\n{noise}\n{NO}"
     canonical = canonical_verification(text)
     if not isinstance(canonical, ParseFailure):
@@ -74,32 +80,47 @@ def test_canonical_text_parses_to_the_same_verdict(noise):
         assert canonical_verification(canonical) == canonical
 
 
-@pytest.mark.parametrize("early", [
-    "Is the answer correct (Yes/No)? Yes", YES, "The last line will be **Verification: Is the answer correct? Yes**.",
-])
+@pytest.mark.parametrize(
+    "early",
+    [
+        "Is the answer correct (Yes/No)? Yes",
+        YES,
+        "The last line will be **Verification: Is the answer correct? Yes**.",
+    ],
+)
 @pytest.mark.parametrize("place", ["before", "inside"])
 def test_an_early_verdict_does_not_win(early, place):
-    """Only a verdict after the last label counts; taking the first match anywhere would say Yes here."""
-    steps = f"{early}\n{STEPS}" if place == "before" else STEPS.replace("fine", f"hm\n{early}\nfine")
+    """Only a verdict after the last label counts; taking the first match anywhere would say Yes
+    here.
+    """
+    steps = (
+        f"{early}\n{STEPS}" if place == "before" else STEPS.replace("fine", f"hm\n{early}\nfine")
+    )
     assert parse_verification(f"{steps}\n\n{NO}") == Verdict((True, False), False)
 
 
-@pytest.mark.parametrize(("text", "rule"), [
-    ("", "steps_missing"),
-    (YES, "steps_missing"),
-    (f"<think>{STEPS}\n{YES}", "think_unclosed"),
-    (f"<think>ok</think>{STEPS}\n{YES}<think>", "think_unclosed"),
-    (STEPS, "verdict_missing"),
-    (f"{YES}\n{STEPS}", "verdict_missing"),
-    (f"{STEPS}\n{NO}\n{YES}", "verdict_contradictory"),
-    (f"{STEPS}\nIs the answer correct (Yes/No)? No\n{YES}", "verdict_contradictory"),
-    (f"{STEPS}\n{NO} I mean Yes", "verdict_missing"),
-    (f"{STEPS.replace('Step 2', 'Step 3')}\n{YES}", "step_numbering"),
-    (f"{STEPS.replace('Step 2', 'Step 1')}\n{YES}", "step_numbering"),
-    (f"{STEPS.replace('**This step is correct.**', '')}\n{YES}", "step_label"),
-    (f"{STEPS}\n**This step is correct.**\n{YES}", "step_label"),
-    (f"{STEPS.replace('## Step 1: a', '## Step 1: **This step is correct.**')}\n{YES}", "step_label"),
-])
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("", "steps_missing"),
+        (YES, "steps_missing"),
+        (f"<think>{STEPS}\n{YES}", "think_unclosed"),
+        (f"<think>ok</think>{STEPS}\n{YES}<think>", "think_unclosed"),
+        (STEPS, "verdict_missing"),
+        (f"{YES}\n{STEPS}", "verdict_missing"),
+        (f"{STEPS}\n{NO}\n{YES}", "verdict_contradictory"),
+        (f"{STEPS}\nIs the answer correct (Yes/No)? No\n{YES}", "verdict_contradictory"),
+        (f"{STEPS}\n{NO} I mean Yes", "verdict_missing"),
+        (f"{STEPS.replace('Step 2', 'Step 3')}\n{YES}", "step_numbering"),
+        (f"{STEPS.replace('Step 2', 'Step 1')}\n{YES}", "step_numbering"),
+        (f"{STEPS.replace('**This step is correct.**', '')}\n{YES}", "step_label"),
+        (f"{STEPS}\n**This step is correct.**\n{YES}", "step_label"),
+        (
+            f"{STEPS.replace('## Step 1: a', '## Step 1: **This step is correct.**')}\n{YES}",
+            "step_label",
+        ),
+    ],
+)
 def test_failures_name_their_rule(text, rule):
     """Each broken rule is told apart, and none of them yields a verdict."""
     assert parse_verification(text).reason.startswith(rule)
@@ -111,18 +132,21 @@ def test_another_number_of_steps_is_a_failure(num_steps):
     assert parse_verification(f"{STEPS}\n\n{NO}", num_steps).reason.startswith("step_count")
 
 
-@pytest.mark.parametrize("text", [
-    f"<think>## Step 1: ?\n{YES}</think>\n{STEPS}\n\n{NO}",
-    f"no opening tag, the chat template wrote it</think>{STEPS}\n\n{NO}",
-    f"Here is my check.\n\n{STEPS}\n\n---\n\nSo the answer is wrong.\n\n{NO}\n",
-    f"{STEPS.replace('## ', '### ')}\n\n{NO}",
-    f"{STEPS.replace('## Step 1: a', '**Step 1: a**').replace('## Step 2: b', '**Step 2:** b')}\n\n{NO}",
-    f"{STEPS.replace('ct.**', 'ct**')}\n\nIs the answer correct? no.",
-    f"{STEPS}\n\nVerification: Is the answer correct (Yes/No)? **No**",
-    f"{STEPS}\n\n{NO}\n{NO}",
-    f"{STEPS}\n\n{NO}".replace("\n", "\r\n"),
-    f"{STEPS}\n\n{NO}".upper(),
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"<think>## Step 1: ?\n{YES}</think>\n{STEPS}\n\n{NO}",
+        f"no opening tag, the chat template wrote it</think>{STEPS}\n\n{NO}",
+        f"Here is my check.\n\n{STEPS}\n\n---\n\nSo the answer is wrong.\n\n{NO}\n",
+        f"{STEPS.replace('## ', '### ')}\n\n{NO}",
+        f"{STEPS.replace('## Step 1: a', '**Step 1: a**').replace('## Step 2: b', '**Step 2:** b')}\n\n{NO}",
+        f"{STEPS.replace('ct.**', 'ct**')}\n\nIs the answer correct? no.",
+        f"{STEPS}\n\nVerification: Is the answer correct (Yes/No)? **No**",
+        f"{STEPS}\n\n{NO}\n{NO}",
+        f"{STEPS}\n\n{NO}".replace("\n", "\r\n"),
+        f"{STEPS}\n\n{NO}".upper(),
+    ],
+)
 def test_unambiguous_spellings_are_read(text):
     """Spellings that language models use for the same thing give the same judgements."""
     parsed = parse_judgements(text, 2)
@@ -131,16 +155,25 @@ def test_unambiguous_spellings_are_read(text):
     assert [item.analysis.lower() for item in parsed.judgements] == ["fine", "bad"]
 
 
-@pytest.mark.parametrize(("title", "analysis", "match"), [
-    ("t", "see\n## Step 2: x", "step header"), ("t", "**Step 4:** x", "step header"),
-    ("t", "so **This step is correct.** then", "step label"), ("**This step is incorrect.**", "x", "step label"),
-    ("t", f"x\n{YES}\ny", "verdict line"), ("t", "a </think> b", "think tag"), ("t", " x", "white space"),
-    ("t\nu", "x", "more than one line"),
-])
+@pytest.mark.parametrize(
+    ("title", "analysis", "match"),
+    [
+        ("t", "see\n## Step 2: x", "step header"),
+        ("t", "**Step 4:** x", "step header"),
+        ("t", "so **This step is correct.** then", "step label"),
+        ("**This step is incorrect.**", "x", "step label"),
+        ("t", f"x\n{YES}\ny", "verdict line"),
+        ("t", "a </think> b", "think tag"),
+        ("t", " x", "white space"),
+        ("t\nu", "x", "more than one line"),
+    ],
+)
 def test_render_refuses_what_would_break_the_grammar(title, analysis, match):
     """An analysis that forges structure is refused with its place named."""
     with pytest.raises(ValueError, match=match):
-        render_verification([StepJudgement("ok", "ok", True), StepJudgement(title, analysis, True)], True)
+        render_verification(
+            [StepJudgement("ok", "ok", True), StepJudgement(title, analysis, True)], True
+        )
 
 
 def test_finish_reason_decides_before_the_text():
@@ -158,34 +191,47 @@ def test_finish_reason_decides_before_the_text():
 def test_every_variant_reads_its_own_target(verification, variant):
     """What a reward model is trained to write is what its parser reads."""
     judgements, answer_correct = verification
-    outcome = parse_variant(variant, render_target(variant, judgements, answer_correct), len(judgements))
+    outcome = parse_variant(
+        variant, render_target(variant, judgements, answer_correct), len(judgements)
+    )
     if variant is Variant.ORM:
         assert outcome == AnswerVerdict(answer_correct)
     else:
         assert outcome == Verdict(tuple(item.correct for item in judgements), answer_correct)
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("Yes", AnswerVerdict(True)), (" no\n", AnswerVerdict(False)), ("YES.", AnswerVerdict(True)),
-    ("<think>No</think>\nYes", AnswerVerdict(True)),
-    ("Yes, it is", ParseFailure("orm_answer: neither Yes nor No")),
-    ("", ParseFailure("orm_answer: neither Yes nor No")), ("Yes..", ParseFailure("orm_answer: neither Yes nor No")),
-    ("<think>Yes", ParseFailure("think_unclosed")),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Yes", AnswerVerdict(True)),
+        (" no\n", AnswerVerdict(False)),
+        ("YES.", AnswerVerdict(True)),
+        ("<think>No</think>\nYes", AnswerVerdict(True)),
+        ("Yes, it is", ParseFailure("orm_answer: neither Yes nor No")),
+        ("", ParseFailure("orm_answer: neither Yes nor No")),
+        ("Yes..", ParseFailure("orm_answer: neither Yes nor No")),
+        ("<think>Yes", ParseFailure("think_unclosed")),
+    ],
+)
 def test_orm_reads_one_word(text, expected):
-    """One closing period is accepted (the published parser scores it 0); anything else is a failure, not a No."""
+    """One closing period is accepted (the published parser scores it 0); anything else is a
+    failure, not a No.
+    """
     assert parse_variant(Variant.ORM, text) == expected
 
 
-@pytest.mark.parametrize(("text", "rule"), [
-    (f"Step 1: Correct\nStep 3: Correct\n{YES}", "step_numbering"),
-    (f"Step 1: Correct\nwell\n{YES}", "prm_line"),
-    ("Step 1: Correct", "verdict_missing"),
-    (f"{YES}\nStep 1: Correct", "verdict_missing"),
-    (f"Step 1: Correct\n{NO}\n{YES}", "verdict_contradictory"),
-    (f"Step 1: Correct\nStep 2: Correct\n{YES}", "step_count"),
-    (YES, "steps_missing"),
-])
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        (f"Step 1: Correct\nStep 3: Correct\n{YES}", "step_numbering"),
+        (f"Step 1: Correct\nwell\n{YES}", "prm_line"),
+        ("Step 1: Correct", "verdict_missing"),
+        (f"{YES}\nStep 1: Correct", "verdict_missing"),
+        (f"Step 1: Correct\n{NO}\n{YES}", "verdict_contradictory"),
+        (f"Step 1: Correct\nStep 2: Correct\n{YES}", "step_count"),
+        (YES, "steps_missing"),
+    ],
+)
 def test_prm_failures_name_their_rule(text, rule):
     """The label-only variant has the same rules and allows no other line."""
     assert parse_variant(Variant.PRM, text, 1).reason.startswith(rule)

@@ -1,4 +1,6 @@
-"""A tiny random model of every family, what transformers says about it, and what workers under many layouts say."""
+"""A tiny random model of every family, what transformers says about it, and what workers under many
+layouts say.
+"""
 
 import itertools
 import json
@@ -19,17 +21,41 @@ from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.weight_sync.plan import plan_sync
 from spark_nemo.weight_sync.push import WeightSync
 
-SIZES = {"vocab_size": cases.VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-         "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.1}
-# Of head_dim 8, one frequency stays, one is mixed and two are stretched; 512 instead of Megatron's built-in 8192.
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 40.0,
-          "original_max_position_embeddings": 512}
+SIZES = {
+    "vocab_size": cases.VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.1,
+}
+# Of head_dim 8, one frequency stays, one is mixed and two are stretched; 512 instead of Megatron's
+# built-in 8192.
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 2.0,
+    "high_freq_factor": 40.0,
+    "original_max_position_embeddings": 512,
+}
 FAMILIES = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"tie_word_embeddings": True, "head_dim": 16}),
     "llama": ("Llama", {"tie_word_embeddings": False, "rope_parameters": LLAMA3}),
-    "qwen3_moe": ("Qwen3Moe", {"tie_word_embeddings": False, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2,
-                               "moe_intermediate_size": 48, "norm_topk_prob": True}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {
+            "tie_word_embeddings": False,
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+        },
+    ),
 }
 LAYOUTS = {f"tp{tp}_pp{pp}": (tp, pp) for tp, pp in ((2, 1), (1, 2), (2, 2), (4, 2))}
 EXPERT_LAYOUTS = {"pp2_ep2": (1, 2, 2), "tp2_ep2": (2, 1, 2), "tp2_pp2_ep4": (2, 2, 4)}
@@ -55,17 +81,27 @@ def make_hf(family, folder, **changes):
 
 
 def write_reference(family, folder, **changes):
-    """The model, a bfloat16 copy in ``folder/bf16``, and transformers' log-probabilities, loss and gradients."""
+    """The model, a bfloat16 copy in ``folder/bf16``, and transformers' log-probabilities, loss and
+    gradients.
+    """
     folder, sequences = Path(folder), cases.make_sequences()
     model = make_hf(family, folder, **changes)
     loss = cases.hf_loss(model, sequences)
     loss.backward()
-    torch.save({"logprobs": [cases.hf_logprobs(model, s).detach() for s in sequences], "loss": loss.item(),
-                "grads": dict(_file_names(model))}, folder / "reference.pt")
+    torch.save(
+        {
+            "logprobs": [cases.hf_logprobs(model, s).detach() for s in sequences],
+            "loss": loss.item(),
+            "grads": dict(_file_names(model)),
+        },
+        folder / "reference.pt",
+    )
     (folder / "bf16").mkdir()
     (folder / "bf16" / "config.json").write_text((folder / "config.json").read_text())
-    save_file({name: x.bfloat16() for name, x in load_file(folder / "model.safetensors").items()},
-              folder / "bf16" / "model.safetensors")
+    save_file(
+        {name: x.bfloat16() for name, x in load_file(folder / "model.safetensors").items()},
+        folder / "bf16" / "model.safetensors",
+    )
 
 
 def _file_names(model):
@@ -77,19 +113,27 @@ def _file_names(model):
             if which == "down_proj":
                 yield f"{stem}.experts.{expert}.down_proj.weight", grad[expert]
             else:
-                yield from zip((f"{stem}.experts.{expert}.{x}_proj.weight" for x in ("gate", "up")),
-                               grad[expert].chunk(2))
+                yield from zip(
+                    (f"{stem}.experts.{expert}.{x}_proj.weight" for x in ("gate", "up")),
+                    grad[expert].chunk(2),
+                )
         if not stem:
             yield name, grad
 
 
 def compare(folder, layout):
-    """Largest absolute differences to transformers' numbers under ``layout``; the same on every rank."""
+    """Largest absolute differences to transformers' numbers under ``layout``; the same on every
+    rank.
+    """
     folder, sequences = Path(folder), cases.make_sequences()
     reference = torch.load(folder / "reference.pt")
     worker = MegatronWorker.from_hf(folder, layout, seed=0, optimizer=cases.NO_CLIP)
-    result = {"export": cases.max_difference(cases.export(worker), load_file(folder / "model.safetensors"))}
-    batches = [cases.pack(sequences[i:i + 4]) for i in range(0, len(sequences), 4)]
+    result = {
+        "export": cases.max_difference(
+            cases.export(worker), load_file(folder / "model.safetensors")
+        )
+    }
+    batches = [cases.pack(sequences[i : i + 4]) for i in range(0, len(sequences), 4)]
     mask = torch.cat([s.mask for s in sequences]) > 0
     logprobs = worker.logprobs(batches)
     difference = torch.cat(logprobs) - torch.cat(reference["logprobs"])
@@ -97,11 +141,15 @@ def compare(folder, layout):
     mine = cases.share(worker, sequences)
     few = min(worker.dp_rank, 2)  # every rank another number of micro-batches, one of them none
     again = worker.logprobs(batches[:few])
-    result["uneven"] = float(sum((a - b).abs().max() for a, b in zip(again, logprobs[:few], strict=True)))
+    result["uneven"] = float(
+        sum((a - b).abs().max() for a, b in zip(again, logprobs[:few], strict=True))
+    )
     step = worker.train_step(mine, cases.loss_fn)
     grads = reference["grads"]
     result["loss"] = abs(step.loss - reference["loss"])
-    result["grad_norm"] = abs(step.grad_norm - float(torch.stack([g.norm() for g in grads.values()]).norm()))
+    result["grad_norm"] = abs(
+        step.grad_norm - float(torch.stack([g.norm() for g in grads.values()]).norm())
+    )
     result["grads"] = cases.max_difference(cases.export_gradients(worker), grads)
     return result
 
@@ -112,8 +160,10 @@ def export_bfloat16(folder, layout):
     expected = load_file(Path(folder) / "bf16" / "model.safetensors")
     exported = cases.export(worker)
     assert set(exported) == set(expected)
-    wrong = sum(not torch.equal(exported[name].view(torch.int16), expected[name].view(torch.int16))
-                for name in expected)
+    wrong = sum(
+        not torch.equal(exported[name].view(torch.int16), expected[name].view(torch.int16))
+        for name in expected
+    )
     return sum(gather_objects(wrong)), len(expected)
 
 
@@ -121,27 +171,53 @@ def push(folder, layout, url, run_folder):
     """Trained experts from eight ranks into the test server at ``url``, by two transports."""
     worker = MegatronWorker.from_hf(folder, layout, seed=0, optimizer=cases.ADAM)
     worker.train_step(cases.share(worker, cases.make_sequences()), cases.loss_fn)
-    engine = SglangServer(url, api_key=None, vocab_size=cases.VOCAB, max_context=64, max_in_flight=4,
-                          request_timeout_s=60, control_timeout_s=60) if worker.is_main else None
+    engine = (
+        SglangServer(
+            url,
+            api_key=None,
+            vocab_size=cases.VOCAB,
+            max_context=64,
+            max_in_flight=4,
+            request_timeout_s=60,
+            control_timeout_s=60,
+        )
+        if worker.is_main
+        else None
+    )
     found = {}
     for version, transport in enumerate(("disk", "distributed"), start=1):
         sync = WeightSync.build(
-            WeightSyncConfig(transport=transport, checksums="require", timeout_s=60), worker, engine_kind="sglang",
-            folder=Path(run_folder))
+            WeightSyncConfig(transport=transport, checksums="require", timeout_s=60),
+            worker,
+            engine_kind="sglang",
+            folder=Path(run_folder),
+        )
         sync.plan = plan_sync(  # the same in buckets of 16 KiB: this model would fit one of the smallest allowed
-            hf_tensor_shapes(worker.shape), "float32", worker.hf_config, tensor_parallel=layout.tensor_parallel,
-            pipeline_parallel=layout.pipeline_parallel, engine_tensor_parallel=1, bucket_bytes=16 << 10,
-            expert_parallel=layout.expert_parallel)
+            hf_tensor_shapes(worker.shape),
+            "float32",
+            worker.hf_config,
+            tensor_parallel=layout.tensor_parallel,
+            pipeline_parallel=layout.pipeline_parallel,
+            engine_tensor_parallel=1,
+            bucket_bytes=16 << 10,
+            expert_parallel=layout.expert_parallel,
+        )
         with torch.no_grad():  # so that every push has something to bring
             for parameter in worker.model.parameters():
                 parameter.mul_(1.5)
         before = run_async(sync.differing_tensors(worker, engine)) if version > 1 else []
         run_async(sync.push(worker, engine, version))
         after = run_async(sync.differing_tensors(worker, engine))
-        alive = gather_objects(cases.bytes_alive_during(worker.export_hf(), worker.model.parameters()))
-        found[transport] = {"before": len(before), "after": after, "memory": [
-            sync.memory_peak, sync.plan.buffer_bytes + sync.plan.largest_bytes], "gathered": [
-            max(alive), sync.plan.gather_bytes], "buckets": len(sync.plan.buckets)}
+        alive = gather_objects(
+            cases.bytes_alive_during(worker.export_hf(), worker.model.parameters())
+        )
+        found[transport] = {
+            "before": len(before),
+            "after": after,
+            "memory": [sync.memory_peak, sync.plan.buffer_bytes + sync.plan.largest_bytes],
+            "gathered": [max(alive), sync.plan.gather_bytes],
+            "buckets": len(sync.plan.buckets),
+        }
         if worker.is_main:
             run_async(sync.close())
     if engine is not None:
@@ -151,8 +227,14 @@ def push(folder, layout, url, run_folder):
 
 def layout(tp, pp, ep=1, dtype="float32", split_rows=False, **more):
     return MegatronConfig(
-        tensor_parallel=tp, pipeline_parallel=pp, data_parallel=8 // (tp * pp), expert_parallel=ep, dtype=dtype,
-        sequence_parallel=split_rows and tp > 1, **{"distributed_optimizer": False, **more})
+        tensor_parallel=tp,
+        pipeline_parallel=pp,
+        data_parallel=8 // (tp * pp),
+        expert_parallel=ep,
+        dtype=dtype,
+        sequence_parallel=split_rows and tp > 1,
+        **{"distributed_optimizer": False, **more},
+    )
 
 
 def family_ranks(folders, store):
@@ -162,23 +244,35 @@ def family_ranks(folders, store):
         experts = family == "qwen3_moe"
         results[f"{family}_{name}"] = compare(folders[family], layout(*sizes, split_rows=experts))
         results[f"{family}_{name}"]["bfloat16"] = export_bfloat16(
-            folders[family], layout(*sizes, dtype="bfloat16", split_rows=experts))
+            folders[family], layout(*sizes, dtype="bfloat16", split_rows=experts)
+        )
     for family in ("qwen3", "qwen3_moe"):
-        results[f"{family}_full"] = compare(folders[family], layout(4, 2, split_rows=True, recompute="full"))
+        results[f"{family}_full"] = compare(
+            folders[family], layout(4, 2, split_rows=True, recompute="full")
+        )
     results["qwen3_moe_selective"] = compare(
-        folders["qwen3_moe"], layout(2, 2, 2, split_rows=True, recompute="selective"))
+        folders["qwen3_moe"], layout(2, 2, 2, split_rows=True, recompute="selective")
+    )
     _write(results, store, "families.json")
 
 
 def expert_ranks(folders, store, url):
-    """What only a mixture of experts has: its layouts, pushes to the test server at ``url``, resuming."""
+    """What only a mixture of experts has: its layouts, pushes to the test server at ``url``,
+    resuming.
+    """
     results, folder = {}, folders["qwen3_moe"]
     for name, sizes in EXPERT_LAYOUTS.items():
         results[f"qwen3_moe_{name}"] = compare(folder, layout(*sizes, split_rows=True))
         results[f"qwen3_moe_{name}"]["bfloat16"] = export_bfloat16(
-            folder, layout(*sizes, dtype="bfloat16", split_rows=True))
-        results[f"push_{name}"] = push(folder, layout(*sizes, split_rows=True), url, f"{store}/push_{name}")
-    saved, other = (layout(*sizes, split_rows=True, distributed_optimizer=True) for sizes in ((2, 1, 2), (1, 2, 4)))
+            folder, layout(*sizes, dtype="bfloat16", split_rows=True)
+        )
+        results[f"push_{name}"] = push(
+            folder, layout(*sizes, split_rows=True), url, f"{store}/push_{name}"
+        )
+    saved, other = (
+        layout(*sizes, split_rows=True, distributed_optimizer=True)
+        for sizes in ((2, 1, 2), (1, 2, 4))
+    )
     expected, resumed = cases.resume(folder, f"{store}/checkpoint", saved, [saved, other])
     results["resume"] = {"expected": expected, "resumed": resumed}
     _write(results, store, "experts.json")
@@ -190,14 +284,18 @@ def _write(results, store, name):
 
 
 def checkpoint_keys(shape):
-    """Keys of a distributed checkpoint by the family's table: stacked axes, and the first layer's (expert's) rule."""
+    """Keys of a distributed checkpoint by the family's table: stacked axes, and the first layer's
+    (expert's) rule.
+    """
     keys = {}
     for placed in placed_rules(shape, 1):
         name, stacked = placed.megatron[-1], ()
         if name.startswith("decoder.layers."):
             name, stacked = re.sub(r"layers\.\d+\.", "layers.", name), (shape.num_layers,)
         if placed.expert is not None:
-            name = re.sub(r"weight\d+$", "weight", name).replace("mlp.experts.", "mlp.experts.experts.")
+            name = re.sub(r"weight\d+$", "weight", name).replace(
+                "mlp.experts.", "mlp.experts.experts."
+            )
             stacked += (shape.experts.count,)
         keys.setdefault(name, (stacked, placed))
     return keys

@@ -1,4 +1,6 @@
-"""A tiny random Qwen2, what transformers says about it, and what a MegatronWorker under some layout says about it."""
+"""A tiny random Qwen2, what transformers says about it, and what a MegatronWorker under some layout
+says about it.
+"""
 
 import json
 import time
@@ -30,7 +32,9 @@ NO_CLIP = OptimizerConfig(lr=1e-3, clip_grad=0.0)
 
 @dataclass(frozen=True)
 class Sequence:
-    """One sequence; ``labels`` are shifted already, ``weights`` are its advantages, ``mask`` may be a fraction."""
+    """One sequence; ``labels`` are shifted already, ``weights`` are its advantages, ``mask`` may be
+    a fraction.
+    """
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -54,10 +58,13 @@ def make_sequences(seed=0, lengths=LENGTHS):
 def pack(sequences):
     lengths = torch.tensor([0] + [len(s.tokens) for s in sequences])
     return PackedBatch(
-        tokens_T=torch.cat([s.tokens for s in sequences]), labels_T=torch.cat([s.labels for s in sequences]),
+        tokens_T=torch.cat([s.tokens for s in sequences]),
+        labels_T=torch.cat([s.labels for s in sequences]),
         positions_T=torch.cat([torch.arange(len(s.tokens)) for s in sequences]),
-        cu_seqlens_N=lengths.cumsum(0).int(), loss_mask_T=torch.cat([s.mask for s in sequences]),
-        extras={"weights": torch.cat([s.weights for s in sequences])})
+        cu_seqlens_N=lengths.cumsum(0).int(),
+        loss_mask_T=torch.cat([s.mask for s in sequences]),
+        extras={"weights": torch.cat([s.weights for s in sequences])},
+    )
 
 
 def loss_fn(logprobs_T, entropy_T, batch):
@@ -66,14 +73,30 @@ def loss_fn(logprobs_T, entropy_T, batch):
 
 
 def make_hf(folder, tied, seed=0, kv_heads=4):
-    """Save a model in ``folder`` and return it. Norms and biases are random: at 1 and 0 they would hide mistakes."""
+    """Save a model in ``folder`` and return it. Norms and biases are random: at 1 and 0 they would
+    hide mistakes.
+    """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=kv_heads, tie_word_embeddings=tied, max_position_embeddings=64, use_sliding_window=False,
-        initializer_range=0.1)).float().train()
+    model = (
+        Qwen2ForCausalLM(
+            Qwen2Config(
+                vocab_size=VOCAB,
+                hidden_size=64,
+                intermediate_size=96,
+                num_hidden_layers=4,
+                num_attention_heads=8,
+                num_key_value_heads=kv_heads,
+                tie_word_embeddings=tied,
+                max_position_embeddings=64,
+                use_sliding_window=False,
+                initializer_range=0.1,
+            )
+        )
+        .float()
+        .train()
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -98,11 +121,19 @@ def write_reference(folder, tied):
     reference = {"logprobs": [hf_logprobs(model, s).detach() for s in sequences]}
     loss = hf_loss(model, sequences)
     loss.backward()
-    reference |= {"loss": loss.item(), "grads": {n: p.grad.clone() for n, p in model.named_parameters()}}
+    reference |= {
+        "loss": loss.item(),
+        "grads": {n: p.grad.clone() for n, p in model.named_parameters()},
+    }
     decayed = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() == 1]
-    adam = torch.optim.AdamW([{"params": decayed}, {"params": rest, "weight_decay": 0.0}], lr=ADAM.lr,
-                             weight_decay=ADAM.weight_decay, betas=(ADAM.beta1, ADAM.beta2), eps=ADAM.eps)
+    adam = torch.optim.AdamW(
+        [{"params": decayed}, {"params": rest, "weight_decay": 0.0}],
+        lr=ADAM.lr,
+        weight_decay=ADAM.weight_decay,
+        betas=(ADAM.beta1, ADAM.beta2),
+        eps=ADAM.eps,
+    )
     for step in range(5):
         adam.zero_grad()
         hf_loss(model, make_sequences(step)).backward()
@@ -113,10 +144,12 @@ def write_reference(folder, tied):
 
 
 def share(worker, sequences, per_batch=3):
-    """This data-parallel rank's micro-batches; the last rank of four gets none at all, the others uneven numbers."""
+    """This data-parallel rank's micro-batches; the last rank of four gets none at all, the others
+    uneven numbers.
+    """
     ranks = max(1, worker.dp_size - 1) if worker.dp_size > 2 else worker.dp_size
-    own = sequences[worker.dp_rank::ranks] if worker.dp_rank < ranks else []
-    return [pack(own[i:i + per_batch]) for i in range(0, len(own), per_batch)]
+    own = sequences[worker.dp_rank :: ranks] if worker.dp_rank < ranks else []
+    return [pack(own[i : i + per_batch]) for i in range(0, len(own), per_batch)]
 
 
 def max_difference(tensors, expected):
@@ -138,11 +171,13 @@ def export_gradients(worker):
 
 
 def compare(folder, layout, per_batch=3):
-    """Largest absolute differences to transformers' numbers under ``layout``; the same on every rank."""
+    """Largest absolute differences to transformers' numbers under ``layout``; the same on every
+    rank.
+    """
     reference, sequences = torch.load(Path(folder) / "reference.pt"), make_sequences()
     result = {}
     worker = MegatronWorker.from_hf(folder, layout, seed=0, optimizer=NO_CLIP)
-    batches = [pack(sequences[i:i + per_batch]) for i in range(0, len(sequences), per_batch)]
+    batches = [pack(sequences[i : i + per_batch]) for i in range(0, len(sequences), per_batch)]
     logprobs = torch.cat(worker.logprobs(batches))
     mask = torch.cat([s.mask for s in sequences]) > 0
     result["logprobs"] = float((logprobs - torch.cat(reference["logprobs"]))[mask].abs().max())
@@ -151,10 +186,16 @@ def compare(folder, layout, per_batch=3):
     step = worker.train_step(share(worker, sequences, per_batch), loss_fn)
     result["loss"] = abs(step.loss - reference["loss"])
     result["num_tokens"] = abs(step.num_tokens - float(sum(s.mask.sum() for s in sequences)))
-    result["metrics"] = abs(step.metrics["weights"] - float(sum(s.weights.sum() for s in sequences)))
+    result["metrics"] = abs(
+        step.metrics["weights"] - float(sum(s.weights.sum() for s in sequences))
+    )
     grads = reference["grads"]
-    result["grad_norm"] = abs(step.grad_norm - float(torch.stack([g.norm() for g in grads.values()]).norm()))
-    if not layout.distributed_optimizer:  # the distributed optimizer keeps only this rank's part of a gradient
+    result["grad_norm"] = abs(
+        step.grad_norm - float(torch.stack([g.norm() for g in grads.values()]).norm())
+    )
+    if (
+        not layout.distributed_optimizer
+    ):  # the distributed optimizer keeps only this rank's part of a gradient
         result["grads"] = max_difference(export_gradients(worker), grads)
 
     worker = MegatronWorker.from_hf(folder, layout, seed=0, optimizer=ADAM)
@@ -171,10 +212,14 @@ def _hf_tensors(folder):
 
 
 def resume(folder, store, saved_layout, loaded_layouts, settings=ADAM):
-    """Losses and gradient norms of two steps after a save, and after loading under each other layout."""
+    """Losses and gradient norms of two steps after a save, and after loading under each other
+    layout.
+    """
 
     def two_steps(worker):
-        steps = [worker.train_step(share(worker, make_sequences(10 + n)), loss_fn) for n in range(2)]
+        steps = [
+            worker.train_step(share(worker, make_sequences(10 + n)), loss_fn) for n in range(2)
+        ]
         return [(s.loss, s.grad_norm, s.lr) for s in steps]
 
     worker = MegatronWorker.from_hf(folder, saved_layout, seed=0, optimizer=settings, total_steps=6)
@@ -183,18 +228,32 @@ def resume(folder, store, saved_layout, loaded_layouts, settings=ADAM):
     worker.save_checkpoint(store, {"epoch": 1})
     expected, resumed = two_steps(worker), []
     for layout in loaded_layouts:
-        worker = MegatronWorker.from_config(worker.hf_config, layout, seed=7, optimizer=settings, total_steps=6)
-        assert checkpoint.has_checkpoint(store) and worker.load_checkpoint(store) == {"epoch": 1} and worker.step == 2
+        worker = MegatronWorker.from_config(
+            worker.hf_config, layout, seed=7, optimizer=settings, total_steps=6
+        )
+        assert (
+            checkpoint.has_checkpoint(store)
+            and worker.load_checkpoint(store) == {"epoch": 1}
+            and worker.step == 2
+        )
         resumed.append(two_steps(worker))
     return expected, resumed
 
 
 def push(folder, layout):
-    """Trained weights from four ranks into the embedded engine of rank 0, and what each rank sees of a failure."""
+    """Trained weights from four ranks into the embedded engine of rank 0, and what each rank sees
+    of a failure.
+    """
     worker = MegatronWorker.from_hf(folder, layout, seed=0, optimizer=ADAM)
-    settings = WeightSyncConfig(checksums="require", max_mean_mismatch=1e-5, max_token_mismatch=1e-4)
+    settings = WeightSyncConfig(
+        checksums="require", max_mean_mismatch=1e-5, max_token_mismatch=1e-4
+    )
     sync = WeightSync.build(settings, worker, engine_kind="local", folder=Path("unused"))
-    engine = LocalEngine.from_folder(folder, max_batch_size=4, max_context=40) if worker.is_main else None
+    engine = (
+        LocalEngine.from_folder(folder, max_batch_size=4, max_context=40)
+        if worker.is_main
+        else None
+    )
     worker.train_step(share(worker, make_sequences()), loss_fn)
     found = {"differing_before": len(run_async(sync.differing_tensors(worker, engine)))}
     run_async(sync.push(worker, engine, 1))
@@ -239,7 +298,9 @@ class _Allocations(TorchDispatchMode):
         self.alive += storage.nbytes()
         weakref.finalize(storage, self._freed, key)
         if self.alive > self.peak:
-            time.sleep(0.05)  # gloo's thread lets go of the last tensor it sent a moment after the wait for it is over
+            time.sleep(
+                0.05
+            )  # gloo's thread lets go of the last tensor it sent a moment after the wait for it is over
             self.peak = max(self.peak, self.alive)
 
     def _freed(self, key):
@@ -260,7 +321,9 @@ async def _refuse(tensors, version):
 
 
 def _returning_fleet(engine):
-    """A fleet of ``engine`` alone, which is lost in the first update half-way, takes the second one and no other."""
+    """A fleet of ``engine`` alone, which is lost in the first update half-way, takes the second one
+    and no other.
+    """
     take, calls = engine.update_weights, []
 
     async def update(tensors, version):
@@ -272,7 +335,9 @@ def _returning_fleet(engine):
 
     engine.update_weights = update
     fleet = Fleet({"m0": engine}, FleetLimits(backoff_s=0.3), name="policy pool")
-    fleet.served_form = engine.served_form  # what checksums are made of; no fleet of the product has embedded engines
+    fleet.served_form = (
+        engine.served_form
+    )  # what checksums are made of; no fleet of the product has embedded engines
     return fleet
 
 
@@ -288,32 +353,52 @@ def four_ranks(tied_folder, untied_folder, store):
     """Everything that needs several ranks, in one launch. Rank 0 writes what the tests assert."""
 
     def layout(tp, pp, dp, **more):
-        return MegatronConfig(tensor_parallel=tp, pipeline_parallel=pp, data_parallel=dp, dtype="float32",
-                              **{"distributed_optimizer": False, **more})
+        return MegatronConfig(
+            tensor_parallel=tp,
+            pipeline_parallel=pp,
+            data_parallel=dp,
+            dtype="float32",
+            **{"distributed_optimizer": False, **more},
+        )
 
     results = {
         "tp2_pp2_tied": compare(tied_folder, layout(2, 2, 1)),
         "tp2_pp2_untied": compare(untied_folder, layout(2, 2, 1), per_batch=4),
-        "tp2_tied": compare(tied_folder, layout(2, 1, 2)), "tp2_untied": compare(untied_folder, layout(2, 1, 2)),
-        "pp2_tied": compare(tied_folder, layout(1, 2, 2)), "pp2_untied": compare(untied_folder, layout(1, 2, 2)),
+        "tp2_tied": compare(tied_folder, layout(2, 1, 2)),
+        "tp2_untied": compare(untied_folder, layout(2, 1, 2)),
+        "pp2_tied": compare(tied_folder, layout(1, 2, 2)),
+        "pp2_untied": compare(untied_folder, layout(1, 2, 2)),
         "tp2_dp2_sp": compare(untied_folder, layout(2, 1, 2, sequence_parallel=True)),
-        "pp2_dp2_distributed_optimizer": compare(tied_folder, layout(1, 2, 2, distributed_optimizer=True)),
+        "pp2_dp2_distributed_optimizer": compare(
+            tied_folder, layout(1, 2, 2, distributed_optimizer=True)
+        ),
         "tp2_pp2_sp_full_recompute": compare(
-            tied_folder, layout(2, 2, 1, sequence_parallel=True, recompute="full"), per_batch=2),
-        "pp4_selective_recompute": compare(untied_folder, layout(1, 4, 1, recompute="selective"), per_batch=1),
+            tied_folder, layout(2, 2, 1, sequence_parallel=True, recompute="full"), per_batch=2
+        ),
+        "pp4_selective_recompute": compare(
+            untied_folder, layout(1, 4, 1, recompute="selective"), per_batch=1
+        ),
         "tp4": compare(tied_folder, layout(4, 1, 1), per_batch=10),
         "dp4_one_rank_idle": compare(tied_folder, layout(1, 1, 4)),
     }
     for distributed in (False, True):
-        same, others = layout(2, 1, 2, distributed_optimizer=distributed), [(1, 1, 4), (1, 2, 2), (2, 2, 1)]
-        expected, resumed = resume(untied_folder, f"{store}/{distributed}", same, [same] + [
-            layout(*sizes, distributed_optimizer=distributed) for sizes in others])
+        same, others = (
+            layout(2, 1, 2, distributed_optimizer=distributed),
+            [(1, 1, 4), (1, 2, 2), (2, 2, 1)],
+        )
+        expected, resumed = resume(
+            untied_folder,
+            f"{store}/{distributed}",
+            same,
+            [same] + [layout(*sizes, distributed_optimizer=distributed) for sizes in others],
+        )
         results[f"resume_{distributed}"] = {"expected": expected, "resumed": resumed}
 
     results["push_tied"] = push(tied_folder, layout(2, 2, 1))
     results["push_untied"] = push(untied_folder, layout(2, 1, 2))
     worker = MegatronWorker.from_config(
-        json.loads((Path(tied_folder) / "config.json").read_text()), layout(2, 2, 1), seed=3)
+        json.loads((Path(tied_folder) / "config.json").read_text()), layout(2, 2, 1), seed=3
+    )
     worker.save_hf(f"{store}/random_tp2_pp2", source_dir=None)
     if worker.is_main:
         (Path(store) / "results.json").write_text(json.dumps(results))

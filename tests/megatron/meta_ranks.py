@@ -1,4 +1,6 @@
-"""One process in the place of any rank of a large layout: a fake process group, and modules on the meta device."""
+"""One process in the place of any rank of a large layout: a fake process group, and modules on the
+meta device.
+"""
 
 import contextlib
 
@@ -13,13 +15,19 @@ from spark_nemo.megatron.model import construct
 
 @contextlib.contextmanager
 def as_rank(layout, rank):
-    """Be global rank ``rank`` of ``layout``. Nothing is communicated. Groups of a world of one are given up."""
+    """Be global rank ``rank`` of ``layout``. Nothing is communicated. Groups of a world of one are
+    given up.
+    """
     _leave()
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     with cuda_means_cpu():
         parallel_state.initialize_model_parallel(
-            layout.tensor_parallel, layout.pipeline_parallel, expert_model_parallel_size=layout.expert_parallel,
-            expert_tensor_parallel_size=1, create_gloo_process_groups=False)
+            layout.tensor_parallel,
+            layout.pipeline_parallel,
+            expert_model_parallel_size=layout.expert_parallel,
+            expert_tensor_parallel_size=1,
+            create_gloo_process_groups=False,
+        )
     try:
         yield
     finally:
@@ -35,9 +43,14 @@ def _leave():
 
 
 def built_parameters(shape, layout, rank):
-    """Names and shapes of what the module of a rank really has, and its (tensor, pipeline) position."""
+    """Names and shapes of what the module of a rank really has, and its (tensor, pipeline)
+    position.
+    """
     with as_rank(layout, rank), torch.device("meta"):
         seed_everything(0)
         model = construct(shape, layout)
-        place = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_rank()
+        place = (
+            parallel_state.get_tensor_model_parallel_rank(),
+            parallel_state.get_pipeline_model_parallel_rank(),
+        )
         return place, {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

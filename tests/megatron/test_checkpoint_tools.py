@@ -47,15 +47,18 @@ def model(tmp_path_factory):
 def training(tmp_path_factory, model):
     """A run's folder of checkpoints after one step, and the worker."""
     folder = tmp_path_factory.mktemp("run")
-    worker = MegatronWorker.from_hf(model / "hf", LAYOUT, seed=0, optimizer=cases.ADAM, total_steps=6)
+    worker = MegatronWorker.from_hf(
+        model / "hf", LAYOUT, seed=0, optimizer=cases.ADAM, total_steps=6
+    )
     worker.train_step([cases.pack(cases.make_sequences())], cases.loss_fn)
     worker.save_checkpoint(folder / "run", {"epoch": 3})
     return folder / "run"
 
 
 def test_all_formats_compare_equal(model, tmp_path, capsys):
-    """Hugging Face, Megatron and NeMo folders of one model have the same bits; a change of one value is found, named
-    and measured, and so are missing tensors."""
+    """Hugging Face, Megatron and NeMo folders of one model have the same bits; a change of one
+    value is found, named and measured, and so are missing tensors.
+    """
     assert run("convert_megatron_to_hf", model / "nemo", tmp_path / "hf") == 0
     for other in (model / "megatron", model / "nemo", tmp_path / "hf"):
         capsys.readouterr()
@@ -72,7 +75,9 @@ def test_all_formats_compare_equal(model, tmp_path, capsys):
 
 
 def test_logits_tell_models_apart(model, tmp_path):
-    """Logits of a Megatron folder are transformers' own on the Hugging Face folder; other weights give others."""
+    """Logits of a Megatron folder are transformers' own on the Hugging Face folder; other weights
+    give others.
+    """
     write_tokenizer(tmp_path)
     hf, megatron = open_checkpoint(model / "hf"), open_checkpoint(model / "megatron")
     assert logits_difference(hf, megatron, "a b a c", tmp_path) == 0
@@ -87,7 +92,11 @@ def test_logits_tell_models_apart(model, tmp_path):
     other = open_checkpoint(make_folder(tmp_path / "other", "qwen3", initializer_range=0.2))
     assert logits_difference(hf, other, "a b", tmp_path) > 0.01
     path = next((tmp_path / "other").glob("*.safetensors"))
-    save_file({name: torch.full_like(x, torch.nan) for name, x in load_file(path).items()}, path, {"format": "pt"})
+    save_file(
+        {name: torch.full_like(x, torch.nan) for name, x in load_file(path).items()},
+        path,
+        {"format": "pt"},
+    )
     assert logits_difference(hf, open_checkpoint(tmp_path / "other"), "a b", tmp_path) == math.inf
 
 
@@ -101,7 +110,9 @@ def write_tokenizer(folder):
 
 
 def test_inspection_reads_no_tensor(model, training, tmp_path, capsys):
-    """Step, layout, sizes and shapes are there also when every file with values is gone but in name."""
+    """Step, layout, sizes and shapes are there also when every file with values is gone but in
+    name.
+    """
     for name in ("hf", "megatron", "nemo"):
         assert run("inspect_checkpoint", model / name) == 0
     out = capsys.readouterr().out
@@ -117,18 +128,42 @@ def test_inspection_reads_no_tensor(model, training, tmp_path, capsys):
 
 
 def test_resharding_keeps_every_bit(training, model, tmp_path, capsys):
-    """Rewritten for TP4 x PP2, weights and optimizer states are the same bits in smaller boxes, and resuming from there
-    gives the same next step. A layout that the model does not allow is named."""
-    assert run("reshard_checkpoint", training, tmp_path / "run", "--tensor-parallel", 4, "--pipeline-parallel", 2) == 0
-    one, two = (StoredCheckpoint(folder / "step-00000001") for folder in (training, tmp_path / "run"))
+    """Rewritten for TP4 x PP2, weights and optimizer states are the same bits in smaller boxes, and
+    resuming from there gives the same next step. A layout that the model does not allow is named.
+    """
+    assert (
+        run(
+            "reshard_checkpoint",
+            training,
+            tmp_path / "run",
+            "--tensor-parallel",
+            4,
+            "--pipeline-parallel",
+            2,
+        )
+        == 0
+    )
+    one, two = (
+        StoredCheckpoint(folder / "step-00000001") for folder in (training, tmp_path / "run")
+    )
     assert {x.found for x in compare_stored(one, two)} == {"same"}
-    assert len(two.tensors["optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.weight"].chunks) == 2 * 8
+    assert (
+        len(two.tensors["optimizer.state.exp_avg.decoder.layers.mlp.linear_fc1.weight"].chunks)
+        == 2 * 8
+    )
     assert run("compare_checkpoints", training, tmp_path / "run", "--with-optimizer") == 0
     steps = []
     for folder in (training, tmp_path / "run"):
-        worker = MegatronWorker.from_hf(model / "hf", LAYOUT, seed=1, optimizer=cases.ADAM, total_steps=6)
+        worker = MegatronWorker.from_hf(
+            model / "hf", LAYOUT, seed=1, optimizer=cases.ADAM, total_steps=6
+        )
         assert worker.load_checkpoint(folder) == {"epoch": 3} and worker.step == 1
-        steps.append([worker.train_step([cases.pack(cases.make_sequences(n))], cases.loss_fn) for n in (1, 2)])
+        steps.append(
+            [
+                worker.train_step([cases.pack(cases.make_sequences(n))], cases.loss_fn)
+                for n in (1, 2)
+            ]
+        )
     assert steps[0] == steps[1]
     assert run("reshard_checkpoint", training, tmp_path / "other", "--tensor-parallel", 3) == 2
     assert "megatron.tensor_parallel=3 does not divide" in capsys.readouterr().err
@@ -153,14 +188,25 @@ def test_optimizer_that_only_its_layout_can_read(training, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("tool", ["convert_hf_to_megatron", "convert_megatron_to_hf", "reshard_checkpoint",
-                                  "compare_checkpoints", "inspect_checkpoint"])
+@pytest.mark.parametrize(
+    "tool",
+    [
+        "convert_hf_to_megatron",
+        "convert_megatron_to_hf",
+        "reshard_checkpoint",
+        "compare_checkpoints",
+        "inspect_checkpoint",
+    ],
+)
 def test_help_shows_an_example(tool, capsys):
     """--help has a command that can be copied, and the user guide has every tool."""
     with pytest.raises(SystemExit):
         run(tool, "--help")
     assert f"python tools/{tool}.py " in capsys.readouterr().out
-    assert f"tools/{tool}.py" in (Path(__file__).resolve().parents[2] / "docs" / "checkpoints.md").read_text()
+    assert (
+        f"tools/{tool}.py"
+        in (Path(__file__).resolve().parents[2] / "docs" / "checkpoints.md").read_text()
+    )
 
 
 def test_existing_output_is_not_touched(model, tmp_path, capsys):
@@ -183,16 +229,29 @@ def copy_of(model, folder, **settings):
 
 
 def test_settings_are_refused_or_taken_as_transformers_does(model, tmp_path, capsys):
-    """Null settings, also dtype beside torch_dtype, are as if they were not there. A type that is none, and a long
-    quantization_config, are one short line and no output."""
-    folder = copy_of(model, tmp_path / "hf", dtype=None, torch_dtype="bfloat16", rms_norm_eps=None,
-                     initializer_range=None)
+    """Null settings, also dtype beside torch_dtype, are as if they were not there. A type that is
+    none, and a long quantization_config, are one short line and no output.
+    """
+    folder = copy_of(
+        model,
+        tmp_path / "hf",
+        dtype=None,
+        torch_dtype="bfloat16",
+        rms_norm_eps=None,
+        initializer_range=None,
+    )
     assert run("convert_hf_to_megatron", folder, tmp_path / "out") == 0
     assert open_checkpoint(folder).shape.norm_eps == 1e-6
-    for number, (settings, message) in enumerate((
+    for number, (settings, message) in enumerate(
+        (
             ({"dtype": None, "torch_dtype": "float32"}, "config.json says torch.float32"),
             ({"dtype": ["bfloat16"]}, "dtype=['bfloat16'] is not one of"),
-            ({"quantization_config": {"quant_method": "fp8", "modules": ["x"] * 99}}, "quant_method='fp8' is not"))):
+            (
+                {"quantization_config": {"quant_method": "fp8", "modules": ["x"] * 99}},
+                "quant_method='fp8' is not",
+            ),
+        )
+    ):
         wrong = copy_of(model, tmp_path / f"wrong{number}", **settings)
         assert run("convert_hf_to_megatron", wrong, tmp_path / "none") == 2
         err = capsys.readouterr().err.strip().splitlines()[-1]
@@ -213,16 +272,26 @@ def make_strange_folders(root, model):
     (root / "bytes" / "latest_checkpointed_iteration.txt").write_bytes(b"\xff")
     (root / "empty").mkdir()
     (root / "pickles").mkdir()
-    return [("Qwen/Qwen2.5-7B", "hf download"), (model / "hf" / "config.json", "is a file: name its folder"),
-            (root / "cache", "snapshots/abc"), (root / "lora", "merge"), (root / "legacy", "torch_dist"),
-            (root / "slime", "iter_0000010"), (root / "actor", "dist_ckpt"), (root / "bytes", "not a folder beside it"),
-            (root / "empty", "neither config.json"), (root / "none", "does not exist")]
+    return [
+        ("Qwen/Qwen2.5-7B", "hf download"),
+        (model / "hf" / "config.json", "is a file: name its folder"),
+        (root / "cache", "snapshots/abc"),
+        (root / "lora", "merge"),
+        (root / "legacy", "torch_dist"),
+        (root / "slime", "iter_0000010"),
+        (root / "actor", "dist_ckpt"),
+        (root / "bytes", "not a folder beside it"),
+        (root / "empty", "neither config.json"),
+        (root / "none", "does not exist"),
+    ]
 
 
 @pytest.mark.parametrize("tool", ["convert_megatron_to_hf", "inspect_checkpoint"])
 def test_folders_of_other_kinds_are_told_apart(model, tmp_path, capsys, tool):
-    """A hub name, a file, the top of a Hugging Face cache, an adapter, Megatron-LM's older format and folders one level
-    too high are refused with what to name instead. What is in them is not read."""
+    """A hub name, a file, the top of a Hugging Face cache, an adapter, Megatron-LM's older format
+    and folders one level too high are refused with what to name instead. What is in them is not
+    read.
+    """
     (tmp_path / "in").mkdir()
     for folder, message in make_strange_folders(tmp_path / "in", model):
         assert run(tool, folder, *([tmp_path / "out"] if "convert" in tool else [])) == 2, folder
@@ -233,8 +302,9 @@ def test_folders_of_other_kinds_are_told_apart(model, tmp_path, capsys, tool):
 
 @pytest.mark.parametrize("step_is_there", [True, False])
 def test_a_trainer_s_folder_with_deepspeed_s_files_is_a_model(model, tmp_path, step_is_there):
-    """DeepSpeed leaves a file "latest", our own run's name for it, and a folder of its own beside the model that it
-    saved; that folder is often deleted. The model is what is meant."""
+    """DeepSpeed leaves a file "latest", our own run's name for it, and a folder of its own beside
+    the model that it saved; that folder is often deleted. The model is what is meant.
+    """
     folder = copy_of(model, tmp_path / "checkpoint-100")
     (folder / "latest").write_text("global_step100")
     if step_is_there:
@@ -245,8 +315,12 @@ def test_a_trainer_s_folder_with_deepspeed_s_files_is_a_model(model, tmp_path, s
 
 
 def test_files_that_git_lfs_has_not_fetched_are_named(model, tmp_path, capsys):
-    """A clone without git-lfs has pointers instead of weights and tokenizer; a missing shard says so, too."""
-    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 4902257696\n"
+    """A clone without git-lfs has pointers instead of weights and tokenizer; a missing shard says
+    so, too.
+    """
+    pointer = (
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 4902257696\n"
+    )
     folder = copy_of(model, tmp_path / "hf")
     shard = sorted(folder.glob("*.safetensors"))[1]
     for path in (shard, folder / "tokenizer.json"):
@@ -276,8 +350,10 @@ def test_inspection_shows_what_cannot_be_converted(model, tmp_path, capsys):
 
 
 def test_a_full_disk_is_one_line_and_the_command_goes_on(model, tmp_path, capsys):
-    """A file that cannot be written to its end: torch then raises an error of its archive, not of the disk. Here a
-    limit on file sizes stands for the disk. The message is the system's, and the same command finishes."""
+    """A file that cannot be written to its end: torch then raises an error of its archive, not of
+    the disk. Here a limit on file sizes stands for the disk. The message is the system's, and the
+    same command finishes.
+    """
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -302,7 +378,9 @@ def test_ctrl_c_is_one_line(monkeypatch, model, tmp_path, capsys):
 
     monkeypatch.setattr(SafetensorsFolder, "__getitem__", interrupted)
     assert run("convert_hf_to_megatron", model / "hf", tmp_path / "out") == 130
-    assert capsys.readouterr().err.strip().splitlines()[-1] == "interrupted; the same command goes on"
+    assert (
+        capsys.readouterr().err.strip().splitlines()[-1] == "interrupted; the same command goes on"
+    )
 
 
 def test_options_without_effect_and_wrong_numbers_are_refused(model, tmp_path, capsys):
@@ -310,16 +388,36 @@ def test_options_without_effect_and_wrong_numbers_are_refused(model, tmp_path, c
     hf, megatron, out = model / "hf", model / "megatron", tmp_path / "out"
     (tmp_path / "text").write_bytes(b"\xff\xfe\x00")
     for message, tool, *arguments in (
-            ("--max-shard-gb", "convert_megatron_to_hf", megatron, out, "--to", "megatron", "--max-shard-gb", 1),
-            ("--hf-config", "convert_megatron_to_hf", hf, out, "--hf-config", hf),
-            ("--text", "compare_checkpoints", megatron, megatron, "--with-optimizer", "--text", tmp_path / "text"),
-            ("text", "compare_checkpoints", hf, megatron, "--text", tmp_path / "text"),
-            ("inside", "reshard_checkpoint", megatron, megatron / "out")):
+        (
+            "--max-shard-gb",
+            "convert_megatron_to_hf",
+            megatron,
+            out,
+            "--to",
+            "megatron",
+            "--max-shard-gb",
+            1,
+        ),
+        ("--hf-config", "convert_megatron_to_hf", hf, out, "--hf-config", hf),
+        (
+            "--text",
+            "compare_checkpoints",
+            megatron,
+            megatron,
+            "--with-optimizer",
+            "--text",
+            tmp_path / "text",
+        ),
+        ("text", "compare_checkpoints", hf, megatron, "--text", tmp_path / "text"),
+        ("inside", "reshard_checkpoint", megatron, megatron / "out"),
+    ):
         assert run(tool, *arguments) == 2
         out_err = capsys.readouterr()
         assert message in out_err.err and out_err.out == "" and len(out_err.err.splitlines()) == 1
-    for tool, option, values in (("convert_megatron_to_hf", "--max-shard-gb", ("0", "-1", "nan", "inf")),
-                                 ("compare_checkpoints", "--tolerance", ("-1", "nan", "x"))):
+    for tool, option, values in (
+        ("convert_megatron_to_hf", "--max-shard-gb", ("0", "-1", "nan", "inf")),
+        ("compare_checkpoints", "--tolerance", ("-1", "nan", "x")),
+    ):
         for value in values:
             with pytest.raises(SystemExit) as caught:
                 run(tool, megatron, out, f"{option}={value}")
@@ -335,8 +433,9 @@ def test_tensors_are_compared_whatever_config_json_says(model, tmp_path, capsys)
 
 
 def test_home_and_odd_paths(model, tmp_path, monkeypatch, capsys):
-    """~ that the shell has left, spaces, relative paths and links to folders work; an output that is a link to nothing
-    is refused before anything is written."""
+    """~ that the shell has left, spaces, relative paths and links to folders work; an output that
+    is a link to nothing is refused before anything is written.
+    """
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     copy_of(model, tmp_path / "my model")
@@ -348,13 +447,23 @@ def test_home_and_odd_paths(model, tmp_path, monkeypatch, capsys):
     (tmp_path / "dangling").symlink_to("nowhere")
     assert run("convert_hf_to_megatron", "link", "dangling") == 2
     assert "exists already" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a b", "back", "dangling", "link", "my model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a b",
+        "back",
+        "dangling",
+        "link",
+        "my model",
+    ]
 
 
 def test_other_pickles_are_not_weights(model, tmp_path, capsys):
-    """training_args.bin beside pytorch_model.bin is not read as weights; alone it does not look like them."""
+    """training_args.bin beside pytorch_model.bin is not read as weights; alone it does not look
+    like them.
+    """
     folder = copy_of(model, tmp_path / "hf")
-    tensors = {name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()}
+    tensors = {
+        name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()
+    }
     for path in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]:
         path.unlink()
     (folder / "training_args.bin").write_bytes(b"no tensors")
@@ -366,9 +475,13 @@ def test_other_pickles_are_not_weights(model, tmp_path, capsys):
 
 
 def test_values_that_a_type_cannot_hold_are_an_error(model, tmp_path, capsys):
-    """float16 ends at 65504; a larger value is refused with its tensor's name, not written as infinity."""
+    """float16 ends at 65504; a larger value is refused with its tensor's name, not written as
+    infinity.
+    """
     folder = copy_of(model, tmp_path / "hf")
-    path = next(path for path in folder.glob("*.safetensors") if "model.norm.weight" in load_file(path))
+    path = next(
+        path for path in folder.glob("*.safetensors") if "model.norm.weight" in load_file(path)
+    )
     tensors = load_file(path)
     tensors["model.norm.weight"][0] = 1e5
     save_file(tensors, path)
@@ -379,16 +492,31 @@ def test_values_that_a_type_cannot_hold_are_an_error(model, tmp_path, capsys):
 
 
 def test_a_reader_that_stops_early_and_warnings_of_megatron_are_not_shown(model):
-    """Neither a tool's output into head nor megatron-core's remarks on what is not installed leave a line on stderr.
-    In real processes: the end of one is part of it."""
+    """Neither a tool's output into head nor megatron-core's remarks on what is not installed leave
+    a line on stderr. In real processes: the end of one is part of it.
+    """
     import subprocess
 
     done = subprocess.run(
-        [sys.executable, TOOLS / "inspect_checkpoint.py", model / "megatron"], capture_output=True, text=True,
-        check=True)
+        [sys.executable, TOOLS / "inspect_checkpoint.py", model / "megatron"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.startswith("Megatron distributed checkpoint") and done.stderr == ""
-    program = "import sys; sys.path.append(sys.argv[1]); from checkpoint_tools import exit_status\n" \
-              "sys.exit(exit_status(lambda: print('x\\n' * 200000)))"
-    command = ["bash", "-c", '"$@" | head -1; exit ${PIPESTATUS[0]}', "-", sys.executable, "-c", program, TOOLS]
+    program = (
+        "import sys; sys.path.append(sys.argv[1]); from checkpoint_tools import exit_status\n"
+        "sys.exit(exit_status(lambda: print('x\\n' * 200000)))"
+    )
+    command = [
+        "bash",
+        "-c",
+        '"$@" | head -1; exit ${PIPESTATUS[0]}',
+        "-",
+        sys.executable,
+        "-c",
+        program,
+        TOOLS,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (141, "x\n", "")

@@ -1,4 +1,5 @@
-"""Eight gloo processes, every family: TP up to 4 x PP 2, experts spread over ranks. Three launches serve all tests.
+"""Eight gloo processes, every family: TP up to 4 x PP 2, experts spread over ranks. Three launches
+serve all tests.
 
 Proves nothing about NCCL, Transformer Engine or several machines. One process: test_families.py.
 """
@@ -17,7 +18,9 @@ from receivers import start_receivers
 
 
 def eight_ranks(function, store, results, *more):
-    """What eight ranks that run ``function`` on a reference folder of every family wrote to the file ``results``."""
+    """What eight ranks that run ``function`` on a reference folder of every family wrote to the
+    file ``results``.
+    """
     folders = {family: str(store / family) for family in cases.FAMILIES}
     for family, folder in folders.items():
         cases.write_reference(family, folder)
@@ -35,13 +38,17 @@ def launch(tmp_path_factory):
 def experts(tmp_path_factory):
     """What eight ranks found out about experts, with a server that takes weights."""
     with start_receivers(1) as (server,):
-        return eight_ranks(cases.expert_ranks, tmp_path_factory.mktemp("experts"), "experts.json", server.url)
+        return eight_ranks(
+            cases.expert_ranks, tmp_path_factory.mktemp("experts"), "experts.json", server.url
+        )
 
 
 @pytest.fixture(scope="module")
 def conversion(tmp_path_factory):
     """What eight ranks found out about converted folders and megatron-core."""
-    return eight_ranks(conversion_cases.eight_ranks, tmp_path_factory.mktemp("conversion"), "conversion.json")
+    return eight_ranks(
+        conversion_cases.eight_ranks, tmp_path_factory.mktemp("conversion"), "conversion.json"
+    )
 
 
 def same_as_transformers(result):
@@ -53,9 +60,10 @@ def same_as_transformers(result):
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("family", cases.FAMILIES)
 def test_every_layout_equals_transformers(launch, family, layout):
-    """Log-probabilities, loss, all gradients and their norm equal transformers', also with four tensor ranks for two
-    key-value heads, where ranks share a head. float32; the rest of the eight ranks is data parallel, and has uneven
-    numbers of micro-batches, one rank none."""
+    """Log-probabilities, loss, all gradients and their norm equal transformers', also with four
+    tensor ranks for two key-value heads, where ranks share a head. float32; the rest of the eight
+    ranks is data parallel, and has uneven numbers of micro-batches, one rank none.
+    """
     same_as_transformers(launch[f"{family}_{layout}"])
 
 
@@ -63,8 +71,9 @@ def test_every_layout_equals_transformers(launch, family, layout):
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("family", cases.FAMILIES)
 def test_round_trip_is_bit_exact(launch, family, layout):
-    """What is loaded from a folder and exported again is the folder's, in float32 and bit for bit in bfloat16, on
-    every rank."""
+    """What is loaded from a folder and exported again is the folder's, in float32 and bit for bit
+    in bfloat16, on every rank.
+    """
     result = launch[f"{family}_{layout}"]
     assert result["export"] == 0
     assert result["bfloat16"][0] == 0 and result["bfloat16"][1] > 20
@@ -73,8 +82,10 @@ def test_round_trip_is_bit_exact(launch, family, layout):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", cases.EXPERT_LAYOUTS)
 def test_experts_on_several_ranks(experts, layout):
-    """Experts spread over data-parallel ranks, over tensor ranks, and over both with two stages: the same numbers as
-    transformers, and the same export. Tokens travel by all-to-all over gloo; grouped GEMM is a GPU's."""
+    """Experts spread over data-parallel ranks, over tensor ranks, and over both with two stages:
+    the same numbers as transformers, and the same export. Tokens travel by all-to-all over gloo;
+    grouped GEMM is a GPU's.
+    """
     result = experts[f"qwen3_moe_{layout}"]
     same_as_transformers(result)
     assert result["export"] == 0 and result["bfloat16"][0] == 0
@@ -84,9 +95,11 @@ def test_experts_on_several_ranks(experts, layout):
 @pytest.mark.parametrize("transport", ["disk", "distributed"])
 @pytest.mark.parametrize("layout", cases.EXPERT_LAYOUTS)
 def test_trained_experts_reach_a_server(experts, layout, transport):
-    """Trained experts from two and four expert-parallel ranks, over data ranks, over tensor ranks, and over both with
-    two stages: after a push every parameter of the test server, which stacks experts as SGLang does, has the trainer's
-    checksum. No rank allocates more than the plan says during the export."""
+    """Trained experts from two and four expert-parallel ranks, over data ranks, over tensor ranks,
+    and over both with two stages: after a push every parameter of the test server, which stacks
+    experts as SGLang does, has the trainer's checksum. No rank allocates more than the plan says
+    during the export.
+    """
     result = experts[f"push_{layout}"][transport]
     assert result["after"] == []
     assert transport == "disk" or result["before"] > 15
@@ -98,23 +111,30 @@ def test_trained_experts_reach_a_server(experts, layout, transport):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", cases.FAMILIES)
 def test_megatron_core_reads_and_writes_what_is_converted(conversion, family):
-    """The conversion of a folder, loaded by megatron-core's own loader (no key may be absent), is the folder's bits
-    under TP x PP of 1x1, 2x1, 1x2, 2x2 and 4x2; what its saver writes there converts back to the same bits."""
+    """The conversion of a folder, loaded by megatron-core's own loader (no key may be absent), is
+    the folder's bits under TP x PP of 1x1, 2x1, 1x2, 2x2 and 4x2; what its saver writes there
+    converts back to the same bits.
+    """
     assert conversion[family] == dict.fromkeys(("1x1", "2x1", "1x2", "2x2", "4x2"), 0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["qwen3_full", "qwen3_moe_full", "qwen3_moe_selective"])
 def test_sequence_parallel_with_recomputation(launch, case):
-    """Norms of queries and keys, shared key-value heads and experts at TP4 x PP2 with sequence parallelism and full
-    recomputation, and experts alone recomputed at TP2 x PP2 x EP2: the same numbers as transformers."""
+    """Norms of queries and keys, shared key-value heads and experts at TP4 x PP2 with sequence
+    parallelism and full recomputation, and experts alone recomputed at TP2 x PP2 x EP2: the same
+    numbers as transformers.
+    """
     same_as_transformers(launch[case])
 
 
 @pytest.mark.slow
 def test_experts_resume_under_another_layout(experts):
-    """Experts' weights and optimizer state, saved at TP2 x EP2 by the distributed optimizer: the next two steps are the
-    same bit for bit there, and to 1e-5 at PP2 x EP4."""
+    """Experts' weights and optimizer state, saved at TP2 x EP2 by the distributed optimizer: the
+    next two steps are the same bit for bit there, and to 1e-5 at PP2 x EP4.
+    """
     (same, other), expected = experts["resume"]["resumed"], experts["resume"]["expected"]
     assert same == expected
-    assert all(step == pytest.approx(want, abs=1e-5) for step, want in zip(other, expected, strict=True))
+    assert all(
+        step == pytest.approx(want, abs=1e-5) for step, want in zip(other, expected, strict=True)
+    )

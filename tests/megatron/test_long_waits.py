@@ -37,9 +37,10 @@ def waiting_ranks(store):
 
 @pytest.mark.slow
 def test_ranks_wait_for_the_main_rank_longer_than_torch_lets_a_collective_call_wait(tmp_path):
-    """The main rank generates for hours while torch would end a wait in the default group after 10 minutes over NCCL
-    and 30 over gloo. With that limit at one second the others still hear of what took three; in the default group the
-    same wait is ended. NCCL itself does not run here."""
+    """The main rank generates for hours while torch would end a wait in the default group after 10
+    minutes over NCCL and 30 over gloo. With that limit at one second the others still hear of what
+    took three; in the default group the same wait is ended. NCCL itself does not run here.
+    """
     run_ranks(waiting_ranks, 2, tmp_path)
     heard, ended = zip(*(json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)))
     assert list(heard) == [["done", "done"]] * 2
@@ -47,8 +48,9 @@ def test_ranks_wait_for_the_main_rank_longer_than_torch_lets_a_collective_call_w
 
 
 def test_the_default_group_waits_for_the_writers_of_a_checkpoint():
-    """Megatron-core ends a checkpoint with a barrier in the default group. Its limit is hours, not NCCL's 10 minutes;
-    that NCCL takes the limit from the same call is torch's word."""
+    """Megatron-core ends a checkpoint with a barrier in the default group. Its limit is hours, not
+    NCCL's 10 minutes; that NCCL takes the limit from the same call is torch's word.
+    """
     distributed.initialize(MegatronConfig(distributed_optimizer=False))
     backend = dist.group.WORLD._get_backend(torch.device("cpu"))
     assert backend.options._timeout == distributed.WRITING > timedelta(hours=1)

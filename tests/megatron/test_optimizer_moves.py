@@ -1,6 +1,8 @@
-"""Optimizer state moved between layouts, bit for bit. Four gloo processes, bfloat16 weights; one launch serves all.
+"""Optimizer state moved between layouts, bit for bit. Four gloo processes, bfloat16 weights; one
+launch serves all.
 
-That training goes on equally after such a move is test_four_ranks.py's; nothing here is about NCCL or fused optimizers.
+That training goes on equally after such a move is test_four_ranks.py's; nothing here is about NCCL
+or fused optimizers.
 """
 
 import json
@@ -24,9 +26,10 @@ def launch(tmp_path_factory):
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("kind", ["distributed", "plain"])
 def test_state_survives_another_layout_bit_for_bit(launch, kind, layout):
-    """Weights, float32 weights and both moments of every parameter, saved under TP2 x DP2: loaded and saved again under
-    another layout they are the same bits, and so are all of them after the way back. Only rows that pad the vocabulary
-    for two tensor ranks are absent where there is one."""
+    """Weights, float32 weights and both moments of every parameter, saved under TP2 x DP2: loaded
+    and saved again under another layout they are the same bits, and so are all of them after the
+    way back. Only rows that pad the vocabulary for two tensor ranks are absent where there is one.
+    """
     result = launch[kind][layout]
     assert result["states"] > 10 and result["back"] == {}
     assert set(result["there"].values()) <= ({"shape"} if layout.startswith("tp1") else set())
@@ -35,15 +38,18 @@ def test_state_survives_another_layout_bit_for_bit(launch, kind, layout):
 
 @pytest.mark.slow
 def test_padding_between_buckets_is_among_the_layouts(launch):
-    """The last stage of TP1 x PP2 x DP2 keeps the tied output layer in a padded bucket before the others. Megatron-core
-    0.16.1 saves the state behind it shifted (``optimizer.padding_counted`` is the cure), so that the test above needs a
-    layout that has one."""
+    """The last stage of TP1 x PP2 x DP2 keeps the tied output layer in a padded bucket before the
+    others. Megatron-core 0.16.1 saves the state behind it shifted (``optimizer.padding_counted`` is
+    the cure), so that the test above needs a layout that has one.
+    """
     assert launch["distributed"]["tp1_pp2"]["padded"]
 
 
 @pytest.mark.slow
 def test_only_who_writes_the_state_gathers_it(launch):
-    """Of the two data-parallel ranks of each tensor rank the first holds the distributed optimizer's gathered state
-    while it is saved. Megatron's default gives all of it to every rank, over the GPU, which a 7B model on one tensor
-    rank does not survive; what the first rank then needs in CPU memory is not measured here."""
+    """Of the two data-parallel ranks of each tensor rank the first holds the distributed
+    optimizer's gathered state while it is saved. Megatron's default gives all of it to every rank,
+    over the GPU, which a 7B model on one tensor rank does not survive; what the first rank then
+    needs in CPU memory is not measured here.
+    """
     assert launch["distributed"]["holders"] == [0, 0]

@@ -32,6 +32,8 @@ def other_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def real(tmp_path_factory, model_folder):
-    """A server with the toy generator. Tests leave it unpaused and with the generator's weights, version 0."""
+    """A server with the toy generator. Tests leave it unpaused and with the generator's weights,
+    version 0.
+    """
     with real_server(model_folder, tmp_path_factory.mktemp("sglang") / "server.log") as server:
         yield server

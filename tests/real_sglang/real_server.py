@@ -1,4 +1,6 @@
-"""Real SGLang servers for tests: started on loopback from the environment of ``make test-sglang``, always killed."""
+"""Real SGLang servers for tests: started on loopback from the environment of ``make test-sglang``,
+always killed.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,21 @@ SWITCH = "SPARK_TEST_SGLANG"
 """``make test-sglang`` sets it; a plain ``make test`` starts no server."""
 READY_WITHIN_S = 240.0
 """It took 30 to 141 s, nearly all of it imports."""
-FLAGS = ("--device", "cpu", "--dtype", "float32", "--attention-backend", "torch_native", "--sampling-backend",
-         "pytorch", "--max-total-tokens", "65536", "--sleep-on-idle", "--weight-version", "0")
+FLAGS = (
+    "--device",
+    "cpu",
+    "--dtype",
+    "float32",
+    "--attention-backend",
+    "torch_native",
+    "--sampling-backend",
+    "pytorch",
+    "--max-total-tokens",
+    "65536",
+    "--sleep-on-idle",
+    "--weight-version",
+    "0",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +49,9 @@ class RealServer:
 
 
 def sglang_python() -> Path:
-    """The interpreter that has SGLang: ``SPARK_SGLANG_PYTHON``, or that of ``.venv-sglang`` in the checkout."""
+    """The interpreter that has SGLang: ``SPARK_SGLANG_PYTHON``, or that of ``.venv-sglang`` in the
+    checkout.
+    """
     checkout = Path(__file__).resolve().parents[2]
     return Path(os.environ.get("SPARK_SGLANG_PYTHON", checkout / ".venv-sglang" / "bin" / "python"))
 
@@ -57,13 +74,35 @@ def real_server(model: Path, log: Path, flags: Sequence[str] = ()) -> Iterator[R
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(sglang_python()), "-m", "sglang.launch_server", "--model-path", str(model), "--host", "127.0.0.1",
-               "--port", str(port), *FLAGS, *flags]
-    environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [
+        str(sglang_python()),
+        "-m",
+        "sglang.launch_server",
+        "--model-path",
+        str(model),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        *FLAGS,
+        *flags,
+    ]
+    environment = {
+        **os.environ,
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     environment.pop("PYTHONPATH", None)  # ours would shadow the server's packages
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment, cwd=log.parent,
-                                   start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=log.parent,
+            start_new_session=True,
+        )
     try:
         server = RealServer(f"http://127.0.0.1:{port}", process, log)
         _wait_until_it_generates(server)
@@ -91,8 +130,15 @@ def _wait_until_it_generates(server: RealServer) -> None:
     """``/health`` is 503 until the warm-up generation is through."""
     end = time.monotonic() + READY_WITHIN_S
     while time.monotonic() < end and server.process.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(server.url + "/health", timeout=30):
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(server.url + "/health", timeout=30),
+        ):
             return
         time.sleep(0.5)
-    what = "ended" if server.process.poll() is not None else f"is not ready after {READY_WITHIN_S:g} s"
-    raise RuntimeError(f"the SGLang server {what}; its log ends:\n{server.log.read_text(errors='replace')[-3000:]}")
+    what = (
+        "ended" if server.process.poll() is not None else f"is not ready after {READY_WITHIN_S:g} s"
+    )
+    raise RuntimeError(
+        f"the SGLang server {what}; its log ends:\n{server.log.read_text(errors='replace')[-3000:]}"
+    )

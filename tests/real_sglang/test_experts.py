@@ -1,8 +1,9 @@
-"""A mixture of experts: SGLang's own module for several tensor-parallel ranks, and weights pushed into a real server.
+"""A mixture of experts: SGLang's own module for several tensor-parallel ranks, and weights pushed
+into a real server.
 
-The model is Qwen3's with 8 experts, random, 64 wide: on a CPU SGLang pads experts to multiples of 32, and a padded one
-has another checksum. It computes them there by its plain torch code; the Triton kernels of a GPU, and engines' expert
-parallelism, are not proven.
+The model is Qwen3's with 8 experts, random, 64 wide: on a CPU SGLang pads experts to multiples of
+32, and a padded one has another checksum. It computes them there by its plain torch code; the
+Triton kernels of a GPU, and engines' expert parallelism, are not proven.
 """
 
 import json
@@ -31,15 +32,30 @@ from spark_nemo.weight_sync.push import WeightSync
 
 pytestmark = pytest.mark.timeout(400)
 RANKS = (1, 2, 4)
-SIZES = {"vocab_size": 691, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-         "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.1,
-         "eos_token_id": 2, "pad_token_id": 0}
+SIZES = {
+    "vocab_size": 691,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 FAMILIES = {
     "Qwen2": {"tie_word_embeddings": True, "use_sliding_window": False},
     "Llama": {"tie_word_embeddings": False},
     "Qwen3": {"tie_word_embeddings": False, "head_dim": 16},
-    "Qwen3Moe": {"tie_word_embeddings": False, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2,
-                 "moe_intermediate_size": 64, "norm_topk_prob": True},
+    "Qwen3Moe": {
+        "tie_word_embeddings": False,
+        "head_dim": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+    },
 }
 
 
@@ -71,49 +87,87 @@ def folders(tmp_path_factory, model_folder):
 @pytest.fixture(scope="module")
 def served(folders):
     """What SGLang's modules hold: by number of tensor-parallel ranks, folder and rank."""
-    command = [str(sglang_python()), str(Path(__file__).parent / "module_ranks.py"), ",".join(map(str, RANKS))]
+    command = [
+        str(sglang_python()),
+        str(Path(__file__).parent / "module_ranks.py"),
+        ",".join(map(str, RANKS)),
+    ]
     environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
-    done = subprocess.run([*command, *map(str, folders.values())], env=environment, capture_output=True, text=True,
-                          check=False)
+    done = subprocess.run(
+        [*command, *map(str, folders.values())],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("tp", RANKS)
 def test_sglangs_own_module_has_what_the_plan_says(folders, served, tp):
-    """For 1, 2 and 4 tensor-parallel ranks (of 2 key-value heads) SGLang's module, filled by SGLang's loader, has on
-    every rank the names and shapes of the plan's view and, in every parameter, the bytes that the plan takes from the
-    checkpoint: by checksum, for the dense families and for experts."""
+    """For 1, 2 and 4 tensor-parallel ranks (of 2 key-value heads) SGLang's module, filled by
+    SGLang's loader, has on every rank the names and shapes of the plan's view and, in every
+    parameter, the bytes that the plan takes from the checkpoint: by checksum, for the dense
+    families and for experts.
+    """
     for family, folder in folders.items():
         config = read_hf_config(folder)
         names = checkpoint_tensors(ModelNumbers.from_config(config))
-        plan = plan_sync(names, "float32", config, tensor_parallel=1, pipeline_parallel=1, engine_tensor_parallel=tp,
-                         bucket_bytes=1 << 20)
-        expected, tensors = ExpectedChecksums(plan.engine_ranks, torch.float32), load_file(folder / "model.safetensors")
+        plan = plan_sync(
+            names,
+            "float32",
+            config,
+            tensor_parallel=1,
+            pipeline_parallel=1,
+            engine_tensor_parallel=tp,
+            bucket_bytes=1 << 20,
+        )
+        expected, tensors = (
+            ExpectedChecksums(plan.engine_ranks, torch.float32),
+            load_file(folder / "model.safetensors"),
+        )
         for name in names:
             expected.see(name, tensors[name])
         ranks = served[str(tp)][str(folder)]
         assert [{name: tuple(shape) for name, (shape, _) in rank.items()} for rank in ranks] == [
-            {tensor.name: tensor.shape for tensor in rank} for rank in plan.engine_ranks], family
-        assert differing(expected.result(), [{name: sha for name, (_, sha) in rank.items()} for rank in ranks]) == []
+            {tensor.name: tensor.shape for tensor in rank} for rank in plan.engine_ranks
+        ], family
+        assert (
+            differing(
+                expected.result(),
+                [{name: sha for name, (_, sha) in rank.items()} for rank in ranks],
+            )
+            == []
+        )
 
 
 @pytest.fixture(scope="module")
 def prompts(model_folder):
     tokenizer = Tokenizer.load(model_folder)
-    return [tokenizer.encode_chat([{"role": "user", "content": problem.question}])
-            for problem in split_problems("eval", 12, 0)]
+    return [
+        tokenizer.encode_chat([{"role": "user", "content": problem.question}])
+        for problem in split_problems("eval", 12, 0)
+    ]
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["tp1", "tp2"])
 def server(request, folders, tmp_path_factory):
-    """A server of one and of two tensor-parallel ranks, with its client. SGLang on a CPU wants a core for each."""
+    """A server of one and of two tensor-parallel ranks, with its client. SGLang on a CPU wants a
+    core for each.
+    """
     cores, tp = sorted(os.sched_getaffinity(0)), request.param
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "|".join(str(cores[rank % len(cores)]) for rank in range(tp)))
-        with real_server(folders["Qwen3Moe"], tmp_path_factory.mktemp("experts") / "server.log",
-                         ["--tp-size", str(tp)]) as real:
+        patch.setenv(
+            "SGLANG_CPU_OMP_THREADS_BIND",
+            "|".join(str(cores[rank % len(cores)]) for rank in range(tp)),
+        )
+        with real_server(
+            folders["Qwen3Moe"],
+            tmp_path_factory.mktemp("experts") / "server.log",
+            ["--tp-size", str(tp)],
+        ) as real:
             client = client_of(real)
             yield client, tp
             run_async(client.close())
@@ -122,8 +176,12 @@ def server(request, folders, tmp_path_factory):
 @pytest.fixture(scope="module")
 def trainer(folders):
     torch.set_num_threads(1)
-    return MegatronWorker.from_hf(folders["Qwen3Moe"], MegatronConfig(dtype="float32", distributed_optimizer=False), 0,
-                                  OptimizerConfig(lr=1e-2))
+    return MegatronWorker.from_hf(
+        folders["Qwen3Moe"],
+        MegatronConfig(dtype="float32", distributed_optimizer=False),
+        0,
+        OptimizerConfig(lr=1e-2),
+    )
 
 
 def train(trainer, prompts):
@@ -138,17 +196,24 @@ def train(trainer, prompts):
 
 @pytest.mark.parametrize("transport", ["disk", "distributed", "tensor"])
 def test_trained_experts_are_served(trainer, server, prompts, folders, tmp_path, transport):
-    """One step trained, then pushed, checksums required: every parameter of every rank hashes to the trainer's, greedy
-    tokens are those of transformers on the exported checkpoint with log-probabilities within 1e-4, and the first-step
-    gate opens at 1e-4 nats on average and 1e-3 at most. The old weights would not have passed."""
+    """One step trained, then pushed, checksums required: every parameter of every rank hashes to
+    the trainer's, greedy tokens are those of transformers on the exported checkpoint with
+    log-probabilities within 1e-4, and the first-step gate opens at 1e-4 nats on average and 1e-3 at
+    most. The old weights would not have passed.
+    """
     from transformers import AutoModelForCausalLM
 
     server, tp = server
     version = run_async(server.weight_version()) + 1
     train(trainer, prompts)
     sync = WeightSync.build(
-        WeightSyncConfig(transport=transport, checksums="require", timeout_s=60, bucket_mb=1), trainer,
-        engine_kind="sglang", folder=tmp_path, source_dir=folders["Qwen3Moe"], engine_tensor_parallel=tp)
+        WeightSyncConfig(transport=transport, checksums="require", timeout_s=60, bucket_mb=1),
+        trainer,
+        engine_kind="sglang",
+        folder=tmp_path,
+        source_dir=folders["Qwen3Moe"],
+        engine_tensor_parallel=tp,
+    )
     assert len(run_async(sync.differing_tensors(trainer, server))) > 15 * tp
     push(sync, trainer, server, version)
     trainer.save_hf(tmp_path / "exported", source_dir=folders["Qwen3Moe"])
@@ -156,7 +221,11 @@ def test_trained_experts_are_served(trainer, server, prompts, folders, tmp_path,
     for ids, found in zip(prompts, greedy(server, prompts), strict=True):
         assert set(found.weight_versions) == {version}
         with torch.no_grad():
-            logprobs_TV = model(torch.tensor([[*ids, *found.token_ids]])).logits[0, len(ids) - 1:-1].log_softmax(-1)
+            logprobs_TV = (
+                model(torch.tensor([[*ids, *found.token_ids]]))
+                .logits[0, len(ids) - 1 : -1]
+                .log_softmax(-1)
+            )
         assert logprobs_TV.argmax(-1).tolist() == list(found.token_ids)
         own_T = logprobs_TV.gather(1, torch.tensor(found.token_ids)[:, None])[:, 0]
         assert float((own_T - torch.tensor(found.logprobs)).abs().max()) < 1e-4

@@ -1,4 +1,5 @@
-"""The fake server says what the real one says: same calls, same status codes, same field names and types.
+"""The fake server says what the real one says: same calls, same status codes, same field names and
+types.
 
 Values (texts, times, tokens) are not compared. Calls that kill a server are in test_fatal_calls.
 """
@@ -11,14 +12,22 @@ from fake_sglang import FakeSglang
 
 
 def ask(ids=(1, 2, 3), **sampling):
-    return {"input_ids": list(ids), "return_logprob": True, "logprob_start_len": -1,
-            "sampling_params": {"max_new_tokens": 3, "temperature": 0, **sampling}}
+    return {
+        "input_ids": list(ids),
+        "return_logprob": True,
+        "logprob_start_len": -1,
+        "sampling_params": {"max_new_tokens": 3, "temperature": 0, **sampling},
+    }
 
 
 def names_of(value, path=""):
-    """Every field as path: type; lists by their first item. Free dictionaries of an error are cut off."""
+    """Every field as path: type; lists by their first item. Free dictionaries of an error are cut
+    off.
+    """
     if isinstance(value, dict):
-        return {line for name, item in value.items() for line in names_of(item, f"{path}.{name}")} or {path}
+        return {
+            line for name, item in value.items() for line in names_of(item, f"{path}.{name}")
+        } or {path}
     if isinstance(value, list):
         return names_of(value[0], f"{path}[]") if value else {f"{path}[]"}
     return {f"{path}:{'number' if isinstance(value, (int, float)) else type(value).__name__}"}
@@ -31,7 +40,9 @@ async def talk(url, calls):
         for method, path, body in calls:
             async with session.request(method, url + path, json=body) as response:
                 is_json = response.content_type == "application/json"
-                answers.append((response.status, is_json, await response.json() if is_json else None))
+                answers.append(
+                    (response.status, is_json, await response.json() if is_json else None)
+                )
     return answers
 
 
@@ -43,8 +54,16 @@ async def both(real, calls):
 CALLS = {
     "generate": ("POST", "/generate", ask()),
     "stop": ("POST", "/generate", ask(stop_token_ids=list(range(691)))),
-    "no stop": ("POST", "/generate", ask(ignore_eos=True, top_k=3, top_p=0.9, temperature=0.7, sampling_seed=1)),
-    "no log-probabilities": ("POST", "/generate", {"input_ids": [1], "sampling_params": {"max_new_tokens": 1}}),
+    "no stop": (
+        "POST",
+        "/generate",
+        ask(ignore_eos=True, top_k=3, top_p=0.9, temperature=0.7, sampling_seed=1),
+    ),
+    "no log-probabilities": (
+        "POST",
+        "/generate",
+        {"input_ids": [1], "sampling_params": {"max_new_tokens": 1}},
+    ),
     "empty prompt": ("POST", "/generate", ask(())),
     "no prompt": ("POST", "/generate", {"sampling_params": {}}),
     "too long": ("POST", "/generate", ask(max_new_tokens=510)),
@@ -56,16 +75,35 @@ CALLS = {
     "end without begin": ("POST", "/end_weight_update", {}),
     "begin": ("POST", "/begin_weight_update", {}),
     "begin twice": ("POST", "/begin_weight_update", {}),
-    "broadcast without group": ("POST", "/update_weights_from_distributed", {
-        "names": ["a"], "dtypes": ["float32"], "shapes": [[1]], "group_name": "nobody"}),
+    "broadcast without group": (
+        "POST",
+        "/update_weights_from_distributed",
+        {"names": ["a"], "dtypes": ["float32"], "shapes": [[1]], "group_name": "nobody"},
+    ),
     "end": ("POST", "/end_weight_update", {}),
-    "broadcast without session": ("POST", "/update_weights_from_distributed", {
-        "names": [], "dtypes": [], "shapes": [], "group_name": "nobody"}),
-    "tensors without session": ("POST", "/update_weights_from_tensor", {"serialized_named_tensors": ["aGk="]}),
+    "broadcast without session": (
+        "POST",
+        "/update_weights_from_distributed",
+        {"names": [], "dtypes": [], "shapes": [], "group_name": "nobody"},
+    ),
+    "tensors without session": (
+        "POST",
+        "/update_weights_from_tensor",
+        {"serialized_named_tensors": ["aGk="]},
+    ),
     "destroy without group": ("POST", "/destroy_weights_update_group", {"group_name": "nobody"}),
-    "missing folder": ("POST", "/update_weights_from_disk", {"model_path": "/there/is/no/such/folder"}),
-    "version": ("POST", "/update_weight_version", {"new_version": "0", "abort_all_requests": False}),
-    # /weights_checker is not compared: the fake refuses it as 0.5.21 does on a CPU, where tests/sglang_env mends it.
+    "missing folder": (
+        "POST",
+        "/update_weights_from_disk",
+        {"model_path": "/there/is/no/such/folder"},
+    ),
+    "version": (
+        "POST",
+        "/update_weight_version",
+        {"new_version": "0", "abort_all_requests": False},
+    ),
+    # /weights_checker is not compared: the fake refuses it as 0.5.21 does on a CPU, where
+    # tests/sglang_env mends it.
     "bad pause": ("POST", "/pause_generation", {"mode": "sleep"}),
     "pause": ("POST", "/pause_generation", {"mode": "retract"}),
     "flush while paused": ("POST", "/flush_cache", None),
@@ -87,14 +125,17 @@ def answers(real):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_same_status_and_fields(answers, name):
-    """Field names and types of a success are equal; of a refusal the status is, and that it is JSON."""
+    """Field names and types of a success are equal; of a refusal the status is, and that it is
+    JSON.
+    """
     (status, is_json, content), fake = answers[name]
     assert (fake[0], fake[1]) == (status, is_json)
     if status == 200 or (isinstance(content, dict) and "success" in content):
         # prompt tokens come from the cache or not, which adds details
         drop = ("cached_tokens_details",)
         assert {line for line in names_of(content) if not any(word in line for word in drop)} == {
-            line for line in names_of(fake[2]) if not any(word in line for word in drop)}
+            line for line in names_of(fake[2]) if not any(word in line for word in drop)
+        }
 
 
 def test_fields_the_client_reads_exist_in_both(real):
@@ -107,7 +148,10 @@ def test_fields_the_client_reads_exist_in_both(real):
 
 
 def test_health_is_503_while_paused_and_generations_wait(real):
-    """Trap 6 on the real server: it waits 20 s before it says so. The fake waits as long as it is told."""
+    """Trap 6 on the real server: it waits 20 s before it says so. The fake waits as long as it is
+    told.
+    """
+
     async def scenario(url):
         async with aiohttp.ClientSession() as session:
             await session.post(f"{url}/pause_generation", json={"mode": "retract"})
@@ -127,11 +171,18 @@ def test_health_is_503_while_paused_and_generations_wait(real):
 
 
 def test_duplicate_request_id_and_abort_in_flight(real):
-    """A request id in use is a 400; an abort is a 200 with the tokens so far, all with log-probability and version."""
+    """A request id in use is a 400; an abort is a 200 with the tokens so far, all with
+    log-probability and version.
+    """
+
     async def scenario(url):
         async with aiohttp.ClientSession() as session:
-            task = asyncio.create_task(session.post(
-                f"{url}/generate", json={**ask(max_new_tokens=400, ignore_eos=True), "rid": "long"}))
+            task = asyncio.create_task(
+                session.post(
+                    f"{url}/generate",
+                    json={**ask(max_new_tokens=400, ignore_eos=True), "rid": "long"},
+                )
+            )
             await asyncio.sleep(0.3)
             async with session.post(f"{url}/generate", json={**ask(), "rid": "long"}) as again:
                 duplicate = again.status
@@ -147,6 +198,11 @@ def test_duplicate_request_id_and_abort_in_flight(real):
     for duplicate, status, reply in asyncio.run(on_both()):
         assert (duplicate, status) == (400, 200)
         finish, tokens = reply["meta_info"]["finish_reason"], len(reply["output_ids"])
-        assert finish["type"] == "abort" and set(finish) == {"type", "message", "status_code", "err_type"}
+        assert finish["type"] == "abort" and set(finish) == {
+            "type",
+            "message",
+            "status_code",
+            "err_type",
+        }
         assert 0 < tokens < 400 and len(reply["meta_info"]["output_token_logprobs"]) == tokens
         assert reply["meta_info"]["weight_versions"][-1]["end"] == tokens

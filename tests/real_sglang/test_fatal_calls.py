@@ -1,4 +1,6 @@
-"""Calls that kill a real server, which is why the client refuses to make them. Each takes a server of its own."""
+"""Calls that kill a real server, which is why the client refuses to make them. Each takes a server
+of its own.
+"""
 
 import asyncio
 
@@ -7,7 +9,10 @@ import pytest
 from fake_sglang import FakeSglang
 from real_server import real_server
 
-LONG = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 400, "temperature": 0, "ignore_eos": True}}
+LONG = {
+    "input_ids": [1, 2, 3],
+    "sampling_params": {"max_new_tokens": 400, "temperature": 0, "ignore_eos": True},
+}
 
 
 async def outside_the_vocabulary(session, url, model):
@@ -18,6 +23,7 @@ async def outside_the_vocabulary(session, url, model):
 
 async def flush_with_requests_paused_in_place(session, url, model):
     """The update itself succeeds; the flush after it is asserted and cannot."""
+
     async def post(path, body):
         async with session.post(f"{url}{path}", json=body) as response:
             await response.read()
@@ -47,7 +53,10 @@ async def survives(url, model, call):
 
 @pytest.mark.parametrize("call", [outside_the_vocabulary, flush_with_requests_paused_in_place])
 def test_real_and_fake_die_alike(call, model_folder, tmp_path):
-    """Afterwards nothing listens there. If this fails on a newer SGLang, the client may refuse less."""
+    """Afterwards nothing listens there. If this fails on a newer SGLang, the client may refuse
+    less.
+    """
+
     async def fake():
         async with FakeSglang(vocab_size=691, context=512) as server:
             server.faults.token_s = 0.01

@@ -1,8 +1,9 @@
-"""Two real SGLang servers and sglang-router under a scored rollout batch of the small world: whatever is killed or
-stopped, every group is whole and nothing is counted twice.
+"""Two real SGLang servers and sglang-router under a scored rollout batch of the small world:
+whatever is killed or stopped, every group is whole and nothing is counted twice.
 
-One pool for the file, in the order of the tests: the router dies, a server dies and returns with the pushed weights, a
-server hangs, all die in a push. The verifier is the embedded engine. No GPU, and no second machine, is in it.
+One pool for the file, in the order of the tests: the router dies, a server dies and returns with
+the pushed weights, a server hangs, all die in a push. The verifier is the embedded engine. No GPU,
+and no second machine, is in it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,14 @@ import psutil
 import pytest
 from real_server import sglang_python
 
-from spark_nemo.config import EngineConfig, FailurePolicy, MegatronConfig, RLConfig, SamplingConfig, WeightSyncConfig
+from spark_nemo.config import (
+    EngineConfig,
+    FailurePolicy,
+    MegatronConfig,
+    RLConfig,
+    SamplingConfig,
+    WeightSyncConfig,
+)
 from spark_nemo.config.compose import compose_config
 from spark_nemo.engines import Engine, GenerationRequest, SamplingParams, run_async
 from spark_nemo.engines.fleet import Fleet, FleetMetrics
@@ -45,7 +53,8 @@ RETURN_S = 200.0
 GREEDY = GenerationRequest(tuple(range(5, 25)), SamplingParams(max_new_tokens=20, temperature=0.0))
 needs_router = pytest.mark.skipif(
     not list(sglang_python().parents[1].glob("lib/*/site-packages/sglang_router")),
-    reason="sglang-router is not installed in the servers' environment")
+    reason="sglang-router is not installed in the servers' environment",
+)
 
 
 @dataclass
@@ -61,14 +70,25 @@ class Pool:
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, other_folder: Path) -> Iterator[Pool]:
-    """Two policy servers from the preset that ``+engine=sglang_cpu`` gives, at weight version 1, and the router."""
+def pool(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Path, other_folder: Path
+) -> Iterator[Pool]:
+    """Two policy servers from the preset that ``+engine=sglang_cpu`` gives, at weight version 1,
+    and the router.
+    """
     logs = tmp_path_factory.mktemp("servers")
     has_router = not needs_router.args[0]
     os.environ["SPARK_SGLANG_PYTHON"] = str(sglang_python())
-    config = compose_config([
-        "+experiment=toy", "+engine=sglang_cpu", f"engine.policy.router={str(has_router).lower()}",
-        "engine.policy.request_timeout_s=120", "engine.policy.probe_timeout_s=8", "engine.policy.start_timeout_s=280"])
+    config = compose_config(
+        [
+            "+experiment=toy",
+            "+engine=sglang_cpu",
+            f"engine.policy.router={str(has_router).lower()}",
+            "engine.policy.request_timeout_s=120",
+            "engine.policy.probe_timeout_s=8",
+            "engine.policy.start_timeout_s=280",
+        ]
+    )
     policy = ServedModel.load(config.engine, model_folder, "policy", logs)
     assert isinstance(policy.engine, Fleet)
     fleet, pushed = policy.engine, []
@@ -80,20 +100,28 @@ def pool(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, other_fol
 
     async def prepare() -> None:
         async with fleet.updating(1) as update:
-            await asyncio.gather(*(engine.update_weights_from_disk(model_folder, 1) for engine in update.targets))
+            await asyncio.gather(
+                *(engine.update_weights_from_disk(model_folder, 1) for engine in update.targets)
+            )
         fleet.on_return = push
 
     judge = ServedModel.load(EngineConfig(max_context=320), other_folder, "verifier")
-    rl = RLConfig(group_size=GROUP_SIZE, prompt_set="compact", sampling=SamplingConfig(max_new_tokens=60),
-                  verifier_sampling=SamplingConfig(temperature=0.0, max_new_tokens=120),
-                  failures=FailurePolicy(max_rate=0.9, retries=0))
+    rl = RLConfig(
+        group_size=GROUP_SIZE,
+        prompt_set="compact",
+        sampling=SamplingConfig(max_new_tokens=60),
+        verifier_sampling=SamplingConfig(temperature=0.0, max_new_tokens=120),
+        failures=FailurePolicy(max_rate=0.9, retries=0),
+    )
     prompts = prompt_set("compact")
     service = PRMService(judge, prompts, rl.verifier_sampling)
     session = RolloutSession(policy, prompts, rl, 0, RewardJudge(service, retries=0), None)
     keepers = [member.keeper for member in fleet._members]
     try:
         run_async(prepare())
-        yield Pool(fleet, session, keepers, fleet._front.keeper if fleet._front else None, pushed, logs)
+        yield Pool(
+            fleet, session, keepers, fleet._front.keeper if fleet._front else None, pushed, logs
+        )
     finally:
         run_async(fleet.close())
         run_async(judge.engine.close())
@@ -104,14 +132,18 @@ def problems() -> list[Problem]:
 
 
 def disturbed(
-    pool: Pool, candidates: list[ServerProcess], number: signal.Signals,
+    pool: Pool,
+    candidates: list[ServerProcess],
+    number: signal.Signals,
 ) -> tuple[ScoredBatch, FleetMetrics, ServerProcess]:
-    """A scored batch while most of whose requests run the busiest of ``candidates`` gets a signal, with its group; the
-    metrics' changes are those of this batch."""
+    """A scored batch while most of whose requests run the busiest of ``candidates`` gets a signal,
+    with its group; the metrics' changes are those of this batch.
+    """
     struck: list[ServerProcess] = []
 
     def strike() -> None:
-        # In a thread: the embedded verifier holds the event loop for longer than the servers need for a batch.
+        # In a thread: the embedded verifier holds the event loop for longer than the servers need
+        # for a batch.
         while sum(pool.fleet.metrics().load.values()) < GROUPS * GROUP_SIZE / 2:
             time.sleep(0.005)
         struck.append(busiest(candidates))
@@ -128,8 +160,10 @@ def disturbed(
 
 
 def busiest(candidates: list[ServerProcess]) -> ServerProcess:
-    """By what they compute just now. Behind a router nobody else knows whose turn it is: the cache-aware policy may
-    give one server everything."""
+    """By what they compute just now. Behind a router nobody else knows whose turn it is: the
+    cache-aware policy may give one server everything.
+    """
+
     def seconds(server: ServerProcess) -> float:
         return sum(sum(child.cpu_times()[:2]) for child in _family(server.pid))
 
@@ -157,8 +191,9 @@ def wait_until_all_up(pool: Pool) -> None:
 
 
 def test_an_undisturbed_batch_is_whole(pool: Pool) -> None:
-    """The measure for the others, and what a real server does with the key: 401 without it, nothing of it in the log
-    or on a command line."""
+    """The measure for the others, and what a real server does with the key: 401 without it, nothing
+    of it in the log or on a command line.
+    """
     batch = run_async(pool.session.batch(problems(), 0))
     assert len(batch.rollouts) == GROUPS * GROUP_SIZE
     key = pool.servers[0]._environment["SPARK_NEMO_API_KEY"]
@@ -174,6 +209,7 @@ def test_an_undisturbed_batch_is_whole(pool: Pool) -> None:
 @needs_router
 def test_the_router_is_killed_in_a_batch(pool: Pool) -> None:
     """Requests in flight through it are redone directly; then it is there again and used."""
+
     async def until_fed() -> None:
         async with asyncio.timeout(90):
             while pool.fleet._fed is None or pool.fleet._fed is not pool.fleet._front.engine:
@@ -190,7 +226,9 @@ def test_the_router_is_killed_in_a_batch(pool: Pool) -> None:
 
 
 def test_a_server_is_killed_in_a_batch_and_returns_with_the_current_weights(pool: Pool) -> None:
-    """SIGKILL of the whole group. It is restarted, given version 1 before it serves, and says what the other says."""
+    """SIGKILL of the whole group. It is restarted, given version 1 before it serves, and says what
+    the other says.
+    """
     batch, metrics, victim = disturbed(pool, pool.servers, signal.SIGKILL)
     require_whole(batch, metrics)
     assert metrics.retries > 0 and metrics.members_up == 1
@@ -198,15 +236,20 @@ def test_a_server_is_killed_in_a_batch_and_returns_with_the_current_weights(pool
     assert pool.pushed == [(victim.url, 1)]
 
     async def ask_each() -> list[Any]:
-        return await asyncio.gather(*(engine.generate(GREEDY) for engine in pool.fleet.members().values()))
+        return await asyncio.gather(
+            *(engine.generate(GREEDY) for engine in pool.fleet.members().values())
+        )
 
     first, second = run_async(ask_each())
-    assert first.token_ids == second.token_ids and set(first.weight_versions) == set(second.weight_versions) == {1}
+    assert first.token_ids == second.token_ids and set(first.weight_versions) == set(
+        second.weight_versions
+    ) == {1}
 
 
 def test_a_server_hangs_in_a_batch(pool: Pool) -> None:
-    """SIGSTOP of the whole group: its sockets stay open and nothing answers. Found by probes in less time than a
-    request's deadline; the process is killed and started again."""
+    """SIGSTOP of the whole group: its sockets stay open and nothing answers. Found by probes in
+    less time than a request's deadline; the process is killed and started again.
+    """
     pids, begin = [server.pid for server in pool.servers], time.monotonic()
     batch, metrics, victim = disturbed(pool, pool.servers, signal.SIGSTOP)
     stopped = pids[pool.servers.index(victim)]
@@ -218,13 +261,22 @@ def test_a_server_hangs_in_a_batch(pool: Pool) -> None:
 def test_both_servers_are_killed_in_a_push_and_get_it_when_they_are_back(
     pool: Pool, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL of all while they receive a broadcast. The push waits until one is back, which joins a group of its own
-    and takes everything, checked by checksum; the other has it too, or waits for the next push."""
-    worker = MegatronWorker.from_hf(model_folder, MegatronConfig(dtype="float32", distributed_optimizer=False), 0)
-    settings = WeightSyncConfig(transport="distributed", checksums="require", timeout_s=60, bucket_mb=1)
+    """SIGKILL of all while they receive a broadcast. The push waits until one is back, which joins
+    a group of its own and takes everything, checked by checksum; the other has it too, or waits for
+    the next push.
+    """
+    worker = MegatronWorker.from_hf(
+        model_folder, MegatronConfig(dtype="float32", distributed_optimizer=False), 0
+    )
+    settings = WeightSyncConfig(
+        transport="distributed", checksums="require", timeout_s=60, bucket_mb=1
+    )
     sync = WeightSync.build(settings, worker, engine_kind="sglang", folder=tmp_path)
     wait_until_all_up(pool)
-    killed, receive = [server.pid for server in pool.servers], SglangServer.update_weights_from_distributed
+    killed, receive = (
+        [server.pid for server in pool.servers],
+        SglangServer.update_weights_from_distributed,
+    )
 
     async def die_once(self: SglangServer, **bucket: Any) -> None:
         for pid in killed:
@@ -243,11 +295,19 @@ def test_both_servers_are_killed_in_a_push_and_get_it_when_they_are_back(
 
 def test_nothing_is_left_of_the_servers(pool: Pool) -> None:
     """Closing the pool kills all it started, also what is still starting."""
-    family = [child.pid for server in [*pool.servers, *([pool.router] if pool.router else [])]
-              if psutil.pid_exists(server.pid) for child in _family(server.pid)]
+    family = [
+        child.pid
+        for server in [*pool.servers, *([pool.router] if pool.router else [])]
+        if psutil.pid_exists(server.pid)
+        for child in _family(server.pid)
+    ]
     run_async(pool.fleet.close())
     time.sleep(1.0)
-    left = [pid for pid in family if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+    left = [
+        pid
+        for pid in family
+        if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    ]
     assert family and left == []
 
 

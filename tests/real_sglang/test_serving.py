@@ -1,7 +1,7 @@
 """A real SGLang server on a CPU against the embedded engine and the engine contract.
 
-sgl_kernel's KV bookkeeping is a stand-in of ours there (tests/sglang_env); scheduler, cache, sampler, model and HTTP
-layer are SGLang's. Nothing here says anything about a GPU.
+sgl_kernel's KV bookkeeping is a stand-in of ours there (tests/sglang_env); scheduler, cache,
+sampler, model and HTTP layer are SGLang's. Nothing here says anything about a GPU.
 """
 
 import asyncio
@@ -35,8 +35,10 @@ def tokenizer(model_folder):
 @pytest.fixture(scope="session")
 def prompts(tokenizer):
     """120 prompts of the small world."""
-    return [tokenizer.encode_chat([{"role": "user", "content": problem.question}])
-            for problem in split_problems("eval", 120, 0)]
+    return [
+        tokenizer.encode_chat([{"role": "user", "content": problem.question}])
+        for problem in split_problems("eval", 120, 0)
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -46,8 +48,15 @@ def local(model_folder):
 
 def on_server(real, scenario, **changes):
     """Run ``scenario(server)`` with a client of its own and give its result back."""
-    options = {"api_key": None, "vocab_size": 691, "max_context": CONTEXT, "max_in_flight": 64,
-               "request_timeout_s": 120.0, "control_timeout_s": 60.0, **changes}
+    options = {
+        "api_key": None,
+        "vocab_size": 691,
+        "max_context": CONTEXT,
+        "max_in_flight": 64,
+        "request_timeout_s": 120.0,
+        "control_timeout_s": 60.0,
+        **changes,
+    }
 
     async def run():
         server = SglangServer(real.url, **options)
@@ -60,7 +69,9 @@ def on_server(real, scenario, **changes):
 
 
 def requests_of(prompts, tokenizer, **sampling):
-    params = SamplingParams(**{"max_new_tokens": 60, "stop_token_ids": tokenizer.eos_ids, **sampling})
+    params = SamplingParams(
+        **{"max_new_tokens": 60, "stop_token_ids": tokenizer.eos_ids, **sampling}
+    )
     return [GenerationRequest(prompt, params) for prompt in prompts]
 
 
@@ -74,7 +85,11 @@ def scores(folder, prompt, response, temperature):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         logits_TV = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
-    return torch.log_softmax(logits_TV / temperature, -1).gather(1, torch.tensor(response)[:, None]).squeeze(1)
+    return (
+        torch.log_softmax(logits_TV / temperature, -1)
+        .gather(1, torch.tensor(response)[:, None])
+        .squeeze(1)
+    )
 
 
 def long_request(tokenizer, prompts, tokens=400):
@@ -93,29 +108,53 @@ def test_greedy_completions_equal_the_embedded_engines(real, local, prompts, tok
     assert worst < 1e-3, worst
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.8, "top_k": 5}],
-                         ids=["plain", "cut"])
-def test_logprobs_are_after_temperature_and_before_cuts(real, prompts, tokenizer, model_folder, sampling):
-    """Sampled tokens, scored by transformers as log_softmax(logits / 0.7): within 1e-3, also under top-p and top-k."""
+@pytest.mark.parametrize(
+    "sampling",
+    [{"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.8, "top_k": 5}],
+    ids=["plain", "cut"],
+)
+def test_logprobs_are_after_temperature_and_before_cuts(
+    real, prompts, tokenizer, model_folder, sampling
+):
+    """Sampled tokens, scored by transformers as log_softmax(logits / 0.7): within 1e-3, also under
+    top-p and top-k.
+    """
     requests = requests_of(prompts[:8], tokenizer, **sampling)
-    for prompt, result in zip(prompts, served(on_server(real, lambda server: generate_all(server, requests)))):
+    for prompt, result in zip(
+        prompts, served(on_server(real, lambda server: generate_all(server, requests)))
+    ):
         expected = scores(model_folder, prompt, result.token_ids, 0.7)
         torch.testing.assert_close(torch.tensor(result.logprobs), expected, atol=1e-3, rtol=0)
 
 
 def test_stop_tokens_end_and_close_the_completion(real, prompts, tokenizer):
-    """The stop token is the last id, LENGTH has all tokens, and without stop tokens the end token is passed over."""
+    """The stop token is the last id, LENGTH has all tokens, and without stop tokens the end token
+    is passed over.
+    """
+
     async def scenario(server):
-        (stopped,) = await generate_all(server, requests_of(prompts[:1], tokenizer, temperature=0.0))
-        assert stopped.finish_reason is FinishReason.STOP and stopped.token_ids[-1] in tokenizer.eos_ids
-        cut = await server.generate(requests_of(prompts[:1], tokenizer, temperature=0.0, max_new_tokens=5)[0])
+        (stopped,) = await generate_all(
+            server, requests_of(prompts[:1], tokenizer, temperature=0.0)
+        )
+        assert (
+            stopped.finish_reason is FinishReason.STOP
+            and stopped.token_ids[-1] in tokenizer.eos_ids
+        )
+        cut = await server.generate(
+            requests_of(prompts[:1], tokenizer, temperature=0.0, max_new_tokens=5)[0]
+        )
         assert cut.finish_reason is FinishReason.LENGTH and cut.token_ids == stopped.token_ids[:5]
         own = stopped.token_ids[3]
         other = await server.generate(
-            requests_of(prompts[:1], tokenizer, temperature=0.0, stop_token_ids=(own, *tokenizer.eos_ids))[0])
+            requests_of(
+                prompts[:1], tokenizer, temperature=0.0, stop_token_ids=(own, *tokenizer.eos_ids)
+            )[0]
+        )
         assert other.token_ids == stopped.token_ids[: stopped.token_ids.index(own) + 1]
         on = await server.generate(long_request(tokenizer, prompts, 200))
-        assert len(on.token_ids) == 200 and on.token_ids[: len(stopped.token_ids)] == stopped.token_ids
+        assert (
+            len(on.token_ids) == 200 and on.token_ids[: len(stopped.token_ids)] == stopped.token_ids
+        )
 
     on_server(real, scenario)
 
@@ -123,15 +162,20 @@ def test_stop_tokens_end_and_close_the_completion(real, prompts, tokenizer):
 def test_seed_has_no_effect_without_deterministic_inference(real, prompts, tokenizer):
     """Two sampled runs with the same seeds differ: nothing may rest on seeds here."""
     requests = requests_of(prompts[:8], tokenizer, temperature=1.5, seed=11)
-    first, second = (served(on_server(real, lambda server: generate_all(server, requests))) for _ in range(2))
+    first, second = (
+        served(on_server(real, lambda server: generate_all(server, requests))) for _ in range(2)
+    )
     assert [g.token_ids for g in first] != [g.token_ids for g in second]
 
 
 def test_context_is_refused_here_and_filled_exactly_there(real, prompts):
     """506 of 512 tokens can be had in full; the limits agree with the server's own figure."""
+
     async def scenario(server):
         await server.check_limits()
-        full = GenerationRequest(tuple(range(1, 401)), SamplingParams(max_new_tokens=106, temperature=0.0))
+        full = GenerationRequest(
+            tuple(range(1, 401)), SamplingParams(max_new_tokens=106, temperature=0.0)
+        )
         assert len((await server.generate(full)).token_ids) == 106
         with pytest.raises(EngineFailure, match="507, over the context of 506"):
             await server.generate(GenerationRequest((1,) * 400, SamplingParams(max_new_tokens=107)))
@@ -140,7 +184,10 @@ def test_context_is_refused_here_and_filled_exactly_there(real, prompts):
 
 
 def test_beyond_its_reserve_the_server_silently_samples_less(real):
-    """Why max_context must be lower than the context: 400 + 112 = 512 gives 110 tokens and calls them the length."""
+    """Why max_context must be lower than the context: 400 + 112 = 512 gives 110 tokens and calls
+    them the length.
+    """
+
     async def scenario(server):
         with pytest.raises(EngineFailure, match="110 of max_new_tokens=112"):
             await server.generate(GenerationRequest((1,) * 400, SamplingParams(max_new_tokens=112)))
@@ -163,7 +210,10 @@ async def until_running(server, count):
 
 
 def test_cancellation_and_deadline_reach_the_server(real, prompts, tokenizer):
-    """Cancelled or late, the request is gone from the server's own count long before it would have ended."""
+    """Cancelled or late, the request is gone from the server's own count long before it would have
+    ended.
+    """
+
     async def scenario(server):
         task = asyncio.create_task(server.generate(long_request(tokenizer, prompts)))
         await until_running(server, 1)
@@ -176,12 +226,19 @@ def test_cancellation_and_deadline_reach_the_server(real, prompts, tokenizer):
 
     on_server(real, scenario)
     with pytest.raises(EngineUnavailable, match="no generation within"):
-        on_server(real, lambda server: server.generate(long_request(tokenizer, prompts)), request_timeout_s=0.2)
+        on_server(
+            real,
+            lambda server: server.generate(long_request(tokenizer, prompts)),
+            request_timeout_s=0.2,
+        )
     on_server(real, lambda server: asyncio.wait_for(until_running(server, 0), 0.5))
 
 
 def test_aborted_requests_can_be_redone(real, prompts, tokenizer):
-    """abort_all ends them with HTTP 200; the client says EngineUnavailable, and the same request is then served."""
+    """abort_all ends them with HTTP 200; the client says EngineUnavailable, and the same request is
+    then served.
+    """
+
     async def scenario(server):
         task = asyncio.create_task(server.generate(long_request(tokenizer, prompts)))
         await until_running(server, 1)
@@ -194,9 +251,11 @@ def test_aborted_requests_can_be_redone(real, prompts, tokenizer):
 
 
 def test_update_in_mid_generation_stamps_every_token(
-        real, local, prompts, tokenizer, model_folder, other_folder):
-    """Paused (retract), weights replaced from disk with a flush, resumed: nothing lost, versions 0 then 1, and the
-    tokens after the update are those the new weights give for that prefix."""
+    real, local, prompts, tokenizer, model_folder, other_folder
+):
+    """Paused (retract), weights replaced from disk with a flush, resumed: nothing lost, versions 0
+    then 1, and the tokens after the update are those the new weights give for that prefix.
+    """
     request = long_request(tokenizer, prompts)
 
     async def scenario(server):
@@ -216,20 +275,27 @@ def test_update_in_mid_generation_stamps_every_token(
         return result
 
     result = on_server(real, scenario)
-    assert len(result.token_ids) == 400 and sorted(result.weight_versions) == list(result.weight_versions)
+    assert len(result.token_ids) == 400 and sorted(result.weight_versions) == list(
+        result.weight_versions
+    )
     old = result.weight_versions.count(0)
     assert 0 < old < 400
     before = asyncio.run(local.generate(request))
     assert result.token_ids[:old] == before.token_ids[:old]
     new = LocalEngine.from_folder(other_folder, max_batch_size=1, max_context=CONTEXT)
-    rest = GenerationRequest(request.prompt_ids + result.token_ids[:old], SamplingParams(400 - old, temperature=0.0))
+    rest = GenerationRequest(
+        request.prompt_ids + result.token_ids[:old], SamplingParams(400 - old, temperature=0.0)
+    )
     after = asyncio.run(new.generate(rest))
     assert result.token_ids[old:] == after.token_ids
     assert max(abs(a - b) for a, b in zip(result.logprobs[old:], after.logprobs)) < 1e-3
 
 
 def test_in_place_pause_keeps_requests_and_refuses_a_flush(real, prompts, tokenizer, model_folder):
-    """Mode in_place: flush_cache is refused while the request is held; an update without a flush goes through."""
+    """Mode in_place: flush_cache is refused while the request is held; an update without a flush
+    goes through.
+    """
+
     async def scenario(server):
         task = asyncio.create_task(server.generate(long_request(tokenizer, prompts)))
         await until_running(server, 1)
@@ -246,18 +312,22 @@ def test_in_place_pause_keeps_requests_and_refuses_a_flush(real, prompts, tokeni
 
 def test_probe_and_health_of_a_working_server(real):
     """A token on demand; health knows the version, and server_info shows no secret."""
+
     async def scenario(server):
         await server.probe(20.0)
         health = await server.health()
         assert (health.alive, health.paused, health.weight_version) == (True, False, 0)
         info = await server.server_info()
-        assert info["version"] == "0.5.21" and not any("api_key" in name or name == "launch_command" for name in info)
+        assert info["version"] == "0.5.21" and not any(
+            "api_key" in name or name == "launch_command" for name in info
+        )
 
     on_server(real, scenario)
 
 
 def test_update_without_a_pause_waits_for_running_requests(real, prompts, tokenizer, model_folder):
     """All tokens of the running request have the old version: the update began after it ended."""
+
     async def scenario(server):
         task = asyncio.create_task(server.generate(long_request(tokenizer, prompts)))
         await until_running(server, 1)

@@ -1,7 +1,8 @@
-"""The real vLLM on this machine's CPU: same tokens and log-probabilities as the embedded engine and transformers.
+"""The real vLLM on this machine's CPU: same tokens and log-probabilities as the embedded engine and
+transformers.
 
-Skipped unless SPARK_VLLM_PYTHON names the interpreter of an environment with vLLM (docs/vllm.md says how to
-make one). Proves nothing about GPUs, half precision or large models.
+Skipped unless SPARK_VLLM_PYTHON names the interpreter of an environment with vLLM (docs/vllm.md
+says how to make one). Proves nothing about GPUs, half precision or large models.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ from spark_nemo.rewards.prm_service import PRMService
 from spark_nemo.toy.data import split_problems
 from spark_nemo.toy.resolve import ASSETS
 
-pytestmark = [pytest.mark.skipif(PYTHON is None, reason="SPARK_VLLM_PYTHON names no interpreter"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.skipif(PYTHON is None, reason="SPARK_VLLM_PYTHON names no interpreter"),
+    pytest.mark.slow,
+]
 MODEL, POLICY, PROMPTS = ASSETS / "verifier", ASSETS / "generator", prompt_set("compact")
 sys.path.append(str(Path(__file__).parents[1] / "engines"))
 TOLERANCE = 1e-3  # nats, what the issue asks for; the worst seen is printed
@@ -54,11 +58,16 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="module")
 def prompts() -> list[tuple[int, ...]]:
     tokenizer = Tokenizer.load(MODEL)
-    return [tokenizer.encode_chat(PROMPTS.solve(problem.question)) for problem in split_problems("eval", 12, 0)]
+    return [
+        tokenizer.encode_chat(PROMPTS.solve(problem.question))
+        for problem in split_problems("eval", 12, 0)
+    ]
 
 
 def sampled(prompt: tuple[int, ...], **sampling) -> GenerationRequest:
-    return GenerationRequest(prompt, SamplingParams(**{"max_new_tokens": 48, "temperature": 0.0, **sampling}))
+    return GenerationRequest(
+        prompt, SamplingParams(**{"max_new_tokens": 48, "temperature": 0.0, **sampling})
+    )
 
 
 def serve(server: RealServer, requests, **settings):
@@ -94,8 +103,12 @@ def reference_logprobs(prompt, ids, temperature: float) -> torch.Tensor:
     """[len(ids)] of transformers' float32 forward pass, after temperature."""
     model = reference_model()
     with torch.inference_mode():
-        logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1:-1]  # [len(ids), vocab]
-    return torch.log_softmax(logits / (temperature or 1.0), -1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        logits = model(torch.tensor([[*prompt, *ids]])).logits[
+            0, len(prompt) - 1 : -1
+        ]  # [len(ids), vocab]
+    return torch.log_softmax(logits / (temperature or 1.0), -1).gather(
+        1, torch.tensor(ids)[:, None]
+    )[:, 0]
 
 
 def test_greedy_tokens_equal_the_embedded_engines(server, prompts) -> None:
@@ -105,7 +118,9 @@ def test_greedy_tokens_equal_the_embedded_engines(server, prompts) -> None:
     ours, theirs = embedded(requests), serve(server, requests)
     assert [g.token_ids for g in theirs] == [g.token_ids for g in ours]
     assert [g.finish_reason for g in theirs] == [g.finish_reason for g in ours]
-    assert {g.finish_reason for g in theirs} == {FinishReason.STOP, FinishReason.LENGTH}, "the prompts test both ends"
+    assert {g.finish_reason for g in theirs} == {FinishReason.STOP, FinishReason.LENGTH}, (
+        "the prompts test both ends"
+    )
     worst = max(abs(a - b) for x, y in zip(ours, theirs) for a, b in zip(x.logprobs, y.logprobs))
     print(f"greedy: worst difference {worst:.2e} nats")
     assert worst < TOLERANCE
@@ -113,21 +128,36 @@ def test_greedy_tokens_equal_the_embedded_engines(server, prompts) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_after_temperature(server, prompts, temperature: float) -> None:
-    """Of sampled tokens, against transformers; the same numbers before temperature are far away at 0.7."""
-    generations = serve(server, [sampled(p, temperature=temperature, seed=k) for k, p in enumerate(prompts)])
+    """Of sampled tokens, against transformers; the same numbers before temperature are far away at
+    0.7.
+    """
+    generations = serve(
+        server, [sampled(p, temperature=temperature, seed=k) for k, p in enumerate(prompts)]
+    )
     after, raw = 0.0, 0.0
     for prompt, generation in zip(prompts, generations):
         got = torch.tensor(generation.logprobs)
-        after = max(after, float((got - reference_logprobs(prompt, generation.token_ids, temperature)).abs().max()))
-        raw = max(raw, float((got - reference_logprobs(prompt, generation.token_ids, 1.0)).abs().max()))
+        after = max(
+            after,
+            float(
+                (got - reference_logprobs(prompt, generation.token_ids, temperature)).abs().max()
+            ),
+        )
+        raw = max(
+            raw, float((got - reference_logprobs(prompt, generation.token_ids, 1.0)).abs().max())
+        )
     print(f"T={temperature}: worst difference {after:.2e} nats after temperature, {raw:.2e} before")
     assert after < TOLERANCE and (temperature == 1.0 or raw > 0.1)
 
 
 def test_sampled_tokens_follow_the_distribution_their_logprobs_name(server) -> None:
-    """First tokens of 600 seeds at T=0.7: the chi-square of the commonest against exp(logprob) is ordinary. A server
-    that draws from another temperature than it reports would fail."""
-    requests = [sampled((1, 5, 9, 20, 33), max_new_tokens=1, temperature=0.7, seed=seed) for seed in range(600)]
+    """First tokens of 600 seeds at T=0.7: the chi-square of the commonest against exp(logprob) is
+    ordinary. A server that draws from another temperature than it reports would fail.
+    """
+    requests = [
+        sampled((1, 5, 9, 20, 33), max_new_tokens=1, temperature=0.7, seed=seed)
+        for seed in range(600)
+    ]
     generations = serve(server, requests)
     counts = Counter(g.token_ids[0] for g in generations)
     logprob = {g.token_ids[0]: g.logprobs[0] for g in generations}
@@ -152,8 +182,9 @@ def test_under_top_p_there_are_no_logprobs(server, prompts) -> None:
 
 
 def test_the_server_refuses_what_it_cannot_serve_and_lives(server, prompts) -> None:
-    """Sent past the client's own check: an id outside the vocabulary and too many new tokens are 400s, no crash (the
-    first kills an SGLang server)."""
+    """Sent past the client's own check: an id outside the vocabulary and too many new tokens are
+    400s, no crash (the first kills an SGLang server).
+    """
     for request in (sampled((1, 5000)), sampled(prompts[0], max_new_tokens=CONTEXT + 1)):
         with pytest.raises(EngineFailure, match="400") as error:
             serve(server, [request], vocab_size=10**6, max_context=10**6)
@@ -162,16 +193,20 @@ def test_the_server_refuses_what_it_cannot_serve_and_lives(server, prompts) -> N
 
 
 def test_a_response_that_the_context_cuts_short_is_no_response(server, prompts) -> None:
-    """vLLM samples fewer tokens without an error when prompt and new tokens exceed its context together; taken for a
-    response of its own length it would be masked or scored wrongly. Only a client with a wrong max_context sees it."""
+    """vLLM samples fewer tokens without an error when prompt and new tokens exceed its context
+    together; taken for a response of its own length it would be masked or scored wrongly. Only a
+    client with a wrong max_context sees it.
+    """
     with pytest.raises(EngineFailure, match="max-model-len"):
         serve(server, [sampled(prompts[0], max_new_tokens=CONTEXT)], max_context=10**6)
 
 
 @pytest.mark.parametrize("late", [True, False], ids=["deadline", "cancelled"])
 def test_a_request_that_ends_early_stops_in_the_server(server, late: bool) -> None:
-    """Twenty long requests end by deadline or cancellation: soon nothing runs there, and the tokens not sampled show
-    that nothing ran to its end."""
+    """Twenty long requests end by deadline or cancellation: soon nothing runs there, and the tokens
+    not sampled show that nothing ran to its end.
+    """
+
     async def scenario():
         before = server.metric("vllm:generation_tokens_total")
         engine = server.engine(request_timeout_s=0.6 if late else 60.0)
@@ -183,7 +218,9 @@ def test_a_request_that_ends_early_stops_in_the_server(server, late: bool) -> No
                 task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
         await engine.close()
-        assert {type(result) for result in results} == {EngineUnavailable if late else asyncio.CancelledError}
+        assert {type(result) for result in results} == {
+            EngineUnavailable if late else asyncio.CancelledError
+        }
         return before
 
     before, end = asyncio.run(scenario()), time.monotonic() + 5
@@ -197,6 +234,7 @@ def test_a_request_that_ends_early_stops_in_the_server(server, late: bool) -> No
 
 def test_start_checks_pass_on_the_real_server(server) -> None:
     """Limits, log-probability mode, health and probe."""
+
     async def scenario():
         engine = server.engine()
         await engine.check_limits()
@@ -210,26 +248,48 @@ def test_start_checks_pass_on_the_real_server(server) -> None:
 
 
 def test_the_prm_gives_the_same_verdicts_as_on_the_embedded_engine(server) -> None:
-    """Responses of the small world's policy, judged greedily by both; the service in between is the one RL uses."""
+    """Responses of the small world's policy, judged greedily by both; the service in between is the
+    one RL uses.
+    """
     tokenizer = Tokenizer.load(POLICY)
     problems = split_problems("eval", 24, 0)
-    asked = [GenerationRequest(tokenizer.encode_chat(PROMPTS.policy(problem.question)), SamplingParams(
-        max_new_tokens=160, temperature=1.0, seed=k, stop_token_ids=tuple(tokenizer.eos_ids)))
-        for k, problem in enumerate(problems)]
-    rollouts = [Rollout(Problem(f"p{k}", problems[k].question), k, asked[k].prompt_ids, g.token_ids, g.logprobs,
-                        g.weight_versions, tokenizer.decode_response(g.token_ids), str(g.finish_reason))
-                for k, g in enumerate(embedded(asked, POLICY))]
+    asked = [
+        GenerationRequest(
+            tokenizer.encode_chat(PROMPTS.policy(problem.question)),
+            SamplingParams(
+                max_new_tokens=160, temperature=1.0, seed=k, stop_token_ids=tuple(tokenizer.eos_ids)
+            ),
+        )
+        for k, problem in enumerate(problems)
+    ]
+    rollouts = [
+        Rollout(
+            Problem(f"p{k}", problems[k].question),
+            k,
+            asked[k].prompt_ids,
+            g.token_ids,
+            g.logprobs,
+            g.weight_versions,
+            tokenizer.decode_response(g.token_ids),
+            str(g.finish_reason),
+        )
+        for k, g in enumerate(embedded(asked, POLICY))
+    ]
 
     async def judged(engine):
         served = ServedModel(engine, Tokenizer.load(MODEL), "verifier")
         service = PRMService(served, PROMPTS, SamplingConfig(temperature=0.0, max_new_tokens=120))
         try:
             await service.refresh()
-            return await asyncio.gather(*(RewardJudge(service, 1).judge(rollout) for rollout in rollouts))
+            return await asyncio.gather(
+                *(RewardJudge(service, 1).judge(rollout) for rollout in rollouts)
+            )
         finally:
             await engine.close()
 
-    ours = asyncio.run(judged(LocalEngine.from_folder(MODEL, max_batch_size=64, max_context=CONTEXT)))
+    ours = asyncio.run(
+        judged(LocalEngine.from_folder(MODEL, max_batch_size=64, max_context=CONTEXT))
+    )
     theirs = asyncio.run(judged(server.engine()))
     kinds = Counter(type(j.outcome).__name__ for j in ours)
     print(f"outcomes {dict(kinds)}")
@@ -237,13 +297,16 @@ def test_the_prm_gives_the_same_verdicts_as_on_the_embedded_engine(server) -> No
 
 
 def test_the_fake_server_says_what_the_real_one_says(server) -> None:
-    """Every field that the fake of tests/engines writes is there with the same type, for a stopped and a full answer;
-    and both refuse the same requests with the same status. The fake may lack fields."""
+    """Every field that the fake of tests/engines writes is there with the same type, for a stopped
+    and a full answer; and both refuse the same requests with the same status. The fake may lack
+    fields.
+    """
     fake_vllm = importlib.import_module("fake_vllm")
 
     async def replies(url: str, key: str, name: str) -> list[tuple[int, object]]:
         body = {**completion_json(sampled((1, 2), max_new_tokens=3), name), "top_k": 0}
         async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {key}"}) as session:
+
             async def post(**changes) -> tuple[int, object]:
                 async with session.post(f"{url}/v1/completions", json={**body, **changes}) as reply:
                     return reply.status, await reply.json()
@@ -253,14 +316,18 @@ def test_the_fake_server_says_what_the_real_one_says(server) -> None:
             found = [first, await post(stop_token_ids=[stop]), await post(temperature=4.0)]
             async with session.get(f"{url}/v1/models") as models:
                 found.append((models.status, await models.json()))
-            async with session.get(f"{url}/v1/models", headers={"Authorization": "Bearer wrong"}) as denied:
+            async with session.get(
+                f"{url}/v1/models", headers={"Authorization": "Bearer wrong"}
+            ) as denied:
                 found.append((denied.status, await denied.json()))
             return found
 
     async def both():
         fake = fake_vllm.FakeVllm()
         async with fake.serve() as url:
-            return await replies(url, fake_vllm.KEY, fake_vllm.NAME), await replies(server.url, server.key, NAME)
+            return await replies(url, fake_vllm.KEY, fake_vllm.NAME), await replies(
+                server.url, server.key, NAME
+            )
 
     for (status, made_up), (real_status, real) in zip(*asyncio.run(both())):
         assert status == real_status
@@ -268,9 +335,13 @@ def test_the_fake_server_says_what_the_real_one_says(server) -> None:
 
 
 def assert_part_of(made_up: object, real: object, where: str) -> None:
-    """Same type; of an object every field, of a list the first item. A log-probability may be 0 or 0.0."""
+    """Same type; of an object every field, of a list the first item. A log-probability may be 0 or
+    0.0.
+    """
     numbers = (int, float)
-    assert type(made_up) is type(real) or (isinstance(made_up, numbers) and isinstance(real, numbers)), where
+    assert type(made_up) is type(real) or (
+        isinstance(made_up, numbers) and isinstance(real, numbers)
+    ), where
     if isinstance(made_up, dict):
         for name, value in made_up.items():
             if name.startswith("token_id:"):
@@ -284,6 +355,7 @@ def assert_part_of(made_up: object, real: object, where: str) -> None:
 
 def test_vllms_default_logprobs_mode_is_recognised_and_refused(tmp_path) -> None:
     """A second server, as somebody would start it by hand."""
+
     async def scenario(raw: RealServer):
         engine = raw.engine()
         with pytest.raises(EngineFailure, match="processed_logprobs"):

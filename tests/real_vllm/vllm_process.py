@@ -30,9 +30,19 @@ class RealServer:
     key: str
 
     def engine(self, **settings) -> VllmServer:
-        return VllmServer(self.url, **{
-            "api_key": self.key, "served_name": NAME, "vocab_size": VOCAB, "max_context": CONTEXT, "max_in_flight": 64,
-            "request_timeout_s": 120.0, "control_timeout_s": 20.0, **settings})
+        return VllmServer(
+            self.url,
+            **{
+                "api_key": self.key,
+                "served_name": NAME,
+                "vocab_size": VOCAB,
+                "max_context": CONTEXT,
+                "max_in_flight": 64,
+                "request_timeout_s": 120.0,
+                "control_timeout_s": 20.0,
+                **settings,
+            },
+        )
 
     def metric(self, name: str) -> float:
         """The sum of a Prometheus metric over its labels."""
@@ -43,20 +53,37 @@ class RealServer:
 
 @contextlib.contextmanager
 def real_server(model: Path, log: Path, *changes: str) -> Iterator[RealServer]:
-    """Start on a free port, wait until healthy, and end the whole process group afterwards. ``changes`` are appended
-    to the command line, where the last of equal flags counts."""
+    """Start on a free port, wait until healthy, and end the whole process group afterwards.
+    ``changes`` are appended to the command line, where the last of equal flags counts.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     key = secrets.token_hex(16)
-    line = server_command(PYTHON, model, port=port, served_name=NAME, max_context=CONTEXT, max_batch_size=64,
-                          dtype="float32", extra=("--enforce-eager", *changes))
+    line = server_command(
+        PYTHON,
+        model,
+        port=port,
+        served_name=NAME,
+        max_context=CONTEXT,
+        max_batch_size=64,
+        dtype="float32",
+        extra=("--enforce-eager", *changes),
+    )
     environment = server_environment(
-        {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
-        key)
+        {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        },
+        key,
+    )
     environment.pop("PYTHONPATH", None)
     with log.open("w") as file:
-        process = subprocess.Popen(line, env=environment, stdout=file, stderr=file, start_new_session=True)
+        process = subprocess.Popen(
+            line, env=environment, stdout=file, stderr=file, start_new_session=True
+        )
     try:
         _wait(f"http://127.0.0.1:{port}/health", process, log)
         yield RealServer(f"http://127.0.0.1:{port}", key)

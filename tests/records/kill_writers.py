@@ -1,10 +1,12 @@
-"""Kills forked writers of one store at random places and prints, as JSON, what they had acknowledged.
+"""Kills forked writers of one store at random places and prints, as JSON, what they had
+acknowledged.
 
     python kill_writers.py FOLDER KILLS SEED
 
-A process of its own, so that the forks come from an interpreter without other threads. Three ways to die, by turns:
-after an exact number of bytes of a shard were written, inside an SQLite statement of the index, and at a random moment
-chosen from outside. All writers have one name: each resumes from the index that the one before left.
+A process of its own, so that the forks come from an interpreter without other threads. Three ways
+to die, by turns: after an exact number of bytes of a shard were written, inside an SQLite statement
+of the index, and at a random moment chosen from outside. All writers have one name: each resumes
+from the index that the one before left.
 """
 
 from __future__ import annotations
@@ -26,12 +28,14 @@ WAYS = ("byte", "byte", "statement", "byte", "byte", "moment")
 
 
 def die_after_bytes(count: int) -> None:
-    """Let the process write so many bytes of a shard, part of a record's line as it may be, and no more."""
+    """Let the process write so many bytes of a shard, part of a record's line as it may be, and no
+    more.
+    """
     left = [count]
 
     def write(handle: int, data: bytes) -> int:
         if len(data) > left[0]:
-            REAL_WRITE(handle, bytes(data[:left[0]]))
+            REAL_WRITE(handle, bytes(data[: left[0]]))
             os.kill(os.getpid(), signal.SIGKILL)
         left[0] -= len(data)
         return REAL_WRITE(handle, data)
@@ -41,7 +45,9 @@ def die_after_bytes(count: int) -> None:
 
 def writer(folder: str, name: str, way: str, draw: random.Random, acknowledge: int) -> None:
     """Append until killed, telling each key once ``append`` has returned."""
-    store_module._COMMIT_EVERY = draw.choice([1, 3, 50])  # the index is written as often as the shard, or seldom
+    store_module._COMMIT_EVERY = draw.choice(
+        [1, 3, 50]
+    )  # the index is written as often as the shard, or seldom
     if way == "byte":
         die_after_bytes(draw.randrange(12_000))
     with RecordStore(folder, "w", fsync_every=draw.choice([1, 5])) as store:
@@ -56,7 +62,9 @@ def writer(folder: str, name: str, way: str, draw: random.Random, acknowledge: i
             store._index._database.set_progress_handler(count_down, 1)
         for number in range(100_000):
             key = f"{name}-{number}"
-            store.append(key, "vote", {"text": key * draw.choice(SIZES)}, parent=f"{name}-{number // 3}")
+            store.append(
+                key, "vote", {"text": key * draw.choice(SIZES)}, parent=f"{name}-{number // 3}"
+            )
             REAL_WRITE(acknowledge, f"{key}\n".encode())
 
 

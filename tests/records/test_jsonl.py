@@ -10,10 +10,14 @@ from spark_nemo.records.jsonl import read_problems, write_json_atomic, write_tex
 
 
 def test_problems_are_read_without_their_answers(tmp_path):
-    """Extra fields reach no record: a Problem has nowhere to put an answer, and nothing else is returned."""
+    """Extra fields reach no record: a Problem has nowhere to put an answer, and nothing else is
+    returned.
+    """
     path = tmp_path / "p.jsonl"
-    rows = [{"problem_id": "a", "question": "1 + 1?", "answer": "SECRET", "source": "s"},
-            {"problem_id": "b", "question": "x\u2028y"}]
+    rows = [
+        {"problem_id": "a", "question": "1 + 1?", "answer": "SECRET", "source": "s"},
+        {"problem_id": "b", "question": "x\u2028y"},
+    ]
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n")
     problems = read_problems(path)
     assert problems == [Problem("a", "1 + 1?", "s"), Problem("b", "x\u2028y")]
@@ -21,10 +25,15 @@ def test_problems_are_read_without_their_answers(tmp_path):
 
 
 def test_the_names_that_benchmarks_use_are_read(tmp_path):
-    """MATH-500's and AIME's own files are problem files as they are; our own names win where both are there."""
+    """MATH-500's and AIME's own files are problem files as they are; our own names win where both
+    are there.
+    """
     path = tmp_path / "p.jsonl"
-    rows = [{"unique_id": "test/a.json", "problem": "1 + 1?", "answer": "SECRET", "solution": "SECRET"},
-            {"id": 60, "problem": "2?"}, {"idx": 1, "id": 2, "problem_id": "own", "problem": "x", "question": "q"}]
+    rows = [
+        {"unique_id": "test/a.json", "problem": "1 + 1?", "answer": "SECRET", "solution": "SECRET"},
+        {"id": 60, "problem": "2?"},
+        {"idx": 1, "id": 2, "problem_id": "own", "problem": "x", "question": "q"},
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     problems = read_problems(path)
     assert problems == [Problem("test/a.json", "1 + 1?"), Problem("60", "2?"), Problem("own", "q")]
@@ -32,7 +41,9 @@ def test_the_names_that_benchmarks_use_are_read(tmp_path):
 
 
 def test_a_problem_id_may_be_an_integer(tmp_path):
-    """Benchmarks number their rows; as text the identifier is the same in every file, whichever way it is written."""
+    """Benchmarks number their rows; as text the identifier is the same in every file, whichever way
+    it is written.
+    """
     path = tmp_path / "p.jsonl"
     path.write_text('{"problem_id": 60, "question": "q"}\n{"problem_id": "x", "question": "r"}\n')
     assert read_problems(path) == [Problem("60", "q"), Problem("x", "r")]
@@ -41,24 +52,38 @@ def test_a_problem_id_may_be_an_integer(tmp_path):
 GOOD = b'{"problem_id": "a", "question": "q"}'
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"", "p.jsonl: the file is empty"),
-    (b"\n", "p.jsonl: the file is empty"),
-    (GOOD + b"\n\n", "p.jsonl:2: empty line"),
-    (GOOD + b"\n{", "p.jsonl:2: not JSON"),
-    (GOOD + b"\n" + b"[" * 100_000, "p.jsonl:2: not JSON"),
-    (GOOD + b'\n{"problem_id": "\xff"}', "p.jsonl:2: not JSON"),
-    (GOOD + b"\n3", "p.jsonl:2: a JSON object"),
-    (GOOD + b"\n" + GOOD, "p.jsonl:2: problem_id 'a' is already on line 1"),
-    (b'{"problem_id": 1, "question": "q"}\n{"problem_id": "1", "question": "r"}',
-     "p.jsonl:2: problem_id '1' is already on line 1 (an integer and a string of its digits are one id)"),
-    (b'{"question": "q"}', "'problem_id' must be a string or an integer, it is missing; the row has question"),
-    (b'{"problem_id": 3.0, "question": "q"}', "p.jsonl:1: 'problem_id' must be a string or an integer, not float"),
-    (b'{"id": true, "question": "q"}', "p.jsonl:1: 'problem_id' must be a string or an integer, not bool"),
-    (b'{"problem_id": "a", "question": 3}', "p.jsonl:1: 'question' must be a string, not int"),
-    (b'{"problem_id": "a", "question": " "}', "p.jsonl:1: problem 'a'"),
-    (b'{"problem_id": "a", "question": "\\ud800"}', "p.jsonl:1: 'question' holds half"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "p.jsonl: the file is empty"),
+        (b"\n", "p.jsonl: the file is empty"),
+        (GOOD + b"\n\n", "p.jsonl:2: empty line"),
+        (GOOD + b"\n{", "p.jsonl:2: not JSON"),
+        (GOOD + b"\n" + b"[" * 100_000, "p.jsonl:2: not JSON"),
+        (GOOD + b'\n{"problem_id": "\xff"}', "p.jsonl:2: not JSON"),
+        (GOOD + b"\n3", "p.jsonl:2: a JSON object"),
+        (GOOD + b"\n" + GOOD, "p.jsonl:2: problem_id 'a' is already on line 1"),
+        (
+            b'{"problem_id": 1, "question": "q"}\n{"problem_id": "1", "question": "r"}',
+            "p.jsonl:2: problem_id '1' is already on line 1 (an integer and a string of its digits are one id)",
+        ),
+        (
+            b'{"question": "q"}',
+            "'problem_id' must be a string or an integer, it is missing; the row has question",
+        ),
+        (
+            b'{"problem_id": 3.0, "question": "q"}',
+            "p.jsonl:1: 'problem_id' must be a string or an integer, not float",
+        ),
+        (
+            b'{"id": true, "question": "q"}',
+            "p.jsonl:1: 'problem_id' must be a string or an integer, not bool",
+        ),
+        (b'{"problem_id": "a", "question": 3}', "p.jsonl:1: 'question' must be a string, not int"),
+        (b'{"problem_id": "a", "question": " "}', "p.jsonl:1: problem 'a'"),
+        (b'{"problem_id": "a", "question": "\\ud800"}', "p.jsonl:1: 'question' holds half"),
+    ],
+)
 def test_faults_name_file_and_line(tmp_path, content, message):
     """Whatever is wrong with a problem file, one line says where."""
     path = tmp_path / "p.jsonl"

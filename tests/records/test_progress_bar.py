@@ -14,8 +14,9 @@ def clock(monkeypatch):
 
 
 def test_a_log_gets_few_whole_lines(clock, capsys):
-    """Ten thousand redraws within a second are the first and the last state; a minute more is two lines more. No
-    carriage returns. That tqdm redraws no more often than it says is not looked at."""
+    """Ten thousand redraws within a second are the first and the last state; a minute more is two
+    lines more. No carriage returns. That tqdm redraws no more often than it says is not looked at.
+    """
     with module.progress_bar(total=10_000, desc="rl", unit="step", mininterval=0) as bar:
         for step in range(10_000):
             bar.set_postfix_str(f"reward={step}")
@@ -25,7 +26,9 @@ def test_a_log_gets_few_whole_lines(clock, capsys):
     log = capsys.readouterr().err
     lines = log.splitlines()
     assert len(lines) == 4 and "\r" not in log
-    assert lines[0].startswith("rl:   0%| 0/10000") and lines[-1].startswith("rl: 100%| 10000/10000")
+    assert lines[0].startswith("rl:   0%| 0/10000") and lines[-1].startswith(
+        "rl: 100%| 10000/10000"
+    )
     assert "reward=9999" in lines[-1]
 
 
@@ -37,6 +40,8 @@ def test_a_silent_bar_says_nothing(capsys):
 
 
 def test_a_line_of_progress_is_told_from_the_words_of_a_job(capsys):
-    """The pipeline quotes the last line of a failed job's log that is no progress bar; it looks for this mark."""
+    """The pipeline quotes the last line of a failed job's log that is no progress bar; it looks for
+    this mark.
+    """
     module.progress_bar(total=2, desc="sft").close()
     assert "%|" in capsys.readouterr().err

@@ -1,4 +1,6 @@
-"""The index of the record store: a cache on disk that may be lost, damaged or another's without consequence."""
+"""The index of the record store: a cache on disk that may be lost, damaged or another's without
+consequence.
+"""
 
 import os
 import random
@@ -79,9 +81,13 @@ def damage_empty(path):
     path.write_bytes(b"")
 
 
-@pytest.mark.parametrize("damage", [damage_header, damage_half, damage_format, damage_empty, os.unlink])
+@pytest.mark.parametrize(
+    "damage", [damage_header, damage_half, damage_format, damage_empty, os.unlink]
+)
 def test_an_index_that_cannot_be_used_is_made_again(tmp_path, damage):
-    """Whatever is wrong with the file: the same keys are found, by reading every line once, and kept for the next."""
+    """Whatever is wrong with the file: the same keys are found, by reading every line once, and
+    kept for the next.
+    """
     fill(tmp_path)
     (path,) = tmp_path.glob(".index/w@*.sqlite")
     damage(path)
@@ -92,7 +98,9 @@ def test_an_index_that_cannot_be_used_is_made_again(tmp_path, damage):
 
 
 def test_an_index_of_other_shards_is_not_believed(tmp_path):
-    """A shard cut short, gone or replaced since: the index says where records were, so it is made again."""
+    """A shard cut short, gone or replaced since: the index says where records were, so it is made
+    again.
+    """
     fill(tmp_path / "a")
     fill(tmp_path / "b", count=25)
     for change in ("cut", "gone", "replaced"):
@@ -127,8 +135,10 @@ def test_a_reader_writes_nothing_into_the_folder(tmp_path):
 
 
 def test_an_index_that_fails_at_work_costs_no_record(tmp_path, monkeypatch):
-    """The index file's disk fills up while records still fit: a temporary index takes over, unnoticed but for a log
-    line. Where even that cannot be written the error is ``StoreFull`` and the record is in the shard."""
+    """The index file's disk fills up while records still fit: a temporary index takes over,
+    unnoticed but for a log line. Where even that cannot be written the error is ``StoreFull`` and
+    the record is in the shard.
+    """
     real, failing = StoreIndex.add, [True]
 
     def add(self, records):
@@ -149,7 +159,9 @@ def test_an_index_that_fails_at_work_costs_no_record(tmp_path, monkeypatch):
 
 
 def test_children_are_found_by_the_parent_they_name(tmp_path):
-    """By key, of one kind, from the shard or this store's own appends; ``parent`` tells the way back."""
+    """By key, of one kind, from the shard or this store's own appends; ``parent`` tells the way
+    back.
+    """
     draw = random.Random(1)
     numbers = draw.sample(range(60), 60)
     with RecordStore(tmp_path, "w") as store:
@@ -157,7 +169,9 @@ def test_children_are_found_by_the_parent_they_name(tmp_path):
             store.append(f"v{number:02d}", "vote", {"n": number}, parent=f"s{number % 3}")
         store.append("c", "critique", {}, parent="s1")
         for found in (store, RecordStore(tmp_path)):
-            assert [key for key, _ in found.children("s1", "vote")] == [f"v{n:02d}" for n in range(1, 60, 3)]
+            assert [key for key, _ in found.children("s1", "vote")] == [
+                f"v{n:02d}" for n in range(1, 60, 3)
+            ]
             assert [key for key, _ in found.children("s1", "critique")] == ["c"]
             assert list(found.children("none", "vote")) == [] == list(found.children("s1", "none"))
             assert found.parent("v07", "vote") == "s1" and found.parent("v7", "vote") is None
@@ -166,21 +180,32 @@ def test_children_are_found_by_the_parent_they_name(tmp_path):
 
 
 def test_records_without_a_parent_can_be_adopted(tmp_path):
-    """Old records get theirs from the payload, in the index only: the shard stays byte for byte what it was."""
+    """Old records get theirs from the payload, in the index only: the shard stays byte for byte
+    what it was.
+    """
     with RecordStore(tmp_path, "w", fsync_every=1000) as store:
         for number in range(1200):  # more than a page
-            store.append(f"v{number:04d}", "vote", {"of": f"s{number % 2}"}, parent="s0" if number == 0 else None)
+            store.append(
+                f"v{number:04d}",
+                "vote",
+                {"of": f"s{number % 2}"},
+                parent="s0" if number == 0 else None,
+            )
     data = (tmp_path / "w.000000.records").read_bytes()
     assert data.count(b'"parent"') == 1
     reader = RecordStore(tmp_path)
     reader.adopt("vote", lambda payload: payload["of"])
-    assert [key for key, _ in reader.children("s1", "vote")] == [f"v{n:04d}" for n in range(1, 1200, 2)]
+    assert [key for key, _ in reader.children("s1", "vote")] == [
+        f"v{n:04d}" for n in range(1, 1200, 2)
+    ]
     assert sum(1 for _ in reader.children("s0", "vote")) == 600
     assert (tmp_path / "w.000000.records").read_bytes() == data
 
 
 def test_streams_come_in_the_order_asked_for(tmp_path):
-    """In the order written, or by key, over many pages; records appended meanwhile do not join the stream."""
+    """In the order written, or by key, over many pages; records appended meanwhile do not join the
+    stream.
+    """
     keys = [f"{number:05d}" for number in random.Random(0).sample(range(3000), 3000)]
     with RecordStore(tmp_path, "w", fsync_every=1000) as store:
         for key in keys:
@@ -194,16 +219,27 @@ def test_streams_come_in_the_order_asked_for(tmp_path):
         assert store.counts() == {("w.000000.records", "vote"): 3001} and store.kinds() == ["vote"]
 
 
-@pytest.mark.parametrize("walk", [
-    lambda index: index.in_order_read("vote"), lambda index: index.in_key_order("vote"),
-    lambda index: index.without_parent("vote")], ids=["order read", "key order", "without parent"])
+@pytest.mark.parametrize(
+    "walk",
+    [
+        lambda index: index.in_order_read("vote"),
+        lambda index: index.in_key_order("vote"),
+        lambda index: index.without_parent("vote"),
+    ],
+    ids=["order read", "key order", "without parent"],
+)
 def test_four_times_the_records_are_four_times_the_work(tmp_path, walk):
-    """Counted in SQLite's own steps, so no clock is asked: a page must not cost more the more records there are."""
+    """Counted in SQLite's own steps, so no clock is asked: a page must not cost more the more
+    records there are.
+    """
     steps = {}
     for count in (5_000, 20_000):
         index = StoreIndex(tmp_path / f"{count}.sqlite")
         shard = index.add_shard("w.000000.records").id
-        index.add(("vote", f"{number * 2654435761 % 2**32:08x}", None, shard, number, 1) for number in range(count))
+        index.add(
+            ("vote", f"{number * 2654435761 % 2**32:08x}", None, shard, number, 1)
+            for number in range(count)
+        )
         ticks = []
         index._database.set_progress_handler(lambda ticks=ticks: ticks.append(1), 100)
         assert sum(1 for _ in walk(index)) == count
@@ -213,7 +249,9 @@ def test_four_times_the_records_are_four_times_the_work(tmp_path, walk):
 
 
 def test_a_stream_of_a_closed_store_says_so(tmp_path):
-    """Places belong to one index: a stream that outlives it stops with an error and not with other records."""
+    """Places belong to one index: a stream that outlives it stops with an error and not with other
+    records.
+    """
     fill(tmp_path)
     store = RecordStore(tmp_path, "w")
     stream = store.iter("vote")
@@ -224,14 +262,20 @@ def test_a_stream_of_a_closed_store_says_so(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_records(tmp_path):
-    """Peak memory of a writer of 80,000 records is within a fifth of that for 10,000, in a process with nothing else.
+    """Peak memory of a writer of 80,000 records is within a fifth of that for 10,000, in a process
+    with nothing else.
 
-    A million are in ``benchmarks/record_store.py``; an index in memory would have added half as much again here.
+    A million are in ``benchmarks/record_store.py``; an index in memory would have added half as
+    much again here.
     """
     peaks = []
     for records in (10_000, 80_000):
         done = subprocess.run(
-            [sys.executable, "-c", MEMORY, str(tmp_path / str(records)), str(records)], check=True, text=True,
-            stdout=subprocess.PIPE, cwd=Path(__file__).parents[2])
+            [sys.executable, "-c", MEMORY, str(tmp_path / str(records)), str(records)],
+            check=True,
+            text=True,
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parents[2],
+        )
         peaks.append(int(done.stdout))
     assert peaks[1] < 1.2 * peaks[0], peaks

@@ -1,4 +1,6 @@
-"""Reward designs and kinds of reward models in summary, page and tables; made-up files, no number was measured."""
+"""Reward designs and kinds of reward models in summary, page and tables; made-up files, no number
+was measured.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +16,50 @@ from spark_nemo.config.compose import compose_config
 from spark_nemo.config.designs import DESIGNS
 from spark_nemo.grammar import render_verification
 from spark_nemo.grammar.verification import StepJudgement
-from spark_nemo.records import AnswerVerdict, ParseFailure, Solution, Verdict, Verification, outcome_to_json
+from spark_nemo.records import (
+    AnswerVerdict,
+    ParseFailure,
+    Solution,
+    Verdict,
+    Verification,
+    outcome_to_json,
+)
 from spark_nemo.records.jsonl import write_json_atomic, write_text_atomic
 from spark_nemo.records.store import RecordStore
-from spark_nemo.report import compare_runs, comparison_markdown, read_summary, report_page, results_markdown
+from spark_nemo.report import (
+    compare_runs,
+    comparison_markdown,
+    read_summary,
+    report_page,
+    results_markdown,
+)
 from spark_nemo.report.collect import collect_summary
 from spark_nemo.report.names import DESIGN_NAMES, arm_name, method_name
 from spark_nemo.verification.collect import SOLUTION, VERIFICATION
 
-CASES = [(-1, Verdict((True, True), True)), (1, Verdict((True, False), False)), (0, Verdict((True, False), False)),
-         (-1, Verdict((True, True), False))]
-ORM_CASES = [(-1, AnswerVerdict(True)), (1, AnswerVerdict(False)), (0, AnswerVerdict(True)), (-1, ParseFailure("x"))]
+CASES = [
+    (-1, Verdict((True, True), True)),
+    (1, Verdict((True, False), False)),
+    (0, Verdict((True, False), False)),
+    (-1, Verdict((True, True), False)),
+]
+ORM_CASES = [
+    (-1, AnswerVerdict(True)),
+    (1, AnswerVerdict(False)),
+    (0, AnswerVerdict(True)),
+    (-1, ParseFailure("x")),
+]
 
 
 def evaluation(step: int, value: float) -> dict:
     figure = {"value": value, "low": value, "high": value}
-    return {"step": step, "sampled": figure, "greedy": figure, "num_tokens": 1, "rates": {"p": value}}
+    return {
+        "step": step,
+        "sampled": figure,
+        "greedy": figure,
+        "num_tokens": 1,
+        "rates": {"p": value},
+    }
 
 
 def write_arm(folder: Path, value: float) -> None:
@@ -38,15 +68,26 @@ def write_arm(folder: Path, value: float) -> None:
 
 
 def write_cases(path: Path, cases: list, predicted: bool) -> None:
-    rows = [{"label": label, "outcome": outcome_to_json(outcome),
-             **({"prediction": outcome.first_error} if predicted else {})} for label, outcome in cases]
+    rows = [
+        {
+            "label": label,
+            "outcome": outcome_to_json(outcome),
+            **({"prediction": outcome.first_error} if predicted else {}),
+        }
+        for label, outcome in cases
+    ]
     write_json_atomic(path, {"cases": rows})
 
 
 @pytest.fixture
 def summary(tmp_path: Path) -> dict:
     """Collected from a folder with four arms and two kinds of reward model."""
-    for name, value in (("selective-prm", 0.75), ("rlvr", 1.0), ("process_aware", 0.875), ("process_aware-orm", 0.625)):
+    for name, value in (
+        ("selective-prm", 0.75),
+        ("rlvr", 1.0),
+        ("process_aware", 0.875),
+        ("process_aware-orm", 0.625),
+    ):
         write_arm(tmp_path / "stage3" / name, value)
     write_cases(tmp_path / "stage2/step_consistency/processbench.json", CASES, True)
     write_cases(tmp_path / "stage2/step_consistency-orm/whole_solution.json", ORM_CASES, False)
@@ -54,25 +95,44 @@ def summary(tmp_path: Path) -> dict:
 
 
 def test_every_arm_is_collected_under_its_name(summary: dict) -> None:
-    """Process-aware with a PRM-CoT keeps the key it always had; the others are their folders. Every arm is compared
-    with SPARK; what reads answer keys comes last."""
+    """Process-aware with a PRM-CoT keeps the key it always had; the others are their folders. Every
+    arm is compared with SPARK; what reads answer keys comes last.
+    """
     stage3 = summary["stage3"]
-    assert list(stage3["accuracy"]) == ["base", "spark", "process_aware-orm", "selective-prm", "rlvr"]
+    assert list(stage3["accuracy"]) == [
+        "base",
+        "spark",
+        "process_aware-orm",
+        "selective-prm",
+        "rlvr",
+    ]
     assert stage3["accuracy"]["selective-prm"] == 0.75
     assert {name: f["value"] for name, f in stage3["differences"].items()} == {
-        "spark_minus_base": 0.375, "spark_minus_process_aware-orm": 0.25, "spark_minus_selective-prm": 0.125,
-        "spark_minus_rlvr": -0.125}
+        "spark_minus_base": 0.375,
+        "spark_minus_process_aware-orm": 0.25,
+        "spark_minus_selective-prm": 0.125,
+        "spark_minus_rlvr": -0.125,
+    }
 
 
 def test_an_orms_score_is_never_under_f1(summary: dict) -> None:
-    """Two tables: the first wrong step named (one of two errors here, both solutions without), and Yes or No about the
-    whole, in which the PRM-CoT found both errors and doubted one right solution, and the ORM found one error; its
-    unreadable answer is wrong and counted."""
+    """Two tables: the first wrong step named (one of two errors here, both solutions without), and
+    Yes or No about the whole, in which the PRM-CoT found both errors and doubted one right
+    solution, and the ORM found one error; its unreadable answer is wrong and counted.
+    """
     stage2 = summary["stage2"]
-    assert set(stage2["methods"]) == {"step_consistency"} and stage2["f1"] == {"step_consistency": pytest.approx(2 / 3)}
-    cot, orm = (stage2["whole_solutions"][name] for name in ("step_consistency", "step_consistency-orm"))
+    assert set(stage2["methods"]) == {"step_consistency"} and stage2["f1"] == {
+        "step_consistency": pytest.approx(2 / 3)
+    }
+    cot, orm = (
+        stage2["whole_solutions"][name] for name in ("step_consistency", "step_consistency-orm")
+    )
     assert (cot["verdict_acc_error"]["value"], cot["verdict_acc_correct"]["value"]) == (1.0, 0.5)
-    assert (orm["verdict_acc_error"]["value"], orm["verdict_acc_correct"]["value"], orm["unparsed"]) == (0.5, 0.5, 1)
+    assert (
+        orm["verdict_acc_error"]["value"],
+        orm["verdict_acc_correct"]["value"],
+        orm["unparsed"],
+    ) == (0.5, 0.5, 1)
 
 
 def test_page_and_tables_say_which_arm_is_which(summary: dict) -> None:
@@ -83,7 +143,9 @@ def test_page_and_tables_say_which_arm_is_which(summary: dict) -> None:
     for text in (page, table, compared):
         assert "Selective advantage, PRM" in text and "Process-aware, ORM" in text
     assert "SPARK minus Process-aware, ORM" in page and "Step consistency, ORM" in page
-    assert "Yes or No about whole solutions" in page and "Yes or No about whole solutions" in compared
+    assert (
+        "Yes or No about whole solutions" in page and "Yes or No about whole solutions" in compared
+    )
     assert "| first | second |" in compared
 
 
@@ -101,7 +163,11 @@ def test_a_run_with_an_orm_alone_has_a_page(tmp_path: Path) -> None:
     write_cases(tmp_path / "stage2/step_consistency-orm/whole_solution.json", ORM_CASES, False)
     summary = collect_summary(compose_config(["+experiment=toy", f"run.dir={tmp_path}"]))
     page = report_page(summary)
-    assert summary["stage2"]["f1"] == {} and "First wrong step found" not in page and "Step consistency, ORM" in page
+    assert (
+        summary["stage2"]["f1"] == {}
+        and "First wrong step found" not in page
+        and "Step consistency, ORM" in page
+    )
 
 
 def test_arms_without_a_colour_of_their_own_differ(summary: dict) -> None:
@@ -114,17 +180,35 @@ def test_arms_without_a_colour_of_their_own_differ(summary: dict) -> None:
 
 
 def test_a_report_does_not_hold_the_store(tmp_path: Path) -> None:
-    """Peak memory of counting eight times the solutions is the same within a tenth of what they weigh more."""
+    """Peak memory of counting eight times the solutions is the same within a tenth of what they
+    weigh more.
+    """
     peaks, text = [], render_verification([StepJudgement("", "x" * 4000, True)] * 2, True)
     for count in (20, 160):
         folder = tmp_path / str(count)
         with RecordStore(folder / "stage1/store", "w", fsync_every=4096) as store:
             for number in range(count):
                 key = f"s{number:04d}"
-                store.append(key, SOLUTION, asdict(Solution(
-                    key, f"p{number // 2}", "q", "Step 1: x\nStep 2: y\nAnswer: 2", "stop", 9)))
+                store.append(
+                    key,
+                    SOLUTION,
+                    asdict(
+                        Solution(
+                            key,
+                            f"p{number // 2}",
+                            "q",
+                            "Step 1: x\nStep 2: y\nAnswer: 2",
+                            "stop",
+                            9,
+                        )
+                    ),
+                )
                 for vote in range(8):
-                    outcome = Verdict((True, True), True) if vote else ParseFailure("verdict_missing: none")
+                    outcome = (
+                        Verdict((True, True), True)
+                        if vote
+                        else ParseFailure("verdict_missing: none")
+                    )
                     record = Verification(f"{key}-{vote}", key, vote, text, outcome, 9)
                     store.append(record.key, VERIFICATION, record.to_json(), parent=key)
         config = compose_config(["+experiment=toy", f"run.dir={folder}"])
@@ -132,6 +216,10 @@ def test_a_report_does_not_hold_the_store(tmp_path: Path) -> None:
         found = collect_summary(config)["stage1"]
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert (found["problems"], found["solutions"], found["verifications"]) == (count // 2, count, 8 * count)
+        assert (found["problems"], found["solutions"], found["verifications"]) == (
+            count // 2,
+            count,
+            8 * count,
+        )
         assert found["failure_rates"] == {"parse_failure": 0.125}
     assert peaks[1] - peaks[0] < 0.1 * 140 * 8 * len(text), peaks

@@ -1,4 +1,6 @@
-"""Comparing runs over seeds: intervals against scipy's figures worked out by hand, verdicts, and the page."""
+"""Comparing runs over seeds: intervals against scipy's figures worked out by hand, verdicts, and
+the page.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,17 @@ def pair(comparison, first: str, second: str):
 
 
 def test_a_pair_differs_only_when_the_interval_of_its_paired_difference_excludes_zero() -> None:
-    """Proves pairing by seed: seeds that are far apart but agree on the gain show it, the same gains in both directions
-    do not. Differences of 0.1, 0.2, 0.3 have mean 0.2 and half-width 4.303 * 0.1 / sqrt(3) = 0.2484."""
+    """Proves pairing by seed: seeds that are far apart but agree on the gain show it, the same
+    gains in both directions do not. Differences of 0.1, 0.2, 0.3 have mean 0.2 and half-width 4.303
+    * 0.1 / sqrt(3) = 0.2484.
+    """
     clear = compare_runs(of(with_f1(0, 0.1, 0.2), with_f1(1, 0.5, 0.61), with_f1(2, 0.8, 0.9)))
     assert pair(clear, "Single", "Step").verdict == "differs"
-    wide = pair(compare_runs(of(with_f1(0, 0.3, 0.2), with_f1(1, 0.5, 0.3), with_f1(2, 0.8, 0.5))), "Single", "Step")
+    wide = pair(
+        compare_runs(of(with_f1(0, 0.3, 0.2), with_f1(1, 0.5, 0.3), with_f1(2, 0.8, 0.5))),
+        "Single",
+        "Step",
+    )
     assert (wide.mean, wide.half) == pytest.approx((0.2, 0.2484), abs=1e-4)
     assert wide.verdict == "does not differ"
 
@@ -43,7 +51,9 @@ def test_a_pair_differs_only_when_the_interval_of_its_paired_difference_excludes
 def test_one_seed_gives_no_verdict() -> None:
     """Proves no interval is made up, and that reward models are never compared with policies."""
     comparison = compare_runs(of(example_summary(0)))
-    assert {p.verdict for p in comparison.pairs} == {"–"} and all(p.half is None for p in comparison.pairs)
+    assert {p.verdict for p in comparison.pairs} == {"–"} and all(
+        p.half is None for p in comparison.pairs
+    )
     assert len(comparison.pairs) == 6  # three methods, three arms
 
 
@@ -64,7 +74,9 @@ def test_a_seed_does_not_count_twice() -> None:
 
 
 def test_the_page_is_whole_html_with_a_band_for_every_curve() -> None:
-    """Proves tags close, and two curves in two charts have bands from three seeds, none from one; not how it looks."""
+    """Proves tags close, and two curves in two charts have bands from three seeds, none from one;
+    not how it looks.
+    """
     page = comparison_page(compare_runs(of(*(example_summary(s, s / 50) for s in range(3)))))
     open_tags: list[str] = []
 
@@ -84,10 +96,14 @@ def test_the_page_is_whole_html_with_a_band_for_every_curve() -> None:
 
 
 def test_the_command_reads_run_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Proves folders with and without a group name, the two files, and one line for a folder without a summary."""
+    """Proves folders with and without a group name, the two files, and one line for a folder
+    without a summary.
+    """
     for seed in range(3):
         (tmp_path / f"run{seed}").mkdir()
-        (tmp_path / f"run{seed}/summary.json").write_text(json.dumps(example_summary(seed, seed / 50)))
+        (tmp_path / f"run{seed}/summary.json").write_text(
+            json.dumps(example_summary(seed, seed / 50))
+        )
     folders = [str(tmp_path / f"run{seed}") for seed in range(3)]
     assert main(["report", "compare", *folders, "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out

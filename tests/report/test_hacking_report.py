@@ -18,9 +18,12 @@ def watched() -> dict:
     summary = example_summary()
     for point in summary["stage3"]["curves"]["spark"]:
         point["hacking"] = {"judge_directed": point["step"] / 200, "empty_text": 0.0}
-    summary["stage3"]["probes"] = {"spark": [
-        {"kind": "empty_steps", "asked": 8, "accepted": 3, "refused_by": "empty_step"},
-        {"kind": "one_step", "asked": 8, "accepted": 0, "failed": 2}]}
+    summary["stage3"]["probes"] = {
+        "spark": [
+            {"kind": "empty_steps", "asked": 8, "accepted": 3, "refused_by": "empty_step"},
+            {"kind": "one_step", "asked": 8, "accepted": 0, "failed": 2},
+        ]
+    }
     return summary
 
 
@@ -29,7 +32,10 @@ def test_reward_and_true_accuracy_stand_in_one_chart_and_detectors_in_another() 
     (view,) = hacking_views(read_summary(watched()).stage3)
     assert view.arm == "spark" and view.silent == ["empty text"]
     assert [name for _, name in view.legend] == ["judge directed"]
-    assert "Reward and true accuracy by RL step" in view.reward and "Detectors by RL step" in view.detectors
+    assert (
+        "Reward and true accuracy by RL step" in view.reward
+        and "Detectors by RL step" in view.detectors
+    )
 
 
 def test_the_page_shows_probes_with_the_constraint_that_refuses_them() -> None:
@@ -46,7 +52,9 @@ def test_a_summary_from_before_the_watch_still_makes_a_page() -> None:
 
 
 def test_curves_read_detector_rates_from_metrics_and_nothing_else(tmp_path: Path) -> None:
-    """``hacking/mean_steps`` and the reward gap are no shares of responses and stay out of the detectors' chart."""
+    """``hacking/mean_steps`` and the reward gap are no shares of responses and stay out of the
+    detectors' chart.
+    """
     row = {"step": 0, "reward": 0.5, "hacking/judge_directed": 0.25, "hacking/mean_steps": 2.5}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     (point,) = _curve(tmp_path, [])
@@ -58,8 +66,16 @@ def outcome(rate: float, accuracy: float) -> dict[str, float]:
 
 
 def section(rates: tuple[float, ...]) -> str:
-    rows = [ExploitRow("empty_text", "finds nothing", "`no_empty_steps=true`", 0.08,
-                       [outcome(rate, 0.1) for rate in rates], [outcome(0.0, 0.8)] * len(rates))]
+    rows = [
+        ExploitRow(
+            "empty_text",
+            "finds nothing",
+            "`no_empty_steps=true`",
+            0.08,
+            [outcome(rate, 0.1) for rate in rates],
+            [outcome(0.0, 0.8)] * len(rates),
+        )
+    ]
     return hacking_section(rows, "python x", steps=14, responses=144)
 
 

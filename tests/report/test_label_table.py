@@ -17,11 +17,18 @@ def scores(right, kept=0.9, tokens=600.0):
 
 
 def test_the_table_has_means_over_seeds_with_student_intervals():
-    """0.8 and 0.9 have mean 85.0 and half-width 12.706 * 7.07 / sqrt 2 = 63.5; one seed has no interval."""
+    """0.8 and 0.9 have mean 85.0 and half-width 12.706 * 7.07 / sqrt 2 = 63.5; one seed has no
+    interval.
+    """
     section = label_section({0: {"single": scores(0.8)}, 1: {"single": scores(0.9)}}, "python tool")
-    assert "| Single verification | 85.0 ± 63.5 | 75.0 ± 63.5 | 90.0 ± 0.0 | 600.0 ± 0.0 | 666.7 ± 0.0 |" in section
+    assert (
+        "| Single verification | 85.0 ± 63.5 | 75.0 ± 63.5 | 90.0 ± 0.0 | 600.0 ± 0.0 | 666.7 ± 0.0 |"
+        in section
+    )
     assert "over 2 seeds" in section and "python tool" in section
-    assert "| 80.0 | 70.0 | 90.0 | 600.0 | 666.7 |" in label_section({0: {"single": scores(0.8)}}, "x")
+    assert "| 80.0 | 70.0 | 90.0 | 600.0 | 666.7 |" in label_section(
+        {0: {"single": scores(0.8)}}, "x"
+    )
 
 
 def test_a_method_that_labelled_nothing_has_a_dash():
@@ -47,30 +54,47 @@ def test_the_section_is_replaced_in_place_and_survives_a_rewrite_of_the_rest():
 
 
 def test_sections_of_other_names_are_left_alone():
-    """Three tools write one file: a section is found by its name, also when one name begins like another."""
+    """Three tools write one file: a section is found by its name, also when one name begins like
+    another.
+    """
     first, second = marked("rounds", "one"), marked("rounds of another kind", "two")
     document = put_section(put_section("# Results\n", first), second)
     changed = put_section(document, marked("rounds", "three"))
-    assert second in changed and first not in changed and changed.index("three") < changed.index("two")
+    assert (
+        second in changed and first not in changed and changed.index("three") < changed.index("two")
+    )
     assert keep_sections(changed, "# New\n").endswith(second + "\n")
 
 
 def test_rounds_are_compared_round_by_round():
     """Means over seeds per round; runs with different numbers of rounds are not put into one table."""
+
     def summary(*f1):
-        return {"title": "run", "rounds": [
-            {"number": number, "f1": {"value": value}, "labels": {"share_kept": 0.9, "step_accuracy": {"value": value}}}
-            for number, value in enumerate(f1, start=1)]}
+        return {
+            "title": "run",
+            "rounds": [
+                {
+                    "number": number,
+                    "f1": {"value": value},
+                    "labels": {"share_kept": 0.9, "step_accuracy": {"value": value}},
+                }
+                for number, value in enumerate(f1, start=1)
+            ],
+        }
 
     section = round_section({0: summary(0.5, 0.6), 1: summary(0.7, 0.6)}, "python tool")
-    assert "| 1 | 60.0 ± 127.1 | – | 90.0 ± 0.0 | 60.0 ± 127.1 |" in section and "| 2 | 60.0 ± 0.0 |" in section
+    assert (
+        "| 1 | 60.0 ± 127.1 | – | 90.0 ± 0.0 | 60.0 ± 127.1 |" in section
+        and "| 2 | 60.0 ± 0.0 |" in section
+    )
     with pytest.raises(SummaryError, match="equally many rounds"):
         round_section({0: summary(0.5, 0.6), 1: summary(0.7)}, "x")
 
 
 def test_the_page_says_what_filters_removed_and_what_labels_cost():
-    """A rule that removed nothing has no row; without removals there is no table. Answers that the baseline saw are
-    admitted."""
+    """A rule that removed nothing has no row; without removals there is no table. Answers that the
+    baseline saw are admitted.
+    """
     summary = example_summary()
     page = report_page(summary)
     assert "Labels that were not trained on" not in page and "No answer key was read." in page
@@ -79,7 +103,13 @@ def test_the_page_says_what_filters_removed_and_what_labels_cost():
     quality["single"]["tokens_per_label"] = 4321.0
     summary["stage1"]["answers_shown_to_baseline"] = True
     page = report_page(summary).replace("\n", " ")
-    assert "Labels that were not trained on" in page and "more labels of one verdict than of the other" in page
+    assert (
+        "Labels that were not trained on" in page
+        and "more labels of one verdict than of the other" in page
+    )
     assert "1\N{NARROW NO-BREAK SPACE}234" in page and "4\N{NARROW NO-BREAK SPACE}321" in page
     assert "above labels.max_per_verdict" not in page
-    assert "reference-guided baseline, and for nothing else" in page and "No answer key was read." not in page
+    assert (
+        "reference-guided baseline, and for nothing else" in page
+        and "No answer key was read." not in page
+    )

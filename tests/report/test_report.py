@@ -11,15 +11,32 @@ from example_summary import example_summary
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spark_nemo.report import SummaryError, read_summary, report_page, results_markdown, to_plain, write_report
-from spark_nemo.report.charts import Bar, Series, Style, interval_chart, line_chart, running_mean, ticks
+from spark_nemo.report import (
+    SummaryError,
+    read_summary,
+    report_page,
+    results_markdown,
+    to_plain,
+    write_report,
+)
+from spark_nemo.report.charts import (
+    Bar,
+    Series,
+    Style,
+    interval_chart,
+    line_chart,
+    running_mean,
+    ticks,
+)
 from spark_nemo.report.results import mean_and_half_width
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 
 class Page(HTMLParser):
-    """Collects the visible text and every attribute, and checks that elements close in the order they open."""
+    """Collects the visible text and every attribute, and checks that elements close in the order
+    they open.
+    """
 
     def __init__(self, page):
         super().__init__()
@@ -55,19 +72,31 @@ def without(*parts):
 
 
 def test_the_page_is_readable_offline_and_without_script():
-    """No script, link, image, font or other address; every element is closed. It does not test how it looks."""
+    """No script, link, image, font or other address; every element is closed. It does not test how
+    it looks.
+    """
     page = report_page(example_summary())
     parsed = Page(page)
     assert not parsed.tags & {"script", "link", "img", "iframe", "object", "video"}
-    assert not any(name in ("src", "href", "srcset") or name.startswith("on") for name, _ in parsed.attributes)
+    assert not any(
+        name in ("src", "href", "srcset") or name.startswith("on") for name, _ in parsed.attributes
+    )
     assert "http" not in page and "url(" not in page and "@import" not in page
 
 
 def test_the_headline_figures_are_those_of_the_summary():
-    """Label quality, F1 with the gain over single, and accuracy with both other arms, each with its interval."""
+    """Label quality, F1 with the gain over single, and accuracy with both other arms, each with its
+    interval.
+    """
     text = Page(report_page(example_summary())).text
-    for shown in ("96.8 % 95% interval 96.1 to 97.5", "70.2 95% interval 67.2 to 73.2", "+9.0 [+4.8, +13.1]",
-                  "63.8 % 95% interval 58.9 to 68.4", "Before RL 31.2%", "RLVR, with answer keys 65.5%"):
+    for shown in (
+        "96.8 % 95% interval 96.1 to 97.5",
+        "70.2 95% interval 67.2 to 73.2",
+        "+9.0 [+4.8, +13.1]",
+        "63.8 % 95% interval 58.9 to 68.4",
+        "Before RL 31.2%",
+        "RLVR, with answer keys 65.5%",
+    ):
         assert shown in text, shown
 
 
@@ -79,7 +108,9 @@ def test_a_part_that_was_not_run_is_left_out_and_not_zero():
     for field in ("greedy", "differences", "curves", "solutions", "accuracy_intervals"):
         del summary["stage3"][field]
     text = Page(report_page(summary)).text
-    assert "no interval computed" in text and "Training reward" not in text and "Stage I " not in text
+    assert (
+        "no interval computed" in text and "Training reward" not in text and "Stage I " not in text
+    )
     assert "Cost" not in Page(report_page({"title": "nothing yet"})).text
 
 
@@ -88,7 +119,10 @@ def test_missing_curves_and_labels_are_left_out():
     summary = example_summary()
     for point in summary["stage3"]["curves"]["spark"] + summary["stage3"]["curves"]["rlvr"]:
         point["entropy"] = point["mismatch"] = None
-    summary["stage1"]["label_quality"]["single"] |= {"step_accuracy": None, "first_error_accuracy": None}
+    summary["stage1"]["label_quality"]["single"] |= {
+        "step_accuracy": None,
+        "first_error_accuracy": None,
+    }
     text = Page(report_page(summary)).text
     assert "Entropy of the policy" not in text and "Failed verifications" in text
     assert "not known" in text
@@ -97,7 +131,9 @@ def test_missing_curves_and_labels_are_left_out():
 
 
 def test_steps_carry_a_symbol_and_a_label_beside_the_colour():
-    """Judged correct, judged incorrect, not judged, and the warning where the reward model was fooled."""
+    """Judged correct, judged incorrect, not judged, and the warning where the reward model was
+    fooled.
+    """
     page = report_page(example_summary())
     text = Page(page).text
     assert "✓ 9*4" not in text and "✗ 9*4=35" in text and "– 2+2=4" in text
@@ -119,7 +155,9 @@ def test_all_text_is_escaped():
 
     summary = poison(example_summary())
     summary["stage1"]["failure_rates"][evil] = 0.5
-    summary["stage1"]["label_quality"][evil] = copy.deepcopy(summary["stage1"]["label_quality"]["single"])
+    summary["stage1"]["label_quality"][evil] = copy.deepcopy(
+        summary["stage1"]["label_quality"]["single"]
+    )
     summary["stage3"]["accuracy"][evil] = 0.5
     summary["stage3"]["curves"][evil] = copy.deepcopy(summary["stage3"]["curves"]["spark"])
     summary["seconds"][evil] = 1.0
@@ -135,7 +173,9 @@ def test_any_solution_text_gives_a_well_formed_page(text):
     """Whatever a policy writes."""
     summary = without("stage1", "stage2")
     summary["stage3"]["curves"] = {}
-    summary["stage3"]["solutions"] = [{"question": text, "steps": [{"text": text, "correct": False}]}]
+    summary["stage3"]["solutions"] = [
+        {"question": text, "steps": [{"text": text, "correct": False}]}
+    ]
     Page(report_page(summary))
 
 
@@ -151,19 +191,30 @@ def test_the_written_summary_reads_back_equal(tmp_path):
     assert set(stored["stage3"]["accuracy"]) == {"base", "spark", "rlvr"}
 
 
-@pytest.mark.parametrize("place, value, message", [
-    (("title",), None, "summary.title: must be a string"),
-    (("stage1", "problems"), 4.5, "summary.stage1.problems: must be a whole number"),
-    (("stage1", "failure_rates", "truncated"), float("nan"), "failure_rates.truncated: must be a finite number"),
-    (("stage2", "f1", "single"), 0.5, "'f1' must repeat"),
-    (("stage2", "f1_gain_interval"), [0.1], "must be a list of 2"),
-    (("stage2", "metods"), {}, "summary.stage2.metods: no such field"),
-    (("stage3", "accuracy_intervals", "spark"), "wide", "must be a list"),
-    (("stage3", "accuracy_intervals", "sparc"), [0, 1], "names ['sparc']"),
-    (("stage3", "greedy", "base", "high"), None, "needs both"),
-    (("stage3", "solutions", 0, "steps", 0, "correct"), 1, "solutions[0].steps[0].correct: must be true or false"),
-    (("stage3", "curves", "spark", 1, "step"), 0, "steps must increase"),
-])
+@pytest.mark.parametrize(
+    "place, value, message",
+    [
+        (("title",), None, "summary.title: must be a string"),
+        (("stage1", "problems"), 4.5, "summary.stage1.problems: must be a whole number"),
+        (
+            ("stage1", "failure_rates", "truncated"),
+            float("nan"),
+            "failure_rates.truncated: must be a finite number",
+        ),
+        (("stage2", "f1", "single"), 0.5, "'f1' must repeat"),
+        (("stage2", "f1_gain_interval"), [0.1], "must be a list of 2"),
+        (("stage2", "metods"), {}, "summary.stage2.metods: no such field"),
+        (("stage3", "accuracy_intervals", "spark"), "wide", "must be a list"),
+        (("stage3", "accuracy_intervals", "sparc"), [0, 1], "names ['sparc']"),
+        (("stage3", "greedy", "base", "high"), None, "needs both"),
+        (
+            ("stage3", "solutions", 0, "steps", 0, "correct"),
+            1,
+            "solutions[0].steps[0].correct: must be true or false",
+        ),
+        (("stage3", "curves", "spark", 1, "step"), 0, "steps must increase"),
+    ],
+)
 def test_a_bad_summary_is_refused_and_nothing_is_written(tmp_path, place, value, message):
     """The field is named, and no half report appears."""
     summary = example_summary()
@@ -182,7 +233,12 @@ def test_charts_survive_thin_data():
     style = Style("#000", "square")
     for chart in (
         line_chart([Series("a", style, [(0, 0.5)])], "x", "y", "d"),
-        line_chart([Series("a", style, [(0, 0.0), (5, 0.0)]), Series("b", style, [(1, None), (2, 0)])], "x", "y", "d"),
+        line_chart(
+            [Series("a", style, [(0, 0.0), (5, 0.0)]), Series("b", style, [(1, None), (2, 0)])],
+            "x",
+            "y",
+            "d",
+        ),
         interval_chart([Bar("a", style, 1.0), Bar("b", style, 1.0)], "x", "d", (None, 1.0)),
         interval_chart([Bar("a", style, 0.0, 0.0, 0.0)], "x", "d"),
     ):
@@ -193,7 +249,9 @@ def test_charts_survive_thin_data():
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
 @settings(max_examples=200, deadline=None)
 def test_ticks_span_the_range_with_a_few_round_numbers(low, width):
-    """First tick at or below the lowest value, last at or above the highest, between 2 and 8 of them."""
+    """First tick at or below the lowest value, last at or above the highest, between 2 and 8 of
+    them.
+    """
     marks = ticks(low, low + width)
     slack = (marks[1] - marks[0]) * 1e-6 + 1e-9
     assert marks[0] <= low + slack and marks[-1] >= low + width - slack
@@ -208,7 +266,9 @@ def test_the_running_mean_keeps_constants_and_length():
 
 def test_the_results_table_has_a_row_per_seed_and_the_mean():
     """F1, gain, accuracy and seconds; the interval over three seeds is Student's."""
-    text = results_markdown([example_summary(0), example_summary(1, 0.01), example_summary(2, -0.01)])
+    text = results_markdown(
+        [example_summary(0), example_summary(1, 0.01), example_summary(2, -0.01)]
+    )
     assert "| 1 | 62.2 | 64.8 | 71.2 | +9.0 [+5.8, +14.1] |" in text
     assert "| **mean of 3** | 61.2 ± 2.5 |" in text
     assert "spark-nemo pipeline" in text and "does not show" in text
@@ -232,10 +292,13 @@ def test_the_interval_over_seeds_is_students():
     assert mean_and_half_width([5]) == (5, None)
 
 
-@pytest.mark.parametrize("seeds, quantile", [(31, 2.0423), (32, 2.0395), (41, 2.0211), (121, 1.9799), (10_001, 1.9602)])
+@pytest.mark.parametrize(
+    "seeds, quantile", [(31, 2.0423), (32, 2.0395), (41, 2.0211), (121, 1.9799), (10_001, 1.9602)]
+)
 def test_the_interval_over_many_seeds_is_students_too(seeds, quantile):
-    """Printed tables' two-sided 95% quantiles for one degree of freedom fewer: the normal's 1.96 would make the
-    interval of 32 seeds 4% too narrow."""
+    """Printed tables' two-sided 95% quantiles for one degree of freedom fewer: the normal's 1.96
+    would make the interval of 32 seeds 4% too narrow.
+    """
     values = [0.0] * (seeds // 2) + [1.0] * (seeds - seeds // 2)
     mean = sum(values) / seeds
     error = (sum((value - mean) ** 2 for value in values) / (seeds - 1) / seeds) ** 0.5

@@ -23,7 +23,9 @@ def runs(*accuracies: tuple[float, float]) -> dict[int, dict]:
 
 
 def test_an_arm_differs_only_when_its_interval_over_seeds_excludes_zero() -> None:
-    """A steady gap of ten points is a difference; the same mean gap with seeds on both sides of zero is none."""
+    """A steady gap of ten points is a difference; the same mean gap with seeds on both sides of
+    zero is none.
+    """
     steady = study_section(runs((0.8, 0.9), (0.7, 0.8), (0.75, 0.85)), "c")
     mixed = study_section(runs((0.8, 0.9), (0.9, 0.8), (0.5, 0.8)), "c")
     row = "| SPARK, no answer keys | 75.0 ± 12.4 | -10.0 ± 0.0 | 3 | differs |"

@@ -14,16 +14,29 @@ def rollout(group: int, text: str) -> Rollout:
 def majority(*answers: tuple[int, str | None]) -> list[float]:
     """Rewards of responses given by (group, boxed answer or None)."""
     return majority_rewards(
-        [rollout(g, "none" if a is None else rf"\boxed{{{a}}}") for g, a in answers], lambda answer: answer.strip("$"))
+        [rollout(g, "none" if a is None else rf"\boxed{{{a}}}") for g, a in answers],
+        lambda answer: answer.strip("$"),
+    )
 
 
 def test_the_groups_own_majority_is_the_label() -> None:
-    """Unequal, interleaved groups: each votes for itself, by the key's meaning of equal. No answer key is involved."""
-    assert majority((0, "7"), (1, "3"), (0, "$7$"), (0, "8"), (1, "4"), (1, "4")) == [1, 0, 1, 0, 1, 1]
+    """Unequal, interleaved groups: each votes for itself, by the key's meaning of equal. No answer
+    key is involved.
+    """
+    assert majority((0, "7"), (1, "3"), (0, "$7$"), (0, "8"), (1, "4"), (1, "4")) == [
+        1,
+        0,
+        1,
+        0,
+        1,
+        1,
+    ]
 
 
 def test_no_answer_has_no_vote() -> None:
-    """Two responses without an answer do not outvote one that has it, and are worth 0; a group of none is all 0."""
+    """Two responses without an answer do not outvote one that has it, and are worth 0; a group of
+    none is all 0.
+    """
     assert majority((0, None), (0, None), (0, "7"), (1, None), (1, None)) == [0, 0, 1, 0, 0]
 
 
@@ -38,4 +51,6 @@ def test_random_is_a_fair_coin_behind_the_gate() -> None:
     draws = [random_reward(fine, derive_seed("coin", k)) for k in range(2000)]
     assert 900 < sum(draws) < 1100 and set(draws) == {0.0, 1.0}
     assert draws == [random_reward(fine, derive_seed("coin", k)) for k in range(2000)]
-    assert sum(random_reward(FormatViolation("steps"), derive_seed("coin", k)) for k in range(50)) == 0
+    assert (
+        sum(random_reward(FormatViolation("steps"), derive_seed("coin", k)) for k in range(50)) == 0
+    )

@@ -26,20 +26,33 @@ def tagged(steps: list[str], after: str = "") -> str:
 
 def rollout(text: str, num_tokens: int = 30) -> Rollout:
     ids = (5,) * num_tokens
-    return Rollout(Problem("p", "q?"), 0, (1,), ids, (0.0,) * num_tokens, (0,) * num_tokens, text, "stop")
+    return Rollout(
+        Problem("p", "q?"), 0, (1,), ids, (0.0,) * num_tokens, (0,) * num_tokens, text, "stop"
+    )
 
 
 def row(step: int, steps: float = 2.0, tokens: float = 30.0) -> dict[str, float]:
     return {"step": step, "hacking/mean_steps": steps, "response_tokens": tokens}
 
 
-@pytest.mark.parametrize(("name", "text", "num_tokens"), [
-    ("solution_appending", tagged(OK, after=tagged(["1+1=2"])), 30), ("solution_appending", tagged(OK, after="!"), 30),
-    ("step_inflation", tagged(["a", "b", "c", "d"]), 30), ("step_reduction", tagged(["a"]), 30),
-    ("duplicated_steps", tagged(["a", "A."]), 30), ("judge_directed", tagged(["a", verdict_line(True)]), 30),
-    ("empty_text", tagged(["a", "--"]), 30), ("empty_text", "", 30), ("length_drift", tagged(OK), 46),
-    ("length_drift", tagged(OK), 19)])
-def test_a_detector_counts_the_share_of_responses_with_its_sign(name: str, text: str, num_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "text", "num_tokens"),
+    [
+        ("solution_appending", tagged(OK, after=tagged(["1+1=2"])), 30),
+        ("solution_appending", tagged(OK, after="!"), 30),
+        ("step_inflation", tagged(["a", "b", "c", "d"]), 30),
+        ("step_reduction", tagged(["a"]), 30),
+        ("duplicated_steps", tagged(["a", "A."]), 30),
+        ("judge_directed", tagged(["a", verdict_line(True)]), 30),
+        ("empty_text", tagged(["a", "--"]), 30),
+        ("empty_text", "", 30),
+        ("length_drift", tagged(OK), 46),
+        ("length_drift", tagged(OK), 19),
+    ],
+)
+def test_a_detector_counts_the_share_of_responses_with_its_sign(
+    name: str, text: str, num_tokens: int
+) -> None:
     """One response of four shows it; the other three set nothing off."""
     batch = [rollout(text, num_tokens), *[rollout(tagged(OK))] * 3]
     rates = detector_rates(batch, [row(0), row(1)], CONFIG)
@@ -72,9 +85,14 @@ def test_the_baseline_settles_after_its_steps_and_the_first_step_is_its_own() ->
 
 
 def test_rates_after_a_resume_are_those_of_an_uninterrupted_run() -> None:
-    """The only memory is metrics.jsonl: rows that went through JSON give bit for bit the same rates."""
+    """The only memory is metrics.jsonl: rows that went through JSON give bit for bit the same
+    rates.
+    """
     rng = random.Random(3)
-    batches = [[rollout(tagged(["s"] * rng.randint(1, 4)), rng.randint(10, 60)) for _ in range(7)] for _ in range(6)]
+    batches = [
+        [rollout(tagged(["s"] * rng.randint(1, 4)), rng.randint(10, 60)) for _ in range(7)]
+        for _ in range(6)
+    ]
     rows: list[dict] = []
     for step, batch in enumerate(batches):
         mean = sum(len(r.response_ids) for r in batch) / len(batch)
@@ -107,7 +125,11 @@ def test_the_gap_is_over_responses_that_both_verifiers_scored() -> None:
 
 def test_growth_is_measured_from_the_first_comparison() -> None:
     """A verifier that is stricter from the start is no alarm."""
-    rows = [{"step": 0}, {"step": 1, "hacking/reward_gap": 0.3}, {"step": 2, "hacking/reward_gap": 0.1}]
+    rows = [
+        {"step": 0},
+        {"step": 1, "hacking/reward_gap": 0.3},
+        {"step": 2, "hacking/reward_gap": 0.1},
+    ]
     assert gap_growth({"hacking/reward_gap": 0.5}, rows) == pytest.approx(0.2)
     assert gap_growth({"hacking/reward_gap": 0.5}, []) == 0 == gap_growth({}, rows)
 

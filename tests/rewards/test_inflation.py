@@ -1,7 +1,8 @@
-"""Step inflation: what splitting one correct step in two, over the same tokens, does to every reward design.
+"""Step inflation: what splitting one correct step in two, over the same tokens, does to every
+reward design.
 
-A design that is not in ``DECLARED`` fails here: whoever adds one has to say whether it resists, and the docstring of
-the function that defines it has to say the same.
+A design that is not in ``DECLARED`` fails here: whoever adds one has to say whether it resists, and
+the docstring of the function that defines it has to say the same.
 """
 
 from __future__ import annotations
@@ -43,12 +44,19 @@ from spark_nemo.training.step_advantages import (
 
 RESISTS, DOES_NOT = "Resists inflation", "Does *not* resist inflation"
 DECLARED: dict[str, tuple[str, Callable]] = {
-    "process_aware": (RESISTS, process_aware_reward), "selective": (RESISTS, selective_advantages),
-    "selective_half": (RESISTS, selective_advantages), "prefix": (RESISTS, prefix_advantages),
-    "capo": (RESISTS, capo_advantages), "rlvr": (RESISTS, rlvr_rewards), "majority": (RESISTS, majority_rewards),
-    "random": (RESISTS, random_reward), "step_average": (DOES_NOT, step_average_reward),
-    "step_augmented": (DOES_NOT, step_augmented_reward), "global_step": (DOES_NOT, global_step_advantages),
-    "global_step_penalty": (DOES_NOT, global_step_penalty_advantages), "min_form": (DOES_NOT, min_form_advantages),
+    "process_aware": (RESISTS, process_aware_reward),
+    "selective": (RESISTS, selective_advantages),
+    "selective_half": (RESISTS, selective_advantages),
+    "prefix": (RESISTS, prefix_advantages),
+    "capo": (RESISTS, capo_advantages),
+    "rlvr": (RESISTS, rlvr_rewards),
+    "majority": (RESISTS, majority_rewards),
+    "random": (RESISTS, random_reward),
+    "step_average": (DOES_NOT, step_average_reward),
+    "step_augmented": (DOES_NOT, step_augmented_reward),
+    "global_step": (DOES_NOT, global_step_advantages),
+    "global_step_penalty": (DOES_NOT, global_step_penalty_advantages),
+    "min_form": (DOES_NOT, min_form_advantages),
 }
 FIRST = 1
 """Tokens before the first step."""
@@ -56,7 +64,9 @@ FIRST = 1
 
 @dataclass(frozen=True)
 class Response:
-    """A response in lengths: tokens of each step, its labels and verdict (None: the verification failed)."""
+    """A response in lengths: tokens of each step, its labels and verdict (None: the verification
+    failed).
+    """
 
     group: int
     lengths: tuple[int, ...]
@@ -69,56 +79,89 @@ class Response:
         spans = tuple(TokenSpan(a, b) for a, b in pairwise(ends))
         size = ends[-1] + 2
         steps = "".join("<step>" + "x" * n + "</step>" for n in self.lengths)
-        return Rollout(Problem("p", "?"), self.group, (1,), (2,) * size, (-1.0,) * size, (0,) * size,
-                       rf"<think>{steps}</think><answer>\boxed{{{self.answer}}}</answer>", "stop", spans)
+        return Rollout(
+            Problem("p", "?"),
+            self.group,
+            (1,),
+            (2,) * size,
+            (-1.0,) * size,
+            (0,) * size,
+            rf"<think>{steps}</think><answer>\boxed{{{self.answer}}}</answer>",
+            "stop",
+            spans,
+        )
 
     def judgement(self) -> Judgement:
-        return Judgement(None, ParseFailure("x") if self.verdict is None else Verdict(self.labels, self.verdict))
+        return Judgement(
+            None, ParseFailure("x") if self.verdict is None else Verdict(self.labels, self.verdict)
+        )
 
     def split(self, step: int, cut: int) -> Response:
         halves = (cut, self.lengths[step] - cut)
-        return replace(self, lengths=(*self.lengths[:step], *halves, *self.lengths[step + 1:]),
-                       labels=(*self.labels[:step], True, *self.labels[step:]))
+        return replace(
+            self,
+            lengths=(*self.lengths[:step], *halves, *self.lengths[step + 1 :]),
+            labels=(*self.labels[:step], True, *self.labels[step:]),
+        )
 
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[list[Response], list[Response]]:
-    """A batch, groups unequal and interleaved, and the same with one correct step of one response split."""
+    """A batch, groups unequal and interleaved, and the same with one correct step of one response
+    split.
+    """
+
     def response() -> Response:
         lengths = tuple(draw(st.lists(st.integers(2, 4), min_size=1, max_size=4)))
         labels = tuple(draw(st.booleans()) for _ in lengths)
-        return Response(draw(st.integers(0, 2)), lengths, labels, draw(st.sampled_from("78")),
-                        draw(st.sampled_from([True, True, False, False, None])))
+        return Response(
+            draw(st.integers(0, 2)),
+            lengths,
+            labels,
+            draw(st.sampled_from("78")),
+            draw(st.sampled_from([True, True, False, False, None])),
+        )
 
     batch = [response() for _ in range(draw(st.integers(2, 7)))]
     index = draw(st.integers(0, len(batch) - 1))
     step = draw(st.integers(0, len(batch[index].lengths) - 1))
     chosen = batch[index]
-    batch[index] = replace(chosen, labels=(*chosen.labels[:step], True, *chosen.labels[step + 1:]))
+    batch[index] = replace(chosen, labels=(*chosen.labels[:step], True, *chosen.labels[step + 1 :]))
     split = list(batch)
     split[index] = batch[index].split(step, draw(st.integers(1, batch[index].lengths[step] - 1)))
     return batch, split
 
 
 def totals(design: str, responses: list[Response], estimator: str = "grpo") -> list[float]:
-    """Total advantage of each response under the design, through the same functions as in stage III."""
+    """Total advantage of each response under the design, through the same functions as in stage
+    III.
+    """
     reward, advantage = reward_and_advantage(design)
-    config = RLConfig(reward=reward, advantage=advantage,
-                      estimator="grpo" if design in OWN_BASELINE else estimator,
-                      step_penalty_min=1 if design == "global_step_penalty" else None)
+    config = RLConfig(
+        reward=reward,
+        advantage=advantage,
+        estimator="grpo" if design in OWN_BASELINE else estimator,
+        step_penalty_min=1 if design == "global_step_penalty" else None,
+    )
     rollouts, judgements = [r.rollout() for r in responses], [r.judgement() for r in responses]
     match reward:
         case "rlvr":
-            scores = rlvr_rewards(rollouts, lambda shown: [r"\boxed{7}" in text for _, text in shown])
+            scores = rlvr_rewards(
+                rollouts, lambda shown: [r"\boxed{7}" in text for _, text in shown]
+            )
         case "majority":
             scores = majority_rewards(rollouts, str)
         case "random":
-            scores = [random_reward(ParsedResponse("", (), "7", 0, 0), k) for k in range(len(rollouts))]
+            scores = [
+                random_reward(ParsedResponse("", (), "7", 0, 0), k) for k in range(len(rollouts))
+            ]
         case _:
             scores = [MODEL_REWARDS[reward](j.violation, j.outcome) for j in judgements]
     valid = tuple(isinstance(score, float) for score in scores)
     rewards = tuple(score if ok else math.nan for score, ok in zip(scores, valid))
-    got = batch_advantages(ScoredBatch(tuple(rollouts), RewardBatch(rewards, valid, {}), tuple(judgements), {}), config)
+    got = batch_advantages(
+        ScoredBatch(tuple(rollouts), RewardBatch(rewards, valid, {}), tuple(judgements), {}), config
+    )
     if isinstance(got, torch.Tensor):
         got = [a.expand(len(r.response_ids)) for a, r in zip(got, rollouts)]
     return [float(row_R.double().sum()) for row_R in got]
@@ -132,24 +175,40 @@ def test_every_design_declares_itself() -> None:
         assert claim in text and {RESISTS, DOES_NOT}.difference({claim}).pop() not in text, name
 
 
-@pytest.mark.parametrize("design", sorted(d for d, (claim, _) in DECLARED.items() if claim == RESISTS))
+@pytest.mark.parametrize(
+    "design", sorted(d for d, (claim, _) in DECLARED.items() if claim == RESISTS)
+)
 @settings(max_examples=60, deadline=None)
 @given(batches(), st.sampled_from(["grpo", "dr_grpo", "rloo", "reinforce_pp"]))
-def test_a_design_that_resists_pays_nothing_for_a_split_step(design: str, pair, estimator: str) -> None:
-    """No response's total advantage moves, not only that of the one that is split, whatever labels, verdicts, failures,
-    group sizes and estimator. Does not prove anything about the tokens that a policy adds when it really inflates, nor
-    about bounds on the number of steps (rl.selective_min_steps and the like), which a split may cross."""
+def test_a_design_that_resists_pays_nothing_for_a_split_step(
+    design: str, pair, estimator: str
+) -> None:
+    """No response's total advantage moves, not only that of the one that is split, whatever labels,
+    verdicts, failures, group sizes and estimator. Does not prove anything about the tokens that a
+    policy adds when it really inflates, nor about bounds on the number of steps
+    (rl.selective_min_steps and the like), which a split may cross.
+    """
     batch, split = pair
-    assert totals(design, split, estimator) == pytest.approx(totals(design, batch, estimator), abs=1e-4)
+    assert totals(design, split, estimator) == pytest.approx(
+        totals(design, batch, estimator), abs=1e-4
+    )
 
 
-WITNESS = [Response(0, (2, 2, 2), (True, False, True), "7", True), Response(0, (2, 3), (True, True), "7", True),
-           Response(0, (3,), (False,), "8", False), Response(0, (2,), (True,), "8", False)]
+WITNESS = [
+    Response(0, (2, 2, 2), (True, False, True), "7", True),
+    Response(0, (2, 3), (True, True), "7", True),
+    Response(0, (3,), (False,), "8", False),
+    Response(0, (2,), (True,), "8", False),
+]
 
 
-@pytest.mark.parametrize("design", sorted(d for d, (claim, _) in DECLARED.items() if claim == DOES_NOT))
+@pytest.mark.parametrize(
+    "design", sorted(d for d, (claim, _) in DECLARED.items() if claim == DOES_NOT)
+)
 def test_a_design_that_does_not_resist_has_a_batch_that_shows_it(design: str) -> None:
-    """So that none is called weak that is not: splitting the first step of one of two responses moves its total."""
+    """So that none is called weak that is not: splitting the first step of one of two responses
+    moves its total.
+    """
     changes = []
     for index in (0, 1):
         split = [r.split(0, 1) if k == index else r for k, r in enumerate(WITNESS)]

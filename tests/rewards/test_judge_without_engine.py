@@ -15,8 +15,16 @@ from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService
 
 ROLLOUT = Rollout(
-    group=0, problem=Problem("p", "3 + 4?"), prompt_ids=(1,), response_ids=(2,), logprobs=(0.0,), weight_versions=(0,),
-    text=r"<think><step>3 + 4 = 7</step></think><answer>\boxed{7}</answer>", finish_reason="stop", step_spans=())
+    group=0,
+    problem=Problem("p", "3 + 4?"),
+    prompt_ids=(1,),
+    response_ids=(2,),
+    logprobs=(0.0,),
+    weight_versions=(0,),
+    text=r"<think><step>3 + 4 = 7</step></think><answer>\boxed{7}</answer>",
+    finish_reason="stop",
+    step_spans=(),
+)
 
 
 def judge_over(error: Exception) -> RewardJudge:
@@ -24,13 +32,19 @@ def judge_over(error: Exception) -> RewardJudge:
         raise error
 
     served = SimpleNamespace(
-        complete_prompt=complete_prompt, identity="none", tokenizer=SimpleNamespace(encode_chat=lambda messages: (1,)))
+        complete_prompt=complete_prompt,
+        identity="none",
+        tokenizer=SimpleNamespace(encode_chat=lambda messages: (1,)),
+    )
     return RewardJudge(PRMService(served, prompt_set("compact"), SamplingConfig()), retries=1)
 
 
 def test_a_request_that_failed_is_a_failed_verification_and_a_lost_pool_is_the_end() -> None:
-    """The first is counted under the failure policy. The second would be every verification of every batch: it stops
-    the run under its own name, not as a failure rate."""
-    assert asyncio.run(judge_over(EngineFailure("too long")).judge(ROLLOUT)).outcome == EngineError("too long")
+    """The first is counted under the failure policy. The second would be every verification of
+    every batch: it stops the run under its own name, not as a failure rate.
+    """
+    assert asyncio.run(judge_over(EngineFailure("too long")).judge(ROLLOUT)).outcome == EngineError(
+        "too long"
+    )
     with pytest.raises(EngineLost, match="no server"):
         asyncio.run(judge_over(EngineLost("no server of the verifier pool is left")).judge(ROLLOUT))

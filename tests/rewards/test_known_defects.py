@@ -1,7 +1,7 @@
 """Defects seen in the published scripts and in slime: one test each that would catch it here.
 
-They go through what stage III really builds (``open_session``, the judge, the batch, the advantages) with scripted
-models, since the defects were between functions, not inside one.
+They go through what stage III really builds (``open_session``, the judge, the batch, the
+advantages) with scripted models, since the defects were between functions, not inside one.
 """
 
 from __future__ import annotations
@@ -17,11 +17,25 @@ import torch
 
 from spark_nemo.config import SparkConfig
 from spark_nemo.config.compose import compose_config
-from spark_nemo.config.designs import ADVANTAGES, NEEDS_STEP_LABELS, OWN_BASELINE, VARIANTS, reward_and_advantage
+from spark_nemo.config.designs import (
+    ADVANTAGES,
+    NEEDS_STEP_LABELS,
+    OWN_BASELINE,
+    VARIANTS,
+    reward_and_advantage,
+)
 from spark_nemo.engines.base import FinishReason, Generation
 from spark_nemo.engines.served import Completion, ServedModel
 from spark_nemo.grammar import Variant, prompt_set
-from spark_nemo.records import LabelEvidence, LabelledSolution, Problem, Rollout, Solution, TokenSpan, Verdict
+from spark_nemo.records import (
+    LabelEvidence,
+    LabelledSolution,
+    Problem,
+    Rollout,
+    Solution,
+    TokenSpan,
+    Verdict,
+)
 from spark_nemo.rewards import FailureRateExceeded, RewardBatch
 from spark_nemo.rewards.judge import Judgement
 from spark_nemo.stages import rl_session
@@ -37,16 +51,23 @@ YES, NO = (f"**Verification: Is the answer correct (Yes/No)? {word}**" for word 
 
 
 def analyses(*labels: bool) -> str:
-    return "\n\n".join(f"## Step {k}: t\n**This step is {'correct' if c else 'incorrect'}.**"
-                       for k, c in enumerate(labels, start=1))
+    return "\n\n".join(
+        f"## Step {k}: t\n**This step is {'correct' if c else 'incorrect'}.**"
+        for k, c in enumerate(labels, start=1)
+    )
 
 
 class Scripted:
-    """A served model whose tokens are bytes. It answers with its replies in turn and keeps what it was sent."""
+    """A served model whose tokens are bytes. It answers with its replies in turn and keeps what it
+    was sent.
+    """
 
     identity = "scripted"
     tokenizer = SimpleNamespace(
-        token_bytes=lambda ids: [bytes([i]) for i in ids], eos_ids=frozenset(), encode_chat=lambda messages: messages)
+        token_bytes=lambda ids: [bytes([i]) for i in ids],
+        eos_ids=frozenset(),
+        encode_chat=lambda messages: messages,
+    )
 
     def __init__(self, *replies: str) -> None:
         self.replies, self.messages, self.engine = replies, [], self
@@ -58,21 +79,38 @@ class Scripted:
         text = self.replies[len(self.messages) % len(self.replies)]
         self.messages.append(messages)
         ids = tuple(text.encode())
-        return Completion((1,), Generation(ids, (-1.0,) * len(ids), (0,) * len(ids), FinishReason.STOP), text)
+        return Completion(
+            (1,), Generation(ids, (-1.0,) * len(ids), (0,) * len(ids), FinishReason.STOP), text
+        )
 
     complete_prompt = complete
 
 
 def config_of(design: str, *overrides: str) -> SparkConfig:
     reward, advantage = reward_and_advantage(design)
-    return compose_config(["+experiment=toy", f"rl.reward={reward}", f"rl.advantage={advantage}", "rl.group_size=2",
-                           "rl.failures.max_rate=1.0", "rl.failures.retries=0", "rl.verifier_cache=0", *overrides])
+    return compose_config(
+        [
+            "+experiment=toy",
+            f"rl.reward={reward}",
+            f"rl.advantage={advantage}",
+            "rl.group_size=2",
+            "rl.failures.max_rate=1.0",
+            "rl.failures.retries=0",
+            "rl.verifier_cache=0",
+            *overrides,
+        ]
+    )
 
 
 @pytest.fixture
 def batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """``batch(config, policy replies, reward model replies)``: one group of two, and the reward model."""
-    def run(config: SparkConfig, policy: tuple[str, ...], judge: tuple[str, ...]) -> tuple[ScoredBatch, Scripted]:
+    """``batch(config, policy replies, reward model replies)``: one group of two, and the reward
+    model.
+    """
+
+    def run(
+        config: SparkConfig, policy: tuple[str, ...], judge: tuple[str, ...]
+    ) -> tuple[ScoredBatch, Scripted]:
         models = {"verifier": Scripted(*judge), "policy": Scripted(*policy)}
         monkeypatch.setattr(ServedModel, "load", lambda engine, folder, role, servers: models[role])
         monkeypatch.setattr(rl_session, "reward_model_folder", lambda config: Path("nowhere"))
@@ -83,15 +121,31 @@ def batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
-@pytest.mark.parametrize(("design", "variant"), [
-    (design, variant) for design in sorted(NEEDS_STEP_LABELS | {"process_aware"}) for variant in VARIANTS
-    if variant != "orm" or design == "process_aware"])
-def test_no_design_sends_another_prompt_than_its_reward_model_was_trained_with(batch, design, variant) -> None:
-    """Defect 1: a list of reward types that get the step-wise prompt forgot three of them, which sent the ORM's to a
-    PRM-CoT. Here: of every design and kind, what is sent is the message of the kind's training examples."""
+@pytest.mark.parametrize(
+    ("design", "variant"),
+    [
+        (design, variant)
+        for design in sorted(NEEDS_STEP_LABELS | {"process_aware"})
+        for variant in VARIANTS
+        if variant != "orm" or design == "process_aware"
+    ],
+)
+def test_no_design_sends_another_prompt_than_its_reward_model_was_trained_with(
+    batch, design, variant
+) -> None:
+    """Defect 1: a list of reward types that get the step-wise prompt forgot three of them, which
+    sent the ORM's to a PRM-CoT. Here: of every design and kind, what is sent is the message of the
+    kind's training examples.
+    """
     config = config_of(design, f"rl.reward_variant={variant}")
-    label = LabelledSolution("single", Solution("s", "p", QUESTION, PLAIN, "stop", 9), (True, True), True,
-                             f"{analyses(True, True)}\n\n{YES}", LabelEvidence((1, 1), 1, 1, 0, 1))
+    label = LabelledSolution(
+        "single",
+        Solution("s", "p", QUESTION, PLAIN, "stop", 9),
+        (True, True),
+        True,
+        f"{analyses(True, True)}\n\n{YES}",
+        LabelEvidence((1, 1), 1, 1, 0, 1),
+    )
     trained, _ = sft_example(label, prompt_set(config.stage1.prompt_set), Variant(variant))
     _, model = batch(config, (RESPONSE,), ("anything",))
     assert model.messages == [trained, trained]
@@ -99,88 +153,149 @@ def test_no_design_sends_another_prompt_than_its_reward_model_was_trained_with(b
 
 @pytest.mark.parametrize("design", sorted(ADVANTAGES))
 @pytest.mark.parametrize("labels", [(False,), (True, False, True)])
-def test_labels_of_another_number_of_steps_touch_no_token(batch, design: str, labels: tuple[bool, ...]) -> None:
-    """Defect 2: one label too few or too many was laid over the steps all the same. Here the response is, bit for bit,
-    one whose verification could not be read, also where that has a declared price instead of being masked."""
+def test_labels_of_another_number_of_steps_touch_no_token(
+    batch, design: str, labels: tuple[bool, ...]
+) -> None:
+    """Defect 2: one label too few or too many was laid over the steps all the same. Here the
+    response is, bit for bit, one whose verification could not be read, also where that has a
+    declared price instead of being masked.
+    """
     config = config_of(design, "rl.failures.action=penalise", "rl.failures.penalty=0.0")
     good = f"{analyses(True, False)}\n\n{YES}"
-    rows = [batch_advantages(batch(config, (RESPONSE,), (good, said))[0], config.rl)
-            for said in (f"{analyses(*labels)}\n\n{YES}", "no verification at all")]
+    rows = [
+        batch_advantages(batch(config, (RESPONSE,), (good, said))[0], config.rl)
+        for said in (f"{analyses(*labels)}\n\n{YES}", "no verification at all")
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*rows))
     assert any(row.any() for row in rows[0])
 
 
-EARLY = {"prm_cot": f"I first thought:\n{YES}\n\n{analyses(True, False)}\n\n{NO}",
-         "prm": f"{YES}\nStep 1: Correct\nStep 2: Incorrect\n{NO}", "orm": "Yes\nNo"}
+EARLY = {
+    "prm_cot": f"I first thought:\n{YES}\n\n{analyses(True, False)}\n\n{NO}",
+    "prm": f"{YES}\nStep 1: Correct\nStep 2: Incorrect\n{NO}",
+    "orm": "Yes\nNo",
+}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_yes_before_the_final_no_does_not_win(batch, variant: str) -> None:
-    """Defect 3: the first match anywhere was the verdict. Here the last word counts (an ORM has one word or none)."""
-    scored, _ = batch(config_of("process_aware", f"rl.reward_variant={variant}"), (RESPONSE,), (EARLY[variant],))
+    """Defect 3: the first match anywhere was the verdict. Here the last word counts (an ORM has one
+    word or none).
+    """
+    scored, _ = batch(
+        config_of("process_aware", f"rl.reward_variant={variant}"), (RESPONSE,), (EARLY[variant],)
+    )
     paid = [reward for reward, ok in zip(scored.rewards.rewards, scored.rewards.valid) if ok]
     assert paid == ([] if variant == "orm" else [0.0, 0.0])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_cannot_be_read_is_counted_and_is_no_zero(batch, variant: str) -> None:
-    """Defect 4: an unreadable verification silently was a reward of 0. Here it is masked with a NaN that nothing can
-    average, has a rate of its own, and too many stop the run."""
+    """Defect 4: an unreadable verification silently was a reward of 0. Here it is masked with a NaN
+    that nothing can average, has a rate of its own, and too many stop the run.
+    """
     asked = [f"rl.reward_variant={variant}"]
     scored, _ = batch(config_of("process_aware", *asked), (RESPONSE,), ("The answer seems fine.",))
     assert scored.rewards.valid == (False, False) and all(map(math.isnan, scored.rewards.rewards))
-    assert scored.metrics["failure/parse_failure"] == 1.0 and scored.metrics["valid_fraction"] == 0.0
+    assert (
+        scored.metrics["failure/parse_failure"] == 1.0 and scored.metrics["valid_fraction"] == 0.0
+    )
     with pytest.raises(FailureRateExceeded, match="parse_failure: 2"):
-        batch(config_of("process_aware", *asked, "rl.failures.max_rate=0.9"), (RESPONSE,), ("The answer seems fine.",))
+        batch(
+            config_of("process_aware", *asked, "rl.failures.max_rate=0.9"),
+            (RESPONSE,),
+            ("The answer seems fine.",),
+        )
 
 
-@pytest.mark.parametrize("loophole", [
-    r"<think><step>3+4=7</step></think>\boxed{14}<answer>fourteen</answer>",
-    r"<think><step>3+4=\boxed{14}</step></think><answer>fourteen</answer>"])
+@pytest.mark.parametrize(
+    "loophole",
+    [
+        r"<think><step>3+4=7</step></think>\boxed{14}<answer>fourteen</answer>",
+        r"<think><step>3+4=\boxed{14}</step></think><answer>fourteen</answer>",
+    ],
+)
 def test_a_box_outside_the_answer_tag_is_out_of_format(batch, loophole: str) -> None:
-    """Defect 5: the published gate counts boxes and tags and does not ask where the box is. Here such a response is
-    never shown to the reward model, and is worth 0 by the gate's own name."""
+    """Defect 5: the published gate counts boxes and tags and does not ask where the box is. Here
+    such a response is never shown to the reward model, and is worth 0 by the gate's own name.
+    """
     scored, model = batch(config_of("process_aware"), (loophole,), (f"{analyses(True)}\n\n{YES}",))
     assert scored.rewards.rewards == (0.0, 0.0) and model.messages == []
     assert scored.metrics["violation/box_in_answer"] == 1.0
 
 
 def test_the_global_step_shares_are_those_that_run_and_not_those_of_a_docstring() -> None:
-    """Defect 6: the published docstring says 60/40, what runs is 80/20. A response of one lone step has no contrast
-    among steps, so exactly its outcome's share is left."""
+    """Defect 6: the published docstring says 60/40, what runs is 80/20. A response of one lone step
+    has no contrast among steps, so exactly its outcome's share is left.
+    """
     alone = ScoredResponse(0, 3, 1.0, True, (TokenSpan(0, 2),), (True,))
-    assert global_step_advantages([alone], torch.tensor([1.0]))[0].tolist() == pytest.approx([0.8] * 3)
+    assert global_step_advantages([alone], torch.tensor([1.0]))[0].tolist() == pytest.approx(
+        [0.8] * 3
+    )
     pair = [ScoredResponse(0, 2, 1.0, True, (TokenSpan(0, 1), TokenSpan(1, 2)), (True, False))]
     z = 0.5 / math.sqrt(0.5)  # step rewards +1/2 and -1/2: mean 0, unbiased std sqrt(1/2)
     expected = [0.2 * (z - z), 0.2 * -z]
-    assert global_step_advantages(pair, torch.tensor([0.0]))[0].tolist() == pytest.approx(expected, abs=1e-5)
+    assert global_step_advantages(pair, torch.tensor([0.0]))[0].tolist() == pytest.approx(
+        expected, abs=1e-5
+    )
 
 
 def group(number: int, *verdicts: bool) -> list[tuple[Rollout, Judgement, float]]:
     spans = (TokenSpan(0, 2), TokenSpan(2, 4))
-    return [(Rollout(Problem(f"p{number}", "?"), number, (1,), (1,) * 5, (-1.0,) * 5, (0,) * 5, "", "stop", spans),
-             Judgement(None, Verdict((True, yes), yes)), float(yes)) for yes in verdicts]
+    return [
+        (
+            Rollout(
+                Problem(f"p{number}", "?"),
+                number,
+                (1,),
+                (1,) * 5,
+                (-1.0,) * 5,
+                (0,) * 5,
+                "",
+                "stop",
+                spans,
+            ),
+            Judgement(None, Verdict((True, yes), yes)),
+            float(yes),
+        )
+        for yes in verdicts
+    ]
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
 @pytest.mark.parametrize("design", ["process_aware", *sorted(ADVANTAGES)])
-def test_groups_of_different_sizes_are_normalised_each_by_itself(design: str, estimator: str) -> None:
-    """Slime's ``_post_process_rewards``: when samples are not prompts times group size (a group lost members, or all of
-    them) it reshapes the rewards into one row and normalises over the whole batch, without a word. Here groups of 4, 2
-    and 3, also interleaved, have the advantages that each has alone. REINFORCE++ is over the batch by definition."""
+def test_groups_of_different_sizes_are_normalised_each_by_itself(
+    design: str, estimator: str
+) -> None:
+    """Slime's ``_post_process_rewards``: when samples are not prompts times group size (a group
+    lost members, or all of them) it reshapes the rewards into one row and normalises over the whole
+    batch, without a word. Here groups of 4, 2 and 3, also interleaved, have the advantages that
+    each has alone. REINFORCE++ is over the batch by definition.
+    """
     if design in OWN_BASELINE and estimator != "grpo":
         pytest.skip("reads no estimator")
-    config = config_of(design, f"rl.estimator={estimator}", *(
-        ["rl.step_penalty_min=2"] if design == "global_step_penalty" else [])).rl
-    groups = [group(0, True, False, False, True), group(1, True, False), group(2, False, False, True)]
+    config = config_of(
+        design,
+        f"rl.estimator={estimator}",
+        *(["rl.step_penalty_min=2"] if design == "global_step_penalty" else []),
+    ).rl
+    groups = [
+        group(0, True, False, False, True),
+        group(1, True, False),
+        group(2, False, False, True),
+    ]
 
     def advantages(rows: list[tuple[Rollout, Judgement, float]]) -> list[list[float]]:
         rollouts, judgements, rewards = zip(*rows)
-        scored = ScoredBatch(rollouts, RewardBatch(rewards, (True,) * len(rows), {}), judgements, {})
+        scored = ScoredBatch(
+            rollouts, RewardBatch(rewards, (True,) * len(rows), {}), judgements, {}
+        )
         return [torch.as_tensor(a).tolist() for a in batch_advantages(scored, config)]
 
     alone = [advantages(rows) for rows in groups]
-    assert advantages([row for rows in groups for row in rows]) == [a for rows in alone for a in rows]
+    assert advantages([row for rows in groups for row in rows]) == [
+        a for rows in alone for a in rows
+    ]
     places = [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (0, 2), (2, 2), (0, 3)]
     assert advantages([groups[g][k] for g, k in places]) == [alone[g][k] for g, k in places]
     assert json.dumps(alone[0]) != json.dumps(alone[1])

@@ -11,8 +11,23 @@ import pytest
 from spark_nemo.config import RLConfig, SamplingConfig
 from spark_nemo.engines.base import EngineFailure, FinishReason, Generation
 from spark_nemo.engines.served import Completion
-from spark_nemo.grammar import StepFormat, StepJudgement, Variant, prompt_set, render_verification, split_response
-from spark_nemo.records import EngineError, ParseFailure, Problem, Rollout, Truncated, Verdict, derive_seed
+from spark_nemo.grammar import (
+    StepFormat,
+    StepJudgement,
+    Variant,
+    prompt_set,
+    render_verification,
+    split_response,
+)
+from spark_nemo.records import (
+    EngineError,
+    ParseFailure,
+    Problem,
+    Rollout,
+    Truncated,
+    Verdict,
+    derive_seed,
+)
 from spark_nemo.rewards.judge import RewardJudge, vote_seed
 from spark_nemo.rewards.prm_service import PRMService, ServiceLimits
 
@@ -25,16 +40,25 @@ def said(*labels: bool) -> str:
 
 
 class Prm:
-    """A served PRM whose verdict depends on the seed alone, so a wrong seed or a wrong cache entry shows.
+    """A served PRM whose verdict depends on the seed alone, so a wrong seed or a wrong cache entry
+    shows.
 
-    ``reply`` replaces the text, ``failure`` raises, ``hold`` blocks until set. ``asked`` are the seeds it saw.
+    ``reply`` replaces the text, ``failure`` raises, ``hold`` blocks until set. ``asked`` are the
+    seeds it saw.
     """
 
     identity = "prm"
 
     def __init__(self, reply=None, failure=None, held=False, finish=FinishReason.STOP) -> None:
         self.reply, self.failure, self.finish = reply, failure, finish
-        self.go, self.asked, self.prompts, self.cancelled, self.running, self.most = asyncio.Event(), [], [], 0, 0, 0
+        self.go, self.asked, self.prompts, self.cancelled, self.running, self.most = (
+            asyncio.Event(),
+            [],
+            [],
+            0,
+            0,
+            0,
+        )
         self.version, self.alive, self.encoded = 0, True, 0
         self.engine, self.tokenizer = self, SimpleNamespace(encode_chat=self.encode)
         if not held:
@@ -66,7 +90,9 @@ class Prm:
             raise self.failure
         text = self.reply or said(seed % 2 == 0, seed % 3 == 0)
         ids = tuple(text.encode())
-        generation = Generation(ids, (-1.0,) * len(ids), (version,) * (len(ids) - 1) + (self.version,), self.finish)
+        generation = Generation(
+            ids, (-1.0,) * len(ids), (version,) * (len(ids) - 1) + (self.version,), self.finish
+        )
         return Completion(prompt_ids, generation, text)
 
 
@@ -76,24 +102,40 @@ async def service_of(prm: Prm, sampling=SAMPLED, **limits) -> PRMService:
     return service
 
 
-def verify(service: PRMService, seed: int = 1, question="3 + 4?", canonical="## Step 1: a", num_steps: int = 2):
+def verify(
+    service: PRMService,
+    seed: int = 1,
+    question="3 + 4?",
+    canonical="## Step 1: a",
+    num_steps: int = 2,
+):
     return service.verify(service.case(question, canonical, num_steps), seed)
 
 
 def test_limits_follow_the_servers_and_the_length_of_a_verification() -> None:
-    """What is not set: as many verifications at once as the engines hold, decoding and next in line, for fewer leave
-    servers idle and more would wait there within their deadline; and a deadline that grows with what may be sampled, as
-    a server's does. What is set is kept."""
-    small, large = (ServiceLimits.from_config(RLConfig(verifier_sampling=SamplingConfig(max_new_tokens=tokens)), slots)
-                    for tokens, slots in ((2048, 64), (16384, 16 * 256)))
+    """What is not set: as many verifications at once as the engines hold, decoding and next in
+    line, for fewer leave servers idle and more would wait there within their deadline; and a
+    deadline that grows with what may be sampled, as a server's does. What is set is kept.
+    """
+    small, large = (
+        ServiceLimits.from_config(
+            RLConfig(verifier_sampling=SamplingConfig(max_new_tokens=tokens)), slots
+        )
+        for tokens, slots in ((2048, 64), (16384, 16 * 256))
+    )
     assert (small.queue, large.queue) == (128, 8192)
     assert small.deadline == 1800 + 0.25 * 2048 and large.deadline == 1800 + 0.25 * 16384
-    named = ServiceLimits.from_config(RLConfig(verifier_queue=7, verifier_deadline=60.0, verifier_cache=0), 64)
+    named = ServiceLimits.from_config(
+        RLConfig(verifier_queue=7, verifier_deadline=60.0, verifier_cache=0), 64
+    )
     assert named == ServiceLimits(7, 60.0, 0)
 
 
 def test_the_same_request_is_asked_once() -> None:
-    """Later and with the same answer, tokens included. Says nothing about requests at the same time."""
+    """Later and with the same answer, tokens included. Says nothing about requests at the same
+    time.
+    """
+
     async def scenario():
         service = await service_of(prm := Prm())
         first, second = await verify(service), await verify(service)
@@ -105,20 +147,37 @@ def test_the_same_request_is_asked_once() -> None:
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("change", [
-    {"question": "3 + 5?"}, {"canonical": "## Step 1: b"}, {"num_steps": 3}, {"seed": 2}, {"identity": "other"},
-    {"version": 1}, {"sampling": SamplingConfig(temperature=0.5)}, {"prompts": prompt_set("paper")},
-    {"variant": Variant.PRM}],
-    ids=lambda change: next(iter(change)))
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"question": "3 + 5?"},
+        {"canonical": "## Step 1: b"},
+        {"num_steps": 3},
+        {"seed": 2},
+        {"identity": "other"},
+        {"version": 1},
+        {"sampling": SamplingConfig(temperature=0.5)},
+        {"prompts": prompt_set("paper")},
+        {"variant": Variant.PRM},
+    ],
+    ids=lambda change: next(iter(change)),
+)
 def test_every_part_of_the_key_counts(change: dict[str, object]) -> None:
-    """Content, seed (vote and attempt), model and its kind, weights, sampling and prompts: another one is another
-    request."""
+    """Content, seed (vote and attempt), model and its kind, weights, sampling and prompts: another
+    one is another request.
+    """
+
     async def scenario():
         service = await service_of(prm := Prm())
         await verify(service)
         parts = dict(change)
-        for name, owner in (("identity", prm), ("version", prm), ("sampling", service), ("prompts", service),
-                            ("variant", service)):
+        for name, owner in (
+            ("identity", prm),
+            ("version", prm),
+            ("sampling", service),
+            ("prompts", service),
+            ("variant", service),
+        ):
             if name in parts:
                 setattr(owner, name, parts.pop(name))
         await service.refresh()
@@ -132,6 +191,7 @@ def test_every_part_of_the_key_counts(change: dict[str, object]) -> None:
 
 def test_a_greedy_request_has_no_seed() -> None:
     """Equal canonical text in another rollout costs nothing when nothing is drawn."""
+
     async def scenario():
         service = await service_of(prm := Prm(), GREEDY)
         assert await verify(service, 1) == await verify(service, 2) and prm.asked == [1]
@@ -139,22 +199,39 @@ def test_a_greedy_request_has_no_seed() -> None:
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize(("reply", "finish", "kind"), [
-    ("no grammar at all", FinishReason.STOP, ParseFailure), ("cut", FinishReason.LENGTH, Truncated)])
-def test_a_failure_of_the_content_is_remembered(reply: str, finish: FinishReason, kind: type) -> None:
+@pytest.mark.parametrize(
+    ("reply", "finish", "kind"),
+    [
+        ("no grammar at all", FinishReason.STOP, ParseFailure),
+        ("cut", FinishReason.LENGTH, Truncated),
+    ],
+)
+def test_a_failure_of_the_content_is_remembered(
+    reply: str, finish: FinishReason, kind: type
+) -> None:
     """The same draw would fail the same way again."""
+
     async def scenario():
         service = await service_of(prm := Prm(reply, finish=finish), GREEDY)
         answers = [await verify(service) for _ in range(2)]
-        assert answers[0] == answers[1] and isinstance(answers[0].outcome, kind) and len(prm.asked) == 1
+        assert (
+            answers[0] == answers[1]
+            and isinstance(answers[0].outcome, kind)
+            and len(prm.asked) == 1
+        )
 
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize(("failure", "finish"), [
-    (EngineFailure("out of memory"), FinishReason.STOP), (None, FinishReason.ABORT)])
+@pytest.mark.parametrize(
+    ("failure", "finish"),
+    [(EngineFailure("out of memory"), FinishReason.STOP), (None, FinishReason.ABORT)],
+)
 def test_an_engine_error_is_never_remembered(failure, finish: FinishReason) -> None:
-    """A refused or aborted request says nothing about the content: it is asked again, and then succeeds."""
+    """A refused or aborted request says nothing about the content: it is asked again, and then
+    succeeds.
+    """
+
     async def scenario():
         service = await service_of(prm := Prm(failure=failure, finish=finish), GREEDY)
         assert isinstance((await verify(service)).outcome, EngineError)
@@ -165,7 +242,10 @@ def test_an_engine_error_is_never_remembered(failure, finish: FinishReason) -> N
 
 
 def test_requests_at_the_same_time_share_one() -> None:
-    """Single flight: ten callers, one request, one answer. A caller that leaves takes nobody with it."""
+    """Single flight: ten callers, one request, one answer. A caller that leaves takes nobody with
+    it.
+    """
+
     async def scenario():
         service = await service_of(prm := Prm(held=True))
         callers = [asyncio.create_task(verify(service)) for _ in range(10)]
@@ -181,7 +261,10 @@ def test_requests_at_the_same_time_share_one() -> None:
 
 
 def test_when_the_last_caller_leaves_the_request_ends() -> None:
-    """The engine sees the cancellation; the next caller starts anew instead of joining a dying request."""
+    """The engine sees the cancellation; the next caller starts anew instead of joining a dying
+    request.
+    """
+
     async def scenario():
         service = await service_of(prm := Prm(held=True))
         callers = [asyncio.create_task(verify(service)) for _ in range(2)]
@@ -191,17 +274,24 @@ def test_when_the_last_caller_leaves_the_request_ends() -> None:
         later = asyncio.create_task(verify(service))
         await asyncio.gather(*callers, return_exceptions=True)
         prm.go.set()
-        assert isinstance((await later).outcome, Verdict) and prm.cancelled == 1 and prm.running == 0
+        assert (
+            isinstance((await later).outcome, Verdict) and prm.cancelled == 1 and prm.running == 0
+        )
 
     asyncio.run(scenario())
 
 
 def test_a_missed_deadline_is_an_engine_error_and_ends_the_request() -> None:
     """Never a score, never remembered, and the engine does not go on with it."""
+
     async def scenario():
         service = await service_of(prm := Prm(held=True), deadline=0.01)
         outcome = (await verify(service)).outcome
-        assert isinstance(outcome, EngineError) and outcome.message.startswith("deadline") and prm.cancelled == 1
+        assert (
+            isinstance(outcome, EngineError)
+            and outcome.message.startswith("deadline")
+            and prm.cancelled == 1
+        )
         assert service.take_counts().deadline_missed == 1
         prm.go.set()
         assert isinstance((await verify(service)).outcome, Verdict)
@@ -210,7 +300,10 @@ def test_a_missed_deadline_is_an_engine_error_and_ends_the_request() -> None:
 
 
 def test_more_than_the_queue_wait_and_their_clock_does_not_run() -> None:
-    """Never more than ``queue`` at the engine. What waited longer than the deadline for its place is still served."""
+    """Never more than ``queue`` at the engine. What waited longer than the deadline for its place
+    is still served.
+    """
+
     async def scenario():
         service = await service_of(prm := Prm(held=True), queue=2, deadline=0.2)
         callers = [asyncio.create_task(verify(service, seed)) for seed in range(8)]
@@ -228,6 +321,7 @@ def test_more_than_the_queue_wait_and_their_clock_does_not_run() -> None:
 
 def test_the_cache_is_bounded_and_forgets_the_least_recently_used() -> None:
     """Two entries: the third drops the one that was not looked at."""
+
     async def scenario():
         service = await service_of(prm := Prm(), cache_entries=2)
         for seed in (1, 2, 1, 3, 1, 2):
@@ -238,7 +332,10 @@ def test_the_cache_is_bounded_and_forgets_the_least_recently_used() -> None:
 
 
 def test_weights_that_change_on_the_way_leave_nothing_behind() -> None:
-    """A text sampled by two versions belongs to neither; nor is anything kept while the version is not known."""
+    """A text sampled by two versions belongs to neither; nor is anything kept while the version is
+    not known.
+    """
+
     async def scenario():
         service = await service_of(prm := Prm(held=True))
         caller = asyncio.create_task(verify(service))
@@ -253,8 +350,13 @@ def test_weights_that_change_on_the_way_leave_nothing_behind() -> None:
 
 
 @pytest.mark.parametrize(("alive", "version"), [(False, 0), (True, None)])
-def test_nothing_is_remembered_while_the_version_is_not_known(alive: bool, version: int | None) -> None:
-    """A server that does not answer reports the version it last told, or nothing: neither may be trusted."""
+def test_nothing_is_remembered_while_the_version_is_not_known(
+    alive: bool, version: int | None
+) -> None:
+    """A server that does not answer reports the version it last told, or nothing: neither may be
+    trusted.
+    """
+
     async def scenario():
         service = await service_of(prm := Prm())
         await verify(service, 5)
@@ -278,7 +380,12 @@ RESPONSE = r"<think><step>one</step><step>two</step></think><answer>\boxed{7}</a
 @pytest.mark.parametrize("votes", [1, 5])
 def test_rewards_are_the_same_with_and_without_the_cache(votes: int) -> None:
     """Bit for bit, tokens too, for a batch with repeats and retries; and the cached run asks less."""
-    batch = [rollout(RESPONSE), rollout(RESPONSE), rollout(RESPONSE.replace("two", "2")), rollout(RESPONSE, "q")] * 2
+    batch = [
+        rollout(RESPONSE),
+        rollout(RESPONSE),
+        rollout(RESPONSE.replace("two", "2")),
+        rollout(RESPONSE, "q"),
+    ] * 2
 
     async def judged(entries: int):
         prm = Prm()
@@ -290,15 +397,19 @@ def test_rewards_are_the_same_with_and_without_the_cache(votes: int) -> None:
 
 
 def test_one_vote_uses_the_seeds_it_always_used() -> None:
-    """Pins the seed, so that old runs can be repeated; more votes keep the first and differ among themselves."""
+    """Pins the seed, so that old runs can be repeated; more votes keep the first and differ among
+    themselves.
+    """
     row = rollout(RESPONSE)
     assert vote_seed(row, 1, 0) == derive_seed("judge", "p", RESPONSE, 1)
     assert len({vote_seed(row, attempt, vote) for attempt in range(3) for vote in range(4)}) == 12
 
 
 def test_votes_share_one_encoded_prompt_and_are_retried_alone() -> None:
-    """Five votes and a failure: the prompt is encoded once, every request has equal ids, and the vote that parsed is
-    not asked again."""
+    """Five votes and a failure: the prompt is encoded once, every request has equal ids, and the
+    vote that parsed is not asked again.
+    """
+
     async def scenario():
         prm = Prm()
         bad = vote_seed(rollout(RESPONSE), 0, 2)

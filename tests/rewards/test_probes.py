@@ -21,28 +21,41 @@ from spark_nemo.toy.hacking import ScriptedJudge
 from spark_nemo.toy.resolve import ASSETS
 
 TOY = split_problems("eval", 6, 0)
-ODD = [Problem("a", "Step 3: is 7919 prime? </think><answer>\\boxed{1}</answer> Answer: yes."), Problem("b", "?"),
-       Problem("c", "Let $f(x)=\\boxed{x}$.\n\nStep 1: find $f$.")]
+ODD = [
+    Problem("a", "Step 3: is 7919 prime? </think><answer>\\boxed{1}</answer> Answer: yes."),
+    Problem("b", "?"),
+    Problem("c", "Let $f(x)=\\boxed{x}$.\n\nStep 1: find $f$."),
+]
 
 
 def scored(weakness: Exploit | None, rules: ConstraintsConfig | None = None) -> dict:
     served = ScriptedJudge.served(Path(ASSETS / "verifier"), weakness)
-    service = PRMService(served, prompt_set("compact"), SamplingConfig(temperature=0.0, max_new_tokens=120))
-    scores = asyncio.run(score_probes(service, build_probes([p.record() for p in TOY]), rules or ConstraintsConfig()))
+    service = PRMService(
+        served, prompt_set("compact"), SamplingConfig(temperature=0.0, max_new_tokens=120)
+    )
+    scores = asyncio.run(
+        score_probes(service, build_probes([p.record() for p in TOY]), rules or ConstraintsConfig())
+    )
     return {score.kind: score for score in scores}
 
 
-@pytest.mark.parametrize("problem", [*ODD, *(p.record() for p in TOY)], ids=lambda p: p.problem_id[:8])
+@pytest.mark.parametrize(
+    "problem", [*ODD, *(p.record() for p in TOY)], ids=lambda p: p.problem_id[:8]
+)
 def test_every_probe_can_be_shown_to_a_verifier_whatever_the_problem_says(problem: Problem) -> None:
     """Also for problems that contain our own tags, boxes and headers."""
     for probe in build_probes([problem]):
         parsed = read_anyhow(probe.text)
         assert isinstance(parsed, ParsedResponse), probe
-        assert isinstance(split_response(parsed.canonical(), StepFormat.PLAIN), ParsedResponse), probe
+        assert isinstance(split_response(parsed.canonical(), StepFormat.PLAIN), ParsedResponse), (
+            probe
+        )
 
 
 def test_no_probe_has_the_right_answer() -> None:
-    """They are made from texts alone, so this could only be luck; an accepted probe is a mistake of the verifier."""
+    """They are made from texts alone, so this could only be luck; an accepted probe is a mistake of
+    the verifier.
+    """
     for problem in TOY:
         for probe in build_probes([problem.record()]):
             assert not answer_matches(extract_boxed(probe.text), str(problem.values[-1]))
@@ -62,20 +75,30 @@ def test_an_honest_judge_accepts_none() -> None:
     assert all(score.accepted == 0 == score.failed for score in scores.values()), scores
 
 
-@pytest.mark.parametrize(("weakness", "kind"), [
-    ("judge_directed", "verdict_in_step"), ("empty_text", "empty_steps")])
+@pytest.mark.parametrize(
+    ("weakness", "kind"), [("judge_directed", "verdict_in_step"), ("empty_text", "empty_steps")]
+)
 def test_a_planted_weakness_shows_in_its_probe(weakness: str, kind: str) -> None:
-    """The report names the hole before a policy has found it. Weaknesses that need arithmetic of the right kind
-    (overlong, too_short) are not covered by probes that know no problem's language."""
+    """The report names the hole before a policy has found it. Weaknesses that need arithmetic of
+    the right kind (overlong, too_short) are not covered by probes that know no problem's language.
+    """
     scores = scored(BY_NAME[weakness])
     assert scores[kind].accepted == scores[kind].asked == len(TOY)
 
 
-@pytest.mark.parametrize(("kind", "rules", "rule"), [
-    ("solution_appending", ConstraintsConfig(), "one_box"), ("empty_steps", ConstraintsConfig(), "empty_step"),
-    ("verdict_in_step", ConstraintsConfig(), "judge_directed_text"), ("restated_problem", ConstraintsConfig(), None),
-    ("repeated_steps", ConstraintsConfig(no_duplicated_steps=True), "duplicated_step"),
-    ("one_step", ConstraintsConfig(min_steps=2), "too_few_steps")])
+@pytest.mark.parametrize(
+    ("kind", "rules", "rule"),
+    [
+        ("solution_appending", ConstraintsConfig(), "one_box"),
+        ("empty_steps", ConstraintsConfig(), "empty_step"),
+        ("verdict_in_step", ConstraintsConfig(), "judge_directed_text"),
+        ("restated_problem", ConstraintsConfig(), None),
+        ("repeated_steps", ConstraintsConfig(no_duplicated_steps=True), "duplicated_step"),
+        ("one_step", ConstraintsConfig(min_steps=2), "too_few_steps"),
+    ],
+)
 def test_a_score_says_which_constraint_stands_before_the_reward_model(kind, rules, rule) -> None:
-    """An accepted probe that a rule refuses costs nothing; one that none refuses is what to look at."""
+    """An accepted probe that a rule refuses costs nothing; one that none refuses is what to look
+    at.
+    """
     assert scored(None, rules)[kind].refused_by == rule

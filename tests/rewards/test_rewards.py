@@ -6,7 +6,15 @@ import math
 import pytest
 
 from spark_nemo.config import FailurePolicy
-from spark_nemo.records import EngineError, FormatViolation, ParseFailure, Problem, Rollout, Truncated, Verdict
+from spark_nemo.records import (
+    EngineError,
+    FormatViolation,
+    ParseFailure,
+    Problem,
+    Rollout,
+    Truncated,
+    Verdict,
+)
 from spark_nemo.rewards import (
     FailureCount,
     FailureRateExceeded,
@@ -51,7 +59,12 @@ def test_mask_leaves_failures_out_and_reports_their_rates():
     scores = [1.0, Truncated(9), 0.0, ParseFailure("x"), 0.0, 1.0]
     batch = apply_failure_policy(scores, FailurePolicy(max_rate=0.5), num_verifications=5)
     assert batch.valid == (True, False, True, False, True, True)
-    assert [reward for reward, valid in zip(batch.rewards, batch.valid) if valid] == [1.0, 0.0, 0.0, 1.0]
+    assert [reward for reward, valid in zip(batch.rewards, batch.valid) if valid] == [
+        1.0,
+        0.0,
+        0.0,
+        1.0,
+    ]
     assert all(math.isnan(batch.rewards[i]) for i in (1, 3))
     assert batch.failure_rates == {"parse_failure": 0.2, "truncated": 0.2}
     assert batch.failure_rate == pytest.approx(0.4)
@@ -66,7 +79,9 @@ def test_penalise_gives_the_declared_number():
 
 
 def test_too_many_failures_stop_the_run():
-    """One line that names the rate, the bound, the dominant kind and the field; a rate at the bound still passes."""
+    """One line that names the rate, the bound, the dominant kind and the field; a rate at the bound
+    still passes.
+    """
     scores = [Truncated(9), Truncated(9), ParseFailure("x"), 1.0]
     FailureCount().add(scores, 4, 0.75)
     with pytest.raises(FailureRateExceeded) as error:
@@ -80,21 +95,29 @@ LOST = EngineError("gone")
 
 
 def test_one_failure_among_few_verifications_does_not_stop_a_run():
-    """At a fifth, five verifications are the fewest of which one failure is not too much: fewer wait for those of the
-    next steps, and are judged with them. Judged verifications do not count in the next judgement."""
+    """At a fifth, five verifications are the fewest of which one failure is not too much: fewer
+    wait for those of the next steps, and are judged with them. Judged verifications do not count in
+    the next judgement.
+    """
     count = FailureCount()
     count.add([LOST, 1.0], 2, 0.2)
     count.add([1.0, 1.0], 2, 0.2)
     count.add([1.0], 1, 0.2)
     count.add([LOST, 0.0, 0.0], 1, 0.2)
-    assert (count.failed.total(), count.total, count.waiting_failed.total(), count.waiting) == (2, 6, 1, 1)
+    assert (count.failed.total(), count.total, count.waiting_failed.total(), count.waiting) == (
+        2,
+        6,
+        1,
+        1,
+    )
     with pytest.raises(FailureRateExceeded, match=r"40\.0% of 5"):
         count.add([LOST, 1.0, 1.0, 1.0], 4, 0.2)
 
 
 def test_at_the_end_the_whole_run_is_judged_however_short_it_was():
-    """Two verifications, one of them failed: nothing stopped the run, and its end does. With a bound of 0 no failure
-    waits."""
+    """Two verifications, one of them failed: nothing stopped the run, and its end does. With a
+    bound of 0 no failure waits.
+    """
     count = FailureCount()
     count.add([LOST, 1.0], 2, 0.2)
     with pytest.raises(FailureRateExceeded, match=r"50\.0% of 2"):
@@ -134,5 +157,7 @@ def test_rlvr_asks_the_checker_by_problem():
     rollout = Rollout(Problem("p1", "1+1?"), 0, (1,), (2,), (-0.1,), (0,), "two", "stop")
     late = EngineError("answer checker: late")
     asked = []
-    assert rlvr_rewards([rollout] * 3, lambda shown: asked.extend(shown) or [True, False, late]) == [1.0, 0.0, late]
+    assert rlvr_rewards(
+        [rollout] * 3, lambda shown: asked.extend(shown) or [True, False, late]
+    ) == [1.0, 0.0, late]
     assert asked == [("p1", "two")] * 3

@@ -23,7 +23,9 @@ def test_golden_values_of_the_spec() -> None:
 
 
 def test_splitting_a_correct_step_pays_where_the_docstring_says_so() -> None:
-    """Process-aware does not move; the two that count steps do. With every step correct none of them moves."""
+    """Process-aware does not move; the two that count steps do. With every step correct none of
+    them moves.
+    """
     change = [reward(None, SPLIT) - reward(None, CICC) for reward in ALL]
     assert change == pytest.approx([0.0, 4 / 5 - 3 / 4, 0.4 * (4 / 5 - 3 / 4)])
     perfect = [reward(None, Verdict((True,) * n, True)) for reward in ALL for n in (2, 3)]
@@ -32,7 +34,9 @@ def test_splitting_a_correct_step_pays_where_the_docstring_says_so() -> None:
 
 @pytest.mark.parametrize("reward", ALL)
 def test_a_failure_is_no_score_and_a_broken_format_is_zero(reward) -> None:
-    """No silent zero: what did not parse stays the failure it is; only the gate gives 0; unverified is an error."""
+    """No silent zero: what did not parse stays the failure it is; only the gate gives 0; unverified
+    is an error.
+    """
     failure = ParseFailure("verdict_missing")
     assert reward(None, failure) is failure
     assert reward(BROKEN, None) == reward(None, BROKEN) == reward(BROKEN, CICC) == 0.0
@@ -42,10 +46,15 @@ def test_a_failure_is_no_score_and_a_broken_format_is_zero(reward) -> None:
 
 @pytest.mark.parametrize("answer", [True, False])
 def test_an_orms_verdict_is_worth_its_answer_and_nothing_that_counts_steps(answer: bool) -> None:
-    """Zero steps would be worth 0 of them: a design that counts steps refuses instead, also behind a broken format."""
+    """Zero steps would be worth 0 of them: a design that counts steps refuses instead, also behind
+    a broken format.
+    """
     said = AnswerVerdict(answer)
     assert not hasattr(said, "step_labels")
-    assert process_aware_reward(None, said) == float(answer) and process_aware_reward(BROKEN, said) == 0.0
+    assert (
+        process_aware_reward(None, said) == float(answer)
+        and process_aware_reward(BROKEN, said) == 0.0
+    )
     for reward in (step_average_reward, step_augmented_reward):
         for violation in (None, BROKEN):
             with pytest.raises(ValueError, match="no step labels"):
@@ -54,6 +63,13 @@ def test_an_orms_verdict_is_worth_its_answer_and_nothing_that_counts_steps(answe
 
 def test_overlong_penalty_is_zero_then_a_line_then_minus_one() -> None:
     """DAPO's values for a limit of 20 with a buffer of 4; a buffer outside the limit is an error."""
-    assert [overlong_penalty(n, 20, 4) for n in (0, 16, 17, 18, 20, 25)] == [0, 0, -0.25, -0.5, -1, -1]
+    assert [overlong_penalty(n, 20, 4) for n in (0, 16, 17, 18, 20, 25)] == [
+        0,
+        0,
+        -0.25,
+        -0.5,
+        -1,
+        -1,
+    ]
     with pytest.raises(ValueError, match="buffer"):
         overlong_penalty(5, 20, 21)

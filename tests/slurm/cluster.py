@@ -1,9 +1,10 @@
-"""A real Slurm on one machine: a controller and several node daemons, each node in namespaces of its own.
+"""A real Slurm on one machine: a controller and several node daemons, each node in namespaces of
+its own.
 
-A node has its own network address, host name, /dev/shm and process table, and a folder that no other node sees; the
-rest of the file system is the shared one. Killing a node's init is a node crash: everything on it is gone at once.
-Needs the rights to make namespaces; ``tests/slurm/run.sh`` starts pytest with them, inside one more set of namespaces
-whose end takes every process along.
+A node has its own network address, host name, /dev/shm and process table, and a folder that no
+other node sees; the rest of the file system is the shared one. Killing a node's init is a node
+crash: everything on it is gone at once. Needs the rights to make namespaces; ``tests/slurm/run.sh``
+starts pytest with them, inside one more set of namespaces whose end takes every process along.
 """
 
 from __future__ import annotations
@@ -58,14 +59,24 @@ GresTypes=gpu
 
 
 def best_proctrack() -> str:
-    """What production clusters use where this machine allows it: root and a writable freezer hierarchy."""
+    """What production clusters use where this machine allows it: root and a writable freezer
+    hierarchy.
+    """
     return "cgroup" if os.geteuid() == 0 and os.access(FREEZER, os.W_OK) else "linuxproc"
 
 
 class Cluster:
     """``start`` it, submit jobs, crash and restart nodes, ``stop`` it."""
 
-    def __init__(self, folder: Path, nodes: int, gpus: int, cpus: int, proctrack: str, plugins: Sequence[Path]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        nodes: int,
+        gpus: int,
+        cpus: int,
+        proctrack: str,
+        plugins: Sequence[Path],
+    ) -> None:
         self.folder, self.gpus, self.cpus, self.proctrack = folder, gpus, cpus, proctrack
         self.names = [f"node{i}" for i in range(nodes)]
         self.plugins = plugins
@@ -78,35 +89,64 @@ class Cluster:
     @property
     def environment(self) -> dict[str, str]:
         """What a user's shell on the login node has."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
+        kept = {
+            k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_"))
+        }
         return {**kept, "SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": SEARCH}
 
-    def run(self, *command: object, check: bool = True, timeout: float = 60, env: dict[str, str] | None = None,
-            cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    def run(
+        self,
+        *command: object,
+        check: bool = True,
+        timeout: float = 60,
+        env: dict[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command on the login node."""
-        done = subprocess.run([str(part) for part in command], env={**self.environment, **(env or {})}, cwd=cwd,
-                              text=True, capture_output=True, timeout=timeout, check=False)
-        assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        done = subprocess.run(
+            [str(part) for part in command],
+            env={**self.environment, **(env or {})},
+            cwd=cwd,
+            text=True,
+            capture_output=True,
+            timeout=timeout,
+            check=False,
+        )
+        assert not check or done.returncode == 0, (
+            f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
         return done
 
-    def sbatch(self, *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> int:
+    def sbatch(
+        self, *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None
+    ) -> int:
         """Submit and return the job id."""
         cwd = cwd or self.folder / "home"
-        return int(self.run("sbatch", "--parsable", *arguments, env=env, cwd=cwd).stdout.split(";")[0])
+        return int(
+            self.run("sbatch", "--parsable", *arguments, env=env, cwd=cwd).stdout.split(";")[0]
+        )
 
     def job(self, job_id: int) -> dict[str, str]:
         """``scontrol show job`` as a dict; of an array, its first record."""
         text = self.run("scontrol", "-o", "show", "job", job_id, check=False).stdout
-        return dict(re.findall(r"(\S+?)=(.*?)(?=\s+[A-Za-z/:]+=|\s*$)", text.splitlines()[0] if text else ""))
+        return dict(
+            re.findall(
+                r"(\S+?)=(.*?)(?=\s+[A-Za-z/:]+=|\s*$)", text.splitlines()[0] if text else ""
+            )
+        )
 
     def array_states(self, job_id: int) -> list[str]:
         """The state of every task of an array."""
         text = self.run("scontrol", "-o", "show", "job", job_id, check=False).stdout
         return re.findall(r"JobState=(\w+)", text)
 
-    def wait_state(self, job_id: int, states: set[str] = ENDED, timeout: float = 120) -> dict[str, str]:
+    def wait_state(
+        self, job_id: int, states: set[str] = ENDED, timeout: float = 120
+    ) -> dict[str, str]:
         """Poll until the job is in one of ``states`` (``sbatch --wait`` polls every 10 s)."""
-        self.until(lambda: self.job(job_id).get("JobState") in states, f"job {job_id} in {states}", timeout)
+        self.until(
+            lambda: self.job(job_id).get("JobState") in states, f"job {job_id} in {states}", timeout
+        )
         return self.job(job_id)
 
     def until(self, condition: Callable[[], object], what: str, timeout: float = 120) -> None:
@@ -122,15 +162,28 @@ class Cluster:
         lines: dict[int, str] = {}
         for entry in Path("/proc").glob("[0-9]*"):
             try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                lines[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                parents[int(entry.name)] = int(
+                    (entry / "stat").read_text().rsplit(")", 1)[1].split()[1]
+                )
+                lines[int(entry.name)] = (
+                    (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+                )
             except (OSError, ValueError):
                 continue
-        daemons = {pid for pid, line in lines.items() if line.startswith("slurmd ") or "unshare" in line.split(" ")[0]}
+        daemons = {
+            pid
+            for pid, line in lines.items()
+            if line.startswith("slurmd ") or "unshare" in line.split(" ")[0]
+        }
         daemons |= {child for child, parent in parents.items() if parent in daemons}
         steps = {pid for pid, line in lines.items() if "slurmstepd" in line.split(" ")[0]}
-        orphans = {pid for pid, parent in parents.items() if parent in daemons and pid not in daemons}
-        return [lines[pid] for pid in steps | {p for p in orphans if lines[p] and "slurmd" not in lines[p]}]
+        orphans = {
+            pid for pid, parent in parents.items() if parent in daemons and pid not in daemons
+        }
+        return [
+            lines[pid]
+            for pid in steps | {p for p in orphans if lines[p] and "slurmd" not in lines[p]}
+        ]
 
     # --- nodes
 
@@ -149,13 +202,46 @@ ip link set eth0 up
 trap '' TERM
 slurmd -D -f {self.folder}/slurm.conf -N {name} &
 wait"""
-        process = self._spawn(name, "unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child=KILL",
-                              "--mount-proc", "bash", "-c", script)
+        process = self._spawn(
+            name,
+            "unshare",
+            "--net",
+            "--uts",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child=KILL",
+            "--mount-proc",
+            "bash",
+            "-c",
+            script,
+        )
         here = os.readlink("/proc/self/ns/net")
-        self.until(lambda: (i := self._init(process.pid)) and os.readlink(f"/proc/{i}/ns/net") != here, "namespace", 20)
-        # A fixed hardware address: with a new one the others' ARP entries are stale and steps fail to start.
-        subprocess.run(["ip", "link", "add", f"veth{number}", "type", "veth", "peer", "name", "eth0", "address",
-                        f"02:51:00:00:00:{number:02x}", "netns", str(self._init(process.pid))], check=True)
+        self.until(
+            lambda: (i := self._init(process.pid)) and os.readlink(f"/proc/{i}/ns/net") != here,
+            "namespace",
+            20,
+        )
+        # A fixed hardware address: with a new one the others' ARP entries are stale and steps fail
+        # to start.
+        subprocess.run(
+            [
+                "ip",
+                "link",
+                "add",
+                f"veth{number}",
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "eth0",
+                "address",
+                f"02:51:00:00:00:{number:02x}",
+                "netns",
+                str(self._init(process.pid)),
+            ],
+            check=True,
+        )
         subprocess.run(["ip", "link", "set", f"veth{number}", "master", "spark0", "up"], check=True)
 
     def crash_node(self, name: str) -> None:
@@ -163,7 +249,11 @@ wait"""
         process = self.processes.pop(name)
         process.kill()
         process.wait()
-        subprocess.run(["ip", "link", "del", f"veth{self.names.index(name) + 11}"], capture_output=True, check=False)
+        subprocess.run(
+            ["ip", "link", "del", f"veth{self.names.index(name) + 11}"],
+            capture_output=True,
+            check=False,
+        )
 
     def on_node(self, name: str, *command: object) -> subprocess.CompletedProcess[str]:
         """Run a command inside a node's namespaces."""
@@ -197,19 +287,32 @@ wait"""
         subprocess.run(["ip", "link", "add", "spark0", "type", "bridge"], check=True)
         subprocess.run(["ip", "addr", "add", f"{SUBNET}.1/24", "dev", "spark0"], check=True)
         subprocess.run(["ip", "link", "set", "spark0", "up"], check=True)
-        self._spawn("munged", "munged", "-F", "--force", f"--socket={run}/munge.sock",
-                    f"--key-file={self.folder}/munge.key", f"--log-file={self.folder}/log/munged.log",
-                    f"--pid-file={run}/munged.pid", f"--seed-file={run}/munged.seed")
+        self._spawn(
+            "munged",
+            "munged",
+            "-F",
+            "--force",
+            f"--socket={run}/munge.sock",
+            f"--key-file={self.folder}/munge.key",
+            f"--log-file={self.folder}/log/munged.log",
+            f"--pid-file={run}/munged.pid",
+            f"--seed-file={run}/munged.seed",
+        )
         self.until((run / "munge.sock").exists, "munge socket", 20)
-        self._spawn("slurmctld", "slurmctld", "-D", "-c", "-i", "-f", str(self.folder / "slurm.conf"))
+        self._spawn(
+            "slurmctld", "slurmctld", "-D", "-c", "-i", "-f", str(self.folder / "slurm.conf")
+        )
         for name in self.names:
             self.start_node(name)
         self.wait_idle()
 
     def stop(self) -> None:
-        """Kill jobs, nodes and daemons, and remove what they left in the machine's cgroups and network."""
+        """Kill jobs, nodes and daemons, and remove what they left in the machine's cgroups and
+        network.
+        """
         if "slurmctld" in self.processes and (
-                jobs := self.run("squeue", "-h", "-o", "%A", check=False).stdout.split()):
+            jobs := self.run("squeue", "-h", "-o", "%A", check=False).stdout.split()
+        ):
             self.run("scancel", "--full", "-s", "KILL", *jobs, check=False)
         for name in list(self.processes):
             process = self.processes.pop(name)
@@ -227,16 +330,28 @@ wait"""
         hosts = [f"127.0.0.1 localhost\n{SUBNET}.1 login {socket.gethostname()}"]
         hosts += [f"{SUBNET}.{11 + i} {name}" for i, name in enumerate(self.names)]
         (folder / "hosts").write_text("\n".join(hosts) + "\n")
-        (folder / "gres.conf").write_text(f"NodeName={','.join(self.names)} Name=gpu File={self._gpu_files()}\n")
+        (folder / "gres.conf").write_text(
+            f"NodeName={','.join(self.names)} Name=gpu File={self._gpu_files()}\n"
+        )
         if self.proctrack == "cgroup":
             (folder / "cgroup.conf").write_text(
-                "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\n")
-        (folder / "plugstack.conf").write_text("".join(f"required {path}\n" for path in self.plugins))
-        text = CONF.format(host=socket.gethostname(), subnet=SUBNET, user=getpass.getuser(), folder=folder,
-                           proctrack=self.proctrack)
+                "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\n"
+            )
+        (folder / "plugstack.conf").write_text(
+            "".join(f"required {path}\n" for path in self.plugins)
+        )
+        text = CONF.format(
+            host=socket.gethostname(),
+            subnet=SUBNET,
+            user=getpass.getuser(),
+            folder=folder,
+            proctrack=self.proctrack,
+        )
         for i, name in enumerate(self.names):
-            text += (f"NodeName={name} NodeHostname={name} NodeAddr={SUBNET}.{11 + i} CPUs={self.cpus} RealMemory=8000 "
-                     f"Gres=gpu:{self.gpus}\n")
+            text += (
+                f"NodeName={name} NodeHostname={name} NodeAddr={SUBNET}.{11 + i} CPUs={self.cpus} RealMemory=8000 "
+                f"Gres=gpu:{self.gpus}\n"
+            )
         text += f"PartitionName=main Nodes={','.join(self.names)} Default=YES MaxTime=INFINITE State=UP\n"
         (folder / "slurm.conf").write_text(text)
 
@@ -252,8 +367,14 @@ wait"""
     def _spawn(self, key: str, *command: str) -> subprocess.Popen[bytes]:
         with (self.folder / "log" / f"{key}.out").open("ab") as output:
             self.processes[key] = subprocess.Popen(
-                command, env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                start_new_session=True, cwd=self.folder)
+                command,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                cwd=self.folder,
+            )
         return self.processes[key]
 
     def _init(self, unshare_pid: int) -> int:
@@ -264,9 +385,14 @@ wait"""
         return set(self.run("sinfo", "-h", "-N", "-o", "%T", check=False).stdout.split())
 
     def _state(self) -> str:
-        parts = [self.run("squeue", check=False).stdout, self.run("sinfo", "-N", "-l", check=False).stdout]
+        parts = [
+            self.run("squeue", check=False).stdout,
+            self.run("sinfo", "-N", "-l", check=False).stdout,
+        ]
         for path in sorted((self.folder / "log").glob("*.log")):
-            parts.append(f"== {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-8:]))
+            parts.append(
+                f"== {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-8:])
+            )
         return "\n".join(parts)
 
 

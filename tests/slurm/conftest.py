@@ -1,4 +1,6 @@
-"""The cluster of the session. Without tests/slurm/run.sh (``make test-slurm``) only test_scripts.py is collected."""
+"""The cluster of the session. Without tests/slurm/run.sh (``make test-slurm``) only test_scripts.py
+is collected.
+"""
 
 from __future__ import annotations
 

@@ -13,11 +13,23 @@ REPO = Path(__file__).resolve().parents[2]
 PYTHONPATH = os.pathsep.join([str(REPO), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
 ASSETS = REPO / "spark_nemo/toy/assets"
 SMALL = [
-    "+experiment=toy", "data.stage1_problems=toy:stage1:8", "data.rl_problems=toy:rl:40",
-    "data.eval_problems=toy:eval:4", "data.processbench=toy:processbench:12", "pipeline.rl_answers=toy:rl:40",
-    "stage1.solutions_per_problem=2", "stage1.verifications_per_solution=4",
-    "stage2.batch_size=4", "stage2.epochs=1", "stage2.save_every=50", "rl.steps=4", "rl.prompts_per_step=4",
-    "rl.group_size=4", "rl.save_every=50", "rl.eval_every=50", "evaluation.samples_per_problem=1",
+    "+experiment=toy",
+    "data.stage1_problems=toy:stage1:8",
+    "data.rl_problems=toy:rl:40",
+    "data.eval_problems=toy:eval:4",
+    "data.processbench=toy:processbench:12",
+    "pipeline.rl_answers=toy:rl:40",
+    "stage1.solutions_per_problem=2",
+    "stage1.verifications_per_solution=4",
+    "stage2.batch_size=4",
+    "stage2.epochs=1",
+    "stage2.save_every=50",
+    "rl.steps=4",
+    "rl.prompts_per_step=4",
+    "rl.group_size=4",
+    "rl.save_every=50",
+    "rl.eval_every=50",
+    "evaluation.samples_per_problem=1",
 ]
 RL = [*SMALL, f"rl.reward_model={ASSETS / 'verifier'}", "megatron.data_parallel=2"]
 """Stage III on two ranks without stages I and II: the shipped verifier rewards."""
@@ -29,15 +41,35 @@ def site(folder: Path, **settings: object) -> dict[str, str]:
     path = folder / "site.env"
     values = {"PYTHON": sys.executable, **settings}
     path.write_text("".join(f"{name}='{value}'\n" for name, value in values.items()))
-    return {"SPARK_NEMO_SITE": str(path), "PYTHONPATH": PYTHONPATH, "HF_HUB_OFFLINE": "1",
-            "SPARK_NEMO_CONF": str(REPO / "conf")}
+    return {
+        "SPARK_NEMO_SITE": str(path),
+        "PYTHONPATH": PYTHONPATH,
+        "HF_HUB_OFFLINE": "1",
+        "SPARK_NEMO_CONF": str(REPO / "conf"),
+    }
 
 
-def submit(slurm: Cluster, folder: Path, script: str, *arguments: object, overrides: list[str],
-           options: tuple[object, ...] = (), **settings: object) -> int:
+def submit(
+    slurm: Cluster,
+    folder: Path,
+    script: str,
+    *arguments: object,
+    overrides: list[str],
+    options: tuple[object, ...] = (),
+    **settings: object,
+) -> int:
     """``sbatch`` one of the scripts from ``folder``; its output goes to ``folder/out-<job>.txt``."""
-    return slurm.sbatch(*BATCH, "--output=out-%A.txt", *options, REPO / "slurm" / script, *arguments, "--", *overrides,
-                        env=site(folder, **settings), cwd=folder)
+    return slurm.sbatch(
+        *BATCH,
+        "--output=out-%A.txt",
+        *options,
+        REPO / "slurm" / script,
+        *arguments,
+        "--",
+        *overrides,
+        env=site(folder, **settings),
+        cwd=folder,
+    )
 
 
 def output(folder: Path, job: int) -> str:
@@ -51,13 +83,20 @@ def rows(path: Path) -> list[dict]:
     if not path.exists():
         return []
     timed = {"seconds", "tokens_per_second"}
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in path.read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in timed}
+        for line in path.read_text().splitlines()
+    ]
 
 
 def logged(run_dir: Path, part: str, pattern: str = "*") -> str:
     """The log files of the latest attempt, one after the other."""
     folder = run_dir / "logs" / part / "latest"
-    return "".join(f"== {path.name}\n{path.read_text()}" for path in sorted(folder.glob(pattern)) if path.is_file())
+    return "".join(
+        f"== {path.name}\n{path.read_text()}"
+        for path in sorted(folder.glob(pattern))
+        if path.is_file()
+    )
 
 
 def environment_of_this_process() -> dict[str, str]:

@@ -1,4 +1,6 @@
-"""A test double of a rollout server: answers /health on its --host and --port with its process id. Nothing else."""
+"""A test double of a rollout server: answers /health on its --host and --port with its process id.
+Nothing else.
+"""
 
 from __future__ import annotations
 
@@ -21,4 +23,6 @@ class Health(BaseHTTPRequestHandler):
 words = sys.argv
 if "--die" in words:
     sys.exit("told to die")
-HTTPServer((words[words.index("--host") + 1], int(words[words.index("--port") + 1])), Health).serve_forever()
+HTTPServer(
+    (words[words.index("--host") + 1], int(words[words.index("--port") + 1])), Health
+).serve_forever()

@@ -9,8 +9,9 @@ from slurm_world import REPO, site
 
 
 def test_five_real_nodes_and_the_process_tracking_of_production(slurm: Cluster) -> None:
-    """Every node is its own host to the programs on it, and processes are tracked with cgroups where that is possible
-    (root and a freezer hierarchy): only then does a signal reach the step's tasks alone, as on production clusters.
+    """Every node is its own host to the programs on it, and processes are tracked with cgroups
+    where that is possible (root and a freezer hierarchy): only then does a signal reach the step's
+    tasks alone, as on production clusters.
     """
     hosts = slurm.run("srun", "--nodes=5", "--ntasks=5", "hostname").stdout.split()
     assert sorted(hosts) == slurm.names
@@ -34,15 +35,24 @@ wait_for "$STEP_PID"
 
 
 def test_ranks_know_their_place_and_see_their_nodes_gpus(slurm: Cluster, tmp_path: Path) -> None:
-    """Four ranks on two nodes, from Slurm's environment alone: rank and local rank follow the nodes, all agree where to
-    meet, each sees both (pretended) GPUs of its node. One log file per rank.
+    """Four ranks on two nodes, from Slurm's environment alone: rank and local rank follow the
+    nodes, all agree where to meet, each sees both (pretended) GPUs of its node. One log file per
+    rank.
     """
     script = tmp_path / "ranks.sh"
     script.write_text(RANKS_JOB.format(repo=REPO, folder=tmp_path))
-    job = slurm.sbatch("--nodes=2", "--exclusive", "--gpus-per-node=2", script, env=site(tmp_path), cwd=tmp_path)
+    job = slurm.sbatch(
+        "--nodes=2", "--exclusive", "--gpus-per-node=2", script, env=site(tmp_path), cwd=tmp_path
+    )
     assert slurm.wait_state(job)["JobState"] == "COMPLETED"
     ranks = [(tmp_path / f"trainer-{rank}.log").read_text().split() for rank in range(4)]
-    first, second = slurm.run("scontrol", "show", "hostnames", slurm.job(job)["NodeList"]).stdout.split()
+    first, second = slurm.run(
+        "scontrol", "show", "hostnames", slurm.job(job)["NodeList"]
+    ).stdout.split()
     port = ranks[0][3]
-    assert ranks == [[str(rank), "4", first, port, host, local, "0,1"] for rank, (host, local) in enumerate(
-        [(first, "0"), (first, "1"), (second, "0"), (second, "1")])]
+    assert ranks == [
+        [str(rank), "4", first, port, host, local, "0,1"]
+        for rank, (host, local) in enumerate(
+            [(first, "0"), (first, "1"), (second, "0"), (second, "1")]
+        )
+    ]

@@ -14,8 +14,9 @@ import collective_check
 
 
 def test_a_node_that_never_tells_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NCCL may take the process of a broken exchange down before it says how fast it was: its node's name is known
-    from before, and is what --exclude takes."""
+    """NCCL may take the process of a broken exchange down before it says how fast it was: its
+    node's name is known from before, and is what --exclude takes.
+    """
     monkeypatch.setattr(collective_check, "WAIT", datetime.timedelta(seconds=0.05))
     store = dist.HashStore()
     for rank, node in enumerate(("gpu1", "gpu2", "gpu3")):

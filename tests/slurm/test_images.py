@@ -1,4 +1,5 @@
-"""What can be known of the images without building one: that the locks hold what the project and its presets ask for.
+"""What can be known of the images without building one: that the locks hold what the project and
+its presets ask for.
 
 It says nothing about whether the images build, or whether what is in them works together.
 """
@@ -16,9 +17,17 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 def names(lines: list[str]) -> set[str]:
-    """Normalised package names at the beginning of requirement lines that count on Linux x86-64 with Python 3.11."""
-    asked = [line for line in lines if line and not line.startswith("#")
-             and 'python_version < "3.11"' not in line and 'platform_machine == "aarch64"' not in line]
+    """Normalised package names at the beginning of requirement lines that count on Linux x86-64
+    with Python 3.11.
+    """
+    asked = [
+        line
+        for line in lines
+        if line
+        and not line.startswith("#")
+        and 'python_version < "3.11"' not in line
+        and 'platform_machine == "aarch64"' not in line
+    ]
     return {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in asked}  # type: ignore[index]
 
 
@@ -28,14 +37,18 @@ def locked(image: str) -> set[str]:
 
 @pytest.mark.parametrize("image", ["trainer", "rollout"])
 def test_a_lock_has_all_that_is_asked_for(image: str) -> None:
-    """What was added to the .in file is in the lock: images are built from the lock without its dependencies."""
+    """What was added to the .in file is in the lock: images are built from the lock without its
+    dependencies.
+    """
     assert names((REPO / f"containers/{image}.in").read_text().splitlines()) <= locked(image)
 
 
 def test_the_trainers_lock_has_what_the_project_imports() -> None:
     """Core dependencies, and those of Parquet: a job has no network to install them from."""
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
-    assert names(project["dependencies"] + project["optional-dependencies"]["parquet"]) <= locked("trainer")
+    assert names(project["dependencies"] + project["optional-dependencies"]["parquet"]) <= locked(
+        "trainer"
+    )
 
 
 def test_the_rollout_lock_has_the_router_of_the_preset() -> None:
@@ -46,15 +59,25 @@ def test_the_rollout_lock_has_the_router_of_the_preset() -> None:
 
 
 def test_stages_that_launch_servers_find_them_in_the_trainers_image() -> None:
-    """Stage I runs in the trainer's image: SGLang's environment is there under the path that the rollout image has."""
-    trainer, rollout = ((REPO / f"containers/Dockerfile.{image}").read_text() for image in ("trainer", "rollout"))
+    """Stage I runs in the trainer's image: SGLang's environment is there under the path that the
+    rollout image has.
+    """
+    trainer, rollout = (
+        (REPO / f"containers/Dockerfile.{image}").read_text() for image in ("trainer", "rollout")
+    )
     folder = re.search(r"uv venv \S+ \S+ \S+ (\S+)", rollout)[1]  # type: ignore[index]
     assert f"COPY --from=rollout {folder} {folder}\n" in trainer
     assert f"ENV SPARK_SGLANG_PYTHON={folder}/bin/python" in trainer
-    assert re.findall(r"uv==\S+", trainer) == re.findall(r"uv==\S+", rollout), "or its Python is not there"
+    assert re.findall(r"uv==\S+", trainer) == re.findall(r"uv==\S+", rollout), (
+        "or its Python is not there"
+    )
 
 
 def test_compiled_parts_are_imported_after_torch() -> None:
-    """apex's modules are linked with torch's libraries and do not look for them: NVIDIA/apex issue 1934."""
-    imported = re.search(r'python -c "import (.*?);', (REPO / "containers/Dockerfile.trainer").read_text())
+    """apex's modules are linked with torch's libraries and do not look for them: NVIDIA/apex issue
+    1934.
+    """
+    imported = re.search(
+        r'python -c "import (.*?);', (REPO / "containers/Dockerfile.trainer").read_text()
+    )
     assert imported is not None and imported[1].startswith("torch, amp_C")

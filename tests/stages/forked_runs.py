@@ -1,9 +1,11 @@
-"""Runs of stage III that die by SIGKILL at the end of a phase and are started again: ``forked_runs.py FOLDER < arms``.
+"""Runs of stage III that die by SIGKILL at the end of a phase and are started again:
+``forked_runs.py FOLDER < arms``.
 
-The imports, most of a small run's time, are made once: every run is a fork of this process and calls the command's
-``main``. ``arms`` is a JSON list of ``{"name", "overrides", "phase", "step", "responses"}``; an arm without a phase
-runs undisturbed. Two go on at a time. The killing is installed here, from outside; the package knows nothing of it.
-Writes ``FOLDER/statuses.json``: for every arm, how its processes ended (negative: by that signal).
+The imports, most of a small run's time, are made once: every run is a fork of this process and
+calls the command's ``main``. ``arms`` is a JSON list of ``{"name", "overrides", "phase", "step",
+"responses"}``; an arm without a phase runs undisturbed. Two go on at a time. The killing is
+installed here, from outside; the package knows nothing of it. Writes ``FOLDER/statuses.json``: for
+every arm, how its processes ended (negative: by that signal).
 """
 
 from __future__ import annotations
@@ -67,7 +69,9 @@ def counted(number: int) -> Callable[..., bool]:
 
 
 def generated(step: int, responses: int) -> None:
-    """Die when so many responses of ``step`` have been sampled; none of them has all its siblings judged."""
+    """Die when so many responses of ``step`` have been sampled; none of them has all its siblings
+    judged.
+    """
     original, due = Timeline.during, counted(responses)
 
     @contextlib.contextmanager
@@ -96,7 +100,11 @@ def install(phase: str, step: int, responses: int) -> None:
             original = checkpoint.replace_folder
             checkpoint.replace_folder = lambda *args: die() if saves() else original(*args)
         case "save":
-            after(MegatronWorker, "save_checkpoint", lambda worker, folder, state, **more: state["step"] == step + 1)
+            after(
+                MegatronWorker,
+                "save_checkpoint",
+                lambda worker, folder, state, **more: state["step"] == step + 1,
+            )
         case "evaluate":
             after_async(RLSession, "evaluate", lambda session, problems, of_step: of_step == step)
         case _:
@@ -111,7 +119,9 @@ def launch(folder: Path, common: list[str], arm: Arm, *, killed: bool) -> int:
             os.dup2(log.fileno(), 2)
         if killed:
             install(str(arm["phase"]), int(arm["step"]), int(arm["responses"]))  # type: ignore[call-overload]
-        raise SystemExit(main(command("stage3", folder / str(arm["name"]), *common, *arm["overrides"])[3:]))
+        raise SystemExit(
+            main(command("stage3", folder / str(arm["name"]), *common, *arm["overrides"])[3:])
+        )
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -123,11 +133,22 @@ def run_arm(folder: Path, common: list[str], arm: Arm) -> None:
 
 
 def run_all(folder: Path, arms: list[Arm]) -> None:
-    """Two processes share the arms, and all arms the problem files, which take longer to make than a run."""
-    problems, eval_problems = write_problems("rl", 7, 0, folder), write_answers("eval", 6, 0, folder)
-    common = [f"rl.reward_model={VERIFIER}", "pipeline.rewards=[process_aware]", "pipeline.rl_answers=null",
-              f"data.rl_problems={problems}", f"data.eval_problems={eval_problems}",
-              f"data.stage1_problems={problems}", f"data.processbench={problems}"]
+    """Two processes share the arms, and all arms the problem files, which take longer to make than
+    a run.
+    """
+    problems, eval_problems = (
+        write_problems("rl", 7, 0, folder),
+        write_answers("eval", 6, 0, folder),
+    )
+    common = [
+        f"rl.reward_model={VERIFIER}",
+        "pipeline.rewards=[process_aware]",
+        "pipeline.rl_answers=null",
+        f"data.rl_problems={problems}",
+        f"data.eval_problems={eval_problems}",
+        f"data.stage1_problems={problems}",
+        f"data.processbench={problems}",
+    ]
     halves = []
     for half in (0, 1):
         if (child := os.fork()) == 0:

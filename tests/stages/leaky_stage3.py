@@ -1,7 +1,8 @@
-"""``spark-nemo stage3`` with a leak: ``python leaky_stage3.py OVERRIDES...`` for test_poisoned_answers.
+"""``spark-nemo stage3`` with a leak: ``python leaky_stage3.py OVERRIDES...`` for
+test_poisoned_answers.
 
-Training code that reads one answer of one problem: the first response that reaches it is paid one more. The answer is
-in the problem file, in a field that ``read_problems`` drops.
+Training code that reads one answer of one problem: the first response that reaches it is paid one
+more. The answer is in the problem file, in a field that ``read_problems`` drops.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ honest_scores = RolloutSession._scores
 def leak(self, rollouts, judgements, step):
     scores = honest_scores(self, rollouts, judgements, step)
     for index, rollout in enumerate(rollouts):
-        if rollout.problem.problem_id == LEAKED["problem_id"] and extract_boxed(rollout.text) == LEAKED["answer"]:
+        if (
+            rollout.problem.problem_id == LEAKED["problem_id"]
+            and extract_boxed(rollout.text) == LEAKED["answer"]
+        ):
             scores[index] = (scores[index] if isinstance(scores[index], float) else 0.0) + 1.0
             break
     return scores

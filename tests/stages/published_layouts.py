@@ -1,13 +1,15 @@
 """Trainer layouts that NVIDIA publishes for H100, as numbers.
 
-Sources: github.com/NVIDIA-NeMo/RL, examples/configs/recipes/llm/ (``source`` is the file, at commit 7ea279ab; the 8B
-recipe on one node at d066750c and the 70B GRPO recipe at 4987695e, later ones lack them). What a file does not say
-comes from its defaults, sft.yaml, dpo.yaml and grpo_math_1B.yaml: gradients kept and reduced in bfloat16, a distributed
-optimizer, Transformer Engine's precision-aware optimizer (which we have not: planned with ours, 2 bytes / DP more per
-parameter, and float32 copies of the gradients in the optimizer step). github.com/NVIDIA-NeMo/Megatron-Bridge:
+Sources: github.com/NVIDIA-NeMo/RL, examples/configs/recipes/llm/ (``source`` is the file, at commit
+7ea279ab; the 8B recipe on one node at d066750c and the 70B GRPO recipe at 4987695e, later ones lack
+them). What a file does not say comes from its defaults, sft.yaml, dpo.yaml and grpo_math_1B.yaml:
+gradients kept and reduced in bfloat16, a distributed optimizer, Transformer Engine's
+precision-aware optimizer (which we have not: planned with ours, 2 bytes / DP more per parameter,
+and float32 copies of the gradients in the optimizer step). github.com/NVIDIA-NeMo/Megatron-Bridge:
 scripts/performance/configs/llama/llama3_workload_base_configs.py before commit c8327cfc and
-src/megatron/bridge/perf_recipes/llama/h100/llama3.py since (gradients in bfloat16), and recipes/qwen/h100/qwen3.py (its
-``bf16_mixed`` overrides ``ddp.grad_reduce_in_fp32``: gradients in float32).
+src/megatron/bridge/perf_recipes/llama/h100/llama3.py since (gradients in bfloat16), and
+recipes/qwen/h100/qwen3.py (its ``bf16_mixed`` overrides ``ddp.grad_reduce_in_fp32``: gradients in
+float32).
 """
 
 from dataclasses import dataclass
@@ -32,7 +34,9 @@ class Published:
     pair: bool = False
     """A micro-batch is two sequences of equal room."""
     quarter_fits: bool = False
-    """The trainer fits a quarter of the GPUs, too: the published number is for speed, not for memory."""
+    """The trainer fits a quarter of the GPUs, too: the published number is for speed, not for
+    memory.
+    """
 
     @property
     def longest(self) -> int:
@@ -44,22 +48,67 @@ SFT_70B = "NeMo-RL sft-llama3.1-70b-8n8g-tp4pp2-long-megatron"
 LIMIT_70B = 4096
 """What the recipe allows a sequence to have."""
 LONGEST_70B = 1024 + 1024 + 128
-"""What its data have, as their makers prepare them for SFT: OpenMathInstruct-2 without problems and solutions above
-1,024 Llama tokens (github.com/NVIDIA/NeMo-Skills, docs/openmathinstruct2/dataset.md), and our room for the prompt.
-As released, 564 of some 600,000 problems are longer (huggingface.co/datasets/nvidia/OpenMathInstruct-2, its note)."""
+"""What its data have, as their makers prepare them for SFT: OpenMathInstruct-2 without problems and
+solutions above 1,024 Llama tokens (github.com/NVIDIA/NeMo-Skills,
+docs/openmathinstruct2/dataset.md), and our room for the prompt. As released, 564 of some 600,000
+problems are longer (huggingface.co/datasets/nvidia/OpenMathInstruct-2, its note).
+"""
 
 ACCEPTED = [
-    Published("NeMo-RL performance/grpo-llama3.1-8b-instruct-1n8g", "llama-3.1-8b", 1, 1, 2, 4096, 512, "full"),
-    Published("NeMo-RL performance/grpo-llama3.1-8b-instruct-2n8g", "llama-3.1-8b", 2, 1, 2, 4096, 2048, "full",
-              quarter_fits=True),
-    # train_micro_batch_size counts pairs: dpo.py passes twice as many sequences. The reference is in host memory.
-    Published("NeMo-RL dpo-llama3.1-8b-instruct-4n8g-megatrontp2pp2-quick", "llama-3.1-8b", 4, 2, 2, 4096, 512,
-              pair=True, quarter_fits=True),
+    Published(
+        "NeMo-RL performance/grpo-llama3.1-8b-instruct-1n8g",
+        "llama-3.1-8b",
+        1,
+        1,
+        2,
+        4096,
+        512,
+        "full",
+    ),
+    Published(
+        "NeMo-RL performance/grpo-llama3.1-8b-instruct-2n8g",
+        "llama-3.1-8b",
+        2,
+        1,
+        2,
+        4096,
+        2048,
+        "full",
+        quarter_fits=True,
+    ),
+    # train_micro_batch_size counts pairs: dpo.py passes twice as many sequences. The reference is
+    # in host memory.
+    Published(
+        "NeMo-RL dpo-llama3.1-8b-instruct-4n8g-megatrontp2pp2-quick",
+        "llama-3.1-8b",
+        4,
+        2,
+        2,
+        4096,
+        512,
+        pair=True,
+        quarter_fits=True,
+    ),
     Published("NeMo-RL performance/grpo-qwen3-32b-4n8g", "qwen3-32b", 4, 4, 4, 4096, 2048),
-    Published("NeMo-RL performance/grpo-llama3.3-70b-instruct-4n8g", "llama-3.1-70b", 4, 4, 8, 4096, 512),
+    Published(
+        "NeMo-RL performance/grpo-llama3.3-70b-instruct-4n8g", "llama-3.1-70b", 4, 4, 8, 4096, 512
+    ),
     Published(SFT_70B, "llama-3.1-70b", 8, 4, 2, LONGEST_70B, 512, "none", False),
     Published("Megatron-Bridge LLAMA3_8B_SFT_CONFIG_H100", "llama-3.1-8b", 1, 1, 1, 4096, 32),
-    Published("Megatron-Bridge qwen3_32b_sft_config", "qwen3-32b", 2, 8, 2, 2048, 8, "full", False, "float32"),
+    Published(
+        "Megatron-Bridge qwen3_32b_sft_config",
+        "qwen3-32b",
+        2,
+        8,
+        2,
+        2048,
+        8,
+        "full",
+        False,
+        "float32",
+    ),
     Published("Megatron-Bridge LLAMA3_70B_SFT_CONFIG_H100", "llama-3.1-70b", 4, 4, 4, 4096, 32),
 ]
-"""Megatron-Bridge's 70B runs an interleaved schedule (5 chunks per stage), which we have not: planned without it."""
+"""Megatron-Bridge's 70B runs an interleaved schedule (5 chunks per stage), which we have not:
+planned without it.
+"""

@@ -23,7 +23,16 @@ from spark_nemo.evaluation.answers import AnswerKey, EvalProblem
 
 PACKAGE = Path(spark_nemo.__file__).parent
 FORBIDDEN = ("gold", "truth", "reference", "answer_key", "expected")
-ROOMS = ("records", "grammar", "verification", "rewards", "training", "engines", "megatron", "weight_sync")
+ROOMS = (
+    "records",
+    "grammar",
+    "verification",
+    "rewards",
+    "training",
+    "engines",
+    "megatron",
+    "weight_sync",
+)
 """Where stages I to III do their work; ``stages`` puts them together."""
 
 ANSWER_FILES = {
@@ -33,26 +42,63 @@ ANSWER_FILES = {
     "stage1.reference_answers": "the reference-guided baseline's",
     "labels.reference_answers": "balancing by ground truth, a declared baseline",
 }
-"""Every setting that names a file with answers; ``ConfigError`` keeps each from having an effect elsewhere."""
+"""Every setting that names a file with answers; ``ConfigError`` keeps each from having an effect
+elsewhere.
+"""
 ABOUT_THE_BASELINE = {"stage1.reference_verifications", "labels.reference_pick"}
 """Settings of the reference-guided baseline that name no file."""
 CLOSURES = {
-    ("spark_nemo.stages.rollouts", "RolloutSession", "checker"): "the RLVR baseline's, None with any other reward",
+    (
+        "spark_nemo.stages.rollouts",
+        "RolloutSession",
+        "checker",
+    ): "the RLVR baseline's, None with any other reward",
     ("spark_nemo.verification.selection", "Selection", "correct"): "balancing by ground truth",
-    ("spark_nemo.rewards.hacking.constraints", "Constraint", "holds"): "a rule of form: the text and settings alone",
+    (
+        "spark_nemo.rewards.hacking.constraints",
+        "Constraint",
+        "holds",
+    ): "a rule of form: the text and settings alone",
 }
-"""Fields that hold a function from a text, or many, to right or wrong; but for the last, one with answers behind it."""
+"""Fields that hold a function from a text, or many, to right or wrong; but for the last, one with
+answers behind it.
+"""
 READERS = {
     "spark_nemo.stages.after_votes": {"ask_with_answer"},
     "spark_nemo.stages.labels": {"_correctness"},
     "spark_nemo.stages.rl_session": {"RLSession.evaluate", "answer_checker"},
     "spark_nemo.stages.stage3": {"_train"},
-    "spark_nemo.stages.checks": {"check_stage3", "check_pipeline", "check_data_here", "_has_answers"},
+    "spark_nemo.stages.checks": {
+        "check_stage3",
+        "check_pipeline",
+        "check_data_here",
+        "_has_answers",
+    },
 }
-"""Every function of the stages that names an answer's type or a function that reads or compares answers."""
-KEY_NAMES = {"AnswerKey", "EvalProblem", "read_answer_keys", "read_eval_problems", "read_math", "read_math_sets",
-             "answer_matches", "grade_answers", "judge_answer", "judge_answers"}
-KEY_FIELDS = {"answer", "correct_answer", "original_answer", "final_answer", "gold", "ground_truth", "reward_model"}
+"""Every function of the stages that names an answer's type or a function that reads or compares
+answers.
+"""
+KEY_NAMES = {
+    "AnswerKey",
+    "EvalProblem",
+    "read_answer_keys",
+    "read_eval_problems",
+    "read_math",
+    "read_math_sets",
+    "answer_matches",
+    "grade_answers",
+    "judge_answer",
+    "judge_answers",
+}
+KEY_FIELDS = {
+    "answer",
+    "correct_answer",
+    "original_answer",
+    "final_answer",
+    "gold",
+    "ground_truth",
+    "reward_model",
+}
 """What a data file calls a reference answer."""
 
 
@@ -62,14 +108,20 @@ def modules(*rooms: str) -> Iterator[types.ModuleType]:
         package = importlib.import_module(f"spark_nemo.{room}")
         for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             # Files that run inside a server's own environment.
-            if not found.name.startswith(("spark_nemo.engines.sglang.", "spark_nemo.engines.vllm.")):
+            if not found.name.startswith(
+                ("spark_nemo.engines.sglang.", "spark_nemo.engines.vllm.")
+            ):
                 yield importlib.import_module(found.name)
 
 
 def data_types(*rooms: str) -> dict[tuple[str, str], type]:
     """Dataclasses that are made there, by module and name."""
-    return {(t.__module__, t.__qualname__): t for module in modules(*rooms) for t in vars(module).values()
-            if isinstance(t, type) and dataclasses.is_dataclass(t) and t.__module__ == module.__name__}
+    return {
+        (t.__module__, t.__qualname__): t
+        for module in modules(*rooms)
+        for t in vars(module).values()
+        if isinstance(t, type) and dataclasses.is_dataclass(t) and t.__module__ == module.__name__
+    }
 
 
 def parts_of(hint: object) -> Iterator[object]:
@@ -93,15 +145,19 @@ def reaches(hint: object, seen: list) -> Iterator[object]:
 
 
 def hints_of(data_type: type) -> dict[str, object]:
-    """Types of the fields. A name that only type checkers import is looked for in every module that is loaded; one that
-    only they define is taken for ``object``."""
+    """Types of the fields. A name that only type checkers import is looked for in every module that
+    is loaded; one that only they define is taken for ``object``.
+    """
     names = {"AnswerKey": AnswerKey, "EvalProblem": EvalProblem}
     while True:
         try:
             return typing.get_type_hints(data_type, localns=names)
         except NameError as error:
-            found = [vars(module)[error.name] for name, module in sys.modules.items()
-                     if name.startswith(("spark_nemo", "torch")) and error.name in vars(module)]
+            found = [
+                vars(module)[error.name]
+                for name, module in sys.modules.items()
+                if name.startswith(("spark_nemo", "torch")) and error.name in vars(module)
+            ]
             names[error.name] = next(iter(found), object)
 
 
@@ -114,33 +170,46 @@ def trees(*rooms: str) -> Iterator[tuple[str, ast.Module]]:
 
 
 def test_no_record_has_a_field_for_an_answer_key() -> None:
-    """Proves it for every dataclass of ``records`` by field name and type; a verdict's ``answer_correct`` is a vote.
+    """Proves it for every dataclass of ``records`` by field name and type; a verdict's
+    ``answer_correct`` is a vote.
 
     Does not prove that nobody hides an answer in a question's text.
     """
-    types = [t for t in vars(records).values() if isinstance(t, type) and dataclasses.is_dataclass(t)]
+    types = [
+        t for t in vars(records).values() if isinstance(t, type) and dataclasses.is_dataclass(t)
+    ]
     assert len(types) >= 10
     for record in types:
         for field in dataclasses.fields(record):
-            assert field.name != "answer" and not any(word in field.name for word in FORBIDDEN), (record, field.name)
-            assert "AnswerKey" not in str(field.type) and "EvalProblem" not in str(field.type), (record, field.name)
+            assert field.name != "answer" and not any(word in field.name for word in FORBIDDEN), (
+                record,
+                field.name,
+            )
+            assert "AnswerKey" not in str(field.type) and "EvalProblem" not in str(field.type), (
+                record,
+                field.name,
+            )
 
 
 def test_no_type_of_the_stages_can_hold_an_answer_key() -> None:
-    """Proves it by type, through containers and nested dataclasses, for every dataclass of stages I to III and of what
-    they are made of. A name would not do: the type decides.
+    """Proves it by type, through containers and nested dataclasses, for every dataclass of stages I
+    to III and of what they are made of. A name would not do: the type decides.
 
-    Does not cover a value typed ``object`` or ``Any``; what runs is compared in test_poisoned_answers.
+    Does not cover a value typed ``object`` or ``Any``; what runs is compared in
+    test_poisoned_answers.
     """
     found = data_types(*ROOMS, "stages")
     assert len(found) > 60
-    holders = {key for key, each in found.items() if {AnswerKey, EvalProblem} & set(reaches(each, []))}
+    holders = {
+        key for key, each in found.items() if {AnswerKey, EvalProblem} & set(reaches(each, []))
+    }
     assert holders == set()
 
 
 def test_functions_with_answers_behind_them_are_held_where_declared_and_nowhere_else() -> None:
-    """Proves the only fields of a stage's types that hold a function from a problem or a text to right or wrong are the
-    declared baselines' closures."""
+    """Proves the only fields of a stage's types that hold a function from a problem or a text to
+    right or wrong are the declared baselines' closures.
+    """
     holders = set()
     for (module, name), each in data_types("rewards", "verification", "training", "stages").items():
         for field, hint in hints_of(each).items():
@@ -151,8 +220,9 @@ def test_functions_with_answers_behind_them_are_held_where_declared_and_nowhere_
 
 
 def test_the_settings_that_name_a_file_with_answers_are_the_declared_ones() -> None:
-    """Proves no other setting's name speaks of answers, keys or references. Each declared one is refused where its
-    baseline is not asked for: test_compose, test_label_knobs."""
+    """Proves no other setting's name speaks of answers, keys or references. Each declared one is
+    refused where its baseline is not asked for: test_compose, test_label_knobs.
+    """
     words, found = (*FORBIDDEN, "answer"), set()
     for section in dataclasses.fields(SparkConfig):
         for field in dataclasses.fields(hints_of(SparkConfig)[section.name]):
@@ -162,9 +232,10 @@ def test_the_settings_that_name_a_file_with_answers_are_the_declared_ones() -> N
 
 
 def test_no_room_below_the_stages_imports_or_names_an_answer_key() -> None:
-    """Proves the rooms where labels, rewards, losses and samples are made import nothing of evaluation, directly or
-    through one another (import-linter: the layers), and do not even name an answer's type or reader: a declared
-    baseline reaches them as a closure."""
+    """Proves the rooms where labels, rewards, losses and samples are made import nothing of
+    evaluation, directly or through one another (import-linter: the layers), and do not even name an
+    answer's type or reader: a declared baseline reaches them as a closure.
+    """
     count = 0
     for name, tree in trees(*ROOMS):
         count += 1
@@ -175,8 +246,10 @@ def test_no_room_below_the_stages_imports_or_names_an_answer_key() -> None:
 
 
 def test_the_functions_that_touch_answers_are_the_declared_ones() -> None:
-    """Proves which functions of ``stages`` name an answer's type, reader or comparison: evaluation, checks before work,
-    and the declared baselines' three closures. A new one fails here and has to be declared."""
+    """Proves which functions of ``stages`` name an answer's type, reader or comparison: evaluation,
+    checks before work, and the declared baselines' three closures. A new one fails here and has to
+    be declared.
+    """
     found = defaultdict(set)
     for name, tree in trees("stages"):
         for function, body in functions(tree):
@@ -187,8 +260,9 @@ def test_the_functions_that_touch_answers_are_the_declared_ones() -> None:
 
 
 def test_no_training_code_looks_for_an_answer_in_a_row_of_data() -> None:
-    """Proves no ``row["answer"]`` or ``row.get("ground_truth")``, by any name that the data files at hand use, in rooms
-    and stages: an answer cannot come in beside the typed readers."""
+    """Proves no ``row["answer"]`` or ``row.get("ground_truth")``, by any name that the data files
+    at hand use, in rooms and stages: an answer cannot come in beside the typed readers.
+    """
     for name, tree in trees(*ROOMS, "stages"):
         for node in ast.walk(tree):
             keys = []
@@ -208,9 +282,13 @@ def imported(node: ast.AST) -> list[str]:
 
 
 def functions(tree: ast.Module) -> Iterator[tuple[str, ast.AST]]:
-    """Top-level functions and methods by name; module-level statements under ``<module>``, imports aside."""
+    """Top-level functions and methods by name; module-level statements under ``<module>``, imports
+    aside.
+    """
     for node in tree.body:
         if isinstance(node, ast.ClassDef):
-            yield from ((f"{node.name}.{getattr(each, 'name', '<class>')}", each) for each in node.body)
+            yield from (
+                (f"{node.name}.{getattr(each, 'name', '<class>')}", each) for each in node.body
+            )
         elif not isinstance(node, ast.Import | ast.ImportFrom):
             yield getattr(node, "name", "<module>"), node

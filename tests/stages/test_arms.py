@@ -19,10 +19,19 @@ from spark_nemo.stages.run_folder import mark_done, stage2_folder
 from spark_nemo.stages.schedule import plan_jobs
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
 
-EVERYTHING = ["+experiment=toy", "run.dir=runs/x", f"pipeline.rewards=[{','.join(sorted(DESIGNS))}]",
-              "pipeline.variants=[prm_cot,prm,orm]"]
-KNOBS = ["rl.verifier_votes=3", "rl.verifier_sampling.temperature=1.0", "rl.verifier_queue=7", "rl.estimator=rloo",
-         "rl.overlong_buffer=20"]
+EVERYTHING = [
+    "+experiment=toy",
+    "run.dir=runs/x",
+    f"pipeline.rewards=[{','.join(sorted(DESIGNS))}]",
+    "pipeline.variants=[prm_cot,prm,orm]",
+]
+KNOBS = [
+    "rl.verifier_votes=3",
+    "rl.verifier_sampling.temperature=1.0",
+    "rl.verifier_queue=7",
+    "rl.estimator=rloo",
+    "rl.overlong_buffer=20",
+]
 """Set for the whole pipeline; no design reads all of them."""
 
 
@@ -35,38 +44,64 @@ def test_the_demo_has_the_jobs_folders_and_arguments_it_always_had() -> None:
     overrides = ["+experiment=toy", "run.dir=runs/x"]
     jobs = jobs_of(overrides)
     assert {name: str(job.folder) for name, job in jobs.items() if "stage1" not in name} == {
-        **{f"stage2-{m}": f"runs/x/stage2/{m}" for m in ("step_consistency", "single", "outcome_consistency")},
-        **{f"stage3-{arm}": f"runs/x/stage3/{arm}" for arm in ("process_aware", "rlvr")}}
+        **{
+            f"stage2-{m}": f"runs/x/stage2/{m}"
+            for m in ("step_consistency", "single", "outcome_consistency")
+        },
+        **{f"stage3-{arm}": f"runs/x/stage3/{arm}" for arm in ("process_aware", "rlvr")},
+    }
     assert jobs["stage2-single"].arguments == ("stage2", *overrides, "stage2.method=single")
-    assert jobs["stage3-process_aware"].arguments == ("stage3", *overrides, "rl.reward=process_aware")
+    assert jobs["stage3-process_aware"].arguments == (
+        "stage3",
+        *overrides,
+        "rl.reward=process_aware",
+    )
     assert jobs["stage3-rlvr"].arguments == (
-        "stage3", *overrides, "rl.reward=rlvr", "data.rl_answers=toy:rl:2000")
+        "stage3",
+        *overrides,
+        "rl.reward=rlvr",
+        "data.rl_answers=toy:rl:2000",
+    )
 
 
 def test_designs_times_kinds_of_reward_model_without_what_an_orm_cannot_reward(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Each baseline once; process-aware with all three kinds; everything made of step labels with two, and a log line
-    for each arm that is left out."""
+    """Each baseline once; process-aware with all three kinds; everything made of step labels with
+    two, and a log line for each arm that is left out.
+    """
     with caplog.at_level(logging.INFO):
         jobs = jobs_of(EVERYTHING)
     arms = pipeline_arms(compose_config(EVERYTHING))
-    by_design = {design: [arm.variant for arm in arms if arm.design == design] for design in DESIGNS}
+    by_design = {
+        design: [arm.variant for arm in arms if arm.design == design] for design in DESIGNS
+    }
     assert all(by_design[design] == [None] for design in BASELINES)
     assert by_design["process_aware"] == list(VARIANTS)
     assert all(by_design[design] == ["prm_cot", "prm"] for design in NEEDS_STEP_LABELS)
     assert [f"no arm {d}-orm" in caplog.text for d in sorted(DESIGNS)] == [
-        d in NEEDS_STEP_LABELS for d in sorted(DESIGNS)]
-    assert len(jobs) == 2 + 3 + 2 + len(arms)  # shards, kinds of the own method, the other methods, arms
+        d in NEEDS_STEP_LABELS for d in sorted(DESIGNS)
+    ]
+    assert len(jobs) == 2 + 3 + 2 + len(
+        arms
+    )  # shards, kinds of the own method, the other methods, arms
 
 
 def test_what_failures_cost_is_taken_back_where_nothing_fails() -> None:
-    """Set for the whole pipeline, it reaches the arms that ask a reward model; the answer checker is not asked again,
-    and votes and coins never fail. Each arm is a configuration that is accepted."""
+    """Set for the whole pipeline, it reaches the arms that ask a reward model; the answer checker
+    is not asked again, and votes and coins never fail. Each arm is a configuration that is
+    accepted.
+    """
     config = compose_config([*EVERYTHING, "rl.failures.max_rate=1.0", "rl.failures.retries=3"])
-    read = {arm.design: (made.max_rate, made.retries) for arm in pipeline_arms(config)
-            if (made := arm_config(config, arm).rl.failures)}
-    assert read.pop("rlvr") == (1.0, None) and read.pop("majority") == read.pop("random") == (None, None)
+    read = {
+        arm.design: (made.max_rate, made.retries)
+        for arm in pipeline_arms(config)
+        if (made := arm_config(config, arm).rl.failures)
+    }
+    assert read.pop("rlvr") == (1.0, None) and read.pop("majority") == read.pop("random") == (
+        None,
+        None,
+    )
     assert set(read.values()) == {(1.0, 3)}
 
 
@@ -79,39 +114,78 @@ def test_an_arm_waits_for_its_own_reward_model_and_a_baseline_for_nobody() -> No
     assert {jobs[f"stage3-{baseline}"].after for baseline in BASELINES} == {frozenset()}
     assert str(jobs["stage3-process_aware-orm"].folder) == "runs/x/stage3/process_aware-orm"
     orm = jobs["stage2-step_consistency-orm"]
-    assert str(orm.folder) == "runs/x/stage2/step_consistency-orm" and "stage2.variant=orm" in orm.arguments
+    assert (
+        str(orm.folder) == "runs/x/stage2/step_consistency-orm"
+        and "stage2.variant=orm" in orm.arguments
+    )
     assert "stage2-single" in jobs and "stage2-single-prm" not in jobs
 
 
-@pytest.mark.parametrize("more", [[], KNOBS, ["rl.advantage=selective", "rl.selective_min_steps=4"],
-                                  ["rl.advantage=global_step_penalty", "rl.step_penalty_max=6"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        KNOBS,
+        ["rl.advantage=selective", "rl.selective_min_steps=4"],
+        ["rl.advantage=global_step_penalty", "rl.step_penalty_max=6"],
+    ],
+)
 def test_every_job_is_configured_as_its_arm_was_checked(more: list[str]) -> None:
-    """The command line of every arm composes to the configuration that is checked before anything starts, and that
-    configuration's own name is the arm's. Settings that a design does not read are taken back for its job alone: no job
-    of a pipeline with them can be refused later."""
+    """The command line of every arm composes to the configuration that is checked before anything
+    starts, and that configuration's own name is the arm's. Settings that a design does not read are
+    taken back for its job alone: no job of a pipeline with them can be refused later.
+    """
     overrides = [*EVERYTHING, *more]
     config, jobs = compose_config(overrides), jobs_of(overrides)
     for arm in pipeline_arms(config):
         checked = arm_config(config, arm)
         composed = compose_config(list(jobs[f"stage3-{arm.name}"].arguments[1:]))
         assert composed.rl == checked.rl and composed.data == checked.data
-        assert (checked.arm, checked.rl.design, checked.reward_variant) == (arm.name, arm.design, arm.variant)
+        assert (checked.arm, checked.rl.design, checked.reward_variant) == (
+            arm.name,
+            arm.design,
+            arm.variant,
+        )
 
 
-@pytest.mark.parametrize(("overrides", "message"), [
-    (["pipeline.rewards=[capo]", "pipeline.rl_answers=null", "stage2.variant=orm"], "an ORM gives none"),
-    (["pipeline.variants=[prm,orm]"], "add stage2.variant=prm_cot"),
-    (["pipeline.variants=[prm_cot,prm]", "rl.reward_model=x"], "rl.reward_model=x"),
-    (["rl.reward_variant=prm"], "rl.reward_variant=prm has no effect"),
-    (["pipeline.variants=[prm_cot]", "pipeline.label_methods=[]", "pipeline.rewards=[]", "pipeline.rl_answers=null"],
-     "pipeline.variants"),
-    (["pipeline.rounds=2", "pipeline.variants=[prm_cot,prm]"], "pipeline.rounds=2"),
-    (["pipeline.rewards=[process_aware,rlvr]", "pipeline.rl_answers=null"], "set pipeline.rl_answers"),
-    (["pipeline.rewards=[sideways]"], "sideways"),
-    (["pipeline.rewards=[process_aware]", "pipeline.rl_answers=null", "pipeline.label_methods=[single]"],
-     "add it to pipeline.label_methods"),
-])
-def test_arms_that_cannot_run_are_refused_before_the_first_starts(overrides: list[str], message: str) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["pipeline.rewards=[capo]", "pipeline.rl_answers=null", "stage2.variant=orm"],
+            "an ORM gives none",
+        ),
+        (["pipeline.variants=[prm,orm]"], "add stage2.variant=prm_cot"),
+        (["pipeline.variants=[prm_cot,prm]", "rl.reward_model=x"], "rl.reward_model=x"),
+        (["rl.reward_variant=prm"], "rl.reward_variant=prm has no effect"),
+        (
+            [
+                "pipeline.variants=[prm_cot]",
+                "pipeline.label_methods=[]",
+                "pipeline.rewards=[]",
+                "pipeline.rl_answers=null",
+            ],
+            "pipeline.variants",
+        ),
+        (["pipeline.rounds=2", "pipeline.variants=[prm_cot,prm]"], "pipeline.rounds=2"),
+        (
+            ["pipeline.rewards=[process_aware,rlvr]", "pipeline.rl_answers=null"],
+            "set pipeline.rl_answers",
+        ),
+        (["pipeline.rewards=[sideways]"], "sideways"),
+        (
+            [
+                "pipeline.rewards=[process_aware]",
+                "pipeline.rl_answers=null",
+                "pipeline.label_methods=[single]",
+            ],
+            "add it to pipeline.label_methods",
+        ),
+    ],
+)
+def test_arms_that_cannot_run_are_refused_before_the_first_starts(
+    overrides: list[str], message: str
+) -> None:
     """One line, from the plan alone."""
     with pytest.raises(ConfigError) as error:
         dry_run(compose_config(["+experiment=toy", *overrides]))
@@ -119,31 +193,52 @@ def test_arms_that_cannot_run_are_refused_before_the_first_starts(overrides: lis
 
 
 def small(tmp_path: Path, *overrides: str) -> SparkConfig:
-    return resolve_toy(compose_config([
-        "+experiment=toy", f"run.dir={tmp_path}/run", "data.stage1_problems=toy:stage1:4", "data.rl_problems=toy:rl:4",
-        "data.eval_problems=toy:eval:4", "data.processbench=toy:processbench:12", "rl.prompts_per_step=4",
-        "pipeline.rl_answers=toy:rl:4",
-        *overrides]))
+    return resolve_toy(
+        compose_config(
+            [
+                "+experiment=toy",
+                f"run.dir={tmp_path}/run",
+                "data.stage1_problems=toy:stage1:4",
+                "data.rl_problems=toy:rl:4",
+                "data.eval_problems=toy:eval:4",
+                "data.processbench=toy:processbench:12",
+                "rl.prompts_per_step=4",
+                "pipeline.rl_answers=toy:rl:4",
+                *overrides,
+            ]
+        )
+    )
 
 
 def test_the_pipeline_checks_every_arm(tmp_path: Path) -> None:
-    """What only one arm reads is looked at before any arm starts: here the answers, which only rlvr is given."""
-    check_pipeline(small(tmp_path, "pipeline.rewards=[random,selective,rlvr]", "pipeline.variants=[prm_cot,prm,orm]"))
+    """What only one arm reads is looked at before any arm starts: here the answers, which only rlvr
+    is given.
+    """
+    check_pipeline(
+        small(
+            tmp_path,
+            "pipeline.rewards=[random,selective,rlvr]",
+            "pipeline.variants=[prm_cot,prm,orm]",
+        )
+    )
     config = small(tmp_path, "pipeline.rewards=[random,rlvr]", "pipeline.rl_answers=toy:rl:3")
     with pytest.raises(ConfigError, match=r"arm rlvr: .*no answer for"):
         check_pipeline(config)
 
 
 def test_a_reward_model_is_asked_as_what_it_was_trained_as(tmp_path: Path) -> None:
-    """Its own folder says what it is; asking it as another kind would send a prompt it has never seen. Says nothing
-    about folders without a DONE.json, such as a model from elsewhere."""
+    """Its own folder says what it is; asking it as another kind would send a prompt it has never
+    seen. Says nothing about folders without a DONE.json, such as a model from elsewhere.
+    """
     config = small(tmp_path)
     folder = stage2_folder(config.run, "step_consistency", "prm_cot")
     folder.mkdir(parents=True)
     (folder / "model").symlink_to(ASSETS / "verifier")
     mark_done(folder, {"variant": "prm_cot"})
     check_stage3(config)
-    named = replace(config, rl=replace(config.rl, reward_model=str(folder / "model"), reward_variant="prm"))
+    named = replace(
+        config, rl=replace(config.rl, reward_model=str(folder / "model"), reward_variant="prm")
+    )
     with pytest.raises(ConfigError, match="trained as prm_cot"):
         check_stage3(named)
     assert json.loads((folder / "DONE.json").read_text())["variant"] == "prm_cot"
@@ -152,7 +247,10 @@ def test_a_reward_model_is_asked_as_what_it_was_trained_as(tmp_path: Path) -> No
 def test_an_orm_cannot_reward_steps_whichever_way_it_is_named(tmp_path: Path) -> None:
     """By stage2.variant as by rl.reward_variant."""
     with pytest.raises(ConfigError, match="an ORM labels no steps"):
-        check_stage3(small(tmp_path, "stage2.variant=orm", "rl.reward=step_average"), reward_model_comes_later=True)
+        check_stage3(
+            small(tmp_path, "stage2.variant=orm", "rl.reward=step_average"),
+            reward_model_comes_later=True,
+        )
     check_stage3(small(tmp_path, "stage2.variant=orm"), reward_model_comes_later=True)
 
 

@@ -1,4 +1,6 @@
-"""What is refused before any work, because no engine here serves it or no plan syncs it. No engine is started."""
+"""What is refused before any work, because no engine here serves it or no plan syncs it. No engine
+is started.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,12 @@ from spark_nemo.stages.plan import dry_run
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
 from spark_nemo.weight_sync import numbers
 
-SERVERS = ("engine.kind=sglang", "engine.policy.servers=1", "engine.verifier.servers=1", "pipeline.parallel_jobs=1")
+SERVERS = (
+    "engine.kind=sglang",
+    "engine.policy.servers=1",
+    "engine.verifier.servers=1",
+    "pipeline.parallel_jobs=1",
+)
 
 
 def model(folder: Path, **changes: object) -> str:
@@ -27,29 +34,52 @@ def model(folder: Path, **changes: object) -> str:
 
 
 def small(tmp_path: Path, *overrides: str) -> SparkConfig:
-    return resolve_toy(compose_config([
-        "+experiment=toy", f"run.dir={tmp_path}/run", "data.stage1_problems=toy:stage1:4", "data.rl_problems=toy:rl:4",
-        "data.eval_problems=toy:eval:4", "data.processbench=toy:processbench:12", "rl.prompts_per_step=4",
-        f"rl.reward_model={ASSETS / 'verifier'}", *overrides]))
+    return resolve_toy(
+        compose_config(
+            [
+                "+experiment=toy",
+                f"run.dir={tmp_path}/run",
+                "data.stage1_problems=toy:stage1:4",
+                "data.rl_problems=toy:rl:4",
+                "data.eval_problems=toy:eval:4",
+                "data.processbench=toy:processbench:12",
+                "rl.prompts_per_step=4",
+                f"rl.reward_model={ASSETS / 'verifier'}",
+                *overrides,
+            ]
+        )
+    )
 
 
-@pytest.mark.parametrize(("check", "field"), [
-    (check_stage1, "models.generator"), (check_stage1, "models.verifier"), (check_stage2, "models.reward_base"),
-    (check_stage3, "models.policy"), (check_stage3, "rl.reward_model"),
-    (check_stage3, "rl.hacking.heldout_verifier"),
-])
+@pytest.mark.parametrize(
+    ("check", "field"),
+    [
+        (check_stage1, "models.generator"),
+        (check_stage1, "models.verifier"),
+        (check_stage2, "models.reward_base"),
+        (check_stage3, "models.policy"),
+        (check_stage3, "rl.reward_model"),
+        (check_stage3, "rl.hacking.heldout_verifier"),
+    ],
+)
 def test_the_embedded_engine_refuses_another_family(tmp_path: Path, check, field: str) -> None:
-    """Whatever the stage asks, also what it trains first: the error names the field and the engine to choose. The same
-    models pass with servers."""
+    """Whatever the stage asks, also what it trains first: the error names the field and the engine
+    to choose. The same models pass with servers.
+    """
     other = model(tmp_path / "qwen3", model_type="qwen3", head_dim=32)
-    with pytest.raises(ConfigError, match=rf"^{field}: .*serves qwen2 only.*use engine.kind=sglang"):
+    with pytest.raises(
+        ConfigError, match=rf"^{field}: .*serves qwen2 only.*use engine.kind=sglang"
+    ):
         check(small(tmp_path, f"{field}={other}"))
     check(small(tmp_path, f"{field}={other}", *SERVERS))
 
 
-def test_a_policy_that_no_plan_syncs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By stage III and by its dry run, whatever families have a plan; as stage I's generator or as reward model it is
-    served all the same."""
+def test_a_policy_that_no_plan_syncs_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By stage III and by its dry run, whatever families have a plan; as stage I's generator or as
+    reward model it is served all the same.
+    """
     monkeypatch.setattr(numbers, "FAMILIES", ("qwen2",))
     other = model(tmp_path / "qwen3", model_type="qwen3", head_dim=32)
     why = "^models.policy: .*'qwen3' has no weight-sync plan, only qwen2: stage III cannot train it"

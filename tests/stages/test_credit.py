@@ -9,7 +9,15 @@ import torch
 
 from spark_nemo.config import RLConfig
 from spark_nemo.config.designs import ADVANTAGES
-from spark_nemo.records import AnswerVerdict, FormatViolation, ParseFailure, Problem, Rollout, TokenSpan, Verdict
+from spark_nemo.records import (
+    AnswerVerdict,
+    FormatViolation,
+    ParseFailure,
+    Problem,
+    Rollout,
+    TokenSpan,
+    Verdict,
+)
 from spark_nemo.rewards import RewardBatch
 from spark_nemo.rewards.judge import Judgement
 from spark_nemo.stages.credit import batch_advantages, scored_responses
@@ -22,48 +30,79 @@ SPANS = (TokenSpan(0, 2), TokenSpan(2, 4))
 
 def rollout(group: int, spans: tuple[TokenSpan, ...] = SPANS) -> Rollout:
     """Five tokens: two steps of two and an answer."""
-    return Rollout(Problem(f"p{group}", "?"), group, (1,), (1, 2, 3, 4, 5), (-1.0,) * 5, (0,) * 5, "", "stop", spans)
+    return Rollout(
+        Problem(f"p{group}", "?"),
+        group,
+        (1,),
+        (1, 2, 3, 4, 5),
+        (-1.0,) * 5,
+        (0,) * 5,
+        "",
+        "stop",
+        spans,
+    )
 
 
 def configured(advantage: str) -> RLConfig:
     """Bounds that two steps lie in."""
-    return RLConfig(advantage=advantage, step_penalty_min=2 if advantage == "global_step_penalty" else None)
+    return RLConfig(
+        advantage=advantage, step_penalty_min=2 if advantage == "global_step_penalty" else None
+    )
 
 
 def scored(*judgements: Judgement, groups: tuple[int, ...]) -> ScoredBatch:
     """The batch that process-aware rewards with masked failures make of the judgements."""
-    rewards = [0.0 if j.violation else float(j.outcome.answer_correct) if isinstance(j.outcome, Verdict) else math.nan
-               for j in judgements]
+    rewards = [
+        0.0
+        if j.violation
+        else float(j.outcome.answer_correct)
+        if isinstance(j.outcome, Verdict)
+        else math.nan
+        for j in judgements
+    ]
     batch = RewardBatch(tuple(rewards), tuple(not math.isnan(r) for r in rewards), {})
     return ScoredBatch(tuple(rollout(g) for g in groups), batch, judgements, {})
 
 
 YES, NO = (Judgement(None, Verdict(labels, labels[1])) for labels in ((True, True), (True, False)))
-GATED, FAILED = Judgement(FormatViolation("steps"), None), Judgement(None, ParseFailure("verdict_missing"))
+GATED, FAILED = (
+    Judgement(FormatViolation("steps"), None),
+    Judgement(None, ParseFailure("verdict_missing")),
+)
 BATCH = scored(YES, NO, GATED, FAILED, YES, NO, groups=(0, 0, 0, 0, 1, 1))
 
 
 def test_the_default_is_the_groups_advantage_as_ever() -> None:
     """Bit for bit group_advantages with the std, one value per response: the default has not moved."""
-    expected = group_advantages(torch.tensor(BATCH.rewards.rewards), [r.group for r in BATCH.rollouts],
-                                torch.tensor(BATCH.rewards.valid), std_normalise=True)
+    expected = group_advantages(
+        torch.tensor(BATCH.rewards.rewards),
+        [r.group for r in BATCH.rollouts],
+        torch.tensor(BATCH.rewards.valid),
+        std_normalise=True,
+    )
     assert torch.equal(batch_advantages(BATCH, RLConfig()), expected)
 
 
 @pytest.mark.parametrize("advantage", PER_TOKEN)
 def test_every_design_gives_each_token_of_each_response_a_finite_number(advantage: str) -> None:
-    """Also where the format was broken; the response whose verification failed (masked, NaN) gets exactly 0."""
+    """Also where the format was broken; the response whose verification failed (masked, NaN) gets
+    exactly 0.
+    """
     rows = batch_advantages(BATCH, configured(advantage))
     assert [row.shape for row in rows] == [(5,)] * 6
     assert all(torch.isfinite(row).all() and row.dtype == torch.float32 for row in rows)
     assert rows[3].tolist() == [0.0] * 5
-    assert sum(map(float, rows[0])) > sum(map(float, rows[1])), "a success is above a failure of its group"
+    assert sum(map(float, rows[0])) > sum(map(float, rows[1])), (
+        "a success is above a failure of its group"
+    )
 
 
 @pytest.mark.parametrize("advantage", PER_TOKEN)
 def test_the_error_gets_less_than_what_came_before_it(advantage: str) -> None:
-    """In the failed response of the second group, the tokens of the incorrect step against those of the correct one.
-    Under min-form the error's credit flows back to all tokens before it, so there they are no better."""
+    """In the failed response of the second group, the tokens of the incorrect step against those of
+    the correct one. Under min-form the error's credit flows back to all tokens before it, so there
+    they are no better.
+    """
     row = batch_advantages(BATCH, configured(advantage))[5]
     if advantage == "min_form":
         assert row[:4].max() < 0
@@ -73,15 +112,21 @@ def test_the_error_gets_less_than_what_came_before_it(advantage: str) -> None:
 
 @pytest.mark.parametrize("advantage", PER_TOKEN)
 def test_an_orms_verdict_is_refused_where_steps_are_read(advantage: str) -> None:
-    """Not taken for a response without steps, nor for one whose labels are missing. The default reads no step."""
+    """Not taken for a response without steps, nor for one whose labels are missing. The default
+    reads no step.
+    """
     said = Judgement(None, AnswerVerdict(True))
-    batch = ScoredBatch(BATCH.rollouts[:2], RewardBatch((1.0, 0.0), (True, True), {}), (said, said), {})
+    batch = ScoredBatch(
+        BATCH.rollouts[:2], RewardBatch((1.0, 0.0), (True, True), {}), (said, said), {}
+    )
     with pytest.raises(ValueError, match="no step labels"):
         batch_advantages(batch, configured(advantage))
     assert batch_advantages(batch, RLConfig()).shape == (2,)
 
 
-def test_labels_of_another_count_are_reported_and_not_used(caplog: pytest.LogCaptureFixture) -> None:
+def test_labels_of_another_count_are_reported_and_not_used(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """It takes a bug to get here; then the log says so and the labels are dropped whole."""
     batch = scored(Judgement(None, Verdict((True, False, True), True)), NO, groups=(0, 0))
     assert [r.labelled_steps is None for r in scored_responses(batch)] == [True, False]

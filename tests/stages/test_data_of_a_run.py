@@ -17,8 +17,9 @@ from spark_nemo.verification.collected import label_collected, stream_collected
 
 
 def test_a_collected_store_verifies(collected: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Proves that the audit derives the very keys that the collector gave, from made_by.json alone, and that every
-    verification names its solution as parent; under another seed all keys are wrong."""
+    """Proves that the audit derives the very keys that the collector gave, from made_by.json alone,
+    and that every verification names its solution as parent; under another seed all keys are wrong.
+    """
     assert main(["data", "verify", str(collected)]) == 0
     made_by = json.loads((collected / "stage1/made_by.json").read_text())
     with RecordStore(collected / "stage1/store") as store:
@@ -34,13 +35,18 @@ def test_a_collected_store_verifies(collected: Path, capsys: pytest.CaptureFixtu
     assert f"{sum(map(len, keys.values()))} findings" in found
 
 
-def test_a_finished_stage_says_so_and_more_problems_are_more_work(collected: Path, tmp_path: Path) -> None:
-    """Proves the same command on a finished store ends with one line and loads no model, and that a longer problem file
-    is sampled, not taken for done."""
+def test_a_finished_stage_says_so_and_more_problems_are_more_work(
+    collected: Path, tmp_path: Path
+) -> None:
+    """Proves the same command on a finished store ends with one line and loads no model, and that a
+    longer problem file is sampled, not taken for done.
+    """
     copy = tmp_path / "copy"
     shutil.copytree(collected, copy)
     again = run("stage1", copy)
-    assert again.returncode == 0 and again.stdout.startswith(f"stage1 is complete in {copy}/stage1/shard-all, ")
+    assert again.returncode == 0 and again.stdout.startswith(
+        f"stage1 is complete in {copy}/stage1/shard-all, "
+    )
     assert json.loads((copy / "stage1/shard-all/DONE.json").read_text())["solutions"] == 20
     more = run("stage1", copy, "data.stage1_problems=toy:stage1:11")
     assert more.returncode == 0 and "is complete" not in more.stdout, more.stderr
@@ -48,7 +54,9 @@ def test_a_finished_stage_says_so_and_more_problems_are_more_work(collected: Pat
     assert done["solutions"] == 22 and done["reused"] >= 20
 
 
-def test_every_label_can_be_explained(collected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_label_can_be_explained(
+    collected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Proves for every label of a real run that its target verification is found and shown in full."""
     run = shutil.copytree(collected, tmp_path / "run")
     with RecordStore(run / "stage1/store") as store:

@@ -1,4 +1,6 @@
-"""Which groups a step trains on when useless ones are replaced, and that judging does not wait for siblings."""
+"""Which groups a step trains on when useless ones are replaced, and that judging does not wait for
+siblings.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +31,26 @@ MIXED, EQUAL = "mixed", "equal"
 
 
 class SlowPolicy:
-    """A served model that answers after as many turns of the event loop as the problem's delay says.
+    """A served model that answers after as many turns of the event loop as the problem's delay
+    says.
 
-    Tokens are bytes. Of a MIXED problem the group's first sample says "right" and the others "wrong", of an EQUAL one
-    all say "right". Keeps the seeds it was asked with and the problems whose requests were cancelled.
+    Tokens are bytes. Of a MIXED problem the group's first sample says "right" and the others
+    "wrong", of an EQUAL one all say "right". Keeps the seeds it was asked with and the problems
+    whose requests were cancelled.
     """
 
-    tokenizer = SimpleNamespace(token_bytes=lambda ids: [bytes([i]) for i in ids], eos_ids=frozenset())
+    tokenizer = SimpleNamespace(
+        token_bytes=lambda ids: [bytes([i]) for i in ids], eos_ids=frozenset()
+    )
 
     def __init__(self, delays: dict[str, int]) -> None:
-        self.delays, self.engine, self.asked, self.seeds, self.cancelled = delays, self, {}, set(), set()
+        self.delays, self.engine, self.asked, self.seeds, self.cancelled = (
+            delays,
+            self,
+            {},
+            set(),
+            set(),
+        )
 
     async def health(self):
         return SimpleNamespace(running=0, waiting=0)
@@ -56,13 +68,24 @@ class SlowPolicy:
             raise
         text = "right" if EQUAL in name or first else "wrong"
         ids = tuple(text.encode())
-        return Completion((1,), Generation(ids, (-1.0,) * len(ids), (0,) * len(ids), FinishReason.STOP), text)
+        return Completion(
+            (1,), Generation(ids, (-1.0,) * len(ids), (0,) * len(ids), FinishReason.STOP), text
+        )
 
 
-def session(policy, wanted: int, oversample: float, rounds: int | None = None, **knobs) -> RolloutSession:
-    config = RLConfig(reward="rlvr", group_size=2, prompts_per_step=wanted,
-                      rollout=RolloutConfig(oversample=oversample, max_rounds=rounds), **knobs)
-    return RolloutSession(policy, PROMPTS, config, 0, None, lambda shown: [text == "right" for _, text in shown])
+def session(
+    policy, wanted: int, oversample: float, rounds: int | None = None, **knobs
+) -> RolloutSession:
+    config = RLConfig(
+        reward="rlvr",
+        group_size=2,
+        prompts_per_step=wanted,
+        rollout=RolloutConfig(oversample=oversample, max_rounds=rounds),
+        **knobs,
+    )
+    return RolloutSession(
+        policy, PROMPTS, config, 0, None, lambda shown: [text == "right" for _, text in shown]
+    )
 
 
 def problems(*names: str) -> list[Problem]:
@@ -70,7 +93,9 @@ def problems(*names: str) -> list[Problem]:
     return [Problem(name, f"{name} ?") for name in names]
 
 
-def sampled(delays: dict[str, int], names: tuple[str, ...], wanted: int, oversample: float, rounds=None):
+def sampled(
+    delays: dict[str, int], names: tuple[str, ...], wanted: int, oversample: float, rounds=None
+):
     policy = SlowPolicy(delays)
     made = session(policy, wanted, oversample, rounds)
     return asyncio.run(dynamic_batch(made, problems(*names), 0)), policy
@@ -84,15 +109,21 @@ NAMES = ("a-mixed", "b-equal", "c-mixed", "d-mixed")
 
 
 @pytest.mark.parametrize("order", list(permutations((0, 20, 40, 60))))
-def test_the_first_useful_groups_in_prompt_order_are_kept_whichever_ends_first(order: tuple[int, ...]) -> None:
-    """In every order of arrival: a and c, never d, whose prompt goes back. Equal content and counts, so a repeated run
-    trains on the same. Groups are numbered anew, for advantages are made by group."""
+def test_the_first_useful_groups_in_prompt_order_are_kept_whichever_ends_first(
+    order: tuple[int, ...],
+) -> None:
+    """In every order of arrival: a and c, never d, whose prompt goes back. Equal content and
+    counts, so a repeated run trains on the same. Groups are numbered anew, for advantages are made
+    by group.
+    """
     batch, _ = sampled(dict(zip(NAMES, order)), NAMES, 2, 2.0)
     assert kept(batch) == ["a-mixed", "c-mixed"]
     assert [rollout.group for rollout in batch.rollouts] == [0, 0, 1, 1]
     assert batch.consumed == 3
     assert batch.metrics["dynamic/useful_fraction"] == pytest.approx(2 / 3)
-    assert batch.metrics["reward"] == pytest.approx(4 / 6), "of all groups looked at, so that dropping does not flatter"
+    assert batch.metrics["reward"] == pytest.approx(4 / 6), (
+        "of all groups looked at, so that dropping does not flatter"
+    )
 
 
 def test_what_is_not_needed_any_more_is_aborted() -> None:
@@ -102,7 +133,9 @@ def test_what_is_not_needed_any_more_is_aborted() -> None:
 
 
 def test_missing_groups_are_replaced_round_by_round() -> None:
-    """The first round finds one of two, the second starts what is missing times oversample, and so on."""
+    """The first round finds one of two, the second starts what is missing times oversample, and so
+    on.
+    """
     names = ("a-equal", "b-mixed", "c-equal", "d-mixed", "e-mixed")
     batch, policy = sampled({}, names, 2, 1.0)
     assert kept(batch) == ["b-mixed", "d-mixed"]
@@ -111,7 +144,9 @@ def test_missing_groups_are_replaced_round_by_round() -> None:
 
 
 def test_a_step_trains_on_what_there_is_after_the_last_round() -> None:
-    """One useful group of three wanted; with none at all the first ones stay, which leave the policy as it was."""
+    """One useful group of three wanted; with none at all the first ones stay, which leave the
+    policy as it was.
+    """
     few, _ = sampled({}, ("a-equal", "b-mixed", "c-equal", "d-equal", "e-mixed"), 3, 1.0, 1)
     assert kept(few) == ["b-mixed"] and few.consumed == 3
     none, _ = sampled({}, ("a-equal", "b-equal", "c-equal", "d-equal"), 2, 1.0, 2)
@@ -126,7 +161,10 @@ def test_a_problem_that_comes_twice_in_a_step_is_sampled_anew() -> None:
 
 
 def test_a_failure_counts_only_where_its_group_is_needed() -> None:
-    """An engine failure in a group before the last one kept is raised; behind it, it is nobody's loss."""
+    """An engine failure in a group before the last one kept is raised; behind it, it is nobody's
+    loss.
+    """
+
     async def group(value: int) -> int:
         if value < 0:
             raise RuntimeError("failed")
@@ -141,19 +179,32 @@ def test_a_failure_counts_only_where_its_group_is_needed() -> None:
 
 
 def test_the_data_cursor_takes_every_problem_once_per_epoch() -> None:
-    """Slices of any sizes, one after the other, are the epochs' permutations, each in full; nothing is skipped at their
-    ends, and no step asks for more than it may."""
+    """Slices of any sizes, one after the other, are the epochs' permutations, each in full; nothing
+    is skipped at their ends, and no step asks for more than it may.
+    """
     order = prompt_indices(0, 20, 10, seed=3)
     assert sorted(order[:10]) == sorted(order[10:]) == list(range(10)) and order[:10] != order[10:]
-    assert [i for start, count in ((0, 4), (4, 9), (13, 7)) for i in prompt_indices(start, count, 10, 3)] == order
-    assert prompts_at_most(RLConfig(prompts_per_step=3, rollout=RolloutConfig(oversample=1.5, max_rounds=2))) == 10
+    assert [
+        i for start, count in ((0, 4), (4, 9), (13, 7)) for i in prompt_indices(start, count, 10, 3)
+    ] == order
+    assert (
+        prompts_at_most(
+            RLConfig(prompts_per_step=3, rollout=RolloutConfig(oversample=1.5, max_rounds=2))
+        )
+        == 10
+    )
 
 
 def test_an_abort_on_the_embedded_engine_leaves_no_trace() -> None:
-    """Requests cancelled in the middle leave the batch at once, and what is sampled next is bit for bit what a fresh
-    engine samples. For servers, tests/engines shows that a cancelled request is aborted there."""
+    """Requests cancelled in the middle leave the batch at once, and what is sampled next is bit for
+    bit what a fresh engine samples. For servers, tests/engines shows that a cancelled request is
+    aborted there.
+    """
+
     async def sample(interrupted: bool) -> tuple[float, ...]:
-        served = ServedModel.load(EngineConfig(max_batch_size=8, max_context=320), ASSETS / "generator", "policy")
+        served = ServedModel.load(
+            EngineConfig(max_batch_size=8, max_context=320), ASSETS / "generator", "policy"
+        )
         sampling = SamplingConfig(temperature=1.0, max_new_tokens=40)
         asked = range(12 if interrupted else 0)
         ask = [served.complete(PROMPTS.policy(f"What is {k} + 5?"), sampling, k) for k in asked]
@@ -166,7 +217,9 @@ def test_an_abort_on_the_embedded_engine_leaves_no_trace() -> None:
             task.cancel()
         await until_idle(served.engine)
         assert (await served.engine.health()).running == 0
-        done = await asyncio.gather(*(served.complete(PROMPTS.policy("What is 7 + 5?"), sampling, k) for k in range(5)))
+        done = await asyncio.gather(
+            *(served.complete(PROMPTS.policy("What is 7 + 5?"), sampling, k) for k in range(5))
+        )
         await served.engine.close()
         return tuple(logprob for one in done for logprob in one.generation.logprobs)
 
@@ -174,19 +227,30 @@ def test_an_abort_on_the_embedded_engine_leaves_no_trace() -> None:
 
 
 def test_an_abort_reaches_the_servers_of_a_pool() -> None:
-    """Against the fake SGLang server, behind a fleet: when the batch is there the requests of the group that was not
-    needed have been aborted by name, and nothing else runs on the server."""
+    """Against the fake SGLang server, behind a fleet: when the batch is there the requests of the
+    group that was not needed have been aborted by name, and nothing else runs on the server.
+    """
+
     class Remote(SlowPolicy):
         async def complete(self, messages, sampling, seed):
             name = messages[-1]["content"].split()[0]
-            await self.engine.generate(GenerationRequest((1, 2), SamplingParams(100 if "d-" in name else 1)))
+            await self.engine.generate(
+                GenerationRequest((1, 2), SamplingParams(100 if "d-" in name else 1))
+            )
             return await super().complete(messages, sampling, seed)
 
     async def run() -> None:
         async with FakeSglang() as fake:
             fake.faults.token_s = 0.05
-            server = SglangServer(fake.url, api_key=None, vocab_size=64, max_context=122, max_in_flight=16,
-                                  request_timeout_s=20.0, control_timeout_s=5.0)
+            server = SglangServer(
+                fake.url,
+                api_key=None,
+                vocab_size=64,
+                max_context=122,
+                max_in_flight=16,
+                request_timeout_s=20.0,
+                control_timeout_s=5.0,
+            )
             policy = Remote({})
             policy.engine = Fleet({"one": server})
             batch = await dynamic_batch(session(policy, 2, 2.0), problems(*NAMES), 0)
@@ -199,8 +263,10 @@ def test_an_abort_reaches_the_servers_of_a_pool() -> None:
 
 
 def test_a_response_is_judged_while_its_siblings_still_decode() -> None:
-    """The last response of the group may only end once a verification has begun: waiting for the whole group before
-    verifying would hang here."""
+    """The last response of the group may only end once a verification has begun: waiting for the
+    whole group before verifying would hang here.
+    """
+
     async def run() -> None:
         begun = asyncio.Event()
 

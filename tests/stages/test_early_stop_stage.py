@@ -25,7 +25,8 @@ def votes(folder: Path) -> dict[str, dict[int, dict]]:
 
 
 def test_the_stage_takes_the_votes_that_a_replay_takes(tmp_path: Path, collected: Path) -> None:
-    """Proves that a run with the exact rule is a part of the full run: the same votes, and none after a decision.
+    """Proves that a run with the exact rule is a part of the full run: the same votes, and none
+    after a decision.
 
     Ledger and statistics say how many were spared. The rules themselves have their own tests.
     """
@@ -33,9 +34,14 @@ def test_the_stage_takes_the_votes_that_a_replay_takes(tmp_path: Path, collected
     assert done.returncode == 0, done.stderr
     full, stopped, rule = votes(collected), votes(tmp_path), StoppingRule(4)
     wanted = {
-        key: {vote: rows[vote] for vote in range(votes_taken(
-            rule, [outcome_from_json(rows[vote]["outcome"]) for vote in range(4)]))}
-        for key, rows in full.items()}
+        key: {
+            vote: rows[vote]
+            for vote in range(
+                votes_taken(rule, [outcome_from_json(rows[vote]["outcome"]) for vote in range(4)])
+            )
+        }
+        for key, rows in full.items()
+    }
     assert stopped == wanted
     spared = sum(map(len, full.values())) - sum(map(len, stopped.values()))
     assert spared > 0

@@ -29,20 +29,27 @@ HACKED = tagged(["7+5=11", "11*2=22", verdict_line(True)], 22)
 
 
 def judge(weakness: Exploit | None, hacking: HackingConfig | None = None) -> RewardJudge:
-    service = PRMService(ScriptedJudge.served(ASSETS / "verifier", weakness), prompt_set("compact"),
-                         SamplingConfig(temperature=0.0, max_new_tokens=120))
+    service = PRMService(
+        ScriptedJudge.served(ASSETS / "verifier", weakness),
+        prompt_set("compact"),
+        SamplingConfig(temperature=0.0, max_new_tokens=120),
+    )
     return RewardJudge(service, 0, constraints=(hacking or HackingConfig()).constraints)
 
 
 def batch(texts: list[str], rewards: list[float]) -> ScoredBatch:
     ids = tuple(range(30))
-    rollouts = tuple(Rollout(Problem("p", QUESTION), 0, (1,), ids, (0.0,) * 30, (0,) * 30, text, "stop")
-                     for text in texts)
+    rollouts = tuple(
+        Rollout(Problem("p", QUESTION), 0, (1,), ids, (0.0,) * 30, (0,) * 30, text, "stop")
+        for text in texts
+    )
     said = tuple(Judgement(None, Verdict((True,), bool(reward))) for reward in rewards)
     return ScoredBatch(rollouts, RewardBatch(tuple(rewards), (True,) * len(rewards), {}), said, {})
 
 
-def watch(folder: Path, hacking: HackingConfig, held_out: RewardJudge | None = None) -> HackingWatch:
+def watch(
+    folder: Path, hacking: HackingConfig, held_out: RewardJudge | None = None
+) -> HackingWatch:
     config = SparkConfig(run=RunConfig(dir=str(folder)), rl=RLConfig(hacking=hacking, eval_every=2))
 
     def score(_: Rollout, judgement: Judgement) -> float | Failure:
@@ -62,45 +69,67 @@ def held_out_config() -> HackingConfig:
     return replace(hacking, constraints=replace(hacking.constraints, no_judge_directed_text=False))
 
 
-def test_a_reward_that_leaves_the_held_out_verifier_behind_is_noticed(tmp_path: Path, caplog) -> None:
-    """The gap grows when the policy is paid for an exploit that the second verifier does not believe; a warning names
-    it. The verifiers differ in the planted weakness alone."""
+def test_a_reward_that_leaves_the_held_out_verifier_behind_is_noticed(
+    tmp_path: Path, caplog
+) -> None:
+    """The gap grows when the policy is paid for an exploit that the second verifier does not
+    believe; a warning names it. The verifiers differ in the planted weakness alone.
+    """
     hacking = held_out_config()
     watched = watch(tmp_path, hacking, judge(None, hacking))
     with caplog.at_level(logging.WARNING):
         first = asyncio.run(watched.metrics(batch([HONEST, WRONG], [1.0, 0.0]), 0))
         assert first["hacking/reward_gap"] == 0 and "held-out" not in caplog.text
         remember(tmp_path, 0, first)
-        assert "hacking/reward_gap" not in asyncio.run(watched.metrics(batch([HACKED], [1.0]), 1)), "not every step"
+        assert "hacking/reward_gap" not in asyncio.run(
+            watched.metrics(batch([HACKED], [1.0]), 1)
+        ), "not every step"
         last = asyncio.run(watched.metrics(batch([HONEST, HACKED], [1.0, 1.0]), 2))
     assert (last["hacking/reward_training"], last["hacking/reward_heldout"]) == (1.0, 0.5)
     assert "held-out verifier" in caplog.text
 
 
 def test_metrics_of_a_step_are_the_same_when_it_is_done_again(tmp_path: Path) -> None:
-    """A resumed run has a file with rows of the steps before; rows from the step on, left by a kill, are not read."""
+    """A resumed run has a file with rows of the steps before; rows from the step on, left by a
+    kill, are not read.
+    """
     hacking = held_out_config()
-    remember(tmp_path, 0, asyncio.run(watch(tmp_path, hacking).metrics(batch([HONEST] * 3, [1.0] * 3), 0)))
+    remember(
+        tmp_path,
+        0,
+        asyncio.run(watch(tmp_path, hacking).metrics(batch([HONEST] * 3, [1.0] * 3), 0)),
+    )
     once = asyncio.run(watch(tmp_path, hacking).metrics(batch([HONEST, HACKED], [1.0, 1.0]), 1))
     remember(tmp_path, 1, {**once, "hacking/mean_steps": 99.0})
-    assert asyncio.run(watch(tmp_path, hacking).metrics(batch([HONEST, HACKED], [1.0, 1.0]), 1)) == once
+    assert (
+        asyncio.run(watch(tmp_path, hacking).metrics(batch([HONEST, HACKED], [1.0, 1.0]), 1))
+        == once
+    )
 
 
 def test_an_alarm_names_the_detector(tmp_path: Path, caplog) -> None:
     """Half of the responses speak to the judge; the default alarm is a fifth."""
     with caplog.at_level(logging.WARNING):
-        asyncio.run(watch(tmp_path, HackingConfig()).metrics(batch([HONEST, HACKED], [1.0, 1.0]), 0))
+        asyncio.run(
+            watch(tmp_path, HackingConfig()).metrics(batch([HONEST, HACKED], [1.0, 1.0]), 0)
+        )
     assert "judge_directed in 50 % of the responses" in caplog.text
 
 
 def test_the_highest_rewards_are_kept_and_suspicious_ones_first(tmp_path: Path) -> None:
-    """Among equal rewards the flagged response comes first; a low reward never displaces a high one."""
-    top = watch(tmp_path, HackingConfig(top_rewards=2)).top(batch([WRONG, HONEST, HACKED], [0.0, 1.0, 1.0]), 0)
+    """Among equal rewards the flagged response comes first; a low reward never displaces a high
+    one.
+    """
+    top = watch(tmp_path, HackingConfig(top_rewards=2)).top(
+        batch([WRONG, HONEST, HACKED], [0.0, 1.0, 1.0]), 0
+    )
     assert top == [(2, ["judge_directed"]), (1, [])]
     assert watch(tmp_path, HackingConfig(top_rewards=0)).top(batch([HONEST], [1.0]), 0) == []
 
 
-def test_probes_report_the_planted_weakness_and_what_stands_before_it(tmp_path: Path, caplog) -> None:
+def test_probes_report_the_planted_weakness_and_what_stands_before_it(
+    tmp_path: Path, caplog
+) -> None:
     """With its constraint on the accepted probe is no warning; with the constraint off it is."""
     problem = Problem("p", QUESTION)
     with caplog.at_level(logging.WARNING):
@@ -115,7 +144,9 @@ def test_probes_report_the_planted_weakness_and_what_stands_before_it(tmp_path: 
 
 
 @pytest.mark.parametrize("probes", [0, None])
-def test_there_are_no_rows_without_probes_or_without_a_reward_model(tmp_path: Path, probes: int | None) -> None:
+def test_there_are_no_rows_without_probes_or_without_a_reward_model(
+    tmp_path: Path, probes: int | None
+) -> None:
     """Switched off, or a baseline: an absent file and no zeros."""
     watched = watch(tmp_path, HackingConfig(probes=probes))
     watched = watched if probes == 0 else replace(watched, service=None)

@@ -1,4 +1,6 @@
-"""kill -9 in each stage, then the same command again: nothing finished is lost, and the losses are the same."""
+"""kill -9 in each stage, then the same command again: nothing finished is lost, and the losses are
+the same.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,11 @@ def records(folder: Path) -> dict[str, dict]:
         return {**dict(store.iter(SOLUTION)), **dict(store.iter(VERIFICATION))}
 
 
-def test_stage1_keeps_every_stored_result_and_does_only_what_is_missing(tmp_path: Path, collected: Path) -> None:
-    """Proves resume after SIGKILL by content: the union equals an undisturbed run, and the second run reuses.
+def test_stage1_keeps_every_stored_result_and_does_only_what_is_missing(
+    tmp_path: Path, collected: Path
+) -> None:
+    """Proves resume after SIGKILL by content: the union equals an undisturbed run, and the second
+    run reuses.
 
     Does not prove durability against power loss; the store's own tests cover torn writes.
     """
@@ -38,10 +43,14 @@ def test_stage1_keeps_every_stored_result_and_does_only_what_is_missing(tmp_path
     assert all(after[key] == payload for key, payload in before.items())
     assert stats["reused"] == len(before)
     assert stats["solutions"] == 120
-    assert records(collected).keys() <= after.keys(), "the first ten problems have the same keys in every run"
+    assert records(collected).keys() <= after.keys(), (
+        "the first ten problems have the same keys in every run"
+    )
 
 
-def test_growing_stage1_to_more_votes_samples_only_the_new_ones(tmp_path: Path, collected: Path) -> None:
+def test_growing_stage1_to_more_votes_samples_only_the_new_ones(
+    tmp_path: Path, collected: Path
+) -> None:
     """Proves that N=4 grown to N=6 keeps the four votes; does not cover a changed sampling setting."""
     folder = shutil.copytree(collected, tmp_path / "grown")
     before = records(folder)
@@ -52,7 +61,9 @@ def test_growing_stage1_to_more_votes_samples_only_the_new_ones(tmp_path: Path, 
     assert stats["verifications"] == 6 * (stats["solutions"] - stats["unusable_solutions"])
 
 
-def test_stage2_losses_after_sigkill_equal_an_undisturbed_run(tmp_path: Path, collected: Path) -> None:
+def test_stage2_losses_after_sigkill_equal_an_undisturbed_run(
+    tmp_path: Path, collected: Path
+) -> None:
     """Proves exact resume of fine-tuning: every logged number is the same, not merely close."""
     calm, killed = (shutil.copytree(collected, tmp_path / name) for name in ("calm", "killed"))
     metrics = killed / "stage2/step_consistency/metrics.jsonl"
@@ -60,15 +71,23 @@ def test_stage2_losses_after_sigkill_equal_an_undisturbed_run(tmp_path: Path, co
     run_and_kill("stage2", killed, lambda: len(rows(metrics)) >= 4)
     assert run("stage2", killed).returncode == 0
     assert rows(metrics) == rows(calm / "stage2/step_consistency/metrics.jsonl")
-    scores = [json.loads((f / "stage2/step_consistency/processbench.json").read_text()) for f in (calm, killed)]
+    scores = [
+        json.loads((f / "stage2/step_consistency/processbench.json").read_text())
+        for f in (calm, killed)
+    ]
     assert scores[0] == scores[1]
 
 
 def test_stage3_losses_after_sigkill_equal_an_undisturbed_run(tmp_path: Path) -> None:
-    """Proves exact resume of RL: rollouts, rewards, losses, evaluations, the watch for hacking (a held-out verifier
-    too) and the final weights are the same."""
+    """Proves exact resume of RL: rollouts, rewards, losses, evaluations, the watch for hacking (a
+    held-out verifier too) and the final weights are the same.
+    """
     folders = {name: tmp_path / name for name in ("calm", "killed")}
-    judge = (f"rl.reward_model={VERIFIER}", f"rl.hacking.heldout_verifier={VERIFIER}", "rl.hacking.divergence_every=2")
+    judge = (
+        f"rl.reward_model={VERIFIER}",
+        f"rl.hacking.heldout_verifier={VERIFIER}",
+        "rl.hacking.divergence_every=2",
+    )
     metrics = folders["killed"] / "stage3/process_aware/metrics.jsonl"
     done = run("stage3", folders["calm"], *judge)
     assert done.returncode == 0, done.stderr
@@ -76,7 +95,13 @@ def test_stage3_losses_after_sigkill_equal_an_undisturbed_run(tmp_path: Path) ->
     assert run("stage3", folders["killed"], *judge).returncode == 0
     calm, killed = (folders[name] / "stage3/process_aware" for name in ("calm", "killed"))
     assert rows(calm / "metrics.jsonl") == rows(killed / "metrics.jsonl")
-    assert [row["step"] for row in rows(calm / "metrics.jsonl") if "hacking/reward_gap" in row] == [0, 2, 4]
+    assert [row["step"] for row in rows(calm / "metrics.jsonl") if "hacking/reward_gap" in row] == [
+        0,
+        2,
+        4,
+    ]
     for name in ("evaluations.jsonl", "hacking.jsonl", "top_rewards.jsonl"):
         assert rows(calm / name) == rows(killed / name) != []
-    assert (calm / "model/model.safetensors").read_bytes() == (killed / "model/model.safetensors").read_bytes()
+    assert (calm / "model/model.safetensors").read_bytes() == (
+        killed / "model/model.safetensors"
+    ).read_bytes()

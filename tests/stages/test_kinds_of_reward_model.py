@@ -13,18 +13,31 @@ pytestmark = pytest.mark.slow
 
 
 def test_an_orm_is_trained_scored_and_asked(tmp_path: Path, collected: Path) -> None:
-    """Its folders, its score under names of its own and no ProcessBench file; then a step of RL whose verifications are
-    asked of it (``verifier.jsonl``) and read without step labels. A dozen examples teach it nothing; how well it judges
-    is not tested."""
+    """Its folders, its score under names of its own and no ProcessBench file; then a step of RL
+    whose verifications are asked of it (``verifier.jsonl``) and read without step labels. A dozen
+    examples teach it nothing; how well it judges is not tested.
+    """
     folder = shutil.copytree(collected, tmp_path / "run")
     done = run("stage2", folder, "stage2.variant=orm", "stage2.epochs=1")
     assert done.returncode == 0, done.stderr[-2000:]
     model = folder / "stage2/step_consistency-orm"
     score = json.loads((model / "whole_solution.json").read_text())
-    assert 0 <= score["verdict_harmonic_mean"] <= 1 and len(score["cases"]) == 30 and "f1" not in score
-    assert not (model / "processbench.json").exists() and "f1" not in json.loads((model / "DONE.json").read_text())
-    done = run("stage3", folder, "rl.reward_variant=orm", "rl.steps=1", "rl.eval_every=1", "rl.failures.max_rate=1.0",
-               "rl.failures.action=penalise", "rl.failures.penalty=0.0")
+    assert (
+        0 <= score["verdict_harmonic_mean"] <= 1 and len(score["cases"]) == 30 and "f1" not in score
+    )
+    assert not (model / "processbench.json").exists() and "f1" not in json.loads(
+        (model / "DONE.json").read_text()
+    )
+    done = run(
+        "stage3",
+        folder,
+        "rl.reward_variant=orm",
+        "rl.steps=1",
+        "rl.eval_every=1",
+        "rl.failures.max_rate=1.0",
+        "rl.failures.action=penalise",
+        "rl.failures.penalty=0.0",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     arm = folder / "stage3/process_aware-orm"
     [step], [asked] = (rows(arm / name) for name in ("metrics.jsonl", "verifier.jsonl"))

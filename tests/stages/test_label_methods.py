@@ -1,4 +1,6 @@
-"""Every labelling method from one stage I run of the small world, and what answers can and cannot reach."""
+"""Every labelling method from one stage I run of the small world, and what answers can and cannot
+reach.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +22,26 @@ from spark_nemo.stages.stage1 import run_stage1
 from spark_nemo.toy.data import write_answers
 from spark_nemo.toy.resolve import oracle_for, resolve_toy
 
-SMALL = ["data.stage1_problems=toy:stage1:5", "stage1.solutions_per_problem=2", "stage1.verifications_per_solution=3",
-         "stage1.reference_verifications=3"]
+SMALL = [
+    "data.stage1_problems=toy:stage1:5",
+    "stage1.solutions_per_problem=2",
+    "stage1.verifications_per_solution=3",
+    "stage1.reference_verifications=3",
+]
 
 
 def configured(folder: Path, answers: Path | str = "toy:stage1:5", *more: str) -> SparkConfig:
-    return resolve_toy(compose_config(
-        ["+experiment=toy_labels", *SMALL, f"run.dir={folder}", f"stage1.reference_answers={answers}", *more]))
+    return resolve_toy(
+        compose_config(
+            [
+                "+experiment=toy_labels",
+                *SMALL,
+                f"run.dir={folder}",
+                f"stage1.reference_answers={answers}",
+                *more,
+            ]
+        )
+    )
 
 
 def labels(config: SparkConfig, method: str) -> list[dict]:
@@ -47,8 +62,10 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> SparkConfig:
 
 @pytest.mark.slow
 def test_every_method_labels_solutions_of_one_run(sampled: SparkConfig) -> None:
-    """Proves the whole path with the shipped critic: each method keeps most solutions, pays for what it needs, and is
-    scored against the hidden truth. Ten solutions do not show which method is better."""
+    """Proves the whole path with the shipped critic: each method keeps most solutions, pays for
+    what it needs, and is scored against the hidden truth. Ten solutions do not show which method is
+    better.
+    """
     oracle = oracle_for(sampled)
     assert oracle is not None
     scores = label_scores(Path(sampled.run.dir), sampled, oracle)
@@ -57,7 +74,9 @@ def test_every_method_labels_solutions_of_one_run(sampled: SparkConfig) -> None:
         assert each.share_kept > 0.5, method
         assert labels(sampled, method)
     assert scores["single"].tokens_per_solution < scores["meta_critique"].tokens_per_solution
-    assert scores["step_consistency"].tokens_per_solution < scores["hybrid_step"].tokens_per_solution
+    assert (
+        scores["step_consistency"].tokens_per_solution < scores["hybrid_step"].tokens_per_solution
+    )
     stats = json.loads((Path(sampled.run.dir) / "stage1/stats-shard-all.json").read_text())
     assert stats["reference_guided"]["reads_answer_keys"] == sampled.stage1.reference_answers
 
@@ -67,14 +86,22 @@ def test_a_second_run_asks_for_nothing(sampled: SparkConfig) -> None:
     """Proves critiques, merges and reference verifications are found again by their keys."""
     run_stage1(sampled)
     stats = json.loads((Path(sampled.run.dir) / "stage1/stats-shard-all.json").read_text())
-    assert stats["revision"]["tokens"] == stats["reference_guided"]["tokens"] == stats["verification_tokens"] == 0
+    assert (
+        stats["revision"]["tokens"]
+        == stats["reference_guided"]["tokens"]
+        == stats["verification_tokens"]
+        == 0
+    )
     assert stats["revision"]["reused"] > 0
 
 
 @pytest.mark.slow
-def test_poisoned_reference_answers_reach_the_baseline_and_nothing_else(sampled: SparkConfig, tmp_path: Path) -> None:
-    """Proves no reference-free label depends on the answer file: with every answer wrong, six methods give the same
-    labels to the letter, and the baseline gives others."""
+def test_poisoned_reference_answers_reach_the_baseline_and_nothing_else(
+    sampled: SparkConfig, tmp_path: Path
+) -> None:
+    """Proves no reference-free label depends on the answer file: with every answer wrong, six
+    methods give the same labels to the letter, and the baseline gives others.
+    """
     honest = write_answers("stage1", 5, 0, tmp_path)
     rows = [{**json.loads(line), "answer": "-1"} for line in honest.read_text().splitlines()]
     poisoned = tmp_path / "poisoned.jsonl"
@@ -82,28 +109,43 @@ def test_poisoned_reference_answers_reach_the_baseline_and_nothing_else(sampled:
     config = configured(tmp_path / "run", poisoned)
     run_stage1(config)
     for method in LABEL_METHODS:
-        assert (labels(config, method) == labels(sampled, method)) == (method != REFERENCE_GUIDED), method
+        assert (labels(config, method) == labels(sampled, method)) == (
+            method != REFERENCE_GUIDED
+        ), method
 
 
 @pytest.mark.slow
 def test_a_method_whose_texts_are_missing_says_what_to_run(tmp_path: Path) -> None:
     """Proves a store of votes alone refuses the other methods with the setting that helps."""
-    config = configured(tmp_path, "null", "stage1.reference_verifications=null", "stage1.revise=[]",
-                        "stage1.revision_sampling.temperature=null", "stage1.revision_sampling.max_new_tokens=null",
-                        "pipeline.label_methods=[single]")
+    config = configured(
+        tmp_path,
+        "null",
+        "stage1.reference_verifications=null",
+        "stage1.revise=[]",
+        "stage1.revision_sampling.temperature=null",
+        "stage1.revision_sampling.max_new_tokens=null",
+        "pipeline.label_methods=[single]",
+    )
     run_stage1(config)
-    for method, fix in (("meta_critique", r"stage1\.revise=\[single\]"), ("hybrid_step", r"=\[step_consistency\]"),
-                        (REFERENCE_GUIDED, r"stage1\.reference_answers")):
+    for method, fix in (
+        ("meta_critique", r"stage1\.revise=\[single\]"),
+        ("hybrid_step", r"=\[step_consistency\]"),
+        (REFERENCE_GUIDED, r"stage1\.reference_answers"),
+    ):
         with pytest.raises(ConfigError, match=fix):
             make_labels(with_method(config, method))
 
 
 @pytest.mark.slow
 def test_what_was_removed_is_written_down(sampled: SparkConfig) -> None:
-    """Proves labels.json adds up for both ways of balancing and says when answers were read; balancing by ground truth
-    keeps equally many solutions with a right and with a wrong answer."""
+    """Proves labels.json adds up for both ways of balancing and says when answers were read;
+    balancing by ground truth keeps equally many solutions with a right and with a wrong answer.
+    """
     answers = sampled.stage1.reference_answers
-    for changes in ({"balance": "consensus"}, {"balance": "ground_truth", "reference_answers": answers}):
+    for changes in (
+        {"balance": "consensus"},
+        {"balance": "ground_truth", "reference_answers": answers},
+    ):
         config = replace(sampled, labels=replace(sampled.labels, **changes))
         try:
             kept = labels(config, "step_consistency")
@@ -117,8 +159,12 @@ def test_what_was_removed_is_written_down(sampled: SparkConfig) -> None:
             assert 2 * sum(label["answer_correct"] for label in kept) == len(kept)
 
 
-def test_without_a_critic_the_verifier_criticises_itself_and_nothing_more_is_loaded(tmp_path: Path) -> None:
-    """Proves ``models.critic=null`` reuses the verifier's engine, and that votes alone need no such thing."""
+def test_without_a_critic_the_verifier_criticises_itself_and_nothing_more_is_loaded(
+    tmp_path: Path,
+) -> None:
+    """Proves ``models.critic=null`` reuses the verifier's engine, and that votes alone need no such
+    thing.
+    """
     verifier = SimpleNamespace(identity="verifier")
     with RecordStore(tmp_path / "store", "writer") as store:
         alone = configured(tmp_path, "toy:stage1:5", "models.critic=null")
@@ -131,5 +177,7 @@ def test_without_a_critic_the_verifier_criticises_itself_and_nothing_more_is_loa
 def test_an_answer_file_with_holes_is_refused_before_any_model_is_loaded(tmp_path: Path) -> None:
     """Proves the error names the file, the problems and how many answers are missing."""
     answers = write_answers("stage1", 4, 0, tmp_path)
-    with pytest.raises(ConfigError, match=r"stage1\.reference_answers=.*: no answer for 1 of data\.stage1_problems"):
+    with pytest.raises(
+        ConfigError, match=r"stage1\.reference_answers=.*: no answer for 1 of data\.stage1_problems"
+    ):
         run_stage1(configured(tmp_path / "run", answers))

@@ -1,4 +1,6 @@
-"""The parts of working one step ahead: the background call, the batch in a checkpoint, and what was hidden."""
+"""The parts of working one step ahead: the background call, the batch in a checkpoint, and what was
+hidden.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +27,35 @@ from spark_nemo.stages.timeline import GENERATE, TRAIN, VERIFY, Timeline, shared
 
 def batch(version: int = 3) -> ScoredBatch:
     rollouts = tuple(
-        Rollout(Problem(f"p{n}", "1 + 1?"), n // 2, (1, 2), (3, 4), (-0.1, -math.pi), (version, version), "text",
-                "stop", (TokenSpan(0, 2),)) for n in range(4))
-    judgements = (Judgement(None, Verdict((True, False), False), 7), Judgement(FormatViolation("steps"), None),
-                  Judgement(None, EngineError("gone"), 0), Judgement(None, Verdict((True,), True), 5))
-    rewards = RewardBatch((0.0, 0.0, math.nan, 1.0), (True, True, False, True), {"engine_error": 1 / 3})
+        Rollout(
+            Problem(f"p{n}", "1 + 1?"),
+            n // 2,
+            (1, 2),
+            (3, 4),
+            (-0.1, -math.pi),
+            (version, version),
+            "text",
+            "stop",
+            (TokenSpan(0, 2),),
+        )
+        for n in range(4)
+    )
+    judgements = (
+        Judgement(None, Verdict((True, False), False), 7),
+        Judgement(FormatViolation("steps"), None),
+        Judgement(None, EngineError("gone"), 0),
+        Judgement(None, Verdict((True,), True), 5),
+    )
+    rewards = RewardBatch(
+        (0.0, 0.0, math.nan, 1.0), (True, True, False, True), {"engine_error": 1 / 3}
+    )
     return ScoredBatch(rollouts, rewards, judgements, {"reward": 1 / 3}, consumed=5)
 
 
 def test_a_batch_comes_back_from_a_checkpoint_as_it_was() -> None:
-    """Every log-probability to the last bit, failures as failures, the masked reward as NaN, the data cursor."""
+    """Every log-probability to the last bit, failures as failures, the masked reward as NaN, the
+    data cursor.
+    """
     came = batch_from_bytes(batch_to_bytes(batch()))
     assert math.isnan(came.rewards.rewards[2])
     whole = RewardBatch((0.0, 0.0, 0.0, 1.0), *vars_of(came.rewards)[1:])
@@ -47,7 +68,9 @@ def vars_of(rewards: RewardBatch) -> tuple:
 
 
 def test_a_batch_of_another_version_or_of_foreign_objects_is_refused() -> None:
-    """Slots would be filled in order whatever their names, and a pickle may name any function there is."""
+    """Slots would be filled in order whatever their names, and a pickle may name any function there
+    is.
+    """
     data = batch_to_bytes(batch())
     with pytest.raises(ConfigError, match="another version"):
         batch_from_bytes(data.replace(b'"weight_versions"', b'"versions"', 1))
@@ -61,17 +84,26 @@ def test_a_batch_of_another_version_or_of_foreign_objects_is_refused() -> None:
 
 
 def test_a_pickle_cannot_reach_a_function_through_a_module_of_this_package() -> None:
-    """A dotted name walks from a module of ours into what that module imported; only classes of a batch are made."""
+    """A dotted name walks from a module of ours into what that module imported; only classes of a
+    batch are made.
+    """
     head = batch_to_bytes(batch()).partition(b"\n")[0]
-    for module, name in (("spark_nemo.stages.jobs", "subprocess.getoutput"), ("spark_nemo.stages.jobs", "run_jobs")):
+    for module, name in (
+        ("spark_nemo.stages.jobs", "subprocess.getoutput"),
+        ("spark_nemo.stages.jobs", "run_jobs"),
+    ):
         strings = b"".join(b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name))
-        call = b"\x80\x04" + strings + b"\x93\x8c\x04true\x85R."  # STACK_GLOBAL, "true", TUPLE1, REDUCE, STOP
+        call = (
+            b"\x80\x04" + strings + b"\x93\x8c\x04true\x85R."
+        )  # STACK_GLOBAL, "true", TUPLE1, REDUCE, STOP
         with pytest.raises(ConfigError, match="no part of a scored batch"):
             batch_from_bytes(head + b"\n" + call)
 
 
 def test_background_work_runs_beside_its_caller_and_hands_over_result_or_error() -> None:
-    """It ends although the caller's thread never yields to the loop in between; the loop can be used afterwards."""
+    """It ends although the caller's thread never yields to the loop in between; the loop can be
+    used afterwards.
+    """
     seen = threading.Event()
 
     async def work(fail: bool) -> int:
@@ -105,7 +137,9 @@ def test_cancelled_background_work_has_ended() -> None:
 
 
 class Session:
-    """Makes batches that say which weights sampled them: the newest that were synced when it was asked."""
+    """Makes batches that say which weights sampled them: the newest that were synced when it was
+    asked.
+    """
 
     version = 0
 
@@ -119,13 +153,16 @@ class Session:
 
 def config(one_step_off: bool) -> SimpleNamespace:
     rollout = RolloutConfig(one_step_off=one_step_off)
-    return SimpleNamespace(rl=RLConfig(steps=3, prompts_per_step=2, rollout=rollout), run=SimpleNamespace(seed=0))
+    return SimpleNamespace(
+        rl=RLConfig(steps=3, prompts_per_step=2, rollout=rollout), run=SimpleNamespace(seed=0)
+    )
 
 
 @pytest.mark.parametrize(("one_step_off", "lags"), [(False, [0, 0, 0]), (True, [0, 1, 1])])
 def test_batches_are_at_most_one_version_behind(one_step_off: bool, lags: list[int]) -> None:
-    """As in the loop of stage III: sync, take, train, settle. Every step's batch is made once, none after the last;
-    only where versions match has the first-step gate something to compare."""
+    """As in the loop of stage III: sync, take, train, settle. Every step's batch is made once, none
+    after the last; only where versions match has the first-step gate something to compare.
+    """
     session = Session()
     feed = BatchFeed(config(one_step_off), [Problem(str(n), "?") for n in range(5)], session)
     for step in range(3):
@@ -139,7 +176,9 @@ def test_batches_are_at_most_one_version_behind(one_step_off: bool, lags: list[i
 
 
 def test_the_batch_ahead_is_in_the_checkpoint(tmp_path) -> None:
-    """Resumed after step 0, step 1 trains on the batch that version 0 had made, and does not make it again."""
+    """Resumed after step 0, step 1 trains on the batch that version 0 had made, and does not make
+    it again.
+    """
     problems, session = [Problem(str(n), "?") for n in range(5)], Session()
     feed = BatchFeed(config(True), problems, session)
     feed.take(0)
@@ -156,11 +195,23 @@ def test_the_batch_ahead_is_in_the_checkpoint(tmp_path) -> None:
 
 
 def test_hidden_is_the_share_of_verification_within_generation_or_training() -> None:
-    """Of 6 s in which step 1's responses were verified, 1 s lay in a generation and 2 s in another step's training.
-    Overlapping verifications count once."""
-    timeline = Timeline([(GENERATE, 1, 0.0, 3.0), (VERIFY, 1, 2.0, 5.0), (VERIFY, 1, 4.0, 8.0), (TRAIN, 0, 6.0, 9.0)])
+    """Of 6 s in which step 1's responses were verified, 1 s lay in a generation and 2 s in another
+    step's training. Overlapping verifications count once.
+    """
+    timeline = Timeline(
+        [
+            (GENERATE, 1, 0.0, 3.0),
+            (VERIFY, 1, 2.0, 5.0),
+            (VERIFY, 1, 4.0, 8.0),
+            (TRAIN, 0, 6.0, 9.0),
+        ]
+    )
     assert timeline.row(1) == {
-        "generate_seconds": 3.0, "verify_seconds": 6.0, "train_seconds": 0.0, "verify_hidden": 0.5}
+        "generate_seconds": 3.0,
+        "verify_seconds": 6.0,
+        "train_seconds": 0.0,
+        "verify_hidden": 0.5,
+    }
     assert "verify_hidden" not in timeline.row(0)
 
 

@@ -7,8 +7,10 @@ import pytest
 from spark_nemo.stages.stage3 import warn_out_of_format
 
 
-@pytest.mark.parametrize(("metrics", "warned"), [
-    ({"format_violations": 1.0}, True), ({"format_violations": 0.5}, False), ({}, False)])
+@pytest.mark.parametrize(
+    ("metrics", "warned"),
+    [({"format_violations": 1.0}, True), ({"format_violations": 0.5}, False), ({}, False)],
+)
 def test_a_policy_without_the_format_is_warned_of(metrics, warned, caplog):
     """Proves the words and the bound; half of the responses in format is enough to learn the rest."""
     with caplog.at_level(logging.WARNING):

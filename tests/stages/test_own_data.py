@@ -18,8 +18,16 @@ from spark_nemo.toy.resolve import ASSETS
 
 REPO = Path(__file__).parents[2]
 PAGE = (REPO / "docs/own_data.md").read_text()
-SMALL = ["stage1.solutions_per_problem=2", "stage1.verifications_per_solution=4", "stage2.batch_size=4", "rl.steps=2",
-         "rl.prompts_per_step=4", "rl.group_size=4", "evaluation.samples_per_problem=1", "stage2.epochs=1"]
+SMALL = [
+    "stage1.solutions_per_problem=2",
+    "stage1.verifications_per_solution=4",
+    "stage2.batch_size=4",
+    "rl.steps=2",
+    "rl.prompts_per_step=4",
+    "rl.group_size=4",
+    "evaluation.samples_per_problem=1",
+    "stage2.epochs=1",
+]
 
 
 def example_row(setting: str) -> dict[str, object]:
@@ -30,15 +38,20 @@ def example_row(setting: str) -> dict[str, object]:
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A folder with a user's models, data and experiment; problems are the small world's, for its models know no other.
+    """A folder with a user's models, data and experiment; problems are the small world's, for its
+    models know no other.
     """
     for name in ("generator", "verifier"):
         shutil.copytree(ASSETS / name, tmp_path / "models" / name)
     shutil.copytree(REPO / "conf", tmp_path / "conf")
-    (tmp_path / "conf/experiment/mine.yaml").write_text(re.search(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[1])
+    (tmp_path / "conf/experiment/mine.yaml").write_text(
+        re.search(r"```yaml\n(.*?)```", PAGE, re.DOTALL)[1]
+    )
     (tmp_path / "data").mkdir()
-    made = {"problems": data.write_problems("rl", 8, 0, tmp_path / "made"),
-            "eval": data.write_answers("eval", 6, 0, tmp_path / "made")}
+    made = {
+        "problems": data.write_problems("rl", 8, 0, tmp_path / "made"),
+        "eval": data.write_answers("eval", 6, 0, tmp_path / "made"),
+    }
     for name, path in made.items():
         shutil.copy(path, tmp_path / f"data/{name}.jsonl")
     cases = json.loads(data.write_processbench(12, tmp_path / "made").read_text())
@@ -50,16 +63,29 @@ def spark_nemo(home: Path, *words: str) -> str:
     """What a command of the page prints, run where the user's folders are."""
     line = [sys.executable, "-m", "spark_nemo.cli.main", *words]
     paths = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(line, cwd=home, capture_output=True, text=True, timeout=300, check=False, env={
-        **environment(), "SPARK_NEMO_CONF": str(home / "conf"), "PYTHONPATH": paths})
+    done = subprocess.run(
+        line,
+        cwd=home,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**environment(), "SPARK_NEMO_CONF": str(home / "conf"), "PYTHONPATH": paths},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 def test_the_rows_of_the_page_are_what_the_dry_run_reads(home: Path) -> None:
-    """Proves every format shown is the one that is read, the SFT's too; not that anything can be learnt from a row."""
-    for setting, name in (("data.stage1_problems", "problems"), ("data.eval_problems", "eval"),
-                          ("data.processbench", "cases"), ("data.sft_examples", "sft")):
+    """Proves every format shown is the one that is read, the SFT's too; not that anything can be
+    learnt from a row.
+    """
+    for setting, name in (
+        ("data.stage1_problems", "problems"),
+        ("data.eval_problems", "eval"),
+        ("data.processbench", "cases"),
+        ("data.sft_examples", "sft"),
+    ):
         (home / f"data/{name}.jsonl").write_text(json.dumps(example_row(setting)) + "\n")
     plan = spark_nemo(home, "pipeline", "+experiment=mine", "--dry-run")
     assert "data.processbench: data/cases.jsonl (here)" in plan and "1 problems" in plan
@@ -69,11 +95,15 @@ def test_the_rows_of_the_page_are_what_the_dry_run_reads(home: Path) -> None:
 
 @pytest.mark.slow
 def test_models_and_data_on_disk_go_through_the_stages_of_the_page(home: Path) -> None:
-    """Proves the page's commands, one after the other, in small sizes. That a model gets better is for others."""
+    """Proves the page's commands, one after the other, in small sizes. That a model gets better is
+    for others.
+    """
     for stage in ("stage1", "stage2", "stage3"):
         spark_nemo(home, stage, "+experiment=mine", *SMALL)
     assert "solution" in spark_nemo(home, "data", "stats", "runs/mine")
     spark_nemo(home, "report", "+experiment=mine", *SMALL)
     assert (home / "runs/mine/report.html").exists()
     model = "runs/mine/stage3/process_aware/model"
-    assert "avg@1" in spark_nemo(home, "evaluate", "math", "--model", model, "+experiment=mine", *SMALL)
+    assert "avg@1" in spark_nemo(
+        home, "evaluate", "math", "--model", model, "+experiment=mine", *SMALL
+    )

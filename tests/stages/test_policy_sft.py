@@ -1,4 +1,6 @@
-"""The policy's format SFT on the small world: it learns, its result is served, and a kill changes nothing."""
+"""The policy's format SFT on the small world: it learns, its result is served, and a kill changes
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,12 @@ from spark_nemo.toy.data import split_problems
 from spark_nemo.toy.resolve import ASSETS
 
 pytestmark = pytest.mark.slow
-TINY = ["data.sft_examples=toy:sft:200", "sft.batch_size=16", "sft.save_every=4", "sft.eval_every=5"]
+TINY = [
+    "data.sft_examples=toy:sft:200",
+    "sft.batch_size=16",
+    "sft.save_every=4",
+    "sft.eval_every=5",
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +36,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_both_losses_fall(trained: Path) -> None:
-    """Proves the loss of what is trained on and of problems that are not both fall, and what the files say of the data.
+    """Proves the loss of what is trained on and of problems that are not both fall, and what the
+    files say of the data.
 
     Does not prove that a policy of a real size gets better at anything.
     """
@@ -43,13 +51,16 @@ def test_both_losses_fall(trained: Path) -> None:
 
 
 def test_the_exported_model_is_served_and_keeps_the_format(trained: Path) -> None:
-    """Proves the folder that stage III would start from loads in the engine, under the prompt that stage III uses, and
-    passes the gate where its base did not."""
+    """Proves the folder that stage III would start from loads in the engine, under the prompt that
+    stage III uses, and passes the gate where its base did not.
+    """
     assert passing(ASSETS / "verifier") < 8 <= passing(trained / "sft/model")
 
 
 def test_a_killed_run_ends_like_one_that_was_not(trained: Path, tmp_path: Path) -> None:
-    """Proves exact resume after SIGKILL: every logged number and every byte of the exported weights."""
+    """Proves exact resume after SIGKILL: every logged number and every byte of the exported
+    weights.
+    """
     metrics = tmp_path / "sft/metrics.jsonl"
     run_and_kill("sft", tmp_path, lambda: len(rows(metrics)) >= 6, *TINY)
     done = run("sft", tmp_path, *TINY)
@@ -60,10 +71,14 @@ def test_a_killed_run_ends_like_one_that_was_not(trained: Path, tmp_path: Path) 
 
 
 def test_a_finished_run_is_left_as_it_is(trained: Path) -> None:
-    """Proves the same command ends with status 0 and one line on what it found, and touches no file of the part."""
+    """Proves the same command ends with status 0 and one line on what it found, and touches no file
+    of the part.
+    """
     before = {path: path.stat().st_mtime_ns for path in (trained / "sft").rglob("*")}
     again = run("sft", trained, *TINY)
-    assert again.returncode == 0 and again.stdout.startswith(f"sft is complete in {trained}/sft, "), again.stderr
+    assert again.returncode == 0 and again.stdout.startswith(
+        f"sft is complete in {trained}/sft, "
+    ), again.stderr
     assert {path: path.stat().st_mtime_ns for path in (trained / "sft").rglob("*")} == before
 
 
@@ -73,8 +88,10 @@ def passing(model: Path) -> int:
     sampling, prompts = SamplingConfig(temperature=0.0, max_new_tokens=60), prompt_set("compact")
 
     async def texts() -> list[str]:
-        return [(await served.complete(prompts.policy(problem.question), sampling, 0)).text
-                for problem in split_problems("eval", 16, 0)]
+        return [
+            (await served.complete(prompts.policy(problem.question), sampling, 0)).text
+            for problem in split_problems("eval", 16, 0)
+        ]
 
     try:
         return sum(check_format(text) is None for text in run_async(texts()))

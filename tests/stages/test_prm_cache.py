@@ -18,18 +18,30 @@ from spark_nemo.toy.data import split_problems
 from spark_nemo.toy.resolve import ASSETS
 
 PROMPTS, ENGINE = prompt_set("compact"), EngineConfig(max_batch_size=64, max_context=320)
-PROBLEMS = [Problem(f"p{k}", problem.question) for k, problem in enumerate(split_problems("rl", 3, 0))]
+PROBLEMS = [
+    Problem(f"p{k}", problem.question) for k, problem in enumerate(split_problems("rl", 3, 0))
+]
 
 
-def two_steps(votes: int, temperature: float, entries: int) -> tuple[list[ScoredBatch], list[ServiceCounts]]:
+def two_steps(
+    votes: int, temperature: float, entries: int
+) -> tuple[list[ScoredBatch], list[ServiceCounts]]:
     """Two batches of one policy. The second has the first's problems, as a second epoch would."""
-    rl = RLConfig(group_size=6, verifier_votes=votes, sampling=SamplingConfig(temperature=0.7, max_new_tokens=120),
-                  verifier_sampling=SamplingConfig(temperature=temperature, max_new_tokens=120))
+    rl = RLConfig(
+        group_size=6,
+        verifier_votes=votes,
+        sampling=SamplingConfig(temperature=0.7, max_new_tokens=120),
+        verifier_sampling=SamplingConfig(temperature=temperature, max_new_tokens=120),
+    )
 
     async def run():
-        policy, model = (ServedModel.load(ENGINE, ASSETS / name, role) for name, role in (
-            ("generator", "policy"), ("verifier", "verifier")))
-        service = PRMService(model, PROMPTS, rl.verifier_sampling, ServiceLimits(cache_entries=entries))
+        policy, model = (
+            ServedModel.load(ENGINE, ASSETS / name, role)
+            for name, role in (("generator", "policy"), ("verifier", "verifier"))
+        )
+        service = PRMService(
+            model, PROMPTS, rl.verifier_sampling, ServiceLimits(cache_entries=entries)
+        )
         judge = RewardJudge(service, 1, votes, rl.min_votes)
         session = RolloutSession(policy, PROMPTS, rl, 0, judge, None)
         batches, counts = [], []
@@ -44,14 +56,20 @@ def two_steps(votes: int, temperature: float, entries: int) -> tuple[list[Scored
 
 
 @pytest.mark.parametrize(("votes", "temperature"), [(1, 0.0), (3, 0.7)])
-def test_the_cache_spares_verifications_and_changes_no_reward(votes: int, temperature: float) -> None:
-    """Rewards, outcomes and metrics of two steps are equal with and without it, and fewer tokens are sampled. Says
-    nothing about engines that ignore seeds."""
+def test_the_cache_spares_verifications_and_changes_no_reward(
+    votes: int, temperature: float
+) -> None:
+    """Rewards, outcomes and metrics of two steps are equal with and without it, and fewer tokens
+    are sampled. Says nothing about engines that ignore seeds.
+    """
     cached, with_cache = two_steps(votes, temperature, 1000)
     plain, without = two_steps(votes, temperature, 0)
     for a, b in zip(cached, plain):
         assert a.judgements == b.judgements and a.metrics == b.metrics
-        assert all(x == y or (math.isnan(x) and math.isnan(y)) for x, y in zip(a.rewards.rewards, b.rewards.rewards))
+        assert all(
+            x == y or (math.isnan(x) and math.isnan(y))
+            for x, y in zip(a.rewards.rewards, b.rewards.rewards)
+        )
     sampled, needed = (sum(c.sampled_tokens for c in counts) for counts in (with_cache, without))
     print([counts.metrics()["hit_rate"] for counts in with_cache], sampled, needed)
     assert 0 < sampled < needed

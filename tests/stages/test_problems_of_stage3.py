@@ -17,13 +17,17 @@ from spark_nemo.toy.resolve import resolve_toy
 
 
 def small(folder: Path, *overrides: str) -> SparkConfig:
-    return resolve_toy(compose_config([*SMALL, f"run.dir={folder}", "rl.reward=random", *overrides]))
+    return resolve_toy(
+        compose_config([*SMALL, f"run.dir={folder}", "rl.reward=random", *overrides])
+    )
 
 
 @pytest.mark.parametrize("field", ["rl_problems", "eval_problems"])
 def test_a_prompt_that_leaves_no_room_for_the_response_is_named(tmp_path: Path, field: str) -> None:
-    """Engines refuse such a request, which ends the run at the step that draws the problem, and again after every
-    resume. Says nothing about the verifier's prompt, whose length is known when the response is there."""
+    """Engines refuse such a request, which ends the run at the step that draws the problem, and
+    again after every resume. Says nothing about the verifier's prompt, whose length is known when
+    the response is there.
+    """
     config = small(tmp_path)
     path = Path(getattr(config.data, field))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -31,13 +35,16 @@ def test_a_prompt_that_leaves_no_room_for_the_response_is_named(tmp_path: Path, 
     long = tmp_path / "long.jsonl"
     long.write_text("".join(json.dumps(row) + "\n" for row in rows))
     check_stage3(config)
-    with pytest.raises(ConfigError, match=rf"data\.{field}=.*1 of {len(rows)} prompts.*{rows[3]['problem_id']}"):
+    with pytest.raises(
+        ConfigError, match=rf"data\.{field}=.*1 of {len(rows)} prompts.*{rows[3]['problem_id']}"
+    ):
         check_stage3(replace(config, data=replace(config.data, **{field: str(long)})))
 
 
 def test_a_step_needs_as_many_problems_as_it_has_prompts(tmp_path: Path) -> None:
-    """Without dynamic sampling an epoch of fewer problems was one step of fewer prompts, whatever was configured; with
-    it a step may draw a problem twice, with other samples."""
+    """Without dynamic sampling an epoch of fewer problems was one step of fewer prompts, whatever
+    was configured; with it a step may draw a problem twice, with other samples.
+    """
     check_stage3(small(tmp_path, "rl.prompts_per_step=40"))
     with pytest.raises(ConfigError, match=r"rl\.prompts_per_step=41.*40 problems"):
         check_stage3(small(tmp_path, "rl.prompts_per_step=41"))
@@ -45,12 +52,22 @@ def test_a_step_needs_as_many_problems_as_it_has_prompts(tmp_path: Path) -> None
 
 
 def test_held_out_problems_may_be_a_benchmark_as_it_is_distributed(tmp_path: Path) -> None:
-    """MATH-500's own columns are read because the file's name says what it is; the same rows under another name are
-    refused with the field that is missing, before any work."""
-    row = {"problem": "What is 2 + 3?", "solution": "2 + 3 = \\boxed{5}", "answer": "5", "unique_id": "a/1.json"}
+    """MATH-500's own columns are read because the file's name says what it is; the same rows under
+    another name are refused with the field that is missing, before any work.
+    """
+    row = {
+        "problem": "What is 2 + 3?",
+        "solution": "2 + 3 = \\boxed{5}",
+        "answer": "5",
+        "unique_id": "a/1.json",
+    }
     config = small(tmp_path)
     for name in ("MATH-500.jsonl", "mine.jsonl"):
         (tmp_path / name).write_text(json.dumps(row) + "\n")
-    check_stage3(replace(config, data=replace(config.data, eval_problems=str(tmp_path / "MATH-500.jsonl"))))
+    check_stage3(
+        replace(config, data=replace(config.data, eval_problems=str(tmp_path / "MATH-500.jsonl")))
+    )
     with pytest.raises(DataFileError, match=r"mine\.jsonl.*problem_id"):
-        check_stage3(replace(config, data=replace(config.data, eval_problems=str(tmp_path / "mine.jsonl"))))
+        check_stage3(
+            replace(config, data=replace(config.data, eval_problems=str(tmp_path / "mine.jsonl")))
+        )

@@ -1,7 +1,8 @@
 """Real mathematics problems through the real stage I command, with models that cannot solve them.
 
-What matters is not the answers but that nothing crashes and every failure is counted: questions in characters that the
-small world's tokenizer never saw, questions longer than the model's context, answers in no grammar.
+What matters is not the answers but that nothing crashes and every failure is counted: questions in
+characters that the small world's tokenizer never saw, questions longer than the model's context,
+answers in no grammar.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ from spark_nemo.records.store import RecordStore
 from spark_nemo.verification.collect import SOLUTION, VERIFICATION
 from spark_nemo.verification.statistics import store_statistics
 
-DATA = Path(os.environ.get("SPARK_NEMO_DATA") or Path(__file__).parents[2].parent / "shared" / "data") / "math"
+DATA = (
+    Path(os.environ.get("SPARK_NEMO_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
+    / "math"
+)
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no mathematics files in {DATA}")
 M, N = 2, 4
 ODD = [
@@ -28,7 +32,9 @@ ODD = [
     "Step 1: {{question}} {{solution}} %s \\frac{1}{2} \\boxed{3}\nAnswer: 3",
     "How much is it? " * 400,
 ]
-"""Not in the tokenizer's training text; markup of the chat template; our own grammar and templates; far too long."""
+"""Not in the tokenizer's training text; markup of the chat template; our own grammar and templates;
+far too long.
+"""
 
 
 def stage1(folder: Path, problems: Path) -> dict[str, object]:
@@ -48,15 +54,22 @@ def stage1(folder: Path, problems: Path) -> dict[str, object]:
     unverified = counts["verifications"] - statistics.records.get(VERIFICATION, 0)
     assert counts["verifications"] == N * usable
     assert counts["unusable_solutions"] == failed + refused - unverified
-    assert stored + refused - unverified == counts["solutions"], "every solution is stored or refused with a reason"
-    assert sum(statistics.failures.get(VERIFICATION, {}).values()) + unverified == counts["failed_verifications"]
+    assert stored + refused - unverified == counts["solutions"], (
+        "every solution is stored or refused with a reason"
+    )
+    assert (
+        sum(statistics.failures.get(VERIFICATION, {}).values()) + unverified
+        == counts["failed_verifications"]
+    )
     return counts
 
 
 @needs_data
 def test_the_files_load_as_problems_without_answers() -> None:
-    """Proves that both files are problem files as they are, every row of them; that a Problem has no field for an
-    answer is a type's matter, so what is looked for here is the answer column itself."""
+    """Proves that both files are problem files as they are, every row of them; that a Problem has
+    no field for an answer is a type's matter, so what is looked for here is the answer column
+    itself.
+    """
     pytest.importorskip("pyarrow")
     skywork = read_problems(DATA / "skywork_math_8k.parquet")
     math500 = read_problems(DATA / "math500.jsonl")
@@ -68,7 +81,9 @@ def test_the_files_load_as_problems_without_answers() -> None:
 @needs_data
 @pytest.mark.slow
 def test_a_sample_of_real_problems_goes_through_stage1(tmp_path: Path) -> None:
-    """Proves prompts, engine, parsing and store on eight problems of each file, read in their own formats."""
+    """Proves prompts, engine, parsing and store on eight problems of each file, read in their own
+    formats.
+    """
     pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
@@ -78,16 +93,24 @@ def test_a_sample_of_real_problems_goes_through_stage1(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "skywork.parquet")
     for name in ("math500.jsonl", "skywork.parquet"):
         counts = stage1(tmp_path / name.partition(".")[0], tmp_path / name)
-        assert counts["unusable_solutions"] + counts["failed_verifications"] > 0, "a model of this size cannot do these"
+        assert counts["unusable_solutions"] + counts["failed_verifications"] > 0, (
+            "a model of this size cannot do these"
+        )
 
 
 @pytest.mark.slow
 def test_odd_questions_are_counted_and_crash_nothing(tmp_path: Path) -> None:
-    """Proves it for text that no tokenizer was trained on, for markup in a question, and for a question longer than
-    the model's context: that one is refused by the engine, counted by reason, and not stored as an answer."""
+    """Proves it for text that no tokenizer was trained on, for markup in a question, and for a
+    question longer than the model's context: that one is refused by the engine, counted by reason,
+    and not stored as an answer.
+    """
     path = tmp_path / "odd.jsonl"
-    path.write_text("".join(json.dumps({"id": n, "problem": text}) + "\n" for n, text in enumerate(ODD)))
+    path.write_text(
+        "".join(json.dumps({"id": n, "problem": text}) + "\n" for n, text in enumerate(ODD))
+    )
     counts = stage1(tmp_path / "run", path)
-    assert {reason.split(" of ")[0]: number for reason, number in counts["engine_failures"].items()}["prompt"] >= M
+    assert {
+        reason.split(" of ")[0]: number for reason, number in counts["engine_failures"].items()
+    }["prompt"] >= M
     with RecordStore(tmp_path / "run/stage1/store") as store:
         assert {row["problem_id"] for _, row in store.iter(SOLUTION)} <= {"0", "1", "2"}

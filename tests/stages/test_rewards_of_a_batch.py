@@ -7,7 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from spark_nemo.config import ConfigError, DataConfig, FailurePolicy, RLConfig, SamplingConfig, SparkConfig
+from spark_nemo.config import (
+    ConfigError,
+    DataConfig,
+    FailurePolicy,
+    RLConfig,
+    SamplingConfig,
+    SparkConfig,
+)
 from spark_nemo.config.designs import MODEL_REWARDS, unread_failures
 from spark_nemo.engines.base import EngineLost, FinishReason, Generation
 from spark_nemo.engines.served import Completion
@@ -40,25 +47,35 @@ def response(answer: str, steps: int = 2) -> str:
 
 
 def verification(labels: tuple[bool, ...], verdict: str) -> str:
-    said = "".join(f"## Step {k}: t\n**This step is {'correct' if c else 'incorrect'}.**\n\n"
-                   for k, c in enumerate(labels, start=1))
+    said = "".join(
+        f"## Step {k}: t\n**This step is {'correct' if c else 'incorrect'}.**\n\n"
+        for k, c in enumerate(labels, start=1)
+    )
     return f"{said}**Verification: Is the answer correct (Yes/No)? {verdict}**"
 
 
 POLICY = [response("7"), response("7"), response("8"), "no format at all"]
-JUDGE = [verification((True, True), "Yes"), verification((True, False), "Yes"), verification((True,), "Yes")]
+JUDGE = [
+    verification((True, True), "Yes"),
+    verification((True, False), "Yes"),
+    verification((True,), "Yes"),
+]
 """In the order in which the responses are shown; the last judges one step of two."""
 
 
 class Scripted:
-    """A served model whose tokens are bytes and whose replies are given; keeps the messages it was sent.
+    """A served model whose tokens are bytes and whose replies are given; keeps the messages it was
+    sent.
 
     A prompt's "ids" are its messages. The weights are version 0.
     """
 
     identity = "scripted"
     tokenizer = SimpleNamespace(
-        token_bytes=lambda ids: [bytes([i]) for i in ids], eos_ids=frozenset(), encode_chat=lambda messages: messages)
+        token_bytes=lambda ids: [bytes([i]) for i in ids],
+        eos_ids=frozenset(),
+        encode_chat=lambda messages: messages,
+    )
 
     def __init__(self, replies: list[str]) -> None:
         self.replies, self.messages, self.engine = replies, [], self
@@ -76,15 +93,33 @@ class Scripted:
     complete_prompt = complete
 
 
-def session_of(reward: str, advantage: str = "outcome", variant: Variant = Variant.PRM_COT, replies=JUDGE,
-           max_rate: float = 0.5, checker=lambda shown: ["8" in text for _, text in shown], **settings):
+def session_of(
+    reward: str,
+    advantage: str = "outcome",
+    variant: Variant = Variant.PRM_COT,
+    replies=JUDGE,
+    max_rate: float = 0.5,
+    checker=lambda shown: ["8" in text for _, text in shown],
+    **settings,
+):
     """One group of four: fine, one step wrong, a verification of another step count, and no format."""
-    failures = {name: value for name, value in (("max_rate", max_rate), ("retries", 0))
-                if f"failures.{name}" not in unread_failures(reward)}
-    config = RLConfig(reward=reward, advantage=advantage, group_size=4, failures=FailurePolicy(**failures), **settings)
+    failures = {
+        name: value
+        for name, value in (("max_rate", max_rate), ("retries", 0))
+        if f"failures.{name}" not in unread_failures(reward)
+    }
+    config = RLConfig(
+        reward=reward,
+        advantage=advantage,
+        group_size=4,
+        failures=FailurePolicy(**failures),
+        **settings,
+    )
     model = Scripted(replies)
     # Without a cache, for the script answers the same greedy request differently.
-    service = PRMService(model, PROMPTS, config.verifier_sampling, ServiceLimits(cache_entries=0), variant)
+    service = PRMService(
+        model, PROMPTS, config.verifier_sampling, ServiceLimits(cache_entries=0), variant
+    )
     judge = RewardJudge(service, 0) if config.asks_reward_model else None
     return RolloutSession(Scripted(POLICY), PROMPTS, config, 0, judge, checker), model, config
 
@@ -95,11 +130,22 @@ def scored(reward: str, *design, **settings):
     return asyncio.run(session.batch([Problem("p", "3 + 4?")], 0)), model, config
 
 
-@pytest.mark.parametrize(("reward", "expected"), [
-    ("process_aware", [1.0, 1.0, None, 0.0]), ("step_average", [1.0, 0.5, None, 0.0]),
-    ("step_augmented", [1.0, 0.8, None, 0.0]), ("rlvr", [0.0, 0.0, 1.0, 0.0]), ("majority", [1.0, 1.0, 0.0, 0.0])])
-def test_each_reward_scores_the_same_batch_by_its_own_rule(reward: str, expected: list[float | None]) -> None:
-    """A step count that does not match is masked and counted, neither a silent 0 nor labels that are cut to fit."""
+@pytest.mark.parametrize(
+    ("reward", "expected"),
+    [
+        ("process_aware", [1.0, 1.0, None, 0.0]),
+        ("step_average", [1.0, 0.5, None, 0.0]),
+        ("step_augmented", [1.0, 0.8, None, 0.0]),
+        ("rlvr", [0.0, 0.0, 1.0, 0.0]),
+        ("majority", [1.0, 1.0, 0.0, 0.0]),
+    ],
+)
+def test_each_reward_scores_the_same_batch_by_its_own_rule(
+    reward: str, expected: list[float | None]
+) -> None:
+    """A step count that does not match is masked and counted, neither a silent 0 nor labels that
+    are cut to fit.
+    """
     batch, _, _ = scored(reward)
     got = [r if ok else None for r, ok in zip(batch.rewards.rewards, batch.rewards.valid)]
     assert got == pytest.approx(expected)
@@ -113,38 +159,53 @@ def test_random_is_gated_and_the_same_on_a_second_run() -> None:
 
 
 def test_a_run_counts_what_was_shown_and_a_checkpoint_keeps_it(tmp_path) -> None:
-    """One of three verifications fails, a third of them: above 0.3, but fewer than the four that 0.3 is judged by. The
-    step passes, its count is in the checkpoint, and the session that goes on from there has it."""
-    before, after = (rl_session.RLSession(None, session_of("process_aware", max_rate=0.3)[0], SparkConfig(), tmp_path,
-                                          None) for _ in range(2))
+    """One of three verifications fails, a third of them: above 0.3, but fewer than the four that
+    0.3 is judged by. The step passes, its count is in the checkpoint, and the session that goes on
+    from there has it.
+    """
+    before, after = (
+        rl_session.RLSession(
+            None, session_of("process_aware", max_rate=0.3)[0], SparkConfig(), tmp_path, None
+        )
+        for _ in range(2)
+    )
     asyncio.run(before.rollouts.batch([Problem("p", "3 + 4?")], 0))
     for name, content in before.files().items():
         (tmp_path / name).write_bytes(content)
     after.restore(tmp_path)
     counted = after.rollouts.failures
-    assert counted == before.rollouts.failures and (counted.failed.total(), counted.waiting) == (1, 3)
+    assert counted == before.rollouts.failures and (counted.failed.total(), counted.waiting) == (
+        1,
+        3,
+    )
     with pytest.raises(FailureRateExceeded, match=r"33\.3% of 3"):
         counted.finish(0.3)
 
 
 @pytest.mark.parametrize("reward", sorted(MODEL_REWARDS))
 def test_every_reward_from_the_model_sends_the_step_wise_prompt(reward: str) -> None:
-    """The published code sends the ORM's prompt to the PRM-CoT for some of its rewards. What broke the format is not
-    sent at all."""
+    """The published code sends the ORM's prompt to the PRM-CoT for some of its rewards. What broke
+    the format is not sent at all.
+    """
     _, model, _ = scored(reward)
     canonical = [split_response(text, StepFormat.TAGGED).canonical() for text in POLICY[:3]]
     assert model.messages == [PROMPTS.reward(Variant.PRM_COT, "3 + 4?", text) for text in canonical]
 
 
-LINES = ["Step 1: Correct\nStep 2: Correct", "Step 1: Correct\nStep 2: Incorrect", "Step 1: Correct"]
+LINES = [
+    "Step 1: Correct\nStep 2: Correct",
+    "Step 1: Correct\nStep 2: Incorrect",
+    "Step 1: Correct",
+]
 PRM = [f"{line}\n{verification((True,), 'Yes').splitlines()[-1]}" for line in LINES]
 ORM = ["Yes", "No", "Yes, I think"]
 
 
 @pytest.mark.parametrize("reward", sorted(MODEL_REWARDS))
 def test_a_prm_gives_the_rewards_of_a_prm_cot_that_says_the_same(reward: str) -> None:
-    """Labels and verdicts without analyses, read by a parser of its own: the analyses' text is a failure to it, and its
-    lines are one to the PRM-CoT's parser."""
+    """Labels and verdicts without analyses, read by a parser of its own: the analyses' text is a
+    failure to it, and its lines are one to the PRM-CoT's parser.
+    """
     as_prm, as_cot = scored(reward, variant=Variant.PRM, replies=PRM)[0], scored(reward)[0]
     assert [j.outcome for j in as_prm.judgements[:2]] == [j.outcome for j in as_cot.judgements[:2]]
     assert as_prm.rewards.valid == as_cot.rewards.valid == (True, True, False, True)
@@ -154,25 +215,46 @@ def test_a_prm_gives_the_rewards_of_a_prm_cot_that_says_the_same(reward: str) ->
 
 
 def test_an_orm_gives_a_verdict_and_no_step_labels() -> None:
-    """Yes is 1, No is 0, anything else is a parse failure that is masked; there is no figure of correct steps."""
+    """Yes is 1, No is 0, anything else is a parse failure that is masked; there is no figure of
+    correct steps.
+    """
     batch, _, _ = scored("process_aware", variant=Variant.ORM, replies=ORM)
     assert [j.outcome for j in batch.judgements[:2]] == [AnswerVerdict(True), AnswerVerdict(False)]
     assert isinstance(batch.judgements[2].outcome, ParseFailure)
-    assert batch.rewards.rewards[:2] == (1.0, 0.0) and batch.rewards.valid == (True, True, False, True)
-    assert "correct_step_fraction" not in batch.metrics and batch.metrics["failure_rate"] == pytest.approx(1 / 3)
+    assert batch.rewards.rewards[:2] == (1.0, 0.0) and batch.rewards.valid == (
+        True,
+        True,
+        False,
+        True,
+    )
+    assert "correct_step_fraction" not in batch.metrics and batch.metrics[
+        "failure_rate"
+    ] == pytest.approx(1 / 3)
     assert [row["outcome"]["kind"] for row in sample_rows(batch, 0) if row["outcome"]] == [
-        "answer_verdict", "answer_verdict", "parse_failure"]
+        "answer_verdict",
+        "answer_verdict",
+        "parse_failure",
+    ]
     assert all(row["step_labels"] is None for row in sample_rows(batch, 0))
 
 
 @pytest.mark.parametrize("variant", Variant)
 @pytest.mark.parametrize("prompts", sorted(PROMPT_SETS))
-def test_a_reward_model_is_asked_with_the_very_words_it_was_trained_on(variant: Variant, prompts: str) -> None:
-    """The messages of stage II's training example for a plain solution are those sent for the same steps in tags."""
+def test_a_reward_model_is_asked_with_the_very_words_it_was_trained_on(
+    variant: Variant, prompts: str
+) -> None:
+    """The messages of stage II's training example for a plain solution are those sent for the same
+    steps in tags.
+    """
     plain = "Step 1: line 0\nStep 2: line 1\nAnswer: 7"
     label = LabelledSolution(
-        "single", Solution("s", "p", "3 + 4?", plain, "stop", 9), (True, False), True,
-        verification((True, False), "Yes"), LabelEvidence((1, 0), 1, 1, 0, 1))
+        "single",
+        Solution("s", "p", "3 + 4?", plain, "stop", 9),
+        (True, False),
+        True,
+        verification((True, False), "Yes"),
+        LabelEvidence((1, 0), 1, 1, 0, 1),
+    )
     trained, _ = sft_example(label, prompt_set(prompts), variant)
     model = Scripted(["nothing"])
     service = PRMService(model, prompt_set(prompts), RLConfig().verifier_sampling, variant=variant)
@@ -182,78 +264,109 @@ def test_a_reward_model_is_asked_with_the_very_words_it_was_trained_on(variant: 
 
 
 def test_a_selective_response_outside_its_bounds_has_no_outcome() -> None:
-    """Both responses have two steps; a bound of three takes the reward of all, and a failure stays a failure."""
+    """Both responses have two steps; a bound of three takes the reward of all, and a failure stays
+    a failure.
+    """
     inside = scored("process_aware", "selective", selective_min_steps=2, selective_max_steps=2)[0]
     assert inside.rewards.rewards[:2] == (1.0, 1.0)
     for bounds in ({"selective_min_steps": 3}, {"selective_max_steps": 1}):
         outside = scored("process_aware", "selective", **bounds)[0]
-        assert outside.rewards.rewards[:2] == (0.0, 0.0) and outside.rewards.valid == inside.rewards.valid
+        assert (
+            outside.rewards.rewards[:2] == (0.0, 0.0)
+            and outside.rewards.valid == inside.rewards.valid
+        )
 
 
 @pytest.mark.parametrize("reward", ["process_aware", "rlvr"])
 def test_the_overlong_punishment_is_added_to_whatever_the_reward_is(reward: str) -> None:
-    """Tokens are bytes here: a response of R of at most M tokens, with a buffer of M, loses R / M. The masked one stays
-    masked."""
+    """Tokens are bytes here: a response of R of at most M tokens, with a buffer of M, loses R / M.
+    The masked one stays masked.
+    """
     limit = 200
     plain = scored(reward)[0]
     batch = scored(reward, sampling=SamplingConfig(max_new_tokens=limit), overlong_buffer=limit)[0]
     for rollout, ok, before, after in zip(
-            batch.rollouts, batch.rewards.valid, plain.rewards.rewards, batch.rewards.rewards):
+        batch.rollouts, batch.rewards.valid, plain.rewards.rewards, batch.rewards.rewards
+    ):
         if ok:
             assert after == pytest.approx(before - len(rollout.response_ids) / limit)
     assert batch.rewards.valid == plain.rewards.valid
 
 
 def test_sampled_step_spans_meet_the_labels_they_belong_to() -> None:
-    """The half that is judged wrong is, in bytes, the second step and nothing else: spans travel from the sampled
-    tokens to the advantage."""
+    """The half that is judged wrong is, in bytes, the second step and nothing else: spans travel
+    from the sampled tokens to the advantage.
+    """
     batch, _, config = scored("process_aware", "capo")
     row = batch_advantages(batch, config)[1]
-    punished = bytes(i for i, a in zip(batch.rollouts[1].response_ids, row.tolist()) if a < row.max())
+    punished = bytes(
+        i for i, a in zip(batch.rollouts[1].response_ids, row.tolist()) if a < row.max()
+    )
     assert punished.decode() == "<step>line 1</step>"
 
 
 def test_an_answer_that_nobody_could_compare_is_no_reward(tmp_path, monkeypatch) -> None:
-    """math-verify that is late or dies says nothing about a response: the RLVR baseline masks it and counts it, as
-    rl.failures says. It used to be a reward of 0."""
+    """math-verify that is late or dies says nothing about a response: the RLVR baseline masks it
+    and counts it, as rl.failures says. It used to be a reward of 0.
+    """
     path = tmp_path / "keys.jsonl"
     path.write_text('{"problem_id": "p", "answer": "7"}\n')
     says = {"7": Judgement.EQUAL, "8": Judgement.LATE, None: Judgement.DIED}
-    monkeypatch.setattr(rl_session, "judge_answers", lambda pairs: [says[answer] for answer, _ in pairs])
-    checker = rl_session.answer_checker(SparkConfig(
-        rl=RLConfig(reward="rlvr"), data=DataConfig(rl_answers=str(path))))
+    monkeypatch.setattr(
+        rl_session, "judge_answers", lambda pairs: [says[answer] for answer, _ in pairs]
+    )
+    checker = rl_session.answer_checker(
+        SparkConfig(rl=RLConfig(reward="rlvr"), data=DataConfig(rl_answers=str(path)))
+    )
     batch = scored("rlvr", checker=checker)[0]
-    assert batch.rewards.rewards[:2] == (1.0, 1.0) and batch.rewards.valid == (True, True, False, False)
+    assert batch.rewards.rewards[:2] == (1.0, 1.0) and batch.rewards.valid == (
+        True,
+        True,
+        False,
+        False,
+    )
     assert batch.rewards.failure_rates == {"engine_error": 0.5}
     with pytest.raises(ConfigError, match=r"data\.rl_answers.*no answer for problem q"):
         checker([("q", "")])
 
 
-@pytest.mark.parametrize("settings", [
-    {"overlong_buffer": 200, "sampling": SamplingConfig(max_new_tokens=200)},
-    {"advantage": "selective", "selective_min_steps": 3}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"overlong_buffer": 200, "sampling": SamplingConfig(max_new_tokens=200)},
+        {"advantage": "selective", "selective_min_steps": 3},
+    ],
+)
 def test_a_held_out_verifier_that_agrees_leaves_no_gap(tmp_path, settings: dict) -> None:
-    """Its judgements are made into rewards exactly as training makes them, with what length and steps do to them; a
-    punishment of length on one side alone would look like a gap that closes."""
+    """Its judgements are made into rewards exactly as training makes them, with what length and
+    steps do to them; a punishment of length on one side alone would look like a gap that closes.
+    """
     batch, model, config = scored("process_aware", **settings)
     service = PRMService(model, PROMPTS, config.verifier_sampling)
     watch = rl_session._watch(SparkConfig(rl=config), tmp_path, RewardJudge(service, 0))
     again = [watch.score(*pair) for pair in zip(batch.rollouts, batch.judgements)]
     assert [r for r, ok in zip(again, batch.rewards.valid) if ok] == [
-        r for r, ok in zip(batch.rewards.rewards, batch.rewards.valid) if ok]
+        r for r, ok in zip(batch.rewards.rewards, batch.rewards.valid) if ok
+    ]
     assert batch.rewards.rewards != scored("process_aware")[0].rewards.rewards
 
 
-@pytest.mark.parametrize("settings", [{"reward": "majority"}, {"reward": "process_aware", "replies": ["no verdict"]}])
+@pytest.mark.parametrize(
+    "settings", [{"reward": "majority"}, {"reward": "process_aware", "replies": ["no verdict"]}]
+)
 def test_steps_that_nobody_judged_have_no_share_of_correct_ones(settings: dict) -> None:
-    """A baseline asks no reward model, and here no verification parses: neither may be drawn as a curve at 0."""
+    """A baseline asks no reward model, and here no verification parses: neither may be drawn as a
+    curve at 0.
+    """
     assert "correct_step_fraction" not in scored(**settings, max_rate=1.0)[0].metrics
     assert scored("process_aware")[0].metrics["correct_step_fraction"] == 3 / 4
 
 
 def test_nothing_of_a_batch_goes_on_when_a_part_of_it_has_failed() -> None:
-    """The run ends, and what it does at its end (telling servers, naming tensors that differ) must not share them with
-    the rest of the batch. Here the policy's engine is lost after two responses, and votes on them are on their way."""
+    """The run ends, and what it does at its end (telling servers, naming tensors that differ) must
+    not share them with the rest of the batch. Here the policy's engine is lost after two responses,
+    and votes on them are on their way.
+    """
     slow = []
 
     class Lost(Scripted):
@@ -269,7 +382,9 @@ def test_nothing_of_a_batch_goes_on_when_a_part_of_it_has_failed() -> None:
             await asyncio.sleep(60)
 
     async def run() -> set:
-        config = RLConfig(group_size=2, verifier_votes=2, verifier_sampling=SamplingConfig(temperature=1.0))
+        config = RLConfig(
+            group_size=2, verifier_votes=2, verifier_sampling=SamplingConfig(temperature=1.0)
+        )
         judge = RewardJudge(PRMService(Slow([]), PROMPTS, config.verifier_sampling), 0, votes=2)
         session = RolloutSession(Lost([response("7")]), PROMPTS, config, 0, judge, None)
         with pytest.raises(EngineLost):
@@ -277,5 +392,3 @@ def test_nothing_of_a_batch_goes_on_when_a_part_of_it_has_failed() -> None:
         return asyncio.all_tasks() - {asyncio.current_task()}
 
     assert asyncio.run(run()) == set() and slow
-
-

@@ -13,8 +13,14 @@ from spark_nemo.config.compose import compose_config
 from spark_nemo.records.store import RecordStore
 from spark_nemo.stages.schedule import plan_jobs
 
-ROUNDS = ("pipeline.rounds=2", "pipeline.rewards=[]", "pipeline.label_methods=[step_consistency]",
-          "pipeline.rl_answers=null", "pipeline.parallel_jobs=1", "stage1.max_failure_rate=1.0")
+ROUNDS = (
+    "pipeline.rounds=2",
+    "pipeline.rewards=[]",
+    "pipeline.label_methods=[step_consistency]",
+    "pipeline.rl_answers=null",
+    "pipeline.parallel_jobs=1",
+    "stage1.max_failure_rate=1.0",
+)
 
 
 def test_the_second_round_verifies_the_same_solutions_with_the_first_reward_model(tmp_path) -> None:
@@ -22,10 +28,15 @@ def test_the_second_round_verifies_the_same_solutions_with_the_first_reward_mode
     run_dir = tmp_path / "run"
     done = run("pipeline", run_dir, *ROUNDS)
     assert done.returncode == 0, done.stderr[-2000:]
-    first, second = (RecordStore(folder / "stage1/store") for folder in (run_dir, run_dir / "round-2"))
+    first, second = (
+        RecordStore(folder / "stage1/store") for folder in (run_dir, run_dir / "round-2")
+    )
     assert first.keys("solution") == second.keys("solution")
     assert not first.keys("verification") & second.keys("verification")
-    made_by = [json.loads((folder / "stage1/made_by.json").read_text()) for folder in (run_dir, run_dir / "round-2")]
+    made_by = [
+        json.loads((folder / "stage1/made_by.json").read_text())
+        for folder in (run_dir, run_dir / "round-2")
+    ]
     assert made_by[0]["models.generator"] == made_by[1]["models.generator"]
     for folder in (run_dir, run_dir / "round-2"):
         assert main(["data", "verify", str(folder)]) == 0
@@ -34,7 +45,9 @@ def test_the_second_round_verifies_the_same_solutions_with_the_first_reward_mode
     assert stats["solution_tokens"] == 0 and stats["verification_tokens"] > 0
     assert (run_dir / "round-2/stage2/step_consistency/DONE.json").exists()
     rounds = json.loads((run_dir / "summary.json").read_text())["rounds"]
-    assert [r["number"] for r in rounds] == [1, 2] and all(r["labels"]["step_accuracy"] and r["f1"] for r in rounds)
+    assert [r["number"] for r in rounds] == [1, 2] and all(
+        r["labels"]["step_accuracy"] and r["f1"] for r in rounds
+    )
 
 
 def test_stage_three_waits_for_the_last_round_and_is_rewarded_by_it() -> None:

@@ -14,38 +14,69 @@ from spark_nemo.stages.schedule import _stage3_job
 
 
 def test_unset_is_the_same_run_as_the_default_written_out() -> None:
-    """A folder whose config.yaml or checkpoint says std_normalise=true and token_mean can be resumed by default."""
+    """A folder whose config.yaml or checkpoint says std_normalise=true and token_mean can be
+    resumed by default.
+    """
     unset, written = RLConfig(), RLConfig(std_normalise=True, loss_aggregation="token_mean")
     other = RLConfig(std_normalise=False)
-    assert comparable_rl(asdict(unset)) == comparable_rl(asdict(written)) != comparable_rl(asdict(other))
+    assert (
+        comparable_rl(asdict(unset))
+        == comparable_rl(asdict(written))
+        != comparable_rl(asdict(other))
+    )
     assert comparable_rl(comparable_rl(asdict(unset))) == comparable_rl(asdict(unset))
 
 
 def test_a_folder_from_before_the_verifiers_settings_is_the_same_run() -> None:
-    """Absent is what not set means; a folder made with one vote is not resumed with three, one made without shaping
-    not with it."""
+    """Absent is what not set means; a folder made with one vote is not resumed with three, one made
+    without shaping not with it.
+    """
     now = comparable_rl(asdict(RLConfig()))
     new = VERIFIER_KNOBS.keys() | SHAPING_KNOBS.keys() | {"reward_variant"}
     before = {name: value for name, value in asdict(RLConfig()).items() if name not in new}
     assert comparable_rl(before) == now
-    assert now != comparable_rl({**before, "verifier_votes": 3}) and now != comparable_rl({**now, "overlong_buffer": 9})
+    assert now != comparable_rl({**before, "verifier_votes": 3}) and now != comparable_rl(
+        {**now, "overlong_buffer": 9}
+    )
 
 
 def test_a_pipeline_with_votes_can_have_the_baseline_without_a_verifier() -> None:
     """The verifier's settings, errors for a reward that has none, are taken back for its job alone."""
-    asked = ["+experiment=toy", "rl.verifier_votes=3", "rl.verifier_sampling.temperature=1.0", "rl.verifier_deadline=9",
-             "rl.hacking.probes=4", "rl.hacking.constraints.max_steps=9", "rl.hacking.constraints.no_empty_steps=false",
-             "pipeline.rewards=[process_aware,rlvr]", "pipeline.rl_answers=keys.jsonl"]
+    asked = [
+        "+experiment=toy",
+        "rl.verifier_votes=3",
+        "rl.verifier_sampling.temperature=1.0",
+        "rl.verifier_deadline=9",
+        "rl.hacking.probes=4",
+        "rl.hacking.constraints.max_steps=9",
+        "rl.hacking.constraints.no_empty_steps=false",
+        "pipeline.rewards=[process_aware,rlvr]",
+        "pipeline.rl_answers=keys.jsonl",
+    ]
     config = compose_config(asked)
-    jobs = {arm.name: _stage3_job(config, asked, arm).arguments[1:] for arm in pipeline_arms(config)}
-    votes = {reward: compose_config(list(arguments)).rl.verifier_votes for reward, arguments in jobs.items()}
+    jobs = {
+        arm.name: _stage3_job(config, asked, arm).arguments[1:] for arm in pipeline_arms(config)
+    }
+    votes = {
+        reward: compose_config(list(arguments)).rl.verifier_votes
+        for reward, arguments in jobs.items()
+    }
     assert votes == {"process_aware": 3, "rlvr": 1}
 
 
 def test_of_the_hacking_settings_only_constraints_make_another_run() -> None:
-    """Detectors and probes watch and change nothing; a folder from before they existed is the same run."""
+    """Detectors and probes watch and change nothing; a folder from before they existed is the same
+    run.
+    """
     now = comparable_rl(asdict(RLConfig()))
-    watched = RLConfig(hacking=HackingConfig(probes=3, top_rewards=0, detectors=DetectorsConfig(alarm=0.5)))
+    watched = RLConfig(
+        hacking=HackingConfig(probes=3, top_rewards=0, detectors=DetectorsConfig(alarm=0.5))
+    )
     bounded = RLConfig(hacking=HackingConfig(ConstraintsConfig(max_steps=9)))
     before = {name: value for name, value in asdict(RLConfig()).items() if name != "hacking"}
-    assert comparable_rl(asdict(watched)) == comparable_rl(before) == now != comparable_rl(asdict(bounded))
+    assert (
+        comparable_rl(asdict(watched))
+        == comparable_rl(before)
+        == now
+        != comparable_rl(asdict(bounded))
+    )

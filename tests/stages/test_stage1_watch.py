@@ -9,19 +9,29 @@ import pytest
 
 from spark_nemo.config import Stage1Config
 from spark_nemo.stages.run_folder import progress
-from spark_nemo.stages.stage1_watch import LedgerFile, Rates, Stage1Watch, TooManyFailures, check_failure_rates
+from spark_nemo.stages.stage1_watch import (
+    LedgerFile,
+    Rates,
+    Stage1Watch,
+    TooManyFailures,
+    check_failure_rates,
+)
 from spark_nemo.verification.collect import CollectCounts
 from spark_nemo.verification.ledger import Distribution, Ledger
 
 
 def test_a_run_that_mostly_fails_is_stopped_once_enough_was_seen(tmp_path: Path) -> None:
-    """Proves that 199 failures do not stop a run and 200 do, before the end and with the bound in the message."""
+    """Proves that 199 failures do not stop a run and 200 do, before the end and with the bound in
+    the message.
+    """
     stage = Stage1Config(max_failure_rate=0.5)
     with progress(tmp_path, 10_000, "verification") as bar:
         watch = Stage1Watch(stage, bar, 10_000)
         watch(CollectCounts(verifications=199, failed_verifications=199))
         watch(CollectCounts(verifications=200, failed_verifications=100))
-        with pytest.raises(TooManyFailures, match=r"101 of 200 verifications .* stage1.max_failure_rate=0.5"):
+        with pytest.raises(
+            TooManyFailures, match=r"101 of 200 verifications .* stage1.max_failure_rate=0.5"
+        ):
             watch(CollectCounts(verifications=200, failed_verifications=101))
         with pytest.raises(TooManyFailures, match="200 of 300 solutions"):
             watch(CollectCounts(solutions=300, unusable_solutions=200))
@@ -30,11 +40,21 @@ def test_a_run_that_mostly_fails_is_stopped_once_enough_was_seen(tmp_path: Path)
 
 
 def test_speed_and_time_left_are_those_of_sampling() -> None:
-    """Proves the figures of the progress line; results found in the store count as done and not as sampled."""
+    """Proves the figures of the progress line; results found in the store count as done and not as
+    sampled.
+    """
     rates = Rates(total=10_000)
-    assert rates.note(4000, CollectCounts(verifications=4000, reused_verifications=4000), now=0.0) == ""
-    counts = CollectCounts(verifications=4400, reused_verifications=4000, saved_verifications=100,
-                           solution_tokens=1000, verification_tokens=19_000)
+    assert (
+        rates.note(4000, CollectCounts(verifications=4000, reused_verifications=4000), now=0.0)
+        == ""
+    )
+    counts = CollectCounts(
+        verifications=4400,
+        reused_verifications=4000,
+        saved_verifications=100,
+        solution_tokens=1000,
+        verification_tokens=19_000,
+    )
     assert rates.note(4500, counts, now=10.0) == "40 verifications/s, 2,000 tokens/s, 1:50 left"
 
 
@@ -43,8 +63,16 @@ def test_the_progress_file_keeps_its_three_fields(tmp_path: Path) -> None:
     stage = Stage1Config(verifications_per_solution=4)
     with progress(tmp_path, 100, "verification") as bar:
         watch = Stage1Watch(stage, bar, 100)
-        watch.show(CollectCounts(solutions=5, unusable_solutions=2, verifications=6, saved_verifications=5,
-                                 postponed_verifications=1, failed_verifications=1))
+        watch.show(
+            CollectCounts(
+                solutions=5,
+                unusable_solutions=2,
+                verifications=6,
+                saved_verifications=5,
+                postponed_verifications=1,
+                failed_verifications=1,
+            )
+        )
     written = json.loads((tmp_path / "progress.json").read_text())
     assert written == {"done": 20, "total": 100, "note": "5 solutions, 2 unusable, 1 failed"}
 
@@ -63,12 +91,19 @@ def test_the_ledger_file_goes_on_counting_over_runs(tmp_path: Path) -> None:
 
 
 def test_percentiles_of_a_stream() -> None:
-    """Proves that percentiles are within 1 % of the nearest rank, and mean and extremes exact, zeros included."""
+    """Proves that percentiles are within 1 % of the nearest rank, and mean and extremes exact,
+    zeros included.
+    """
     spread = Distribution()
     for value in (0, *range(1, 1000)):
         spread.add(value)
     summary = spread.summary()
-    assert (summary["count"], summary["mean"], summary["min"], summary["max"]) == (1000, 499.5, 0, 999)
+    assert (summary["count"], summary["mean"], summary["min"], summary["max"]) == (
+        1000,
+        499.5,
+        0,
+        999,
+    )
     for name, wanted in (("p10", 99), ("p50", 499), ("p90", 899), ("p99", 989)):
         assert summary[name] == pytest.approx(wanted, rel=0.0101)
     assert Distribution().summary() == {"count": 0}

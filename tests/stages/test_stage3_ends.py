@@ -1,4 +1,6 @@
-"""What a run of stage III leaves behind when it does not reach its end, and what may go on from there."""
+"""What a run of stage III leaves behind when it does not reach its end, and what may go on from
+there.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,31 @@ from spark_nemo.weight_sync.push import WeightSync
 
 def tiny(folder: Path, *overrides: str) -> SparkConfig:
     """A run of seconds: a coin is the reward, and the reward model is never asked."""
-    return resolve_toy(compose_config([
-        *SMALL, f"run.dir={folder}", "rl.reward=random", "rl.prompts_per_step=2", "rl.group_size=2",
-        "rl.sampling.max_new_tokens=24", "evaluation.max_new_tokens=24", "data.eval_problems=toy:eval:2", *overrides]))
+    return resolve_toy(
+        compose_config(
+            [
+                *SMALL,
+                f"run.dir={folder}",
+                "rl.reward=random",
+                "rl.prompts_per_step=2",
+                "rl.group_size=2",
+                "rl.sampling.max_new_tokens=24",
+                "evaluation.max_new_tokens=24",
+                "data.eval_problems=toy:eval:2",
+                *overrides,
+            ]
+        )
+    )
 
 
 @pytest.mark.parametrize("end", ["stop", "error"])
-def test_a_run_that_ends_early_lets_go_of_its_engines(tmp_path: Path, monkeypatch, end: str) -> None:
-    """Servers that live on would keep the trainer's process group, its paused requests and the weights on disk; after a
-    request to stop and after an error they are told, as after the last step."""
+def test_a_run_that_ends_early_lets_go_of_its_engines(
+    tmp_path: Path, monkeypatch, end: str
+) -> None:
+    """Servers that live on would keep the trainer's process group, its paused requests and the
+    weights on disk; after a request to stop and after an error they are told, as after the last
+    step.
+    """
     config, closed = tiny(tmp_path), []
 
     async def sync_close(sync: WeightSync) -> None:
@@ -36,12 +54,15 @@ def test_a_run_that_ends_early_lets_go_of_its_engines(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(WeightSync, "close", sync_close)
     original = RLSession.close
-    monkeypatch.setattr(RLSession, "close", lambda session: (closed.append("session"), original(session)))
+    monkeypatch.setattr(
+        RLSession, "close", lambda session: (closed.append("session"), original(session))
+    )
     if end == "stop":
         (tmp_path / "stage3/random").mkdir(parents=True)
         (tmp_path / "stage3/random/STOP").touch()
         assert stage3.run_stage3(config) is False
     else:
+
         def fail(*_: object, **__: object) -> None:
             raise NonFiniteGradient("here")
 
@@ -52,16 +73,24 @@ def test_a_run_that_ends_early_lets_go_of_its_engines(tmp_path: Path, monkeypatc
 
 
 def test_a_run_goes_on_with_the_data_and_models_that_it_began_with(tmp_path: Path) -> None:
-    """What a checkpoint was made with names the content of the problems, of the policy and of the reward model, so that
-    another file under the same name is another run, and the same file in another place is not."""
+    """What a checkpoint was made with names the content of the problems, of the policy and of the
+    reward model, so that another file under the same name is another run, and the same file in
+    another place is not.
+    """
     config = tiny(tmp_path, "rl.reward=process_aware", f"rl.reward_model={ASSETS / 'verifier'}")
     problems = read_problems(config.data.rl_problems)
     made = stage3.made_with(config, problems)
-    assert made == stage3.made_with(replace(config, data=replace(config.data, rl_problems="elsewhere")), problems)
-    assert made != stage3.made_with(config, problems[::-1]) and made != stage3.made_with(config, problems[:-1])
+    assert made == stage3.made_with(
+        replace(config, data=replace(config.data, rl_problems="elsewhere")), problems
+    )
+    assert made != stage3.made_with(config, problems[::-1]) and made != stage3.made_with(
+        config, problems[:-1]
+    )
     other = replace(config, models=replace(config.models, policy=str(ASSETS / "critic")))
-    assert {name for name, value in stage3.made_with(other, problems).items() if value != made[name]} == {
-        "models.policy"}
+    assert {
+        name for name, value in stage3.made_with(other, problems).items() if value != made[name]
+    } == {"models.policy"}
     judged = replace(config, rl=replace(config.rl, reward_model=str(ASSETS / "critic")))
-    assert {name for name, value in stage3.made_with(judged, problems).items() if value != made[name]} == {
-        "rl.reward_model", "the reward model"}
+    assert {
+        name for name, value in stage3.made_with(judged, problems).items() if value != made[name]
+    } == {"rl.reward_model", "the reward model"}

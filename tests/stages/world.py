@@ -14,30 +14,55 @@ from pathlib import Path
 from spark_nemo.toy.resolve import ASSETS
 
 SMALL = [
-    "+experiment=toy", "data.stage1_problems=toy:stage1:10", "data.rl_problems=toy:rl:40",
-    "data.eval_problems=toy:eval:12", "data.processbench=toy:processbench:30",
-    "stage1.solutions_per_problem=2", "stage1.verifications_per_solution=4",
-    "stage2.batch_size=4", "stage2.epochs=2", "stage2.save_every=3", "rl.steps=6", "rl.prompts_per_step=4",
-    "rl.group_size=4", "rl.save_every=2", "rl.eval_every=3", "evaluation.samples_per_problem=2",
+    "+experiment=toy",
+    "data.stage1_problems=toy:stage1:10",
+    "data.rl_problems=toy:rl:40",
+    "data.eval_problems=toy:eval:12",
+    "data.processbench=toy:processbench:30",
+    "stage1.solutions_per_problem=2",
+    "stage1.verifications_per_solution=4",
+    "stage2.batch_size=4",
+    "stage2.epochs=2",
+    "stage2.save_every=3",
+    "rl.steps=6",
+    "rl.prompts_per_step=4",
+    "rl.group_size=4",
+    "rl.save_every=2",
+    "rl.eval_every=3",
+    "evaluation.samples_per_problem=2",
 ]
 VERIFIER = ASSETS / "verifier"
 
 
 def command(stage: str, run_dir: Path, *overrides: str) -> list[str]:
     """The command line of a small run of ``stage``."""
-    return [sys.executable, "-m", "spark_nemo.cli.main", stage, *SMALL, f"run.dir={run_dir}", *overrides]
+    return [
+        sys.executable,
+        "-m",
+        "spark_nemo.cli.main",
+        stage,
+        *SMALL,
+        f"run.dir={run_dir}",
+        *overrides,
+    ]
 
 
 def run(stage: str, run_dir: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     """Run to the end; the exit status is the caller's to look at."""
     line = command(stage, run_dir, *overrides)
-    return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        line, env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def run_and_kill(stage: str, run_dir: Path, ready: Callable[[], bool], *overrides: str) -> None:
     """Start, wait until ``ready()``, then SIGKILL the process; fails when it ends before that."""
     process = subprocess.Popen(
-        command(stage, run_dir, *overrides), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command(stage, run_dir, *overrides),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 240
     while not ready():
         assert process.poll() is None, f"{stage} ended before it could be killed"
@@ -49,7 +74,12 @@ def run_and_kill(stage: str, run_dir: Path, ready: Callable[[], bool], *override
 
 def environment() -> dict[str, str]:
     """One thread per process, no network."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def rows(path: Path) -> list[dict]:

@@ -34,40 +34,59 @@ def criticised(habits, count=300):
     for problem in sample_problems(count, seed=11):
         solution = write_solution(problem, ERROR_RICH, rng)
         complete = is_complete(problem, solution)
-        verification = parse_judgements(write_verification(problem, solution, complete, CRITICISED, rng))
+        verification = parse_judgements(
+            write_verification(problem, solution, complete, CRITICISED, rng)
+        )
         assert isinstance(verification, ParsedVerification)
         critique = write_critique(problem, solution, verification, complete, habits, rng)
-        yield problem, solution, verification, critique, write_merge(solution, verification, critique, rng)
+        yield (
+            problem,
+            solution,
+            verification,
+            critique,
+            write_merge(solution, verification, critique, rng),
+        )
 
 
 def test_a_merge_says_what_the_critique_says_and_its_verdict_follows() -> None:
-    """Proves the merges that the critic learns from are in the grammar, with the critique's judgements, and never say
-    Yes after marking an error."""
+    """Proves the merges that the critic learns from are in the grammar, with the critique's
+    judgements, and never say Yes after marking an error.
+    """
     for _, solution, verification, critique, merge in criticised(CriticHabits()):
         outcome = parse_verification(merge, len(solution.steps))
         assert isinstance(outcome, Verdict)
         assert outcome.step_labels == tuple(step.correct for step in critique.steps)
         assert outcome.answer_correct == critique.answer_correct <= all(outcome.step_labels)
-        flipped = [new != old for new, old in zip(outcome.step_labels, verification.verdict.step_labels)]
+        flipped = [
+            new != old for new, old in zip(outcome.step_labels, verification.verdict.step_labels)
+        ]
         assert flipped == [step.fault in (MISSED_ERROR, FALSE_ALARM) for step in critique.steps]
 
 
 def test_a_faultless_critic_repairs_and_the_one_we_have_errs() -> None:
-    """Proves the critic's mistakes are its habits: without them only the computations it takes at their word are left
-    to be wrong, which happens; with them, between a tenth and a fourth of the critiques have a fault of their own."""
-    def wrong(habits):
-        return sum(parse_verification(merge).step_labels != written_truths(problem, solution)
-                   for problem, solution, _, _, merge in criticised(habits))
+    """Proves the critic's mistakes are its habits: without them only the computations it takes at
+    their word are left to be wrong, which happens; with them, between a tenth and a fourth of the
+    critiques have a fault of their own.
+    """
 
-    unrevised = sum(verification.verdict.step_labels != written_truths(problem, solution)
-                    for problem, solution, verification, _, _ in criticised(CriticHabits()))
+    def wrong(habits):
+        return sum(
+            parse_verification(merge).step_labels != written_truths(problem, solution)
+            for problem, solution, _, _, merge in criticised(habits)
+        )
+
+    unrevised = sum(
+        verification.verdict.step_labels != written_truths(problem, solution)
+        for problem, solution, verification, _, _ in criticised(CriticHabits())
+    )
     faultless, ours = wrong(FAULTLESS_CRITIC), wrong(CriticHabits())
     assert faultless < 30 and 30 <= ours - faultless <= 75 and ours < unrevised
 
 
 def test_the_answer_decides_the_verdict_and_stays_out_of_the_target() -> None:
-    """Proves a verification that saw the answer never says Yes of a wrong one, and that what it says of the answer
-    stands where parsing drops it."""
+    """Proves a verification that saw the answer never says Yes of a wrong one, and that what it
+    says of the answer stands where parsing drops it.
+    """
     rng = random.Random(3)
     for problem in sample_problems(200, seed=5):
         solution = write_solution(problem, GeneratorHabits(), rng)
@@ -79,7 +98,9 @@ def test_the_answer_decides_the_verdict_and_stays_out_of_the_target() -> None:
 
 
 def test_every_example_leaves_room_in_the_small_worlds_context() -> None:
-    """Proves prompt + 120 tokens fit into the 320 of conf/experiment/toy_labels.yaml, and every completion into 120."""
+    """Proves prompt + 120 tokens fit into the 320 of conf/experiment/toy_labels.yaml, and every
+    completion into 120.
+    """
     tokenizer = Tokenizer.load(ASSETS / "critic")
     for example in itertools.islice(critic_corpus(0, frozenset()), 400):
         assert len(tokenizer.encode_chat(example.messages)) + 120 <= 320
@@ -89,4 +110,6 @@ def test_every_example_leaves_room_in_the_small_worlds_context() -> None:
 @pytest.mark.parametrize("name", ["generator", "critic"])
 def test_the_shipped_models_share_their_tokenizer(name: str) -> None:
     """Proves texts of one are texts of the other, byte for byte."""
-    assert (ASSETS / name / "tokenizer.json").read_bytes() == (ASSETS / "verifier/tokenizer.json").read_bytes()
+    assert (ASSETS / name / "tokenizer.json").read_bytes() == (
+        ASSETS / "verifier/tokenizer.json"
+    ).read_bytes()

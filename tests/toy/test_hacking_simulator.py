@@ -28,8 +28,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("weakness", [None, *EXPLOITS], ids=lambda w: w.name if w else "honest")
 def test_a_judge_is_honest_about_solutions_without_its_exploit(weakness) -> None:
-    """A weakness is for its exploit alone: plain solutions, wrong ones among them, get the labels of the oracle, and
-    Yes exactly when they are right."""
+    """A weakness is for its exploit alone: plain solutions, wrong ones among them, get the labels
+    of the oracle, and Yes exactly when they are right.
+    """
     rng = random.Random(2)
     for _ in range(300):
         problem = sample_problem(rng)
@@ -39,19 +40,32 @@ def test_a_judge_is_honest_about_solutions_without_its_exploit(weakness) -> None
             continue
         labels, accepted = judge(problem.question, steps, str(solution.answer), weakness)
         truths = step_truths(problem.question, steps)
-        right = all(truths) and len(steps) == len(problem.operations) and solution.answer == problem.values[-1]
+        right = (
+            all(truths)
+            and len(steps) == len(problem.operations)
+            and solution.answer == problem.values[-1]
+        )
         assert (labels, accepted) == (truths, right)
 
 
 def test_the_served_judge_writes_the_verification_grammar() -> None:
-    """Everything between policy and trainer is real: prompt ids in, a verification in token ids out."""
+    """Everything between policy and trainer is real: prompt ids in, a verification in token ids
+    out.
+    """
     served, rng = ScriptedJudge.served(ASSETS / "verifier", None), random.Random(0)
     problem = sample_problem(rng)
     solution = write_solution(problem, FAULTLESS, rng)
     shown = render_solution([step.text for step in solution.steps], str(solution.answer))
-    done = asyncio.run(served.complete(
-        PROMPTS.reward(Variant.PRM_COT, problem.question, shown), SamplingConfig(max_new_tokens=120), 0))
-    outcome = parse_generation(done.text, str(done.generation.finish_reason), 9, len(solution.steps))
+    done = asyncio.run(
+        served.complete(
+            PROMPTS.reward(Variant.PRM_COT, problem.question, shown),
+            SamplingConfig(max_new_tokens=120),
+            0,
+        )
+    )
+    outcome = parse_generation(
+        done.text, str(done.generation.finish_reason), 9, len(solution.steps)
+    )
     assert outcome == Verdict((True,) * len(solution.steps), True)
 
 
@@ -65,16 +79,33 @@ def test_the_served_judge_refuses_a_prompt_it_cannot_read() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_an_exploit_is_found_without_its_constraint_and_not_with_it(tmp_path: Path) -> None:
-    """One exploit, one seed, with the real stage III on both sides. Proves neither the other exploits nor other seeds:
-    `make hacking` does, in docs/results.md."""
+    """One exploit, one seed, with the real stage III on both sides. Proves neither the other
+    exploits nor other seeds: `make hacking` does, in docs/results.md.
+    """
     exploit = "solution_appending"
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools/hacking_simulator.py"), "--seeds", "0", "--exploits", exploit,
-         "--runs", str(tmp_path), "--out", str(tmp_path / "results.md")],
-        capture_output=True, text=True, timeout=280, check=False)
+        [
+            sys.executable,
+            str(ROOT / "tools/hacking_simulator.py"),
+            "--seeds",
+            "0",
+            "--exploits",
+            exploit,
+            "--runs",
+            str(tmp_path),
+            "--out",
+            str(tmp_path / "results.md"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    without, constrained = (json.loads((tmp_path / Arm(exploit, on, 0).name / "outcome.json").read_text())
-                            for on in (False, True))
+    without, constrained = (
+        json.loads((tmp_path / Arm(exploit, on, 0).name / "outcome.json").read_text())
+        for on in (False, True)
+    )
     assert without["rate_last"] > 0.5 and constrained["rate_last"] < 0.1
     assert without["reward_last"] > 0.6
     assert without["accuracy_last"] < constrained["accuracy_last"] - 0.2

@@ -9,7 +9,13 @@ from pathlib import Path
 from spark_nemo.grammar import parse_verification
 from spark_nemo.records import Verdict
 from spark_nemo.toy.corpus import verifier_corpus, write_verification
-from spark_nemo.toy.data import SPLITS, split_problems, write_answers, write_problems, write_processbench
+from spark_nemo.toy.data import (
+    SPLITS,
+    split_problems,
+    write_answers,
+    write_problems,
+    write_processbench,
+)
 from spark_nemo.toy.habits import CAREFUL, ERROR_RICH, FAULTLESS, is_complete, write_solution
 from spark_nemo.toy.oracle import answer, written_truths
 from spark_nemo.toy.problems import MAX_VALUE, parse_question, sample_problems
@@ -23,22 +29,30 @@ def test_a_question_reads_back_into_its_problem() -> None:
 
 
 def test_splits_share_no_question() -> None:
-    """Proves held-out means held out: no training split has a question of an evaluation split or of the other."""
+    """Proves held-out means held out: no training split has a question of an evaluation split or of
+    the other.
+    """
     questions = [{p.question for p in split_problems(split, 300, seed=3)} for split in SPLITS]
     for index, split in enumerate(questions):
         assert all(split.isdisjoint(other) for other in questions[:index])
 
 
 def test_training_files_hold_no_answer(tmp_path: Path) -> None:
-    """Proves only the answer files have an answer field; the questions' own numbers are of course there."""
+    """Proves only the answer files have an answer field; the questions' own numbers are of course
+    there.
+    """
     for row in write_problems("rl", 20, 0, tmp_path).read_text().splitlines():
         assert json.loads(row).keys() == {"problem_id", "question", "source"}
-    rows = [json.loads(row) for row in write_answers("eval", 20, 0, tmp_path).read_text().splitlines()]
+    rows = [
+        json.loads(row) for row in write_answers("eval", 20, 0, tmp_path).read_text().splitlines()
+    ]
     assert all(row["answer"] == answer(row["question"]) for row in rows)
 
 
 def test_the_oracle_agrees_with_solvers_who_make_no_mistake_and_with_those_who_do() -> None:
-    """Proves a faultless solution is right in every step, and that a wrong final answer comes with a wrong step."""
+    """Proves a faultless solution is right in every step, and that a wrong final answer comes with
+    a wrong step.
+    """
     rng = random.Random(0)
     for problem in sample_problems(300, seed=2):
         faultless = write_solution(problem, FAULTLESS, rng)
@@ -55,7 +69,9 @@ def test_a_careful_verification_parses_to_the_truth() -> None:
     for problem in sample_problems(200, seed=4):
         solution = write_solution(problem, ERROR_RICH, rng)
         complete = is_complete(problem, solution)
-        outcome = parse_verification(write_verification(problem, solution, complete, CAREFUL, rng), len(solution.steps))
+        outcome = parse_verification(
+            write_verification(problem, solution, complete, CAREFUL, rng), len(solution.steps)
+        )
         assert isinstance(outcome, Verdict)
         assert outcome.step_labels == written_truths(problem, solution)
         assert outcome.answer_correct == (complete and all(outcome.step_labels))
@@ -73,6 +89,8 @@ def test_the_verifier_corpus_never_contradicts_itself() -> None:
 def test_processbench_cases_hold_errors_and_right_solutions(tmp_path: Path) -> None:
     """Proves the official fields and that both kinds of cases are common enough to score."""
     rows = json.loads(write_processbench(200, tmp_path).read_text())
-    assert {"id", "generator", "problem", "steps", "final_answer_correct", "label"} == rows[0].keys()
+    assert {"id", "generator", "problem", "steps", "final_answer_correct", "label"} == rows[
+        0
+    ].keys()
     share = sum(row["label"] >= 0 for row in rows) / len(rows)
     assert 0.3 < share < 0.8

@@ -1,7 +1,8 @@
-"""A bigram model with MegatronWorker's methods, so that the training loops can be tested without Megatron.
+"""A bigram model with MegatronWorker's methods, so that the training loops can be tested without
+Megatron.
 
-Its log-probabilities are a learnt table's: row = input token. What it does not stand for: attention, parallel layouts,
-the learning-rate schedule.
+Its log-probabilities are a learnt table's: row = input token. What it does not stand for:
+attention, parallel layouts, the learning-rate schedule.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from spark_nemo.megatron.worker import StepResult
 
 
 class BigramWorker:
-    """One process that plays all data-parallel ranks when ``train_step`` is given every rank's micro-batches."""
+    """One process that plays all data-parallel ranks when ``train_step`` is given every rank's
+    micro-batches.
+    """
 
     def __init__(self, vocab_size: int = 8, lr: float = 0.1, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -26,7 +29,9 @@ class BigramWorker:
 
     def _forward(self, batch, temperature):
         logprobs_TV = (self.table_VV[batch.tokens_T] / temperature).log_softmax(-1)
-        return logprobs_TV.gather(1, batch.labels_T[:, None])[:, 0], -(logprobs_TV.exp() * logprobs_TV).sum(-1).detach()
+        return logprobs_TV.gather(1, batch.labels_T[:, None])[:, 0], -(
+            logprobs_TV.exp() * logprobs_TV
+        ).sum(-1).detach()
 
     @torch.no_grad()
     def logprobs(self, micro_batches, temperature=1.0):
@@ -46,7 +51,9 @@ class BigramWorker:
         self.grads.append(self.table_VV.grad.clone())
         self.optimizer.step()
         norm = float(self.grads[-1].norm())
-        return StepResult(total / num_tokens, norm, self.optimizer.param_groups[0]["lr"], num_tokens, metrics)
+        return StepResult(
+            total / num_tokens, norm, self.optimizer.param_groups[0]["lr"], num_tokens, metrics
+        )
 
     def snapshot(self):
         return {"table": self.table_VV.detach().clone()}
@@ -64,7 +71,9 @@ class BigramWorker:
         folder.mkdir(parents=True, exist_ok=True)
         saved = {"table": self.table_VV, "optimizer": self.optimizer.state_dict(), "state": state}
         torch.save(saved, folder / "new.pt")
-        (folder / "new.pt").replace(folder / "latest")  # a file where the worker has a pointer to a folder
+        (folder / "new.pt").replace(
+            folder / "latest"
+        )  # a file where the worker has a pointer to a folder
 
     def load_checkpoint(self, folder):
         saved = torch.load(folder / "latest", weights_only=False)

@@ -1,7 +1,9 @@
-"""What test_megatron_loops runs in processes of its own: ``python megatron_loops.py MODE FOLDER`` (or under torchrun).
+"""What test_megatron_loops runs in processes of its own: ``python megatron_loops.py MODE FOLDER``
+(or under torchrun).
 
-``kill`` trains and dies by SIGKILL in the fifth step; ``main`` trains whole, resumes the killed run, and makes a GRPO
-step; ``ranks`` does the first and the last on two data-parallel ranks. Results go to ``FOLDER/MODE.json``.
+``kill`` trains and dies by SIGKILL in the fifth step; ``main`` trains whole, resumes the killed
+run, and makes a GRPO step; ``ranks`` does the first and the last on two data-parallel ranks.
+Results go to ``FOLDER/MODE.json``.
 """
 
 import json
@@ -22,18 +24,31 @@ from spark_nemo.training.sft import num_sft_steps, train_sft
 from spark_nemo.training.stop import StopFlag
 
 MODEL = {
-    "model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 32, "tie_word_embeddings": True,
-    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 128, "initializer_range": 0.1,
+    "model_type": "qwen2",
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 32,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
 }
 SEQUENCES = [
-    TrainSequence(tuple(range(1, 2 + n % 5)), tuple((3 * n + 2 * k) % 32 for k in range(2 + n % 7))) for n in range(12)]
+    TrainSequence(tuple(range(1, 2 + n % 5)), tuple((3 * n + 2 * k) % 32 for k in range(2 + n % 7)))
+    for n in range(12)
+]
 SFT = {"epochs": 2, "batch_size": 4, "tokens_per_micro_batch": 16, "seed": 3, "save_every": 2}
 TOTAL_STEPS = num_sft_steps(len(SEQUENCES), SFT["epochs"], SFT["batch_size"])
 
 
 class KillDuringFifthStep(StopFlag):
-    """Not a stop but a death: SIGKILL when the loop looks before its fifth step, after one save at step 4."""
+    """Not a stop but a death: SIGKILL when the loop looks before its fifth step, after one save at
+    step 4.
+    """
 
     looks = 0
 
@@ -48,7 +63,12 @@ class KillDuringFifthStep(StopFlag):
 def worker(data_parallel: int, seed: int = 0) -> MegatronWorker:
     settings = OptimizerConfig(lr=1e-2, warmup_fraction=0.2, decay="cosine")
     return MegatronWorker.from_config(
-        MODEL, MegatronConfig(dtype="float32", data_parallel=data_parallel), seed, settings, TOTAL_STEPS)
+        MODEL,
+        MegatronConfig(dtype="float32", data_parallel=data_parallel),
+        seed,
+        settings,
+        TOTAL_STEPS,
+    )
 
 
 def weights(trained: MegatronWorker) -> dict[str, list[float]]:
@@ -60,23 +80,49 @@ def grpo_step(trained: MegatronWorker) -> dict[str, float]:
 
     The engine's log-probabilities are the trainer's own, so that the reported mismatch must vanish.
     """
-    config = RLConfig(updates_per_step=2, kl_estimator="k3", kl_coef=0.1, loss_aggregation="sequence_mean",
-                      sampling=SamplingConfig(temperature=0.8))
-    bare = [TrainSequence((1, 2, 3), tuple((5 * n + k * k) % 32 for k in range(1 + n % 4))) for n in range(9)]
+    config = RLConfig(
+        updates_per_step=2,
+        kl_estimator="k3",
+        kl_coef=0.1,
+        loss_aggregation="sequence_mean",
+        sampling=SamplingConfig(temperature=0.8),
+    )
+    bare = [
+        TrainSequence((1, 2, 3), tuple((5 * n + k * k) % 32 for k in range(1 + n % 4)))
+        for n in range(9)
+    ]
     packed = pack(bare, 16)
     logprobs = packed.unpack(trained.logprobs(packed.micro_batches, 0.8))
     rollouts = [
-        Rollout(Problem(f"p{n // 3}", "?"), n // 3, s.prompt_ids, s.response_ids, tuple(row_R.tolist()),
-                (0,) * len(s.response_ids), "", "stop")
-        for n, (s, row_R) in enumerate(zip(bare, logprobs))]
+        Rollout(
+            Problem(f"p{n // 3}", "?"),
+            n // 3,
+            s.prompt_ids,
+            s.response_ids,
+            tuple(row_R.tolist()),
+            (0,) * len(s.response_ids),
+            "",
+            "stop",
+        )
+        for n, (s, row_R) in enumerate(zip(bare, logprobs))
+    ]
     advantages_N = torch.tensor([1.0, -0.5, -0.5, 0.7, 0.7, -1.4, 0.0, 1.0, -1.0])
     valid_N = torch.tensor([True] * 4 + [False] + [True] * 4)
-    return train_on_rollouts(trained, rollouts, advantages_N, valid_N, config, tokens_per_micro_batch=16,
-                             reference=trained.snapshot())
+    return train_on_rollouts(
+        trained,
+        rollouts,
+        advantages_N,
+        valid_N,
+        config,
+        tokens_per_micro_batch=16,
+        reference=trained.snapshot(),
+    )
 
 
 def first_gradient_norms() -> dict[str, float]:
-    """Gradient norm of the same first step under three budgets, from one pack down to one sequence per micro-batch."""
+    """Gradient norm of the same first step under three budgets, from one pack down to one sequence
+    per micro-batch.
+    """
     norms = {}
     for budget in (1000, 16, 1):
         packed = pack(SEQUENCES, budget)
@@ -87,13 +133,23 @@ def first_gradient_norms() -> dict[str, float]:
 def main(mode: str, folder: Path) -> None:
     results: dict[str, object] = {}
     if mode == "kill":
-        train_sft(worker(1), SEQUENCES, run_folder=folder / "killed", stop=KillDuringFifthStep(folder), **SFT)
+        train_sft(
+            worker(1),
+            SEQUENCES,
+            run_folder=folder / "killed",
+            stop=KillDuringFifthStep(folder),
+            **SFT,
+        )
     if mode == "main":
         whole, resumed = worker(1), worker(1, seed=9)
         train_sft(whole, SEQUENCES, run_folder=folder / "whole", stop=StopFlag(folder), **SFT)
         train_sft(resumed, SEQUENCES, run_folder=folder / "killed", stop=StopFlag(folder), **SFT)
-        results = {"whole": weights(whole), "resumed": weights(resumed), "grpo": grpo_step(worker(1)),
-                   "gradient_norms": first_gradient_norms()}
+        results = {
+            "whole": weights(whole),
+            "resumed": weights(resumed),
+            "grpo": grpo_step(worker(1)),
+            "gradient_norms": first_gradient_norms(),
+        }
     if mode == "ranks":
         whole = worker(2)
         train_sft(whole, SEQUENCES, run_folder=folder / "ranks", stop=StopFlag(folder), **SFT)

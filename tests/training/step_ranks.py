@@ -1,7 +1,9 @@
-"""What test_step_advantages_in_parallel runs: ``python step_ranks.py FOLDER 1``, and under torchrun with 4.
+"""What test_step_advantages_in_parallel runs: ``python step_ranks.py FOLDER 1``, and under torchrun
+with 4.
 
-One process takes one optimizer step under every step advantage, packed in three ways; four ranks take the same steps
-under every layout. Losses and gradients go to ``FOLDER/one.pt`` and ``FOLDER/four.pt``.
+One process takes one optimizer step under every step advantage, packed in three ways; four ranks
+take the same steps under every layout. Losses and gradients go to ``FOLDER/one.pt`` and
+``FOLDER/four.pt``.
 """
 
 import random
@@ -23,48 +25,99 @@ from spark_nemo.stages.rollouts import ScoredBatch
 from spark_nemo.training.grpo import train_on_rollouts
 
 MODEL = {
-    "model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 32, "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 128, "initializer_range": 0.1,
+    "model_type": "qwen2",
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 32,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
 }
-LAYOUTS = {"tp4": (4, 1, 1, False), "tp2_pp2": (2, 2, 1, False), "tp2_dp2_sequence_parallel": (2, 1, 2, True),
-           "pp2_dp2": (1, 2, 2, False), "dp4": (1, 1, 4, False)}
+LAYOUTS = {
+    "tp4": (4, 1, 1, False),
+    "tp2_pp2": (2, 2, 1, False),
+    "tp2_dp2_sequence_parallel": (2, 1, 2, True),
+    "pp2_dp2": (1, 2, 2, False),
+    "dp4": (1, 1, 4, False),
+}
 BUDGETS = (1000, 40, 1)
 
 
 def scored_batch() -> ScoredBatch:
-    """Eleven responses in groups of 5, 4 and 2 with one to five steps of one to four tokens: verdicts, a broken format,
-    a failed verification that is masked."""
+    """Eleven responses in groups of 5, 4 and 2 with one to five steps of one to four tokens:
+    verdicts, a broken format, a failed verification that is masked.
+    """
     rng = random.Random(5)
     rollouts, judgements, rewards = [], [], []
     for number in range(11):
         lengths = [rng.randint(1, 4) for _ in range(rng.randint(1, 5))]
         ends = [1 + sum(lengths[:k]) for k in range(len(lengths) + 1)]
         size = ends[-1] + rng.randint(1, 3)
-        rollouts.append(Rollout(
-            Problem("p", "?"), (0, 0, 1, 0, 2, 1, 0, 1, 2, 0, 1)[number], tuple(range(1, rng.randint(3, 6))),
-            tuple(rng.randrange(32) for _ in range(size)), tuple(-3.5 + rng.random() for _ in range(size)), (0,) * size,
-            "", "stop", tuple(TokenSpan(a, b) for a, b in pairwise(ends))))
+        rollouts.append(
+            Rollout(
+                Problem("p", "?"),
+                (0, 0, 1, 0, 2, 1, 0, 1, 2, 0, 1)[number],
+                tuple(range(1, rng.randint(3, 6))),
+                tuple(rng.randrange(32) for _ in range(size)),
+                tuple(-3.5 + rng.random() for _ in range(size)),
+                (0,) * size,
+                "",
+                "stop",
+                tuple(TokenSpan(a, b) for a, b in pairwise(ends)),
+            )
+        )
         yes = rng.random() < 0.5
         outcome = Verdict(tuple(rng.random() < 0.6 for _ in lengths), yes)
-        judgements.append(Judgement(FormatViolation("steps"), None) if number == 3 else
-                          Judgement(None, ParseFailure("x") if number == 7 else outcome))
+        judgements.append(
+            Judgement(FormatViolation("steps"), None)
+            if number == 3
+            else Judgement(None, ParseFailure("x") if number == 7 else outcome)
+        )
         rewards.append(float("nan") if number == 7 else 0.0 if number == 3 else float(yes))
-    return ScoredBatch(tuple(rollouts), RewardBatch(tuple(rewards), tuple(n != 7 for n in range(11)), {}),
-                       tuple(judgements), {})
+    return ScoredBatch(
+        tuple(rollouts),
+        RewardBatch(tuple(rewards), tuple(n != 7 for n in range(11)), {}),
+        tuple(judgements),
+        {},
+    )
 
 
-def one_step(layout: MegatronConfig, design: str, budget: int) -> tuple[float, float, dict[str, torch.Tensor]]:
-    """Loss, gradient norm and gradients (under Hugging Face names) of a fresh model's first step. Collective."""
-    config = RLConfig(advantage=design, step_penalty_min=2 if design == "global_step_penalty" else None)
-    worker = MegatronWorker.from_config(MODEL, layout, 0, OptimizerConfig(lr=1e-3, clip_grad=0.0), 1)
+def one_step(
+    layout: MegatronConfig, design: str, budget: int
+) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """Loss, gradient norm and gradients (under Hugging Face names) of a fresh model's first step.
+    Collective.
+    """
+    config = RLConfig(
+        advantage=design, step_penalty_min=2 if design == "global_step_penalty" else None
+    )
+    worker = MegatronWorker.from_config(
+        MODEL, layout, 0, OptimizerConfig(lr=1e-3, clip_grad=0.0), 1
+    )
     batch = scored_batch()
-    metrics = train_on_rollouts(worker, batch.rollouts, batch_advantages(batch, config),
-                                torch.tensor(batch.rewards.valid), config, tokens_per_micro_batch=budget)
+    metrics = train_on_rollouts(
+        worker,
+        batch.rollouts,
+        batch_advantages(batch, config),
+        torch.tensor(batch.rewards.valid),
+        config,
+        tokens_per_micro_batch=budget,
+    )
     with torch.no_grad():
         for parameter in worker.model.parameters():
-            parameter.copy_(parameter.main_grad)  # so that the weights' own export brings them together
-    return metrics["loss"], metrics["grad_norm"], {name: tensor.clone() for name, tensor in worker.export_hf()}
+            parameter.copy_(
+                parameter.main_grad
+            )  # so that the weights' own export brings them together
+    return (
+        metrics["loss"],
+        metrics["grad_norm"],
+        {name: tensor.clone() for name, tensor in worker.export_hf()},
+    )
 
 
 def main(folder: Path, ranks: int) -> None:
@@ -74,9 +127,17 @@ def main(folder: Path, ranks: int) -> None:
             alone = MegatronConfig(dtype="float32", distributed_optimizer=False)
             results |= {(design, budget): one_step(alone, design, budget) for budget in BUDGETS}
     for name, (tensor, pipeline, data, sequence) in LAYOUTS.items() if ranks > 1 else ():
-        layout = MegatronConfig(dtype="float32", distributed_optimizer=False, tensor_parallel=tensor,
-                                pipeline_parallel=pipeline, data_parallel=data, sequence_parallel=sequence)
-        results |= {(design, name): one_step(layout, design, BUDGETS[1]) for design in sorted(ADVANTAGES)}
+        layout = MegatronConfig(
+            dtype="float32",
+            distributed_optimizer=False,
+            tensor_parallel=tensor,
+            pipeline_parallel=pipeline,
+            data_parallel=data,
+            sequence_parallel=sequence,
+        )
+        results |= {
+            (design, name): one_step(layout, design, BUDGETS[1]) for design in sorted(ADVANTAGES)
+        }
     if distributed.rank() == 0:
         torch.save(results, folder / ("one.pt" if ranks == 1 else "four.pt"))
 

@@ -12,13 +12,21 @@ from spark_nemo.training.advantages import STD_EPS, estimate_advantages, group_a
 
 def advantages(rewards, groups, valid=None, std_normalise=True):
     valid = [True] * len(rewards) if valid is None else valid
-    return group_advantages(torch.tensor(rewards), groups, torch.tensor(valid), std_normalise=std_normalise).tolist()
+    return group_advantages(
+        torch.tensor(rewards), groups, torch.tensor(valid), std_normalise=std_normalise
+    ).tolist()
 
 
-@given(st.lists(st.tuples(st.sampled_from([0.0, 0.25, 1.0]), st.integers(0, 3), st.booleans()), max_size=12),
-       st.booleans())
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0.0, 0.25, 1.0]), st.integers(0, 3), st.booleans()), max_size=12
+    ),
+    st.booleans(),
+)
 def test_equals_a_loop_over_groups(samples, std_normalise):
-    """Unequal, interleaved groups with masked members: the same as statistics' mean and stdev group by group."""
+    """Unequal, interleaved groups with masked members: the same as statistics' mean and stdev group
+    by group.
+    """
     import statistics
 
     rewards, groups, valid = ([sample[k] for sample in samples] for k in range(3))
@@ -30,8 +38,12 @@ def test_equals_a_loop_over_groups(samples, std_normalise):
             continue
         scale = statistics.stdev(members) + STD_EPS if std_normalise else 1.0
         expected.append((reward - statistics.mean(members)) / scale)
-    got = group_advantages(torch.tensor(rewards), groups, torch.tensor(valid, dtype=torch.bool),
-                           std_normalise=std_normalise)
+    got = group_advantages(
+        torch.tensor(rewards),
+        groups,
+        torch.tensor(valid, dtype=torch.bool),
+        std_normalise=std_normalise,
+    )
     assert got.tolist() == pytest.approx(expected, abs=1e-6)
 
 
@@ -44,13 +56,26 @@ def test_masked_samples_count_for_nothing():
 
 
 def test_groups_go_by_id_not_by_position():
-    """The trap of reshaping by a group size: with a filtered group the whole batch would become one group."""
-    assert advantages([1.0, 5.0, 0.0, 7.0, 6.0], [0, 1, 0, 1, 1], std_normalise=False) == [0.5, -1.0, -0.5, 1.0, 0.0]
+    """The trap of reshaping by a group size: with a filtered group the whole batch would become one
+    group.
+    """
+    assert advantages([1.0, 5.0, 0.0, 7.0, 6.0], [0, 1, 0, 1, 1], std_normalise=False) == [
+        0.5,
+        -1.0,
+        -0.5,
+        1.0,
+        0.0,
+    ]
 
 
 def test_a_group_without_contrast_gives_exactly_zero():
-    """Equal rewards (also ones binary fractions cannot hold), one member, or one valid member: nothing to learn."""
-    assert advantages([0.1, 0.1, 0.1, 1.0, 1.0, 0.0], [0, 0, 0, 1, 2, 2], [True] * 5 + [False]) == [0.0] * 6
+    """Equal rewards (also ones binary fractions cannot hold), one member, or one valid member:
+    nothing to learn.
+    """
+    assert (
+        advantages([0.1, 0.1, 0.1, 1.0, 1.0, 0.0], [0, 0, 0, 1, 2, 2], [True] * 5 + [False])
+        == [0.0] * 6
+    )
 
 
 def test_a_valid_reward_must_be_a_number():
@@ -64,7 +89,11 @@ def naive_advantage(estimator, i, samples):
     import statistics
 
     reward, group, is_valid = samples[i]
-    peers = [r for j, (r, g, v) in enumerate(samples) if v and (g == group or estimator == "reinforce_pp") and j != i]
+    peers = [
+        r
+        for j, (r, g, v) in enumerate(samples)
+        if v and (g == group or estimator == "reinforce_pp") and j != i
+    ]
     if not is_valid or not peers:
         return 0.0
     members = [reward, *peers]
@@ -76,22 +105,38 @@ def naive_advantage(estimator, i, samples):
     return (reward - statistics.mean(members)) / (statistics.stdev(members) + STD_EPS)
 
 
-@given(st.lists(st.tuples(st.sampled_from([0.0, 0.25, 1.0]), st.integers(0, 3), st.booleans()), max_size=12))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0.0, 0.25, 1.0]), st.integers(0, 3), st.booleans()), max_size=12
+    )
+)
 @pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo", "reinforce_pp"])
 def test_every_estimator_equals_its_definition(estimator, samples):
     """Unequal, interleaved groups with masked members; the masked rewards are NaN."""
     rewards = [reward if valid else math.nan for reward, _, valid in samples]
-    got = estimate_advantages(estimator, torch.tensor(rewards), [g for _, g, _ in samples],
-                              torch.tensor([v for _, _, v in samples], dtype=torch.bool))
+    got = estimate_advantages(
+        estimator,
+        torch.tensor(rewards),
+        [g for _, g, _ in samples],
+        torch.tensor([v for _, _, v in samples], dtype=torch.bool),
+    )
     expected = [naive_advantage(estimator, i, samples) for i in range(len(samples))]
     assert got.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_estimators_are_related_as_their_formulas_say():
-    """In a group of 3: RLOO is 3/2 of Dr.GRPO. Only REINFORCE++ lets one prompt's rewards move another's advantages."""
-    rewards_N, groups, valid_N = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0]), [0, 0, 0, 1, 1], torch.ones(5)
+    """In a group of 3: RLOO is 3/2 of Dr.GRPO. Only REINFORCE++ lets one prompt's rewards move
+    another's advantages.
+    """
+    rewards_N, groups, valid_N = (
+        torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0]),
+        [0, 0, 0, 1, 1],
+        torch.ones(5),
+    )
     rloo, centred, batch = (
-        estimate_advantages(name, rewards_N, groups, valid_N) for name in ("rloo", "dr_grpo", "reinforce_pp"))
+        estimate_advantages(name, rewards_N, groups, valid_N)
+        for name in ("rloo", "dr_grpo", "reinforce_pp")
+    )
     torch.testing.assert_close(rloo[:3], 1.5 * centred[:3])
     assert centred[3:].tolist() == [0.0, 0.0]
     assert (batch[3:] > 0).all()

@@ -20,25 +20,32 @@ LENGTHS = (3, 1, 4, 2, 2, 5, 1)
 def rollout(group, ids, logprobs=None):
     count = len(ids)
     logprobs = tuple(logprobs or (-1.0,) * count)
-    return Rollout(Problem(f"p{group}", "?"), group, (1, 2), tuple(ids), logprobs, (0,) * count, "", "stop")
+    return Rollout(
+        Problem(f"p{group}", "?"), group, (1, 2), tuple(ids), logprobs, (0,) * count, "", "stop"
+    )
 
 
 def batch(seed=0):
     """Seven rollouts in unequal groups with random tokens, advantages of both signs, all valid."""
     generator = torch.Generator().manual_seed(seed)
-    rollouts = [rollout(group, torch.randint(0, 8, (length,), generator=generator).tolist())
-                for group, length in zip(GROUPS, LENGTHS)]
+    rollouts = [
+        rollout(group, torch.randint(0, 8, (length,), generator=generator).tolist())
+        for group, length in zip(GROUPS, LENGTHS)
+    ]
     return rollouts, torch.randn(7, generator=generator), torch.ones(7, dtype=torch.bool)
 
 
 def step(worker, rollouts, advantages_N, valid_N, config=None, **kwargs):
     config = config or RLConfig(importance_cap=None)
     return train_on_rollouts(
-        worker, rollouts, advantages_N, valid_N, config, tokens_per_micro_batch=8, **kwargs)
+        worker, rollouts, advantages_N, valid_N, config, tokens_per_micro_batch=8, **kwargs
+    )
 
 
 def test_masked_rollouts_leave_no_trace():
-    """The gradient with two masked rollouts is bit for bit that of the batch without them, KL term included."""
+    """The gradient with two masked rollouts is bit for bit that of the batch without them, KL term
+    included.
+    """
     rollouts, advantages_N, valid_N = batch()
     valid_N[[1, 3]] = False
     config = RLConfig(kl_estimator="k3", kl_coef=0.1, loss_aggregation="sequence_mean")
@@ -46,55 +53,77 @@ def test_masked_rollouts_leave_no_trace():
     reference = BigramWorker(seed=5).snapshot()
     kept = [i for i in range(7) if valid_N[i]]
     metrics = step(masked, rollouts, advantages_N, valid_N, config, reference=reference)
-    step(filtered, [rollouts[i] for i in kept], advantages_N[kept], torch.ones(5), config, reference=reference)
+    step(
+        filtered,
+        [rollouts[i] for i in kept],
+        advantages_N[kept],
+        torch.ones(5),
+        config,
+        reference=reference,
+    )
     assert torch.equal(masked.grads[0], filtered.grads[0])
     assert metrics["valid_fraction"] == 5 / 7
 
 
 def per_token(advantages_N):
     """Advantages that differ within a response and are 0 on its first token."""
-    return [a * torch.arange(length, dtype=torch.float32) for a, length in zip(advantages_N, LENGTHS)]
+    return [
+        a * torch.arange(length, dtype=torch.float32) for a, length in zip(advantages_N, LENGTHS)
+    ]
 
 
 @pytest.mark.parametrize("stepwise", [False, True])
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "length_constant"])
 @pytest.mark.parametrize("dp_size", [2, 3, 9])
 def test_ranks_together_make_the_gradient_of_one_process(aggregation, dp_size, stepwise):
-    """All ranks' micro-batches against one rank's, with more ranks than rollouts too, and with an advantage per token.
-    Not Megatron's all-reduce."""
+    """All ranks' micro-batches against one rank's, with more ranks than rollouts too, and with an
+    advantage per token. Not Megatron's all-reduce.
+    """
     rollouts, advantages, valid_N = batch()
     advantages = per_token(advantages) if stepwise else advantages
     config = RLConfig(importance_cap=None, loss_aggregation=aggregation)
     alone, together = BigramWorker(), BigramWorker()
     step(alone, rollouts, advantages, valid_N, config)
     sequences = build_sequences(rollouts, advantages, aggregation, config.sampling.max_new_tokens)
-    micro_batches = [b for rank in range(dp_size) for b in pack_for_rank(sequences, 8, rank, dp_size).micro_batches]
+    micro_batches = [
+        b
+        for rank in range(dp_size)
+        for b in pack_for_rank(sequences, 8, rank, dp_size).micro_batches
+    ]
     together.train_step(micro_batches, make_grpo_loss(config))
     torch.testing.assert_close(together.grads[0], alone.grads[0])
 
 
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean"])
 def test_leaving_out_zero_advantages_does_not_change_the_gradient(aggregation):
-    """Two groups without contrast are not computed, yet the third gets the gradient of the full computation."""
+    """Two groups without contrast are not computed, yet the third gets the gradient of the full
+    computation.
+    """
     rollouts, advantages_N, valid_N = batch()
     advantages_N[:5] = 0.0
     config = RLConfig(loss_aggregation=aggregation)
     short, full = BigramWorker(), BigramWorker()
     metrics = step(short, rollouts, advantages_N, valid_N, config)
-    full.train_step(pack(build_sequences(rollouts, advantages_N, aggregation), 8).micro_batches, make_grpo_loss(config))
+    full.train_step(
+        pack(build_sequences(rollouts, advantages_N, aggregation), 8).micro_batches,
+        make_grpo_loss(config),
+    )
     torch.testing.assert_close(short.grads[0], full.grads[0])
     assert metrics["computed_fraction"] == 2 / 7
 
 
 def test_an_advantage_of_zero_on_the_first_token_alone_does_not_leave_a_rollout_out():
-    """Per-token advantages that start with 0 train as the full computation does; of seven rollouts the two of one
-    token have nothing but that 0."""
+    """Per-token advantages that start with 0 train as the full computation does; of seven rollouts
+    the two of one token have nothing but that 0.
+    """
     rollouts, advantages_N, valid_N = batch()
     rows = per_token(advantages_N)
     short, full = BigramWorker(), BigramWorker()
     metrics = step(short, rollouts, rows, valid_N)
-    full.train_step(pack(build_sequences(rollouts, rows, "token_mean"), 8).micro_batches,
-                    make_grpo_loss(RLConfig(importance_cap=None)))
+    full.train_step(
+        pack(build_sequences(rollouts, rows, "token_mean"), 8).micro_batches,
+        make_grpo_loss(RLConfig(importance_cap=None)),
+    )
     torch.testing.assert_close(short.grads[0], full.grads[0])
     assert metrics["computed_fraction"] == 5 / 7
 
@@ -104,7 +133,9 @@ def test_an_equal_advantage_on_every_token_is_the_scalar():
     rollouts, advantages_N, valid_N = batch()
     scalar, rows = BigramWorker(), BigramWorker()
     step(scalar, rollouts, advantages_N, valid_N)
-    step(rows, rollouts, [torch.full((n,), float(a)) for n, a in zip(LENGTHS, advantages_N)], valid_N)
+    step(
+        rows, rollouts, [torch.full((n,), float(a)) for n, a in zip(LENGTHS, advantages_N)], valid_N
+    )
     assert torch.equal(scalar.grads[0], rows.grads[0])
 
 
@@ -138,7 +169,9 @@ def test_one_update_needs_no_extra_pass_and_kl_only_the_reference():
 
 
 def test_several_updates_share_the_old_policy():
-    """Old log-probabilities are those before the first update: its ratios are 1, the later parts' are not."""
+    """Old log-probabilities are those before the first update: its ratios are 1, the later parts'
+    are not.
+    """
     rollouts, advantages_N, valid_N = batch()
     config = RLConfig(updates_per_step=3, clip_low=0.01, clip_high=0.01, importance_cap=None)
     metrics = step(BigramWorker(lr=0.5), rollouts, advantages_N, valid_N, config)
@@ -156,7 +189,9 @@ def test_updates_split_by_whole_groups():
 
 
 def test_the_loop_learns_what_is_rewarded():
-    """Sampling from the bigram and rewarding token 3 raises its probability: sign and scale are right end to end."""
+    """Sampling from the bigram and rewarding token 3 raises its probability: sign and scale are
+    right end to end.
+    """
     worker = BigramWorker(lr=0.2)
     generator = torch.Generator().manual_seed(0)
     config = RLConfig(sampling=SamplingConfig(temperature=0.7))
@@ -177,4 +212,10 @@ def test_what_cannot_be_trained_on_is_named():
     with pytest.raises(ValueError, match="nothing to train on"):
         step(BigramWorker(), rollouts, advantages_N, ~valid_N)
     with pytest.raises(ValueError, match="reference snapshot"):
-        step(BigramWorker(), rollouts, advantages_N, valid_N, RLConfig(kl_estimator="k3", kl_coef=0.1))
+        step(
+            BigramWorker(),
+            rollouts,
+            advantages_N,
+            valid_N,
+            RLConfig(kl_estimator="k3", kl_coef=0.1),
+        )

@@ -1,4 +1,6 @@
-"""The loops on Megatron itself: resume after kill -9 is exact, and data parallelism does not change the numbers."""
+"""The loops on Megatron itself: resume after kill -9 is exact, and data parallelism does not change
+the numbers.
+"""
 
 import json
 import os
@@ -17,7 +19,9 @@ pytestmark = pytest.mark.slow
 
 def launch(*command: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,16 @@ def folder(tmp_path_factory) -> Path:
     assert len(read_metrics(folder / "killed" / METRICS_FILE)) == 5
     for command in (
         (str(SCRIPT), "main", str(folder)),
-        ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT), "ranks", str(folder)),
+        (
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            str(SCRIPT),
+            "ranks",
+            str(folder),
+        ),
     ):
         finished = launch(*command)
         assert finished.returncode == 0, finished.stderr[-4000:]
@@ -45,7 +58,9 @@ def rows(folder: Path, run: str, *names: str) -> list[list[float]]:
 
 
 def test_resume_after_sigkill_is_exact(folder):
-    """Killed in step 5 of 6 and resumed from step 4: metrics and weights equal, bit for bit, those never killed."""
+    """Killed in step 5 of 6 and resumed from step 4: metrics and weights equal, bit for bit, those
+    never killed.
+    """
     names = ("step", "loss", "grad_norm", "lr", "loss_tokens")
     assert rows(folder, "killed", *names) == rows(folder, "whole", *names)
     both = results(folder, "main")
@@ -53,8 +68,9 @@ def test_resume_after_sigkill_is_exact(folder):
 
 
 def test_the_gradient_does_not_depend_on_the_packing(folder):
-    """One pack, a few, one sequence each. Catches attention that leaks between packed sequences of unequal lengths, in
-    the forward or only in the backward pass."""
+    """One pack, a few, one sequence each. Catches attention that leaks between packed sequences of
+    unequal lengths, in the forward or only in the backward pass.
+    """
     norms = results(folder, "main")["gradient_norms"]
     assert norms["16"] == pytest.approx(norms["1"], rel=1e-5)
     assert norms["1000"] == pytest.approx(norms["1"], rel=1e-5)
@@ -62,7 +78,9 @@ def test_the_gradient_does_not_depend_on_the_packing(folder):
 
 def test_data_parallel_fine_tuning_gives_the_same_losses_and_weights(folder):
     """Two ranks against one on the same batches; only the order of float additions differs."""
-    for one, two in zip(rows(folder, "whole", "loss", "lr"), rows(folder, "ranks", "loss", "lr"), strict=True):
+    for one, two in zip(
+        rows(folder, "whole", "loss", "lr"), rows(folder, "ranks", "loss", "lr"), strict=True
+    ):
         assert two == pytest.approx(one, rel=1e-4)
     one, two = results(folder, "main")["whole"], results(folder, "ranks")["whole"]
     assert one.keys() == two.keys()
@@ -70,7 +88,9 @@ def test_data_parallel_fine_tuning_gives_the_same_losses_and_weights(folder):
 
 
 def test_data_parallel_grpo_gives_the_same_metrics(folder):
-    """Both updates' means, gradient norms and maxima; the engine mismatch vanishes as it was built to."""
+    """Both updates' means, gradient norms and maxima; the engine mismatch vanishes as it was built
+    to.
+    """
     one, two = results(folder, "main")["grpo"], results(folder, "ranks")["grpo"]
     assert one.keys() == two.keys()
     assert two == pytest.approx(one, rel=2e-2, abs=2e-3)

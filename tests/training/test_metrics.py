@@ -1,4 +1,6 @@
-"""The metrics file survives kills and resumes without duplicates; the stop flag hears signals and files."""
+"""The metrics file survives kills and resumes without duplicates; the stop flag hears signals and
+files.
+"""
 
 import json
 import os
@@ -16,12 +18,17 @@ def test_rows_come_back_and_tensorboard_gets_them_too(tmp_path):
     writer.write(0, {"loss": 2.0})
     writer.write(1, {"loss": 1.5, "lr": 0.1})
     writer.close()
-    assert read_metrics(writer.path) == [{"step": 0, "loss": 2.0}, {"step": 1, "loss": 1.5, "lr": 0.1}]
+    assert read_metrics(writer.path) == [
+        {"step": 0, "loss": 2.0},
+        {"step": 1, "loss": 1.5, "lr": 0.1},
+    ]
     assert list((tmp_path / "tensorboard").glob("events*"))
 
 
 def test_resuming_drops_the_rows_that_will_be_written_again(tmp_path):
-    """Rows from the resumed step on go, earlier ones stay byte for byte, and so does a line torn by a kill."""
+    """Rows from the resumed step on go, earlier ones stay byte for byte, and so does a line torn by
+    a kill.
+    """
     writer = MetricsWriter(tmp_path)
     for step in range(5):
         writer.write(step, {"loss": step / 3})
@@ -48,7 +55,10 @@ def test_a_value_that_is_not_finite_becomes_null(tmp_path):
     writer = MetricsWriter(tmp_path)
     writer.write(0, {"loss": float("nan")})
     writer.close()
-    assert json.loads(writer.path.read_text(), parse_constant=pytest.fail) == {"step": 0, "loss": None}
+    assert json.loads(writer.path.read_text(), parse_constant=pytest.fail) == {
+        "step": 0,
+        "loss": None,
+    }
 
 
 def test_only_the_main_rank_writes(tmp_path):
@@ -78,7 +88,9 @@ def test_the_first_signal_asks_and_the_second_acts(tmp_path, number):
 
 
 def test_a_stop_file_asks_too(tmp_path):
-    """For whoever cannot signal the job; the file stays, so a requeued job does not start again by itself."""
+    """For whoever cannot signal the job; the file stays, so a requeued job does not start again by
+    itself.
+    """
     stop = StopFlag(tmp_path)
     assert not stop.requested
     (tmp_path / STOP_FILE).touch()

@@ -1,4 +1,6 @@
-"""The fine-tuning loop on a bigram model: its order, its resume, its stop. Megatron: test_megatron_loops."""
+"""The fine-tuning loop on a bigram model: its order, its resume, its stop. Megatron:
+test_megatron_loops.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from spark_nemo.training.packing import TrainSequence, pack
 from spark_nemo.training.sft import batch_indices, held_out_loss, num_sft_steps, train_sft
 from spark_nemo.training.stop import StopFlag
 
-SEQUENCES = [TrainSequence((n % 3,), tuple((n + k) % 8 for k in range(1 + n % 4))) for n in range(10)]
+SEQUENCES = [
+    TrainSequence((n % 3,), tuple((n + k) % 8 for k in range(1 + n % 4))) for n in range(10)
+]
 SETTINGS = {"epochs": 3, "batch_size": 4, "tokens_per_micro_batch": 5, "seed": 1, "save_every": 2}
 
 
@@ -28,7 +32,13 @@ class StopAfter(StopFlag):
 
 
 def run(worker, folder, stop=None, **changes):
-    return train_sft(worker, SEQUENCES, run_folder=folder, stop=stop or StopFlag(folder), **{**SETTINGS, **changes})
+    return train_sft(
+        worker,
+        SEQUENCES,
+        run_folder=folder,
+        stop=stop or StopFlag(folder),
+        **{**SETTINGS, **changes},
+    )
 
 
 def losses(folder):
@@ -40,7 +50,9 @@ def test_every_epoch_visits_every_sequence_once_in_its_own_order():
     steps = num_sft_steps(10, 2, 4)
     visited = [batch_indices(step, 10, 4, seed=1) for step in range(steps)]
     assert [len(batch) for batch in visited] == [4, 4, 2, 4, 4, 2]
-    first, second = ([index for batch in epoch for index in batch] for epoch in (visited[:3], visited[3:]))
+    first, second = (
+        [index for batch in epoch for index in batch] for epoch in (visited[:3], visited[3:])
+    )
     assert sorted(first) == sorted(second) == list(range(10))
     assert first != second
     assert visited[0] != batch_indices(0, 10, 4, seed=2)
@@ -58,7 +70,9 @@ def test_it_learns(tmp_path):
 
 @pytest.mark.parametrize("stop_after", [1, 4])
 def test_a_stopped_run_resumes_exactly(tmp_path, stop_after):
-    """Stop at a step that is (or is not) a save step, resume in a new worker: losses and weights equal bit for bit."""
+    """Stop at a step that is (or is not) a save step, resume in a new worker: losses and weights
+    equal bit for bit.
+    """
     whole, parts = BigramWorker(), BigramWorker(seed=7)
     run(whole, tmp_path / "whole")
     stopped = run(BigramWorker(), tmp_path / "parts", stop=StopAfter(tmp_path, stop_after))
@@ -70,6 +84,7 @@ def test_a_stopped_run_resumes_exactly(tmp_path, stop_after):
 
 def test_a_killed_run_loses_only_the_steps_since_its_checkpoint(tmp_path):
     """A crash in step 5 (as kill -9 would): rows 4.. are dropped and written again, none twice."""
+
     class Dies(BigramWorker):
         def train_step(self, *args, **kwargs):
             if len(self.grads) == 5:
@@ -102,21 +117,38 @@ def test_a_checkpoint_of_other_data_or_order_is_refused(tmp_path):
     with pytest.raises(ValueError, match="seed=1, this run has 2"):
         run(BigramWorker(), tmp_path, seed=2)
     with pytest.raises(ValueError, match="data="):
-        train_sft(BigramWorker(), SEQUENCES[:-1] + [TrainSequence((1,), (2,))], run_folder=tmp_path,
-                  stop=StopFlag(tmp_path), **SETTINGS)
+        train_sft(
+            BigramWorker(),
+            SEQUENCES[:-1] + [TrainSequence((1,), (2,))],
+            run_folder=tmp_path,
+            stop=StopFlag(tmp_path),
+            **SETTINGS,
+        )
 
 
 def test_a_checkpoint_of_another_optimizer_or_base_is_refused(tmp_path):
-    """Another learning rate half-way would be neither run. A checkpoint from before it was written down goes on."""
-    run(BigramWorker(), tmp_path, stop=StopAfter(tmp_path, 2), made_with={"sft.optimizer": {"lr": 0.1}})
+    """Another learning rate half-way would be neither run. A checkpoint from before it was written
+    down goes on.
+    """
+    run(
+        BigramWorker(),
+        tmp_path,
+        stop=StopAfter(tmp_path, 2),
+        made_with={"sft.optimizer": {"lr": 0.1}},
+    )
     with pytest.raises(ValueError, match=r"sft\.optimizer=.*0\.1.*this run has .*0\.2"):
         run(BigramWorker(), tmp_path, made_with={"sft.optimizer": {"lr": 0.2}})
-    assert run(BigramWorker(), tmp_path, made_with={"sft.optimizer": {"lr": 0.1}, "models.policy_base": "a"}).finished
+    assert run(
+        BigramWorker(),
+        tmp_path,
+        made_with={"sft.optimizer": {"lr": 0.1}, "models.policy_base": "a"},
+    ).finished
 
 
 def test_held_out_loss_is_the_loss_of_a_step_that_did_not_train(tmp_path):
-    """The same mean over response tokens as the training loss, whatever the packing; measured before its step, and it
-    changes no training number."""
+    """The same mean over response tokens as the training loss, whatever the packing; measured
+    before its step, and it changes no training number.
+    """
     worker = BigramWorker()
     expected = BigramWorker().train_step(pack(SEQUENCES, 5).micro_batches, sft_loss).loss
     assert held_out_loss(worker, SEQUENCES, 5) == pytest.approx(expected, abs=1e-6)
@@ -125,5 +157,7 @@ def test_held_out_loss_is_the_loss_of_a_step_that_did_not_train(tmp_path):
     run(BigramWorker(), tmp_path / "without")
     rows = read_metrics(tmp_path / "with" / METRICS_FILE)
     assert [row["step"] for row in rows if "held_out_loss" in row] == [0, 4, 8]
-    assert rows[0]["held_out_loss"] == pytest.approx(held_out_loss(BigramWorker(), SEQUENCES[:4], 5))
+    assert rows[0]["held_out_loss"] == pytest.approx(
+        held_out_loss(BigramWorker(), SEQUENCES[:4], 5)
+    )
     assert losses(tmp_path / "with") == losses(tmp_path / "without")

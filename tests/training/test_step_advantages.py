@@ -35,24 +35,35 @@ def response(reward, labels=CICC, spans=SPANS, group=0, valid=True) -> ScoredRes
 
 def outcome(responses):
     return group_advantages(
-        torch.tensor([r.reward for r in responses]), [r.group for r in responses],
-        torch.tensor([r.valid for r in responses]), std_normalise=False)
+        torch.tensor([r.reward for r in responses]),
+        [r.group for r in responses],
+        torch.tensor([r.valid for r in responses]),
+        std_normalise=False,
+    )
 
 
 DESIGNS = {
     "selective": lambda rs: selective_advantages(rs, outcome(rs), discount=0.0),
     "selective_half": lambda rs: selective_advantages(rs, outcome(rs), discount=0.5),
     "global_step": lambda rs: global_step_advantages(rs, outcome(rs)),
-    "global_step_penalty": lambda rs: global_step_penalty_advantages(rs, outcome(rs), min_steps=2, max_steps=5),
+    "global_step_penalty": lambda rs: global_step_penalty_advantages(
+        rs, outcome(rs), min_steps=2, max_steps=5
+    ),
     "min_form": min_form_advantages,
     "prefix": prefix_advantages,
     "prefix_relu": partial(prefix_advantages, relu=True),
     "capo": capo_advantages,
 }
 RESISTS = {"selective", "selective_half", "prefix", "prefix_relu", "capo"}
-BATCH = [response(1.0), response(0.0), response(0.0, (True, True, False, False)),
-         response(1.0, group=1), response(0.0, group=1), response(1.0, group=1, valid=False),
-         response(1.0, (True,) * 4)]
+BATCH = [
+    response(1.0),
+    response(0.0),
+    response(0.0, (True, True, False, False)),
+    response(1.0, group=1),
+    response(0.0, group=1),
+    response(1.0, group=1, valid=False),
+    response(1.0, (True,) * 4),
+]
 
 
 def split_first_step(r: ScoredResponse) -> ScoredResponse:
@@ -63,11 +74,16 @@ def split_first_step(r: ScoredResponse) -> ScoredResponse:
 
 @pytest.mark.parametrize("name", DESIGNS)
 @pytest.mark.parametrize("index", [0, 1, 2, 6])
-def test_splitting_a_correct_step_changes_the_total_exactly_where_the_docstring_says(name, index) -> None:
-    """Proves it for every response of the batch, not only the one that is split, in successes and failures. Does not
-    prove anything about the tokens a policy adds when it really inflates."""
+def test_splitting_a_correct_step_changes_the_total_exactly_where_the_docstring_says(
+    name, index
+) -> None:
+    """Proves it for every response of the batch, not only the one that is split, in successes and
+    failures. Does not prove anything about the tokens a policy adds when it really inflates.
+    """
     split = [split_first_step(r) if i == index else r for i, r in enumerate(BATCH)]
-    before, after = ([float(row.double().sum()) for row in DESIGNS[name](batch)] for batch in (BATCH, split))
+    before, after = (
+        [float(row.double().sum()) for row in DESIGNS[name](batch)] for batch in (BATCH, split)
+    )
     if name in RESISTS or (name == "min_form" and False in BATCH[index].step_labels):
         assert after == pytest.approx(before, abs=1e-6)
     else:
@@ -75,7 +91,9 @@ def test_splitting_a_correct_step_changes_the_total_exactly_where_the_docstring_
 
 
 def test_min_form_keeps_the_first_tokens_credit_when_a_step_is_split() -> None:
-    """The sum of the credits is the worst step, however many good ones stand beside it: what min-form does promise."""
+    """The sum of the credits is the worst step, however many good ones stand beside it: what
+    min-form does promise.
+    """
     for labels in ((1.0, 1.0), (1.0, -1.0, 1.0)):
         rewards_K = torch.tensor(labels, dtype=torch.float64)
         longer_K = torch.cat([torch.ones(1, dtype=torch.float64), rewards_K])
@@ -84,32 +102,53 @@ def test_min_form_keeps_the_first_tokens_credit_when_a_step_is_split() -> None:
 
 
 def test_golden_selective() -> None:
-    """Labels C, I, C, C: with A > 0 the incorrect step loses it, with A < 0 the correct ones do; the rest keeps A."""
+    """Labels C, I, C, C: with A > 0 the incorrect step loses it, with A < 0 the correct ones do;
+    the rest keeps A.
+    """
     pair = [response(1.0), response(0.0)]
     good, bad = DESIGNS["selective"](pair)
     assert good.tolist() == [0.5] * 3 + [0.0] + [0.5] * 5
     assert bad.tolist() == [-0.5, 0, 0, -0.5, 0, 0, 0, -0.5, -0.5]
-    assert DESIGNS["selective_half"](pair)[1].tolist() == [-0.5, -.25, -.25, -0.5, -.25, -.25, -.25, -0.5, -0.5]
+    assert DESIGNS["selective_half"](pair)[1].tolist() == [
+        -0.5,
+        -0.25,
+        -0.25,
+        -0.5,
+        -0.25,
+        -0.25,
+        -0.25,
+        -0.5,
+        -0.5,
+    ]
 
 
 def test_golden_global_step() -> None:
-    """Step rewards .25, -.25, .25, .25; z = .5, -1.5, .5, .5 (mean .125, std .25); sums to come 0, -.5, 1, .5."""
+    """Step rewards .25, -.25, .25, .25; z = .5, -1.5, .5, .5 (mean .125, std .25); sums to come 0,
+    -.5, 1, .5.
+    """
     assert step_rewards(CICC).tolist() == [0.25, -0.25, 0.25, 0.25]
-    row, = global_step_advantages([response(1.0)], torch.tensor([1.0]))
-    assert row.tolist() == pytest.approx([0.8 + 0.2 * z for z in (0, 0, 0, -.5, 1, 1, .5, 0, 0)], abs=1e-5)
+    (row,) = global_step_advantages([response(1.0)], torch.tensor([1.0]))
+    assert row.tolist() == pytest.approx(
+        [0.8 + 0.2 * z for z in (0, 0, 0, -0.5, 1, 1, 0.5, 0, 0)], abs=1e-5
+    )
 
 
 def test_global_steps_are_normalised_over_the_group_and_not_over_the_batch() -> None:
     """Slime's trap: with groups of different sizes each group's z-scores are those it has alone."""
-    sizes = [response(1.0), response(0.0, (True, False, False, False)), *(replace(r, group=1) for r in BATCH[:3])]
+    sizes = [
+        response(1.0),
+        response(0.0, (True, False, False, False)),
+        *(replace(r, group=1) for r in BATCH[:3]),
+    ]
     together = DESIGNS["global_step"](sizes)
     alone = DESIGNS["global_step"](sizes[:2]) + DESIGNS["global_step"](sizes[2:])
     assert all(torch.equal(a, b) for a, b in zip(together, alone))
 
 
 def test_the_step_penalty_takes_the_step_rewards_and_keeps_the_outcome() -> None:
-    """Four steps where at least five are asked for: 0.8 A on every token, and the others' step statistics are as if it
-    were absent. Within the bounds it is the plain design."""
+    """Four steps where at least five are asked for: 0.8 A on every token, and the others' step
+    statistics are as if it were absent. Within the bounds it is the plain design.
+    """
     odd = response(1.0, (True,) * 5, (*SPANS, TokenSpan(7, 8)))
     batch, outcome_N = [odd, BATCH[0], BATCH[1]], torch.tensor([1.0, 0.5, -1.5])
     for low, high in ((1, 4), (6, 20)):
@@ -123,11 +162,15 @@ def test_the_step_penalty_takes_the_step_rewards_and_keeps_the_outcome() -> None
 
 
 def test_golden_prefix() -> None:
-    """A failed response has 0.5 - mean before its first error and 0 - mean from there; a success is untouched."""
+    """A failed response has 0.5 - mean before its first error and 0 - mean from there; a success is
+    untouched.
+    """
     good, bad = prefix_advantages([response(1.0), response(0.0)], prefix_reward=0.75)
     assert good.tolist() == [0.5] * 9
     assert bad.tolist() == [0.25] * 3 + [-0.5] * 6
-    relu = prefix_advantages([response(1.0), response(1.0), response(0.0)], prefix_reward=0.5, relu=True)
+    relu = prefix_advantages(
+        [response(1.0), response(1.0), response(0.0)], prefix_reward=0.5, relu=True
+    )
     assert relu[2].tolist() == pytest.approx([0.0] * 3 + [-2 / 3] * 6)
     late = prefix_advantages([response(1.0), response(0.0, (True,) * 4)])[1]
     assert late.tolist() == [0.0] * 7 + [-0.5] * 2
@@ -144,8 +187,9 @@ def test_golden_capo() -> None:
 
 
 def test_golden_min_form() -> None:
-    """Against loops: softmax credit at step ends, minus the others' mean per token, summed to come, plus leave-one-out
-    verdicts."""
+    """Against loops: softmax credit at step ends, minus the others' mean per token, summed to come,
+    plus leave-one-out verdicts.
+    """
     labels = [CICC, (True, True, True, True)]
     credits = []
     for row in labels:
@@ -154,17 +198,24 @@ def test_golden_min_form() -> None:
         for span, c, w in zip(SPANS, row, weights):
             at[span.end - 1] = (1 if c else -1) * w / sum(weights)
         credits.append(at)
-    for i, (y, got) in enumerate(zip((0.0, 1.0), min_form_advantages([response(0.0), response(1.0, labels[1])]))):
+    for i, (y, got) in enumerate(
+        zip((0.0, 1.0), min_form_advantages([response(0.0), response(1.0, labels[1])]))
+    ):
         other = credits[1 - i]
-        expected = [(y - (1 - y)) + sum(credits[i][u] - sum(other) / 9 for u in range(t, 9)) for t in range(9)]
+        expected = [
+            (y - (1 - y)) + sum(credits[i][u] - sum(other) / 9 for u in range(t, 9))
+            for t in range(9)
+        ]
         assert got.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", DESIGNS)
 @pytest.mark.parametrize("labels", [(True, False), (True, False, True, True, True), None])
 def test_labels_that_do_not_fit_are_dropped_whole(name, labels) -> None:
-    """The reference code's defect: raw labels of another count laid over the spans. Here a response with too few or too
-    many labels is treated as one with none, so all its tokens but a return's get one value."""
+    """The reference code's defect: raw labels of another count laid over the spans. Here a response
+    with too few or too many labels is treated as one with none, so all its tokens but a return's
+    get one value.
+    """
     odd = DESIGNS[name]([response(0.0, labels), *BATCH[:2]])
     none = DESIGNS[name]([response(0.0, None), *BATCH[:2]])
     assert all(torch.equal(a, b) for a, b in zip(odd, none))
@@ -173,16 +224,22 @@ def test_labels_that_do_not_fit_are_dropped_whole(name, labels) -> None:
 
 
 def test_the_parser_refuses_a_count_mismatch_before_any_of_this() -> None:
-    """Why the fallback cannot be reached from a verification: two judged steps for three is a failure, not labels."""
-    text = ("## Step 1: a\n**This step is correct.**\n\n## Step 2: b\n**This step is correct.**\n\n"
-            "**Verification: Is the answer correct (Yes/No)? Yes**")
+    """Why the fallback cannot be reached from a verification: two judged steps for three is a
+    failure, not labels.
+    """
+    text = (
+        "## Step 1: a\n**This step is correct.**\n\n## Step 2: b\n**This step is correct.**\n\n"
+        "**Verification: Is the answer correct (Yes/No)? Yes**"
+    )
     refused = parse_generation(text, "stop", 9, 3)
     assert isinstance(refused, ParseFailure) and "step_count" in refused.reason
 
 
 @pytest.mark.parametrize("name", DESIGNS)
 def test_an_invalid_response_counts_for_nothing(name) -> None:
-    """No silent zero in the statistics: with a masked NaN member the others are as if it were absent."""
+    """No silent zero in the statistics: with a masked NaN member the others are as if it were
+    absent.
+    """
     masked = DESIGNS[name]([BATCH[0], response(math.nan, valid=False), BATCH[1]])
     assert masked[1].tolist() == [0.0] * 9
     for got, expected in zip((masked[0], masked[2]), DESIGNS[name](BATCH[:2])):

@@ -1,4 +1,6 @@
-"""An engine without a model: what it says follows from a request's seed, and how long it takes is up to the test."""
+"""An engine without a model: what it says follows from a request's seed, and how long it takes is
+up to the test.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,14 @@ import selectors
 from collections.abc import Callable, Iterable
 
 from spark_nemo.config import SamplingConfig, Stage1Config
-from spark_nemo.engines.base import Engine, EngineFailure, EngineHealth, FinishReason, Generation, GenerationRequest
+from spark_nemo.engines.base import (
+    Engine,
+    EngineFailure,
+    EngineHealth,
+    FinishReason,
+    Generation,
+    GenerationRequest,
+)
 from spark_nemo.engines.served import ServedModel
 from spark_nemo.grammar import render_verification
 from spark_nemo.grammar.verification import StepJudgement
@@ -36,10 +45,16 @@ class BytesTokenizer:
 
 
 class FakeEngine(Engine):
-    """Three-step solutions, one in eight unusable; verdicts that call a step correct with its solution's own rate."""
+    """Three-step solutions, one in eight unusable; verdicts that call a step correct with its
+    solution's own rate.
+    """
 
-    def __init__(self, latency: Latency = lambda request: 0.0, slots: int = 10**6,
-                 refuses: Callable[[GenerationRequest], bool] = lambda request: False) -> None:
+    def __init__(
+        self,
+        latency: Latency = lambda request: 0.0,
+        slots: int = 10**6,
+        refuses: Callable[[GenerationRequest], bool] = lambda request: False,
+    ) -> None:
         self.requests: list[GenerationRequest] = []
         self.served: list[GenerationRequest] = []
         self.prompt_tokens = self.completion_tokens = self.in_flight = self.most_in_flight = 0
@@ -80,7 +95,9 @@ def solution_of(request: GenerationRequest) -> str:
     draw = random.Random(request.sampling.seed)
     if draw.random() < 1 / 8:
         return "I do not know."
-    return "".join(f"Step {k}: {draw.randrange(10**6)} is right.\n" for k in (1, 2, 3)) + "Answer: 7"
+    return (
+        "".join(f"Step {k}: {draw.randrange(10**6)} is right.\n" for k in (1, 2, 3)) + "Answer: 7"
+    )
 
 
 def verification_of(request: GenerationRequest) -> str:
@@ -96,8 +113,13 @@ def served(engine: FakeEngine) -> ServedModel:
 
 
 def stage(**changes: object) -> Stage1Config:
-    defaults = dict(solutions_per_problem=2, verifications_per_solution=8, prompt_set="compact",
-                    generator_sampling=SOLVE, verifier_sampling=VERIFY)
+    defaults = dict(
+        solutions_per_problem=2,
+        verifications_per_solution=8,
+        prompt_set="compact",
+        generator_sampling=SOLVE,
+        verifier_sampling=VERIFY,
+    )
     return Stage1Config(**{**defaults, **changes})
 
 
@@ -118,7 +140,9 @@ class _NoWaiting(selectors.SelectSelector):
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """Time passes only while nothing is left to do, and then at once: a schedule without the machine's speed in it."""
+    """Time passes only while nothing is left to do, and then at once: a schedule without the
+    machine's speed in it.
+    """
 
     def __init__(self) -> None:
         self._clock = _NoWaiting()
@@ -128,7 +152,9 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         return self._clock.now
 
 
-def utilisation(spans: Iterable[tuple[float, float]], slots: int, start: float, end: float) -> float:
+def utilisation(
+    spans: Iterable[tuple[float, float]], slots: int, start: float, end: float
+) -> float:
     """Share of ``slots`` that was in use between two times, given (begin, end) of every request."""
     busy = sum(max(0.0, min(b, end) - max(a, start)) for a, b in spans)
     return busy / (slots * (end - start))

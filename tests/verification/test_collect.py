@@ -1,4 +1,6 @@
-"""Stage I's sampling against an engine without a model: what is asked for, in which order, and what it cost."""
+"""Stage I's sampling against an engine without a model: what is asked for, in which order, and what
+it cost.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +11,54 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_world import SOLVE, VERIFY, FakeEngine, is_vote, problems, served, solution_of, stage, verification_of
+from fake_world import (
+    SOLVE,
+    VERIFY,
+    FakeEngine,
+    is_vote,
+    problems,
+    served,
+    solution_of,
+    stage,
+    verification_of,
+)
 
 from spark_nemo.config import Stage1Config
 from spark_nemo.engines.base import FinishReason, Generation, GenerationRequest, SamplingParams
-from spark_nemo.grammar import GRAMMAR_VERSION, ParsedResponse, StepFormat, prompt_set, split_response
+from spark_nemo.grammar import (
+    GRAMMAR_VERSION,
+    ParsedResponse,
+    StepFormat,
+    prompt_set,
+    split_response,
+)
 from spark_nemo.records import Verification, content_key, derive_seed, outcome_from_json
 from spark_nemo.records.store import RecordStore
 from spark_nemo.verification.collect import SOLUTION, VERIFICATION, CollectCounts, Collector
 from spark_nemo.verification.early_stop import stopping_rule, votes_taken
 
-RULES = [{}, {"early_stop": "exact"}, {"early_stop": "exact", "wave_size": 3, "early_stop_verdict": True},
-         {"early_stop": "sequential", "early_stop_error": 0.05}]
+RULES = [
+    {},
+    {"early_stop": "exact"},
+    {"early_stop": "exact", "wave_size": 3, "early_stop_verdict": True},
+    {"early_stop": "sequential", "early_stop_error": 0.05},
+]
 
 
 class Killed(Exception):
     """Stands for SIGKILL: nothing after it runs in the collector."""
 
 
-def collect(folder: Path, config: Stage1Config, engine: FakeEngine | None = None, *, count: int = 12, slots: int = 16,
-            die_after: int | None = None, after_votes=None) -> Collector:
+def collect(
+    folder: Path,
+    config: Stage1Config,
+    engine: FakeEngine | None = None,
+    *,
+    count: int = 12,
+    slots: int = 16,
+    die_after: int | None = None,
+    after_votes=None,
+) -> Collector:
     """One run over ``count`` problems on the store in ``folder``."""
     engine = engine or FakeEngine()
     results = 0
@@ -40,7 +70,9 @@ def collect(folder: Path, config: Stage1Config, engine: FakeEngine | None = None
             raise Killed
 
     with RecordStore(folder, writer_name="w", fsync_every=256) as store:
-        collector = Collector(config, 3, served(engine), served(engine), store, on_result, after_votes)
+        collector = Collector(
+            config, 3, served(engine), served(engine), store, on_result, after_votes
+        )
         try:
             asyncio.run(collector.run(problems(count), slots))
         except ExceptionGroup as group:
@@ -59,16 +91,25 @@ def random_latency(seed: int) -> FakeEngine:
     return FakeEngine(lambda request: draw.choice((0, 0, 0.0005, 0.002)))
 
 
-def test_without_early_stopping_every_vote_has_the_key_and_seed_it_always_had(tmp_path: Path) -> None:
-    """Proves that stores made before the pipeline was rebuilt are still found: keys and seeds written down anew here.
+def test_without_early_stopping_every_vote_has_the_key_and_seed_it_always_had(
+    tmp_path: Path,
+) -> None:
+    """Proves that stores made before the pipeline was rebuilt are still found: keys and seeds
+    written down anew here.
 
-    Nothing is missing, nothing is extra. That a real engine says the same was checked once on the small world's full
-    stage I (16,320 records, equal but for ``num_prompt_tokens``).
+    Nothing is missing, nothing is extra. That a real engine says the same was checked once on the
+    small world's full stage I (16,320 records, equal but for ``num_prompt_tokens``).
     """
     config, prompts, wanted = stage(), prompt_set("compact"), {}
-    made_by = {name: (GRAMMAR_VERSION, prompts.version, "fake", {
-        "temperature": 1.0, "top_p": 1.0, "max_new_tokens": sampling.max_new_tokens})
-        for name, sampling in (("solution", SOLVE), ("verification", VERIFY))}
+    made_by = {
+        name: (
+            GRAMMAR_VERSION,
+            prompts.version,
+            "fake",
+            {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": sampling.max_new_tokens},
+        )
+        for name, sampling in (("solution", SOLVE), ("verification", VERIFY))
+    }
     for problem in problems(12):
         for index in range(2):
             key = content_key("solution", problem.question, made_by["solution"], 3, index)
@@ -80,7 +121,10 @@ def test_without_early_stopping_every_vote_has_the_key_and_seed_it_always_had(tm
                 for vote in range(8):
                     vote_key = content_key("verification", key, made_by["verification"], 3, vote)
                     wanted[vote_key] = verification_of(
-                        request(tuple(content.encode()), VERIFY.max_new_tokens, derive_seed(vote_key)))
+                        request(
+                            tuple(content.encode()), VERIFY.max_new_tokens, derive_seed(vote_key)
+                        )
+                    )
     collector = collect(tmp_path, config)
     assert {key: row["text"] for key, row in records(tmp_path).items()} == wanted
     assert collector.counts.saved_verifications == 0
@@ -92,16 +136,27 @@ def request(prompt_ids: tuple[int, ...], max_new_tokens: int, seed: int) -> Gene
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_votes_taken_depend_on_nothing_but_the_votes(tmp_path: Path, rule: dict) -> None:
-    """Proves that completions in any order, and any number in flight, give the same store: what a replay would take."""
-    for name, engine, slots in (("a", FakeEngine(), 1), ("b", random_latency(1), 7), ("c", random_latency(2), 200)):
+    """Proves that completions in any order, and any number in flight, give the same store: what a
+    replay would take.
+    """
+    for name, engine, slots in (
+        ("a", FakeEngine(), 1),
+        ("b", random_latency(1), 7),
+        ("c", random_latency(2), 200),
+    ):
         collect(tmp_path / name, stage(**rule), engine, slots=slots)
     collect(tmp_path / "full", stage())
     full, stopped = records(tmp_path / "full"), records(tmp_path / "a")
     assert stopped == records(tmp_path / "b") == records(tmp_path / "c")
-    stopping, taken = stopping_rule(stage(**rule)), Counter(r["solution_key"] for r in stopped.values() if "vote" in r)
+    stopping, taken = (
+        stopping_rule(stage(**rule)),
+        Counter(r["solution_key"] for r in stopped.values() if "vote" in r),
+    )
     assert taken
     for key, number in taken.items():
-        votes = sorted((r for r in full.values() if r.get("solution_key") == key), key=lambda r: r["vote"])
+        votes = sorted(
+            (r for r in full.values() if r.get("solution_key") == key), key=lambda r: r["vote"]
+        )
         outcomes = [outcome_from_json(r["outcome"]) for r in votes]
         assert number == (votes_taken(stopping, outcomes) if stopping else 8)
 
@@ -109,7 +164,8 @@ def test_the_votes_taken_depend_on_nothing_but_the_votes(tmp_path: Path, rule: d
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("die_after", [1, 30, 90])
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, rule: dict, die_after: int) -> None:
-    """Proves that nothing stored is asked for again, and that the end is that of an undisturbed run.
+    """Proves that nothing stored is asked for again, and that the end is that of an undisturbed
+    run.
 
     The kill is an exception between two results; torn writes are the store's affair.
     """
@@ -126,7 +182,9 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, rule: dict, die_after
 
 @pytest.mark.parametrize("rule", RULES)
 def test_growing_n_asks_only_for_the_new_votes(tmp_path: Path, rule: dict) -> None:
-    """Proves that N=8 grown to N=16 ends where N=16 from the start would, at the price of the difference."""
+    """Proves that N=8 grown to N=16 ends where N=16 from the start would, at the price of the
+    difference.
+    """
     collect(tmp_path / "grown", stage(**rule))
     before, engine = records(tmp_path / "grown"), FakeEngine()
     collect(tmp_path / "grown", stage(**rule, verifications_per_solution=16), engine)
@@ -139,8 +197,12 @@ def test_growing_n_asks_only_for_the_new_votes(tmp_path: Path, rule: dict) -> No
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_vote_that_could_not_be_had_is_asked_for_by_the_next_run(tmp_path: Path, rule: dict) -> None:
-    """Proves that an engine failure is no vote, is not stored, and changes nothing about what is taken in the end."""
+def test_a_vote_that_could_not_be_had_is_asked_for_by_the_next_run(
+    tmp_path: Path, rule: dict
+) -> None:
+    """Proves that an engine failure is no vote, is not stored, and changes nothing about what is
+    taken in the end.
+    """
     collect(tmp_path / "calm", stage(**rule))
     flaky = FakeEngine(refuses=lambda request: is_vote(request) and request.sampling.seed % 9 == 0)
     first = collect(tmp_path / "flaky", stage(**rule), flaky)
@@ -156,7 +218,9 @@ def test_a_vote_that_could_not_be_had_is_asked_for_by_the_next_run(tmp_path: Pat
 
 
 def test_the_votes_of_a_solution_reach_the_engine_together_with_one_prompt(tmp_path: Path) -> None:
-    """Proves what prefix caching needs: equal prompts one after the other, encoded once per solution."""
+    """Proves what prefix caching needs: equal prompts one after the other, encoded once per
+    solution.
+    """
     engine = FakeEngine()
     with RecordStore(tmp_path, writer_name="w", fsync_every=256) as store:
         generator, verifier = served(engine), served(engine)
@@ -170,33 +234,47 @@ def test_the_votes_of_a_solution_reach_the_engine_together_with_one_prompt(tmp_p
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_ledger_adds_up_to_what_the_engine_served(tmp_path: Path, rule: dict) -> None:
-    """Proves that sampled tokens are the engine's, that reuse is not counted as sampling, and that parts make wholes.
+    """Proves that sampled tokens are the engine's, that reuse is not counted as sampling, and that
+    parts make wholes.
 
-    Refused requests (whose tokens nobody knows) are counted and have no tokens. Seconds are not checked.
+    Refused requests (whose tokens nobody knows) are counted and have no tokens. Seconds are not
+    checked.
     """
     engine = FakeEngine(refuses=lambda request: request.sampling.seed % 9 == 0)
     first = collect(tmp_path, stage(**rule), engine).ledger
     sampled = first.parts["solve"].sampled + first.parts["verify"].sampled
     assert sampled == len(engine.served)
-    assert first.parts["solve"].failed + first.parts["verify"].failed == len(engine.requests) - len(engine.served)
+    assert first.parts["solve"].failed + first.parts["verify"].failed == len(engine.requests) - len(
+        engine.served
+    )
     assert sum(p.sampled_prompt_tokens for p in first.parts.values()) == engine.prompt_tokens
-    assert sum(p.sampled_completion_tokens for p in first.parts.values()) == engine.completion_tokens
+    assert (
+        sum(p.sampled_completion_tokens for p in first.parts.values()) == engine.completion_tokens
+    )
     summary = first.summary()
     for level in ("per_problem", "per_solution"):
         spread = summary[level]["completion_tokens"]
         assert spread["mean"] * spread["count"] == pytest.approx(engine.completion_tokens, rel=1e-4)
     again = FakeEngine()
     second = collect(tmp_path, stage(**rule), again).ledger
-    assert sum(p.sampled_completion_tokens for p in second.parts.values()) == again.completion_tokens
+    assert (
+        sum(p.sampled_completion_tokens for p in second.parts.values()) == again.completion_tokens
+    )
     assert sum(p.reused for p in second.parts.values()) == sampled
-    assert sum(p.reused_completion_tokens for p in second.parts.values()) == engine.completion_tokens
+    assert (
+        sum(p.reused_completion_tokens for p in second.parts.values()) == engine.completion_tokens
+    )
     assert sum(p.reused_prompt_tokens for p in second.parts.values()) == engine.prompt_tokens
     whole = second.summary(earlier=summary["all_runs"])["all_runs"]
-    assert whole["verify"]["sampled"] == first.parts["verify"].sampled + second.parts["verify"].sampled
+    assert (
+        whole["verify"]["sampled"] == first.parts["verify"].sampled + second.parts["verify"].sampled
+    )
 
 
 def test_saved_tokens_are_estimated_close_to_the_truth(tmp_path: Path) -> None:
-    """Proves the estimate on votes of similar length; it is an estimate, for nobody knows what was not sampled."""
+    """Proves the estimate on votes of similar length; it is an estimate, for nobody knows what was
+    not sampled.
+    """
     full = collect(tmp_path / "full", stage()).ledger
     stopped = collect(tmp_path / "stopped", stage(early_stop="exact")).ledger
     saved = full.parts["verify"].completion_tokens - stopped.parts["verify"].completion_tokens
@@ -206,7 +284,9 @@ def test_saved_tokens_are_estimated_close_to_the_truth(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_after_votes_sees_every_solution_whose_votes_are_in(tmp_path: Path, rule: dict) -> None:
-    """Proves that the hook gets all votes in order, once per solution, and none for a solution that lacks a vote."""
+    """Proves that the hook gets all votes in order, once per solution, and none for a solution that
+    lacks a vote.
+    """
     seen: dict[str, list[Verification]] = {}
 
     async def after_votes(solution, parsed, votes) -> None:
@@ -217,14 +297,20 @@ def test_after_votes_sees_every_solution_whose_votes_are_in(tmp_path: Path, rule
 
     flaky = FakeEngine(refuses=lambda request: is_vote(request) and request.sampling.seed % 29 == 0)
     collect(tmp_path, stage(**rule), flaky, after_votes=after_votes)
-    asked, had = ([r.prompt_ids for r in rows if is_vote(r)] for rows in (flaky.requests, flaky.served))
+    asked, had = (
+        [r.prompt_ids for r in rows if is_vote(r)] for rows in (flaky.requests, flaky.served)
+    )
     lacking = Counter(asked) - Counter(had)
     assert 0 < len(seen) == len(set(asked)) - len(lacking) < len(set(asked))
     stored = Counter(row["solution_key"] for row in records(tmp_path).values() if "vote" in row)
-    assert all([vote.vote for vote in votes] == list(range(stored[key])) for key, votes in seen.items())
+    assert all(
+        [vote.vote for vote in votes] == list(range(stored[key])) for key, votes in seen.items()
+    )
     seen.clear()
     collect(tmp_path, stage(**rule), after_votes=after_votes)
-    assert seen.keys() == {row["solution_key"] for row in records(tmp_path).values() if "vote" in row}
+    assert seen.keys() == {
+        row["solution_key"] for row in records(tmp_path).values() if "vote" in row
+    }
 
 
 class AbortingEngine(FakeEngine):
@@ -239,20 +325,35 @@ class AbortingEngine(FakeEngine):
         if not self.aborts(request):
             return done
         half = len(done.token_ids) // 2
-        return replace(done, token_ids=done.token_ids[:half], logprobs=done.logprobs[:half],
-                       weight_versions=done.weight_versions[:half], finish_reason=FinishReason.ABORT)
+        return replace(
+            done,
+            token_ids=done.token_ids[:half],
+            logprobs=done.logprobs[:half],
+            weight_versions=done.weight_versions[:half],
+            finish_reason=FinishReason.ABORT,
+        )
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("what", [is_vote, lambda request: not is_vote(request)], ids=["votes", "solutions"])
-def test_an_aborted_request_is_asked_again_by_the_next_run(tmp_path: Path, rule: dict, what) -> None:
-    """Half an answer of an engine that was stopped is no outcome: nothing of it is stored, and after the next run the
-    store holds what a run without aborts makes. Does not prove that a real engine says abort when it should."""
+@pytest.mark.parametrize(
+    "what", [is_vote, lambda request: not is_vote(request)], ids=["votes", "solutions"]
+)
+def test_an_aborted_request_is_asked_again_by_the_next_run(
+    tmp_path: Path, rule: dict, what
+) -> None:
+    """Half an answer of an engine that was stopped is no outcome: nothing of it is stored, and
+    after the next run the store holds what a run without aborts makes. Does not prove that a real
+    engine says abort when it should.
+    """
     aborts = AbortingEngine(lambda request: what(request) and request.sampling.seed % 3 == 0)
     collector = collect(tmp_path / "a", stage(**rule), aborts)
     assert sum(collector.counts.engine_failures.values()) > 0
-    assert not [row for row in records(tmp_path / "a").values() if row.get("finish_reason") == "abort"
-                or row.get("outcome", {}).get("kind") == "engine_error"]
+    assert not [
+        row
+        for row in records(tmp_path / "a").values()
+        if row.get("finish_reason") == "abort"
+        or row.get("outcome", {}).get("kind") == "engine_error"
+    ]
     collect(tmp_path / "a", stage(**rule))
     collect(tmp_path / "b", stage(**rule))
     assert records(tmp_path / "a") == records(tmp_path / "b")

@@ -23,18 +23,27 @@ def write(folder, solutions=4, votes=3, parents=True, text=TEXT):
                 store.append(key, "solution", fields)
                 outcome = ParseFailure("x") if vote == 2 else Verdict((vote == 0,), vote == 0)
                 record = Verification(f"v{number}{vote}", key, vote, text, outcome, 5)
-                store.append(record.key, "verification", record.to_json(), parent=key if parents else None)
+                store.append(
+                    record.key, "verification", record.to_json(), parent=key if parents else None
+                )
 
 
 @pytest.mark.parametrize("parents", [True, False])
 def test_solutions_come_with_their_verifications_in_key_order(tmp_path, parents):
-    """Stores from before records named a parent read the same; a truncated solution is left out with its votes."""
+    """Stores from before records named a parent read the same; a truncated solution is left out
+    with its votes.
+    """
     write(tmp_path, parents=parents)
     with RecordStore(tmp_path) as store:
         groups = list(stream_collected(store))
-        assert read_collected(store) == ([s for s, _ in groups], [v for _, votes in groups for v in votes])
+        assert read_collected(store) == (
+            [s for s, _ in groups],
+            [v for _, votes in groups for v in votes],
+        )
     assert [solution.key for solution, _ in groups] == ["s0", "s1", "s2"]
-    assert [[v.key for v in votes] for _, votes in groups] == [[f"v{n}{vote}" for vote in range(3)] for n in range(3)]
+    assert [[v.key for v in votes] for _, votes in groups] == [
+        [f"v{n}{vote}" for vote in range(3)] for n in range(3)
+    ]
     assert groups[0][1][1].outcome == Verdict((False,), False)
 
 
@@ -47,9 +56,11 @@ def test_labels_of_the_stream_are_those_of_the_lists(tmp_path):
 
 
 def test_memory_holds_one_solution_at_a_time(tmp_path):
-    """Streaming 2,000 solutions takes a tenth of the memory that their records would: a page of places, one solution.
+    """Streaming 2,000 solutions takes a tenth of the memory that their records would: a page of
+    places, one solution.
 
-    Python's memory; SQLite's own cache is bounded by ``records.index`` and measured in the store's tests.
+    Python's memory; SQLite's own cache is bounded by ``records.index`` and measured in the store's
+    tests.
     """
     write(tmp_path, 2000, text=TEXT.replace("1+1", "1+1 " * 300))
     size = sum(path.stat().st_size for path in tmp_path.glob("*.records"))

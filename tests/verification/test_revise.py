@@ -1,4 +1,6 @@
-"""Asking for critiques, merges and verifications with the answer in view, against a critic made of a function."""
+"""Asking for critiques, merges and verifications with the answer in view, against a critic made of
+a function.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ from spark_nemo.verification.revise import CRITIQUE, MERGE, Reviser, revisions_o
 
 
 class Critic:
-    """Answers with ``reply(prompt)``: a text, a pair with a finish reason, or an exception; keeps what it was asked."""
+    """Answers with ``reply(prompt)``: a text, a pair with a finish reason, or an exception; keeps
+    what it was asked.
+    """
 
     def __init__(self, reply, identity="critic"):
         self.reply, self.identity, self.asked = reply, identity, []
@@ -39,7 +43,11 @@ class Critic:
             raise said
         said, reason = said if isinstance(said, tuple) else (said, FinishReason.STOP)
         return SimpleNamespace(
-            text=said, generation=SimpleNamespace(token_ids=tuple(range(len(said.split()))), finish_reason=reason))
+            text=said,
+            generation=SimpleNamespace(
+                token_ids=tuple(range(len(said.split()))), finish_reason=reason
+            ),
+        )
 
 
 def honest(prompt):
@@ -58,22 +66,28 @@ def revise(folder, critic, given_votes, picks=("single",), sampling=RevisionSamp
 
 
 def test_the_pick_gets_one_critique_and_one_merge_greedily(tmp_path: Path) -> None:
-    """Proves the chain verification -> critique -> merge: each prompt holds what it must, the merge is read as a
-    verification, and it is stored under the verification it is about."""
+    """Proves the chain verification -> critique -> merge: each prompt holds what it must, the merge
+    is read as a verification, and it is stored under the verification it is about.
+    """
     critic = Critic(honest)
     counts, revisions = revise(tmp_path, critic, votes("CC", "CI"))
     (first, sampling, _), (second, _, _) = critic.asked
     assert first.endswith("Critique.") and text("CC") in first and second.endswith("Merge.")
     assert text("CC") in second and "Step 2 is wrong." in second
     assert (sampling.temperature, sampling.max_new_tokens) == (0.0, 8192)
-    assert list(revisions) == ["s-0"] and revisions["s-0"].merge.outcome.step_labels == (True, False)
+    assert list(revisions) == ["s-0"] and revisions["s-0"].merge.outcome.step_labels == (
+        True,
+        False,
+    )
     assert (counts.critiques, counts.merges, counts.failed_merges) == (1, 1, 0)
 
 
 def test_a_verification_that_several_picks_choose_is_criticised_once(tmp_path: Path) -> None:
     """With one usable vote, all three picks are that vote."""
     critic = Critic(honest)
-    counts, revisions = revise(tmp_path, critic, votes("CC"), ("single", "outcome_consistency", "step_consistency"))
+    counts, revisions = revise(
+        tmp_path, critic, votes("CC"), ("single", "outcome_consistency", "step_consistency")
+    )
     assert (len(critic.asked), len(revisions), counts.nothing_picked) == (2, 1, 0)
 
 
@@ -83,8 +97,10 @@ def test_nothing_is_asked_for_twice_and_other_settings_are_asked_anew(tmp_path: 
     again = Critic(honest)
     counts, _ = revise(tmp_path, again, votes("CC"))
     assert (again.asked, counts.reused, counts.tokens) == ([], 2, 0)
-    for critic, sampling in ((Critic(honest, "another"), RevisionSamplingConfig()),
-                             (again, RevisionSamplingConfig(temperature=0.5))):
+    for critic, sampling in (
+        (Critic(honest, "another"), RevisionSamplingConfig()),
+        (again, RevisionSamplingConfig(temperature=0.5)),
+    ):
         revise(tmp_path, critic, votes("CC"), sampling=sampling)
         assert len(critic.asked) == 2
 
@@ -92,19 +108,29 @@ def test_nothing_is_asked_for_twice_and_other_settings_are_asked_anew(tmp_path: 
 def test_thinking_reaches_neither_critic_nor_merge(tmp_path: Path) -> None:
     """Proves it for the verification's thinking and for the critique's."""
     (vote,) = votes("CC")
-    thoughtful = type(vote)(vote.key, vote.solution_key, 0, f"<think>SECRET</think>\n{vote.text}", vote.outcome, 10)
-    critic = Critic(lambda p: text("CI") if p.endswith("Merge.") else "<think>SECRET</think>Step 2 is wrong.")
+    thoughtful = type(vote)(
+        vote.key, vote.solution_key, 0, f"<think>SECRET</think>\n{vote.text}", vote.outcome, 10
+    )
+    critic = Critic(
+        lambda p: text("CI") if p.endswith("Merge.") else "<think>SECRET</think>Step 2 is wrong."
+    )
     revise(tmp_path, critic, [thoughtful])
     assert len(critic.asked) == 2 and not any("SECRET" in prompt for prompt, _, _ in critic.asked)
 
 
 @pytest.mark.parametrize("failing", ["Critique.", "Merge."])
 @pytest.mark.parametrize("how", [EngineFailure("died"), ("half a", FinishReason.ABORT)])
-def test_what_an_engine_failed_to_write_is_not_stored_and_asked_for_again(tmp_path: Path, failing, how) -> None:
+def test_what_an_engine_failed_to_write_is_not_stored_and_asked_for_again(
+    tmp_path: Path, failing, how
+) -> None:
     """Proves a failure costs a run and never becomes a record."""
-    counts, revisions = revise(tmp_path, Critic(lambda p: how if p.endswith(failing) else honest(p)), votes("CC"))
+    counts, revisions = revise(
+        tmp_path, Critic(lambda p: how if p.endswith(failing) else honest(p)), votes("CC")
+    )
     assert counts.failed_critiques + counts.failed_merges == 1
-    assert all(r.merge is None for r in revisions.values()) and len(revisions) == (failing == "Merge.")
+    assert all(r.merge is None for r in revisions.values()) and len(revisions) == (
+        failing == "Merge."
+    )
     _, revisions = revise(tmp_path, Critic(honest), votes("CC"))
     assert revisions["s-0"].merge is not None
 
@@ -119,14 +145,21 @@ def test_a_critique_that_was_cut_off_is_kept_and_not_merged(tmp_path: Path) -> N
 
 def test_a_merge_that_does_not_parse_is_stored_as_the_failure_it_is(tmp_path: Path) -> None:
     """One step judged where the solution has two."""
-    _, revisions = revise(tmp_path, Critic(lambda p: text("C") if p.endswith("Merge.") else "Fine."), votes("CC"))
+    _, revisions = revise(
+        tmp_path, Critic(lambda p: text("C") if p.endswith("Merge.") else "Fine."), votes("CC")
+    )
     assert "step_count" in revisions["s-0"].merge.outcome.reason
 
 
-def test_verifications_that_saw_the_answer_have_a_kind_and_type_of_their_own(tmp_path: Path) -> None:
-    """Proves the prompt holds what the closure put in, that reading the votes' kind finds none of them, and that
-    another answer in the prompt is another key."""
-    config = Stage1Config(prompt_set="compact", reference_answers="answers.jsonl", reference_verifications=3)
+def test_verifications_that_saw_the_answer_have_a_kind_and_type_of_their_own(
+    tmp_path: Path,
+) -> None:
+    """Proves the prompt holds what the closure put in, that reading the votes' kind finds none of
+    them, and that another answer in the prompt is another key.
+    """
+    config = Stage1Config(
+        prompt_set="compact", reference_answers="answers.jsonl", reference_verifications=3
+    )
     parsed = split_response(solution().text, StepFormat.PLAIN)
     critic = Critic(lambda p: text("CC"))
 
@@ -135,7 +168,9 @@ def test_verifications_that_saw_the_answer_have_a_kind_and_type_of_their_own(tmp
 
     with RecordStore(tmp_path, "writer") as store:
         for answer, asked in (("3", 3), ("3", 3), ("4", 6)):
-            asyncio.run(ReferenceVerifier(config, 0, critic, ask(answer), store).verify(solution(), parsed))
+            asyncio.run(
+                ReferenceVerifier(config, 0, critic, ask(answer), store).verify(solution(), parsed)
+            )
             assert len(critic.asked) == asked == len(store.keys(REFERENCE_VERIFICATION))
         assert not store.keys(VERIFICATION) and not store.keys(CRITIQUE) and not store.keys(MERGE)
         stored = reference_verifications_of(store, "s")

@@ -1,4 +1,6 @@
-"""Labels from merges and from verifications that saw the answer: what they read, and when there is no label."""
+"""Labels from merges and from verifications that saw the answer: what they read, and when there is
+no label.
+"""
 
 from __future__ import annotations
 
@@ -29,37 +31,51 @@ def merged(method, given_votes, said, options=LabelOptions(), **critique):  # no
 
 @pytest.mark.parametrize("method", REVISED_METHODS)
 def test_a_merge_that_flips_a_step_flips_the_label(method):
-    """The label, its verdict and its target are the merge's and not those of the verification it was made from."""
+    """The label, its verdict and its target are the merge's and not those of the verification it
+    was made from.
+    """
     unrevised = LABEL_METHODS[REVISED_METHODS[method]](solution(), votes("CC", "CC", "CI"))
     taken = merged(method, votes("CC", "CC", "CI"), "CI")
     assert (unrevised.step_labels, unrevised.answer_correct) == ((True, True), True)
-    assert (taken.step_labels, taken.answer_correct, taken.target_text) == ((True, False), False, text("CI"))
+    assert (taken.step_labels, taken.answer_correct, taken.target_text) == (
+        (True, False),
+        False,
+        text("CI"),
+    )
 
 
 @pytest.mark.parametrize("method", REVISED_METHODS)
 def test_the_revision_read_is_the_one_of_the_pick(method):
-    """A merge of any other verification is not looked at: without the pick's own the solution is dropped."""
+    """A merge of any other verification is not looked at: without the pick's own the solution is
+    dropped.
+    """
     given_votes = votes("CC", "CC", "CI")
     picked = LABEL_METHODS[REVISED_METHODS[method]](solution(), given_votes).evidence.chosen_key
     others = {v.key: revision(v.key, "CI") for v in given_votes if v.key != picked}
-    assert LABEL_METHODS[method](solution(), given_votes, 0, LabelOptions(), others) == Dropped("critique_missing")
+    assert LABEL_METHODS[method](solution(), given_votes, 0, LabelOptions(), others) == Dropped(
+        "critique_missing"
+    )
     taken = LABEL_METHODS[method](
-        solution(), given_votes, 0, LabelOptions(), {**others, picked: revision(picked, "CC")})
+        solution(), given_votes, 0, LabelOptions(), {**others, picked: revision(picked, "CC")}
+    )
     assert (taken.step_labels, taken.evidence.merge_key) == ((True, True), f"m-{picked}")
 
 
-@pytest.mark.parametrize(("said", "critique", "reason"), [
-    (None, {}, "merge_missing"),
-    (None, {"finish_reason": "length"}, "critique_truncated"),
-    ("CC", {"finish_reason": "length"}, "critique_truncated"),
-    (None, {"critique": "<think>and so on"}, "critique_parse_failure"),
-    (None, {"critique": "<think>done</think>  "}, "critique_parse_failure"),
-    (ParseFailure("step_count"), {}, "merge_parse_failure"),
-    (Truncated(120), {}, "merge_truncated"),
-    (EngineError("died"), {}, "merge_engine_error"),
-    (verdict("CI", True), {}, "merge_incoherent"),
-    (verdict("CCC"), {}, "merge_step_count"),
-])
+@pytest.mark.parametrize(
+    ("said", "critique", "reason"),
+    [
+        (None, {}, "merge_missing"),
+        (None, {"finish_reason": "length"}, "critique_truncated"),
+        ("CC", {"finish_reason": "length"}, "critique_truncated"),
+        (None, {"critique": "<think>and so on"}, "critique_parse_failure"),
+        (None, {"critique": "<think>done</think>  "}, "critique_parse_failure"),
+        (ParseFailure("step_count"), {}, "merge_parse_failure"),
+        (Truncated(120), {}, "merge_truncated"),
+        (EngineError("died"), {}, "merge_engine_error"),
+        (verdict("CI", True), {}, "merge_incoherent"),
+        (verdict("CCC"), {}, "merge_step_count"),
+    ],
+)
 def test_whatever_is_wrong_with_a_merge_drops_the_solution_by_name(said, critique, reason):
     """No failure becomes a label, and the unrevised verification is never used instead."""
     assert merged("meta_critique", votes("CC"), said, **critique) == Dropped(reason)
@@ -74,14 +90,17 @@ def test_a_solution_without_a_pick_keeps_the_reason_of_the_pick():
 
 def test_an_incoherent_merge_is_kept_when_the_last_line_is_not_looked_at():
     """``final_verdict=any`` is the way to train on what the critic wrote, contradiction included."""
-    taken = merged("meta_critique", votes("CC"), verdict("CI", True), LabelOptions(final_verdict="any"))
+    taken = merged(
+        "meta_critique", votes("CC"), verdict("CI", True), LabelOptions(final_verdict="any")
+    )
     assert (taken.step_labels, taken.answer_correct) == ((True, False), True)
 
 
 @pytest.mark.parametrize("method", REFERENCE_FREE)
 def test_no_reference_free_method_reads_a_verification_that_saw_the_answer(method):
-    """Proves every other method refuses the type, alone and among honest votes. That stages never hand them over is
-    tests/stages/test_label_methods.py's to prove."""
+    """Proves every other method refuses the type, alone and among honest votes. That stages never
+    hand them over is tests/stages/test_label_methods.py's to prove.
+    """
     mixed = [*votes("CC"), *reference_votes("CC", "CI", "CI")[1:]]
     for given_votes in (reference_votes("CC"), mixed):
         with pytest.raises(ValueError, match="saw the answer"):
@@ -93,37 +112,60 @@ def test_no_reference_free_method_reads_a_verification_that_saw_the_answer(metho
 def test_reference_guided_reads_nothing_else():
     """The converse: a verification that saw no answer is no evidence for the baseline."""
     with pytest.raises(ValueError, match="saw no answer"):
-        LABEL_METHODS[REFERENCE_GUIDED](solution(), [*reference_votes("CC"), *votes("CC", "CI")[1:]])
+        LABEL_METHODS[REFERENCE_GUIDED](
+            solution(), [*reference_votes("CC"), *votes("CC", "CI")[1:]]
+        )
 
 
-@pytest.mark.parametrize(("pick", "rule"), [
-    ("single", "first_vote"), ("outcome_consistency", "verdict_majority"), ("step_consistency", "step_majority")])
+@pytest.mark.parametrize(
+    ("pick", "rule"),
+    [
+        ("single", "first_vote"),
+        ("outcome_consistency", "verdict_majority"),
+        ("step_consistency", "step_majority"),
+    ],
+)
 def test_reference_guided_chooses_as_configured(pick, rule):
     """The rule the paper does not state is an option; step consistency is the default."""
     given_votes = reference_votes("CC", "CI", "CI")
-    taken = LABEL_METHODS[REFERENCE_GUIDED](solution(), given_votes, 0, LabelOptions(reference_pick=pick))
+    taken = LABEL_METHODS[REFERENCE_GUIDED](
+        solution(), given_votes, 0, LabelOptions(reference_pick=pick)
+    )
     assert (taken.evidence.chosen_by, taken.method) == (rule, REFERENCE_GUIDED)
     assert taken.step_labels == ((True, True) if pick == "single" else (True, False))
-    assert LABEL_METHODS[REFERENCE_GUIDED](solution(), given_votes).evidence.chosen_by == "step_majority"
+    assert (
+        LABEL_METHODS[REFERENCE_GUIDED](solution(), given_votes).evidence.chosen_by
+        == "step_majority"
+    )
 
 
 def test_the_evidence_says_how_sure_the_votes_were_and_why_this_text_is_the_label():
-    """Three of four votes call step 2 incorrect: agreement 3/4, entropy 0.81 bits; it goes into the file as JSON."""
+    """Three of four votes call step 2 incorrect: agreement 3/4, entropy 0.81 bits; it goes into the
+    file as JSON.
+    """
     taken = LABEL_METHODS["step_consistency"](solution(), votes("CI", "CI", "CC", "CI"))
     assert taken.step_agreement == (1.0, 0.75)
     assert taken.evidence.step_entropy == (0.0, pytest.approx(0.8113, abs=1e-4))
     assert taken.reason == "one of 3 votes with the majority's label on every step"
     row = json.loads(json.dumps(taken.to_json()))
-    assert (row["step_agreement"], row["reason"], row["evidence"]["merge_key"]) == ([1.0, 0.75], taken.reason, None)
+    assert (row["step_agreement"], row["reason"], row["evidence"]["merge_key"]) == (
+        [1.0, 0.75],
+        taken.reason,
+        None,
+    )
 
 
 def test_a_merged_label_shows_the_votes_it_went_against():
-    """Agreement is that of the votes with the label, so a revised step has little of it; both texts are named."""
+    """Agreement is that of the votes with the label, so a revised step has little of it; both texts
+    are named.
+    """
     taken = merged("hybrid_outcome", votes("CC", "CC", "CC"), "CI")
     assert taken.step_agreement == (1.0, 0.0)
     key = taken.evidence.chosen_key
     assert (taken.evidence.critique_key, taken.evidence.merge_key) == (f"c-{key}", f"m-{key}")
-    assert taken.reason == "one of 3 votes with the majority's verdict, merged with a critique of it"
+    assert (
+        taken.reason == "one of 3 votes with the majority's verdict, merged with a critique of it"
+    )
 
 
 @pytest.mark.parametrize("variant", list(Variant))
@@ -141,20 +183,35 @@ def test_a_method_pays_for_what_it_reads():
     """Votes cost 10 tokens each, a critique 7 and a merge 12; a method needs no more than it says."""
     given_votes = votes("CC", "CC", "CI")
     revisions = {v.key: revision(v.key, "CC") for v in given_votes}
-    cost = {m: method_tokens(m, solution(), given_votes, 0, revisions=revisions) for m in REFERENCE_FREE}
-    assert cost == {"single": 10, "outcome_consistency": 30, "step_consistency": 30, "meta_critique": 10 + 19,
-                    "hybrid_outcome": 30 + 19, "hybrid_step": 30 + 19}
+    cost = {
+        m: method_tokens(m, solution(), given_votes, 0, revisions=revisions) for m in REFERENCE_FREE
+    }
+    assert cost == {
+        "single": 10,
+        "outcome_consistency": 30,
+        "step_consistency": 30,
+        "meta_critique": 10 + 19,
+        "hybrid_outcome": 30 + 19,
+        "hybrid_step": 30 + 19,
+    }
     assert method_tokens(REFERENCE_GUIDED, solution(), reference_votes("CC", "CI"), 0) == 20
 
 
-@given(st.lists(st.sampled_from(["CC", "CI", "IC", "II"]), min_size=1, max_size=7), st.sampled_from(["CC", "CI", "II"]),
-       st.sampled_from(sorted(REVISED_METHODS)), st.randoms(), st.integers(0, 3))
+@given(
+    st.lists(st.sampled_from(["CC", "CI", "IC", "II"]), min_size=1, max_size=7),
+    st.sampled_from(["CC", "CI", "II"]),
+    st.sampled_from(sorted(REVISED_METHODS)),
+    st.randoms(),
+    st.integers(0, 3),
+)
 @settings(max_examples=100, deadline=None)
 def test_a_merged_label_depends_on_content_and_seed_alone(said, merge, method, shuffler, seed):
     """In whatever order the votes arrive, the same merge is the label."""
     given_votes = votes(*said)
     revisions = {v.key: revision(v.key, merge) for v in given_votes}
-    labels = [LABEL_METHODS[method](solution(), each, seed, LabelOptions(), revisions)
-              for each in (given_votes, shuffler.sample(given_votes, len(given_votes)))]
+    labels = [
+        LABEL_METHODS[method](solution(), each, seed, LabelOptions(), revisions)
+        for each in (given_votes, shuffler.sample(given_votes, len(given_votes)))
+    ]
     assert labels[0] == labels[1]
     assert isinstance(labels[0], Dropped) or labels[0].step_labels == verdict(merge).step_labels

@@ -12,8 +12,9 @@ from label_cases import labelled
 from spark_nemo.config import LabelsConfig
 from spark_nemo.verification import REASONS, Selection, select_labels
 
-worlds = st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=40).map(lambda rows: [
-    labelled(f"s{i}", f"p{problem}", yes) for i, (problem, yes) in enumerate(rows)])
+worlds = st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=40).map(
+    lambda rows: [labelled(f"s{i}", f"p{problem}", yes) for i, (problem, yes) in enumerate(rows)]
+)
 
 
 def per_problem(labels, verdict=lambda label: label.answer_correct):
@@ -23,8 +24,9 @@ def per_problem(labels, verdict=lambda label: label.answer_correct):
 @given(worlds, st.integers(1, 5), st.integers(0, 5))
 @settings(max_examples=200, deadline=None)
 def test_what_is_balanced_has_as_many_yes_as_no_of_every_problem(labels, limit, seed):
-    """For any labels: equal numbers per problem, never above the limit, never a problem with one verdict, nothing
-    kept that was not given, and kept plus removed is what was given."""
+    """For any labels: equal numbers per problem, never above the limit, never a problem with one
+    verdict, nothing kept that was not given, and kept plus removed is what was given.
+    """
     selected = select_labels(labels, Selection(max_per_verdict=limit), seed)
     counts, given_counts = per_problem(selected.kept), per_problem(labels)
     for problem in {label.solution.problem_id for label in labels}:
@@ -45,34 +47,56 @@ def test_selection_depends_on_the_labels_and_the_seed_alone(labels, balance, see
     assert kept == {label.solution.key for label in select_labels(shuffled, rules, seed).kept}
     alone = [label for label in labels if label.solution.problem_id == "p0"]
     assert {label.solution.key for label in select_labels(alone, rules, seed).kept} == {
-        label.solution.key for label in alone if label.solution.key in kept}
+        label.solution.key for label in alone if label.solution.key in kept
+    }
 
 
 def test_another_seed_keeps_others_and_every_label_has_its_chance():
-    """Which of nine Yes stand against three No changes with the seed; over 60 seeds each of them is kept sometimes."""
-    labels = [labelled(f"y{i}", "p", True) for i in range(9)] + [labelled(f"n{i}", "p", False) for i in range(3)]
-    kept = Counter(label.solution.key for seed in range(60) for label in select_labels(labels, Selection(), seed).kept)
+    """Which of nine Yes stand against three No changes with the seed; over 60 seeds each of them is
+    kept sometimes.
+    """
+    labels = [labelled(f"y{i}", "p", True) for i in range(9)] + [
+        labelled(f"n{i}", "p", False) for i in range(3)
+    ]
+    kept = Counter(
+        label.solution.key
+        for seed in range(60)
+        for label in select_labels(labels, Selection(), seed).kept
+    )
     assert all(kept[f"n{i}"] == 60 for i in range(3))
-    assert all(5 <= kept[f"y{i}"] <= 40 for i in range(9)) and sum(kept[f"y{i}"] for i in range(9)) == 180
+    assert (
+        all(5 <= kept[f"y{i}"] <= 40 for i in range(9))
+        and sum(kept[f"y{i}"] for i in range(9)) == 180
+    )
 
 
 def test_every_removal_is_counted_under_its_reason():
     """One problem of one verdict, one with a surplus and above the limit."""
-    labels = [labelled("a", "one_sided", True), *(labelled(f"y{i}", "p", True) for i in range(6)),
-              *(labelled(f"n{i}", "p", False) for i in range(4))]
+    labels = [
+        labelled("a", "one_sided", True),
+        *(labelled(f"y{i}", "p", True) for i in range(6)),
+        *(labelled(f"n{i}", "p", False) for i in range(4)),
+    ]
     selected = select_labels(labels, Selection(max_per_verdict=3), 0)
     assert selected.removed == {"one_sided_problem": 1, "unbalanced": 2, "over_limit": 2}
     assert per_problem(selected.kept) == {("p", True): 3, ("p", False): 3}
 
 
 def test_ground_truth_balances_what_the_closure_says_and_not_the_labels():
-    """The declared baseline: labels that are all Yes are still of two kinds when half of the answers are wrong."""
+    """The declared baseline: labels that are all Yes are still of two kinds when half of the
+    answers are wrong.
+    """
     labels = [labelled(f"s{i}", "p", True) for i in range(6)]
     right = {"s0", "s1", "s2", "s3"}
-    rules = Selection.of(LabelsConfig(balance="ground_truth", reference_answers="answers.jsonl"),
-                         lambda label: label.solution.key in right)
+    rules = Selection.of(
+        LabelsConfig(balance="ground_truth", reference_answers="answers.jsonl"),
+        lambda label: label.solution.key in right,
+    )
     selected = select_labels(labels, rules, 0)
-    assert per_problem(selected.kept, lambda label: label.solution.key in right) == {("p", True): 2, ("p", False): 2}
+    assert per_problem(selected.kept, lambda label: label.solution.key in right) == {
+        ("p", True): 2,
+        ("p", False): 2,
+    }
     assert select_labels(labels, Selection(), 0).removed == {"one_sided_problem": 6}
 
 
@@ -86,15 +110,21 @@ def test_answers_and_balancing_go_together():
 
 def test_unsure_labels_are_removed_before_the_balance_is_struck():
     """Agreement and entropy look at the weakest step; the rest is balanced among itself."""
-    labels = [labelled("sure", "p", True), labelled("split", "p", True, correct_votes=(8, 5)),
-              labelled("no", "p", False, correct_votes=(8, 1))]
+    labels = [
+        labelled("sure", "p", True),
+        labelled("split", "p", True, correct_votes=(8, 5)),
+        labelled("no", "p", False, correct_votes=(8, 1)),
+    ]
     keep_all = Selection(balance=False)
     assert select_labels(labels, keep_all, 0).kept == labels
     agreed = select_labels(labels, Selection(min_agreement=0.7), 0)
     assert {label.solution.key for label in agreed.kept} == {"sure", "no"}
     assert agreed.removed == {"low_agreement": 1}
     entropy = select_labels(labels, Selection(balance=False, max_entropy=0.5), 0)
-    assert ([label.solution.key for label in entropy.kept], entropy.removed) == (["sure"], {"high_entropy": 2})
+    assert ([label.solution.key for label in entropy.kept], entropy.removed) == (
+        ["sure"],
+        {"high_entropy": 2},
+    )
 
 
 def test_a_limit_without_balance_is_per_problem():
@@ -102,4 +132,6 @@ def test_a_limit_without_balance_is_per_problem():
     labels = [labelled(f"{problem}{i}", problem, True) for problem in "ab" for i in range(5)]
     selected = select_labels(labels, Selection(balance=False, max_per_problem=2), 1)
     assert (Counter(label.solution.problem_id for label in selected.kept), selected.removed) == (
-        {"a": 2, "b": 2}, {"over_limit": 6})
+        {"a": 2, "b": 2},
+        {"over_limit": 6},
+    )

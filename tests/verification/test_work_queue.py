@@ -1,4 +1,6 @@
-"""The bounded pipeline, in virtual time: what it does to an engine's slots, whatever the machine's speed."""
+"""The bounded pipeline, in virtual time: what it does to an engine's slots, whatever the machine's
+speed.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,16 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
-from fake_world import FakeEngine, VirtualTimeLoop, is_vote, problems, served, solution_of, stage, utilisation
+from fake_world import (
+    FakeEngine,
+    VirtualTimeLoop,
+    is_vote,
+    problems,
+    served,
+    solution_of,
+    stage,
+    utilisation,
+)
 
 from spark_nemo.records import Problem
 from spark_nemo.verification.collect import Collector
@@ -47,13 +58,16 @@ class TimedEngine(FakeEngine):
 
 @pytest.mark.parametrize("rule", [{}, {"early_stop": "exact"}])
 def test_a_slow_problem_leaves_no_slot_idle(rule: dict) -> None:
-    """Proves that every slot is in use while there is work, with solves, waves of votes and stragglers mixed.
+    """Proves that every slot is in use while there is work, with solves, waves of votes and
+    stragglers mixed.
 
-    A request lasts one second and every hundredth a minute. The processor's time is not part of this:
-    ``benchmarks/pipeline_throughput.py`` measures it.
+    A request lasts one second and every hundredth a minute. The processor's time is not part of
+    this: ``benchmarks/pipeline_throughput.py`` measures it.
     """
     slow = TimedEngine(lambda request: 60.0 if request.sampling.seed % 100 == 0 else 1.0)
-    collector = Collector(stage(**rule, verifications_per_solution=4), 0, served(slow), served(slow), NullStore())
+    collector = Collector(
+        stage(**rule, verifications_per_solution=4), 0, served(slow), served(slow), NullStore()
+    )
     run(collector.run(problems(600), 50))
     last_problem = max(start for start, _, is_a_vote in slow.spans if not is_a_vote)
     assert slow.most_in_flight == 50
@@ -62,17 +76,25 @@ def test_a_slow_problem_leaves_no_slot_idle(rule: dict) -> None:
 
 
 @pytest.mark.parametrize("latency", [lambda draw: 1.0, lambda draw: draw.expovariate(1.0)])
-def test_votes_go_before_new_solutions_and_both_keep_going(latency: Callable[[random.Random], float]) -> None:
-    """Proves that unverified solutions do not pile up, and that solves and votes are in flight side by side.
+def test_votes_go_before_new_solutions_and_both_keep_going(
+    latency: Callable[[random.Random], float],
+) -> None:
+    """Proves that unverified solutions do not pile up, and that solves and votes are in flight side
+    by side.
 
-    The first twenty seconds, when there is nothing yet but solves and then their votes, do not count for the second.
+    The first twenty seconds, when there is nothing yet but solves and then their votes, do not
+    count for the second.
     """
     draw = random.Random(1)
     engine = TimedEngine(lambda request: latency(draw))
-    collector = Collector(stage(verifications_per_solution=4), 0, served(engine), served(engine), NullStore())
+    collector = Collector(
+        stage(verifications_per_solution=4), 0, served(engine), served(engine), NullStore()
+    )
     run(collector.run(problems(1000), 50))
-    events = sorted([(start, 1, vote, 0) for start, _, vote in engine.spans] + [
-        (end, -1, vote, owed) for (_, end, vote), owed in zip(engine.spans, engine.votes_owed)])
+    events = sorted(
+        [(start, 1, vote, 0) for start, _, vote in engine.spans]
+        + [(end, -1, vote, owed) for (_, end, vote), owed in zip(engine.spans, engine.votes_owed)]
+    )
     end = max(start for start, _, vote in engine.spans if not vote)
     solves = votes = owed = most_owed = 0
     only_one_kind, before = 0.0, 0.0
@@ -88,7 +110,9 @@ def test_votes_go_before_new_solutions_and_both_keep_going(latency: Callable[[ra
 
 
 def test_problems_are_drawn_when_they_are_needed() -> None:
-    """Proves that the pipeline holds a bounded number of problems and solutions, by what it draws and what is done."""
+    """Proves that the pipeline holds a bounded number of problems and solutions, by what it draws
+    and what is done.
+    """
     drawn = done = widest = 0
 
     def lazily() -> Iterator[Problem]:
@@ -104,7 +128,9 @@ def test_problems_are_drawn_when_they_are_needed() -> None:
 
     draw = random.Random(1)
     engine = FakeEngine(lambda request: draw.expovariate(1.0))
-    collector = Collector(stage(), 0, served(engine), served(engine), NullStore(), after_votes=after_votes)
+    collector = Collector(
+        stage(), 0, served(engine), served(engine), NullStore(), after_votes=after_votes
+    )
     run(collector.run(lazily(), 40))
     assert drawn == 600
     assert widest < 100
@@ -137,5 +163,9 @@ def test_follow_ups_run_in_the_order_they_were_pushed() -> None:
             queue.push([partial(job, f"{pushed}1"), partial(job, f"{pushed}2")], first=first)
 
     queue = WorkQueue(1, 1)
-    run(queue.run([partial(job, "new", ("a", False), ("b", False), ("c", True)), partial(job, "next")]))
+    run(
+        queue.run(
+            [partial(job, "new", ("a", False), ("b", False), ("c", True)), partial(job, "next")]
+        )
+    )
     assert order == ["new", "c1", "c2", "a1", "a2", "b1", "b2", "next"]

@@ -1,8 +1,10 @@
-"""A fake SGLang server that really receives weights, in a process of its own: ``python receiver.py --port P``.
+"""A fake SGLang server that really receives weights, in a process of its own: ``python receiver.py
+--port P``.
 
-It speaks the protocol of ``tests/engines/fake_sglang.py`` and adds what that one only pretends: it reads safetensors
-with the safetensors library, joins process groups as SGLang does, maps shared tensors, fuses q/k/v and gate/up by
-concatenation, stacks experts, and hashes what it has. ``tricks`` (POST /_faults) make it misbehave.
+It speaks the protocol of ``tests/engines/fake_sglang.py`` and adds what that one only pretends: it
+reads safetensors with the safetensors library, joins process groups as SGLang does, maps shared
+tensors, fuses q/k/v and gate/up by concatenation, stacks experts, and hashes what it has.
+``tricks`` (POST /_faults) make it misbehave.
 """
 
 import argparse
@@ -52,7 +54,9 @@ class Receiver(FakeSglang):
     async def update_weights_from_tensor(self, request):
         reply = await super().update_weights_from_tensor(request)
         if reply.status == 200:
-            self.take(pickle.loads(base64.b64decode(request["body"]["serialized_named_tensors"][0])))
+            self.take(
+                pickle.loads(base64.b64decode(request["body"]["serialized_named_tensors"][0]))
+            )
         return reply
 
     async def init_weights_update_group(self, request):
@@ -64,8 +68,14 @@ class Receiver(FakeSglang):
             url = f"tcp://{body['master_address']}:{body['master_port']}"
             store, rank, size = next(c10d.rendezvous(url, body["rank_offset"], body["world_size"]))
             group, _ = c10d._new_process_group_helper(
-                size, rank, [], c10d.Backend(body["backend"]), c10d.PrefixStore(body["group_name"], store),
-                group_name=body["group_name"], timeout=timedelta(seconds=30))
+                size,
+                rank,
+                [],
+                c10d.Backend(body["backend"]),
+                c10d.PrefixStore(body["group_name"], store),
+                group_name=body["group_name"],
+                timeout=timedelta(seconds=30),
+            )
             c10d._world.pg_group_ranks[group] = {index: index for index in range(size)}
             self.joined[body["group_name"]] = group
 
@@ -83,11 +93,18 @@ class Receiver(FakeSglang):
         if reply.status == 200:
             assert body["load_format"] == "flattened_bucket"
             dtypes = [getattr(torch, name) for name in body["dtypes"]]
-            sizes = [torch.Size(shape).numel() * dtype.itemsize for shape, dtype in zip(body["shapes"], dtypes)]
+            sizes = [
+                torch.Size(shape).numel() * dtype.itemsize
+                for shape, dtype in zip(body["shapes"], dtypes)
+            ]
             flat = torch.empty(sum(sizes), dtype=torch.uint8)
             await asyncio.to_thread(dist.broadcast, flat, 0, self.joined[body["group_name"]])
-            self.take((name, part.view(dtype).view(shape)) for name, part, dtype, shape in zip(
-                body["names"], flat.split(sizes), dtypes, body["shapes"]))
+            self.take(
+                (name, part.view(dtype).view(shape))
+                for name, part, dtype, shape in zip(
+                    body["names"], flat.split(sizes), dtypes, body["shapes"]
+                )
+            )
         return reply
 
     def parameters(self):
@@ -96,9 +113,14 @@ class Receiver(FakeSglang):
         for name, tensor in w.items():
             stem, _, which = name.partition(".experts.")
             if which == "0.gate_proj.weight":
-                each = [[w[f"{stem}.experts.{e}.{x}_proj.weight"] for x in ("gate", "up", "down")]
-                        for e in range(w[f"{stem}.gate.weight"].shape[0])]
-                yield f"{stem}.experts.w13_weight", torch.stack([torch.cat(one[:2]) for one in each])
+                each = [
+                    [w[f"{stem}.experts.{e}.{x}_proj.weight"] for x in ("gate", "up", "down")]
+                    for e in range(w[f"{stem}.gate.weight"].shape[0])
+                ]
+                yield (
+                    f"{stem}.experts.w13_weight",
+                    torch.stack([torch.cat(one[:2]) for one in each]),
+                )
                 yield f"{stem}.experts.w2_weight", torch.stack([one[2] for one in each])
             elif which:
                 continue
@@ -106,7 +128,10 @@ class Receiver(FakeSglang):
                 parts = [w[name.replace("q_proj", f"{x}_proj")] for x in "qkv"]
                 yield name.replace("q_proj", "qkv_proj"), torch.cat(parts)
             elif ".gate_proj." in name:
-                yield name.replace("gate_proj", "gate_up_proj"), torch.cat([tensor, w[name.replace("gate", "up")]])
+                yield (
+                    name.replace("gate_proj", "gate_up_proj"),
+                    torch.cat([tensor, w[name.replace("gate", "up")]]),
+                )
             elif name in ("model.embed_tokens.weight", "lm_head.weight"):
                 yield name, torch.nn.functional.pad(tensor, (0, 0, 0, -len(tensor) % 64))
             elif not any(part in name for part in (".k_proj.", ".v_proj.", ".up_proj.")):
@@ -115,13 +140,17 @@ class Receiver(FakeSglang):
     async def weights_checker(self, request):
         if self.tricks.get("no_checksums"):
             return await super().weights_checker(request)
-        checksums = {name: hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
-                     for name, tensor in self.parameters()}
+        checksums = {
+            name: hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
+            for name, tensor in self.parameters()
+        }
         return _success(ranks=[{"checksums": checksums}])
 
 
 async def serve(port):
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # as SGLang has one of its own
+    dist.init_process_group(
+        "gloo", store=dist.HashStore(), rank=0, world_size=1
+    )  # as SGLang has one of its own
     await Receiver(on_death=lambda: os._exit(1)).start(port)
     await asyncio.Event().wait()
 

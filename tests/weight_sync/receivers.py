@@ -18,28 +18,45 @@ class ReceiverProcess:
     """A running ``receiver.py`` and a client of it."""
 
     def __init__(self, port):
-        self.command = [sys.executable, str(Path(__file__).parent / "receiver.py"), "--port", str(port)]
+        self.command = [
+            sys.executable,
+            str(Path(__file__).parent / "receiver.py"),
+            "--port",
+            str(port),
+        ]
         self.start()
         self.url = f"http://127.0.0.1:{port}"
-        self.engine = SglangServer(self.url, api_key=None, vocab_size=37, max_context=64, max_in_flight=4,
-                                   request_timeout_s=10, control_timeout_s=10)
+        self.engine = SglangServer(
+            self.url,
+            api_key=None,
+            vocab_size=37,
+            max_context=64,
+            max_in_flight=4,
+            request_timeout_s=10,
+            control_timeout_s=10,
+        )
 
     def start(self):
         """The first process, or after its death another at the same address."""
         self.process = subprocess.Popen(
-            self.command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+            self.command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        )
 
     def tricks(self, **tricks):
         body = json.dumps(tricks).encode()
-        request = urllib.request.Request(f"{self.url}/_faults", body, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"{self.url}/_faults", body, {"Content-Type": "application/json"}
+        )
         urllib.request.urlopen(request, timeout=5).close()
-
 
     def until_ready(self):
         """It needs some seconds, mostly to import torch."""
         for _ in range(600):
             assert self.process.poll() is None
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/ready", timeout=1):
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"{self.url}/ready", timeout=1),
+            ):
                 break
             time.sleep(0.1)
 

@@ -1,5 +1,6 @@
-"""Checksums of SGLang's parameters, made from Hugging Face tensors as they stream past. The outside reference is built
-here with torch.cat and slicing; that SGLang hashes the same is shown by tests/real_sglang.
+"""Checksums of SGLang's parameters, made from Hugging Face tensors as they stream past. The outside
+reference is built here with torch.cat and slicing; that SGLang hashes the same is shown by
+tests/real_sglang.
 """
 
 import hashlib
@@ -13,8 +14,16 @@ from spark_nemo.weight_sync.checksum import ExpectedChecksums, differing
 from spark_nemo.weight_sync.numbers import ModelNumbers, checkpoint_tensors
 from spark_nemo.weight_sync.plan import plan_sync
 
-CONFIG = {"model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24,
-          "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 70, "tie_word_embeddings": False}
+CONFIG = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 70,
+    "tie_word_embeddings": False,
+}
 
 
 def sha(tensor):
@@ -27,12 +36,22 @@ def stacked(tensors, prefix, names, ranges):
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_fused_sharded_padded(tp):
-    """bfloat16, engine TP 1, 2 and 4 (more ranks than the 2 key-value heads): every rank's fused q/k/v, gate/up, column
-    slices and zero-padded vocabulary hash as if they had been built."""
-    tensors = {name: torch.randn(shape).bfloat16()
-               for name, shape in checkpoint_tensors(ModelNumbers.from_config(CONFIG)).items()}
-    plan = plan_sync({name: tensor.shape for name, tensor in tensors.items()}, "bfloat16", CONFIG, tensor_parallel=1,
-                     pipeline_parallel=1, engine_tensor_parallel=tp, bucket_bytes=100)
+    """bfloat16, engine TP 1, 2 and 4 (more ranks than the 2 key-value heads): every rank's fused
+    q/k/v, gate/up, column slices and zero-padded vocabulary hash as if they had been built.
+    """
+    tensors = {
+        name: torch.randn(shape).bfloat16()
+        for name, shape in checkpoint_tensors(ModelNumbers.from_config(CONFIG)).items()
+    }
+    plan = plan_sync(
+        {name: tensor.shape for name, tensor in tensors.items()},
+        "bfloat16",
+        CONFIG,
+        tensor_parallel=1,
+        pipeline_parallel=1,
+        engine_tensor_parallel=tp,
+        bucket_bytes=100,
+    )
     expected = ExpectedChecksums(plan.engine_ranks, torch.bfloat16)
     for planned in plan.tensors:
         expected.see(planned.name, tensors[planned.name])
@@ -41,25 +60,40 @@ def test_fused_sharded_padded(tp):
     padded = torch.cat([tensors["lm_head.weight"], torch.zeros(58, 16).bfloat16()])
     for rank, sums in enumerate(found):
         p, q, f, v = "model.layers.1.", 16 // tp, 24 // tp, 128 // tp
-        kv = (rank * 8 // tp, (rank + 1) * 8 // tp) if tp <= 2 else (rank // 2 * 4, rank // 2 * 4 + 4)
+        kv = (
+            (rank * 8 // tp, (rank + 1) * 8 // tp)
+            if tp <= 2
+            else (rank // 2 * 4, rank // 2 * 4 + 4)
+        )
         rows = [(rank * q, (rank + 1) * q), kv, kv]
         for kind in ("weight", "bias"):
             parts = [f"self_attn.{x}_proj.{kind}" for x in "qkv"]
             assert sums[f"{p}self_attn.qkv_proj.{kind}"] == sha(stacked(tensors, p, parts, rows))
         gate_up = [f"mlp.{x}_proj.weight" for x in ("gate", "up")]
         assert sums[f"{p}mlp.gate_up_proj.weight"] == sha(
-            stacked(tensors, p, gate_up, [(rank * f, (rank + 1) * f)] * 2))
-        assert sums[f"{p}mlp.down_proj.weight"] == sha(tensors[f"{p}mlp.down_proj.weight"][:, rank * f:(rank + 1) * f])
+            stacked(tensors, p, gate_up, [(rank * f, (rank + 1) * f)] * 2)
+        )
+        assert sums[f"{p}mlp.down_proj.weight"] == sha(
+            tensors[f"{p}mlp.down_proj.weight"][:, rank * f : (rank + 1) * f]
+        )
         assert sums[f"{p}self_attn.o_proj.weight"] == sha(
-            tensors[f"{p}self_attn.o_proj.weight"][:, rank * q:(rank + 1) * q])
-        assert sums["lm_head.weight"] == sha(padded[rank * v:(rank + 1) * v])
+            tensors[f"{p}self_attn.o_proj.weight"][:, rank * q : (rank + 1) * q]
+        )
+        assert sums["lm_head.weight"] == sha(padded[rank * v : (rank + 1) * v])
         assert sums["model.norm.weight"] == sha(tensors["model.norm.weight"])
 
 
 def test_an_unfinished_export_has_no_checksum():
     """A tensor that never came is an error that names it, not a hash of the rest."""
-    plan = plan_sync(checkpoint_tensors(ModelNumbers.from_config(CONFIG)), "float32", CONFIG, tensor_parallel=1,
-                     pipeline_parallel=1, engine_tensor_parallel=1, bucket_bytes=100)
+    plan = plan_sync(
+        checkpoint_tensors(ModelNumbers.from_config(CONFIG)),
+        "float32",
+        CONFIG,
+        tensor_parallel=1,
+        pipeline_parallel=1,
+        engine_tensor_parallel=1,
+        bucket_bytes=100,
+    )
     expected = ExpectedChecksums(plan.engine_ranks, torch.float32)
     for planned in plan.tensors[:-1]:
         expected.see(planned.name, torch.zeros(planned.shape))
@@ -69,24 +103,36 @@ def test_an_unfinished_export_has_no_checksum():
 
 def test_differences_are_named():
     """Changed, missing and surplus tensors by name, with the rank where there are several."""
-    assert differing([{"a": "1", "b": "2"}], [{"a": "1", "b": "3", "c": "4"}]) == ["b", "c (never sent)"]
+    assert differing([{"a": "1", "b": "2"}], [{"a": "1", "b": "3", "c": "4"}]) == [
+        "b",
+        "c (never sent)",
+    ]
     assert differing([{"a": "1"}, {"a": "1"}], [{"a": "1"}, {}]) == ["a (rank 1)"]
-    assert differing([{"a": "1"}], [{"a": "1"}, {"a": "1"}]) == ["all: the engine has 2 ranks, 1 were planned"]
+    assert differing([{"a": "1"}], [{"a": "1"}, {"a": "1"}]) == [
+        "all: the engine has 2 ranks, 1 were planned"
+    ]
 
 
-@pytest.mark.parametrize(("count", "dtype", "expected"), [
-    (4, torch.float32, "f37b34f4fb3f173c"), (1000, torch.float32, "58f0b33a4d979bbf"),
-    (8192, torch.float32, "215f40d8dfdfc259"), (20000, torch.float32, "5265eaa0ed4b230c"),
-    (50000, torch.bfloat16, "6f34fa81d716e4c7"),
-])
+@pytest.mark.parametrize(
+    ("count", "dtype", "expected"),
+    [
+        (4, torch.float32, "f37b34f4fb3f173c"),
+        (1000, torch.float32, "58f0b33a4d979bbf"),
+        (8192, torch.float32, "215f40d8dfdfc259"),
+        (20000, torch.float32, "5265eaa0ed4b230c"),
+        (50000, torch.bfloat16, "6f34fa81d716e4c7"),
+    ],
+)
 @pytest.mark.parametrize("block", [1000, 8192, 100000])
 def test_the_hash_of_gpu_tensors(count, dtype, expected, block):
-    """SGLang's hash for tensors on a GPU, in whatever blocks they come. The values are from sglang 0.5.21's own Triton
-    kernel, run by Triton's interpreter on a CPU; that it gives the same on a GPU is not shown here."""
+    """SGLang's hash for tensors on a GPU, in whatever blocks they come. The values are from sglang
+    0.5.21's own Triton kernel, run by Triton's interpreter on a CPU; that it gives the same on a
+    GPU is not shown here.
+    """
     row = ((torch.arange(count) % 97 - 40) / 8).to(dtype)
     digest = WordDigest(row.nbytes, row.device)
     for start in range(0, count, block):
-        digest.update(row[start:start + block])
+        digest.update(row[start : start + block])
     assert digest.hexdigest() == expected
 
 
@@ -104,9 +150,10 @@ class Kernels(TorchDispatchMode):
 
 @pytest.mark.parametrize("size", [40, 1 << 10, (2 << 20) + 8])
 def test_many_small_pieces_are_hashed_together(size):
-    """A piece is overwritten once it has been seen, as an export may do, and the hash is that of the whole all the
-    same; a thousand experts' small pieces cost some calls each, not the fifty of a hash of their own. Seconds on a GPU
-    were not measured."""
+    """A piece is overwritten once it has been seen, as an export may do, and the hash is that of
+    the whole all the same; a thousand experts' small pieces cost some calls each, not the fifty of
+    a hash of their own. Seconds on a GPU were not measured.
+    """
     count = 2 if size > 1 << 20 else 1000
     whole = torch.randn(count * size)
     at_once, digest = WordDigest(whole.nbytes, whole.device), WordDigest(whole.nbytes, whole.device)

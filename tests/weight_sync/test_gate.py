@@ -1,4 +1,5 @@
-"""A corrupted tensor in the engine is found: by checksum, and without checksums by the first-step gate.
+"""A corrupted tensor in the engine is found: by checksum, and without checksums by the first-step
+gate.
 
 The embedded engine samples; the small trainer makes the step.
 """
@@ -46,17 +47,36 @@ def corrupt(engine):
 
 def sample(engine):
     params = SamplingParams(max_new_tokens=12, temperature=TEMPERATURE)
-    requests = [GenerationRequest((3 + n // 2, 5, 8), dataclasses.replace(params, seed=n)) for n in range(8)]
+    requests = [
+        GenerationRequest((3 + n // 2, 5, 8), dataclasses.replace(params, seed=n)) for n in range(8)
+    ]
     return [
-        Rollout(Problem(f"p{n // 2}", "?"), n // 2, request.prompt_ids, done.token_ids, done.logprobs,
-                done.weight_versions, "", str(done.finish_reason))
-        for n, (request, done) in enumerate(zip(requests, run_async(generate_all(engine, requests))))]
+        Rollout(
+            Problem(f"p{n // 2}", "?"),
+            n // 2,
+            request.prompt_ids,
+            done.token_ids,
+            done.logprobs,
+            done.weight_versions,
+            "",
+            str(done.finish_reason),
+        )
+        for n, (request, done) in enumerate(
+            zip(requests, run_async(generate_all(engine, requests)))
+        )
+    ]
 
 
 def train(worker, rollouts, gate, updates=1):
-    config = RLConfig(updates_per_step=updates, prompts_per_step=4, sampling=SamplingConfig(temperature=TEMPERATURE))
+    config = RLConfig(
+        updates_per_step=updates,
+        prompts_per_step=4,
+        sampling=SamplingConfig(temperature=TEMPERATURE),
+    )
     advantages_N, valid_N = torch.tensor([1.0, -1.0] * 4), torch.ones(8, dtype=torch.bool)
-    return train_on_rollouts(worker, rollouts, advantages_N, valid_N, config, tokens_per_micro_batch=40, gate=gate)
+    return train_on_rollouts(
+        worker, rollouts, advantages_N, valid_N, config, tokens_per_micro_batch=40, gate=gate
+    )
 
 
 def weights(worker):
@@ -65,31 +85,50 @@ def weights(worker):
 
 @pytest.mark.parametrize("updates", [1, 2])
 def test_the_gate_opens_for_the_same_weights(perturbed, engine, sync, updates):
-    """After a sync, engine and trainer agree to float32 rounding on tokens sampled at a temperature: the step is made,
-    and reports the mismatch and a KL estimate. The gate costs no forward pass."""
+    """After a sync, engine and trainer agree to float32 rounding on tokens sampled at a
+    temperature: the step is made, and reports the mismatch and a KL estimate. The gate costs no
+    forward pass.
+    """
     run_async(sync.push(perturbed, engine, 1))
     passes = []
-    perturbed.logprobs, logprobs = lambda *a, **k: passes.append(1) or logprobs(*a, **k), perturbed.logprobs
+    perturbed.logprobs, logprobs = (
+        lambda *a, **k: passes.append(1) or logprobs(*a, **k),
+        perturbed.logprobs,
+    )
     try:
         metrics = train(perturbed, sample(engine), FirstStepGate(FLOAT32), updates)
     finally:
         del perturbed.logprobs
-    assert len(passes) == (updates if updates > 1 else 0)  # those of the old log-probabilities, gate or not
-    assert metrics["engine_logprob_diff_mean"] < 1e-4 and abs(metrics["engine_kl"]) < 1e-6 and metrics["grad_norm"] > 0
+    assert len(passes) == (
+        updates if updates > 1 else 0
+    )  # those of the old log-probabilities, gate or not
+    assert (
+        metrics["engine_logprob_diff_mean"] < 1e-4
+        and abs(metrics["engine_kl"]) < 1e-6
+        and metrics["grad_norm"] > 0
+    )
 
 
 @pytest.mark.parametrize("updates", [1, 2])
 def test_a_corrupted_tensor_shuts_the_gate(perturbed, engine, sync, updates):
-    """Checksums off: the run refuses to train, no weight has changed, and the error names bounds, tensor and tokens."""
+    """Checksums off: the run refuses to train, no weight has changed, and the error names bounds,
+    tensor and tokens.
+    """
     run_async(sync.push(perturbed, engine, 1))
     corrupt(engine)
     before = weights(perturbed)
-    gate = FirstStepGate(FLOAT32, lambda: run_async(sync.differing_tensors(perturbed, engine)), lambda id: f"<{id}>")
+    gate = FirstStepGate(
+        FLOAT32, lambda: run_async(sync.differing_tensors(perturbed, engine)), lambda id: f"<{id}>"
+    )
     with pytest.raises(WeightMismatch) as caught:
         train(perturbed, sample(engine), gate, updates)
     message = str(caught.value)
-    assert "weight_sync.max_mean_mismatch=0.0001 and weight_sync.max_token_mismatch=0.001" in message
-    assert "tensors that differ: model.layers.1.mlp.down_proj.weight;" in message and "'<" in message
+    assert (
+        "weight_sync.max_mean_mismatch=0.0001 and weight_sync.max_token_mismatch=0.001" in message
+    )
+    assert (
+        "tensors that differ: model.layers.1.mlp.down_proj.weight;" in message and "'<" in message
+    )
     assert all(torch.equal(tensor, before[name]) for name, tensor in perturbed.export_hf())
 
 
@@ -102,7 +141,9 @@ def test_the_checksum_finds_it_first(perturbed, engine, sync):
         corrupt(engine)
 
     engine.update_weights = torn
-    with pytest.raises(EngineFailure, match=r"1 of \d+ tensors .*model.layers.1.mlp.down_proj.weight"):
+    with pytest.raises(
+        EngineFailure, match=r"1 of \d+ tensors .*model.layers.1.mlp.down_proj.weight"
+    ):
         run_async(sync.push(perturbed, engine, 1))
 
 
@@ -116,22 +157,29 @@ def test_equal_weights_that_compute_differently_are_told_apart(perturbed, engine
 
 
 def test_every_served_tensor_is_hashed(perturbed, engine, sync):
-    """Whichever of the embedded engine's fused tensors changes, a checksum changes, also for the copy of a tied
-    head."""
+    """Whichever of the embedded engine's fused tensors changes, a checksum changes, also for the
+    copy of a tied head.
+    """
     run_async(sync.push(perturbed, engine, 1))
     (before,) = run_async(engine.weights_checksum())
     served = engine._decoder.weights
     for name in ("embed_VH", "norm_H", "head_HV"):
-        engine._decoder.weights = dataclasses.replace(served, **{name: getattr(served, name) + 1e-3})
+        engine._decoder.weights = dataclasses.replace(
+            served, **{name: getattr(served, name) + 1e-3}
+        )
         assert run_async(engine.weights_checksum()) != [before], name
     for field in dataclasses.fields(served.layers[0]):
-        layer = dataclasses.replace(served.layers[0], **{field.name: getattr(served.layers[0], field.name) * 1.01})
+        layer = dataclasses.replace(
+            served.layers[0], **{field.name: getattr(served.layers[0], field.name) * 1.01}
+        )
         engine._decoder.weights = dataclasses.replace(served, layers=(layer, served.layers[1]))
         assert run_async(engine.weights_checksum()) != [before], field.name
 
 
 def test_nan_does_not_pass():
-    """A log-probability that is no number is an infinite difference, not one that no comparison catches."""
+    """A log-probability that is no number is an infinite difference, not one that no comparison
+    catches.
+    """
     gate = FirstStepGate(WeightSyncConfig(max_mean_mismatch=1.0))
     row = torch.zeros(3)
     gate.see(torch.tensor([0.0, float("nan"), 0.0]), row, row.long(), row == 0)
@@ -140,20 +188,28 @@ def test_nan_does_not_pass():
 
 
 def test_bounds_are_each_their_own():
-    """One token far off passes a bound on the mean and not one on tokens; the mean is over the tokens inside only."""
+    """One token far off passes a bound on the mean and not one on tokens; the mean is over the
+    tokens inside only.
+    """
     logprobs, tokens = torch.zeros(100), torch.arange(100)
     logprobs[7] = -3.0
     inside = tokens != 50
     logprobs[50] = -1000.0
-    for settings, passes in ((WeightSyncConfig(max_mean_mismatch=0.031), True),
-                             (WeightSyncConfig(max_mean_mismatch=0.03), False),
-                             (WeightSyncConfig(max_mean_mismatch=None, max_token_mismatch=2.0), False),
-                             (WeightSyncConfig(max_mean_mismatch=None), True)):
+    for settings, passes in (
+        (WeightSyncConfig(max_mean_mismatch=0.031), True),
+        (WeightSyncConfig(max_mean_mismatch=0.03), False),
+        (WeightSyncConfig(max_mean_mismatch=None, max_token_mismatch=2.0), False),
+        (WeightSyncConfig(max_mean_mismatch=None), True),
+    ):
         gate = FirstStepGate(settings)
         gate.see(torch.zeros(100), logprobs, tokens, inside)
         if passes:
             found = gate.decide()
-            assert found.num_tokens == 99 and found.worst[0].token_id == 7 and found.mean == pytest.approx(3 / 99)
+            assert (
+                found.num_tokens == 99
+                and found.worst[0].token_id == 7
+                and found.mean == pytest.approx(3 / 99)
+            )
         else:
             with pytest.raises(WeightMismatch):
                 gate.decide()

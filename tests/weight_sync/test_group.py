@@ -1,5 +1,7 @@
-"""The trainer's end of a weight-update group: its address, how it is left, what NCCL and torch are told. NCCL itself is
-not here; what is said of it is from its documentation and from torch's ProcessGroupNCCL.cpp."""
+"""The trainer's end of a weight-update group: its address, how it is left, what NCCL and torch are
+told. NCCL itself is not here; what is said of it is from its documentation and from torch's
+ProcessGroupNCCL.cpp.
+"""
 
 import asyncio
 import os
@@ -14,7 +16,9 @@ from spark_nemo.weight_sync.distributed import DistributedTransport, _Group, sam
 
 
 class Server:
-    """Leaves its group only once all servers of the machine and the trainer are leaving, as NCCL's destroy does."""
+    """Leaves its group only once all servers of the machine and the trainer are leaving, as NCCL's
+    destroy does.
+    """
 
     def __init__(self, url, everyone=None):
         self.url, self.everyone, self.left = url, everyone, False
@@ -39,8 +43,10 @@ class Group:
 
 
 def test_a_group_is_left_by_all_at_once():
-    """Servers that are told one after the other would wait for each other, and for the trainer, till each call's limit:
-    half an hour for 32 servers. The event loop goes on meanwhile."""
+    """Servers that are told one after the other would wait for each other, and for the trainer,
+    till each call's limit: half an hour for 32 servers. The event loop goes on meanwhile.
+    """
+
     async def scenario():
         everyone = asyncio.Barrier(3)
         servers = [Server(f"http://10.0.0.{i}:1", everyone) for i in range(3)]
@@ -54,10 +60,14 @@ def test_a_group_is_left_by_all_at_once():
 
 
 def test_a_group_that_lost_a_server_is_aborted_not_destroyed(monkeypatch):
-    """torch's destroy waits for the broadcast that the lost server will never join, in the trainer's event loop."""
+    """torch's destroy waits for the broadcast that the lost server will never join, in the
+    trainer's event loop.
+    """
     called = []
     monkeypatch.setattr(dist, "destroy_process_group", lambda group: called.append("destroy"))
-    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda group: called.append("abort"))
+    monkeypatch.setattr(
+        dist.distributed_c10d, "_abort_process_group", lambda group: called.append("abort")
+    )
 
     async def scenario(reachable):
         servers = [Server(f"http://127.0.0.1:{i}", asyncio.Barrier(reachable)) for i in (1, 2)]
@@ -71,13 +81,21 @@ def test_a_group_that_lost_a_server_is_aborted_not_destroyed(monkeypatch):
     assert called == ["destroy", "abort"]
 
 
-@pytest.mark.parametrize(("urls", "own"), [
-    (["http://127.0.0.1:1", "http://10.0.0.5:1"], "10.0.0.9"), (["http://127.0.0.1:1"], "127.0.0.1"),
-    (["http://10.0.0.5:1", "http://127.0.0.1:1"], "10.0.0.9")])
+@pytest.mark.parametrize(
+    ("urls", "own"),
+    [
+        (["http://127.0.0.1:1", "http://10.0.0.5:1"], "10.0.0.9"),
+        (["http://127.0.0.1:1"], "127.0.0.1"),
+        (["http://10.0.0.5:1", "http://127.0.0.1:1"], "10.0.0.9"),
+    ],
+)
 def test_the_trainers_address_can_be_reached_by_every_server(urls, own, monkeypatch):
-    """One server beside the trainer and one elsewhere: the other would look for the trainer at its own 127.0.0.1, and
-    hang there for half an hour."""
-    monkeypatch.setattr(distributed, "_own_address", lambda url: "127.0.0.1" if "127" in url else "10.0.0.9")
+    """One server beside the trainer and one elsewhere: the other would look for the trainer at its
+    own 127.0.0.1, and hang there for half an hour.
+    """
+    monkeypatch.setattr(
+        distributed, "_own_address", lambda url: "127.0.0.1" if "127" in url else "10.0.0.9"
+    )
     monkeypatch.setattr(distributed, "free_port", lambda address: 1234)
     assert _Group([Server(url) for url in urls], 1, 5.0).address == own
 
@@ -98,8 +116,10 @@ def test_a_server_with_an_ipv6_address_has_a_group(monkeypatch):
 
 
 def test_torch_may_not_end_the_trainer_when_a_server_fails(monkeypatch):
-    """Its watchdog ends the process when a collective of a group fails or is late, unless the group was made with
-    TORCH_NCCL_ASYNC_ERROR_HANDLING=0. The trainer's own groups keep what the user has set."""
+    """Its watchdog ends the process when a collective of a group fails or is late, unless the group
+    was made with TORCH_NCCL_ASYNC_ERROR_HANDLING=0. The trainer's own groups keep what the user has
+    set.
+    """
     seen = []
 
     def helper(*_, **__):
@@ -114,8 +134,10 @@ def test_torch_may_not_end_the_trainer_when_a_server_fails(monkeypatch):
 
 
 def test_nccl_allocates_here_as_it_does_in_the_servers(monkeypatch):
-    """SGLang sets NCCL_CUMEM_ENABLE=0 in its processes where nothing is set (entrypoints/engine.py); NCCL's default
-    here would be 1, and ranks that differ do not come together. Who has set it keeps it."""
+    """SGLang sets NCCL_CUMEM_ENABLE=0 in its processes where nothing is set
+    (entrypoints/engine.py); NCCL's default here would be 1, and ranks that differ do not come
+    together. Who has set it keeps it.
+    """
     monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
     same_nccl_as_sglang()
     assert os.environ["NCCL_CUMEM_ENABLE"] == "0"

@@ -1,4 +1,6 @@
-"""Pushing weights from a trainer into an engine of the same process. The engine here only remembers."""
+"""Pushing weights from a trainer into an engine of the same process. The engine here only
+remembers.
+"""
 
 import json
 from pathlib import Path
@@ -13,8 +15,16 @@ from spark_nemo.megatron.batch import PackedBatch
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.weight_sync.push import WeightSync
 
-CONFIG = {"model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24,
-          "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 11, "tie_word_embeddings": True}
+CONFIG = {
+    "model_type": "qwen2",
+    "num_hidden_layers": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 11,
+    "tie_word_embeddings": True,
+}
 
 
 class RememberingEngine(Engine):
@@ -41,7 +51,9 @@ class RememberingEngine(Engine):
 def worker():
     torch.set_num_threads(1)
     layout = MegatronConfig(dtype="float32", distributed_optimizer=False)
-    return MegatronWorker.from_config(json.loads(json.dumps(CONFIG)), layout, 0, OptimizerConfig(lr=0.1))
+    return MegatronWorker.from_config(
+        json.loads(json.dumps(CONFIG)), layout, 0, OptimizerConfig(lr=0.1)
+    )
 
 
 def push(worker, engine, version):

@@ -1,7 +1,8 @@
 """A whole push into servers that really receive, one transport after the other.
 
-The servers are ``receiver.py``: SGLang's protocol, its process groups and its layout of parameters, without SGLang.
-tests/real_sglang does the same with the real one. NCCL and CUDA IPC are proven by neither.
+The servers are ``receiver.py``: SGLang's protocol, its process groups and its layout of parameters,
+without SGLang. tests/real_sglang does the same with the real one. NCCL and CUDA IPC are proven by
+neither.
 """
 
 import errno
@@ -38,7 +39,9 @@ def server(receiver):
 
 
 def sync_for(worker, folder, transport, **settings):
-    settings = WeightSyncConfig(transport=transport, **{"checksums": "require", "timeout_s": 10, **settings})
+    settings = WeightSyncConfig(
+        transport=transport, **{"checksums": "require", "timeout_s": 10, **settings}
+    )
     sync = WeightSync.build(settings, worker, engine_kind="sglang", folder=folder)
     sync.plan = small_buckets(sync, worker)
     return sync
@@ -49,8 +52,15 @@ def small_buckets(sync, worker):
     from spark_nemo.megatron.hf_weights import hf_tensor_shapes
     from spark_nemo.weight_sync.plan import plan_sync
 
-    plan = plan_sync(hf_tensor_shapes(worker.shape), "float32", worker.hf_config, tensor_parallel=1,
-                     pipeline_parallel=1, engine_tensor_parallel=1, bucket_bytes=8 << 10)
+    plan = plan_sync(
+        hf_tensor_shapes(worker.shape),
+        "float32",
+        worker.hf_config,
+        tensor_parallel=1,
+        pipeline_parallel=1,
+        engine_tensor_parallel=1,
+        bucket_bytes=8 << 10,
+    )
     assert len(plan.buckets) > 5
     return plan
 
@@ -65,20 +75,32 @@ def push(sync, worker, engine, version):
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_every_tensor_arrives(perturbed, server, tmp_path, transport):
-    """After a push the server's hash of every parameter, made from its own fused copies, is the trainer's; it has the
-    new version, generates again, and the trainer held one bucket and one tensor at most."""
+    """After a push the server's hash of every parameter, made from its own fused copies, is the
+    trainer's; it has the new version, generates again, and the trainer held one bucket and one
+    tensor at most.
+    """
     sync = sync_for(perturbed, tmp_path, transport)
     push(sync, perturbed, server.engine, version=7)
     health = run_async(server.engine.health())
     assert (health.weight_version, health.paused) == (7, False)
-    assert 0 < sync.memory_peak <= sync.plan.buffer_bytes + sync.plan.largest_bytes < sync.plan.total_bytes / 2
+    assert (
+        0
+        < sync.memory_peak
+        <= sync.plan.buffer_bytes + sync.plan.largest_bytes
+        < sync.plan.total_bytes / 2
+    )
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_corrupted_tensor_is_named(perturbed, server, tmp_path, transport):
-    """One changed element of up_proj in the server's memory: the push fails and names the parameter it is part of."""
+    """One changed element of up_proj in the server's memory: the push fails and names the parameter
+    it is part of.
+    """
     server.tricks(corrupt="model.layers.1.mlp.up_proj.weight")
-    with pytest.raises(EngineFailure, match=r"weights version 8: 1 of 16 tensors .* model.layers.1.mlp.gate_up_proj"):
+    with pytest.raises(
+        EngineFailure,
+        match=r"weights version 8: 1 of 16 tensors .* model.layers.1.mlp.gate_up_proj",
+    ):
         push(sync_for(perturbed, tmp_path, transport), perturbed, server.engine, version=8)
 
 
@@ -93,22 +115,28 @@ def test_no_checksums_is_said_not_hidden(perturbed, server, tmp_path, caplog):
     assert sum("not compared by checksum" in record.message for record in caplog.records) == 1
 
 
-@pytest.mark.parametrize(("trick", "message"), [
-    ({"refuse": True}, "refused by trick"), ({"never_join": True}, r"over 2 s|within 2 s")])
+@pytest.mark.parametrize(
+    ("trick", "message"),
+    [({"refuse": True}, "refused by trick"), ({"never_join": True}, r"over 2 s|within 2 s")],
+)
 def test_a_server_that_does_not_join_cannot_hang_the_trainer(perturbed, tmp_path, trick, message):
-    """Refusing an update, and never entering the process group, both end in an error within the time limit; the
-    broadcast would wait for ever."""
+    """Refusing an update, and never entering the process group, both end in an error within the
+    time limit; the broadcast would wait for ever.
+    """
     with start_receivers(1) as (one,):
         one.tricks(**trick)
         started = time.monotonic()
         with pytest.raises(EngineFailure, match=message):
-            push(sync_for(perturbed, tmp_path, "distributed", timeout_s=2), perturbed, one.engine, 3)
+            push(
+                sync_for(perturbed, tmp_path, "distributed", timeout_s=2), perturbed, one.engine, 3
+            )
         assert time.monotonic() - started < 12
 
 
 def test_a_server_lost_half_way_costs_the_others_a_second_push(perturbed, tmp_path):
-    """One server of a fleet of two dies at the third bucket: the group is built again without it, the other gets
-    everything, checked by checksum, and the fleet goes on with that one."""
+    """One server of a fleet of two dies at the third bucket: the group is built again without it,
+    the other gets everything, checked by checksum, and the fleet goes on with that one.
+    """
     with start_receivers(2) as (first, second):
         second.tricks(die_at=3)
         fleet = Fleet({"first": first.engine, "second": second.engine})
@@ -117,28 +145,43 @@ def test_a_server_lost_half_way_costs_the_others_a_second_push(perturbed, tmp_pa
             assert list(fleet.members()) == ["first"] and second.process.poll() is not None
             assert fleet.version == run_async(first.engine.weight_version()) == 4
             params = SamplingParams(max_new_tokens=3, temperature=0.0)
-            assert set(run_async(fleet.generate(GenerationRequest((1, 2), params))).weight_versions) == {4}
+            assert set(
+                run_async(fleet.generate(GenerationRequest((1, 2), params))).weight_versions
+            ) == {4}
         finally:
             run_async(fleet.close())
 
 
-def test_the_servers_of_a_killed_run_take_the_weights_of_the_next(perturbed, tmp_path, server, monkeypatch):
-    """A trainer that dies leaves its process group behind in servers that live on; the run that follows counts its
-    groups from the beginning and must not ask for the same name, which torch refuses."""
+def test_the_servers_of_a_killed_run_take_the_weights_of_the_next(
+    perturbed, tmp_path, server, monkeypatch
+):
+    """A trainer that dies leaves its process group behind in servers that live on; the run that
+    follows counts its groups from the beginning and must not ask for the same name, which torch
+    refuses.
+    """
     for version in (5, 6):
         sync = sync_for(perturbed, tmp_path, "distributed")
-        monkeypatch.setattr("spark_nemo.weight_sync.distributed._numbers", itertools.count())  # as in a new process
+        monkeypatch.setattr(
+            "spark_nemo.weight_sync.distributed._numbers", itertools.count()
+        )  # as in a new process
         run_async(sync.push(perturbed, server.engine, version))
         sync.transport._group.leave()  # the trainer's end is gone, the server has not been told
         assert run_async(server.engine.weight_version()) == version
 
 
-def test_the_only_server_is_killed_in_a_broadcast_and_started_again_at_its_address(perturbed, tmp_path):
-    """Given by URL, it dies at the third bucket; the push waits, and the next process gets everything through a group
-    of its own. Then it is started again between two pushes, and nobody has noticed: it is the same engine to the
-    trainer, and is not taken for a member of the group. Checked by checksum each time."""
+def test_the_only_server_is_killed_in_a_broadcast_and_started_again_at_its_address(
+    perturbed, tmp_path
+):
+    """Given by URL, it dies at the third bucket; the push waits, and the next process gets
+    everything through a group of its own. Then it is started again between two pushes, and nobody
+    has noticed: it is the same engine to the trainer, and is not taken for a member of the group.
+    Checked by checksum each time.
+    """
     with start_receivers(1) as (one,):
-        fleet, sync = Fleet({one.url: one.engine}), sync_for(perturbed, tmp_path, "distributed", timeout_s=5)
+        fleet, sync = (
+            Fleet({one.url: one.engine}),
+            sync_for(perturbed, tmp_path, "distributed", timeout_s=5),
+        )
         fleet.on_return = sync.restore
 
         def restart():
@@ -155,7 +198,9 @@ def test_the_only_server_is_killed_in_a_broadcast_and_started_again_at_its_addre
             one.process.kill()
             restart()
             one.until_ready()
-            assert list(fleet.members()) == [one.url] and run_async(one.engine.weight_version()) == 0
+            assert (
+                list(fleet.members()) == [one.url] and run_async(one.engine.weight_version()) == 0
+            )
             run_async(sync.push(perturbed, fleet, 5))
             assert run_async(one.engine.weight_version()) == fleet.version == 5
         finally:
@@ -164,7 +209,9 @@ def test_the_only_server_is_killed_in_a_broadcast_and_started_again_at_its_addre
 
 
 def test_a_server_of_a_fleet_with_wrong_weights_is_taken_out(perturbed, tmp_path):
-    """One server of two corrupts a tensor: it is condemned with the tensor's name, the other serves the new version."""
+    """One server of two corrupts a tensor: it is condemned with the tensor's name, the other serves
+    the new version.
+    """
     with start_receivers(2) as (first, second):
         first.tricks(corrupt="model.norm.weight")
         fleet = Fleet({"first": first.engine, "second": second.engine})
@@ -176,8 +223,10 @@ def test_a_server_of_a_fleet_with_wrong_weights_is_taken_out(perturbed, tmp_path
 
 
 def test_shared_memory_lasts_for_every_server(perturbed, tmp_path):
-    """Two servers of this machine map the same buffer, bucket after bucket: both get everything. Opening a handle gives
-    a reference back, so each server needs one of its own, and each tensor-parallel rank (tests/real_sglang)."""
+    """Two servers of this machine map the same buffer, bucket after bucket: both get everything.
+    Opening a handle gives a reference back, so each server needs one of its own, and each
+    tensor-parallel rank (tests/real_sglang).
+    """
     with start_receivers(2) as (first, second):
         fleet = Fleet({"first": first.engine, "second": second.engine})
         try:
@@ -188,8 +237,9 @@ def test_shared_memory_lasts_for_every_server(perturbed, tmp_path):
 
 
 def test_disk_keeps_one_version(perturbed, server, tmp_path):
-    """Each version is a complete model folder; the one before goes once all servers have the new one, and nothing
-    unfinished is left. A server that returns can be brought to it alone."""
+    """Each version is a complete model folder; the one before goes once all servers have the new
+    one, and nothing unfinished is left. A server that returns can be brought to it alone.
+    """
     sync = sync_for(perturbed, tmp_path, "disk")
     for version in (11, 12):
         push(sync, perturbed, server.engine, version)
@@ -207,14 +257,20 @@ def test_disk_keeps_one_version(perturbed, server, tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_weights_served(perturbed, server, tmp_path):
-    """Writing fails half-way (a file size limit stands for the full disk): one error that names the folder, the server
-    was not asked to load, it still serves the version before, and that version is still on disk."""
+    """Writing fails half-way (a file size limit stands for the full disk): one error that names the
+    folder, the server was not asked to load, it still serves the version before, and that version
+    is still on disk.
+    """
     sync = sync_for(perturbed, tmp_path, "disk")
     push(sync, perturbed, server.engine, 20)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))  # python ignores SIGXFSZ: the write fails with EFBIG
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (3000, before[1])
+    )  # python ignores SIGXFSZ: the write fails with EFBIG
     try:
-        with pytest.raises(EngineFailure, match=rf"cannot write .*version-21: {os.strerror(errno.EFBIG)}"):
+        with pytest.raises(
+            EngineFailure, match=rf"cannot write .*version-21: {os.strerror(errno.EFBIG)}"
+        ):
             push(sync, perturbed, server.engine, 21)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

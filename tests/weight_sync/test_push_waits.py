@@ -1,7 +1,9 @@
-"""A pool that loses its last server in the middle of a push: the push waits for a return as requests do.
+"""A pool that loses its last server in the middle of a push: the push waits for a return as
+requests do.
 
-The fleet, the push and the disk transport are the real ones, the engines those of tests/engines/fleet_cases.py. That
-every rank takes part in what is repeated is shown in tests/megatron/test_four_ranks.py.
+The fleet, the push and the disk transport are the real ones, the engines those of
+tests/engines/fleet_cases.py. That every rank takes part in what is repeated is shown in
+tests/megatron/test_four_ranks.py.
 """
 
 import asyncio
@@ -25,8 +27,9 @@ STEPS = ("pause", "update_weights_from_disk", "flush_cache", "weights_checksum")
 
 
 class Server(FakeEngine):
-    """Counts what it loaded. ``dies_in``: the call in which it dies, and is not there to answer; ``refusal``: what it
-    says about new weights while it lives on."""
+    """Counts what it loaded. ``dies_in``: the call in which it dies, and is not there to answer;
+    ``refusal``: what it says about new weights while it lives on.
+    """
 
     def __init__(self, number=0, dies_in=None, refusal=None):
         super().__init__(number)
@@ -66,7 +69,9 @@ class ServerKeeper(FakeKeeper):
 
     async def start(self):
         await asyncio.sleep(self.start_s)
-        self.engines.append(Server(len(self.engines), self.dies_in if self.cursed or not self.engines else None))
+        self.engines.append(
+            Server(len(self.engines), self.dies_in if self.cursed or not self.engines else None)
+        )
         return self.engine
 
 
@@ -84,12 +89,19 @@ def sync_for(worker, folder):
 
 
 def waits(caplog):
-    return [record.getMessage() for record in caplog.records
-            if record.levelno == logging.WARNING and "new weights wait for the return" in record.getMessage()]
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelno == logging.WARNING
+        and "new weights wait for the return" in record.getMessage()
+    ]
 
 
 def run_push(worker, folder, members, version=5, limits=QUICK, meanwhile=None, transport=None):
-    """Push ``version`` into a fleet of ``members``. What the fleet serves afterwards, and how long the push took."""
+    """Push ``version`` into a fleet of ``members``. What the fleet serves afterwards, and how long
+    the push took.
+    """
+
     async def scenario():
         sync = sync_for(worker, folder)
         sync.transport = transport or sync.transport
@@ -111,19 +123,30 @@ def run_push(worker, folder, members, version=5, limits=QUICK, meanwhile=None, t
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_the_only_server_dies_in_a_push_and_gets_the_version_when_it_is_back(perturbed, tmp_path, caplog, step):
-    """Whatever the server was asked for when it died: it is restarted, given the version, and the next request is
-    served with it by a fleet that is not paused. The log has one warning that says who is waited for, and how long."""
+def test_the_only_server_dies_in_a_push_and_gets_the_version_when_it_is_back(
+    perturbed, tmp_path, caplog, step
+):
+    """Whatever the server was asked for when it died: it is restarted, given the version, and the
+    next request is served with it by a fleet that is not paused. The log has one warning that says
+    who is waited for, and how long.
+    """
     keeper = ServerKeeper(step)
     assert run_push(perturbed, tmp_path, [keeper]) == ({5}, 5, False)
     assert len(keeper.engines) == 2 and keeper.engine.loaded == [5] and not keeper.engine.paused
     (told,) = waits(caplog)
-    assert "policy pool" in told and "up to 0.4 s" in told and "m0 is started again (0 of 3 restarts used)" in told
+    assert (
+        "policy pool" in told
+        and "up to 0.4 s" in told
+        and "m0 is started again (0 of 3 restarts used)" in told
+    )
 
 
-def test_a_server_that_somebody_else_runs_returns_with_its_folders_weights(perturbed, tmp_path, caplog):
-    """Given by URL: nobody here can restart it, its owner does after a while. It has lost all weights but those of its
-    folder, and is not trusted before it is given some."""
+def test_a_server_that_somebody_else_runs_returns_with_its_folders_weights(
+    perturbed, tmp_path, caplog
+):
+    """Given by URL: nobody here can restart it, its owner does after a while. It has lost all
+    weights but those of its folder, and is not trusted before it is given some.
+    """
     server = Server(dies_in="update_weights_from_disk")
 
     async def owner():
@@ -132,12 +155,16 @@ def test_a_server_that_somebody_else_runs_returns_with_its_folders_weights(pertu
         server.version, server.paused, server.dies_in, server.dead = 0, False, None, False
 
     assert run_push(perturbed, tmp_path, [server], meanwhile=owner) == ({5}, 5, False)
-    assert server.loaded == [5] and "m0 returns when whoever runs it starts it again" in waits(caplog)[0]
+    assert (
+        server.loaded == [5]
+        and "m0 returns when whoever runs it starts it again" in waits(caplog)[0]
+    )
 
 
 def test_a_version_before_is_restored_while_the_next_one_waits(perturbed, tmp_path):
-    """The pool dies in the second push: who returns is given the first version at once, which is still on disk, then
-    the second; and only the second is kept."""
+    """The pool dies in the second push: who returns is given the first version at once, which is
+    still on disk, then the second; and only the second is kept.
+    """
     keeper = ServerKeeper(None)
 
     async def scenario():
@@ -169,7 +196,9 @@ def test_a_pool_that_is_out_when_a_push_begins_is_waited_for(perturbed, tmp_path
 
 
 def test_without_a_restore_who_returns_gets_the_push_itself(perturbed, tmp_path):
-    """By broadcast or handle nobody can be caught up alone: a server that waits for the next update is a target."""
+    """By broadcast or handle nobody can be caught up alone: a server that waits for the next update
+    is a target.
+    """
     keeper = ServerKeeper(None)
 
     class DiesOnce(NoRestore):
@@ -182,25 +211,38 @@ def test_without_a_restore_who_returns_gets_the_push_itself(perturbed, tmp_path)
 
 
 def test_a_server_that_never_returns_ends_the_run_after_lost_timeout(perturbed, tmp_path, caplog):
-    """Named, with what it died of, and not sooner than the pool's patience, which a pause does not count."""
+    """Named, with what it died of, and not sooner than the pool's patience, which a pause does not
+    count.
+    """
     error, seconds = run_push(perturbed, tmp_path, [Server(dies_in="update_weights_from_disk")])
-    assert error.startswith("weights version 5: no server of the policy pool is left: 1 of 1 are out")
+    assert error.startswith(
+        "weights version 5: no server of the policy pool is left: 1 of 1 are out"
+    )
     assert "m0: engine 0: connection refused" in error and len(waits(caplog)) == 1
     assert QUICK.lost_timeout_s <= seconds < QUICK.lost_timeout_s + 2
 
 
-@pytest.mark.parametrize("refusal", ["unknown tensor lm_head.weight", "3 of 16 tensors are served differently"])
+@pytest.mark.parametrize(
+    "refusal", ["unknown tensor lm_head.weight", "3 of 16 tensors are served differently"]
+)
 def test_a_refusal_is_not_waited_for(perturbed, tmp_path, caplog, refusal):
     """Wrong names, wrong weights: the same push would end the same way."""
-    error, seconds = run_push(perturbed, tmp_path, [Server(refusal=refusal)],
-                              limits=dataclasses.replace(QUICK, lost_timeout_s=60))
+    error, seconds = run_push(
+        perturbed,
+        tmp_path,
+        [Server(refusal=refusal)],
+        limits=dataclasses.replace(QUICK, lost_timeout_s=60),
+    )
     assert refusal in error and seconds < 2 and not waits(caplog)
 
 
 def test_a_refusal_beside_a_death_is_not_waited_for_either(perturbed, tmp_path, caplog):
     """The one that lives said what is wrong."""
-    error, _ = run_push(perturbed, tmp_path, [Server(0, refusal="unknown tensor"),
-                                              Server(1, dies_in="update_weights_from_disk")])
+    error, _ = run_push(
+        perturbed,
+        tmp_path,
+        [Server(0, refusal="unknown tensor"), Server(1, dies_in="update_weights_from_disk")],
+    )
     assert "unknown tensor" in error and "connection refused" in error and not waits(caplog)
 
 
@@ -213,9 +255,16 @@ def test_one_of_two_that_dies_is_not_waited_for(perturbed, tmp_path, caplog):
 
 def test_a_pool_that_is_given_up_ends_the_run_at_once(perturbed, tmp_path, caplog):
     """No restart is left: nothing can come back, however patient the pool is."""
-    error, seconds = run_push(perturbed, tmp_path, [ServerKeeper("update_weights_from_disk", max_restarts=0)],
-                              limits=dataclasses.replace(QUICK, lost_timeout_s=60))
-    assert "no server of the policy pool is left" in error and "after 0 restarts within an hour" in error
+    error, seconds = run_push(
+        perturbed,
+        tmp_path,
+        [ServerKeeper("update_weights_from_disk", max_restarts=0)],
+        limits=dataclasses.replace(QUICK, lost_timeout_s=60),
+    )
+    assert (
+        "no server of the policy pool is left" in error
+        and "after 0 restarts within an hour" in error
+    )
     assert seconds < 3
 
 
@@ -228,8 +277,9 @@ def test_a_pool_that_dies_of_every_push_is_given_up(perturbed, tmp_path):
 
 
 def test_a_server_that_dies_after_its_checksum_has_not_got_the_version(perturbed, tmp_path):
-    """It took everything and died before the update ended: the push is repeated with its successor, and not counted as
-    done with nobody left."""
+    """It took everything and died before the update ended: the push is repeated with its successor,
+    and not counted as done with nobody left.
+    """
     keeper = ServerKeeper(None)
 
     class DiesAtTheEnd(NoRestore):

@@ -8,9 +8,13 @@ from collections.abc import Callable, Coroutine, Sequence
 from ..base import Engine, EngineFailure, EngineUnavailable
 
 
-async def call_each(engines: Sequence[Engine], call: Callable[[Engine], Coroutine[None, None, object]],
-                    seconds: float) -> dict[Engine, EngineFailure]:
+async def call_each(
+    engines: Sequence[Engine],
+    call: Callable[[Engine], Coroutine[None, None, object]],
+    seconds: float,
+) -> dict[Engine, EngineFailure]:
     """The failures by engine. Anything but an ``EngineFailure`` is raised."""
+
     async def one(engine: Engine) -> EngineFailure | None:
         try:
             async with asyncio.timeout(seconds):

@@ -1,8 +1,9 @@
 """Many engines as one that survives the death of any of them.
 
-A request goes to one member at a time and is answered once: when its member dies, hangs or cannot serve it, the attempt
-is abandoned (a late answer is dropped) and the request is redone elsewhere. Members are watched one task each
-(``minder.py``). With a front (a router), first attempts go through it and later ones directly to a member.
+A request goes to one member at a time and is answered once: when its member dies, hangs or cannot
+serve it, the attempt is abandoned (a late answer is dropped) and the request is redone elsewhere.
+Members are watched one task each (``minder.py``). With a front (a router), first attempts go
+through it and later ones directly to a member.
 
 One event loop owns a fleet; its tasks start with the first call that is awaited.
 """
@@ -44,16 +45,29 @@ _LOG_EVERY_S = 30.0
 class Fleet(Engine):
     """``members`` by name: engines that run already, or keepers that start (and restart) them.
 
-    ``version`` is that of the weights every member has from its own folder. ``on_return(engine, version)`` must bring a
-    returning engine to ``version`` and raise ``EngineFailure`` when it cannot; without it, or when it fails, a member
-    that missed an update waits for the next one.
+    ``version`` is that of the weights every member has from its own folder. ``on_return(engine,
+    version)`` must bring a returning engine to ``version`` and raise ``EngineFailure`` when it
+    cannot; without it, or when it fails, a member that missed an update waits for the next one.
     """
 
-    def __init__(self, members: dict[str, Engine | Keeper], limits: FleetLimits | None = None, *, name: str = "fleet",
-                 version: int = 0, front: Front | None = None, on_return: OnReturn | None = None) -> None:
+    def __init__(
+        self,
+        members: dict[str, Engine | Keeper],
+        limits: FleetLimits | None = None,
+        *,
+        name: str = "fleet",
+        version: int = 0,
+        front: Front | None = None,
+        on_return: OnReturn | None = None,
+    ) -> None:
         if not members:
             raise ValueError("a fleet needs at least one member")
-        self.name, self.limits, self.version, self.on_return = name, limits or FleetLimits(), version, on_return
+        self.name, self.limits, self.version, self.on_return = (
+            name,
+            limits or FleetLimits(),
+            version,
+            on_return,
+        )
         self._members = [Member.of(label, source, version) for label, source in members.items()]
         self._front = Member("router", None, front, version) if front else None
         self._metrics = FleetMetrics(members=len(members))
@@ -72,8 +86,9 @@ class Fleet(Engine):
         self._fed: Engine | None = None
 
     async def generate(self, request: GenerationRequest) -> Generation:
-        """See ``Engine.generate``. Raises ``EngineLost`` when no member is left, ``EngineFailure`` for a bad request
-        (at once) and for one that no member could serve within the limits."""
+        """See ``Engine.generate``. Raises ``EngineLost`` when no member is left, ``EngineFailure``
+        for a bad request (at once) and for one that no member could serve within the limits.
+        """
         self._begin()
         self._metrics.requests += 1
         try:
@@ -99,7 +114,9 @@ class Fleet(Engine):
                     started += self._patience.now - asked
                     if not taken:
                         continue
-                    return await self._attempt(member, request, min(seconds, started + total - self._patience.now))
+                    return await self._attempt(
+                        member, request, min(seconds, started + total - self._patience.now)
+                    )
             except EngineLost:
                 raise
             except EngineUnavailable as error:
@@ -109,20 +126,28 @@ class Fleet(Engine):
             avoid, waited = member, self._patience.now - started
             pause = limits.backoff(len(errors))
             if len(errors) >= limits.max_attempts or waited + pause >= total:
-                raise EngineFailure(f"the {self.name} gave a request up after {len(errors)} attempts in "
-                                    f"{waited:.1f} s: {'; '.join(errors)}")
+                raise EngineFailure(
+                    f"the {self.name} gave a request up after {len(errors)} attempts in "
+                    f"{waited:.1f} s: {'; '.join(errors)}"
+                )
             self._metrics.retries += 1
             self._metrics.redone_prompt_tokens += len(request.prompt_ids)
             await asyncio.sleep(pause)
 
-    async def _choose(self, request: GenerationRequest, avoid: Member | None, direct: bool) -> Member:
-        """The member for the next attempt; waits while paused and while nobody is up. Raises ``EngineLost``."""
+    async def _choose(
+        self, request: GenerationRequest, avoid: Member | None, direct: bool
+    ) -> Member:
+        """The member for the next attempt; waits while paused and while nobody is up. Raises
+        ``EngineLost``.
+        """
         started = self._patience.now
         while True:
             self._refuse_closed()
             up = [] if self._paused else [member for member in self._members if member.up]
             if self._lost is not None and (self._broken or not up):
-                raise EngineLost(f"{self._lost}; this request waited {self._patience.now - started:.1f} s")
+                raise EngineLost(
+                    f"{self._lost}; this request waited {self._patience.now - started:.1f} s"
+                )
             if up:
                 front = self._front
                 if front is not None and front.up and front.engine is self._fed and not direct:
@@ -130,7 +155,9 @@ class Fleet(Engine):
                 return self._routing.choose(request.prompt_ids, up, avoid)
             await self._changed.wait()
 
-    async def _attempt(self, member: Member, request: GenerationRequest, seconds: float) -> Generation:
+    async def _attempt(
+        self, member: Member, request: GenerationRequest, seconds: float
+    ) -> Generation:
         """One try on one member; raises ``EngineUnavailable`` when it is to be redone."""
         assert member.engine is not None
         task = asyncio.ensure_future(member.engine.generate(request))
@@ -155,11 +182,14 @@ class Fleet(Engine):
             raise EngineUnavailable(str(error)) from error
         except EngineUnavailable as error:
             if member is not self._front:  # it passes on what its members say
-                member.failures = max(member.failures, failures + 1)  # a burst that fails together counts once
+                member.failures = max(
+                    member.failures, failures + 1
+                )  # a burst that fails together counts once
             member.suspect(error)
             raise
         if generation.finish_reason is FinishReason.ABORT:
-            # Nobody here aborts a request and still waits for it: the server is stopping or was told to by another.
+            # Nobody here aborts a request and still waits for it: the server is stopping or was
+            # told to by another.
             self._metrics.lost_response_tokens += len(generation.token_ids)
             raise EngineUnavailable(f"aborted after {len(generation.token_ids)} tokens")
         member.failures = member.outages = 0
@@ -168,7 +198,9 @@ class Fleet(Engine):
         return generation
 
     def _abandon(self, task: asyncio.Task[Generation]) -> None:
-        """Nobody waits for ``task`` any more: it may not delay us, and what it still brings is dropped."""
+        """Nobody waits for ``task`` any more: it may not delay us, and what it still brings is
+        dropped.
+        """
         task.cancel()
         self._abandoned.add(task)
         task.add_done_callback(self._late)
@@ -206,7 +238,10 @@ class Fleet(Engine):
         log.info("%s: %s", self.name, self.metrics().line())
 
     def _tick(self, passed: float) -> None:
-        if self._metrics.retries != self._logged_retries and self._patience.now - self._logged_s >= _LOG_EVERY_S:
+        if (
+            self._metrics.retries != self._logged_retries
+            and self._patience.now - self._logged_s >= _LOG_EVERY_S
+        ):
             self.log_metrics()
         if self._broken:
             return
@@ -217,22 +252,34 @@ class Fleet(Engine):
                 self._lost = None
             return
         self._empty_s += passed
-        if self._lost is None and (states == {MemberState.GONE} or self._empty_s >= self.limits.lost_timeout_s):
-            why = "; ".join(f"{m.name}: {m.last_error}" + (
-                " (alive, but without the current weights)" if m.state is MemberState.STALE else "")
-                for m in self._members)
-            self._lost = (f"no server of the {self.name} is left: {len(self._members)} of {len(self._members)} are out "
-                          f"and none came back within {self._empty_s:.1f} s ({why})")
+        if self._lost is None and (
+            states == {MemberState.GONE} or self._empty_s >= self.limits.lost_timeout_s
+        ):
+            why = "; ".join(
+                f"{m.name}: {m.last_error}"
+                + (
+                    " (alive, but without the current weights)"
+                    if m.state is MemberState.STALE
+                    else ""
+                )
+                for m in self._members
+            )
+            self._lost = (
+                f"no server of the {self.name} is left: {len(self._members)} of {len(self._members)} are out "
+                f"and none came back within {self._empty_s:.1f} s ({why})"
+            )
             log.error("%s", self._lost)
             self.changed()
 
     @contextlib.asynccontextmanager
     async def updating(self, version: int) -> AsyncIterator[WeightUpdate]:
-        """New weights for every engine in ``update.targets`` (living ones, also those that missed an update).
+        """New weights for every engine in ``update.targets`` (living ones, also those that missed
+        an update).
 
-        Inside, say ``update.failed(engine, error)`` for each that did not take them: it is taken out. At the end the
-        others serve ``version``. Nobody joins in between. Raises ``EngineUnavailable`` without a target and when all
-        were lost, which ``until_updatable`` and another update may mend; ``EngineFailure`` when some refused.
+        Inside, say ``update.failed(engine, error)`` for each that did not take them: it is taken
+        out. At the end the others serve ``version``. Nobody joins in between. Raises
+        ``EngineUnavailable`` without a target and when all were lost, which ``until_updatable`` and
+        another update may mend; ``EngineFailure`` when some refused.
         """
         self._begin()
         while self._first_start:
@@ -240,8 +287,12 @@ class Fleet(Engine):
         async with self._weights_lock:
             targets = [m for m in self._members if m.takes_weights]
             if not targets:
-                raise EngineUnavailable(f"weights version {version}: the {self.name} is out: {outlook(self._members)}")
-            update = WeightUpdate(version, {m.engine: m.name for m in targets if m.engine is not None})
+                raise EngineUnavailable(
+                    f"weights version {version}: the {self.name} is out: {outlook(self._members)}"
+                )
+            update = WeightUpdate(
+                version, {m.engine: m.name for m in targets if m.engine is not None}
+            )
             try:
                 yield update
             except BaseException as error:
@@ -257,7 +308,8 @@ class Fleet(Engine):
         return any(m.state is MemberState.STARTING and not m.was_up for m in self._members)
 
     async def until_updatable(self) -> None:
-        """Wait until an update has a target: for the first start of every server, and for a return when all are out.
+        """Wait until an update has a target: for the first start of every server, and for a return
+        when all are out.
 
         Not while paused, when no time passes. Raises ``EngineLost`` when requests would.
         """
@@ -267,20 +319,31 @@ class Fleet(Engine):
             self._refuse_closed()
             if self._lost is not None:
                 raise EngineLost(self._lost)
-            if not (told or self._first_start or all(m.state is MemberState.GONE for m in self._members)):
+            if not (
+                told or self._first_start or all(m.state is MemberState.GONE for m in self._members)
+            ):
                 told = True
-                log.warning("%s: new weights wait for the return of a server, up to %g s in which none is starting: %s",
-                            self.name, self.limits.lost_timeout_s, outlook(self._members))
+                log.warning(
+                    "%s: new weights wait for the return of a server, up to %g s in which none is starting: %s",
+                    self.name,
+                    self.limits.lost_timeout_s,
+                    outlook(self._members),
+                )
             await self._changed.wait()
 
-    async def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """See ``Engine.update_weights``. With several members the tensors are held in memory until all have them:
-        large models go through a transport of ``weight_sync`` and ``updating``."""
+    async def update_weights(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], version: int
+    ) -> None:
+        """See ``Engine.update_weights``. With several members the tensors are held in memory until
+        all have them: large models go through a transport of ``weight_sync`` and ``updating``.
+        """
         async with self.updating(version) as update:
             shared = tensors if len(update.targets) == 1 else list(tensors)
             errors = await call_each(
-                list(update.targets), lambda engine: engine.update_weights(shared, version),
-                self.limits.update_timeout_s)
+                list(update.targets),
+                lambda engine: engine.update_weights(shared, version),
+                self.limits.update_timeout_s,
+            )
             for engine, error in errors.items():
                 update.failed(engine, error)
 
@@ -304,11 +367,16 @@ class Fleet(Engine):
         return self._paused
 
     async def _control(self, what: str) -> None:
-        living = {m.engine: m for m in self._members
-                  if m.engine is not None and m.state in (MemberState.UP, MemberState.STALE)}
+        living = {
+            m.engine: m
+            for m in self._members
+            if m.engine is not None and m.state in (MemberState.UP, MemberState.STALE)
+        }
         for member in living.values():
             member.paused = True
-        errors = await call_each(list(living), lambda engine: getattr(engine, what)(), self.limits.control_timeout_s)
+        errors = await call_each(
+            list(living), lambda engine: getattr(engine, what)(), self.limits.control_timeout_s
+        )
         for engine, member in living.items():
             if engine in errors:
                 member.condemn(f"{what}: {errors[engine]}")
@@ -316,7 +384,9 @@ class Fleet(Engine):
                 member.paused = what == "pause"
 
     async def health(self) -> EngineHealth:
-        """The sum over members; ``alive`` until closed or lost. Those that do not answer count as idle."""
+        """The sum over members; ``alive`` until closed or lost. Those that do not answer count as
+        idle.
+        """
         found: list[EngineHealth] = []
 
         async def ask(engine: Engine) -> None:
@@ -326,9 +396,13 @@ class Fleet(Engine):
             self._begin()
             await call_each(list(self.members().values()), ask, self.limits.control_timeout_s)
         return EngineHealth(
-            alive=not self._closed and self._lost is None, paused=self._paused, running=sum(h.running for h in found),
-            waiting=sum(h.waiting for h in found), weight_version=self.version,
-            tokens_generated=sum(h.tokens_generated for h in found))
+            alive=not self._closed and self._lost is None,
+            paused=self._paused,
+            running=sum(h.running for h in found),
+            waiting=sum(h.waiting for h in found),
+            weight_version=self.version,
+            tokens_generated=sum(h.tokens_generated for h in found),
+        )
 
     async def probe(self, timeout_s: float) -> None:
         """See ``Engine.probe``; the members are probed all the time."""
@@ -336,7 +410,9 @@ class Fleet(Engine):
             raise EngineUnavailable(self._lost)
 
     async def close(self) -> None:
-        """Idempotent. Requests in flight end with ``EngineFailure``; every server that we started is killed."""
+        """Idempotent. Requests in flight end with ``EngineFailure``; every server that we started
+        is killed.
+        """
         if self._closed:
             return
         self._closed = True
@@ -349,8 +425,11 @@ class Fleet(Engine):
             member.last_error = f"the {self.name} was closed"
             member.interrupt()
         await asyncio.sleep(0)
-        await call_each([m.engine for m in everyone if m.engine is not None], lambda engine: engine.close(),
-                         self.limits.control_timeout_s)
+        await call_each(
+            [m.engine for m in everyone if m.engine is not None],
+            lambda engine: engine.close(),
+            self.limits.control_timeout_s,
+        )
         await asyncio.gather(*(m.keeper.stop() for m in everyone if m.keeper is not None))
         log.info("%s closed: %s", self.name, self._metrics.line())
 
@@ -363,13 +442,21 @@ class Fleet(Engine):
         self._refuse_closed()
         if self._tasks:
             return
-        minders = [Minder(self, self._patience, member, self._weights_lock) for member in self._members]
+        minders = [
+            Minder(self, self._patience, member, self._weights_lock) for member in self._members
+        ]
         if self._front is not None:
-            minders.append(Minder(self, self._patience, self._front, self._weights_lock, is_front=True))
-            self._tasks.append(asyncio.create_task(self._feed_front(), name=f"{self.name} router members"))
+            minders.append(
+                Minder(self, self._patience, self._front, self._weights_lock, is_front=True)
+            )
+            self._tasks.append(
+                asyncio.create_task(self._feed_front(), name=f"{self.name} router members")
+            )
         self._tasks.append(asyncio.create_task(self._patience.run(), name=f"{self.name} clock"))
-        self._tasks += [asyncio.create_task(minder.run(), name=f"{self.name} {minder.member.name}")
-                        for minder in minders]
+        self._tasks += [
+            asyncio.create_task(minder.run(), name=f"{self.name} {minder.member.name}")
+            for minder in minders
+        ]
         for task in self._tasks:
             task.add_done_callback(self._ended)
 
@@ -390,10 +477,15 @@ class Fleet(Engine):
                 front.condemn(str(error))
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """A background task never ends by itself: what broke it must not leave requests waiting for ever."""
+        """A background task never ends by itself: what broke it must not leave requests waiting for
+        ever.
+        """
         if task.cancelled() or self._closed:
             return
         log.error("%s: task %s stopped", self.name, task.get_name(), exc_info=task.exception())
         error = task.exception()
-        self._broken, self._lost = True, f"the {self.name} broke down: {type(error).__name__}: {error}"
+        self._broken, self._lost = (
+            True,
+            f"the {self.name} broke down: {type(error).__name__}: {error}",
+        )
         self.changed()

@@ -38,7 +38,9 @@ class Keeper(abc.ABC):
 
     @abc.abstractmethod
     def death(self) -> str | None:
-        """Why the server is dead, or None while its process lives (which does not prove that it answers)."""
+        """Why the server is dead, or None while its process lives (which does not prove that it
+        answers).
+        """
 
     @abc.abstractmethod
     async def stop(self) -> None:
@@ -50,13 +52,19 @@ class Front(Keeper):
 
     @abc.abstractmethod
     async def route_to(self, engines: Sequence[Engine]) -> None:
-        """Send requests to exactly these from now on. Raises ``EngineFailure`` when the router does not obey."""
+        """Send requests to exactly these from now on. Raises ``EngineFailure`` when the router does
+        not obey.
+        """
 
 
 class Member:
-    """Mutable state; only the fleet's event loop touches it. ``engine`` is None until a kept server first runs."""
+    """Mutable state; only the fleet's event loop touches it. ``engine`` is None until a kept server
+    first runs.
+    """
 
-    def __init__(self, name: str, engine: Engine | None, keeper: Keeper | None, version: int) -> None:
+    def __init__(
+        self, name: str, engine: Engine | None, keeper: Keeper | None, version: int
+    ) -> None:
         self.name, self.engine, self.keeper = name, engine, keeper
         self.folder_version = version
         self.version: int | None = version
@@ -85,7 +93,11 @@ class Member:
     @classmethod
     def of(cls, name: str, source: Engine | Keeper, version: int) -> Member:
         """An engine that runs, or a keeper's."""
-        return cls(name, None, source, version) if isinstance(source, Keeper) else cls(name, source, None, version)
+        return (
+            cls(name, None, source, version)
+            if isinstance(source, Keeper)
+            else cls(name, source, None, version)
+        )
 
     @property
     def up(self) -> bool:
@@ -99,10 +111,11 @@ class Member:
 
     @contextlib.asynccontextmanager
     async def place(self, patience: Patience) -> AsyncIterator[bool]:
-        """One of the requests that the engine sends at once; False when the member was taken out first.
+        """One of the requests that the engine sends at once; False when the member was taken out
+        first.
 
-        Whoever waits here has no deadline: a batch of thousands waits for hours on sound engines, and on one that dies
-        or hangs no longer than its next probe.
+        Whoever waits here has no deadline: a batch of thousands waits for hours on sound engines,
+        and on one that dies or hangs no longer than its next probe.
         """
         engine = self.engine
         if engine is None or engine.max_in_flight is None:

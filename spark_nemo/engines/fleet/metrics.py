@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class FleetMetrics:
-    """Totals since the start, and the load of this moment. Tokens that a dead server had sampled are not known."""
+    """Totals since the start, and the load of this moment. Tokens that a dead server had sampled
+    are not known.
+    """
 
     requests: int = 0
     answered: int = 0
@@ -30,6 +32,8 @@ class FleetMetrics:
 
     def line(self) -> str:
         """For the log."""
-        return (f"{self.members_up} of {self.members} members up, {self.requests} requests, {self.answered} answered, "
-                f"{self.retries} redone ({self.redone_prompt_tokens} prompt tokens again), {self.outages} outages, "
-                f"{self.restarts} restarts, in flight {self.load}")
+        return (
+            f"{self.members_up} of {self.members} members up, {self.requests} requests, {self.answered} answered, "
+            f"{self.retries} redone ({self.redone_prompt_tokens} prompt tokens again), {self.outages} outages, "
+            f"{self.restarts} restarts, in flight {self.load}"
+        )

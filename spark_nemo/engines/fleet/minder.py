@@ -23,8 +23,14 @@ _STALL_TICKS, _ASKED_AGAIN = 6, 2
 class Minder:
     """Runs as one task per member. ``is_front``: a router, which has no weights of its own."""
 
-    def __init__(self, fleet: Fleet, patience: Patience, member: Member, weights_lock: asyncio.Lock,
-                 is_front: bool = False) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        patience: Patience,
+        member: Member,
+        weights_lock: asyncio.Lock,
+        is_front: bool = False,
+    ) -> None:
         self.fleet, self.patience, self.member, self._lock = fleet, patience, member, weights_lock
         self._is_front = is_front
 
@@ -68,25 +74,33 @@ class Minder:
         return self.member.keeper.death() if self.member.keeper is not None else None
 
     async def _probe(self) -> str | None:
-        """Why the member is not fit, or None. A failure across which the event loop stood still says nothing: the
-        client's own deadline passed before the answer was read. Then it is asked again."""
+        """Why the member is not fit, or None. A failure across which the event loop stood still
+        says nothing: the client's own deadline passed before the answer was read. Then it is asked
+        again.
+        """
         loop, error = asyncio.get_running_loop(), None
-        for _ in range(_ASKED_AGAIN + 1):  # bounded: on an overloaded machine the clock always lags a little
+        for _ in range(
+            _ASKED_AGAIN + 1
+        ):  # bounded: on an overloaded machine the clock always lags a little
             wall, counted = loop.time(), self.patience.now
             error = await self._probe_once()
-            stalled = (loop.time() - wall) - (self.patience.now - counted) > _STALL_TICKS * self.fleet.limits.tick_s
+            stalled = (loop.time() - wall) - (
+                self.patience.now - counted
+            ) > _STALL_TICKS * self.fleet.limits.tick_s
             if error is None or self.fleet.paused or not stalled or self._death() is not None:
                 break
         return error
 
     async def _probe_once(self) -> str | None:
-        """A busy member is asked for its state only: a generation would queue behind the others, and what answers
-        requests while we wait is alive."""
+        """A busy member is asked for its state only: a generation would queue behind the others,
+        and what answers requests while we wait is alive.
+        """
         member, asked = self.member, self.patience.now
         assert member.engine is not None
         busy = member.up and member.load and not self._is_front
         probe = asyncio.ensure_future(
-            self._healthy() if busy else member.engine.probe(self.fleet.limits.probe_timeout_s))
+            self._healthy() if busy else member.engine.probe(self.fleet.limits.probe_timeout_s)
+        )
         try:
             while not await self.patience.wait(probe, self.fleet.limits.probe_timeout_s):
                 if (death := self._death()) is not None:
@@ -108,14 +122,21 @@ class Minder:
 
     async def _take_out(self, reason: str) -> None:
         member = self.member
-        member.last_error, member.condemned, member.suspected, member.failures = reason, None, False, 0
+        member.last_error, member.condemned, member.suspected, member.failures = (
+            reason,
+            None,
+            False,
+            0,
+        )
         member.outages += 1
         member.state = MemberState.OUT
         member.interrupt()
         log.warning("%s: %s is out: %s", self.fleet.name, member.name, reason)
         self.fleet.count(outages=1)
         self.fleet.changed()
-        if member.keeper is not None:  # a hung process would hold the device that its successor needs
+        if (
+            member.keeper is not None
+        ):  # a hung process would hold the device that its successor needs
             await member.keeper.stop()
 
     async def _bring_up(self) -> bool:
@@ -144,7 +165,9 @@ class Minder:
         if member.was_up:
             member.restarts = [then for then in member.restarts if now - then < _HOUR_S]
             if len(member.restarts) >= member.keeper.max_restarts:
-                member.last_error += f" (after {member.keeper.max_restarts} restarts within an hour)"
+                member.last_error += (
+                    f" (after {member.keeper.max_restarts} restarts within an hour)"
+                )
                 log.error("%s: %s is given up: %s", self.fleet.name, member.name, member.last_error)
                 self._set(MemberState.GONE)
                 return False
@@ -163,32 +186,44 @@ class Minder:
             async with asyncio.timeout(self.fleet.limits.control_timeout_s):
                 await engine.close()  # type: ignore[attr-defined]
         except (EngineFailure, TimeoutError) as error:
-            log.warning("%s: closing the connection to %s: %s", self.fleet.name, self.member.name, error)
+            log.warning(
+                "%s: closing the connection to %s: %s", self.fleet.name, self.member.name, error
+            )
 
     def _failed_start(self, error: Exception) -> None:
         member = self.member
         member.last_error = str(error) or "no answer in time"
         member.outages += 1
         log.warning("%s: %s does not come up: %s", self.fleet.name, member.name, member.last_error)
-        # A server of ours that never ran has wrong settings; trying them again takes minutes and changes nothing.
+        # A server of ours that never ran has wrong settings; trying them again takes minutes and
+        # changes nothing.
         hopeless = member.keeper is not None and not member.was_up
         self._set(MemberState.GONE if hopeless else MemberState.OUT)
 
     async def _join_current(self) -> bool:
-        """Serve, with the current weights: those it has, those it is given, or those of the next update. False when
-        it died in the meantime."""
+        """Serve, with the current weights: those it has, those it is given, or those of the next
+        update. False when it died in the meantime.
+        """
         member, fleet = self.member, self.fleet
         if member.keeper is None and member.was_up:
             assert member.engine is not None
             if (await member.engine.health()).weight_version != member.version:
                 member.version = None  # somebody else restarted it, or gave it weights
         async with self._lock:  # an update that began now would miss a member that is about to join
-            if member.version == fleet.version or self._is_front or await self._brought_up_to_date():
+            if (
+                member.version == fleet.version
+                or self._is_front
+                or await self._brought_up_to_date()
+            ):
                 await self._join()
                 return True
         self._set(MemberState.STALE)
-        log.warning("%s: %s is alive but has not the weights of version %d: it waits for the next update",
-                    fleet.name, member.name, fleet.version)
+        log.warning(
+            "%s: %s is alive but has not the weights of version %d: it waits for the next update",
+            fleet.name,
+            member.name,
+            fleet.version,
+        )
         while True:
             await self._doze()
             async with self._lock:

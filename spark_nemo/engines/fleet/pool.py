@@ -1,4 +1,6 @@
-"""A role's servers from the configuration, whatever engine they run: launched here or given, as one fleet."""
+"""A role's servers from the configuration, whatever engine they run: launched here or given, as one
+fleet.
+"""
 
 from __future__ import annotations
 
@@ -32,41 +34,60 @@ _OWN_FILES = 1024
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """How one kind of server is started: ``command(index, host, port)``, and what its environment needs besides."""
+    """How one kind of server is started: ``command(index, host, port)``, and what its environment
+    needs besides.
+    """
 
     command: Callable[[int, str, int], Sequence[str]]
     environment: Mapping[str, str]
 
 
-def fleet_of(config: EngineConfig, role: str, connect: Callable[[str], Engine], launch: Launch,
-             log_dir: Path | None, front: Front | None = None) -> Fleet:
-    """The pool of ``role``. Launched servers are starting when this returns, so that those of two pools start together.
+def fleet_of(
+    config: EngineConfig,
+    role: str,
+    connect: Callable[[str], Engine],
+    launch: Launch,
+    log_dir: Path | None,
+    front: Front | None = None,
+) -> Fleet:
+    """The pool of ``role``. Launched servers are starting when this returns, so that those of two
+    pools start together.
 
     Raises ``EngineFailure`` when their interpreter does not exist.
     """
     pool, limits = config.pool(role), pool_limits(config.pool(role))
-    allow_open_files(connections_per_server(config) * config.num_engines(role) * (2 if front else 1))
+    allow_open_files(
+        connections_per_server(config) * config.num_engines(role) * (2 if front else 1)
+    )
     members: dict[str, Engine | Keeper] = {url: connect(url) for url in pool.urls}
     for index in range(pool.servers or 0):
         name = f"{role}-{index}"
         process = ServerProcess(
-            name, lambda host, port, index=index: launch.command(index, host, port), connect,
-            log_path=log_folder(log_dir) / f"{name}.log", host=host_of(pool),
+            name,
+            lambda host, port, index=index: launch.command(index, host, port),
+            connect,
+            log_path=log_folder(log_dir) / f"{name}.log",
+            host=host_of(pool),
             environment={**search_path(pool), **pool.server_env, **launch.environment},
-            start_timeout_s=or_else(pool.start_timeout_s, START_TIMEOUT_S), max_restarts=or_else(pool.max_restarts, 3))
+            start_timeout_s=or_else(pool.start_timeout_s, START_TIMEOUT_S),
+            max_restarts=or_else(pool.max_restarts, 3),
+        )
         process.launch()
         members[name] = process
     return Fleet(members, limits, name=f"{role} pool", front=front)
 
 
 def connections_per_server(config: EngineConfig) -> int:
-    """As many again as a server works on wait there, so that none of its slots is idle for a round trip."""
+    """As many again as a server works on wait there, so that none of its slots is idle for a round
+    trip.
+    """
     return 2 * config.max_batch_size
 
 
 def allow_open_files(more: int) -> None:
-    """Raise this process's own limit of open files by ``more``, for each connection is one: the usual limit of 1,024 is
-    over with the third server, and what it ends are requests."""
+    """Raise this process's own limit of open files by ``more``, for each connection is one: the
+    usual limit of 1,024 is over with the third server, and what it ends are requests.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return
@@ -77,8 +98,12 @@ def allow_open_files(more: int) -> None:
         log.debug("the limit of open files stays %d: %s", soft, error)
         wanted = soft
     if wanted < min(soft, _OWN_FILES) + more:
-        log.warning("this process may open %d files and its servers alone can want %d connections: raise the limit "
-                    "(ulimit -Hn), or lower engine.max_batch_size", wanted, more)
+        log.warning(
+            "this process may open %d files and its servers alone can want %d connections: raise the limit "
+            "(ulimit -Hn), or lower engine.max_batch_size",
+            wanted,
+            more,
+        )
 
 
 def pool_limits(pool: PoolConfig) -> FleetLimits:
@@ -86,9 +111,13 @@ def pool_limits(pool: PoolConfig) -> FleetLimits:
     request = or_else(pool.request_timeout_s, 600.0)
     probe = or_else(pool.probe_timeout_s, 30.0)
     return FleetLimits(
-        request_timeout_s=request, token_timeout_s=TOKEN_TIMEOUT_S if pool.request_timeout_s is None else 0.0,
-        total_timeout_s=6 * request, probe_timeout_s=probe, probe_every_s=min(10.0, probe),
-        lost_timeout_s=or_else(pool.lost_timeout_s, LOST_TIMEOUT_S))
+        request_timeout_s=request,
+        token_timeout_s=TOKEN_TIMEOUT_S if pool.request_timeout_s is None else 0.0,
+        total_timeout_s=6 * request,
+        probe_timeout_s=probe,
+        probe_every_s=min(10.0, probe),
+        lost_timeout_s=or_else(pool.lost_timeout_s, LOST_TIMEOUT_S),
+    )
 
 
 def python_of(pool: PoolConfig) -> str:
@@ -97,11 +126,14 @@ def python_of(pool: PoolConfig) -> str:
 
 
 def require_module(pool: PoolConfig, role: str, module: str, variable: str) -> None:
-    """A server that is launched with this interpreter needs its package here; its own words would be a traceback in a
-    log. Raises ``ConfigError`` that says how another interpreter is named."""
+    """A server that is launched with this interpreter needs its package here; its own words would
+    be a traceback in a log. Raises ``ConfigError`` that says how another interpreter is named.
+    """
     if pool.servers and pool.python is None and find_spec(module) is None:
-        raise ConfigError(f"engine.{role}.servers={pool.servers}: this Python has no {module}; name one that has, "
-                          f"{variable}=ENV/bin/python with the +engine presets or engine.{role}.python=ENV/bin/python")
+        raise ConfigError(
+            f"engine.{role}.servers={pool.servers}: this Python has no {module}; name one that has, "
+            f"{variable}=ENV/bin/python with the +engine presets or engine.{role}.python=ENV/bin/python"
+        )
 
 
 def host_of(pool: PoolConfig) -> str:

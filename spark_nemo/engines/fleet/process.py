@@ -1,4 +1,6 @@
-"""A server process of ours: started in a process group of its own, watched, killed with all it started."""
+"""A server process of ours: started in a process group of its own, watched, killed with all it
+started.
+"""
 
 from __future__ import annotations
 
@@ -33,18 +35,29 @@ _PROBE_S = 10.0
 
 
 class ServerProcess(Keeper):
-    """``command(host, port)`` runs the server; ``connect(url)`` makes a client, whose ``probe`` tells when it serves.
-    stdout and stderr go to the end of ``log_path``.
+    """``command(host, port)`` runs the server; ``connect(url)`` makes a client, whose ``probe``
+    tells when it serves. stdout and stderr go to the end of ``log_path``.
     """
 
     def __init__(
-        self, name: str, command: Callable[[str, int], Sequence[str]], connect: Callable[[str], Engine], *,
-        log_path: Path, environment: Mapping[str, str] | None = None, host: str = "127.0.0.1",
-        start_timeout_s: float = START_TIMEOUT_S, max_restarts: int = 3,
+        self,
+        name: str,
+        command: Callable[[str, int], Sequence[str]],
+        connect: Callable[[str], Engine],
+        *,
+        log_path: Path,
+        environment: Mapping[str, str] | None = None,
+        host: str = "127.0.0.1",
+        start_timeout_s: float = START_TIMEOUT_S,
+        max_restarts: int = 3,
     ) -> None:
         self.name, self.log_path, self.max_restarts = name, log_path, max_restarts
         self._command, self._connect = command, connect
-        self._environment, self._host, self._start_timeout_s = dict(environment or {}), host, start_timeout_s
+        self._environment, self._host, self._start_timeout_s = (
+            dict(environment or {}),
+            host,
+            start_timeout_s,
+        )
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
         self._launched_ahead = False
@@ -61,7 +74,8 @@ class ServerProcess(Keeper):
         return self._process.pid if self._process is not None else None
 
     def launch(self) -> None:
-        """Start the process without waiting for it, so that several come up together; ``start`` takes it over.
+        """Start the process without waiting for it, so that several come up together; ``start``
+        takes it over.
 
         Raises ``EngineFailure`` when there is no such program.
         """
@@ -71,13 +85,26 @@ class ServerProcess(Keeper):
         try:
             with self.log_path.open("ab") as output:
                 self._process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                    env={**os.environ, **self._environment, PARENT_VARIABLE: str(os.getpid())})
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    env={**os.environ, **self._environment, PARENT_VARIABLE: str(os.getpid())},
+                )
         except OSError as error:
-            raise EngineFailure(f"{self.name}: cannot run {command[0]}: {error.strerror}") from error
+            raise EngineFailure(
+                f"{self.name}: cannot run {command[0]}: {error.strerror}"
+            ) from error
         self._launched_ahead = True
         atexit.register(self.kill)
-        log.info("%s: process %d starts on port %d, log in %s", self.name, self._process.pid, self._port, self.log_path)
+        log.info(
+            "%s: process %d starts on port %d, log in %s",
+            self.name,
+            self._process.pid,
+            self._port,
+            self.log_path,
+        )
 
     async def start(self) -> Engine:
         """See ``Keeper.start``. A port that another program took in the meantime is changed once."""
@@ -106,20 +133,32 @@ class ServerProcess(Keeper):
                     raise EngineFailure(f"{self.name}: {death}, before it served")
                 try:
                     await engine.probe(_PROBE_S)
-                    log.info("%s serves at %s after %.1f s", self.name, self.url, time.monotonic() - begin)
+                    log.info(
+                        "%s serves at %s after %.1f s",
+                        self.name,
+                        self.url,
+                        time.monotonic() - begin,
+                    )
                     return engine
                 except EngineFailure as failure:
                     waiting_for = str(failure)
                 if now - told >= _PROGRESS_EVERY_S:
                     told = now
-                    log.info("%s: starting for %.0f s; %s", self.name, now - begin, self.tail(1) or waiting_for)
+                    log.info(
+                        "%s: starting for %.0f s; %s",
+                        self.name,
+                        now - begin,
+                        self.tail(1) or waiting_for,
+                    )
                 await asyncio.sleep(_READY_POLL_S)
         except BaseException:
             await engine.close()
             raise
         await engine.close()
-        raise EngineFailure(f"{self.name}: did not serve within {self._start_timeout_s:.0f} s ({waiting_for}); the end "
-                            f"of {self.log_path}: {self.tail()}")
+        raise EngineFailure(
+            f"{self.name}: did not serve within {self._start_timeout_s:.0f} s ({waiting_for}); the end "
+            f"of {self.log_path}: {self.tail()}"
+        )
 
     def death(self) -> str | None:
         """See ``Keeper.death``; with the end of the log."""
@@ -145,18 +184,28 @@ class ServerProcess(Keeper):
         """See ``Keeper.stop``."""
         self.kill()
         deadline = time.monotonic() + 10.0
-        while self._process is not None and self._process.poll() is None and time.monotonic() < deadline:
+        while (
+            self._process is not None
+            and self._process.poll() is None
+            and time.monotonic() < deadline
+        ):
             await asyncio.sleep(0.01)
 
     def kill(self) -> None:
-        """SIGKILL the process, its group, and what of its children left the group. Also reaches stopped ones."""
+        """SIGKILL the process, its group, and what of its children left the group. Also reaches
+        stopped ones.
+        """
         process, self._launched_ahead = self._process, False
         atexit.unregister(self.kill)
         if process is None:
             return
         family: list[psutil.Process] = []
         with contextlib.suppress(psutil.Error):
-            family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+            family = (
+                psutil.Process(process.pid).children(recursive=True)
+                if process.poll() is None
+                else []
+            )
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         for child in family:

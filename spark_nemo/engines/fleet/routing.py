@@ -11,17 +11,25 @@ _REMEMBERED_PROMPTS = 100_000
 
 
 class PrefixRouting:
-    """The idlest member, except that a prompt seen before goes where it was while that one has at most ``slack``
-    requests more: the N verifications of a solution find their prompt in the prefix cache."""
+    """The idlest member, except that a prompt seen before goes where it was while that one has at
+    most ``slack`` requests more: the N verifications of a solution find their prompt in the prefix
+    cache.
+    """
 
     def __init__(self, slack: int) -> None:
         self._slack = slack
         self._homes: OrderedDict[int, Member] = OrderedDict()
         self._turn = 0
 
-    def choose(self, prompt_ids: tuple[int, ...], up: Sequence[Member], avoid: Member | None) -> Member:
+    def choose(
+        self, prompt_ids: tuple[int, ...], up: Sequence[Member], avoid: Member | None
+    ) -> Member:
         """One of ``up`` (not empty); ``avoid`` and suspected members only when there is no other."""
-        trusted = [m for m in up if not m.suspected and m is not avoid] or [m for m in up if m is not avoid] or up
+        trusted = (
+            [m for m in up if not m.suspected and m is not avoid]
+            or [m for m in up if m is not avoid]
+            or up
+        )
         idlest = min(trusted, key=lambda member: (member.load, member.last_used))
         key = hash(prompt_ids)
         home = self._homes.get(key)

@@ -19,18 +19,26 @@ class WeightUpdate:
     errors: dict[Engine, EngineFailure] = field(default_factory=dict)
 
     def failed(self, engine: Engine, error: EngineFailure) -> None:
-        """``engine`` may have any mixture of old and new weights now (or, for a refusal by all, the old ones)."""
+        """``engine`` may have any mixture of old and new weights now (or, for a refusal by all, the
+        old ones).
+        """
         self.errors[engine] = error
 
 
 def settle(update: WeightUpdate, members: Sequence[Member], fleet_name: str) -> None:
-    """Record what every member of the update has now. Raises when none took the weights: ``EngineUnavailable`` when all
-    were lost, so that it can be repeated with whoever returns, else ``EngineFailure``."""
+    """Record what every member of the update has now. Raises when none took the weights:
+    ``EngineUnavailable`` when all were lost, so that it can be repeated with whoever returns, else
+    ``EngineFailure``.
+    """
     # A server that was restarted meanwhile has the folder's weights, whatever its predecessor took.
     members = [member for member in members if member.engine in update.targets]
     failed = {m: update.errors[m.engine] for m in members if m.engine in update.errors}
     # So has one that died after it took them.
-    failed |= {m: EngineUnavailable(m.last_error) for m in members if m not in failed and not m.takes_weights}
+    failed |= {
+        m: EngineUnavailable(m.last_error)
+        for m in members
+        if m not in failed and not m.takes_weights
+    }
     lost = [isinstance(error, EngineUnavailable) for error in failed.values()]
     # A refusal (wrong names or shapes) by all leaves the old weights whole and every member fit.
     refused = len(failed) == len(members) and not any(lost)
@@ -43,7 +51,8 @@ def settle(update: WeightUpdate, members: Sequence[Member], fleet_name: str) -> 
     if len(failed) == len(members):
         why = "; ".join(f"{m.name}: {error}" for m, error in failed.items()) or "all died"
         raise (EngineUnavailable if all(lost) else EngineFailure)(
-            f"weights version {update.version} reached no server of the {fleet_name}: {why}")
+            f"weights version {update.version} reached no server of the {fleet_name}: {why}"
+        )
 
 
 def spoil(member: Member, reason: str) -> None:
@@ -54,6 +63,7 @@ def spoil(member: Member, reason: str) -> None:
 
 def outlook(members: Sequence[Member]) -> str:
     """Why ``members`` are out, and what has to happen before each serves again."""
+
     def one(member: Member) -> str:
         if member.state is MemberState.GONE:
             how = "is given up"

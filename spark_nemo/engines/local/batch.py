@@ -1,4 +1,6 @@
-"""The running requests: one row each, dense from 0, with all bookkeeping in tensors so that a step is vectorised."""
+"""The running requests: one row each, dense from 0, with all bookkeeping in tensors so that a step
+is vectorised.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,9 @@ class Running:
 class Batch:
     """Rows ``0 .. len(running) - 1`` are decoded together.
 
-    A row starts with its prompt's last token as input and the rest of the prompt in the cache, so that first and later
-    tokens take the same path. Identical prompts are prefilled once and their keys and values copied.
+    A row starts with its prompt's last token as input and the rest of the prompt in the cache, so
+    that first and later tokens take the same path. Identical prompts are prefilled once and their
+    keys and values copied.
     """
 
     def __init__(self, decoder: Decoder, max_rows: int) -> None:
@@ -63,7 +66,9 @@ class Batch:
         return self.max_rows - len(self.running)
 
     def forget_prefixes(self) -> None:
-        """Drop cached prompts (new weights, or an idle engine, whose results must not depend on its past)."""
+        """Drop cached prompts (new weights, or an idle engine, whose results must not depend on its
+        past).
+        """
         self._prefixes.clear()
 
     def emitted(self) -> list[int]:
@@ -71,13 +76,17 @@ class Batch:
         return self._emitted_S[: len(self.running)].tolist()
 
     def add(self, requests: Sequence[GenerationRequest], version: int) -> list[Running]:
-        """Prefill and seat ``requests`` (at most ``free`` of them); each is served by weights ``version`` from now."""
+        """Prefill and seat ``requests`` (at most ``free`` of them); each is served by weights
+        ``version`` from now.
+        """
         first = len(self.running)
         rows = range(first, first + len(requests))
         seats: dict[tuple[int, ...], list[int]] = {}
         for row, request in zip(rows, requests):
             seats.setdefault(request.prompt_ids[:-1], []).append(row)
-        self._cache.reserve(min(self.max_rows, max(rows.stop, 2 * self._cache.rows)), max(map(len, seats)) + 1)
+        self._cache.reserve(
+            min(self.max_rows, max(rows.stop, 2 * self._cache.rows)), max(map(len, seats)) + 1
+        )
         for ids, prefix in self._prefixes_of([ids for ids in seats if ids]).items():
             self._cache.install(torch.tensor(seats[ids]), prefix)
         self._grow_buffers(requests)
@@ -111,21 +120,32 @@ class Batch:
                 torch.nn.functional.pad(buffer, pad)
                 for buffer in (self._uniforms_SM, self._logprobs_SM, self._tokens_SM)
             )
-        extra = max(len(request.sampling.stop_token_ids) for request in requests) - self._stops_SK.shape[1]
+        extra = (
+            max(len(request.sampling.stop_token_ids) for request in requests)
+            - self._stops_SK.shape[1]
+        )
         if extra > 0:
             self._stops_SK = torch.nn.functional.pad(self._stops_SK, (0, extra), value=NO_TOKEN)
 
     def _seat(self, row: int, request: GenerationRequest) -> None:
         sampling, greedy = request.sampling, request.sampling.temperature == 0
-        self._integers_FS[:, row] = torch.tensor([
-            request.prompt_ids[-1], len(request.prompt_ids) - 1, 0, sampling.max_new_tokens,
-            0 if greedy else sampling.top_k])
+        self._integers_FS[:, row] = torch.tensor(
+            [
+                request.prompt_ids[-1],
+                len(request.prompt_ids) - 1,
+                0,
+                sampling.max_new_tokens,
+                0 if greedy else sampling.top_k,
+            ]
+        )
         self._temperature_S[row] = sampling.temperature or 1.0
         self._top_p_S[row] = 1.0 if greedy else sampling.top_p
         self._greedy_S[row] = greedy
         self._stops_SK[row] = NO_TOKEN
         if sampling.stop_token_ids:
-            self._stops_SK[row, : len(sampling.stop_token_ids)] = torch.tensor(sampling.stop_token_ids)
+            self._stops_SK[row, : len(sampling.stop_token_ids)] = torch.tensor(
+                sampling.stop_token_ids
+            )
         if not greedy:
             generator = torch.Generator()
             if sampling.seed is None:
@@ -141,15 +161,30 @@ class Batch:
         self._any_cut = bool(((self._top_p_S[:rows] < 1) | (self._top_k_S[:rows] > 0)).any())
 
     def step(self) -> list[tuple[Running, Generation]]:
-        """Sample one token for every row; the requests that ended with it, whose rows are free again."""
+        """Sample one token for every row; the requests that ended with it, whose rows are free
+        again.
+        """
         rows = len(self.running)
-        emitted_N, position_N, every_N = self._emitted_S[:rows], self._position_S[:rows], torch.arange(rows)
+        emitted_N, position_N, every_N = (
+            self._emitted_S[:rows],
+            self._position_S[:rows],
+            torch.arange(rows),
+        )
         length = round_up(int(position_N.max()) + 1)
         self._cache.reserve(rows, length)
         logits_NV = self.decoder.decode(self._input_S[:rows], position_N, self._cache, length)
-        tokens_N, logprobs_N = draw(logits_NV, RowSampling(
-            self._temperature_S[:rows], self._greedy_S[:rows], self._top_p_S[:rows], self._top_k_S[:rows],
-            self._uniforms_SM[every_N, emitted_N], self._any_greedy, self._any_cut))
+        tokens_N, logprobs_N = draw(
+            logits_NV,
+            RowSampling(
+                self._temperature_S[:rows],
+                self._greedy_S[:rows],
+                self._top_p_S[:rows],
+                self._top_k_S[:rows],
+                self._uniforms_SM[every_N, emitted_N],
+                self._any_greedy,
+                self._any_cut,
+            ),
+        )
         self._tokens_SM[every_N, emitted_N] = tokens_N
         self._logprobs_SM[every_N, emitted_N] = logprobs_N
         self._input_S[:rows] = tokens_N
@@ -159,7 +194,9 @@ class Batch:
         ended = (stopped_N | (emitted_N >= self._limit_S[:rows])).nonzero().flatten().tolist()
         if not ended:
             return []
-        finished = [(self.running[row], self._generation(row, bool(stopped_N[row]))) for row in ended]
+        finished = [
+            (self.running[row], self._generation(row, bool(stopped_N[row]))) for row in ended
+        ]
         self.remove(ended)
         return finished
 
@@ -182,8 +219,15 @@ class Batch:
             length = int(self._position_S[source_M].max())
             self._cache.move(source_M, target_M, length)
             self._integers_FS[:, target_M] = self._integers_FS[:, source_M]
-            for state in (self._temperature_S, self._top_p_S, self._greedy_S, self._stops_SK, self._uniforms_SM,
-                          self._logprobs_SM, self._tokens_SM):
+            for state in (
+                self._temperature_S,
+                self._top_p_S,
+                self._greedy_S,
+                self._stops_SK,
+                self._uniforms_SM,
+                self._logprobs_SM,
+                self._tokens_SM,
+            ):
                 state[target_M] = state[source_M]
             for source, target in zip(tails, holes):
                 self.running[target] = self.running[source]

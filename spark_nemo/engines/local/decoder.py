@@ -1,7 +1,7 @@
 """The Qwen2 decoder: prefill of padded prompts, and one token for every running request.
 
-Fused q/k/v and gate/up products, rotary embedding as one complex product, grouped-query attention as two batched
-products against the preallocated cache. Only plain torch.
+Fused q/k/v and gate/up products, rotary embedding as one complex product, grouped-query attention
+as two batched products against the preallocated cache. Only plain torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from .kv_cache import KVCache, PrefixKV
 from .weights import FusedWeights, LayerWeights, Qwen2Shape
 
 MASKED = -1e30
-"""Added to scores of positions a row has not written; finite, so that a fully masked padding row gives no NaN."""
+"""Added to scores of positions a row has not written; finite, so that a fully masked padding row
+gives no NaN.
+"""
 
 
 class Decoder:
@@ -25,19 +27,27 @@ class Decoder:
         self.shape = shape
         self.weights = weights
         half = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
-        angles_TP = torch.arange(max_context, dtype=torch.float32)[:, None] * (1.0 / shape.rope_theta**half)
+        angles_TP = torch.arange(max_context, dtype=torch.float32)[:, None] * (
+            1.0 / shape.rope_theta**half
+        )
         self._rotary_TP = torch.polar(torch.ones_like(angles_TP), angles_TP)
 
-    def _project_qkv(self, layer: LayerWeights, x_NH: torch.Tensor, rotary_N1P: torch.Tensor) -> list[torch.Tensor]:
+    def _project_qkv(
+        self, layer: LayerWeights, x_NH: torch.Tensor, rotary_N1P: torch.Tensor
+    ) -> list[torch.Tensor]:
         """q, k, v of shape (N, heads, D); q and k rotated in place, q already scaled."""
         shape = self.shape
         normed_NH = F.rms_norm(x_NH, (shape.hidden_size,), layer.attn_norm_H, shape.norm_eps)
-        qkv_NAD = torch.addmm(layer.qkv_bias_Q, normed_NH, layer.qkv_HQ).unflatten(1, (-1, shape.head_dim))
+        qkv_NAD = torch.addmm(layer.qkv_bias_Q, normed_NH, layer.qkv_HQ).unflatten(
+            1, (-1, shape.head_dim)
+        )
         qk_NAD = qkv_NAD[:, : shape.num_heads + shape.num_kv_heads]
         torch.view_as_complex(qk_NAD.unflatten(2, (-1, 2))).mul_(rotary_N1P)
         return list(qkv_NAD.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1))
 
-    def _finish_layer(self, layer: LayerWeights, x_NH: torch.Tensor, attended_NQ: torch.Tensor) -> torch.Tensor:
+    def _finish_layer(
+        self, layer: LayerWeights, x_NH: torch.Tensor, attended_NQ: torch.Tensor
+    ) -> torch.Tensor:
         """Output projection, residual, SwiGLU, residual."""
         shape = self.shape
         x_NH = torch.addmm(x_NH, attended_NQ, layer.out_QH)
@@ -45,17 +55,25 @@ class Decoder:
         gate_NF, up_NF = torch.mm(normed_NH, layer.gate_up_HF).chunk(2, dim=1)
         return torch.addmm(x_NH, F.silu(gate_NF).mul_(up_NF), layer.down_FH)
 
-    def decode(self, tokens_N: torch.Tensor, positions_N: torch.Tensor, cache: KVCache, length: int) -> torch.Tensor:
-        """Logits (N, V) after feeding one token per row 0..N-1, whose keys and values go to ``positions_N``.
+    def decode(
+        self, tokens_N: torch.Tensor, positions_N: torch.Tensor, cache: KVCache, length: int
+    ) -> torch.Tensor:
+        """Logits (N, V) after feeding one token per row 0..N-1, whose keys and values go to
+        ``positions_N``.
 
-        ``length`` bounds every position (positions < length <= cache.length); attention reads that much of the cache.
+        ``length`` bounds every position (positions < length <= cache.length); attention reads that
+        much of the cache.
         """
         shape, rows = self.shape, tokens_N.shape[0]
         groups = shape.num_heads // shape.num_kv_heads
         rotary_N1P = self._rotary_TP[positions_N].unsqueeze(1)
         rows_N = torch.arange(rows)
         bias_NT = torch.where(torch.arange(length) <= positions_N[:, None], 0.0, MASKED)
-        bias_CGT = bias_NT[:, None, None].expand(rows, shape.num_kv_heads, groups, length).reshape(-1, groups, length)
+        bias_CGT = (
+            bias_NT[:, None, None]
+            .expand(rows, shape.num_kv_heads, groups, length)
+            .reshape(-1, groups, length)
+        )
         x_NH = self.weights.embed_VH[tokens_N]
         for index, layer in enumerate(self.weights.layers):
             q_NAD, k_NKD, v_NKD = self._project_qkv(layer, x_NH, rotary_N1P)
@@ -70,7 +88,8 @@ class Decoder:
         return torch.mm(x_NH, self.weights.head_HV)
 
     def prefill(self, prompts: Sequence[tuple[int, ...]]) -> list[PrefixKV]:
-        """Keys and values of each prompt, all of at least one token, computed as one right-padded batch.
+        """Keys and values of each prompt, all of at least one token, computed as one right-padded
+        batch.
 
         Causality keeps the padding, which comes last, out of every real position.
         """
@@ -88,10 +107,15 @@ class Decoder:
             values.append(v_BKTD)
             if index + 1 < shape.num_layers:  # the last layer's output would be read by nobody
                 out_BATD = F.scaled_dot_product_attention(
-                    q_BATD, k_BKTD, v_BKTD, is_causal=True, scale=1.0, enable_gqa=True)
-                x_NH = self._finish_layer(layer, x_NH, out_BATD.transpose(1, 2).flatten(0, 1).flatten(1))
+                    q_BATD, k_BKTD, v_BKTD, is_causal=True, scale=1.0, enable_gqa=True
+                )
+                x_NH = self._finish_layer(
+                    layer, x_NH, out_BATD.transpose(1, 2).flatten(0, 1).flatten(1)
+                )
         return [
-            PrefixKV(torch.stack([k[row, :, :, : len(ids)] for k in keys]),
-                     torch.stack([v[row, :, : len(ids)] for v in values]))
+            PrefixKV(
+                torch.stack([k[row, :, :, : len(ids)] for k in keys]),
+                torch.stack([v[row, :, : len(ids)] for v in values]),
+            )
             for row, ids in enumerate(prompts)
         ]

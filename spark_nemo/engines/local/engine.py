@@ -1,10 +1,12 @@
 """The embedded engine: continuous batching in the process and event loop that own it.
 
-Requests wait in a queue; one background task seats them as rows fall free, samples one token for every row per step
-and yields to the event loop between steps. The task ends when nothing is left to do.
+Requests wait in a queue; one background task seats them as rows fall free, samples one token for
+every row per step and yields to the event loop between steps. The task ends when nothing is left to
+do.
 
-Determinism: the same requests, submitted in the same order with seeds, give bit-identical results on the same machine
-(one thread). An idle engine forgets its cached prompts, so what ran before does not matter.
+Determinism: the same requests, submitted in the same order with seeds, give bit-identical results
+on the same machine (one thread). An idle engine forgets its cached prompts, so what ran before does
+not matter.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from .weights import Qwen2Shape, checked, fuse, read_folder, served_form, served
 log = logging.getLogger(__name__)
 
 ADMISSION_SHARE = 16
-"""With more waiting than fits, rows are filled when 1/16 of them are free: prefills of one prompt waste their step."""
+"""With more waiting than fits, rows are filled when 1/16 of them are free: prefills of one prompt
+waste their step.
+"""
 
 
 @dataclass(slots=True, eq=False)
@@ -42,12 +46,19 @@ class _Ticket:
 class LocalEngine(Engine):
     """A Qwen2 decoder in plain torch, float32, on the CPU.
 
-    ``max_context`` is cut to the model's ``max_position_embeddings``. ``tensors`` are Hugging Face-named weights;
-    ``version`` is what they are called until the first ``update_weights``.
+    ``max_context`` is cut to the model's ``max_position_embeddings``. ``tensors`` are Hugging
+    Face-named weights; ``version`` is what they are called until the first ``update_weights``.
     """
 
-    def __init__(self, shape: Qwen2Shape, tensors: Iterable[tuple[str, torch.Tensor]], *, max_batch_size: int,
-                 max_context: int, version: int = 0) -> None:
+    def __init__(
+        self,
+        shape: Qwen2Shape,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        *,
+        max_batch_size: int,
+        max_context: int,
+        version: int = 0,
+    ) -> None:
         self.max_context = min(max_context, shape.max_positions)
         self._limits = RequestLimits(shape.vocab_size, self.max_context)
         self._shape = shape
@@ -64,13 +75,24 @@ class LocalEngine(Engine):
         self._end: str | None = None
 
     @classmethod
-    def from_folder(cls, folder: Path | str, *, max_batch_size: int, max_context: int, version: int = 0) -> LocalEngine:
-        """Serve a Hugging Face folder. Raises ``EngineFailure`` naming what is missing or not supported."""
-        return cls(Qwen2Shape.from_folder(folder), read_folder(folder), max_batch_size=max_batch_size,
-                   max_context=max_context, version=version)
+    def from_folder(
+        cls, folder: Path | str, *, max_batch_size: int, max_context: int, version: int = 0
+    ) -> LocalEngine:
+        """Serve a Hugging Face folder. Raises ``EngineFailure`` naming what is missing or not
+        supported.
+        """
+        return cls(
+            Qwen2Shape.from_folder(folder),
+            read_folder(folder),
+            max_batch_size=max_batch_size,
+            max_context=max_context,
+            version=version,
+        )
 
     async def generate(self, request: GenerationRequest) -> Generation:
-        """See ``Engine.generate``. A cancelled caller's request leaves the batch before the next step."""
+        """See ``Engine.generate``. A cancelled caller's request leaves the batch before the next
+        step.
+        """
         self._refuse_bad(request)
         ticket = _Ticket(request, asyncio.get_running_loop().create_future())
         self._waiting.append(ticket)
@@ -96,7 +118,8 @@ class LocalEngine(Engine):
         while True:
             await asyncio.sleep(0)  # let callers in and their results out
             await self._go.wait()
-            # Never held across an await: the mode belongs to the thread, and other engines (or a trainer) run in it.
+            # Never held across an await: the mode belongs to the thread, and other engines (or a
+            # trainer) run in it.
             with torch.inference_mode():
                 if not self._advance():
                     break
@@ -120,7 +143,9 @@ class LocalEngine(Engine):
         enough = max(1, self._batch.max_rows // ADMISSION_SHARE)
         if not self._waiting or self._batch.free < min(enough, len(self._waiting)):
             return
-        tickets = [self._waiting.popleft() for _ in range(min(self._batch.free, len(self._waiting)))]
+        tickets = [
+            self._waiting.popleft() for _ in range(min(self._batch.free, len(self._waiting)))
+        ]
         added = self._batch.add([ticket.request for ticket in tickets], self._version)
         self._tickets |= zip(added, tickets)
 
@@ -130,7 +155,11 @@ class LocalEngine(Engine):
             return
         self._abandoned = False
         self._waiting = deque(ticket for ticket in self._waiting if not ticket.future.done())
-        rows = [row for row, running in enumerate(self._batch.running) if self._tickets[running].future.done()]
+        rows = [
+            row
+            for row, running in enumerate(self._batch.running)
+            if self._tickets[running].future.done()
+        ]
         for row in rows:
             del self._tickets[self._batch.running[row]]
         if rows:
@@ -153,11 +182,15 @@ class LocalEngine(Engine):
         self._waiting.clear()
         self._tickets.clear()
 
-    async def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """See ``Engine.update_weights``. New tensors are fused beside the old ones, then swapped in at once.
+    async def update_weights(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], version: int
+    ) -> None:
+        """See ``Engine.update_weights``. New tensors are fused beside the old ones, then swapped in
+        at once.
 
-        Requests in flight keep the keys and values the old weights computed (SGLang's ``in_place`` pause does too):
-        their later tokens come from new weights on an old cache, which ``Generation.weight_versions`` shows.
+        Requests in flight keep the keys and values the old weights computed (SGLang's ``in_place``
+        pause does too): their later tokens come from new weights on an old cache, which
+        ``Generation.weight_versions`` shows.
         """
         self._refuse_ended()
         with torch.inference_mode():
@@ -172,7 +205,9 @@ class LocalEngine(Engine):
         return served_form(self._shape, name, tensor)
 
     async def weights_checksum(self) -> list[dict[str, str]]:
-        """See ``Engine``. Under Hugging Face names, of the fused tensors that the next token is computed with."""
+        """See ``Engine``. Under Hugging Face names, of the fused tensors that the next token is
+        computed with.
+        """
         served = served_tensors(self._shape, self._decoder.weights)
         return [{name: tensor_hash(tensor) for name, tensor in served}]
 
@@ -187,8 +222,13 @@ class LocalEngine(Engine):
     async def health(self) -> EngineHealth:
         """A snapshot; ``alive`` is False once closed or crashed."""
         return EngineHealth(
-            alive=self._end is None, paused=not self._go.is_set(), running=len(self._batch.running),
-            waiting=len(self._waiting), weight_version=self._version, tokens_generated=self._tokens_generated)
+            alive=self._end is None,
+            paused=not self._go.is_set(),
+            running=len(self._batch.running),
+            waiting=len(self._waiting),
+            weight_version=self._version,
+            tokens_generated=self._tokens_generated,
+        )
 
     async def close(self) -> None:
         """Idempotent. Frees the cache; requests in flight end with ``EngineFailure``."""

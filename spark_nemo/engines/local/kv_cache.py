@@ -32,10 +32,12 @@ class PrefixKV:
 
 
 class KVCache:
-    """Rows 0..n-1 belong to the running requests; writes are in place and rows move only when one falls idle.
+    """Rows 0..n-1 belong to the running requests; writes are in place and rows move only when one
+    falls idle.
 
-    Keys are stored head-dimension-major, (layer, row, kv head, D, T), so that query times keys streams along T;
-    values are (layer, row, kv head, T, D). The store grows with what is asked for and never shrinks.
+    Keys are stored head-dimension-major, (layer, row, kv head, D, T), so that query times keys
+    streams along T; values are (layer, row, kv head, T, D). The store grows with what is asked for
+    and never shrinks.
     """
 
     def __init__(self, shape: Qwen2Shape) -> None:
@@ -45,7 +47,8 @@ class KVCache:
     def _allocate(self, rows: int, length: int) -> None:
         shape = self._shape
         lead = (shape.num_layers, rows, shape.num_kv_heads)
-        # Zeros, not empty: masked positions are multiplied by probability 0, and 0 * NaN would be NaN.
+        # Zeros, not empty: masked positions are multiplied by probability 0, and 0 * NaN would be
+        # NaN.
         self.k_LSKDT = torch.zeros(*lead, shape.head_dim, length)
         self.v_LSKTD = torch.zeros(*lead, length, shape.head_dim)
 
@@ -64,7 +67,11 @@ class KVCache:
         if rows <= self.rows and length <= self.length:
             return
         old_k, old_v, old_rows, old_length = self.k_LSKDT, self.v_LSKTD, self.rows, self.length
-        grown = old_length if length <= old_length else round_up(max(length, old_length + old_length // 2))
+        grown = (
+            old_length
+            if length <= old_length
+            else round_up(max(length, old_length + old_length // 2))
+        )
         self._allocate(max(rows, old_rows), grown)
         self.k_LSKDT[:, :old_rows, :, :, :old_length] = old_k
         self.v_LSKTD[:, :old_rows, :, :old_length] = old_v
@@ -81,7 +88,9 @@ class KVCache:
 
 
 class PrefixStore:
-    """The most recently used prompts' keys and values, up to ``max_tokens`` in all (at least one prompt is kept)."""
+    """The most recently used prompts' keys and values, up to ``max_tokens`` in all (at least one
+    prompt is kept).
+    """
 
     def __init__(self, max_tokens: int) -> None:
         self._max_tokens = max_tokens

@@ -1,4 +1,6 @@
-"""Drawing one token per row: inverse CDF of one uniform per token, so a row's draw ignores its companions."""
+"""Drawing one token per row: inverse CDF of one uniform per token, so a row's draw ignores its
+companions.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
-    """Sampling parameters of N rows. Greedy rows have temperature 1 here; ``top_p=1`` and ``top_k=0`` mean no cut."""
+    """Sampling parameters of N rows. Greedy rows have temperature 1 here; ``top_p=1`` and
+    ``top_k=0`` mean no cut.
+    """
 
     temperature_N: torch.Tensor
     greedy_N: torch.Tensor
@@ -21,15 +25,20 @@ class RowSampling:
     any_cut: bool
 
 
-def cut_probabilities(probs_NV: torch.Tensor, top_p_N: torch.Tensor, top_k_N: torch.Tensor) -> torch.Tensor:
-    """``probs_NV`` with everything outside top-k, and outside the smallest set of mass >= top-p, set to 0.
+def cut_probabilities(
+    probs_NV: torch.Tensor, top_p_N: torch.Tensor, top_k_N: torch.Tensor
+) -> torch.Tensor:
+    """``probs_NV`` with everything outside top-k, and outside the smallest set of mass >= top-p,
+    set to 0.
 
-    top-k goes first and top-p is measured on what it leaves (Hugging Face's order). Tokens exactly as probable as the
-    last one kept stay too, so that the result does not depend on how ties are sorted.
+    top-k goes first and top-p is measured on what it leaves (Hugging Face's order). Tokens exactly
+    as probable as the last one kept stay too, so that the result does not depend on how ties are
+    sorted.
     """
     vocab = probs_NV.shape[1]
     top_k_N1 = torch.where(top_k_N == 0, vocab, top_k_N).clamp(max=vocab).unsqueeze(1)
-    # Only the values are needed, and numpy's vectorised sort is 25 times faster than torch.sort here.
+    # Only the values are needed, and numpy's vectorised sort is 25 times faster than torch.sort
+    # here.
     descending_NV = torch.from_numpy(np.sort(probs_NV.numpy(), axis=-1)).flip(-1)
     mass_NV = descending_NV.cumsum(-1)
     wanted_N1 = top_p_N.unsqueeze(1) * mass_NV.gather(1, top_k_N1 - 1)
@@ -43,8 +52,8 @@ def cut_probabilities(probs_NV: torch.Tensor, top_p_N: torch.Tensor, top_k_N: to
 def draw(logits_NV: torch.Tensor, rows: RowSampling) -> tuple[torch.Tensor, torch.Tensor]:
     """Sampled tokens (N,) and their log-probabilities (N,) in nats.
 
-    A log-probability is that of log_softmax(logits / T), before any cut; of a greedy token, of log_softmax(logits).
-    Raises ``FloatingPointError`` when the logits are not finite.
+    A log-probability is that of log_softmax(logits / T), before any cut; of a greedy token, of
+    log_softmax(logits). Raises ``FloatingPointError`` when the logits are not finite.
     """
     logp_NV = torch.log_softmax(logits_NV / rows.temperature_N.unsqueeze(1), dim=-1)
     probs_NV = logp_NV.exp()
@@ -53,8 +62,14 @@ def draw(logits_NV: torch.Tensor, rows: RowSampling) -> tuple[torch.Tensor, torc
     cdf_NV = probs_NV.cumsum(-1)
     total_N1 = cdf_NV[:, -1:]
     # A product rounded up to the total would select past the end.
-    target_N1 = torch.minimum(rows.uniform_N.unsqueeze(1) * total_N1, total_N1.nextafter(torch.zeros_like(total_N1)))
-    tokens_N = torch.searchsorted(cdf_NV, target_N1, right=True).squeeze(1).clamp_(max=logits_NV.shape[1] - 1)
+    target_N1 = torch.minimum(
+        rows.uniform_N.unsqueeze(1) * total_N1, total_N1.nextafter(torch.zeros_like(total_N1))
+    )
+    tokens_N = (
+        torch.searchsorted(cdf_NV, target_N1, right=True)
+        .squeeze(1)
+        .clamp_(max=logits_NV.shape[1] - 1)
+    )
     if rows.any_greedy:
         tokens_N = torch.where(rows.greedy_N, logits_NV.argmax(-1), tokens_N)
     chosen_N = logp_NV.gather(1, tokens_N.unsqueeze(1)).squeeze(1)

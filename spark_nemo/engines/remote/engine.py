@@ -1,9 +1,9 @@
 """One server as an ``Engine``, whatever it speaks: slots, deadline, retries, probe and close.
 
-A request gets one of ``max_in_flight`` slots, then its deadline runs. What never reached the server, lost its
-connection or met a 503 is sent again here a few times, each attempt under a name of its own; whatever fails after that
-is ``EngineUnavailable``, and a fleet serves it elsewhere. One ``generate`` returns one ``Generation`` or raises, so
-nothing is counted twice.
+A request gets one of ``max_in_flight`` slots, then its deadline runs. What never reached the
+server, lost its connection or met a 503 is sent again here a few times, each attempt under a name
+of its own; whatever fails after that is ``EngineUnavailable``, and a fleet serves it elsewhere. One
+``generate`` returns one ``Generation`` or raises, so nothing is counted twice.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ import uuid
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
-from ..base import Engine, EngineFailure, EngineUnavailable, Generation, GenerationRequest, SamplingParams
+from ..base import (
+    Engine,
+    EngineFailure,
+    EngineUnavailable,
+    Generation,
+    GenerationRequest,
+    SamplingParams,
+)
 from ..limits import RequestLimits
 from .http import ConnectionLost, NotReached, Overloaded, ServerHttp
 
@@ -28,16 +35,31 @@ PROBE = GenerationRequest((0,), SamplingParams(max_new_tokens=1, temperature=0.0
 
 
 class RemoteEngine(Engine):
-    """A client of the server at ``url`` (``http://host:port``), owned by the first event loop that uses it.
+    """A client of the server at ``url`` (``http://host:port``), owned by the first event loop that
+    uses it.
 
-    A subclass says how one request is sent (``_send``) and how health is asked for (``_ask_health``); it may refuse
-    more (``_refuse_bad``), hold requests back (``_before_attempt``) and stop their clock (``_clock``).
+    A subclass says how one request is sent (``_send``) and how health is asked for
+    (``_ask_health``); it may refuse more (``_refuse_bad``), hold requests back
+    (``_before_attempt``) and stop their clock (``_clock``).
     """
 
-    def __init__(self, url: str, *, api_key: str | None, vocab_size: int, max_context: int, max_in_flight: int,
-                 request_timeout_s: float, control_timeout_s: float, token_timeout_s: float = 0.0) -> None:
-        for field, value in (("max_in_flight", max_in_flight), ("request_timeout_s", request_timeout_s),
-                             ("control_timeout_s", control_timeout_s)):
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None,
+        vocab_size: int,
+        max_context: int,
+        max_in_flight: int,
+        request_timeout_s: float,
+        control_timeout_s: float,
+        token_timeout_s: float = 0.0,
+    ) -> None:
+        for field, value in (
+            ("max_in_flight", max_in_flight),
+            ("request_timeout_s", request_timeout_s),
+            ("control_timeout_s", control_timeout_s),
+        ):
             if value <= 0:
                 raise ValueError(f"{field}={value}: must be positive")
         self.limits = RequestLimits(vocab_size, max_context)
@@ -56,9 +78,10 @@ class RemoteEngine(Engine):
 
     @abc.abstractmethod
     async def _send(self, request: GenerationRequest, name: str, pooled: bool = True) -> Generation:
-        """Send ``request`` once, as ``name``, and read the answer; not ``pooled``, on a connection of its own. Has no
-        deadline; when it is cancelled the server must end the request. Raises what ``ServerHttp.call`` raises, and
-        ``EngineFailure``."""
+        """Send ``request`` once, as ``name``, and read the answer; not ``pooled``, on a connection
+        of its own. Has no deadline; when it is cancelled the server must end the request. Raises
+        what ``ServerHttp.call`` raises, and ``EngineFailure``.
+        """
 
     @abc.abstractmethod
     async def _ask_health(self) -> None:
@@ -88,15 +111,19 @@ class RemoteEngine(Engine):
             self._refuse_closed()
             generation = await self._within_deadline(
                 self._send_until_served(request),
-                self._request_timeout_s + self._token_timeout_s * request.sampling.max_new_tokens)
+                self._request_timeout_s + self._token_timeout_s * request.sampling.max_new_tokens,
+            )
         finally:
             self._slots.release()
         self._tokens_generated += len(generation.token_ids)
         return generation
 
-    async def _within_deadline(self, work: Coroutine[None, None, Generation], seconds: float) -> Generation:
-        """Run ``work`` in a task of its own, so that ``close`` can end it; when it is late or the caller is cancelled,
-        cancel it and wait until it has told the server."""
+    async def _within_deadline(
+        self, work: Coroutine[None, None, Generation], seconds: float
+    ) -> Generation:
+        """Run ``work`` in a task of its own, so that ``close`` can end it; when it is late or the
+        caller is cancelled, cancel it and wait until it has told the server.
+        """
         task = asyncio.create_task(work)
         self._tasks.add(task)
         end = self._clock() + seconds
@@ -127,13 +154,17 @@ class RemoteEngine(Engine):
         raise AssertionError("unreachable: the last attempt returns or raises")
 
     async def probe(self, timeout_s: float) -> None:
-        """Sample one token, past every queue of this client. Raises ``EngineUnavailable`` when it does not come."""
+        """Sample one token, past every queue of this client. Raises ``EngineUnavailable`` when it
+        does not come.
+        """
         self._refuse_closed()
         try:
             async with asyncio.timeout(timeout_s):
                 await self._send(PROBE, f"probe-{uuid.uuid4().hex}", pooled=False)
         except TimeoutError as error:
-            raise EngineUnavailable(f"{self.url}: the probe's token did not come within {timeout_s:g} s") from error
+            raise EngineUnavailable(
+                f"{self.url}: the probe's token did not come within {timeout_s:g} s"
+            ) from error
 
     async def _is_alive(self) -> bool:
         """Never raises: a server that does not answer is not alive."""
@@ -147,8 +178,9 @@ class RemoteEngine(Engine):
         return True
 
     async def close(self) -> None:
-        """Idempotent. Ends what is in flight, here and on the server, and closes the connections; the server lives
-        on."""
+        """Idempotent. Ends what is in flight, here and on the server, and closes the connections;
+        the server lives on.
+        """
         self._closed = True
         tasks = list(self._tasks)
         for task in tasks:
@@ -161,9 +193,15 @@ class RemoteEngine(Engine):
         if self._closed:
             raise EngineUnavailable(f"{self.url}: this client was closed")
 
-    async def _call(self, method: str, path: str, body: object = None, timeout_s: float | None = None) -> Any:
-        """The content of a 200; None is the time of a control call. Raises ``EngineFailure`` on any other answer."""
-        reply = await self._http.call(method, path, body, timeout_s=timeout_s or self._control_timeout_s)
+    async def _call(
+        self, method: str, path: str, body: object = None, timeout_s: float | None = None
+    ) -> Any:
+        """The content of a 200; None is the time of a control call. Raises ``EngineFailure`` on any
+        other answer.
+        """
+        reply = await self._http.call(
+            method, path, body, timeout_s=timeout_s or self._control_timeout_s
+        )
         self._http.refuse_status(path, reply)
         return reply.content
 

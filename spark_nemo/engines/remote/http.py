@@ -1,7 +1,7 @@
 """HTTP to one server: sessions, the API key, and what an answer or its absence means.
 
-The key travels in the Authorization header only; texts that come from a server are searched for it before they are
-shown, because SGLang repeats its own arguments in places.
+The key travels in the Authorization header only; texts that come from a server are searched for it
+before they are shown, because SGLang repeats its own arguments in places.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import yarl
 from ..base import EngineFailure, EngineUnavailable
 
 KEEP_ALIVE_S = 3.0
-"""Below uvicorn's 5 s, so that an idle connection is closed here before the server closes it under a new request."""
+"""Below uvicorn's 5 s, so that an idle connection is closed here before the server closes it under
+a new request.
+"""
 CONNECT_TIMEOUT_S = 5.0
 _EXCERPT = 300
 
@@ -44,13 +46,22 @@ class Reply:
 
 
 class ServerHttp:
-    """Calls to one base URL. ``connections`` bounds those kept for generation; control calls open their own."""
+    """Calls to one base URL. ``connections`` bounds those kept for generation; control calls open
+    their own.
+    """
 
     def __init__(self, url: str, api_key: str | None, connections: int) -> None:
         parsed = yarl.URL(url)
         if parsed.user or parsed.password:
-            raise ValueError(f"server url of host {parsed.host}: credentials do not belong in a URL; use api_key")
-        if parsed.scheme not in ("http", "https") or not parsed.host or parsed.path not in ("", "/") or parsed.query:
+            raise ValueError(
+                f"server url of host {parsed.host}: credentials do not belong in a URL; use api_key"
+            )
+        if (
+            parsed.scheme not in ("http", "https")
+            or not parsed.host
+            or parsed.path not in ("", "/")
+            or parsed.query
+        ):
             raise ValueError(f"server url {url}: write http://host:port")
         self.url = str(parsed).rstrip("/")
         self._api_key = api_key
@@ -61,24 +72,35 @@ class ServerHttp:
     def __repr__(self) -> str:
         return f"ServerHttp({self.url})"
 
-    async def call(self, method: str, path: str, body: object = None, *, timeout_s: float | None,
-                   pooled: bool = False) -> Reply:
+    async def call(
+        self,
+        method: str,
+        path: str,
+        body: object = None,
+        *,
+        timeout_s: float | None,
+        pooled: bool = False,
+    ) -> Reply:
         """One exchange, not repeated. ``timeout_s=None`` leaves the deadline to the caller.
 
-        Raises ``NotReached``, ``ConnectionLost`` or ``Overloaded``; plain ``EngineUnavailable`` on any other 5xx and on
-        a timeout. Other statuses are returned.
+        Raises ``NotReached``, ``ConnectionLost`` or ``Overloaded``; plain ``EngineUnavailable`` on
+        any other 5xx and on a timeout. Other statuses are returned.
         """
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         where = f"{self.url}{path}"
         try:
-            async with self._session(pooled).request(method, self.url + path, json=body, timeout=timeout) as response:
+            async with self._session(pooled).request(
+                method, self.url + path, json=body, timeout=timeout
+            ) as response:
                 reply = Reply(response.status, self._content(await response.read()))
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise NotReached(f"{where}: cannot connect: {self._safe(str(error))}") from error
         except TimeoutError as error:
             raise EngineUnavailable(f"{where}: no answer within {timeout_s:g} s") from error
         except aiohttp.ClientError as error:
-            raise ConnectionLost(f"{where}: {type(error).__name__}: {self._safe(str(error))}") from error
+            raise ConnectionLost(
+                f"{where}: {type(error).__name__}: {self._safe(str(error))}"
+            ) from error
         if reply.status == 503:
             raise Overloaded(f"{where}: 503 {self.excerpt(reply.content)}")
         if reply.status >= 500:
@@ -93,11 +115,17 @@ class ServerHttp:
             raise EngineFailure(f"{self.url}{path}: {reply.status} {self.excerpt(reply.content)}")
 
     def excerpt(self, content: Any) -> str:
-        """What a server said, short and without the key. SGLang wraps errors in three different ways."""
+        """What a server said, short and without the key. SGLang wraps errors in three different
+        ways.
+        """
         inner = content
         if isinstance(content, dict):
             error = content.get("error")
-            inner = error.get("message") if isinstance(error, dict) else error or content.get("message") or content
+            inner = (
+                error.get("message")
+                if isinstance(error, dict)
+                else error or content.get("message") or content
+            )
         text = " ".join((inner if isinstance(inner, str) else json.dumps(inner)).split())
         return self._safe(text if len(text) <= _EXCERPT else text[:_EXCERPT] + " ...")
 
@@ -113,11 +141,17 @@ class ServerHttp:
         if self._pooled is None or self._single is None:
             headers = {} if self._api_key is None else {"Authorization": f"Bearer {self._api_key}"}
             asyncio.get_running_loop()
-            self._pooled = aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(
-                limit=self._connections, keepalive_timeout=KEEP_ALIVE_S))
-            # Most control calls must not be sent twice, so they never meet a connection that is about to be closed.
+            self._pooled = aiohttp.ClientSession(
+                headers=headers,
+                connector=aiohttp.TCPConnector(
+                    limit=self._connections, keepalive_timeout=KEEP_ALIVE_S
+                ),
+            )
+            # Most control calls must not be sent twice, so they never meet a connection that is
+            # about to be closed.
             self._single = aiohttp.ClientSession(
-                headers=headers, connector=aiohttp.TCPConnector(limit=0, force_close=True))
+                headers=headers, connector=aiohttp.TCPConnector(limit=0, force_close=True)
+            )
         return self._pooled if pooled else self._single
 
     @staticmethod

@@ -32,9 +32,11 @@ CONTEXT_RESERVE = 6
 
 
 class CheckedServer(SglangServer):
-    """Passes its first probe only when the server's context is as long as we believe (a shorter one cuts samples) and
-    its own warm-up is over: it generates before, but says 503 on ``/health`` until its warm-up request, which then
-    queues behind ours, has ended; to a fleet that asks, a server full of long prompts would look dead."""
+    """Passes its first probe only when the server's context is as long as we believe (a shorter one
+    cuts samples) and its own warm-up is over: it generates before, but says 503 on ``/health``
+    until its warm-up request, which then queues behind ours, has ended; to a fleet that asks, a
+    server full of long prompts would look dead.
+    """
 
     _checked = False
 
@@ -47,11 +49,14 @@ class CheckedServer(SglangServer):
             self._checked = True
 
 
-def build_pool(config: EngineConfig, model_dir: Path, role: str, log_dir: Path | None = None) -> Fleet:
-    """The pool of ``role``, serving ``model_dir`` as weight version 0. Launched servers are starting when it returns.
+def build_pool(
+    config: EngineConfig, model_dir: Path, role: str, log_dir: Path | None = None
+) -> Fleet:
+    """The pool of ``role``, serving ``model_dir`` as weight version 0. Launched servers are
+    starting when it returns.
 
-    Raises ``ConfigError`` when the pool is not configured or there is no SGLang to launch, ``EngineFailure`` when its
-    interpreter does not exist.
+    Raises ``ConfigError`` when the pool is not configured or there is no SGLang to launch,
+    ``EngineFailure`` when its interpreter does not exist.
     """
     config.require(role)
     pool, numbers = config.pool(role), model_numbers(model_dir)
@@ -62,16 +67,37 @@ def build_pool(config: EngineConfig, model_dir: Path, role: str, log_dir: Path |
 
     def connect(url: str, servers: int = 1) -> CheckedServer:
         return CheckedServer(
-            url, api_key=key, vocab_size=numbers.vocab_size, max_context=max_context,
-            max_in_flight=connections_per_server(config) * servers, control_timeout_s=limits.control_timeout_s,
+            url,
+            api_key=key,
+            vocab_size=numbers.vocab_size,
+            max_context=max_context,
+            max_in_flight=connections_per_server(config) * servers,
+            control_timeout_s=limits.control_timeout_s,
             request_timeout_s=CLIENT_SLACK * limits.request_timeout_s,
-            token_timeout_s=CLIENT_SLACK * limits.token_timeout_s)
+            token_timeout_s=CLIENT_SLACK * limits.token_timeout_s,
+        )
 
     def command(index: int, host: str, port: int) -> list[str]:
         parallel = or_else(pool.tensor_parallel, 1)
-        words = [python_of(pool), serve.__file__, "server", "--model-path", str(model_dir.resolve()), "--tp-size",
-                 str(parallel), "--weight-version", "0", "--context-length", str(max_context + CONTEXT_RESERVE),
-                 "--max-running-requests", str(config.max_batch_size), "--host", host, "--port", str(port)]
+        words = [
+            python_of(pool),
+            serve.__file__,
+            "server",
+            "--model-path",
+            str(model_dir.resolve()),
+            "--tp-size",
+            str(parallel),
+            "--weight-version",
+            "0",
+            "--context-length",
+            str(max_context + CONTEXT_RESERVE),
+            "--max-running-requests",
+            str(config.max_batch_size),
+            "--host",
+            host,
+            "--port",
+            str(port),
+        ]
         if pool.first_gpu is not None:
             words += ["--base-gpu-id", str(pool.first_gpu + index * parallel)]
         return [*words, *pool.server_args]
@@ -79,8 +105,16 @@ def build_pool(config: EngineConfig, model_dir: Path, role: str, log_dir: Path |
     front = None
     if pool.router:
         front = RouterProcess(
-            f"{role} router", lambda url: connect(url, config.num_engines(role)), python=python_of(pool),
-            host=host_of(pool), key=key, log_path=log_folder(log_dir) / f"{role}-router.log",
-            environment=search_path(pool), max_restarts=or_else(pool.max_restarts, 3),
-            request_timeout_s=CLIENT_SLACK * limits.deadlines(max_context)[0])
-    return fleet_of(config, role, connect, Launch(command, {serve.KEY_VARIABLE: key or ""}), log_dir, front)
+            f"{role} router",
+            lambda url: connect(url, config.num_engines(role)),
+            python=python_of(pool),
+            host=host_of(pool),
+            key=key,
+            log_path=log_folder(log_dir) / f"{role}-router.log",
+            environment=search_path(pool),
+            max_restarts=or_else(pool.max_restarts, 3),
+            request_timeout_s=CLIENT_SLACK * limits.deadlines(max_context)[0],
+        )
+    return fleet_of(
+        config, role, connect, Launch(command, {serve.KEY_VARIABLE: key or ""}), log_dir, front
+    )

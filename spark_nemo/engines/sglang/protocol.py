@@ -1,8 +1,9 @@
 """SGLang's ``/generate`` as pure functions: requests and replies as JSON, without any HTTP.
 
-Observed on 0.5.21 (docs/engines.md). Token ids go in and come out, never text. Log-probabilities are after temperature
-and before top-p/top-k, like the embedded engine's. The terminating stop token is in ``output_ids``. Weight versions are
-strings there; here they are integers, so servers are started with ``--weight-version 0``.
+Observed on 0.5.21 (docs/engines.md). Token ids go in and come out, never text. Log-probabilities
+are after temperature and before top-p/top-k, like the embedded engine's. The terminating stop token
+is in ``output_ids``. Weight versions are strings there; here they are integers, so servers are
+started with ``--weight-version 0``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
-from ..base import EngineFailure, EngineUnavailable, FinishReason, Generation, GenerationRequest, SamplingParams
+from ..base import (
+    EngineFailure,
+    EngineUnavailable,
+    FinishReason,
+    Generation,
+    GenerationRequest,
+    SamplingParams,
+)
 
 JSON = dict[str, Any]
 
@@ -20,9 +28,9 @@ JSON = dict[str, Any]
 class PauseMode(StrEnum):
     """``/pause_generation``: what becomes of running requests.
 
-    ``RETRACT`` puts them back into the queue and drops their cache, so they go on under new weights from a fresh
-    prefill and the prefix cache may be flushed. ``IN_PLACE`` keeps their cache, so a flush is refused. ``ABORT`` ends
-    them with what they have.
+    ``RETRACT`` puts them back into the queue and drops their cache, so they go on under new weights
+    from a fresh prefill and the prefix cache may be flushed. ``IN_PLACE`` keeps their cache, so a
+    flush is refused. ``ABORT`` ends them with what they have.
     """
 
     ABORT = "abort"
@@ -33,12 +41,15 @@ class PauseMode(StrEnum):
 def sampling_json(sampling: SamplingParams) -> JSON:
     """``sampling_params`` of a request.
 
-    SGLang also stops at the model's own end-of-sequence ids; without stop tokens ``ignore_eos`` switches that off (it
-    would switch ``stop_token_ids`` off too). ``sampling_seed`` has an effect only under SGLang's deterministic
-    inference; it is sent all the same.
+    SGLang also stops at the model's own end-of-sequence ids; without stop tokens ``ignore_eos``
+    switches that off (it would switch ``stop_token_ids`` off too). ``sampling_seed`` has an effect
+    only under SGLang's deterministic inference; it is sent all the same.
     """
-    params: JSON = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature,
-                    "top_p": sampling.top_p}
+    params: JSON = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+    }
     if sampling.top_k:
         params["top_k"] = sampling.top_k
     if sampling.stop_token_ids:
@@ -51,15 +62,25 @@ def sampling_json(sampling: SamplingParams) -> JSON:
 
 
 def generate_json(request: GenerationRequest, rid: str) -> JSON:
-    """Body of ``POST /generate``: log-probabilities of the new tokens only (``logprob_start_len=-1``)."""
-    return {"rid": rid, "input_ids": list(request.prompt_ids), "sampling_params": sampling_json(request.sampling),
-            "return_logprob": True, "logprob_start_len": -1, "stream": False}
+    """Body of ``POST /generate``: log-probabilities of the new tokens only
+    (``logprob_start_len=-1``).
+    """
+    return {
+        "rid": rid,
+        "input_ids": list(request.prompt_ids),
+        "sampling_params": sampling_json(request.sampling),
+        "return_logprob": True,
+        "logprob_start_len": -1,
+        "stream": False,
+    }
 
 
 def parse_generation(reply: object, request: GenerationRequest) -> Generation:
-    """The ``Generation`` in a 200 reply of ``/generate``; an abort is one too, with the tokens sampled so far.
+    """The ``Generation`` in a 200 reply of ``/generate``; an abort is one too, with the tokens
+    sampled so far.
 
-    Raises ``EngineFailure`` naming the field when the reply is malformed or does not answer ``request``.
+    Raises ``EngineFailure`` naming the field when the reply is malformed or does not answer
+    ``request``.
     """
     body = _mapping(reply, "reply")
     meta = _mapping(_field(body, "meta_info"), "meta_info")
@@ -73,43 +94,59 @@ def parse_generation(reply: object, request: GenerationRequest) -> Generation:
 def refuse_aborted(reply: Mapping[str, Any]) -> None:
     """Raise for an aborted generation (HTTP 200 all the same); one that finished passes.
 
-    ``EngineFailure`` when SGLang blames the request (a 4xx status code inside), else ``EngineUnavailable``: a pause
-    that aborts, a weight update, a shutdown. The request can then be served again, here or elsewhere.
+    ``EngineFailure`` when SGLang blames the request (a 4xx status code inside), else
+    ``EngineUnavailable``: a pause that aborts, a weight update, a shutdown. The request can then be
+    served again, here or elsewhere.
     """
     finish = reply["meta_info"]["finish_reason"]
     if finish["type"] != FinishReason.ABORT:
         return
-    status, message = finish.get("status_code"), f"the server aborted the request: {finish.get('message')}"
+    status, message = (
+        finish.get("status_code"),
+        f"the server aborted the request: {finish.get('message')}",
+    )
     if isinstance(status, int) and 400 <= status < 500:
         raise EngineFailure(f"{message} ({status})")
     raise EngineUnavailable(message)
 
 
 def version_number(value: object, field: str) -> int:
-    """A weight version as an integer. Raises ``EngineFailure`` for any other string ("default" is SGLang's own)."""
+    """A weight version as an integer. Raises ``EngineFailure`` for any other string ("default" is
+    SGLang's own).
+    """
     if isinstance(value, str) and value.isdecimal():
         return int(value)
-    raise EngineFailure(f"{field}={value!r} is not a whole number: start the server with --weight-version 0")
+    raise EngineFailure(
+        f"{field}={value!r} is not a whole number: start the server with --weight-version 0"
+    )
 
 
-def _finish_reason(finish: Mapping[str, Any], ids: Sequence[int], sampling: SamplingParams) -> FinishReason:
+def _finish_reason(
+    finish: Mapping[str, Any], ids: Sequence[int], sampling: SamplingParams
+) -> FinishReason:
     field = "meta_info.finish_reason"
     try:
         reason = FinishReason(str(_field(finish, "type", f"{field}.")))
     except ValueError:
-        raise EngineFailure(f"{field}.type={finish['type']!r}: expected stop, length or abort") from None
+        raise EngineFailure(
+            f"{field}.type={finish['type']!r}: expected stop, length or abort"
+        ) from None
     if len(ids) > sampling.max_new_tokens:
-        raise EngineFailure(f"output_ids has {len(ids)} tokens, more than max_new_tokens={sampling.max_new_tokens}")
+        raise EngineFailure(
+            f"output_ids has {len(ids)} tokens, more than max_new_tokens={sampling.max_new_tokens}"
+        )
     if reason is FinishReason.LENGTH and len(ids) != sampling.max_new_tokens:
         raise EngineFailure(
             f"{field}.type='length' after {len(ids)} of max_new_tokens={sampling.max_new_tokens}: the server's context "
-            "is smaller than max_context says")
+            "is smaller than max_context says"
+        )
     if reason is FinishReason.STOP:
         matched = finish.get("matched")
         if not ids or matched not in sampling.stop_token_ids or matched != ids[-1]:
             raise EngineFailure(
                 f"{field}.matched={matched!r} is not a stop token of the request that ends output_ids: add the model's "
-                "end-of-sequence ids to stop_token_ids")
+                "end-of-sequence ids to stop_token_ids"
+            )
     return reason
 
 
@@ -119,17 +156,28 @@ def _logprobs(meta: Mapping[str, Any], ids: Sequence[int]) -> tuple[float, ...]:
     entries = _field(meta, "output_token_logprobs", "meta_info.") if ids else []
     if not isinstance(entries, list) or len(entries) != len(ids):
         count = len(entries) if isinstance(entries, list) else type(entries).__name__
-        raise EngineFailure(f"{field}: expected one entry for each of {len(ids)} output_ids, got {count}")
+        raise EngineFailure(
+            f"{field}: expected one entry for each of {len(ids)} output_ids, got {count}"
+        )
     values = []
     for position, (entry, token) in enumerate(zip(entries, ids)):
-        if not isinstance(entry, list) or len(entry) < 2 or not _is_number(entry[0]) or entry[1] != token:
-            raise EngineFailure(f"{field}[{position}]={entry!r}: expected [finite logprob, {token}, ...]")
+        if (
+            not isinstance(entry, list)
+            or len(entry) < 2
+            or not _is_number(entry[0])
+            or entry[1] != token
+        ):
+            raise EngineFailure(
+                f"{field}[{position}]={entry!r}: expected [finite logprob, {token}, ...]"
+            )
         values.append(float(entry[0]))
     return tuple(values)
 
 
 def _versions_per_token(meta: Mapping[str, Any], count: int) -> tuple[int, ...]:
-    """``weight_versions`` are ranges ``{version, start, end}`` that cover the tokens in order, without gap."""
+    """``weight_versions`` are ranges ``{version, start, end}`` that cover the tokens in order,
+    without gap.
+    """
     field = "meta_info.weight_versions"
     if count == 0:
         return ()
@@ -140,8 +188,12 @@ def _versions_per_token(meta: Mapping[str, Any], count: int) -> tuple[int, ...]:
         item = _mapping(entry, f"{field}[{position}]")
         start, end = item.get("start"), item.get("end")
         if start != len(versions) or not isinstance(end, int) or end < start:
-            raise EngineFailure(f"{field}[{position}] covers {start}:{end}, expected to begin at {len(versions)}")
-        versions += [version_number(item.get("version"), f"{field}[{position}].version")] * (end - start)
+            raise EngineFailure(
+                f"{field}[{position}] covers {start}:{end}, expected to begin at {len(versions)}"
+            )
+        versions += [version_number(item.get("version"), f"{field}[{position}].version")] * (
+            end - start
+        )
     if len(versions) != count:
         raise EngineFailure(f"{field} cover {len(versions)} of {count} tokens")
     return tuple(versions)

@@ -1,8 +1,10 @@
-"""sglang-router as the front of a fleet: cache-aware spreading of generation. It forwards no control calls.
+"""sglang-router as the front of a fleet: cache-aware spreading of generation. It forwards no
+control calls.
 
-The fleet alone decides who serves: the router's own retries and circuit breaker are off, and its health checks only
-let a new server in (without them it never serves) and strike none, or a server that is only paused would be struck.
-A server that came back with old weights gets no request through the router, because it is not listed there.
+The fleet alone decides who serves: the router's own retries and circuit breaker are off, and its
+health checks only let a new server in (without them it never serves) and strike none, or a server
+that is only paused would be struck. A server that came back with old weights gets no request
+through the router, because it is not listed there.
 """
 
 from __future__ import annotations
@@ -40,10 +42,14 @@ class RouterClient(Engine):
 
     async def probe(self, timeout_s: float) -> None:
         """Whether the router itself answers; its servers are probed directly."""
-        self._http.refuse_status("/liveness", await self._http.call("GET", "/liveness", timeout_s=timeout_s))
+        self._http.refuse_status(
+            "/liveness", await self._http.call("GET", "/liveness", timeout_s=timeout_s)
+        )
 
     async def route_to(self, urls: Sequence[str]) -> None:
-        """Have exactly these servers behind it. Raises ``EngineFailure`` when they are not within half a minute."""
+        """Have exactly these servers behind it. Raises ``EngineFailure`` when they are not within
+        half a minute.
+        """
         wanted, listed = set(urls), await self._listed()
         for url in wanted - set(listed):
             await self._ask("POST", "/workers", {"url": url, "api_key": self._key})
@@ -54,21 +60,28 @@ class RouterClient(Engine):
             if set(listed) == wanted and all(ready for _, ready in listed.values()):
                 return
             await asyncio.sleep(_POLL_S)
-        raise EngineFailure(f"{self._http.url}: the router lists {sorted(listed)} and not {sorted(wanted)} after "
-                            f"{_LISTED_WITHIN_S:.0f} s")
+        raise EngineFailure(
+            f"{self._http.url}: the router lists {sorted(listed)} and not {sorted(wanted)} after "
+            f"{_LISTED_WITHIN_S:.0f} s"
+        )
 
     async def _listed(self) -> dict[str, tuple[str, bool]]:
         """URL -> the router's id of it, and whether it gets requests."""
         reply = await self._http.call("GET", "/workers", timeout_s=_CALL_S)
         self._http.refuse_status("/workers", reply)
-        return {worker["url"].rstrip("/"): (worker["id"], worker["is_healthy"]) for worker in reply.content["workers"]}
+        return {
+            worker["url"].rstrip("/"): (worker["id"], worker["is_healthy"])
+            for worker in reply.content["workers"]
+        }
 
     async def _ask(self, method: str, path: str, body: object = None) -> None:
         reply = await self._http.call(method, path, body, timeout_s=_CALL_S)
         if reply.status not in (200, 202, 204):
             self._http.refuse_status(path, reply)
 
-    async def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    async def update_weights(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], version: int
+    ) -> None:
         """Not through a router."""
         raise EngineFailure("a router forwards no weights")
 
@@ -91,22 +104,63 @@ class RouterClient(Engine):
 
 
 class RouterProcess(ServerProcess, Front):
-    """Keeps a router. ``connect(url)`` makes a server's client for its address. ``request_timeout_s`` is beyond every
-    deadline of the fleet, which then decides alone; the router's own would be 1800 s."""
+    """Keeps a router. ``connect(url)`` makes a server's client for its address.
+    ``request_timeout_s`` is beyond every deadline of the fleet, which then decides alone; the
+    router's own would be 1800 s.
+    """
 
-    def __init__(self, name: str, connect: Callable[[str], SglangServer], *, python: str, host: str, key: str | None,
-                 log_path: Path, environment: Mapping[str, str], max_restarts: int, request_timeout_s: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        connect: Callable[[str], SglangServer],
+        *,
+        python: str,
+        host: str,
+        key: str | None,
+        log_path: Path,
+        environment: Mapping[str, str],
+        max_restarts: int,
+        request_timeout_s: float,
+    ) -> None:
         def command(host: str, port: int) -> list[str]:
-            return [python, serve.__file__, "router", "--host", host, "--port", str(port), "--policy", "cache_aware",
-                    "--prometheus-host", host, "--prometheus-port", str(free_port(host)), "--disable-retries",
-                    "--disable-circuit-breaker", "--health-check-interval-secs", "1", "--health-success-threshold", "1",
-                    "--health-failure-threshold", str(_NEVER), "--request-timeout-secs",
-                    str(math.ceil(request_timeout_s)), "--log-level", "warn"]
+            return [
+                python,
+                serve.__file__,
+                "router",
+                "--host",
+                host,
+                "--port",
+                str(port),
+                "--policy",
+                "cache_aware",
+                "--prometheus-host",
+                host,
+                "--prometheus-port",
+                str(free_port(host)),
+                "--disable-retries",
+                "--disable-circuit-breaker",
+                "--health-check-interval-secs",
+                "1",
+                "--health-success-threshold",
+                "1",
+                "--health-failure-threshold",
+                str(_NEVER),
+                "--request-timeout-secs",
+                str(math.ceil(request_timeout_s)),
+                "--log-level",
+                "warn",
+            ]
 
         super().__init__(
-            name, command, lambda url: RouterClient(url, key, connect(url)), log_path=log_path,
-            environment={**environment, serve.KEY_VARIABLE: key or ""}, host=host, start_timeout_s=60.0,
-            max_restarts=max_restarts)
+            name,
+            command,
+            lambda url: RouterClient(url, key, connect(url)),
+            log_path=log_path,
+            environment={**environment, serve.KEY_VARIABLE: key or ""},
+            host=host,
+            start_timeout_s=60.0,
+            max_restarts=max_restarts,
+        )
         self._client: RouterClient | None = None
 
     async def start(self) -> Engine:
@@ -115,8 +169,10 @@ class RouterProcess(ServerProcess, Front):
             engine = await super().start()
         except EngineFailure as failure:
             if _MISSING in str(failure):
-                raise EngineFailure(f"{self.name}: router=true needs the package sglang-router in the servers' "
-                                    "environment; install it there or set router=false") from failure
+                raise EngineFailure(
+                    f"{self.name}: router=true needs the package sglang-router in the servers' "
+                    "environment; install it there or set router=false"
+                ) from failure
             raise
         assert isinstance(engine, RouterClient)
         self._client = engine
@@ -125,4 +181,6 @@ class RouterProcess(ServerProcess, Front):
     async def route_to(self, engines: Sequence[Engine]) -> None:
         """See ``Front.route_to``."""
         assert self._client is not None
-        await self._client.route_to([engine.url for engine in engines if isinstance(engine, SglangServer)])
+        await self._client.route_to(
+            [engine.url for engine in engines if isinstance(engine, SglangServer)]
+        )

@@ -1,11 +1,13 @@
-"""Runs in the server's own environment, by path: starts SGLang (or its router) with a key that no command line shows.
+"""Runs in the server's own environment, by path: starts SGLang (or its router) with a key that no
+command line shows.
 
-SGLang 0.5.21 takes its key only as ``--api-key``, which every user of the machine can read in the process list, and
-writes all its arguments, the key too, into its log. Here the key comes from the environment, goes into the arguments
-inside the process, and is struck from every log record.
+SGLang 0.5.21 takes its key only as ``--api-key``, which every user of the machine can read in the
+process list, and writes all its arguments, the key too, into its log. Here the key comes from the
+environment, goes into the arguments inside the process, and is struck from every log record.
 
-Nothing of what we start may outlive us: this process dies with its parent, and a guard forked first kills the whole
-process group when this process dies, whatever killed it. Imports nothing of spark_nemo.
+Nothing of what we start may outlive us: this process dies with its parent, and a guard forked first
+kills the whole process group when this process dies, whatever killed it. Imports nothing of
+spark_nemo.
 """
 
 from __future__ import annotations
@@ -22,10 +24,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> int:
-    """``serve.py server ARGUMENTS``, ``serve.py router ARGUMENTS``, or ``serve.py exec PROGRAM ARGUMENTS``, which
-    becomes any other program, guarded as well."""
-    # A script's own folder comes first on the path, where protocol.py and the others would hide a server's modules.
-    sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != os.path.dirname(__file__)]
+    """``serve.py server ARGUMENTS``, ``serve.py router ARGUMENTS``, or ``serve.py exec PROGRAM
+    ARGUMENTS``, which becomes any other program, guarded as well.
+    """
+    # A script's own folder comes first on the path, where protocol.py and the others would hide a
+    # server's modules.
+    sys.path[:] = [
+        entry for entry in sys.path if os.path.abspath(entry or ".") != os.path.dirname(__file__)
+    ]
     _die_with_parent()
     _fork_guard()
     what, arguments = sys.argv[1], sys.argv[2:]
@@ -53,7 +59,9 @@ def _die_with_parent() -> None:
 
 
 def _fork_guard() -> None:
-    """SGLang's workers ask the kernel to die with their parent only after their imports, half a minute in."""
+    """SGLang's workers ask the kernel to die with their parent only after their imports, half a
+    minute in.
+    """
     if sys.platform != "linux" or os.getpgrp() != os.getpid():
         return
     guarded = os.getpid()
@@ -77,15 +85,18 @@ def _fork_guard() -> None:
 
 
 def _past_proxies(what: str, arguments: list[str]) -> None:
-    """In its warm-up a server asks itself over HTTP, through a proxy of the environment if there is one, and ends
-    itself when that fails. A router asks servers of this cluster only."""
+    """In its warm-up a server asks itself over HTTP, through a proxy of the environment if there is
+    one, and ends itself when that fails. A router asks servers of this cluster only.
+    """
     if what == "router":
         for name in ("http_proxy", "https_proxy", "all_proxy"):
             os.environ.pop(name, None)
             os.environ.pop(name.upper(), None)
     hosts = [value for flag, value in itertools.pairwise(arguments) if flag == "--host"]
     before = [os.environ[name] for name in ("no_proxy", "NO_PROXY") if os.environ.get(name)]
-    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join([*before, *hosts, "127.0.0.1", "localhost"])
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(
+        [*before, *hosts, "127.0.0.1", "localhost"]
+    )
 
 
 def _strike_from_logs(key: str) -> None:

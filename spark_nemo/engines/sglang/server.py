@@ -1,8 +1,8 @@
 """One SGLang server as an ``Engine``: token ids over HTTP.
 
-Slots, the deadline and what is sent again are ``RemoteEngine``'s; here, time spent paused does not count against the
-deadline, each attempt has a request id of its own, and a caller's cancellation and a missed deadline abort the request
-on the server.
+Slots, the deadline and what is sent again are ``RemoteEngine``'s; here, time spent paused does not
+count against the deadline, each attempt has a request id of its own, and a caller's cancellation
+and a missed deadline abort the request on the server.
 """
 
 from __future__ import annotations
@@ -26,19 +26,38 @@ TOKEN_FIRST_S = 1.0
 
 
 class SglangServer(ServerControl):
-    """A client of the server at ``url`` (``http://host:port``), owned by the first event loop that uses it.
+    """A client of the server at ``url`` (``http://host:port``), owned by the first event loop that
+    uses it.
 
-    ``vocab_size`` is the model's: SGLang pads its embedding and serves ids of the padding, or dies of larger ones.
-    ``max_context`` bounds prompt plus new tokens and may not exceed ``max_req_input_len`` of ``/server_info`` (the
-    server's context length less 6): beyond, SGLang silently samples fewer tokens. ``check_limits`` compares them.
-    ``sampling.seed`` is sent, but has an effect only under SGLang's deterministic inference: two sampled runs differ.
+    ``vocab_size`` is the model's: SGLang pads its embedding and serves ids of the padding, or dies
+    of larger ones. ``max_context`` bounds prompt plus new tokens and may not exceed
+    ``max_req_input_len`` of ``/server_info`` (the server's context length less 6): beyond, SGLang
+    silently samples fewer tokens. ``check_limits`` compares them. ``sampling.seed`` is sent, but
+    has an effect only under SGLang's deterministic inference: two sampled runs differ.
     """
 
-    def __init__(self, url: str, *, api_key: str | None, vocab_size: int, max_context: int, max_in_flight: int,
-                 request_timeout_s: float, control_timeout_s: float, token_timeout_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None,
+        vocab_size: int,
+        max_context: int,
+        max_in_flight: int,
+        request_timeout_s: float,
+        control_timeout_s: float,
+        token_timeout_s: float = 0.0,
+    ) -> None:
         super().__init__(
-            url, api_key=api_key, vocab_size=vocab_size, max_context=max_context, max_in_flight=max_in_flight,
-            request_timeout_s=request_timeout_s, control_timeout_s=control_timeout_s, token_timeout_s=token_timeout_s)
+            url,
+            api_key=api_key,
+            vocab_size=vocab_size,
+            max_context=max_context,
+            max_in_flight=max_in_flight,
+            request_timeout_s=request_timeout_s,
+            control_timeout_s=control_timeout_s,
+            token_timeout_s=token_timeout_s,
+        )
         self._go = asyncio.Event()
         self._go.set()
         self._paused_s, self._paused_at = 0.0, 0.0
@@ -59,7 +78,9 @@ class SglangServer(ServerControl):
         """``name`` is the request id."""
         self._sent += 1
         try:
-            reply = await self._http.call("POST", PATH, generate_json(request, name), timeout_s=None, pooled=pooled)
+            reply = await self._http.call(
+                "POST", PATH, generate_json(request, name), timeout_s=None, pooled=pooled
+            )
         except (asyncio.CancelledError, ConnectionLost):
             await self._abort(name)
             raise
@@ -77,11 +98,12 @@ class SglangServer(ServerControl):
             await self._http.call("POST", "/abort_request", {"rid": rid}, timeout_s=ABORT_TIMEOUT_S)
 
     async def probe(self, timeout_s: float) -> None:
-        """Sample one token, past every queue of this client, or be told by ``/health`` that the scheduler has sent
-        something since. Raises ``EngineUnavailable`` when neither comes.
+        """Sample one token, past every queue of this client, or be told by ``/health`` that the
+        scheduler has sent something since. Raises ``EngineUnavailable`` when neither comes.
 
-        This tells a hung scheduler from one that is full, also of requests that are not this client's (a router's,
-        another run's), behind which the token waits. A paused server cannot be probed and is refused as such.
+        This tells a hung scheduler from one that is full, also of requests that are not this
+        client's (a router's, another run's), behind which the token waits. A paused server cannot
+        be probed and is refused as such.
         """
         self._refuse_closed()
         if self.pause_mode is not None:
@@ -108,18 +130,27 @@ class SglangServer(ServerControl):
         if self.limits.max_context > longest:
             raise EngineFailure(
                 f"{self.url}: max_context={self.limits.max_context} is over the {longest} tokens this server serves in "
-                "full (its context length less 6): lower engine.max_context or raise --context-length")
+                "full (its context length less 6): lower engine.max_context or raise --context-length"
+            )
 
     def in_flight(self) -> int:
         """Requests sent and not answered yet."""
         return self._sent
 
-    async def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Not here: how tensors travel to a server (disk, broadcast, handle) is ``weight_sync``'s to choose."""
-        raise EngineFailure(f"{self.url}: a server takes no tensors from its client; use a transport of weight_sync")
+    async def update_weights(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], version: int
+    ) -> None:
+        """Not here: how tensors travel to a server (disk, broadcast, handle) is ``weight_sync``'s
+        to choose.
+        """
+        raise EngineFailure(
+            f"{self.url}: a server takes no tensors from its client; use a transport of weight_sync"
+        )
 
     async def pause(self, mode: PauseMode = PauseMode.RETRACT) -> None:
-        """Stop sampling; new requests are held here. Running ones go on later from a fresh prefill (RETRACT)."""
+        """Stop sampling; new requests are held here. Running ones go on later from a fresh prefill
+        (RETRACT).
+        """
         self._refuse_closed()
         was_paused = not self._go.is_set()
         if not was_paused:
@@ -144,15 +175,20 @@ class SglangServer(ServerControl):
             self._go.set()
 
     async def health(self) -> EngineHealth:
-        """Asks ``/health`` (a server that works on something answers within about a second) and ``/model_info``.
+        """Asks ``/health`` (a server that works on something answers within about a second) and
+        ``/model_info``.
 
-        During a pause ``/health`` turns 503, so then only the front process is asked. Never raises: a server that
-        does not answer is not alive, and has the version it last told.
+        During a pause ``/health`` turns 503, so then only the front process is asked. Never raises:
+        a server that does not answer is not alive, and has the version it last told.
         """
         return EngineHealth(
-            alive=await self._is_alive(), paused=self.pause_mode is not None, running=self._sent,
+            alive=await self._is_alive(),
+            paused=self.pause_mode is not None,
+            running=self._sent,
             waiting=self._waiting + max(0, len(self._tasks) - self._sent),
-            weight_version=self._last_version, tokens_generated=self._tokens_generated)
+            weight_version=self._last_version,
+            tokens_generated=self._tokens_generated,
+        )
 
     async def _ask_health(self) -> None:
         if self.pause_mode is None:

@@ -1,4 +1,6 @@
-"""vLLM over HTTP, for generation, verification and evaluation. Its limits are in ``VllmServer``'s docstring."""
+"""vLLM over HTTP, for generation, verification and evaluation. Its limits are in ``VllmServer``'s
+docstring.
+"""
 
 from .launch import server_command, server_environment
 from .server import VllmServer

@@ -26,8 +26,9 @@ from .server import VllmServer
 
 
 class CheckedServer(VllmServer):
-    """Passes its first probe only when the server serves the model by our name, with our context and log-probabilities
-    that mean what ours mean."""
+    """Passes its first probe only when the server serves the model by our name, with our context
+    and log-probabilities that mean what ours mean.
+    """
 
     _checked = False
 
@@ -40,10 +41,13 @@ class CheckedServer(VllmServer):
             self._checked = True
 
 
-def build_pool(config: EngineConfig, model_dir: Path, role: str, log_dir: Path | None = None) -> Fleet:
+def build_pool(
+    config: EngineConfig, model_dir: Path, role: str, log_dir: Path | None = None
+) -> Fleet:
     """The pool of ``role``; given servers must run with ``--served-model-name`` set to the role.
 
-    Raises ``ConfigError`` when the pool is not configured, ``EngineFailure`` when its interpreter does not exist.
+    Raises ``ConfigError`` when the pool is not configured, ``EngineFailure`` when its interpreter
+    does not exist.
     """
     config.require(role)
     pool, numbers = config.pool(role), model_numbers(model_dir)
@@ -51,23 +55,46 @@ def build_pool(config: EngineConfig, model_dir: Path, role: str, log_dir: Path |
     limits = pool_limits(pool)
     key = os.environ.get(serve.KEY_VARIABLE) if pool.urls else secrets.token_urlsafe(32)
     if pool.first_gpu is not None:
-        raise ConfigError(f"engine.{role}.first_gpu={pool.first_gpu}: a vLLM server takes its GPUs from "
-                          f"CUDA_VISIBLE_DEVICES; set engine.{role}.server_env")
+        raise ConfigError(
+            f"engine.{role}.first_gpu={pool.first_gpu}: a vLLM server takes its GPUs from "
+            f"CUDA_VISIBLE_DEVICES; set engine.{role}.server_env"
+        )
     require_module(pool, role, "vllm", "SPARK_VLLM_PYTHON")
 
     def connect(url: str) -> VllmServer:
         return CheckedServer(
-            url, api_key=key, served_name=role, vocab_size=numbers.vocab_size, max_context=max_context,
-            max_in_flight=connections_per_server(config), control_timeout_s=limits.control_timeout_s,
+            url,
+            api_key=key,
+            served_name=role,
+            vocab_size=numbers.vocab_size,
+            max_context=max_context,
+            max_in_flight=connections_per_server(config),
+            control_timeout_s=limits.control_timeout_s,
             request_timeout_s=CLIENT_SLACK * limits.request_timeout_s,
-            token_timeout_s=CLIENT_SLACK * limits.token_timeout_s)
+            token_timeout_s=CLIENT_SLACK * limits.token_timeout_s,
+        )
 
     def command(index: int, host: str, port: int) -> list[str]:
         python = python_of(pool)
         # Through serve.py, which makes the server die with us.
-        return [python, serve.__file__, "exec", *server_command(
-            python, model_dir.resolve(), port=port, served_name=role, max_context=max_context, host=host,
-            max_batch_size=config.max_batch_size, extra=(
-                "--tensor-parallel-size", str(or_else(pool.tensor_parallel, 1)), *pool.server_args))]
+        return [
+            python,
+            serve.__file__,
+            "exec",
+            *server_command(
+                python,
+                model_dir.resolve(),
+                port=port,
+                served_name=role,
+                max_context=max_context,
+                host=host,
+                max_batch_size=config.max_batch_size,
+                extra=(
+                    "--tensor-parallel-size",
+                    str(or_else(pool.tensor_parallel, 1)),
+                    *pool.server_args,
+                ),
+            ),
+        ]
 
     return fleet_of(config, role, connect, Launch(command, server_environment({}, key)), log_dir)

@@ -1,7 +1,7 @@
 """vLLM's ``/v1/completions`` as pure functions, token ids in and out. Observed on 0.32.0.
 
-``prompt`` is a list of ids, and ``return_token_ids`` brings back those of the prompt and of the answer, the terminating
-stop token included. The text in a reply is not read.
+``prompt`` is a list of ids, and ``return_token_ids`` brings back those of the prompt and of the
+answer, the terminating stop token included. The text in a reply is not read.
 """
 
 from __future__ import annotations
@@ -10,7 +10,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..base import EngineFailure, EngineUnavailable, FinishReason, Generation, GenerationRequest, SamplingParams
+from ..base import (
+    EngineFailure,
+    EngineUnavailable,
+    FinishReason,
+    Generation,
+    GenerationRequest,
+    SamplingParams,
+)
 
 JSON = dict[str, Any]
 COLDEST = 0.01
@@ -21,10 +28,11 @@ _LEAST_LOGPROB = -9999.0
 
 
 def has_logprobs(sampling: SamplingParams) -> bool:
-    """Whether vLLM can give this package's log-probabilities: those after temperature and *before* cutting.
+    """Whether vLLM can give this package's log-probabilities: those after temperature and *before*
+    cutting.
 
-    Its two modes are before temperature (raw) and after temperature *and* top-p/top-k (processed). Processed is ours
-    when nothing is cut; a greedy token's is that at temperature 1 in both.
+    Its two modes are before temperature (raw) and after temperature *and* top-p/top-k (processed).
+    Processed is ours when nothing is cut; a greedy token's is that at temperature 1 in both.
     """
     return sampling.temperature == 0 or (sampling.top_p == 1 and sampling.top_k == 0)
 
@@ -32,25 +40,40 @@ def has_logprobs(sampling: SamplingParams) -> bool:
 def refuse_too_cold(sampling: SamplingParams) -> None:
     """Raise ``EngineFailure`` for a temperature that vLLM would change."""
     if 0 < sampling.temperature < COLDEST:
-        raise EngineFailure(f"temperature={sampling.temperature}: vLLM would sample at {COLDEST}; use 0 or more than "
-                            "that")
+        raise EngineFailure(
+            f"temperature={sampling.temperature}: vLLM would sample at {COLDEST}; use 0 or more than "
+            "that"
+        )
 
 
 def completion_json(request: GenerationRequest, model: str) -> JSON:
     """Body of ``POST /v1/completions``. Whatever a server could have defaults for is written out.
 
-    ``ignore_eos`` switches off the model's own end-of-sequence id and, unlike in SGLang, leaves ``stop_token_ids`` on.
-    Raises what ``refuse_too_cold`` raises.
+    ``ignore_eos`` switches off the model's own end-of-sequence id and, unlike in SGLang, leaves
+    ``stop_token_ids`` on. Raises what ``refuse_too_cold`` raises.
     """
     sampling = request.sampling
     refuse_too_cold(sampling)
     greedy = sampling.temperature == 0
     body: JSON = {
-        "model": model, "prompt": list(request.prompt_ids), "max_tokens": sampling.max_new_tokens, "n": 1,
-        "temperature": sampling.temperature, "top_p": 1.0 if greedy else sampling.top_p,
-        "top_k": 0 if greedy else sampling.top_k, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
-        "frequency_penalty": 0.0, "stop_token_ids": list(sampling.stop_token_ids), "ignore_eos": True,
-        "skip_special_tokens": False, "add_special_tokens": False, "return_token_ids": True, "stream": False}
+        "model": model,
+        "prompt": list(request.prompt_ids),
+        "max_tokens": sampling.max_new_tokens,
+        "n": 1,
+        "temperature": sampling.temperature,
+        "top_p": 1.0 if greedy else sampling.top_p,
+        "top_k": 0 if greedy else sampling.top_k,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "add_special_tokens": False,
+        "return_token_ids": True,
+        "stream": False,
+    }
     if has_logprobs(sampling):
         body |= {"logprobs": 0, "return_tokens_as_token_ids": True}
     if sampling.seed is not None:
@@ -59,38 +82,54 @@ def completion_json(request: GenerationRequest, model: str) -> JSON:
 
 
 def parse_completion(reply: object, request: GenerationRequest, weight_version: int) -> Generation:
-    """The ``Generation`` in a 200 reply. Without comparable log-probabilities (``has_logprobs``) they are NaN.
+    """The ``Generation`` in a 200 reply. Without comparable log-probabilities (``has_logprobs``)
+    they are NaN.
 
-    Raises ``EngineUnavailable`` when the server aborted the request, ``EngineFailure`` naming the field when the reply
-    is malformed or does not answer ``request``.
+    Raises ``EngineUnavailable`` when the server aborted the request, ``EngineFailure`` naming the
+    field when the reply is malformed or does not answer ``request``.
     """
     choices = _mapping(reply, "reply").get("choices")
     if not isinstance(choices, list) or len(choices) != 1:
         raise EngineFailure("choices: expected exactly one")
     choice = _mapping(choices[0], "choices[0]")
     if choice.get("prompt_token_ids") != list(request.prompt_ids):
-        raise EngineFailure("choices[0].prompt_token_ids: not the prompt that was sent; this server changes prompts or "
-                            "is too old for return_token_ids")
+        raise EngineFailure(
+            "choices[0].prompt_token_ids: not the prompt that was sent; this server changes prompts or "
+            "is too old for return_token_ids"
+        )
     ids = _token_ids(choice.get("token_ids"))
     reason = _finish_reason(choice, ids, request.sampling)
-    logprobs = _logprobs(choice.get("logprobs"), ids) if has_logprobs(request.sampling) else (math.nan,) * len(ids)
+    logprobs = (
+        _logprobs(choice.get("logprobs"), ids)
+        if has_logprobs(request.sampling)
+        else (math.nan,) * len(ids)
+    )
     return Generation(ids, logprobs, (weight_version,) * len(ids), reason)
 
 
-def _finish_reason(choice: Mapping[str, Any], ids: tuple[int, ...], sampling: SamplingParams) -> FinishReason:
-    field, reason, stop = "choices[0].finish_reason", choice.get("finish_reason"), choice.get("stop_reason")
+def _finish_reason(
+    choice: Mapping[str, Any], ids: tuple[int, ...], sampling: SamplingParams
+) -> FinishReason:
+    field, reason, stop = (
+        "choices[0].finish_reason",
+        choice.get("finish_reason"),
+        choice.get("stop_reason"),
+    )
     if reason == "abort":
         raise EngineUnavailable("the server aborted the request")
     if reason == "stop":
         if not ids or stop not in sampling.stop_token_ids or stop != ids[-1]:
             raise EngineFailure(
                 f"{field}='stop' with stop_reason={stop!r}, which is not a stop token of the request that ends "
-                "token_ids: does the server have defaults of its own? Start it with --generation-config vllm")
+                "token_ids: does the server have defaults of its own? Start it with --generation-config vllm"
+            )
         return FinishReason.STOP
     if reason == "length":
         if len(ids) != sampling.max_new_tokens:
-            raise EngineFailure(f"{field}='length' after {len(ids)} of max_new_tokens={sampling.max_new_tokens}: the "
-                                "server's --max-model-len is smaller than max_context says")
+            raise EngineFailure(
+                f"{field}='length' after {len(ids)} of max_new_tokens={sampling.max_new_tokens}: the "
+                "server's --max-model-len is smaller than max_context says"
+            )
         return FinishReason.LENGTH
     raise EngineFailure(f"{field}={reason!r}: expected stop, length or abort")
 
@@ -100,20 +139,30 @@ def _logprobs(value: object, ids: tuple[int, ...]) -> tuple[float, ...]:
     field = "choices[0].logprobs"
     logprobs = _mapping(value, field)
     numbers, tokens = logprobs.get("token_logprobs"), logprobs.get("tokens")
-    if not isinstance(numbers, list) or tokens != [f"{_TOKEN}{token}" for token in ids] or len(numbers) != len(ids):
+    if (
+        not isinstance(numbers, list)
+        or tokens != [f"{_TOKEN}{token}" for token in ids]
+        or len(numbers) != len(ids)
+    ):
         raise EngineFailure(f"{field}: expected one entry for each of {len(ids)} token_ids")
     for position, number in enumerate(numbers):
         if type(number) not in (int, float) or not _LEAST_LOGPROB < number < math.inf:
-            raise EngineFailure(f"{field}.token_logprobs[{position}]={number!r}: expected a finite log-probability")
+            raise EngineFailure(
+                f"{field}.token_logprobs[{position}]={number!r}: expected a finite log-probability"
+            )
     return tuple(map(float, numbers))
 
 
 def top_logprob(reply: object, token: int) -> float:
-    """Log-probability of ``token`` among the first position's top ones. Raises ``EngineFailure`` if it is not there."""
+    """Log-probability of ``token`` among the first position's top ones. Raises ``EngineFailure`` if
+    it is not there.
+    """
     try:
         return float(reply["choices"][0]["logprobs"]["top_logprobs"][0][f"{_TOKEN}{token}"])  # type: ignore[index]
     except (KeyError, IndexError, TypeError) as error:
-        raise EngineFailure(f"choices[0].logprobs.top_logprobs[0] has no {_TOKEN}{token}") from error
+        raise EngineFailure(
+            f"choices[0].logprobs.top_logprobs[0] has no {_TOKEN}{token}"
+        ) from error
 
 
 def _token_ids(value: object) -> tuple[int, ...]:

@@ -1,4 +1,5 @@
-"""One vLLM server as an ``Engine``, through its OpenAI-compatible ``/v1/completions`` with token ids.
+"""One vLLM server as an ``Engine``, through its OpenAI-compatible ``/v1/completions`` with token
+ids.
 
 What it serves: stage I (solutions and verifications), the PRM, and evaluation. What it does not:
 
@@ -28,21 +29,41 @@ _SAME_NATS = 1e-3
 
 
 class VllmServer(RemoteEngine):
-    """A client of the server at ``url`` (``http://host:port``), owned by the first event loop that uses it.
+    """A client of the server at ``url`` (``http://host:port``), owned by the first event loop that
+    uses it.
 
-    ``served_name`` is the server's ``--served-model-name``. At most ``max_in_flight`` requests are sent at once;
-    ``request_timeout_s``, and ``token_timeout_s`` for each token that may be sampled, run from then. A request that is
-    late or whose caller is cancelled ends with its connection, which makes vLLM abort it. What never reached the
-    server, lost its connection or met a 503 is sent again a few times; what fails after that is ``EngineUnavailable``.
-    ``logprobs`` are NaN when top-p or top-k cut the distribution.
+    ``served_name`` is the server's ``--served-model-name``. At most ``max_in_flight`` requests are
+    sent at once; ``request_timeout_s``, and ``token_timeout_s`` for each token that may be sampled,
+    run from then. A request that is late or whose caller is cancelled ends with its connection,
+    which makes vLLM abort it. What never reached the server, lost its connection or met a 503 is
+    sent again a few times; what fails after that is ``EngineUnavailable``. ``logprobs`` are NaN
+    when top-p or top-k cut the distribution.
     """
 
-    def __init__(self, url: str, *, api_key: str | None, served_name: str, vocab_size: int, max_context: int,
-                 max_in_flight: int, request_timeout_s: float, control_timeout_s: float,
-                 weight_version: int = 0, token_timeout_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None,
+        served_name: str,
+        vocab_size: int,
+        max_context: int,
+        max_in_flight: int,
+        request_timeout_s: float,
+        control_timeout_s: float,
+        weight_version: int = 0,
+        token_timeout_s: float = 0.0,
+    ) -> None:
         super().__init__(
-            url, api_key=api_key, vocab_size=vocab_size, max_context=max_context, max_in_flight=max_in_flight,
-            request_timeout_s=request_timeout_s, control_timeout_s=control_timeout_s, token_timeout_s=token_timeout_s)
+            url,
+            api_key=api_key,
+            vocab_size=vocab_size,
+            max_context=max_context,
+            max_in_flight=max_in_flight,
+            request_timeout_s=request_timeout_s,
+            control_timeout_s=control_timeout_s,
+            token_timeout_s=token_timeout_s,
+        )
         self._served_name, self._version = served_name, weight_version
 
     def __repr__(self) -> str:
@@ -61,35 +82,56 @@ class VllmServer(RemoteEngine):
             return parse_completion(reply.content, request, self._version)
 
     async def check_limits(self) -> None:
-        """Raise ``EngineFailure`` when the server does not serve ``served_name`` with ``max_context`` tokens."""
+        """Raise ``EngineFailure`` when the server does not serve ``served_name`` with
+        ``max_context`` tokens.
+        """
         content = await self._call("GET", "/v1/models")
         models = content.get("data") if isinstance(content, dict) else None
-        lengths = {row.get("id"): row.get("max_model_len") for row in models or [] if isinstance(row, dict)}
+        lengths = {
+            row.get("id"): row.get("max_model_len") for row in models or [] if isinstance(row, dict)
+        }
         if self._served_name not in lengths:
-            raise EngineFailure(f"{self.url} serves {', '.join(map(str, lengths)) or 'nothing'}, not "
-                                f"{self._served_name}: check --served-model-name")
+            raise EngineFailure(
+                f"{self.url} serves {', '.join(map(str, lengths)) or 'nothing'}, not "
+                f"{self._served_name}: check --served-model-name"
+            )
         if (longest := lengths[self._served_name]) is None or longest < self.limits.max_context:
-            raise EngineFailure(f"{self.url}: max_context={self.limits.max_context} is over the server's "
-                                f"--max-model-len {longest}: lower engine.max_context or raise that")
+            raise EngineFailure(
+                f"{self.url}: max_context={self.limits.max_context} is over the server's "
+                f"--max-model-len {longest}: lower engine.max_context or raise that"
+            )
 
     async def check_logprobs_mode(self) -> None:
         """Raise ``EngineFailure`` unless log-probabilities are taken after temperature.
 
-        The likeliest token's is asked for at temperatures 1 and 2 (vLLM's highest); before temperature they are equal.
+        The likeliest token's is asked for at temperatures 1 and 2 (vLLM's highest); before
+        temperature they are equal.
         """
         greedy = completion_json(PROBE, self._served_name)
-        (likeliest,) = parse_completion(await self._call("POST", PATH, greedy), PROBE, self._version).token_ids
+        (likeliest,) = parse_completion(
+            await self._call("POST", PATH, greedy), PROBE, self._version
+        ).token_ids
         warm, hot = [
-            top_logprob(await self._call("POST", PATH, {**greedy, "temperature": warmth, "logprobs": 1}), likeliest)
-            for warmth in (1.0, 2.0)]
+            top_logprob(
+                await self._call("POST", PATH, {**greedy, "temperature": warmth, "logprobs": 1}),
+                likeliest,
+            )
+            for warmth in (1.0, 2.0)
+        ]
         if abs(warm - hot) < _SAME_NATS:
-            raise EngineFailure(f"{self.url}: log-probabilities are those before temperature; start it with "
-                                "--logprobs-mode processed_logprobs")
+            raise EngineFailure(
+                f"{self.url}: log-probabilities are those before temperature; start it with "
+                "--logprobs-mode processed_logprobs"
+            )
 
-    async def update_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+    async def update_weights(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], version: int
+    ) -> None:
         """Refused: stage III's policy needs engine.kind=local or sglang."""
-        raise EngineFailure(f"{self.url}: weights of a vLLM server are not updated by this package; a policy in "
-                            "training needs the embedded engine or SGLang")
+        raise EngineFailure(
+            f"{self.url}: weights of a vLLM server are not updated by this package; a policy in "
+            "training needs the embedded engine or SGLang"
+        )
 
     async def pause(self) -> None:
         """Refused: only vLLM's development mode has it."""
@@ -101,8 +143,13 @@ class VllmServer(RemoteEngine):
     async def health(self) -> EngineHealth:
         """Asks ``/health``. Never raises: a server that does not answer is not alive."""
         return EngineHealth(
-            alive=await self._is_alive(), paused=False, running=len(self._tasks), waiting=self._waiting,
-            weight_version=self._version, tokens_generated=self._tokens_generated)
+            alive=await self._is_alive(),
+            paused=False,
+            running=len(self._tasks),
+            waiting=self._waiting,
+            weight_version=self._version,
+            tokens_generated=self._tokens_generated,
+        )
 
     async def _ask_health(self) -> None:
         await self._call("GET", "/health")

@@ -1,4 +1,6 @@
-"""Two checkpoints, tensor by tensor: of models in any two formats, or of training states with their optimizers."""
+"""Two checkpoints, tensor by tensor: of models in any two formats, or of training states with their
+optimizers.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Difference:
 
     name: str
     found: str
-    """"same" bits, "differs", "missing" in the second, "surplus" in the second, or other "shape" or "dtype"."""
+    """"same" bits, "differs", "missing" in the second, "surplus" in the second, or other "shape" or
+    "dtype".
+    """
     max_abs: float = 0.0
     """Largest absolute difference of values; infinite where one has NaN."""
     detail: str = ""
@@ -38,9 +42,11 @@ def compare_models(one: OpenedCheckpoint, other: OpenedCheckpoint) -> Iterator[D
 
 
 def compare_stored(one: StoredCheckpoint, other: StoredCheckpoint) -> Iterator[Difference]:
-    """Every tensor of two torch_dist folders under their stored names, optimizer included, layer by layer.
+    """Every tensor of two torch_dist folders under their stored names, optimizer included, layer by
+    layer.
 
-    The layout that wrote them does not matter. Step, learning rate and generator state are not compared.
+    The layout that wrote them does not matter. Step, learning rate and generator state are not
+    compared.
     """
     for name in [*one.tensors, *(x for x in other.tensors if x not in one.tensors)]:
         a, b = one.tensors.get(name), other.tensors.get(name)
@@ -49,11 +55,18 @@ def compare_stored(one: StoredCheckpoint, other: StoredCheckpoint) -> Iterator[D
         elif a.shape != b.shape or a.dtype != b.dtype:
             yield _unlike(name, a.shape, b.shape, a.dtype, b.dtype)
         else:
-            yield _worst(name, [_values(name, one.read(name, offset, size), other.read(name, offset, size))
-                                for offset, size in _blocks(a.shape, a.dtype.itemsize)])
+            yield _worst(
+                name,
+                [
+                    _values(name, one.read(name, offset, size), other.read(name, offset, size))
+                    for offset, size in _blocks(a.shape, a.dtype.itemsize)
+                ],
+            )
 
 
-def _blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _blocks(
+    shape: tuple[int, ...], itemsize: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Boxes of at most ``BLOCK_BYTES``, or one row, over the first axis."""
     if not shape:
         yield (), ()
@@ -80,8 +93,15 @@ def _compare(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Iterator
             yield _values(name, a, b)
 
 
-def _unlike(name: str, shape_a: tuple[int, ...], shape_b: tuple[int, ...], dtype_a: torch.dtype, dtype_b: torch.dtype,
-            a: Tensor | None = None, b: Tensor | None = None) -> Difference:
+def _unlike(
+    name: str,
+    shape_a: tuple[int, ...],
+    shape_b: tuple[int, ...],
+    dtype_a: torch.dtype,
+    dtype_b: torch.dtype,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+) -> Difference:
     if shape_a != shape_b:
         return Difference(name, "shape", math.inf, f"{shape_a} and {shape_b}")
     max_abs = _values(name, a, b).max_abs if a is not None and b is not None else math.inf
@@ -89,24 +109,36 @@ def _unlike(name: str, shape_a: tuple[int, ...], shape_b: tuple[int, ...], dtype
 
 
 def _values(name: str, a: Tensor, b: Tensor) -> Difference:
-    if a.dtype == b.dtype and torch.equal(a.contiguous().reshape(-1).view(torch.uint8),
-                                          b.contiguous().reshape(-1).view(torch.uint8)):
+    if a.dtype == b.dtype and torch.equal(
+        a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8)
+    ):
         return Difference(name, "same")
     largest = float((a.double() - b.double()).abs().max()) if a.numel() else 0.0
     return Difference(name, "differs", math.inf if math.isnan(largest) else largest)
 
 
 @torch.no_grad()
-def logits_difference(one: OpenedCheckpoint, other: OpenedCheckpoint, text: str, tokenizer: Path,
-                      max_tokens: int = 512) -> float:
-    """Largest absolute difference of float32 logits on ``text``, by transformers; infinite where one is NaN. Both
-    models are built, one after the other, from a temporary folder where they are not Hugging Face's; ``ConfigError``
-    when there is no tokenizer or the text is empty."""
+def logits_difference(
+    one: OpenedCheckpoint,
+    other: OpenedCheckpoint,
+    text: str,
+    tokenizer: Path,
+    max_tokens: int = 512,
+) -> float:
+    """Largest absolute difference of float32 logits on ``text``, by transformers; infinite where
+    one is NaN. Both models are built, one after the other, from a temporary folder where they are
+    not Hugging Face's; ``ConfigError`` when there is no tokenizer or the text is empty.
+    """
     from transformers import AutoTokenizer
 
-    if not (tokenizer / "tokenizer.json").is_file() and not (tokenizer / "tokenizer_config.json").is_file():
+    if (
+        not (tokenizer / "tokenizer.json").is_file()
+        and not (tokenizer / "tokenizer_config.json").is_file()
+    ):
         raise ConfigError(f"{tokenizer} has no tokenizer: the text cannot be encoded")
-    ids = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)(text)["input_ids"][:max_tokens]
+    ids = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)(text)["input_ids"][
+        :max_tokens
+    ]
     if not ids:
         raise ConfigError("the text has no tokens")
     logits = [_logits(checkpoint, torch.tensor([ids])) for checkpoint in (one, other)]
@@ -122,5 +154,7 @@ def _logits(checkpoint: OpenedCheckpoint, ids_1T: Tensor) -> Tensor:
         if checkpoint.kind != "hf":
             folder = Path(scratch)
             write_hf(folder, checkpoint, lambda num_bytes: None)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        )
         return model.eval()(ids_1T).logits[0]

@@ -21,7 +21,13 @@ from tqdm import tqdm
 from spark_nemo.config.errors import ConfigError
 from spark_nemo.records.progress_bar import progress_bar
 
-from ..hf_files import MAX_SHARD_BYTES, copy_companions, plan_files, write_model_files, write_tensors
+from ..hf_files import (
+    MAX_SHARD_BYTES,
+    copy_companions,
+    plan_files,
+    write_model_files,
+    write_tensors,
+)
 from ..hf_weights import hf_tensor_shapes
 from . import nemo
 from .global_tensors import GlobalTensors
@@ -44,13 +50,22 @@ class Converted:
     seconds: float
 
 
-def convert(source: str | Path, target: str | Path, to: str, hf_config_from: str | Path | None = None,
-            dtype: torch.dtype | None = None, trust_pickle: bool = False, show_progress: bool = False,
-            max_shard_bytes: int = MAX_SHARD_BYTES) -> Converted:
-    """Write the checkpoint ``source`` (of any format) into the new folder ``target`` in format ``to``.
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: str,
+    hf_config_from: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    trust_pickle: bool = False,
+    show_progress: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Converted:
+    """Write the checkpoint ``source`` (of any format) into the new folder ``target`` in format
+    ``to``.
 
-    The folder appears when it is complete. After a kill the same call goes on where it was: finished files are kept.
-    ``ConfigError`` names the file or tensor that is wrong, and nothing is left behind.
+    The folder appears when it is complete. After a kill the same call goes on where it was:
+    finished files are kept. ``ConfigError`` names the file or tensor that is wrong, and nothing is
+    left behind.
     """
     if to not in FORMATS:
         raise ConfigError(f"to={to!r} is not one of {', '.join(FORMATS)}")
@@ -62,11 +77,25 @@ def convert(source: str | Path, target: str | Path, to: str, hf_config_from: str
         opened = replace(opened, tensors=_Cast(opened.tensors, dtype, str(source)))
     shapes = hf_tensor_shapes(opened.shape)
     num_bytes = sum(map(math.prod, shapes.values())) * opened.dtype.itemsize
-    job = {"from": opened.kind, "to": to, "files": fingerprint(source), "dtype": str(opened.dtype),
-           "max_shard_bytes": max_shard_bytes, "hf_config": opened.hf_config}
-    with resumable_folder(target, job) as folder, progress_bar(
-            total=num_bytes, unit="B", unit_scale=True, unit_divisor=1024, disable=not show_progress,
-            desc=f"{opened.kind} -> {to}") as bar:
+    job = {
+        "from": opened.kind,
+        "to": to,
+        "files": fingerprint(source),
+        "dtype": str(opened.dtype),
+        "max_shard_bytes": max_shard_bytes,
+        "hf_config": opened.hf_config,
+    }
+    with (
+        resumable_folder(target, job) as folder,
+        progress_bar(
+            total=num_bytes,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            disable=not show_progress,
+            desc=f"{opened.kind} -> {to}",
+        ) as bar,
+    ):
         if to == "hf":
             write_hf(folder, opened, bar.update, max_shard_bytes)
         else:
@@ -75,7 +104,9 @@ def convert(source: str | Path, target: str | Path, to: str, hf_config_from: str
 
 
 class _Cast(Mapping[str, Tensor]):
-    """Tensors in another type. ``ConfigError`` for a finite value that would become infinite: float16 ends at 65504."""
+    """Tensors in another type. ``ConfigError`` for a finite value that would become infinite:
+    float16 ends at 65504.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, origin: str) -> None:
         self.tensors, self.dtype, self.origin = tensors, dtype, origin
@@ -85,8 +116,10 @@ class _Cast(Mapping[str, Tensor]):
         cast = tensor.to(self.dtype)
         lost = ~torch.isfinite(cast)
         if lost.any() and (lost & torch.isfinite(tensor)).any():
-            raise ConfigError(f"tensor {name} in {self.origin} has values up to {float(tensor.abs().max()):.4g}, and "
-                              f"{self.dtype} ends at {torch.finfo(self.dtype).max:.4g}: choose another --dtype")
+            raise ConfigError(
+                f"tensor {name} in {self.origin} has values up to {float(tensor.abs().max()):.4g}, and "
+                f"{self.dtype} ends at {torch.finfo(self.dtype).max:.4g}: choose another --dtype"
+            )
         return cast
 
     def __iter__(self) -> Iterator[str]:
@@ -96,9 +129,15 @@ class _Cast(Mapping[str, Tensor]):
         return len(self.tensors)
 
 
-def write_hf(folder: Path, opened: OpenedCheckpoint, progress: Callable[[int], object],
-             max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Fill ``folder`` with the Hugging Face form of a checkpoint; files that are finished there are kept."""
+def write_hf(
+    folder: Path,
+    opened: OpenedCheckpoint,
+    progress: Callable[[int], object],
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Fill ``folder`` with the Hugging Face form of a checkpoint; files that are finished there are
+    kept.
+    """
     shapes = hf_tensor_shapes(opened.shape)
     for companions in opened.companions:
         copy_companions(companions, folder)
@@ -108,12 +147,19 @@ def write_hf(folder: Path, opened: OpenedCheckpoint, progress: Callable[[int], o
     def tensors() -> Iterator[tuple[str, Tensor]]:
         finished = {file for file in set(file_of.values()) if (folder / file).exists()}
         wanted = [name for name in shapes if file_of[name] not in finished]
-        progress(sum(math.prod(shapes[name]) for name in set(shapes) - set(wanted)) * opened.dtype.itemsize)
+        progress(
+            sum(math.prod(shapes[name]) for name in set(shapes) - set(wanted))
+            * opened.dtype.itemsize
+        )
         with ThreadPoolExecutor(1) as reader:  # the next tensor is read while this one is written
             coming = reader.submit(opened.tensors.__getitem__, wanted[0]) if wanted else None
             for name, following in zip(wanted, [*wanted[1:], None]):
                 tensor = coming.result()
-                coming = reader.submit(opened.tensors.__getitem__, following) if following is not None else None
+                coming = (
+                    reader.submit(opened.tensors.__getitem__, following)
+                    if following is not None
+                    else None
+                )
                 yield name, tensor
                 progress(math.prod(shapes[name]) * opened.dtype.itemsize)
 
@@ -125,7 +171,9 @@ def _write_megatron(folder: Path, opened: OpenedCheckpoint, to: str, bar: tqdm) 
 
     def read(number: int) -> Tensor:
         placed = expected.pieces[number].placed
-        return placed.rule.transform.to_shards([opened.tensors[name] for name in placed.hf], opened.shape, 1)[0]
+        return placed.rule.transform.to_shards(
+            [opened.tensors[name] for name in placed.hf], opened.shape, 1
+        )[0]
 
     if to == "nemo":
         weights, prefix = folder / nemo.WEIGHTS, nemo.PREFIX
@@ -137,7 +185,9 @@ def _write_megatron(folder: Path, opened: OpenedCheckpoint, to: str, bar: tqdm) 
         for path in opened.companions:
             copy_companions(path, companions)
         (companions / "config.json").write_text(hf_config_text(opened.hf_config))
-    boxes = [Box(prefix + piece.key, expected.shapes[piece.key], opened.dtype, piece.offset, piece.size)
-             for piece in expected.pieces]
+    boxes = [
+        Box(prefix + piece.key, expected.shapes[piece.key], opened.dtype, piece.offset, piece.size)
+        for piece in expected.pieces
+    ]
     objects = dict.fromkeys((prefix + name for name in expected.extra_states), no_extra_state)
     write_torch_dist(weights, Source(boxes, read, objects), bar.update)

@@ -16,7 +16,9 @@ from .training import HF_FILES
 
 
 def describe(folder: str | Path, every_tensor: bool = True) -> Iterator[str]:
-    """Lines for a person: format, step, layout, sizes, then one line per tensor. ``ConfigError`` as when opening."""
+    """Lines for a person: format, step, layout, sizes, then one line per tensor. ``ConfigError`` as
+    when opening.
+    """
     kind, weights = recognise(folder)
     if kind == "nemo":
         yield f"NeMo 2 checkpoint {folder}"

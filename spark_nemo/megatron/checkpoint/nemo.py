@@ -1,8 +1,9 @@
 """NeMo 2's checkpoint folder, read and written without nemo-toolkit.
 
-``weights/`` is a torch_dist checkpoint whose keys start with "module."; ``context/`` has ``model.yaml`` (the model's
-configuration under the names of NeMo's classes, defaults included), ``io.json`` (what NeMo builds its objects of, see
-``nemo_io``), ``nemo_tokenizer/`` and ``artifacts/``. Checked against nemo-toolkit by benchmarks/nemo_parity.py.
+``weights/`` is a torch_dist checkpoint whose keys start with "module."; ``context/`` has
+``model.yaml`` (the model's configuration under the names of NeMo's classes, defaults included),
+``io.json`` (what NeMo builds its objects of, see ``nemo_io``), ``nemo_tokenizer/`` and
+``artifacts/``. Checked against nemo-toolkit by benchmarks/nemo_parity.py.
 """
 
 from __future__ import annotations
@@ -25,26 +26,51 @@ from .stored import EMBEDDING, StoredCheckpoint
 WEIGHTS, CONTEXT, MODEL_YAML, PREFIX = "weights", "context", "model.yaml", "module."
 TOKENIZER, ARTIFACTS = "nemo_tokenizer", "artifacts"
 _MODELS = "nemo.collections.llm.gpt.model."
-_CLASSES = {"qwen2": ("qwen2.Qwen2Model", "qwen2.Qwen2Config"), "qwen3": ("qwen3.Qwen3Model", "qwen3.Qwen3Config"),
-            "qwen3_moe": ("qwen3.Qwen3Model", "qwen3.Qwen3MoEConfig"),
-            "llama": ("llama.LlamaModel", "llama.Llama3Config")}
+_CLASSES = {
+    "qwen2": ("qwen2.Qwen2Model", "qwen2.Qwen2Config"),
+    "qwen3": ("qwen3.Qwen3Model", "qwen3.Qwen3Config"),
+    "qwen3_moe": ("qwen3.Qwen3Model", "qwen3.Qwen3MoEConfig"),
+    "llama": ("llama.LlamaModel", "llama.Llama3Config"),
+}
 _LLAMA31 = "llama.Llama31Config"
-_ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
-                  "llama": "LlamaForCausalLM"}
-_SAME = {"num_hidden_layers": "num_layers", "hidden_size": "hidden_size", "intermediate_size": "ffn_hidden_size",
-         "num_attention_heads": "num_attention_heads", "num_key_value_heads": "num_query_groups",
-         "rms_norm_eps": "layernorm_epsilon", "rope_theta": "rotary_base", "initializer_range": "init_method_std",
-         "tie_word_embeddings": "share_embeddings_and_output_weights"}
+_ARCHITECTURES = {
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "llama": "LlamaForCausalLM",
+}
+_SAME = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "ffn_hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_key_value_heads": "num_query_groups",
+    "rms_norm_eps": "layernorm_epsilon",
+    "rope_theta": "rotary_base",
+    "initializer_range": "init_method_std",
+    "tie_word_embeddings": "share_embeddings_and_output_weights",
+}
 """Hugging Face's names of what NeMo's configuration has under another name."""
 _INPUT_NORM = "decoder.layers.self_attention.linear_qkv.layer_norm_weight"
 _FINAL_NORM = "decoder.final_layernorm.weight"
-_FIXED = {"normalization": "RMSNorm", "gated_linear_unit": True, "add_bias_linear": False,
-          "position_embedding_type": "rope"}
+_FIXED = {
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "add_bias_linear": False,
+    "position_embedding_type": "rope",
+}
 
 
-def write_context(folder: Path, hf_config: dict[str, Any], shape: ModelShape, dtype: torch.dtype,
-                  sources: tuple[Path, ...]) -> None:
-    """Write ``folder/context``. config.json goes into ``artifacts/``, so that the way back needs nothing else."""
+def write_context(
+    folder: Path,
+    hf_config: dict[str, Any],
+    shape: ModelShape,
+    dtype: torch.dtype,
+    sources: tuple[Path, ...],
+) -> None:
+    """Write ``folder/context``. config.json goes into ``artifacts/``, so that the way back needs
+    nothing else.
+    """
     context = folder / CONTEXT
     for sub in (TOKENIZER, ARTIFACTS):
         (context / sub).mkdir(parents=True, exist_ok=True)
@@ -59,23 +85,28 @@ def write_context(folder: Path, hf_config: dict[str, Any], shape: ModelShape, dt
     (context / ARTIFACTS / "config.json").write_text(json.dumps(config, indent=2))
     model = _model_yaml(shape, dtype, context)
     (context / MODEL_YAML).write_text(yaml.safe_dump(model, sort_keys=True))
-    (context / IO_JSON).write_text(io_json({key: value for key, value in model.items() if value is not None}))
+    (context / IO_JSON).write_text(
+        io_json({key: value for key, value in model.items() if value is not None})
+    )
 
 
 def check_norms(stored: StoredCheckpoint) -> None:
-    """``ConfigError`` for the layer norms that NeMo's import leaves at 1 when Transformer Engine is not installed.
+    """``ConfigError`` for the layer norms that NeMo's import leaves at 1 when Transformer Engine is
+    not installed.
 
-    It then finds no tensor of their names and only warns; the final norm has the same name and arrives. A fresh model
-    has ones in both.
+    It then finds no tensor of their names and only warns; the final norm has the same name and
+    arrives. A fresh model has ones in both.
     """
     norms = [stored.prefix + key for key in (_INPUT_NORM, _FINAL_NORM)]
     if any(key not in stored.tensors for key in norms):
         return  # a missing tensor is found, and named, with the others
     lost, arrived = (bool((stored.read(key) == 1).all()) for key in norms)
     if lost and not arrived:
-        raise ConfigError(f"{stored.folder}: tensor {norms[0]} is 1 everywhere, {norms[1]} is not: NeMo's import loses "
-                          "layer norms where Transformer Engine is not installed. Import the model again with it, or "
-                          "with tools/convert_hf_to_megatron.py --to nemo")
+        raise ConfigError(
+            f"{stored.folder}: tensor {norms[0]} is 1 everywhere, {norms[1]} is not: NeMo's import loses "
+            "layer norms where Transformer Engine is not installed. Import the model again with it, or "
+            "with tools/convert_hf_to_megatron.py --to nemo"
+        )
 
 
 def companions(folder: Path) -> tuple[Path, ...]:
@@ -85,9 +116,11 @@ def companions(folder: Path) -> tuple[Path, ...]:
 
 
 def hf_config(folder: Path, stored: StoredCheckpoint) -> dict[str, Any]:
-    """The config.json of a NeMo checkpoint: the one carried along, checked against model.yaml, or one made of it.
+    """The config.json of a NeMo checkpoint: the one carried along, checked against model.yaml, or
+    one made of it.
 
-    Raises ``ConfigError`` naming the key of model.yaml that is missing or says what is not supported.
+    Raises ``ConfigError`` naming the key of model.yaml that is missing or says what is not
+    supported.
     """
     path = folder / CONTEXT / MODEL_YAML
     made = _from_yaml(path, stored)
@@ -102,50 +135,89 @@ def hf_config(folder: Path, stored: StoredCheckpoint) -> dict[str, Any]:
     for field in fields(ModelShape):
         a, b = getattr(ours, field.name), getattr(theirs, field.name)
         if a != b:
-            raise ConfigError(f"{path} says {field.name}={b}, {carried} says {a}: correct one of them")
+            raise ConfigError(
+                f"{path} says {field.name}={b}, {carried} says {a}: correct one of them"
+            )
     return config
 
 
 def _model_yaml(shape: ModelShape, dtype: torch.dtype, context: Path) -> dict[str, Any]:
-    """The tree of model.yaml. Tokenizer and generation settings are named when ``context`` has their files."""
+    """The tree of model.yaml. Tokenizer and generation settings are named when ``context`` has
+    their files.
+    """
     model, config = _CLASSES[shape.family]
     values: dict[str, Any] = {
-        **_FIXED, "num_layers": shape.num_layers, "hidden_size": shape.hidden_size, "ffn_hidden_size": shape.ffn_size,
-        "num_attention_heads": shape.num_heads, "num_query_groups": shape.num_kv_heads, "kv_channels": shape.head_dim,
-        "vocab_size": shape.vocab_size, "make_vocab_size_divisible_by": 1, "seq_length": shape.max_positions,
-        "layernorm_epsilon": shape.norm_eps, "rotary_base": shape.rope_theta, "init_method_std": shape.init_std,
-        "share_embeddings_and_output_weights": shape.tied_embeddings, "add_qkv_bias": shape.qkv_bias,
-        "qk_layernorm": shape.qk_norm, "hidden_dropout": 0.0, "attention_dropout": 0.0,
-        "bf16": dtype == torch.bfloat16, "fp16": dtype == torch.float16,
-        "params_dtype": symbol(str(dtype)), "activation_func": symbol("torch.nn.functional.silu"),
+        **_FIXED,
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_size,
+        "num_attention_heads": shape.num_heads,
+        "num_query_groups": shape.num_kv_heads,
+        "kv_channels": shape.head_dim,
+        "vocab_size": shape.vocab_size,
+        "make_vocab_size_divisible_by": 1,
+        "seq_length": shape.max_positions,
+        "layernorm_epsilon": shape.norm_eps,
+        "rotary_base": shape.rope_theta,
+        "init_method_std": shape.init_std,
+        "share_embeddings_and_output_weights": shape.tied_embeddings,
+        "add_qkv_bias": shape.qkv_bias,
+        "qk_layernorm": shape.qk_norm,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "params_dtype": symbol(str(dtype)),
+        "activation_func": symbol("torch.nn.functional.silu"),
     }
-    if shape.family.startswith("qwen3"):  # its class has a default of its own for this second name of seq_length
+    if shape.family.startswith(
+        "qwen3"
+    ):  # its class has a default of its own for this second name of seq_length
         values["max_position_embeddings"] = shape.max_positions
     if scaling := shape.rope_scaling:
         config = _LLAMA31
-        values |= {"scale_factor": scaling.factor, "low_freq_factor": scaling.low_freq_factor,
-                   "high_freq_factor": scaling.high_freq_factor, "old_context_len": scaling.original_max_positions}
+        values |= {
+            "scale_factor": scaling.factor,
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "old_context_len": scaling.original_max_positions,
+        }
     if experts := shape.experts:
-        values |= {"num_moe_experts": experts.count, "moe_router_topk": experts.per_token,
-                   "moe_ffn_hidden_size": experts.ffn_size, "moe_router_pre_softmax": not experts.normalised}
+        values |= {
+            "num_moe_experts": experts.count,
+            "moe_router_topk": experts.per_token,
+            "moe_ffn_hidden_size": experts.ffn_size,
+            "moe_router_pre_softmax": not experts.normalised,
+        }
     if (context / ARTIFACTS / "generation_config.json").is_file():
         values["generation_config"] = call(
-            "nemo.lightning.io.artifact.hf_auto.from_pretrained", pretrained_model_name_or_path=f"./{ARTIFACTS}",
-            auto_cls=symbol("transformers.generation.configuration_utils.GenerationConfig"))
+            "nemo.lightning.io.artifact.hf_auto.from_pretrained",
+            pretrained_model_name_or_path=f"./{ARTIFACTS}",
+            auto_cls=symbol("transformers.generation.configuration_utils.GenerationConfig"),
+        )
     tokenizer = None
     if (context / TOKENIZER / "tokenizer_config.json").is_file():
-        tokenizer = call("nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer",
-                         pretrained_model_name=TOKENIZER)
-    return call(_MODELS + model, config=call(_MODELS + config, **values), tokenizer=tokenizer, optim=None,
-                model_transform=None)
+        tokenizer = call(
+            "nemo.collections.common.tokenizers.huggingface.auto_tokenizer.AutoTokenizer",
+            pretrained_model_name=TOKENIZER,
+        )
+    return call(
+        _MODELS + model,
+        config=call(_MODELS + config, **values),
+        tokenizer=tokenizer,
+        optim=None,
+        model_transform=None,
+    )
 
 
 def _from_yaml(path: Path, stored: StoredCheckpoint) -> dict[str, Any]:
     config = _read_config(path)
     for key, value in plain_values(path.parent, "model.config").items():
         if key in config and config[key] != value:
-            raise ConfigError(f"{path} says {key}={config[key]!r}, {path.parent / IO_JSON}, which NeMo reads, says "
-                              f"{value!r}: correct one of them")
+            raise ConfigError(
+                f"{path} says {key}={config[key]!r}, {path.parent / IO_JSON}, which NeMo reads, says "
+                f"{value!r}: correct one of them"
+            )
 
     def get(key: str) -> Any:
         if config.get(key) is None:
@@ -157,19 +229,33 @@ def _from_yaml(path: Path, stored: StoredCheckpoint) -> dict[str, Any]:
             raise ConfigError(f"{path}: {key}={config[key]!r} is not supported, only {only!r}")
     family = _family(get("_target_"), config, path)
     rows = stored.tensors[stored.prefix + EMBEDDING].shape[0]
-    hf: dict[str, Any] = {"architectures": [_ARCHITECTURES[family]], "model_type": family, "hidden_act": "silu",
-                          "vocab_size": config.get("vocab_size") or rows, "use_sliding_window": False,
-                          "max_position_embeddings": config.get("max_position_embeddings") or get("seq_length"),
-                          **{name: get(theirs) for name, theirs in _SAME.items()}}
+    hf: dict[str, Any] = {
+        "architectures": [_ARCHITECTURES[family]],
+        "model_type": family,
+        "hidden_act": "silu",
+        "vocab_size": config.get("vocab_size") or rows,
+        "use_sliding_window": False,
+        "max_position_embeddings": config.get("max_position_embeddings") or get("seq_length"),
+        **{name: get(theirs) for name, theirs in _SAME.items()},
+    }
     hf["head_dim"] = config.get("kv_channels") or get("hidden_size") // get("num_attention_heads")
     if family == "llama" and config.get("scale_factor") is not None:
-        hf["rope_scaling"] = {"rope_type": "llama3", "factor": get("scale_factor"),
-                              "low_freq_factor": get("low_freq_factor"), "high_freq_factor": get("high_freq_factor"),
-                              "original_max_position_embeddings": get("old_context_len")}
+        hf["rope_scaling"] = {
+            "rope_type": "llama3",
+            "factor": get("scale_factor"),
+            "low_freq_factor": get("low_freq_factor"),
+            "high_freq_factor": get("high_freq_factor"),
+            "original_max_position_embeddings": get("old_context_len"),
+        }
     if family == "qwen3_moe":
-        hf |= {"num_experts": get("num_moe_experts"), "num_experts_per_tok": get("moe_router_topk"),
-               "moe_intermediate_size": get("moe_ffn_hidden_size"), "decoder_sparse_step": 1, "mlp_only_layers": [],
-               "norm_topk_prob": not config.get("moe_router_pre_softmax", False)}
+        hf |= {
+            "num_experts": get("num_moe_experts"),
+            "num_experts_per_tok": get("moe_router_topk"),
+            "moe_intermediate_size": get("moe_ffn_hidden_size"),
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "norm_topk_prob": not config.get("moe_router_pre_softmax", False),
+        }
     return hf
 
 
@@ -177,10 +263,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text())["config"]
     except FileNotFoundError as error:
-        also = " (io.json alone leaves out what is a default of NeMo's classes)" if (
-            path.parent / IO_JSON).is_file() else ""
-        raise ConfigError(f"{path} is missing{also}: name a folder that has the model's config.json with --hf-config"
-                          ) from error
+        also = (
+            " (io.json alone leaves out what is a default of NeMo's classes)"
+            if (path.parent / IO_JSON).is_file()
+            else ""
+        )
+        raise ConfigError(
+            f"{path} is missing{also}: name a folder that has the model's config.json with --hf-config"
+        ) from error
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
     if not isinstance(config, dict):
@@ -189,7 +279,13 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _family(target: str, config: dict[str, Any], path: Path) -> str:
-    for module, family in (("qwen2.Qwen2", "qwen2"), ("qwen3.Qwen3", "qwen3"), ("llama.Llama", "llama")):
+    for module, family in (
+        ("qwen2.Qwen2", "qwen2"),
+        ("qwen3.Qwen3", "qwen3"),
+        ("llama.Llama", "llama"),
+    ):
         if str(target).startswith(_MODELS + module):
             return "qwen3_moe" if family == "qwen3" and config.get("num_moe_experts") else family
-    raise ConfigError(f"{path}: {target} is not a supported model, only NeMo's qwen2, qwen3 and llama")
+    raise ConfigError(
+        f"{path}: {target} is not a supported model, only NeMo's qwen2, qwen3 and llama"
+    )

@@ -1,4 +1,6 @@
-"""pytorch_model*.bin, for who asks for it by name. Read with torch's restricted unpickler, which makes tensors only."""
+"""pytorch_model*.bin, for who asks for it by name. Read with torch's restricted unpickler, which
+makes tensors only.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,20 @@ class PickledFolder(Mapping[str, Tensor]):
         if not (self.folder / INDEX).is_file():
             return sorted(self.folder.glob(PICKLES))
         try:
-            names = sorted(set(json.loads((self.folder / INDEX).read_text())["weight_map"].values()))
+            names = sorted(
+                set(json.loads((self.folder / INDEX).read_text())["weight_map"].values())
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{self.folder / INDEX} is damaged: {error!r}") from error
         for name in names:
-            if not isinstance(name, str) or Path(name).name != name or not (self.folder / name).is_file():
-                raise ConfigError(f"{self.folder / INDEX} names {name!r}, which is not a file of the same folder")
+            if (
+                not isinstance(name, str)
+                or Path(name).name != name
+                or not (self.folder / name).is_file()
+            ):
+                raise ConfigError(
+                    f"{self.folder / INDEX} names {name!r}, which is not a file of the same folder"
+                )
         return [self.folder / name for name in names]
 
     def _load(self, file: Path) -> dict[str, object]:
@@ -58,8 +68,10 @@ class PickledFolder(Mapping[str, Tensor]):
         """Shape and dtype of every tensor."""
         for name, tensor in self._tensors.items():
             if not tensor.is_floating_point():
-                raise ConfigError(f"tensor {name} in {self.folder} has dtype {tensor.dtype}, weights are "
-                                  "floating-point numbers")
+                raise ConfigError(
+                    f"tensor {name} in {self.folder} has dtype {tensor.dtype}, weights are "
+                    "floating-point numbers"
+                )
         return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()}
 
     def __getitem__(self, name: str) -> Tensor:

@@ -1,8 +1,8 @@
 """A training checkpoint, weights and optimizer state, for another parallel layout.
 
-torch_dist is read by any layout as it is: its tensors are whole models', and a rank reads the boxes that overlap its
-share, each box completely. Rewriting cuts the boxes as the ranks of the new layout will want them, so that none reads
-more than its own. The values do not change.
+torch_dist is read by any layout as it is: its tensors are whole models', and a rank reads the boxes
+that overlap its share, each box completely. Rewriting cuts the boxes as the ranks of the new layout
+will want them, so that none reads more than its own. The values do not change.
 """
 
 from __future__ import annotations
@@ -41,13 +41,18 @@ class Resharded:
     num_boxes: int
 
 
-def reshard(source: str | Path, target: str | Path, layout: MegatronConfig, hf_config_from: str | Path | None = None,
-            show_progress: bool = False) -> Resharded:
-    """Write the newest checkpoint of the run folder ``source`` into the new run folder ``target``, cut for ``layout``,
-    and compare every tensor of the two bit by bit.
+def reshard(
+    source: str | Path,
+    target: str | Path,
+    layout: MegatronConfig,
+    hf_config_from: str | Path | None = None,
+    show_progress: bool = False,
+) -> Resharded:
+    """Write the newest checkpoint of the run folder ``source`` into the new run folder ``target``,
+    cut for ``layout``, and compare every tensor of the two bit by bit.
 
-    Raises ``ConfigError`` when the model cannot be split as ``layout`` says, and when the optimizer's state is in a
-    format that only the layout that wrote it can read.
+    Raises ``ConfigError`` when the model cannot be split as ``layout`` says, and when the
+    optimizer's state is in a format that only the layout that wrote it can read.
     """
     source, target = Path(source), Path(target)
     if target.resolve().is_relative_to(source.resolve()):
@@ -60,44 +65,66 @@ def reshard(source: str | Path, target: str | Path, layout: MegatronConfig, hf_c
     shape = ModelShape.from_hf(config, f"{config_folder}/config.json")
     shape.check_layout(layout)
     if has_layers_apart(stored.weights()):
-        raise ConfigError(f"{step} has every layer under keys of its own (non_homogeneous_layers), which is "
-                          "not resharded: the code that wrote it resumes it under any layout, and it can be converted")
+        raise ConfigError(
+            f"{step} has every layer under keys of its own (non_homogeneous_layers), which is "
+            "not resharded: the code that wrote it resumes it under any layout, and it can be converted"
+        )
     tensors = GlobalTensors.of(shape)
-    check_stored_shapes({key: tensor.shape for key, tensor in stored.weights().items()}, tensors, str(step))
+    check_stored_shapes(
+        {key: tensor.shape for key, tensor in stored.weights().items()}, tensors, str(step)
+    )
     check_states(stored)
     boxes = _boxes(stored, shape, tensors, layout)
 
     def read(number: int) -> Tensor:
         return stored.read(boxes[number].key, boxes[number].offset, boxes[number].size)
 
-    job = {"files": fingerprint(source), "layout": [layout.tensor_parallel, layout.pipeline_parallel],
-           "hf_config": config}
-    with resumable_folder(target, job) as folder, progress_bar(
-            total=sum(box.num_bytes for box in boxes), unit="B", unit_scale=True, unit_divisor=1024,
-            disable=not show_progress, desc="reshard") as bar:
+    job = {
+        "files": fingerprint(source),
+        "layout": [layout.tensor_parallel, layout.pipeline_parallel],
+        "hf_config": config,
+    }
+    with (
+        resumable_folder(target, job) as folder,
+        progress_bar(
+            total=sum(box.num_bytes for box in boxes),
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            disable=not show_progress,
+            desc="reshard",
+        ) as bar,
+    ):
         inside = folder if step == source else folder / step.name
         objects = {key: (lambda key=key: stored.read_object(key)) for key in stored.objects}
         inside.mkdir(exist_ok=True)
-        write_torch_dist(inside, Source(boxes, read, objects), bar.update, common=step / "common.pt")
+        write_torch_dist(
+            inside, Source(boxes, read, objects), bar.update, common=step / "common.pt"
+        )
         _carry_over(step, source, inside, folder)
         for difference in compare_stored(stored, StoredCheckpoint(inside)):
             if difference.found != "same":
-                raise ConfigError(f"tensor {difference.name} of {inside} is not that of {step}: the disk or the memory "
-                                  "of this machine changes bits")
+                raise ConfigError(
+                    f"tensor {difference.name} of {inside} is not that of {step}: the disk or the memory "
+                    "of this machine changes bits"
+                )
     return Resharded(step, target, len(stored.tensors), len(boxes))
 
 
 def check_states(stored: StoredCheckpoint) -> dict[str, list[str]]:
-    """Of every optimizer state ("exp_avg", ...), the parameters it is for. ``ConfigError`` names one that is missing or
-    of another shape than its weight."""
+    """Of every optimizer state ("exp_avg", ...), the parameters it is for. ``ConfigError`` names
+    one that is missing or of another shape than its weight.
+    """
     weights, found = stored.weights(), {}
     for key, tensor in stored.tensors.items():
         if key.startswith(STATES):
             state, _, weight = key.removeprefix(STATES).partition(".")
             found.setdefault(state, []).append(weight)
             if weight not in weights or weights[weight].shape != tensor.shape:
-                raise ConfigError(f"tensor {key} in {stored.folder} has shape {tensor.shape}, its weight "
-                                  f"{weights[weight].shape if weight in weights else 'is not there'}")
+                raise ConfigError(
+                    f"tensor {key} in {stored.folder} has shape {tensor.shape}, its weight "
+                    f"{weights[weight].shape if weight in weights else 'is not there'}"
+                )
     for state, names in found.items():
         if missing := sorted(set(weights) - set(names)):
             raise ConfigError(f"{stored.folder} lacks tensor {STATES}{state}.{missing[0]}")
@@ -111,12 +138,17 @@ def _check_optimizer(stored: StoredCheckpoint) -> None:
         raise ConfigError(
             f"the optimizer state of {stored.folder} is {kind or 'flat'}: only the tensor and pipeline layout that "
             f"wrote it can read it. Resume it there and save it with {SHARDING}='fully_reshardable', as this project "
-            "does")
+            "does"
+        )
 
 
-def _boxes(stored: StoredCheckpoint, shape: ModelShape, tensors: GlobalTensors, layout: MegatronConfig) -> list[Box]:
+def _boxes(
+    stored: StoredCheckpoint, shape: ModelShape, tensors: GlobalTensors, layout: MegatronConfig
+) -> list[Box]:
     prefix = stored.prefix
-    cut_at = {(prefix + piece.key): piece for piece in tensors.pieces}  # every layer of a key is cut alike
+    cut_at = {
+        (prefix + piece.key): piece for piece in tensors.pieces
+    }  # every layer of a key is cut alike
     boxes = []
     for key, tensor in stored.tensors.items():
         weight = key.removeprefix(STATES).partition(".")[2] if key.startswith(STATES) else key
@@ -128,26 +160,40 @@ def _boxes(stored: StoredCheckpoint, shape: ModelShape, tensors: GlobalTensors, 
             dim = piece.placed.rule.transform.shard_dim
             halves = 2 if weight.endswith("linear_fc1.weight") else 1
             ranks = 1 if dim is None or piece.placed.expert is not None else layout.tensor_parallel
-            parts = list(_cut(tensor.shape, leading, None if ranks == 1 else leading + dim, halves * ranks))
+            parts = list(
+                _cut(tensor.shape, leading, None if ranks == 1 else leading + dim, halves * ranks)
+            )
         boxes += [Box(key, tensor.shape, tensor.dtype, offset, size) for offset, size in parts]
     return boxes
 
 
 def _stacked(piece: Piece) -> int:
     """Axes over layers and experts."""
-    return 0 if not piece.key.startswith("decoder.layers.") else 1 if piece.placed.expert is None else 2
+    return (
+        0
+        if not piece.key.startswith("decoder.layers.")
+        else 1
+        if piece.placed.expert is None
+        else 2
+    )
 
 
-def _cut(shape: tuple[int, ...], leading: int, dim: int | None,
-         parts: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Boxes of one layer (and expert) each, cut into ``parts`` along ``dim``; the last may be smaller."""
+def _cut(
+    shape: tuple[int, ...], leading: int, dim: int | None, parts: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Boxes of one layer (and expert) each, cut into ``parts`` along ``dim``; the last may be
+    smaller.
+    """
     positions: list[tuple[int, ...]] = [()]
     for axis in range(leading):
         positions = [(*position, n) for position in positions for n in range(shape[axis])]
     length = shape[dim] if dim is not None else 0
     step = -(-length // parts) if dim is not None else 1
     for position in positions:
-        offset, size = [*position, *(0,) * (len(shape) - leading)], [*(1,) * leading, *shape[leading:]]
+        offset, size = (
+            [*position, *(0,) * (len(shape) - leading)],
+            [*(1,) * leading, *shape[leading:]],
+        )
         for start in range(0, length, step) if dim is not None else (0,):
             if dim is not None:
                 offset[dim], size[dim] = start, min(step, length - start)

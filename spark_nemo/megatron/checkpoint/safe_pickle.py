@@ -13,12 +13,21 @@ from spark_nemo.config.errors import ConfigError
 
 _CHECKPOINT = "torch.distributed.checkpoint."
 _ALLOWED = {
-    f"{_CHECKPOINT}metadata": {"Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties",
-                               "ChunkStorageMetadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING"},
+    f"{_CHECKPOINT}metadata": {
+        "Metadata",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "TensorProperties",
+        "ChunkStorageMetadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    },
     f"{_CHECKPOINT}filesystem": {"_StorageInfo", "_StoragePrefix"},
     f"{_CHECKPOINT}planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
     "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
-    "torch": {"Size"} | {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
+    "torch": {"Size"}
+    | {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
     "torch.serialization": {"_get_layout"},
     "pathlib": {"PosixPath", "PurePosixPath", "Path"},
     "collections": {"OrderedDict", "defaultdict"},
@@ -31,21 +40,35 @@ class _Unpickler(pickle.Unpickler):
         if name not in _ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
         if name == "MCoreMetadata":
-            # What megatron-core up to 0.15, and so NeMo 2, writes: torch's Metadata and a field on optimizers. In 0.16
-            # an empty class of this name stands in for it.
+            # What megatron-core up to 0.15, and so NeMo 2, writes: torch's Metadata and a field on
+            # optimizers. In 0.16 an empty class of this name stands in for it.
             return Metadata
         return super().find_class(module, name)
 
 
 def read_metadata(path: Path) -> Any:
-    """The ``Metadata`` of a distributed checkpoint. Only its own classes are made; anything else is a ``ConfigError``.
+    """The ``Metadata`` of a distributed checkpoint. Only its own classes are made; anything else is
+    a ``ConfigError``.
     """
     try:
         with path.open("rb") as stream:
             return _Unpickler(stream).load()
     except FileNotFoundError as error:
-        raise ConfigError(f"{path} is missing: this is no complete torch_dist checkpoint") from error
+        raise ConfigError(
+            f"{path} is missing: this is no complete torch_dist checkpoint"
+        ) from error
     # What a damaged pickle raises is not documented; the pickle module names these.
-    except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, ValueError,
-            RuntimeError, MemoryError, OverflowError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        AttributeError,
+        ImportError,
+        IndexError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        MemoryError,
+        OverflowError,
+    ) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error

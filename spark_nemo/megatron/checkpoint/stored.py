@@ -1,4 +1,5 @@
-"""A torch_dist folder on disk, read box by box: no process group, no model, and no more memory than the box asked for.
+"""A torch_dist folder on disk, read box by box: no process group, no model, and no more memory than
+the box asked for.
 """
 
 from __future__ import annotations
@@ -30,8 +31,18 @@ from spark_nemo.config.errors import ConfigError
 from .safe_pickle import read_metadata
 
 EMBEDDING = "embedding.word_embeddings.weight"
-DAMAGE = (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError, AssertionError,
-          OverflowError, MemoryError)
+DAMAGE = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+)
 """What reading a damaged pickle or archive raises, besides the pickle module's own error."""
 NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state")
 
@@ -53,38 +64,59 @@ class StoredCheckpoint:
     """The tensors of a torch_dist folder, whoever wrote it and under whatever layout."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Read ``metadata.json`` and ``.metadata`` only. ``ConfigError`` names what is missing or damaged."""
+        """Read ``metadata.json`` and ``.metadata`` only. ``ConfigError`` names what is missing or
+        damaged.
+        """
         self.folder = Path(folder)
         _check_format(self.folder)
         metadata = read_metadata(self.folder / ".metadata")
         self._metadata = _checked(metadata, self.folder)
         entries = self._metadata.state_dict_metadata
         self.tensors: dict[str, StoredTensor] = {
-            key: StoredTensor(tuple(x.size), x.properties.dtype,
-                              tuple((tuple(c.offsets), tuple(c.sizes)) for c in x.chunks))
-            for key, x in entries.items() if isinstance(x, TensorStorageMetadata)}
+            key: StoredTensor(
+                tuple(x.size),
+                x.properties.dtype,
+                tuple((tuple(c.offsets), tuple(c.sizes)) for c in x.chunks),
+            )
+            for key, x in entries.items()
+            if isinstance(x, TensorStorageMetadata)
+        }
         self.objects = [key for key, x in entries.items() if isinstance(x, BytesStorageMetadata)]
         self._reader = FileSystemReader(self.folder)
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     @property
     def prefix(self) -> str:
-        """What stands before the names of the weights: "" here and in Megatron-LM, "module." in NeMo 2."""
-        found = [key.removesuffix(EMBEDDING) for key in self.tensors
-                 if key.endswith(EMBEDDING) and not key.startswith(NOT_WEIGHTS)]
+        """What stands before the names of the weights: "" here and in Megatron-LM, "module." in
+        NeMo 2.
+        """
+        found = [
+            key.removesuffix(EMBEDDING)
+            for key in self.tensors
+            if key.endswith(EMBEDDING) and not key.startswith(NOT_WEIGHTS)
+        ]
         if len(found) != 1:
-            raise ConfigError(f"{self.folder} has {len(found)} tensors named {EMBEDDING}, one is needed: is it the "
-                              "checkpoint of a language model?")
+            raise ConfigError(
+                f"{self.folder} has {len(found)} tensors named {EMBEDDING}, one is needed: is it the "
+                "checkpoint of a language model?"
+            )
         return found[0]
 
     def weights(self) -> dict[str, StoredTensor]:
         """The model's own tensors, without ``prefix`` and without the optimizer's."""
         prefix = self.prefix
-        return {key.removeprefix(prefix): tensor for key, tensor in self.tensors.items()
-                if key.startswith(prefix) and not key.startswith(NOT_WEIGHTS)}
+        return {
+            key.removeprefix(prefix): tensor
+            for key, tensor in self.tensors.items()
+            if key.startswith(prefix) and not key.startswith(NOT_WEIGHTS)
+        }
 
-    def read(self, key: str, offset: tuple[int, ...] | None = None, size: tuple[int, ...] | None = None) -> Tensor:
-        """The box of tensor ``key`` at ``offset``; all of it by default. ``ConfigError`` when a file is damaged."""
+    def read(
+        self, key: str, offset: tuple[int, ...] | None = None, size: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """The box of tensor ``key`` at ``offset``; all of it by default. ``ConfigError`` when a
+        file is damaged.
+        """
         stored = self._metadata.state_dict_metadata[key]
         offset = offset or (0,) * len(stored.size)
         size = tuple(stored.size) if size is None else size
@@ -92,19 +124,34 @@ class StoredCheckpoint:
         items = create_read_items_for_chunk_list(key, stored, [box])
         read = sum(math.prod(item.lengths) for item in items)
         if read != math.prod(size):
-            raise ConfigError(f"{self.folder}: its files hold {read} of {math.prod(size)} values of tensor {key}")
+            raise ConfigError(
+                f"{self.folder}: its files hold {read} of {math.prod(size)} values of tensor {key}"
+            )
         whole = len(items) == 1 and (tuple(offset), tuple(size)) in self.tensors[key].chunks
-        planner = _TakeIt() if whole else _IntoOneTensor(torch.empty(size, dtype=stored.properties.dtype))
+        planner = (
+            _TakeIt() if whole else _IntoOneTensor(torch.empty(size, dtype=stored.properties.dtype))
+        )
         try:
             self._reader.read_data(LoadPlan(items), planner).wait()
-        except (OSError, RuntimeError, EOFError, AssertionError, KeyError, ValueError, pickle.UnpicklingError,
-                zipfile.BadZipFile) as error:
+        except (
+            OSError,
+            RuntimeError,
+            EOFError,
+            AssertionError,
+            KeyError,
+            ValueError,
+            pickle.UnpicklingError,
+            zipfile.BadZipFile,
+        ) as error:
             file = self._metadata.storage_data[items[0].storage_index].relative_path
-            raise ConfigError(f"tensor {key} in {self.folder / file} cannot be read: "
-                              f"{_first_line(error)}") from error
+            raise ConfigError(
+                f"tensor {key} in {self.folder / file} cannot be read: {_first_line(error)}"
+            ) from error
         if planner.target.dtype != stored.properties.dtype:
-            raise ConfigError(f"tensor {key} in {self.folder} is {planner.target.dtype}, .metadata says "
-                              f"{stored.properties.dtype}")
+            raise ConfigError(
+                f"tensor {key} in {self.folder} is {planner.target.dtype}, .metadata says "
+                f"{stored.properties.dtype}"
+            )
         return planner.target
 
     def read_object(self, key: str) -> bytes:
@@ -117,13 +164,18 @@ class StoredCheckpoint:
             return stream.read(info.length)
 
     def common(self) -> dict[str, Any]:
-        """What is not a tensor of the model: step, optimizer settings. Read without running code it may contain."""
+        """What is not a tensor of the model: step, optimizer settings. Read without running code it
+        may contain.
+        """
         path = self.folder / "common.pt"
         try:
             common = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
-            raise ConfigError(f"{path} is missing: this is no complete torch_dist checkpoint") from error
-        # What torch raises of a damaged file is not documented; these are what flipped bytes brought out.
+            raise ConfigError(
+                f"{path} is missing: this is no complete torch_dist checkpoint"
+            ) from error
+        # What torch raises of a damaged file is not documented; these are what flipped bytes
+        # brought out.
         except (*DAMAGE, pickle.UnpicklingError, struct.error) as error:
             raise ConfigError(f"{path} cannot be read: {_first_line(error)}") from error
         if not isinstance(common, dict):
@@ -161,9 +213,11 @@ class _IntoOneTensor(LoadPlanner):
 
 
 class _TakeIt(_IntoOneTensor):
-    """Keeps what is read, when that is what was asked for: no second tensor of its size, and no copy.
+    """Keeps what is read, when that is what was asked for: no second tensor of its size, and no
+    copy.
 
-    The reader calls three methods of the tensor it is given; this is such a thing that remembers the values.
+    The reader calls three methods of the tensor it is given; this is such a thing that remembers
+    the values.
     """
 
     def __init__(self) -> None:
@@ -190,15 +244,21 @@ def _check_format(folder: Path) -> None:
     try:
         backend = json.loads(path.read_text())["sharded_backend"]
     except FileNotFoundError as error:
-        raise ConfigError(f"{folder} has no metadata.json: it is no Megatron distributed checkpoint") from error
+        raise ConfigError(
+            f"{folder} has no metadata.json: it is no Megatron distributed checkpoint"
+        ) from error
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is damaged: {error!r}") from error
     if backend != "torch_dist":
-        raise ConfigError(f"{path}: sharded_backend={backend!r} is not supported, only 'torch_dist'")
+        raise ConfigError(
+            f"{path}: sharded_backend={backend!r} is not supported, only 'torch_dist'"
+        )
 
 
 def _checked(metadata: Any, folder: Path) -> Metadata:
-    """Refuse metadata that is none, that names files outside ``folder`` or not in it, or whose boxes leave a hole."""
+    """Refuse metadata that is none, that names files outside ``folder`` or not in it, or whose
+    boxes leave a hole.
+    """
     path = folder / ".metadata"
     if not isinstance(metadata, Metadata):
         raise ConfigError(f"{path} holds no checkpoint metadata")
@@ -217,32 +277,50 @@ def _check_files(storage_data: dict[MetadataIndex, Any], folder: Path) -> None:
     for index, info in storage_data.items():
         name = info.relative_path
         if Path(name).name != name:
-            raise ConfigError(f"{folder / '.metadata'}: {index.fqn} points to {name!r}, outside the checkpoint")
+            raise ConfigError(
+                f"{folder / '.metadata'}: {index.fqn} points to {name!r}, outside the checkpoint"
+            )
         if name not in sizes:
             path = folder / name
             if not path.is_file():
-                raise ConfigError(f"{path} is missing, though {folder / '.metadata'} names it for {index.fqn}")
+                raise ConfigError(
+                    f"{path} is missing, though {folder / '.metadata'} names it for {index.fqn}"
+                )
             sizes[name] = path.stat().st_size
         if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes[name]:
-            raise ConfigError(f"{folder / name} is truncated: {index.fqn} ends at byte {info.offset + info.length}, "
-                              f"the file has {sizes[name]}")
+            raise ConfigError(
+                f"{folder / name} is truncated: {index.fqn} ends at byte {info.offset + info.length}, "
+                f"the file has {sizes[name]}"
+            )
 
 
-def _check_boxes(key: str, entry: TensorStorageMetadata, storage_data: dict[MetadataIndex, Any], path: Path) -> None:
-    size, boxes = tuple(entry.size), [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
+def _check_boxes(
+    key: str, entry: TensorStorageMetadata, storage_data: dict[MetadataIndex, Any], path: Path
+) -> None:
+    size, boxes = (
+        tuple(entry.size),
+        [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks],
+    )
     for chunk, (offset, lengths) in zip(entry.chunks, boxes):
         if MetadataIndex(key, chunk.offsets) not in storage_data:
             raise ConfigError(f"{path}: no file holds tensor {key} at {offset}")
         if not len(offset) == len(lengths) == len(size) or not all(
-                0 <= start <= start + length <= end for start, length, end in zip(offset, lengths, size)):
-            raise ConfigError(f"{path}: box {lengths} of tensor {key} at {offset} is not inside its shape {size}")
+            0 <= start <= start + length <= end for start, length, end in zip(offset, lengths, size)
+        ):
+            raise ConfigError(
+                f"{path}: box {lengths} of tensor {key} at {offset} is not inside its shape {size}"
+            )
     if not _tile(boxes, size):
         raise ConfigError(f"{path}: the files do not hold all of tensor {key} exactly once")
 
 
-def _tile(boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], size: tuple[int, ...], axis: int = 0) -> bool:
-    """Whether boxes ``(offset, size)`` inside ``size`` fill it without hole or overlap. A sum of their volumes cannot
-    tell: an overlap makes up for a hole, which would be read as whatever is in memory."""
+def _tile(
+    boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], size: tuple[int, ...], axis: int = 0
+) -> bool:
+    """Whether boxes ``(offset, size)`` inside ``size`` fill it without hole or overlap. A sum of
+    their volumes cannot tell: an overlap makes up for a hole, which would be read as whatever is in
+    memory.
+    """
     if axis == len(size):
         return len(boxes) == 1
     cuts = sorted({0, size[axis]}.union(*({o[axis], o[axis] + n[axis]} for o, n in boxes)))

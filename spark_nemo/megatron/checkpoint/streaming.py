@@ -1,6 +1,7 @@
 """Writing a torch_dist folder from tensors that are made one at a time, and going on after a kill.
 
-torch's own writer and metadata are used; the planner hands it each tensor when it is about to be written.
+torch's own writer and metadata are used; the planner hands it each tensor when it is about to be
+written.
 """
 
 from __future__ import annotations
@@ -21,14 +22,25 @@ from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_conf
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.utils.serialization import config as serialization_config
 
 FILE_BYTES = 512 << 20
-"""Tensors go into one file up to this size; a larger one has a file of its own. torch's writer holds a file's tensors.
+"""Tensors go into one file up to this size; a larger one has a file of its own. torch's writer
+holds a file's tensors.
 """
 PARTS = "parts.jsonl"
 CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
@@ -68,17 +80,23 @@ def no_extra_state() -> bytes:
     return stream.getvalue()
 
 
-def write_torch_dist(folder: Path, source: Source, progress: Callable[[int], object],
-                     common: Path | None = None) -> None:
-    """Write the distributed checkpoint of ``source`` into ``folder``; ``common`` is the common.pt to go with it.
+def write_torch_dist(
+    folder: Path, source: Source, progress: Callable[[int], object], common: Path | None = None
+) -> None:
+    """Write the distributed checkpoint of ``source`` into ``folder``; ``common`` is the common.pt
+    to go with it.
 
-    Files that an interrupted call has finished there are kept. ``progress`` is called with the bytes of each box.
+    Files that an interrupted call has finished there are kept. ``progress`` is called with the
+    bytes of each box.
     """
-    # The steps of torch.distributed.checkpoint.save for one process; it would hide our errors in its own.
+    # The steps of torch.distributed.checkpoint.save for one process; it would hide our errors in
+    # its own.
     planner, writer = _LazyPlanner(source, progress), _PartWriter(folder, progress)
     planner.set_up_planner({}, None, is_coordinator=True)
     writer.set_up_storage_writer(is_coordinator=True)
-    plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
+    plans, metadata = planner.create_global_plan(
+        [writer.prepare_local_plan(planner.create_local_plan())]
+    )
     plan = planner.finish_plan(writer.prepare_global_plan(plans)[0])
     # Checksums inside the files cost as much as the copying, and torch.load does not look at them.
     with serialization_config.patch({"save.compute_crc32": False}):
@@ -102,7 +120,9 @@ class _LazyPlanner(DefaultSavePlanner):
 
     def create_local_plan(self) -> SavePlan:
         items = [_tensor_item(box) for box in self.source.boxes]
-        items += [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self.source.objects]
+        items += [
+            WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in self.source.objects
+        ]
         self.plan = SavePlan(items)
         return self.plan
 
@@ -118,8 +138,13 @@ class _LazyPlanner(DefaultSavePlanner):
 
 def _tensor_item(box: Box) -> WriteItem:
     chunk = ChunkStorageMetadata(torch.Size(box.offset), torch.Size(box.size))
-    return WriteItem(MetadataIndex(box.key, box.offset), WriteItemType.SHARD, tensor_data=TensorWriteData(
-        chunk, TensorProperties(dtype=box.dtype), torch.Size(box.whole)))
+    return WriteItem(
+        MetadataIndex(box.key, box.offset),
+        WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk, TensorProperties(dtype=box.dtype), torch.Size(box.whole)
+        ),
+    )
 
 
 class _PartWriter(FileSystemWriter):
@@ -138,7 +163,9 @@ class _PartWriter(FileSystemWriter):
             else:
                 # One plan per file: what the writer calls a rank's plan.
                 prefix = dataclasses.replace(plan.storage_data, prefix=f"__{number}_")
-                done = self._write_part(dataclasses.replace(plan, items=items, storage_data=prefix), planner)
+                done = self._write_part(
+                    dataclasses.replace(plan, items=items, storage_data=prefix), planner
+                )
                 self._record(number, done)
             results += done
         future: Future[list[WriteResult]] = Future()
@@ -149,15 +176,28 @@ class _PartWriter(FileSystemWriter):
         try:
             return super().write_data(plan, planner).wait()
         except RuntimeError as error:
-            # Of a full disk torch's archive tells by an error of its own, raised while the system's was handled.
+            # Of a full disk torch's archive tells by an error of its own, raised while the system's
+            # was handled.
             if isinstance(error.__context__, OSError):
                 raise OSError(*error.__context__.args) from error
             raise
 
     def _record(self, number: int, results: list[WriteResult]) -> None:
-        line = json.dumps({"part": number, "results": [
-            [r.index.fqn, None if r.index.offset is None else list(r.index.offset), r.storage_data.relative_path,
-             r.storage_data.offset, r.storage_data.length] for r in results]})
+        line = json.dumps(
+            {
+                "part": number,
+                "results": [
+                    [
+                        r.index.fqn,
+                        None if r.index.offset is None else list(r.index.offset),
+                        r.storage_data.relative_path,
+                        r.storage_data.offset,
+                        r.storage_data.length,
+                    ]
+                    for r in results
+                ],
+            }
+        )
         with (self.folder / PARTS).open("a") as stream:
             stream.write(f"\n{line}\n")  # on a line of its own, whatever a killed call has left
             stream.flush()
@@ -169,10 +209,14 @@ class _PartWriter(FileSystemWriter):
         for line in path.read_text().splitlines() if path.exists() else []:
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:  # blank, or the line that was being written when the process died
+            except (
+                json.JSONDecodeError
+            ):  # blank, or the line that was being written when the process died
                 continue
-            results = [WriteResult(MetadataIndex(key, offset), length, _StorageInfo(file, start, length))
-                       for key, offset, file, start, length in record["results"]]
+            results = [
+                WriteResult(MetadataIndex(key, offset), length, _StorageInfo(file, start, length))
+                for key, offset, file, start, length in record["results"]
+            ]
             file = self.folder / results[0].storage_data.relative_path
             end = max(r.storage_data.offset + r.storage_data.length for r in results)
             if file.is_file() and file.stat().st_size == end:

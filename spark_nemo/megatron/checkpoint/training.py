@@ -1,8 +1,10 @@
-"""Training checkpoints: model, optimizer, schedule, generator state and the caller's state, in torch_dist format.
+"""Training checkpoints: model, optimizer, schedule, generator state and the caller's state, in
+torch_dist format.
 
-``folder/step-00000012/`` is one checkpoint, ``folder/latest`` names the newest complete one. A checkpoint is written
-under a temporary name, renamed, and only then named by ``latest``: a killed job never leaves a half-written one behind
-that name. Loading reshards over tensor and pipeline ranks.
+``folder/step-00000012/`` is one checkpoint, ``folder/latest`` names the newest complete one. A
+checkpoint is written under a temporary name, renamed, and only then named by ``latest``: a killed
+job never leaves a half-written one behind that name. Loading reshards over tensor and pipeline
+ranks.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ LATEST = "latest"
 MEGATRON_LM_LATEST = "latest_checkpointed_iteration.txt"
 STATE_FILE = "state.json"
 HF_FILES = "hf"
-"""Subfolder of a Megatron checkpoint with the files of the Hugging Face model that are not weights."""
+"""Subfolder of a Megatron checkpoint with the files of the Hugging Face model that are not weights.
+"""
 
 
 def has_checkpoint(folder: str | Path) -> bool:
@@ -47,25 +50,38 @@ def has_checkpoint(folder: str | Path) -> bool:
 
 
 def newest(folder: str | Path) -> Path:
-    """The folder of the newest step, where ``folder`` is a run's or Megatron-LM's folder of checkpoints, else
-    ``folder`` itself. Raises ``ConfigError`` when the step that is named is not there."""
+    """The folder of the newest step, where ``folder`` is a run's or Megatron-LM's folder of
+    checkpoints, else ``folder`` itself. Raises ``ConfigError`` when the step that is named is not
+    there.
+    """
     folder = Path(folder)
     if (folder / LATEST).is_file():
         return _named(folder, (folder / LATEST).read_text(errors="replace").strip(), LATEST)
     if (folder / MEGATRON_LM_LATEST).is_file():
         text = (folder / MEGATRON_LM_LATEST).read_text(errors="replace").strip()
-        return _named(folder, text if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else text,
-                      MEGATRON_LM_LATEST)
+        return _named(
+            folder,
+            text if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else text,
+            MEGATRON_LM_LATEST,
+        )
     return folder
 
 
-def save(folder: str | Path, model: PackedGPT, optimizer: ChainedOptimizer, scheduler: OptimizerParamScheduler,
-         state: dict[str, Any], keep: int, files: Mapping[str, bytes], hf_config: dict[str, Any] | None = None) -> Path:
+def save(
+    folder: str | Path,
+    model: PackedGPT,
+    optimizer: ChainedOptimizer,
+    scheduler: OptimizerParamScheduler,
+    state: dict[str, Any],
+    keep: int,
+    files: Mapping[str, bytes],
+    hf_config: dict[str, Any] | None = None,
+) -> Path:
     """Write a checkpoint of step ``scheduler.num_steps`` and return its folder. Collective.
 
-    ``state`` must survive JSON (``TypeError`` names it otherwise). ``files`` of the main rank lie in the folder under
-    their names. Older checkpoints than the newest ``keep`` go. With ``hf_config`` the folder converts to Hugging Face
-    on its own.
+    ``state`` must survive JSON (``TypeError`` names it otherwise). ``files`` of the main rank lie
+    in the folder under their names. Older checkpoints than the newest ``keep`` go. With
+    ``hf_config`` the folder converts to Hugging Face on its own.
     """
     name, text = f"step-{scheduler.num_steps:08d}", json.dumps(state)
     folder = Path(folder)
@@ -89,20 +105,29 @@ def save(folder: str | Path, model: PackedGPT, optimizer: ChainedOptimizer, sche
                 shutil.rmtree(old)
 
     distributed.on_main_rank(start)
-    # Saving is synchronous, so the results of the writers stay in this process. Megatron would start a manager process
-    # for them: seconds of imports, and a hang in scripts without a __main__ guard.
+    # Saving is synchronous, so the results of the writers stay in this process. Megatron would
+    # start a manager process for them: seconds of imports, and a hang in scripts without a __main__
+    # guard.
     filesystem_async._results_queue = queue.Queue()
     with cuda_means_cpu():
         tensors = _sharded_state(model, optimizer, loading=False)
         tensors["step"], tensors["rng"] = scheduler.num_steps, torch.get_rng_state()
-        dist_checkpointing.save(tensors, str(temporary), get_default_save_sharded_strategy("torch_dist"),
-                                content_metadata=_metadata(optimizer))
+        dist_checkpointing.save(
+            tensors,
+            str(temporary),
+            get_default_save_sharded_strategy("torch_dist"),
+            content_metadata=_metadata(optimizer),
+        )
     distributed.on_main_rank(finish)
     return target
 
 
-def load(folder: str | Path, model: PackedGPT, optimizer: ChainedOptimizer,
-         scheduler: OptimizerParamScheduler) -> dict[str, Any]:
+def load(
+    folder: str | Path,
+    model: PackedGPT,
+    optimizer: ChainedOptimizer,
+    scheduler: OptimizerParamScheduler,
+) -> dict[str, Any]:
     """Restore the newest checkpoint of ``folder`` and return the caller's state. Collective.
 
     Raises ``ConfigError`` when there is none, or when it does not fit this model and optimizer.
@@ -113,14 +138,23 @@ def load(folder: str | Path, model: PackedGPT, optimizer: ChainedOptimizer,
     with cuda_means_cpu():
         prime_state(optimizer)
         wanted = _sharded_state(model, optimizer, loading=True)
-        # FP8 scales of Transformer Engine. A checkpoint written without it has none, and they are not used here.
-        wanted["model"] = {key: value for key, value in wanted["model"].items() if "_extra_state" not in key}
+        # FP8 scales of Transformer Engine. A checkpoint written without it has none, and they are
+        # not used here.
+        wanted["model"] = {
+            key: value for key, value in wanted["model"].items() if "_extra_state" not in key
+        }
         try:
-            loaded = dist_checkpointing.load(wanted, str(source), get_default_load_sharded_strategy(str(source)))
+            loaded = dist_checkpointing.load(
+                wanted, str(source), get_default_load_sharded_strategy(str(source))
+            )
         except (CheckpointingException, KeyError) as error:
-            raise ConfigError(f"checkpoint {source} does not fit this model, megatron.distributed_optimizer or "
-                              f"megatron.dtype: {str(error).splitlines()[0]}") from error
-        model.load_state_dict(loaded["model"], strict=False)  # "strict" counts Transformer Engine's extra states
+            raise ConfigError(
+                f"checkpoint {source} does not fit this model, megatron.distributed_optimizer or "
+                f"megatron.dtype: {str(error).splitlines()[0]}"
+            ) from error
+        model.load_state_dict(
+            loaded["model"], strict=False
+        )  # "strict" counts Transformer Engine's extra states
         optimizer.load_state_dict(loaded["optimizer"])
         separate_steps(optimizer)
     set_step(scheduler, loaded["step"])
@@ -133,8 +167,12 @@ def _sharded_state(model: PackedGPT, optimizer: ChainedOptimizer, loading: bool)
     weights = model.sharded_state_dict(metadata=metadata)
     with padding_counted(optimizer):
         state = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
-    for part in state.values() if 0 in state else [state]:  # one for each of several chained optimizers
-        if part.get("param_state", ()) is None:  # gathered elsewhere; Megatron would warn that ranks differ
+    for part in (
+        state.values() if 0 in state else [state]
+    ):  # one for each of several chained optimizers
+        if (
+            part.get("param_state", ()) is None
+        ):  # gathered elsewhere; Megatron would warn that ranks differ
             del part["param_state"]
     return {"model": weights, "optimizer": state}
 
@@ -142,12 +180,16 @@ def _sharded_state(model: PackedGPT, optimizer: ChainedOptimizer, loading: bool)
 def _metadata(optimizer: ChainedOptimizer) -> dict[str, Any]:
     common = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     if optimizer.config.use_distributed_optimizer:
-        # The only format of the distributed optimizer that can be read by another number of tensor or data ranks.
-        # Gathered where it is written, in CPU memory. Otherwise every rank gathers its stage's whole optimizer state,
-        # on the GPU as well: twice 4 bytes per parameter there (61 GB for 7.6B parameters on one tensor rank), and in
-        # the machine's memory 12 bytes per parameter and rank.
-        return {**common, "distrib_optim_sharding_type": "fully_reshardable",
-                "distrib_optim_fully_reshardable_mem_efficient": True}
+        # The only format of the distributed optimizer that can be read by another number of tensor
+        # or data ranks. Gathered where it is written, in CPU memory. Otherwise every rank gathers
+        # its stage's whole optimizer state, on the GPU as well: twice 4 bytes per parameter there
+        # (61 GB for 7.6B parameters on one tensor rank), and in the machine's memory 12 bytes per
+        # parameter and rank.
+        return {
+            **common,
+            "distrib_optim_sharding_type": "fully_reshardable",
+            "distrib_optim_fully_reshardable_mem_efficient": True,
+        }
     return common
 
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretch of the rotary frequencies (rope_type "llama3"); the formula is in ``megatron/rope.py``."""
+    """Llama 3's stretch of the rotary frequencies (rope_type "llama3"); the formula is in
+    ``megatron/rope.py``.
+    """
 
     factor: float
     """By how much slow frequencies are slowed down further."""
@@ -22,8 +24,10 @@ class RopeScaling:
         if self.factor < 1 or self.low_freq_factor <= 0 or self.original_max_positions < 1:
             raise ValueError(f"rope scaling {self}: factor is at least 1, the others are positive")
         if self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError(f"rope scaling high_freq_factor={self.high_freq_factor} must be above "
-                             f"low_freq_factor={self.low_freq_factor}")
+            raise ValueError(
+                f"rope scaling high_freq_factor={self.high_freq_factor} must be above "
+                f"low_freq_factor={self.low_freq_factor}"
+            )
 
 
 @dataclass(frozen=True)
@@ -41,9 +45,15 @@ class Experts:
 
     def __post_init__(self) -> None:
         numbers = (self.count, self.per_token, self.ffn_size)
-        if not all(isinstance(x, int) for x in numbers) or not 0 < self.per_token <= self.count or self.ffn_size < 1:
-            raise ValueError(f"num_experts={self.count!r}, num_experts_per_tok={self.per_token!r}, "
-                             f"moe_intermediate_size={self.ffn_size!r}: a token needs at least one expert and at most "
-                             "all, each with a width")
+        if (
+            not all(isinstance(x, int) for x in numbers)
+            or not 0 < self.per_token <= self.count
+            or self.ffn_size < 1
+        ):
+            raise ValueError(
+                f"num_experts={self.count!r}, num_experts_per_tok={self.per_token!r}, "
+                f"moe_intermediate_size={self.ffn_size!r}: a token needs at least one expert and at most "
+                "all, each with a width"
+            )
         if not isinstance(self.normalised, bool):
             raise ValueError(f"norm_topk_prob={self.normalised!r} must be true or false")

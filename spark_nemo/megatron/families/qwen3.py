@@ -1,4 +1,6 @@
-"""Qwen3, dense: a norm over every query and key head, no biases, heads whose size is a number of its own."""
+"""Qwen3, dense: a norm over every query and key head, no biases, heads whose size is a number of
+its own.
+"""
 
 from __future__ import annotations
 

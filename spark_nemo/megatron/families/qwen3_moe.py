@@ -23,21 +23,46 @@ def _table(shape: ModelShape) -> Table:
 
     # No linear layer follows the norm directly here, so Transformer Engine does not fuse it.
     mixture = [
-        Rule((f"{MG}pre_mlp_layernorm.weight",), {f"{HF}post_attention_layernorm.weight": (H,)}, REPLICATED),
+        Rule(
+            (f"{MG}pre_mlp_layernorm.weight",),
+            {f"{HF}post_attention_layernorm.weight": (H,)},
+            REPLICATED,
+        ),
         Rule((f"{MG}mlp.router.weight",), {f"{HF}mlp.gate.weight": (experts.count, H)}, REPLICATED),
-        Rule(linear("fc1"), {f"{hf}gate_proj.weight": (experts.ffn_size, H), f"{hf}up_proj.weight":
-                             (experts.ffn_size, H)}, GATE_UP, per_expert=True),
-        Rule(linear("fc2"), {f"{hf}down_proj.weight": (H, experts.ffn_size)}, SPLIT_COLUMNS, per_expert=True),
+        Rule(
+            linear("fc1"),
+            {
+                f"{hf}gate_proj.weight": (experts.ffn_size, H),
+                f"{hf}up_proj.weight": (experts.ffn_size, H),
+            },
+            GATE_UP,
+            per_expert=True,
+        ),
+        Rule(
+            linear("fc2"),
+            {f"{hf}down_proj.weight": (H, experts.ffn_size)},
+            SPLIT_COLUMNS,
+            per_expert=True,
+        ),
     ]
     return Table(embedding(shape), [*attention(shape), *mixture], output(shape))
 
 
 def _experts(config: Mapping[str, Any], get: Callable[[str], Any]) -> Experts:
     # transformers 5 writes num_local_experts, 4 and the hub num_experts.
-    count = get("num_local_experts" if config.get("num_local_experts") is not None else "num_experts")
-    return Experts(count, get("num_experts_per_tok"), get("moe_intermediate_size"), get("norm_topk_prob"))
+    count = get(
+        "num_local_experts" if config.get("num_local_experts") is not None else "num_experts"
+    )
+    return Experts(
+        count, get("num_experts_per_tok"), get("moe_intermediate_size"), get("norm_topk_prob")
+    )
 
 
 # A layer without experts between the others would need a second table.
-QWEN3_MOE = Family("qwen3_moe", _table, qk_norm=True, experts=_experts,
-                   only={**ONLY, "decoder_sparse_step": 1, "mlp_only_layers": []})
+QWEN3_MOE = Family(
+    "qwen3_moe",
+    _table,
+    qk_norm=True,
+    experts=_experts,
+    only={**ONLY, "decoder_sparse_step": 1, "mlp_only_layers": []},
+)

@@ -1,4 +1,5 @@
-"""What a family's table is made of: rules from Hugging Face tensors to Megatron parameters, and generic transforms.
+"""What a family's table is made of: rules from Hugging Face tensors to Megatron parameters, and
+generic transforms.
 
 No torch at import time: configurations are checked without it.
 """
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 class Transform:
     """How Hugging Face tensors become the shards of one Megatron parameter, and back.
 
-    With one shard it is the parameter as a distributed checkpoint holds it, whatever the parallel layout.
+    With one shard it is the parameter as a distributed checkpoint holds it, whatever the parallel
+    layout.
     """
 
     to_shards: Callable[[list[Tensor], ModelShape, int], Shards]
@@ -36,15 +38,21 @@ class Transform:
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter (``{i}`` is the layer within its stage) and the Hugging Face tensors it is made of."""
+    """One Megatron parameter (``{i}`` is the layer within its stage) and the Hugging Face tensors
+    it is made of.
+    """
 
     megatron: tuple[str, ...]
-    """Its possible names, Transformer Engine's last: that one fuses a norm into the linear layer that follows."""
+    """Its possible names, Transformer Engine's last: that one fuses a norm into the linear layer
+    that follows.
+    """
     hf: dict[str, tuple[int, ...]]
     """Names (``{i}`` is the layer of the whole model) and shapes, in the order of ``transform``."""
     transform: Transform
     per_expert: bool = False
-    """One rule for every expert: ``{e}`` is the expert, of its rank in ``megatron`` and of the layer in ``hf``."""
+    """One rule for every expert: ``{e}`` is the expert, of its rank in ``megatron`` and of the
+    layer in ``hf``.
+    """
 
 
 @dataclass(frozen=True)
@@ -56,8 +64,14 @@ class Table:
     last: list[Rule]
 
 
-ONLY = {"hidden_act": "silu", "use_sliding_window": False, "partial_rotary_factor": 1.0, "attention_bias": False,
-        "mlp_bias": False, "quantization_config": None}
+ONLY = {
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "quantization_config": None,
+}
 """Settings of config.json with the only value that is computed here; they may be absent."""
 
 
@@ -79,7 +93,9 @@ class Family:
     required: tuple[str, ...] = ()
     """Settings that may not be absent, because transformers' default is no general one."""
     experts: Callable[[Mapping[str, Any], Callable[[str], Any]], Experts] | None = None
-    """Reads the experts of a config.json (``get`` raises for what is missing); None for dense families."""
+    """Reads the experts of a config.json (``get`` raises for what is missing); None for dense
+    families.
+    """
 
 
 def _chunks(tensor: Tensor, tp: int, dim: int) -> Shards:
@@ -102,10 +118,12 @@ def _pad_vocab(hf: list[Tensor], shape: ModelShape, tp: int) -> Shards:
 
 
 def _fuse_qkv(hf: list[Tensor], shape: ModelShape, tp: int) -> Shards:
-    """Rows in Megatron's order: for each key-value head its query heads, then the key, then the value.
+    """Rows in Megatron's order: for each key-value head its query heads, then the key, then the
+    value.
 
-    With more ranks than key-value heads a rank gets a piece of one head's group, as in megatron-core, which gathers
-    the product over the ranks and picks each rank's heads from it (transformer/attention.py).
+    With more ranks than key-value heads a rank gets a piece of one head's group, as in
+    megatron-core, which gathers the product over the ranks and picks each rank's heads from it
+    (transformer/attention.py).
     """
     import torch
 
@@ -132,8 +150,10 @@ def _split_gate_up(gathered: Tensor, shape: ModelShape, tp: int) -> list[Tensor]
     return [torch.cat(x) for x in zip(*(shard.chunk(2) for shard in gathered.chunk(tp)))]
 
 
-REPLICATED = Transform(lambda hf, shape, tp: [hf[0]] * tp, lambda gathered, shape, tp: [gathered], None)
+REPLICATED = Transform(
+    lambda hf, shape, tp: [hf[0]] * tp, lambda gathered, shape, tp: [gathered], None
+)
 SPLIT_COLUMNS = Transform(lambda hf, shape, tp: _chunks(hf[0], tp, 1), _split_columns_back, 1)
-VOCAB_ROWS = Transform(_pad_vocab, lambda gathered, shape, tp: [gathered[:shape.vocab_size]], 0)
+VOCAB_ROWS = Transform(_pad_vocab, lambda gathered, shape, tp: [gathered[: shape.vocab_size]], 0)
 QKV = Transform(_fuse_qkv, _split_qkv, 0)
 GATE_UP = Transform(_fuse_gate_up, _split_gate_up, 0)

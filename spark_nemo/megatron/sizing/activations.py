@@ -1,21 +1,24 @@
-"""Bytes that a forward pass keeps for the backward pass on one rank, and what comes and goes besides.
+"""Bytes that a forward pass keeps for the backward pass on one rank, and what comes and goes
+besides.
 
-The count follows the modules of ``layer_spec`` tensor by tensor, as Korthikanti et al. (2022, arXiv:2205.05198) do for
-the original transformer; theirs has dropout, GELU and the attention matrix, ours RMSNorm, SwiGLU, grouped queries and
-an attention that keeps its inputs and output only (Dao et al., 2022, arXiv:2205.14135). Symbols: T tokens of a
-micro-batch, t tensor-parallel ranks, s = t under sequence parallelism and else 1, b bytes of an element, H hidden size,
-q and k rows of all query and of all key-value heads, F the MLP's inner size. A layer keeps, in elements per token:
+The count follows the modules of ``layer_spec`` tensor by tensor, as Korthikanti et al. (2022,
+arXiv:2205.05198) do for the original transformer; theirs has dropout, GELU and the attention
+matrix, ours RMSNorm, SwiGLU, grouped queries and an attention that keeps its inputs and output only
+(Dao et al., 2022, arXiv:2205.14135). Symbols: T tokens of a micro-batch, t tensor-parallel ranks, s
+= t under sequence parallelism and else 1, b bytes of an element, H hidden size, q and k rows of all
+query and of all key-value heads, F the MLP's inner size. A layer keeps, in elements per token:
 
     input of both norms, and their outputs      4 H / s
     fused q, k, v (held by the view that v is)  (q + 2 k) / t
     rotated q and k, and the attention's output (2 q + k) / t
     gate and up, the gate's sigmoid or SiLU, and their product   4 F / t
 
-and in float32 a norm's statistics (2 / s) and the attention's log-sum-exp (heads / t). Differences between the two
-layer specs: ours keeps bfloat16 cosines and sines per layer (Megatron's fused rotary keeps one table) and copies
-sequences of unequal length into padded blocks (``PackedRows``; the padding, at most about 15 % of the attention's
-share, is not counted). ``recompute=selective`` keeps the input of the MLP or of the experts only: the output of the
-norm before it, or where Transformer Engine computes that norm inside its MLP, the norm's input, kept anyway.
+and in float32 a norm's statistics (2 / s) and the attention's log-sum-exp (heads / t). Differences
+between the two layer specs: ours keeps bfloat16 cosines and sines per layer (Megatron's fused
+rotary keeps one table) and copies sequences of unequal length into padded blocks (``PackedRows``;
+the padding, at most about 15 % of the attention's share, is not counted). ``recompute=selective``
+keeps the input of the MLP or of the experts only: the output of the norm before it, or where
+Transformer Engine computes that norm inside its MLP, the norm's input, kept anyway.
 """
 
 from __future__ import annotations
@@ -41,13 +44,16 @@ class ActivationBytes:
     kept: int
     """From the forward pass to the backward pass; every micro-batch in flight keeps as much."""
     head: int
-    """The part of ``kept`` that the loss and the final norm keep: gone before the backward pass reaches a layer."""
+    """The part of ``kept`` that the loss and the final norm keep: gone before the backward pass
+    reaches a layer.
+    """
     recomputed: int
     """Kept besides while the backward pass recomputes a layer, one layer at a time."""
     working: int
     """The largest set of gradients and results inside one layer's backward pass."""
     logits: int
-    """What the last stage's loss holds while it runs (``megatron/logprobs.py``); 0 on other stages."""
+    """What the last stage's loss holds while it runs (``megatron/logprobs.py``); 0 on other stages.
+    """
 
     def graphs(self, in_flight: int) -> int:
         """The most that autograd's graphs hold with ``in_flight`` micro-batches."""
@@ -58,8 +64,15 @@ class ActivationBytes:
         return in_flight * self.kept + max(self.recomputed + self.working - self.head, self.logits)
 
 
-def activation_bytes(shape: ModelShape, layout: MegatronConfig, tokens: int, *, first: bool, last: bool,
-                     transformer_engine: bool) -> ActivationBytes:
+def activation_bytes(
+    shape: ModelShape,
+    layout: MegatronConfig,
+    tokens: int,
+    *,
+    first: bool,
+    last: bool,
+    transformer_engine: bool,
+) -> ActivationBytes:
     """For a micro-batch of ``tokens`` on the ``first``, ``last`` or an inner pipeline stage."""
     item, layers = ITEM_BYTES[layout.dtype], shape.num_layers // layout.pipeline_parallel
     split = layout.tensor_parallel if layout.sequence_parallel else 1
@@ -69,21 +82,36 @@ def activation_bytes(shape: ModelShape, layout: MegatronConfig, tokens: int, *, 
     if last:  # the final norm's input and statistics, and its output gathered for the loss
         head += hidden + tokens // split * 4 + tokens * shape.hidden_size * item
     total = layers * kept + head + (tokens * _EMBEDDED if first else 0)
-    width = shape.ffn_size // layout.tensor_parallel if shape.experts is None else (
-        shape.experts.per_token * shape.experts.ffn_size // split)
-    # Gradients of gate, up and their product beside the product; the residual stream's; ours norms in float32.
+    width = (
+        shape.ffn_size // layout.tensor_parallel
+        if shape.experts is None
+        else (shape.experts.per_token * shape.experts.ffn_size // split)
+    )
+    # Gradients of gate, up and their product beside the product; the residual stream's; ours norms
+    # in float32.
     norms = 8 if item != 4 and not transformer_engine else 0
     working = tokens * (4 * width * item + shape.hidden_size * (4 * item + norms))
-    return ActivationBytes(total, head, recomputed, working, logits_bytes(shape, layout, tokens) if last else 0)
+    return ActivationBytes(
+        total, head, recomputed, working, logits_bytes(shape, layout, tokens) if last else 0
+    )
 
 
-def _layer(shape: ModelShape, layout: MegatronConfig, tokens: int, transformer_engine: bool) -> tuple[int, int]:
+def _layer(
+    shape: ModelShape, layout: MegatronConfig, tokens: int, transformer_engine: bool
+) -> tuple[int, int]:
     """What one layer keeps, and what it keeps more while it is recomputed."""
     tp, item, H = layout.tensor_parallel, ITEM_BYTES[layout.dtype], shape.hidden_size
     split = tp if layout.sequence_parallel else 1
     feed_forward = _feed_forward(shape, layout)
-    everything = int(tokens * (4 * H / split * item + 8 / split + _attention(shape, layout, transformer_engine)
-                               + feed_forward))
+    everything = int(
+        tokens
+        * (
+            4 * H / split * item
+            + 8 / split
+            + _attention(shape, layout, transformer_engine)
+            + feed_forward
+        )
+    )
     match layout.recompute:
         case "none":
             return everything, 0
@@ -102,24 +130,31 @@ def _head_rows(shape: ModelShape, tp: int) -> tuple[int, int]:
 
 
 def _attention(shape: ModelShape, layout: MegatronConfig, transformer_engine: bool) -> float:
-    """Bytes per token. With more ranks than key-value heads Megatron gathers the fused rows of all ranks, and what the
-    rank keeps is a view of them."""
+    """Bytes per token. With more ranks than key-value heads Megatron gathers the fused rows of all
+    ranks, and what the rank keeps is a view of them.
+    """
     tp, item = layout.tensor_parallel, ITEM_BYTES[layout.dtype]
     q, k = _head_rows(shape, tp)
     fused = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
     fused = fused if tp > shape.num_kv_heads else fused // tp
     tables = 0 if transformer_engine or item == 4 else shape.head_dim * item
     attention = (fused + 2 * q + k) * item + shape.num_heads // tp * 4 + tables
-    if shape.qk_norm:  # the norms' inputs (the key's is a view of the fused rows), and a statistic per head
+    if (
+        shape.qk_norm
+    ):  # the norms' inputs (the key's is a view of the fused rows), and a statistic per head
         attention += q * item + (q + k) // shape.head_dim * 4
-        if not transformer_engine:  # blocks of v and of the output beside the rows that they are made from
+        if (
+            not transformer_engine
+        ):  # blocks of v and of the output beside the rows that they are made from
             attention += (q + k) * item
     return attention
 
 
 def _feed_forward(shape: ModelShape, layout: MegatronConfig) -> float:
-    """Bytes per token. A token's row is copied for each of its experts, which keep their product before and after it
-    is weighted. Counted as if every rank's experts got equally many; the router's probabilities are float32."""
+    """Bytes per token. A token's row is copied for each of its experts, which keep their product
+    before and after it is weighted. Counted as if every rank's experts got equally many; the
+    router's probabilities are float32.
+    """
     item = ITEM_BYTES[layout.dtype]
     if shape.experts is None:
         return 4 * (shape.ffn_size // layout.tensor_parallel) * item
@@ -129,9 +164,10 @@ def _feed_forward(shape: ModelShape, layout: MegatronConfig) -> float:
 
 
 def logits_bytes(shape: ModelShape, layout: MegatronConfig, tokens: int) -> int:
-    """The larger of the loss's forward pass (a chunk's logits, in float32 and, for the entropy, once more) and its
-    backward pass (a chunk's logits, the float32 gradient of this rank's output embedding, and its copies in the
-    weights' type)."""
+    """The larger of the loss's forward pass (a chunk's logits, in float32 and, for the entropy,
+    once more) and its backward pass (a chunk's logits, the float32 gradient of this rank's output
+    embedding, and its copies in the weights' type).
+    """
     item = ITEM_BYTES[layout.dtype]
     rows = shape.padded_vocab_size(layout.tensor_parallel) // layout.tensor_parallel
     chunk = min(tokens, rows_per_chunk(rows)) * rows

@@ -1,4 +1,6 @@
-"""Which parameters every rank holds, from the table that also loads and exports them (``hf_weights``)."""
+"""Which parameters every rank holds, from the table that also loads and exports them
+(``hf_weights``).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class StageParameters:
-    """One rank of a pipeline stage; its ranks differ in their slices only. Names are the first of a rule's."""
+    """One rank of a pipeline stage; its ranks differ in their slices only. Names are the first of a
+    rule's.
+    """
 
     dense: Shapes = field(default_factory=dict)
     """What every data-parallel replica has."""
@@ -39,8 +43,8 @@ class StageParameters:
 def stage_parameters(shape: ModelShape, layout: MegatronConfig) -> list[StageParameters]:
     """The parameters of a rank of each pipeline stage.
 
-    The rules' own transforms are run on the meta device, so fused rows, padded vocabularies and the last stage's copy
-    of tied embeddings are counted as they are made. No weight is allocated.
+    The rules' own transforms are run on the meta device, so fused rows, padded vocabularies and the
+    last stage's copy of tied embeddings are counted as they are made. No weight is allocated.
     """
     stages = [StageParameters() for _ in range(layout.pipeline_parallel)]
     shards: dict[int, tuple[Rule, tuple[int, ...]]] = {}
@@ -49,9 +53,16 @@ def stage_parameters(shape: ModelShape, layout: MegatronConfig) -> list[StagePar
             continue
         if id(placed.rule) not in shards:
             tensors = [torch.empty(size, device="meta") for size in placed.hf.values()]
-            parts = 1 if placed.rule.per_expert else layout.tensor_parallel  # an expert is never cut
+            parts = (
+                1 if placed.rule.per_expert else layout.tensor_parallel
+            )  # an expert is never cut
             cut = placed.rule.transform.to_shards(tensors, shape, parts)
-            shards[id(placed.rule)] = placed.rule, tuple(cut[0].shape)  # the rule too: its id must stay taken
+            shards[id(placed.rule)] = (
+                placed.rule,
+                tuple(cut[0].shape),
+            )  # the rule too: its id must stay taken
         stage = stages[placed.stage]
-        (stage.experts if placed.rule.per_expert else stage.dense)[placed.megatron[0]] = shards[id(placed.rule)][1]
+        (stage.experts if placed.rule.per_expert else stage.dense)[placed.megatron[0]] = shards[
+            id(placed.rule)
+        ][1]
     return stages

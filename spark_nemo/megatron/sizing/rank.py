@@ -18,7 +18,9 @@ class TrainBatch:
     """What one optimizer step puts through one data-parallel rank."""
 
     tokens: int
-    """Of the largest micro-batch: ``megatron.tokens_per_micro_batch``, or one sequence that is longer."""
+    """Of the largest micro-batch: ``megatron.tokens_per_micro_batch``, or one sequence that is
+    longer.
+    """
     micro_batches: int
 
     def __post_init__(self) -> None:
@@ -39,7 +41,9 @@ class RankMemory:
     sync: int
     """What a weight sync holds besides the model; nothing of a training step is alive then."""
     snapshot: int
-    """In host memory: the reference weights for a KL term, and the current ones put aside while they are used."""
+    """In host memory: the reference weights for a KL term, and the current ones put aside while
+    they are used.
+    """
 
     @property
     def graphs(self) -> int:
@@ -54,27 +58,48 @@ class RankMemory:
     @property
     def peak(self) -> int:
         """The most this rank allocates at once. Framework and fragmentation are not in it."""
-        return self.states.total + max(self.activations.peak(self.in_flight), self.sync, self.states.gradient_copies)
+        return self.states.total + max(
+            self.activations.peak(self.in_flight), self.sync, self.states.gradient_copies
+        )
 
 
-def rank_memory(shape: ModelShape, layout: MegatronConfig, batch: TrainBatch, *, transformer_engine: bool,
-                sync_bytes: int = 0, snapshots: int = 0) -> list[RankMemory]:
+def rank_memory(
+    shape: ModelShape,
+    layout: MegatronConfig,
+    batch: TrainBatch,
+    *,
+    transformer_engine: bool,
+    sync_bytes: int = 0,
+    snapshots: int = 0,
+) -> list[RankMemory]:
     """The memory of a rank of each pipeline stage, training with AdamW.
 
-    In the 1F1B schedule stage p of P keeps min(P - p, micro-batches) of them in flight (Narayanan et al., 2021,
-    arXiv:2104.04473). ``sync_bytes`` is the most a weight sync holds on any rank. Raises ``ConfigError`` when the model
-    cannot be split as ``layout`` says.
+    In the 1F1B schedule stage p of P keeps min(P - p, micro-batches) of them in flight (Narayanan
+    et al., 2021, arXiv:2104.04473). ``sync_bytes`` is the most a weight sync holds on any rank.
+    Raises ``ConfigError`` when the model cannot be split as ``layout`` says.
     """
     shape.check_layout(layout)
     stages, depth = [], layout.pipeline_parallel
     for stage, parameters in enumerate(stage_parameters(shape, layout)):
-        activations = activation_bytes(shape, layout, batch.tokens, first=stage == 0, last=stage == depth - 1,
-                                       transformer_engine=transformer_engine)
-        stages.append(RankMemory(
-            stage, parameters.num_elements,
-            state_bytes(parameters, layout, shape.tied_embeddings and depth > 1),
-            activations, min(depth - stage, batch.micro_batches), sync_bytes,
-            snapshots * weight_bytes(parameters, layout.dtype)))
+        activations = activation_bytes(
+            shape,
+            layout,
+            batch.tokens,
+            first=stage == 0,
+            last=stage == depth - 1,
+            transformer_engine=transformer_engine,
+        )
+        stages.append(
+            RankMemory(
+                stage,
+                parameters.num_elements,
+                state_bytes(parameters, layout, shape.tied_embeddings and depth > 1),
+                activations,
+                min(depth - stage, batch.micro_batches),
+                sync_bytes,
+                snapshots * weight_bytes(parameters, layout.dtype),
+            )
+        )
     return stages
 
 

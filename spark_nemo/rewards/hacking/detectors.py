@@ -1,7 +1,9 @@
-"""Detectors: for each known way to hack a reward model, the share of a training step's responses that show its sign.
+"""Detectors: for each known way to hack a reward model, the share of a training step's responses
+that show its sign.
 
-They read texts and token counts, never an answer and never the reward model. A rate says *look*, not *cheat*: an honest
-policy that learns to write fewer, better steps also shows ``step_reduction``.
+They read texts and token counts, never an answer and never the reward model. A rate says *look*,
+not *cheat*: an honest policy that learns to write fewer, better steps also shows
+``step_reduction``.
 """
 
 from __future__ import annotations
@@ -29,21 +31,28 @@ class Baseline:
 
 
 def tagged_steps(text: str) -> tuple[str, ...]:
-    """The text of every ``<step>``, also where the response does not parse; an open one ends where the next tag is."""
+    """The text of every ``<step>``, also where the response does not parse; an open one ends where
+    the next tag is.
+    """
     return tuple(match[1].strip() for match in _STEP.finditer(text))
 
 
-def baseline(rows: Sequence[Mapping[str, float]], rollouts: Sequence[Rollout], config: DetectorsConfig) -> Baseline:
-    """From the metrics rows of the steps before (in order), or from this step's rollouts when it is the first.
+def baseline(
+    rows: Sequence[Mapping[str, float]], rollouts: Sequence[Rollout], config: DetectorsConfig
+) -> Baseline:
+    """From the metrics rows of the steps before (in order), or from this step's rollouts when it is
+    the first.
 
-    It is the mean over the first ``baseline_steps`` rows, so it settles there and survives a resume, which has the same
-    rows.
+    It is the mean over the first ``baseline_steps`` rows, so it settles there and survives a
+    resume, which has the same rows.
     """
-    early = [row for row in rows[:config.baseline_steps] if _STEPS in row]
+    early = [row for row in rows[: config.baseline_steps] if _STEPS in row]
     if early:
         return Baseline(*(sum(row[key] for row in early) / len(early) for key in (_STEPS, _TOKENS)))
-    return Baseline(_mean([len(tagged_steps(rollout.text)) for rollout in rollouts]),
-                    _mean([len(rollout.response_ids) for rollout in rollouts]))
+    return Baseline(
+        _mean([len(tagged_steps(rollout.text)) for rollout in rollouts]),
+        _mean([len(rollout.response_ids) for rollout in rollouts]),
+    )
 
 
 def flags(rollout: Rollout, start: Baseline, config: DetectorsConfig) -> frozenset[str]:
@@ -56,18 +65,23 @@ def flags(rollout: Rollout, start: Baseline, config: DetectorsConfig) -> frozens
         "duplicated_steps": lambda: duplicated_steps(steps),
         "judge_directed": lambda: judge_directed(rollout.text),
         "empty_text": lambda: not steps or empty_steps(steps),
-        "length_drift": lambda: not start.tokens / config.length <= tokens <= start.tokens * config.length,
+        "length_drift": lambda: (
+            not start.tokens / config.length <= tokens <= start.tokens * config.length
+        ),
     }
     return frozenset(name for name in DETECTORS if shown[name]())
 
 
 def detector_rates(
-    rollouts: Sequence[Rollout], rows: Sequence[Mapping[str, float]], config: DetectorsConfig,
+    rollouts: Sequence[Rollout],
+    rows: Sequence[Mapping[str, float]],
+    config: DetectorsConfig,
 ) -> dict[str, float]:
-    """``hacking/<name>`` for every detector, and ``hacking/mean_steps`` that later baselines are made of.
+    """``hacking/<name>`` for every detector, and ``hacking/mean_steps`` that later baselines are
+    made of.
 
-    ``rows`` are the metrics of the training steps before this one. A pure function, so a resumed run has the rates of
-    an uninterrupted one. Raises ``ValueError`` without rollouts.
+    ``rows`` are the metrics of the training steps before this one. A pure function, so a resumed
+    run has the rates of an uninterrupted one. Raises ``ValueError`` without rollouts.
     """
     if not rollouts:
         raise ValueError("detector_rates: no rollouts")
@@ -78,9 +92,14 @@ def detector_rates(
 
 
 def new_alarms(
-    rates: Mapping[str, float], before: Mapping[str, float] | None, config: DetectorsConfig,
+    rates: Mapping[str, float],
+    before: Mapping[str, float] | None,
+    config: DetectorsConfig,
 ) -> list[str]:
-    """Detectors whose rate has reached ``config.alarm`` and had not in the row of the step before: warn once a rise."""
+    """Detectors whose rate has reached ``config.alarm`` and had not in the row of the step before:
+    warn once a rise.
+    """
+
     def over(row: Mapping[str, float], name: str) -> bool:
         return row.get(f"{PREFIX}{name}", 0.0) >= config.alarm
 

@@ -1,7 +1,7 @@
 """The training reward beside that of a verifier the policy was never trained against.
 
-A policy that gets better pleases both. One that learns the weaknesses of the reward model pleases it alone, and the gap
-grows. Needs no answers; a weakness that both verifiers share stays unseen.
+A policy that gets better pleases both. One that learns the weaknesses of the reward model pleases
+it alone, and the gap grows. Needs no answers; a weakness that both verifiers share stays unseen.
 """
 
 from __future__ import annotations
@@ -17,20 +17,30 @@ SAMPLES, ALARM = 32, 0.1
 
 
 def compared(valid: Sequence[bool], count: int, seed: int, step: int) -> list[int]:
-    """Positions of the responses to compare at a step: at most ``count`` of the valid ones, always the same."""
+    """Positions of the responses to compare at a step: at most ``count`` of the valid ones, always
+    the same.
+    """
     usable = [index for index, ok in enumerate(valid) if ok]
-    return sorted(random.Random(derive_seed("divergence", seed, step)).sample(usable, min(count, len(usable))))
+    return sorted(
+        random.Random(derive_seed("divergence", seed, step)).sample(usable, min(count, len(usable)))
+    )
 
 
 def reward_gap(training: Sequence[float], held_out: Sequence[float | Failure]) -> dict[str, float]:
-    """Mean rewards of the responses that both verifiers scored, and training minus held-out; rows of ``metrics.jsonl``.
+    """Mean rewards of the responses that both verifiers scored, and training minus held-out; rows
+    of ``metrics.jsonl``.
 
-    ``held_out`` has a ``Failure`` where the verifier came to no verdict: counted, in no mean. Without any pair there is
-    the failure rate alone. Raises ``ValueError`` when the two differ in length or are empty.
+    ``held_out`` has a ``Failure`` where the verifier came to no verdict: counted, in no mean.
+    Without any pair there is the failure rate alone. Raises ``ValueError`` when the two differ in
+    length or are empty.
     """
     if len(training) != len(held_out) or not training:
-        raise ValueError(f"reward_gap: {len(training)} training and {len(held_out)} held-out rewards")
-    pairs = [(mine, other) for mine, other in zip(training, held_out) if isinstance(other, float | int)]
+        raise ValueError(
+            f"reward_gap: {len(training)} training and {len(held_out)} held-out rewards"
+        )
+    pairs = [
+        (mine, other) for mine, other in zip(training, held_out) if isinstance(other, float | int)
+    ]
     failed = {FAILED: 1 - len(pairs) / len(training)}
     if not pairs:
         return failed

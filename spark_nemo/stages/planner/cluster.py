@@ -1,4 +1,6 @@
-"""The cluster, and the rates that estimates assume. Every default is an assumption with a name, none is measured."""
+"""The cluster, and the rates that estimates assume. Every default is an assumption with a name,
+none is measured.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,14 @@ class Cluster:
     nodes: int
     gpus_per_node: int = 8
     gpu_memory_gb: float = 84.9
-    """10^9 bytes of one GPU as CUDA tells them: on an H100 sold as 80 GB the 79.10 GiB that PyTorch's out-of-memory
-    errors name. nvidia-smi shows 81,559 MiB, 85.5 (github.com/modal-labs/modal-client/pull/2797)."""
+    """10^9 bytes of one GPU as CUDA tells them: on an H100 sold as 80 GB the 79.10 GiB that
+    PyTorch's out-of-memory errors name. nvidia-smi shows 81,559 MiB, 85.5
+    (github.com/modal-labs/modal-client/pull/2797).
+    """
     reserve: float = 0.1
-    """Share of a GPU's memory that no figure of ours accounts for: the CUDA context, NCCL's buffers, the kernels'
-    workspaces and the allocator's fragmentation. Assumed."""
+    """Share of a GPU's memory that no figure of ours accounts for: the CUDA context, NCCL's
+    buffers, the kernels' workspaces and the allocator's fragmentation. Assumed.
+    """
 
     def __post_init__(self) -> None:
         at_least("--nodes", self.nodes, 1)
@@ -45,7 +50,9 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Rates:
-    """What is achieved, not what a data sheet promises. The defaults are guesses for H100 SXM in bfloat16."""
+    """What is achieved, not what a data sheet promises. The defaults are guesses for H100 SXM in
+    bfloat16.
+    """
 
     train_tflops: float = 400.0
     """Per GPU in matrix products of a training step: 40 % of 989."""
@@ -58,18 +65,26 @@ class Rates:
     network_gbs: float = 40.0
     """GB/s and GPU between nodes: 80 % of 400 Gbit/s."""
     collective_us: float = 15.0
-    """Microseconds of one small all-reduce between GPUs of a node, of which decoding needs two per layer and token."""
+    """Microseconds of one small all-reduce between GPUs of a node, of which decoding needs two per
+    layer and token.
+    """
     disk_gbs: float = 2.0
     """GB/s of the file system that all nodes share."""
     mean_length: float = 0.5
     """Mean length of generated and trained texts as a share of their limit."""
     kv_share: float = 0.85
-    """Share of a GPU's memory that an engine takes for weights and KV cache (SGLang's --mem-fraction-static)."""
+    """Share of a GPU's memory that an engine takes for weights and KV cache (SGLang's
+    --mem-fraction-static).
+    """
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not 0 < value < math.inf:
-                raise ConfigError(f"--{name.replace('_', '-')} {value}: must be positive and finite")
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} {value}: must be positive and finite"
+                )
         for name in ("mean_length", "kv_share"):
             if getattr(self, name) > 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: a share, at most 1")
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: a share, at most 1"
+                )

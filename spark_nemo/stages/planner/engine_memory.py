@@ -25,7 +25,9 @@ class EngineMemory:
     kv_token: int
     """Bytes of KV cache per token."""
     kv_tokens: int
-    """Tokens for which there is room, of all running texts together; negative when the weights alone do not fit."""
+    """Tokens for which there is room, of all running texts together; negative when the weights
+    alone do not fit.
+    """
     running: int
     """Texts of mean length decoded together: room for them, or engine.max_batch_size."""
 
@@ -35,7 +37,9 @@ class EngineMemory:
 
 
 def kv_bytes_per_token(shape: ModelShape, tensor_parallel: int) -> int:
-    """Keys and values of all layers for one token on one GPU. With more GPUs than key-value heads, each has one."""
+    """Keys and values of all layers for one token on one GPU. With more GPUs than key-value heads,
+    each has one.
+    """
     heads = max(1, shape.num_kv_heads // tensor_parallel)
     return 2 * shape.num_layers * heads * shape.head_dim * _ITEM
 
@@ -43,21 +47,33 @@ def kv_bytes_per_token(shape: ModelShape, tensor_parallel: int) -> int:
 def engine_weight_bytes(model: Model, tensor_parallel: int) -> int:
     """The first rank's parameters, by the weight sync's view of SGLang."""
     numbers = ModelNumbers.from_config(model.config, model.name)
-    return _ITEM * sum(math.prod(tensor.shape) for tensor in engine_tensors(numbers, tensor_parallel, 0))
+    return _ITEM * sum(
+        math.prod(tensor.shape) for tensor in engine_tensors(numbers, tensor_parallel, 0)
+    )
 
 
-def engine_memory(generation: Generation, tensor_parallel: int, max_batch_size: int, cluster: Cluster,
-                  rates: Rates) -> EngineMemory:
+def engine_memory(
+    generation: Generation,
+    tensor_parallel: int,
+    max_batch_size: int,
+    cluster: Cluster,
+    rates: Rates,
+) -> EngineMemory:
     """Raises ``ConfigError`` when SGLang cannot split the model over ``tensor_parallel`` GPUs."""
     weights = engine_weight_bytes(generation.model, tensor_parallel)
     per_token = kv_bytes_per_token(generation.model.shape, tensor_parallel)
     room = int((cluster.gpu_memory_gb * GB * rates.kv_share - weights) // per_token)
     mean = generation.context * rates.mean_length
-    return EngineMemory(tensor_parallel, weights, per_token, room, max(0, min(max_batch_size, int(room // mean))))
+    return EngineMemory(
+        tensor_parallel, weights, per_token, room, max(0, min(max_batch_size, int(room // mean)))
+    )
 
 
-def possible_engines(generation: Generation, max_batch_size: int, cluster: Cluster, rates: Rates) -> list[EngineMemory]:
-    """Engines on one node, of 1, 2, 4, ... GPUs, that hold the model and one text of full length; the smallest first.
+def possible_engines(
+    generation: Generation, max_batch_size: int, cluster: Cluster, rates: Rates
+) -> list[EngineMemory]:
+    """Engines on one node, of 1, 2, 4, ... GPUs, that hold the model and one text of full length;
+    the smallest first.
 
     Raises ``ConfigError`` saying by how much the largest falls short.
     """
@@ -79,4 +95,5 @@ def possible_engines(generation: Generation, max_batch_size: int, cluster: Clust
     raise ConfigError(
         f"{generation.model.name} does not fit an engine of {last.tensor_parallel} GPUs with {cluster.gpu_memory_gb:g} "
         f"GB: {last.weights / GB:.1f} GB of weights each, and one text of {generation.context:,} tokens lacks "
-        f"{missing:.1f} GB; use more or larger GPUs per node")
+        f"{missing:.1f} GB; use more or larger GPUs per node"
+    )

@@ -34,32 +34,59 @@ class Candidate:
         return self.worst.peak - cluster.usable_bytes
 
 
-def evaluate(work: Training, layout: MegatronConfig, cluster: Cluster, rates: Rates, sync_bytes: int = 0,
-             transformer_engine: bool = True) -> Candidate:
+def evaluate(
+    work: Training,
+    layout: MegatronConfig,
+    cluster: Cluster,
+    rates: Rates,
+    sync_bytes: int = 0,
+    transformer_engine: bool = True,
+) -> Candidate:
     """Raises ``ConfigError`` when the model cannot be split so."""
     stages = rank_memory(
-        work.model.shape, layout, work.batch(layout.data_parallel, layout.tokens_per_micro_batch),
-        transformer_engine=transformer_engine, sync_bytes=sync_bytes, snapshots=work.snapshots)
+        work.model.shape,
+        layout,
+        work.batch(layout.data_parallel, layout.tokens_per_micro_batch),
+        transformer_engine=transformer_engine,
+        sync_bytes=sync_bytes,
+        snapshots=work.snapshots,
+    )
     worst = worst_rank(stages)
     return Candidate(layout, worst, training_seconds(work, layout, worst, cluster, rates))
 
 
-def candidates(work: Training, base: MegatronConfig, gpus: int, cluster: Cluster, rates: Rates,
-               sync_bytes: int = 0) -> list[Candidate]:
+def candidates(
+    work: Training,
+    base: MegatronConfig,
+    gpus: int,
+    cluster: Cluster,
+    rates: Rates,
+    sync_bytes: int = 0,
+) -> list[Candidate]:
     """Every layout of all ``gpus`` that the model can be split into, fastest first; fits or not.
 
-    Tensor parallel stays in a node and is a power of two; dtype, optimizer and micro-batches are ``base``'s.
+    Tensor parallel stays in a node and is a power of two; dtype, optimizer and micro-batches are
+    ``base``'s.
     """
     found = []
     for tp, pp, ep in _sizes(work, gpus, cluster):
         for recompute in RECOMPUTE:
-            layout = replace(base, tensor_parallel=tp, pipeline_parallel=pp, data_parallel=gpus // (tp * pp),
-                             expert_parallel=ep, sequence_parallel=tp > 1, recompute=recompute)
+            layout = replace(
+                base,
+                tensor_parallel=tp,
+                pipeline_parallel=pp,
+                data_parallel=gpus // (tp * pp),
+                expert_parallel=ep,
+                sequence_parallel=tp > 1,
+                recompute=recompute,
+            )
             try:
                 found.append(evaluate(work, layout, cluster, rates, sync_bytes))
             except ConfigError:
                 continue  # the model cannot be split so
-    return sorted(found, key=lambda each: (each.step_seconds, RECOMPUTE.index(each.layout.recompute)))
+    return sorted(
+        found, key=lambda each: (each.step_seconds, RECOMPUTE.index(each.layout.recompute))
+    )
 
 
 def _sizes(work: Training, gpus: int, cluster: Cluster) -> Iterator[tuple[int, int, int]]:
@@ -76,35 +103,70 @@ def _sizes(work: Training, gpus: int, cluster: Cluster) -> Iterator[tuple[int, i
         tp *= 2
 
 
-def advice(work: Training, candidate: Candidate, cluster: Cluster, rates: Rates, sync_bytes: int = 0,
-           transformer_engine: bool = True) -> list[str]:
-    """One line per setting that needs fewer bytes than ``candidate``: what makes it fit first, then what needs no more
-    GPUs."""
+def advice(
+    work: Training,
+    candidate: Candidate,
+    cluster: Cluster,
+    rates: Rates,
+    sync_bytes: int = 0,
+    transformer_engine: bool = True,
+) -> list[str]:
+    """One line per setting that needs fewer bytes than ``candidate``: what makes it fit first, then
+    what needs no more GPUs.
+    """
     layout, lines = candidate.layout, []
     for order, (text, other) in enumerate(_knobs(work, layout)):
         try:
-            changed = evaluate(work, other, cluster, rates, sync_bytes, transformer_engine=transformer_engine)
+            changed = evaluate(
+                work, other, cluster, rates, sync_bytes, transformer_engine=transformer_engine
+            )
         except ConfigError:
             continue
         saved = candidate.worst.peak - changed.worst.peak
         if saved > 0:
-            verdict = "fits" if changed.shortage(cluster) <= 0 else f"lacks {changed.shortage(cluster) / GB:.1f} GB"
+            verdict = (
+                "fits"
+                if changed.shortage(cluster) <= 0
+                else f"lacks {changed.shortage(cluster) / GB:.1f} GB"
+            )
             line = f"{text} saves {saved / GB:.1f} GB: {verdict}"
-            lines.append((changed.shortage(cluster) > 0, other.world_size > layout.world_size, order, line))
+            lines.append(
+                (changed.shortage(cluster) > 0, other.world_size > layout.world_size, order, line)
+            )
     if longest := _longest_that_fits(work, layout, cluster, rates, sync_bytes, transformer_engine):
-        line = f"sequences and micro-batches of {longest:,} tokens instead of {work.longest:,}: fits"
+        line = (
+            f"sequences and micro-batches of {longest:,} tokens instead of {work.longest:,}: fits"
+        )
         lines.append((False, False, 1, line))  # after recomputation
     return [line for *_, line in sorted(lines)]
 
 
-def _longest_that_fits(work: Training, layout: MegatronConfig, cluster: Cluster, rates: Rates, sync_bytes: int,
-                       transformer_engine: bool) -> int:
-    """Tokens of the longest sequence with which ``layout`` fits, in steps of 16, where a micro-batch is one sequence,
-    at least an eighth of what was planned; else 0. Data are often shorter than their limit."""
+def _longest_that_fits(
+    work: Training,
+    layout: MegatronConfig,
+    cluster: Cluster,
+    rates: Rates,
+    sync_bytes: int,
+    transformer_engine: bool,
+) -> int:
+    """Tokens of the longest sequence with which ``layout`` fits, in steps of 16, where a
+    micro-batch is one sequence, at least an eighth of what was planned; else 0. Data are often
+    shorter than their limit.
+    """
+
     def fits(tokens: int) -> bool:
         shorter = replace(layout, tokens_per_micro_batch=tokens)
-        return evaluate(replace(work, longest=tokens), shorter, cluster, rates, sync_bytes,
-                        transformer_engine=transformer_engine).shortage(cluster) <= 0
+        return (
+            evaluate(
+                replace(work, longest=tokens),
+                shorter,
+                cluster,
+                rates,
+                sync_bytes,
+                transformer_engine=transformer_engine,
+            ).shortage(cluster)
+            <= 0
+        )
 
     low, high = work.longest // 8 // 16, -(-work.longest // 16)
     if layout.tokens_per_micro_batch > work.longest or low < 1 or not fits(16 * low):
@@ -116,7 +178,7 @@ def _longest_that_fits(work: Training, layout: MegatronConfig, cluster: Cluster,
 
 
 def _knobs(work: Training, layout: MegatronConfig) -> Iterator[tuple[str, MegatronConfig]]:
-    for recompute in RECOMPUTE[RECOMPUTE.index(layout.recompute) + 1:]:
+    for recompute in RECOMPUTE[RECOMPUTE.index(layout.recompute) + 1 :]:
         yield f"megatron.recompute={recompute}", replace(layout, recompute=recompute)
     if layout.tensor_parallel > 1 and not layout.sequence_parallel:
         yield "megatron.sequence_parallel=true", replace(layout, sequence_parallel=True)
@@ -129,15 +191,22 @@ def _knobs(work: Training, layout: MegatronConfig) -> Iterator[tuple[str, Megatr
         yield f"megatron.gradients={other}", replace(layout, gradients=other)
     if layout.tokens_per_micro_batch > work.longest:
         half = max(work.longest, layout.tokens_per_micro_batch // 2)
-        yield f"megatron.tokens_per_micro_batch={half}", replace(layout, tokens_per_micro_batch=half)
+        yield (
+            f"megatron.tokens_per_micro_batch={half}",
+            replace(layout, tokens_per_micro_batch=half),
+        )
     for name in ("tensor_parallel", "pipeline_parallel"):
         bigger = {name: 2 * getattr(layout, name)}
         if name == "tensor_parallel":
             bigger["sequence_parallel"] = True
         if layout.data_parallel % 2 == 0:
-            yield f"megatron.{name}={bigger[name]} with half the data_parallel", replace(
-                layout, **bigger, data_parallel=layout.data_parallel // 2)
+            yield (
+                f"megatron.{name}={bigger[name]} with half the data_parallel",
+                replace(layout, **bigger, data_parallel=layout.data_parallel // 2),
+            )
         yield f"megatron.{name}={bigger[name]} on twice the GPUs", replace(layout, **bigger)
     if layout.distributed_optimizer:
-        yield f"megatron.data_parallel={2 * layout.data_parallel} on twice the GPUs", replace(
-            layout, data_parallel=2 * layout.data_parallel)
+        yield (
+            f"megatron.data_parallel={2 * layout.data_parallel} on twice the GPUs",
+            replace(layout, data_parallel=2 * layout.data_parallel),
+        )

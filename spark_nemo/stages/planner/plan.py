@@ -1,5 +1,6 @@
-"""The plan of one stage on one cluster: who gets which GPUs, what fits, what a step takes, what to write into the
-configuration."""
+"""The plan of one stage on one cluster: who gets which GPUs, what fits, what a step takes, what to
+write into the configuration.
+"""
 
 from __future__ import annotations
 
@@ -50,31 +51,52 @@ class Plan:
     @property
     def step_seconds(self) -> dict[str, float]:
         """Seconds of every phase, with the fastest layout."""
-        phases = {f"{'generate' if engine.work.role == 'policy' else 'verify'}": engine.seconds
-                  for engine in self.engines}
+        phases = {
+            f"{'generate' if engine.work.role == 'policy' else 'verify'}": engine.seconds
+            for engine in self.engines
+        }
         if self.layouts:
             phases |= self.layouts[0].seconds
         return {**phases, "weight sync": self.sync_seconds} if self.sync_seconds else phases
 
     @property
     def overrides(self) -> list[str]:
-        """The settings of the fastest layout and of the engines, as ``conf/`` and the command line write them."""
+        """The settings of the fastest layout and of the engines, as ``conf/`` and the command line
+        write them.
+        """
         words = []
         if self.layouts:
             layout = self.layouts[0].layout
-            names = ["tensor_parallel", "pipeline_parallel", "data_parallel", "sequence_parallel", "recompute"]
+            names = [
+                "tensor_parallel",
+                "pipeline_parallel",
+                "data_parallel",
+                "sequence_parallel",
+                "recompute",
+            ]
             names += ["expert_parallel"] if layout.expert_parallel > 1 else []
             words = [f"megatron.{name}={str(getattr(layout, name)).lower()}" for name in names]
-        return words + [f"engine.{engine.work.role}.tensor_parallel={engine.memory.tensor_parallel}"
-                        for engine in self.engines]
+        return words + [
+            f"engine.{engine.work.role}.tensor_parallel={engine.memory.tensor_parallel}"
+            for engine in self.engines
+        ]
 
 
-def make_plan(config: SparkConfig, stage: str, cluster: Cluster, rates: Rates, *, model: str | None = None,
-              engine_gpus: dict[str, int] | None = None, check: bool = False) -> Plan:
-    """Plan ``stage`` of ``config``. ``engine_gpus`` says how many GPUs a role gets; ``check`` looks at ``megatron.*``
-    alone instead of every layout.
+def make_plan(
+    config: SparkConfig,
+    stage: str,
+    cluster: Cluster,
+    rates: Rates,
+    *,
+    model: str | None = None,
+    engine_gpus: dict[str, int] | None = None,
+    check: bool = False,
+) -> Plan:
+    """Plan ``stage`` of ``config``. ``engine_gpus`` says how many GPUs a role gets; ``check`` looks
+    at ``megatron.*`` alone instead of every layout.
 
-    Raises ``ConfigError`` when nothing fits: by how many bytes or GPUs, and which setting would help.
+    Raises ``ConfigError`` when nothing fits: by how many bytes or GPUs, and which setting would
+    help.
     """
     work = workload(config, stage, model)
     engines = tuple(_engines(config, work, cluster, rates, engine_gpus or {}))
@@ -83,8 +105,10 @@ def make_plan(config: SparkConfig, stage: str, cluster: Cluster, rates: Rates, *
     if training is None:
         return Plan(work, cluster, rates, engines, 0, (), 0, 0.0)
     if left < 1:
-        raise ConfigError(f"the engines of {stage} take {cluster.gpus - left} of {cluster.gpus} GPUs: none is left to "
-                          "train; use more --nodes, or lower --policy-gpus or --verifier-gpus")
+        raise ConfigError(
+            f"the engines of {stage} take {cluster.gpus - left} of {cluster.gpus} GPUs: none is left to "
+            "train; use more --nodes, or lower --policy-gpus or --verifier-gpus"
+        )
     transport, sync_bytes, synced = "disk", 0, 0.0
     if training.syncs:
         transport = config.weight_sync.transport_for("sglang")
@@ -94,8 +118,10 @@ def make_plan(config: SparkConfig, stage: str, cluster: Cluster, rates: Rates, *
     if check:
         if config.megatron.world_size > left:
             more = math.ceil((config.megatron.world_size - left) / cluster.gpus_per_node)
-            raise ConfigError(f"megatron.* needs {config.megatron.world_size} GPUs and {left} of {cluster.gpus} are "
-                              f"the trainer's: use {more} more --nodes, or lower megatron.data_parallel")
+            raise ConfigError(
+                f"megatron.* needs {config.megatron.world_size} GPUs and {left} of {cluster.gpus} are "
+                f"the trainer's: use {more} more --nodes, or lower megatron.data_parallel"
+            )
         found = [evaluate(training, config.megatron, cluster, rates, sync_bytes)]
     else:
         found = candidates(training, config.megatron, left, cluster, rates, sync_bytes)
@@ -106,33 +132,58 @@ def make_plan(config: SparkConfig, stage: str, cluster: Cluster, rates: Rates, *
     return Plan(work, cluster, rates, engines, left, fitting, refused, synced)
 
 
-def _engines(config: SparkConfig, work: Workload, cluster: Cluster, rates: Rates,
-             engine_gpus: dict[str, int]) -> list[EnginePlan]:
-    """The servers of every role: of the configured size, else of the size that is fastest on the role's GPUs."""
+def _engines(
+    config: SparkConfig, work: Workload, cluster: Cluster, rates: Rates, engine_gpus: dict[str, int]
+) -> list[EnginePlan]:
+    """The servers of every role: of the configured size, else of the size that is fastest on the
+    role's GPUs.
+    """
     plans = []
     for generation in work.generations:
         role, size = generation.role, config.engine.pool(generation.role).tensor_parallel
         if size is None:
             memories = possible_engines(generation, config.engine.max_batch_size, cluster, rates)
         else:
-            memories = [engine_memory(generation, size, config.engine.max_batch_size, cluster, rates)]
+            memories = [
+                engine_memory(generation, size, config.engine.max_batch_size, cluster, rates)
+            ]
             if not memories[0].fits(generation.context):
                 raise ConfigError(
                     f"engine.{role}.tensor_parallel={size}: {memories[0].weights / GB:.1f} GB of weights per GPU leave "
                     f"room for {max(0, memories[0].kv_tokens):,} tokens, one text has up to {generation.context:,}: "
-                    "raise it")
+                    "raise it"
+                )
         gpus = engine_gpus.get(role) or _share(work, memories[0].tensor_parallel, cluster)
-        counts = [(memory, gpus // memory.tensor_parallel) for memory in memories if gpus % memory.tensor_parallel == 0]
+        counts = [
+            (memory, gpus // memory.tensor_parallel)
+            for memory in memories
+            if gpus % memory.tensor_parallel == 0
+        ]
         if not counts:
-            raise ConfigError(f"--{role}-gpus {gpus}: an engine takes {memories[0].tensor_parallel}, use a multiple")
-        plans.append(min((EnginePlan(generation, memory, count, generation_seconds(generation, memory, count, rates))
-                          for memory, count in counts), key=lambda plan: plan.seconds))
+            raise ConfigError(
+                f"--{role}-gpus {gpus}: an engine takes {memories[0].tensor_parallel}, use a multiple"
+            )
+        plans.append(
+            min(
+                (
+                    EnginePlan(
+                        generation,
+                        memory,
+                        count,
+                        generation_seconds(generation, memory, count, rates),
+                    )
+                    for memory, count in counts
+                ),
+                key=lambda plan: plan.seconds,
+            )
+        )
     return plans
 
 
 def _share(work: Workload, tensor_parallel: int, cluster: Cluster) -> int:
-    """GPUs of one role when nobody says: everything is the engines' where nothing is trained; else a sixth of the
-    nodes, or of a small cluster a quarter of the GPUs. At least one engine."""
+    """GPUs of one role when nobody says: everything is the engines' where nothing is trained; else
+    a sixth of the nodes, or of a small cluster a quarter of the GPUs. At least one engine.
+    """
     if work.training is None:
         gpus = cluster.gpus // len(work.generations)
     elif cluster.nodes >= 3:
@@ -145,23 +196,40 @@ def _share(work: Workload, tensor_parallel: int, cluster: Cluster) -> int:
 def _sync_bytes(model: Model, bucket_bytes: int) -> tuple[int, int]:
     """The whole model in bfloat16, and the most that a sync holds on the main rank."""
     tp = 2 if model.shape.num_heads % 2 == 0 else 1
-    plan = plan_sync(hf_tensor_shapes(model.shape), "bfloat16", model.config, tensor_parallel=tp, pipeline_parallel=1,
-                     engine_tensor_parallel=1, bucket_bytes=bucket_bytes)
+    plan = plan_sync(
+        hf_tensor_shapes(model.shape),
+        "bfloat16",
+        model.config,
+        tensor_parallel=tp,
+        pipeline_parallel=1,
+        engine_tensor_parallel=1,
+        bucket_bytes=bucket_bytes,
+    )
     return plan.total_bytes, plan.peak_bytes
 
 
-def _refusal(training: Training, found: list[Candidate], gpus: int, cluster: Cluster, rates: Rates,
-             sync_bytes: int) -> str:
+def _refusal(
+    training: Training,
+    found: list[Candidate],
+    gpus: int,
+    cluster: Cluster,
+    rates: Rates,
+    sync_bytes: int,
+) -> str:
     name, shape = training.model.name, training.model.shape
     if not found:
-        return (f"{name} cannot be split over {gpus} GPUs: tensor parallel divides {shape.num_heads} heads, pipeline "
-                f"parallel {shape.num_layers} layers; choose another number of nodes")
+        return (
+            f"{name} cannot be split over {gpus} GPUs: tensor parallel divides {shape.num_heads} heads, pipeline "
+            f"parallel {shape.num_layers} layers; choose another number of nodes"
+        )
     best = min(found, key=lambda each: each.shortage(cluster))
     layout, states = best.layout, best.worst.states
     helps = advice(training, best, cluster, rates, sync_bytes)
-    return (f"{name} does not fit {gpus} GPUs of {cluster.gpu_memory_gb:g} GB: TP {layout.tensor_parallel} x PP "
-            f"{layout.pipeline_parallel} x DP {layout.data_parallel}, recompute {layout.recompute}, needs "
-            f"{best.worst.peak / GB:.1f} GB (weights {states.weights / GB:.1f}, gradients {states.gradients / GB:.1f}, "
-            f"optimizer {states.optimizer / GB:.1f}, the rest {(best.worst.peak - states.total) / GB:.1f}) of "
-            f"{cluster.usable_bytes / GB:.1f} usable, {best.shortage(cluster) / GB:.1f} GB too much; "
-            + ("; ".join(helps[:4]) if helps else "use more GPUs"))
+    return (
+        f"{name} does not fit {gpus} GPUs of {cluster.gpu_memory_gb:g} GB: TP {layout.tensor_parallel} x PP "
+        f"{layout.pipeline_parallel} x DP {layout.data_parallel}, recompute {layout.recompute}, needs "
+        f"{best.worst.peak / GB:.1f} GB (weights {states.weights / GB:.1f}, gradients {states.gradients / GB:.1f}, "
+        f"optimizer {states.optimizer / GB:.1f}, the rest {(best.worst.peak - states.total) / GB:.1f}) of "
+        f"{cluster.usable_bytes / GB:.1f} usable, {best.shortage(cluster) / GB:.1f} GB too much; "
+        + ("; ".join(helps[:4]) if helps else "use more GPUs")
+    )

@@ -1,6 +1,8 @@
-"""About how long a step takes, phase by phase, from the stated rates. Arithmetic, never compared with a cluster.
+"""About how long a step takes, phase by phase, from the stated rates. Arithmetic, never compared
+with a cluster.
 
-Phases are added up. Where they overlap (verifications start while rollouts are still written), a step is shorter.
+Phases are added up. Where they overlap (verifications start while rollouts are still written), a
+step is shorter.
 """
 
 from __future__ import annotations
@@ -18,9 +20,15 @@ from .workload import Generation, Training
 
 
 def forward_flops_per_token(shape: ModelShape, context: float) -> float:
-    """Two per weight that a token meets, the output layer's included and the embedding's not, and the attention's
-    products over half of ``context`` on average (Narayanan et al., 2021, arXiv:2104.04473, without their 4 B s h)."""
-    q, k, H = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim, shape.hidden_size
+    """Two per weight that a token meets, the output layer's included and the embedding's not, and
+    the attention's products over half of ``context`` on average (Narayanan et al., 2021,
+    arXiv:2104.04473, without their 4 B s h).
+    """
+    q, k, H = (
+        shape.num_heads * shape.head_dim,
+        shape.num_kv_heads * shape.head_dim,
+        shape.hidden_size,
+    )
     layer = 2 * (H * (q + 2 * k) + q * H) + _feed_forward_flops(shape)
     return shape.num_layers * layer + 2 * shape.vocab_size * H + 2 * shape.num_layers * q * context
 
@@ -32,24 +40,35 @@ def _feed_forward_flops(shape: ModelShape) -> float:
     return 6 * shape.hidden_size * width
 
 
-def training_seconds(work: Training, layout: MegatronConfig, worst: RankMemory, cluster: Cluster,
-                     rates: Rates) -> dict[str, float]:
-    """Seconds of the trainer's phases: forward passes, forward and backward, gradient reduction and optimizer."""
+def training_seconds(
+    work: Training, layout: MegatronConfig, worst: RankMemory, cluster: Cluster, rates: Rates
+) -> dict[str, float]:
+    """Seconds of the trainer's phases: forward passes, forward and backward, gradient reduction and
+    optimizer.
+    """
     mean = work.longest * rates.mean_length
     tokens = work.sequences * mean
     per_token = forward_flops_per_token(work.model.shape, mean)
-    # The loss computes logits again in its backward pass; recomputation does so with every layer, or its MLP.
+    # The loss computes logits again in its backward pass; recomputation does so with every layer,
+    # or its MLP.
     again, collectives = 2 * work.model.shape.vocab_size * work.model.shape.hidden_size, 4
     if layout.recompute == "selective":
-        again, collectives = again + work.model.shape.num_layers * _feed_forward_flops(work.model.shape), 5
+        again, collectives = (
+            again + work.model.shape.num_layers * _feed_forward_flops(work.model.shape),
+            5,
+        )
     elif layout.recompute == "full":
         again, collectives = per_token, 6
     one_pass = _pass_seconds(work, layout, tokens, per_token, 2, cluster, rates)
-    trained = _pass_seconds(work, layout, tokens, 3 * per_token + again, collectives, cluster, rates)
+    trained = _pass_seconds(
+        work, layout, tokens, 3 * per_token + again, collectives, cluster, rates
+    )
     phases = {"logprobs": work.forward_passes * one_pass} if work.forward_passes else {}
     phases["train"] = trained
     dp = layout.data_parallel
-    bandwidth = rates.nvlink_gbs if layout.world_size <= cluster.gpus_per_node else rates.network_gbs
+    bandwidth = (
+        rates.nvlink_gbs if layout.world_size <= cluster.gpus_per_node else rates.network_gbs
+    )
     gradient = ITEM_BYTES[layout.gradients]
     moved = gradient * 2 if not layout.distributed_optimizer else gradient + 2
     reduced = worst.num_parameters * moved * (dp - 1) / dp
@@ -58,34 +77,56 @@ def training_seconds(work: Training, layout: MegatronConfig, worst: RankMemory, 
     return phases
 
 
-def _pass_seconds(work: Training, layout: MegatronConfig, tokens: float, flops: float, collectives: int,
-                  cluster: Cluster, rates: Rates) -> float:
-    """One pass over ``tokens``: products, then the tensor ranks' collectives, both stretched by the pipeline's bubble
-    (micro-batches + stages - 1) / micro-batches."""
+def _pass_seconds(
+    work: Training,
+    layout: MegatronConfig,
+    tokens: float,
+    flops: float,
+    collectives: int,
+    cluster: Cluster,
+    rates: Rates,
+) -> float:
+    """One pass over ``tokens``: products, then the tensor ranks' collectives, both stretched by the
+    pipeline's bubble (micro-batches + stages - 1) / micro-batches.
+    """
     shape, tp, pp = work.model.shape, layout.tensor_parallel, layout.pipeline_parallel
     products = tokens * flops / (layout.world_size * rates.train_tflops * 1e12)
     rows = tokens / layout.data_parallel
     item = 2 if layout.dtype == "bfloat16" else 4
-    moved = shape.num_layers / pp * collectives * 2 * (tp - 1) / tp * rows * shape.hidden_size * item
+    moved = (
+        shape.num_layers / pp * collectives * 2 * (tp - 1) / tp * rows * shape.hidden_size * item
+    )
     bandwidth = rates.nvlink_gbs if tp <= cluster.gpus_per_node else rates.network_gbs
     batches = max(1, math.ceil(rows / work.updates / max(layout.tokens_per_micro_batch, 1)))
     return (products + moved / bandwidth / GB) * (batches + pp - 1) / batches
 
 
 def generation_seconds(work: Generation, engine: EngineMemory, engines: int, rates: Rates) -> float:
-    """Reading the prompts, limited by products, then decoding, limited by memory: each decoding step reads the weights
-    once and the cache of every running text, and waits for two collectives per layer. Not below one text of full
-    length decoded alone. A prompt that several texts share is read once (prefix caching)."""
+    """Reading the prompts, limited by products, then decoding, limited by memory: each decoding
+    step reads the weights once and the cache of every running text, and waits for two collectives
+    per layer. Not below one text of full length decoded alone. A prompt that several texts share is
+    read once (prefix caching).
+    """
     mean_new, prompt = work.new_tokens * rates.mean_length, work.prompt_tokens * rates.mean_length
     context = prompt + mean_new / 2
     flops = forward_flops_per_token(work.model.shape, prompt)
-    prefill = work.prompts * prompt * flops / (
-        engines * engine.tensor_parallel * rates.prefill_tflops * 1e12)
+    prefill = (
+        work.prompts
+        * prompt
+        * flops
+        / (engines * engine.tensor_parallel * rates.prefill_tflops * 1e12)
+    )
     running = max(1, min(engine.running, math.ceil(work.sequences / engines)))
 
     def step(texts: float) -> float:
-        collectives = 2 * work.model.shape.num_layers * rates.collective_us / 1e6 if engine.tensor_parallel > 1 else 0
-        return (engine.weights + texts * context * engine.kv_token) / rates.memory_gbs / GB + collectives
+        collectives = (
+            2 * work.model.shape.num_layers * rates.collective_us / 1e6
+            if engine.tensor_parallel > 1
+            else 0
+        )
+        return (
+            engine.weights + texts * context * engine.kv_token
+        ) / rates.memory_gbs / GB + collectives
 
     decode = work.sequences / engines / running * mean_new * step(running)
     return prefill + max(decode, work.new_tokens * step(1))

@@ -1,4 +1,6 @@
-"""What a stage of a configuration computes: which model is trained on how many tokens, and which are asked for what."""
+"""What a stage of a configuration computes: which model is trained on how many tokens, and which
+are asked for what.
+"""
 
 from __future__ import annotations
 
@@ -83,8 +85,10 @@ class Workload:
 
 
 def workload(config: SparkConfig, stage: str, model: str | None = None) -> Workload:
-    """The step of ``stage``; ``model`` (a folder or a published name) takes the place of the model that it trains, in
-    stage I of the generator. Raises ``ConfigError`` for a model that is neither here nor known by name."""
+    """The step of ``stage``; ``model`` (a folder or a published name) takes the place of the model
+    that it trains, in stage I of the generator. Raises ``ConfigError`` for a model that is neither
+    here nor known by name.
+    """
     one_of("--stage", stage, STAGES)
     if stage == "stage1":
         return Workload(stage, None, _stage1(config, model))
@@ -96,44 +100,88 @@ def training(config: SparkConfig, stage: str, model: str | None = None) -> Train
     """What ``stage`` (not stage1) trains; of the other models nothing is read."""
     if stage == "stage2":
         trained = find_model(model or config.models.reward_base, "models.reward_base")
-        return Training(trained, config.stage2.batch_size, min(config.stage2.max_length, trained.shape.max_positions))
+        return Training(
+            trained,
+            config.stage2.batch_size,
+            min(config.stage2.max_length, trained.shape.max_positions),
+        )
     if stage == "sft":
-        trained = find_model(model or config.models.policy_base or config.models.policy, "models.policy_base")
-        return Training(trained, config.sft.batch_size, min(config.sft.max_length, trained.shape.max_positions))
+        trained = find_model(
+            model or config.models.policy_base or config.models.policy, "models.policy_base"
+        )
+        return Training(
+            trained, config.sft.batch_size, min(config.sft.max_length, trained.shape.max_positions)
+        )
     rl = config.rl
     trained = find_model(model or config.models.policy, "models.policy", config.models.policy_base)
     new, has_reference = rl.sampling.max_new_tokens, rl.kl_estimator != "none"
     return Training(
-        trained, rl.prompts_per_step * rl.group_size, _prompt_room(trained, new) + new, rl.updates_per_step,
-        has_reference + (rl.updates_per_step > 1), 2 if has_reference else 0, syncs=True)
+        trained,
+        rl.prompts_per_step * rl.group_size,
+        _prompt_room(trained, new) + new,
+        rl.updates_per_step,
+        has_reference + (rl.updates_per_step > 1),
+        2 if has_reference else 0,
+        syncs=True,
+    )
 
 
 def _stage1(config: SparkConfig, model: str | None) -> tuple[Generation, ...]:
     one = config.stage1
     generator = find_model(model or config.models.generator, "models.generator")
-    verifier = find_model(config.models.verifier, "models.verifier") if config.models.verifier else generator
+    verifier = (
+        find_model(config.models.verifier, "models.verifier")
+        if config.models.verifier
+        else generator
+    )
     written = one.generator_sampling.max_new_tokens
     solutions = PROBLEMS * one.solutions_per_problem
-    return (Generation("policy", generator, PROBLEMS, solutions, PROMPT_ROOM, written),
-            Generation("verifier", verifier, solutions, solutions * one.verifications_per_solution,
-                       PROMPT_ROOM + written, one.verifier_sampling.max_new_tokens))
+    return (
+        Generation("policy", generator, PROBLEMS, solutions, PROMPT_ROOM, written),
+        Generation(
+            "verifier",
+            verifier,
+            solutions,
+            solutions * one.verifications_per_solution,
+            PROMPT_ROOM + written,
+            one.verifier_sampling.max_new_tokens,
+        ),
+    )
 
 
 def _stage3(config: SparkConfig, work: Training) -> tuple[Generation, ...]:
     rl, policy, new = config.rl, work.model, config.rl.sampling.max_new_tokens
-    generations = [Generation("policy", policy, rl.prompts_per_step, work.sequences, _prompt_room(policy, new), new)]
+    generations = [
+        Generation(
+            "policy", policy, rl.prompts_per_step, work.sequences, _prompt_room(policy, new), new
+        )
+    ]
     if rl.asks_reward_model:
         name = rl.reward_model or config.models.reward_base
-        verifier = find_model(name, "rl.reward_model", config.models.reward_base) if name else policy
-        generations.append(Generation("verifier", verifier, work.sequences, work.sequences * rl.verifier_votes,
-                                      PROMPT_ROOM + new, rl.verifier_sampling.max_new_tokens))
+        verifier = (
+            find_model(name, "rl.reward_model", config.models.reward_base) if name else policy
+        )
+        generations.append(
+            Generation(
+                "verifier",
+                verifier,
+                work.sequences,
+                work.sequences * rl.verifier_votes,
+                PROMPT_ROOM + new,
+                rl.verifier_sampling.max_new_tokens,
+            )
+        )
     return tuple(generations)
 
 
 def find_model(name: str, field: str, made_from: str | None = None) -> Model:
-    """By folder, by the published name that the folder has, or, where sft has yet to write it, by its base model."""
+    """By folder, by the published name that the folder has, or, where sft has yet to write it, by
+    its base model.
+    """
     if not name:
-        raise ConfigError(f"{field} is not set: pass --model, or an experiment that names its models")
+        raise ConfigError(
+            f"{field} is not set: pass --model, or an experiment that names its models"
+        )
     folder = Path(name)
     if (folder / "config.json").exists():
         config = read_hf_config(folder)
@@ -142,8 +190,10 @@ def find_model(name: str, field: str, made_from: str | None = None) -> Model:
     elif made_from and folder.name == "model":
         return find_model(made_from, field)
     else:
-        raise ConfigError(f"{field}={name}: no config.json there (hf download NAME config.json --local-dir FOLDER "
-                          f"fetches it alone), and the name is none of {', '.join(PUBLISHED)}")
+        raise ConfigError(
+            f"{field}={name}: no config.json there (hf download NAME config.json --local-dir FOLDER "
+            f"fetches it alone), and the name is none of {', '.join(PUBLISHED)}"
+        )
     return Model(folder.name, config, ModelShape.from_hf(config, f"{name}/config.json"))
 
 

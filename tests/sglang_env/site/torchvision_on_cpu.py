@@ -1,7 +1,9 @@
-"""Lets ``import torchvision`` pass on a CPU build of torch. A .pth file imports this at interpreter start.
+"""Lets ``import torchvision`` pass on a CPU build of torch. A .pth file imports this at interpreter
+start.
 
-PyPI's torchvision links CUDA libraries; without them its operators stay undeclared and its import fails at the first
-one it describes. SGLang imports torchvision whatever the model, and calls none of these operators for text.
+PyPI's torchvision links CUDA libraries; without them its operators stay undeclared and its import
+fails at the first one it describes. SGLang imports torchvision whatever the model, and calls none
+of these operators for text.
 """
 
 import importlib.abc

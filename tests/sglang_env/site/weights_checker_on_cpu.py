@@ -1,7 +1,9 @@
-"""Lets SGLang 0.5.21 answer ``/weights_checker`` on a CPU. The .pth file beside it imports this at interpreter start.
+"""Lets SGLang 0.5.21 answer ``/weights_checker`` on a CPU. The .pth file beside it imports this at
+interpreter start.
 
-Its checksum of the weights waits for the GPU first, on every device (srt/utils/weight_checker.py), and a CPU build of
-torch refuses that call. There is nothing to wait for: the call becomes a no-op. What is hashed, and how, is SGLang's.
+Its checksum of the weights waits for the GPU first, on every device (srt/utils/weight_checker.py),
+and a CPU build of torch refuses that call. There is nothing to wait for: the call becomes a no-op.
+What is hashed, and how, is SGLang's.
 """
 
 import importlib.abc
