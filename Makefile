@@ -36,6 +36,7 @@ test-sglang: venv  ## tests against real SGLang servers on the CPU, in an enviro
 	SPARK_TEST_SGLANG=1 $(BIN)/python -m pytest tests/real_sglang $(PYTEST_ARGS)
 
 lint: venv       ## style and import directions
+	$(BIN)/ruff format --check spark_nemo tests benchmarks tools slurm
 	$(BIN)/ruff check spark_nemo tests benchmarks tools slurm
 	$(BIN)/lint-imports
 

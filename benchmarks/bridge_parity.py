@@ -138,7 +138,7 @@ def main() -> int:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
     from spark_nemo.megatron.checkpoint.conversion import convert
-    from spark_nemo.megatron.checkpoint.stored import StoredCheckpoint
+    from spark_nemo.megatron.checkpoint.torch_dist_reader import StoredCheckpoint
     from spark_nemo.megatron.cpu_compat import cuda_means_cpu, seed_everything
 
     sys.meta_path.append(_Finder())

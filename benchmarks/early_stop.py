@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 from spark_nemo.records import Outcome, outcome_from_json
 from spark_nemo.records.store import RecordStore
-from spark_nemo.verification.collect import VERIFICATION
 from spark_nemo.verification.early_stop import StoppingRule, votes_taken
+from spark_nemo.verification.sampler import VERIFICATION
 from spark_nemo.verification.voting import count_votes, majority
 
 

@@ -32,8 +32,8 @@ from pathlib import Path
 import torch
 
 from spark_nemo.config import MegatronConfig, OptimizerConfig, RLConfig
+from spark_nemo.engines.async_utils import generate_all, run_async
 from spark_nemo.engines.base import GenerationRequest, SamplingParams
-from spark_nemo.engines.client import generate_all, run_async
 from spark_nemo.engines.local import LocalEngine
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import Problem, Rollout

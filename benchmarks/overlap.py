@@ -13,7 +13,7 @@ Definition. A verification is *on its way* from the moment its response is finis
 judgement is there. V is the set of moments at which at least one verification of the step's batch
 is on its way, G those at which a response of any batch is being generated, T those at which the
 trainer trains. The hidden share is |V and (G or T)| / |V|, summed over the steps but the first
-(``stages/timeline.py``). What is not hidden is time in which the whole run waits for verifications
+(``rollout/timeline.py``). What is not hidden is time in which the whole run waits for verifications
 alone. In ``no overlap`` a verification is on its way when it may start, after the last response.
 
 Being hidden is not being free: with embedded engines verifier, policy and trainer share this
@@ -39,19 +39,19 @@ from spark_nemo.config import SparkConfig
 from spark_nemo.config.compose import compose_config
 from spark_nemo.config.hacking import ConstraintsConfig
 from spark_nemo.config.rollout import RolloutConfig
-from spark_nemo.engines.client import run_async
+from spark_nemo.engines.async_utils import run_async
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import FormatViolation, Rollout, Verdict, derive_seed
 from spark_nemo.records.jsonl import read_problems
 from spark_nemo.rewards.hacking.constraints import read_response
-from spark_nemo.rewards.judge import Judgement, RewardJudge
-from spark_nemo.stages.credit import batch_advantages
-from spark_nemo.stages.feed import BatchFeed
-from spark_nemo.stages.rl_session import RLSession, open_session
-from spark_nemo.stages.timeline import TRAIN, VERIFY, seconds
+from spark_nemo.rewards.judge import RewardJudge, RolloutVerdict
+from spark_nemo.rollout.advantage_estimator import compute_advantages
+from spark_nemo.rollout.manager import RolloutManager, open_session
+from spark_nemo.rollout.prefetch import RolloutPrefetcher
+from spark_nemo.rollout.timeline import TRAIN, VERIFY, seconds
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
 from spark_nemo.training.grpo import train_on_rollouts
-from spark_nemo.weight_sync.push import WeightSync
+from spark_nemo.weight_sync.synchronizer import WeightSync
 
 ARMS = ("no overlap", "streaming", "one step off")
 TARGET = 0.8
@@ -64,13 +64,13 @@ class Elsewhere:
     service: object
     latency: float
 
-    async def judge(self, rollout: Rollout) -> Judgement:
+    async def judge(self, rollout: Rollout) -> RolloutVerdict:
         """The format gate, then a wait."""
         parsed = read_response(rollout, ConstraintsConfig())
         if isinstance(parsed, FormatViolation):
-            return Judgement(parsed, None)
+            return RolloutVerdict(parsed, None)
         await asyncio.sleep(self.latency)
-        return Judgement(
+        return RolloutVerdict(
             None, Verdict((True,) * len(parsed.steps), derive_seed(rollout.text) % 2 == 0), 0
         )
 
@@ -90,7 +90,7 @@ class Afterwards:
         """The one of the judge behind it."""
         return self.judge_.service
 
-    async def judge(self, rollout: Rollout) -> Judgement:
+    async def judge(self, rollout: Rollout) -> RolloutVerdict:
         """Wait for the others, then judge."""
         self.waiting += 1
         if self.waiting == self.responses:
@@ -106,7 +106,7 @@ class Afterwards:
             self.intervals.append((start, time.perf_counter()))
 
 
-class Arm:
+class RLVariant:
     """One way of scheduling, with engines and a trainer of its own; ``step`` makes a step and notes
     its seconds.
     """
@@ -114,7 +114,7 @@ class Arm:
     def __init__(self, name: str, config: SparkConfig, folder: Path, latency: float | None) -> None:
         ahead = RolloutConfig(one_step_off=name == "one step off")
         self.config = config = replace(config, rl=replace(config.rl, rollout=ahead))
-        self.session: RLSession = open_session(config, folder)
+        self.session: RolloutManager = open_session(config, folder)
         judge = self.session.rollouts.judge
         if latency is not None:
             judge = Elsewhere(judge.service, latency)
@@ -127,7 +127,7 @@ class Arm:
         self.sync = WeightSync.build(
             config.weight_sync, self.worker, engine_kind="local", folder=folder
         )
-        self.feed = BatchFeed(config, read_problems(config.data.rl_problems), self.session)
+        self.feed = RolloutPrefetcher(config, read_problems(config.data.rl_problems), self.session)
         self.name, self.seconds, self.verified, self.hidden, self.tokens = name, [], 0.0, 0.0, 0
 
     def step(self, step: int) -> None:
@@ -139,7 +139,7 @@ class Arm:
             train_on_rollouts(
                 self.worker,
                 batch.rollouts,
-                batch_advantages(batch, rl),
+                compute_advantages(batch, rl),
                 torch.tensor(batch.rewards.valid),
                 rl,
                 tokens_per_micro_batch=self.config.megatron.tokens_per_micro_batch,
@@ -187,11 +187,12 @@ def configured(folder: Path, arguments: argparse.Namespace) -> SparkConfig:
 
 def repeats(
     config: SparkConfig, folder: Path, arguments: argparse.Namespace
-) -> Iterator[list[Arm]]:
+) -> Iterator[list[RLVariant]]:
     """Every repeat has fresh arms that make the steps in turns."""
     for repeat in range(arguments.repeats):
         arms = [
-            Arm(name, config, folder / f"{repeat}-{name}", arguments.elsewhere) for name in ARMS
+            RLVariant(name, config, folder / f"{repeat}-{name}", arguments.elsewhere)
+            for name in ARMS
         ]
         for step in range(arguments.steps):
             for arm in arms:
@@ -222,7 +223,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[str, list[Arm]] = {name: [] for name in ARMS}
+    found: dict[str, list[RLVariant]] = {name: [] for name in ARMS}
     with tempfile.TemporaryDirectory() as folder:
         for arms in repeats(configured(Path(folder), arguments), Path(folder), arguments):
             for arm in arms:

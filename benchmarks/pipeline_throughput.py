@@ -38,12 +38,12 @@ from spark_nemo.engines.base import (
     Generation,
     GenerationRequest,
 )
-from spark_nemo.engines.served import ServedModel
+from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.grammar import render_verification
 from spark_nemo.grammar.verification import StepJudgement
 from spark_nemo.records import Problem
 from spark_nemo.records.store import RecordStore
-from spark_nemo.verification.collect import CollectCounts, Collector
+from spark_nemo.verification.sampler import CollectCounts, Collector
 
 STEPS = 4
 SOLUTION = (

@@ -49,7 +49,7 @@ import aiohttp
 from aiohttp import web
 
 from spark_nemo.engines import Generation, GenerationRequest, SamplingParams, generate_all
-from spark_nemo.engines.client import freeze_heap
+from spark_nemo.engines.async_utils import freeze_heap
 from spark_nemo.engines.sglang import SglangServer
 from spark_nemo.toy.resolve import ASSETS
 

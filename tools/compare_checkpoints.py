@@ -56,8 +56,8 @@ def compare(given: argparse.Namespace) -> int:
         compare_stored,
         logits_difference,
     )
-    from spark_nemo.megatron.checkpoint.opened import open_checkpoint
-    from spark_nemo.megatron.checkpoint.stored import StoredCheckpoint
+    from spark_nemo.megatron.checkpoint.reader import open_checkpoint
+    from spark_nemo.megatron.checkpoint.torch_dist_reader import StoredCheckpoint
     from spark_nemo.megatron.checkpoint.training import newest
 
     text = read_text(given)

@@ -200,7 +200,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from spark_nemo.verification.audit import audit_store
+    from spark_nemo.verification.fsck import audit_store
 
     folder = store_folder(arguments.run_folder)
     # Opening the store logs what the audit says again.

@@ -223,8 +223,8 @@ def _saved_math(arguments: argparse.Namespace) -> str:
 def _model_math(
     config: SparkConfig, arguments: argparse.Namespace, data: list[str], output: Path
 ) -> str:
-    from spark_nemo.engines.client import run_async
-    from spark_nemo.engines.served import ServedModel
+    from spark_nemo.engines.async_utils import run_async
+    from spark_nemo.engines.served_model import ServedModel
     from spark_nemo.evaluation.completions import average_estimates, score_sets, write_completions
     from spark_nemo.evaluation.math_data import read_math_sets
     from spark_nemo.evaluation.policy import sample_policy
@@ -266,7 +266,7 @@ def _model_math(
 def _model_processbench(
     config: SparkConfig, arguments: argparse.Namespace, data: list[str], output: Path
 ) -> str:
-    from spark_nemo.engines.served import ServedModel
+    from spark_nemo.engines.served_model import ServedModel
     from spark_nemo.evaluation.judging import (
         Critic,
         RewardModelJudge,

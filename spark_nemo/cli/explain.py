@@ -15,8 +15,8 @@ from spark_nemo.cli.data import label_files, read_made_by, store_folder
 from spark_nemo.records import outcome_from_json
 from spark_nemo.records.store import RecordStore
 from spark_nemo.verification import count_votes
-from spark_nemo.verification.collect import VERIFICATION
 from spark_nemo.verification.lineage import Descendant, Lineage, chosen_verification, trace
+from spark_nemo.verification.sampler import VERIFICATION
 
 EXAMPLES = """examples:
   spark-nemo explain runs/first 0df7a627660cefc4

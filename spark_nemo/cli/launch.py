@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from spark_nemo.config import MegatronConfig
 from spark_nemo.config.slurm import slurm_task
-from spark_nemo.stages.children import start_child
+from spark_nemo.run.subprocess_utils import start_child
 
 _POLL_S = 0.1
 _GRACE_S = 20.0

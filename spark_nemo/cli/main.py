@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from spark_nemo.cli.capacity import add_plan_command
 from spark_nemo.cli.data import add_data_commands
 from spark_nemo.cli.errors import USER_ERRORS
 from spark_nemo.cli.evaluate import (
@@ -26,13 +27,12 @@ from spark_nemo.cli.evaluate import (
     score_saved,
 )
 from spark_nemo.cli.explain import add_explain_command
-from spark_nemo.cli.plan import add_plan_command
-from spark_nemo.cli.slurm_plan import add_plan_arguments, slurm_plan
+from spark_nemo.cli.slurm_manifest import add_plan_arguments, slurm_plan
 from spark_nemo.cli.status import run_status
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.config.compose import compose_config, config_yaml
-from spark_nemo.stages.children import die_with_parent
-from spark_nemo.stages.run_folder import sft_folder, stage1_folder, stage2_folder, stage3_folder
+from spark_nemo.run.run_folder import sft_folder, stage1_folder, stage2_folder, stage3_folder
+from spark_nemo.run.subprocess_utils import die_with_parent
 from spark_nemo.toy.resolve import oracle_for, resolve_toy
 
 EXAMPLES = """examples:
@@ -215,7 +215,7 @@ def _planned(arguments: argparse.Namespace) -> bool:
     """Print the plan of the subcommand when that is all that was asked."""
     if not arguments.dry_run or arguments.print_config:
         return False
-    from spark_nemo.stages.plan import dry_run
+    from spark_nemo.planning.dry_run import dry_run
 
     print(dry_run(compose_config(arguments.overrides), arguments.part))
     return True
@@ -250,8 +250,8 @@ def _stage1(arguments: argparse.Namespace) -> int:
 
 def _finished(config: SparkConfig, part: str, folder: Path) -> bool:
     """Say so when there is nothing left to do, before anything is loaded."""
-    from spark_nemo.stages.finished import is_finished
-    from spark_nemo.stages.part_lock import is_main_rank
+    from spark_nemo.run.completion import is_finished
+    from spark_nemo.run.run_lock import is_main_rank
 
     if not is_finished(config, part, folder):
         return False
@@ -268,7 +268,7 @@ def _stage2(arguments: argparse.Namespace) -> int:
 
         return run_stage2(config)
 
-    from spark_nemo.stages.checks import check_stage2
+    from spark_nemo.planning.preflight import check_stage2
 
     return _on_all_ranks(
         arguments,
@@ -284,7 +284,7 @@ def _stage3(arguments: argparse.Namespace) -> int:
 
         return run_stage3(config)
 
-    from spark_nemo.stages.checks import check_stage3
+    from spark_nemo.planning.preflight import check_stage3
 
     return _on_all_ranks(
         arguments, lambda config: stage3_folder(config.run, config.arm), check_stage3, run
@@ -298,7 +298,7 @@ def _on_all_ranks(
     run: Callable[[SparkConfig], bool],
 ) -> int:
     from spark_nemo.cli.launch import launch_ranks, must_launch
-    from spark_nemo.stages.part_lock import part_lock
+    from spark_nemo.run.run_lock import run_lock
 
     if _planned(arguments):
         return 0
@@ -318,7 +318,7 @@ def _on_all_ranks(
         return 0
     if must_launch(config.megatron):
         check(config)
-        with part_lock(
+        with run_lock(
             folder(config)
         ):  # the main rank takes it; here it only refuses before ranks are started
             pass
@@ -398,7 +398,7 @@ def _evaluate_compare(arguments: argparse.Namespace) -> int:
 
 
 def _slurm_plan(arguments: argparse.Namespace) -> int:
-    from spark_nemo.stages.plan import check_without_files
+    from spark_nemo.planning.dry_run import check_without_files
 
     if config := _configured(arguments):
         if arguments.stage == "pipeline":

@@ -24,8 +24,8 @@ from pathlib import Path
 import yaml
 
 from spark_nemo.config import ConfigError
-from spark_nemo.stages.part_lock import LOCK, part_owner
-from spark_nemo.stages.run_folder import DONE, PROGRESS
+from spark_nemo.run.run_folder import DONE, PROGRESS
+from spark_nemo.run.run_lock import LOCK, part_owner
 
 LOGS, STATE, ERROR, CHAIN = "logs", "state", "error.txt", "chain.tsv"
 _SHOWN_ERROR_LINES = 12

@@ -1,5 +1,6 @@
 """Engines: one interface, the embedded engine behind it, and the helpers every caller uses."""
 
+from .async_utils import generate_all, run_async
 from .base import (
     Engine,
     EngineFailure,
@@ -11,7 +12,6 @@ from .base import (
     GenerationRequest,
     SamplingParams,
 )
-from .client import generate_all, run_async
 from .factory import build_engine
 from .tokenizer import Tokenizer, TokenizerError
 

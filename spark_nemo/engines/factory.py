@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from ..config import EngineConfig
+from spark_nemo.config import EngineConfig
+
 from .base import Engine
 from .local import LocalEngine
 

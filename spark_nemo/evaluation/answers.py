@@ -19,7 +19,7 @@ from pathlib import Path
 from spark_nemo.records import Problem
 from spark_nemo.records.jsonl import id_hint
 
-from .checker import Judgement, shared_checker
+from .checker import AnswerGrade, shared_checker
 from .reading import DataFileError, read_rows, required_id, required_text
 
 MAX_ANSWER_CHARS = 1000
@@ -83,10 +83,10 @@ def read_answer_keys(path: str | Path) -> dict[str, AnswerKey]:
 
 def answer_matches(predicted: str | None, gold: str) -> bool:
     """Whether ``judge_answer`` finds the two equal."""
-    return judge_answer(predicted, gold) is Judgement.EQUAL
+    return judge_answer(predicted, gold) is AnswerGrade.EQUAL
 
 
-def judge_answer(predicted: str | None, gold: str) -> Judgement:
+def judge_answer(predicted: str | None, gold: str) -> AnswerGrade:
     """Whether a final answer equals the reference answer. No prediction (None, blank) is wrong.
 
     In this order: equal after ``normalise_answer``; both plain numbers, compared exactly (``27.0``
@@ -100,21 +100,21 @@ def judge_answer(predicted: str | None, gold: str) -> Judgement:
     box inside the answer.
     """
     if predicted is None or not predicted.strip():
-        return Judgement.DIFFERENT
+        return AnswerGrade.DIFFERENT
     if predicted.strip() == gold.strip():
-        return Judgement.EQUAL
+        return AnswerGrade.EQUAL
     if len(predicted) > MAX_ANSWER_CHARS:
-        return Judgement.DIFFERENT
+        return AnswerGrade.DIFFERENT
     left, right = normalise_answer(predicted), normalise_answer(gold)
     if left == right:
-        return Judgement.EQUAL if left else Judgement.DIFFERENT
+        return AnswerGrade.EQUAL if left else AnswerGrade.DIFFERENT
     number, gold_number = _number(left), _number(right)
     if number is not None and number == gold_number:
-        return Judgement.EQUAL
+        return AnswerGrade.EQUAL
     if _INTEGER.fullmatch(left) and _INTEGER.fullmatch(right):
-        return Judgement.DIFFERENT
+        return AnswerGrade.DIFFERENT
     if not left or ("=" in left and "=" not in right) or "\\boxed" in left or not _balanced(left):
-        return Judgement.DIFFERENT
+        return AnswerGrade.DIFFERENT
     return _checked(left, right)
 
 
@@ -122,10 +122,10 @@ def grade_answers(pairs: Sequence[tuple[str | None, str]]) -> list[bool]:
     """``answer_matches`` of every ``(predicted, gold)``, the slow ones at the same time in the
     checker's workers.
     """
-    return [judgement is Judgement.EQUAL for judgement in judge_answers(pairs)]
+    return [judgement is AnswerGrade.EQUAL for judgement in judge_answers(pairs)]
 
 
-def judge_answers(pairs: Sequence[tuple[str | None, str]]) -> list[Judgement]:
+def judge_answers(pairs: Sequence[tuple[str | None, str]]) -> list[AnswerGrade]:
     """``judge_answer`` of every ``(predicted, gold)``, the slow ones at the same time in the
     checker's workers.
     """
@@ -200,5 +200,5 @@ def _balanced(text: str) -> bool:
 
 
 @lru_cache(maxsize=65536)
-def _checked(predicted: str, gold: str) -> Judgement:
+def _checked(predicted: str, gold: str) -> AnswerGrade:
     return shared_checker().judge(gold, predicted)

@@ -34,16 +34,16 @@ itself.
 """
 
 
-class Judgement(StrEnum):
-    """What came of comparing an answer with its key. ``LATE`` and ``DIED`` say nothing about the
+class AnswerGrade(StrEnum):
+    """What came of comparing an answer with its key. ``TIMEOUT`` and ``CRASHED`` say nothing about the
     answer: nobody could tell within the limits of time and memory; a score counts them as wrong and
     says how many there were.
     """
 
     EQUAL = "equal"
     DIFFERENT = "different"
-    LATE = "late"
-    DIED = "died"
+    TIMEOUT = "late"
+    CRASHED = "died"
 
 
 @dataclass
@@ -73,9 +73,9 @@ class MathChecker:
         """``math_verify.verify(gold, answer)``; the order matters. False when the worker is late or
         dies (counted).
         """
-        return self.judge(gold, answer) is Judgement.EQUAL
+        return self.judge(gold, answer) is AnswerGrade.EQUAL
 
-    def judge(self, gold: str, answer: str) -> Judgement:
+    def judge(self, gold: str, answer: str) -> AnswerGrade:
         """``equivalent`` with the reason. Raises ``RuntimeError`` when the worker cannot be started
         at all.
         """
@@ -124,7 +124,7 @@ class MathChecker:
                 "the answer checker did not start: is math-verify installed in this environment?"
             )
 
-    def _ask(self, question: bytes) -> Judgement:
+    def _ask(self, question: bytes) -> AnswerGrade:
         try:
             self._process.stdin.write(question)
             reply = self._read_line(self.limit_s + GRACE_S)
@@ -133,14 +133,18 @@ class MathChecker:
         if not reply:
             self.close()  # the worker itself hangs or has died, not its child
         judgement = (
-            Judgement(reply) if reply else Judgement.LATE if reply is None else Judgement.DIED
+            AnswerGrade(reply)
+            if reply
+            else AnswerGrade.TIMEOUT
+            if reply is None
+            else AnswerGrade.CRASHED
         )
-        if judgement is Judgement.LATE:
+        if judgement is AnswerGrade.TIMEOUT:
             self.stats.timeouts += 1
             logger.warning(
                 "answer checker: no result within %.1f s, counted as not equal", self.limit_s
             )
-        elif judgement is Judgement.DIED:
+        elif judgement is AnswerGrade.CRASHED:
             self.stats.crashes += 1
             logger.warning("answer checker: the worker died, counted as not equal")
         return judgement
@@ -189,9 +193,9 @@ class CheckerPool:
         """As ``MathChecker.equivalent``; waits for a free worker, which does not count against the
         time limit.
         """
-        return self.judge(gold, answer) is Judgement.EQUAL
+        return self.judge(gold, answer) is AnswerGrade.EQUAL
 
-    def judge(self, gold: str, answer: str) -> Judgement:
+    def judge(self, gold: str, answer: str) -> AnswerGrade:
         """As ``MathChecker.judge``, by a free worker."""
         checker = self._free.get()
         try:

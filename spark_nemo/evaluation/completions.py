@@ -15,7 +15,7 @@ from spark_nemo.records.jsonl import write_text_atomic
 from .accuracy import GradedSample, greedy_values, majority_values, pass_at_k_values, problem_rates
 from .answers import EvalProblem, judge_answers
 from .bootstrap import DEFAULT_SAMPLES, Estimate, grouped_mean_estimate, mean_estimate
-from .checker import Judgement
+from .checker import AnswerGrade
 from .reading import DataFileError, read_rows, required, required_id
 
 
@@ -98,7 +98,7 @@ def score_completions(
     greedy, sampled = [], []
     for row, judgement, answer in zip(completions, judged, answers):
         (greedy if row.greedy else sampled).append(
-            GradedSample(row.problem_id, row.sample, judgement is Judgement.EQUAL, answer)
+            GradedSample(row.problem_id, row.sample, judgement is AnswerGrade.EQUAL, answer)
         )
     for name, rows in (("greedy", greedy), ("sampled", sampled)):
         if rows and (missing := keys.keys() - {row.problem_id for row in rows}):
@@ -118,7 +118,7 @@ def score_completions(
         {name: mean_estimate(list(each.values()), samples) for name, each in values.items()},
         greedy,
         sampled,
-        sum(judgement in (Judgement.LATE, Judgement.DIED) for judgement in judged),
+        sum(judgement in (AnswerGrade.TIMEOUT, AnswerGrade.CRASHED) for judgement in judged),
     )
 
 

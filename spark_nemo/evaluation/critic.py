@@ -10,8 +10,8 @@ import asyncio
 from pathlib import Path
 
 from spark_nemo.config import SparkConfig
-from spark_nemo.engines.served import ServedModel
-from spark_nemo.grammar import Variant, parse_generation, prompt_set
+from spark_nemo.engines.served_model import ServedModel
+from spark_nemo.grammar import Variant, parse_verifier_output, prompt_set
 from spark_nemo.records import EngineError, outcome_from_json, outcome_kind, outcome_to_json
 from spark_nemo.records.jsonl import write_json_atomic
 
@@ -112,7 +112,7 @@ async def _judge_all(
         if reply.finish_reason is None:
             outcome = EngineError(reply.error)
         else:
-            outcome = parse_generation(
+            outcome = parse_verifier_output(
                 reply.text, reply.finish_reason, reply.num_tokens, len(case.steps), variant
             )
         rows.append(

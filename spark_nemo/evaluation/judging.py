@@ -16,12 +16,12 @@ from pathlib import Path
 
 from spark_nemo.config import ConfigError, SamplingConfig
 from spark_nemo.engines.base import EngineFailure, EngineLost
-from spark_nemo.engines.served import ServedModel
+from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.grammar import (
     PromptSet,
     Variant,
     legal_step_text,
-    parse_generation,
+    parse_verifier_output,
     render_solution,
 )
 from spark_nemo.grammar.critic_prompt import CRITIC_VERSION, critic_messages
@@ -105,7 +105,7 @@ class RewardModelJudge(Judge):
     def vote(self, reply: Reply, case: ProcessBenchCase) -> tuple[str | None, str]:
         if reply.finish_reason is None:
             return None, outcome_kind(EngineError(reply.error))
-        outcome = parse_generation(
+        outcome = parse_verifier_output(
             reply.text, reply.finish_reason, reply.num_tokens, len(case.steps), self.variant
         )
         first = predict_first_error(outcome)

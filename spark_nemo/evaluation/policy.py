@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spark_nemo.config import EvaluationConfig, SamplingConfig
-from spark_nemo.engines.served import ServedModel
+from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.grammar import PromptSet, extract_boxed
 from spark_nemo.records import Problem, derive_seed
 

@@ -21,8 +21,8 @@ from .variants import (
     AnswerVerdict,
     Variant,
     VariantOutcome,
-    parse_generation,
     parse_variant,
+    parse_verifier_output,
     render_target,
 )
 from .verification import (
@@ -62,10 +62,10 @@ __all__ = [
     "extract_boxed",
     "find_boxes",
     "legal_step_text",
-    "parse_generation",
     "parse_judgements",
     "parse_variant",
     "parse_verification",
+    "parse_verifier_output",
     "prompt_set",
     "regions",
     "render_solution",

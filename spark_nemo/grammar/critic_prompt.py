@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..records import content_key
+from spark_nemo.records import content_key
+
 from .prompts import ChatMessages, fill_user_message
 
 CRITIC = """\

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..records import FormatViolation
+from spark_nemo.records import FormatViolation
+
 from .boxed import find_boxes
 from .steps import ParsedResponse, StepFormat, split_response
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from ..records import content_key
+from spark_nemo.records import content_key
+
 from . import paper_prompts
 from .variants import Variant
 from .version import GRAMMAR_VERSION

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..records import content_key
+from spark_nemo.records import content_key
+
 from . import paper_revision_prompts
 from .prompts import ChatMessages, fill_user_message
 from .version import GRAMMAR_VERSION

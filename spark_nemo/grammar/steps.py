@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate
 
-from ..records import ParseFailure, TokenSpan
+from spark_nemo.records import ParseFailure, TokenSpan
+
 from .boxed import find_boxes
 from .headers import ANSWER_HEADER, ANY_HEADER, STEP_HEADER, after_header
 

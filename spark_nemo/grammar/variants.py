@@ -10,7 +10,15 @@ import re
 from collections.abc import Sequence
 from enum import StrEnum
 
-from ..records import AnswerVerdict, EngineError, ParseFailure, Truncated, VariantOutcome, Verdict
+from spark_nemo.records import (
+    AnswerVerdict,
+    EngineError,
+    ParseFailure,
+    Truncated,
+    VariantOutcome,
+    Verdict,
+)
+
 from .headers import FLAGS
 from .verification import (
     StepJudgement,
@@ -70,7 +78,7 @@ def parse_variant(variant: Variant, text: str, num_steps: int | None = None) -> 
     return _parse_orm(text) if variant is Variant.ORM else _parse_prm(text, num_steps)
 
 
-def parse_generation(
+def parse_verifier_output(
     text: str,
     finish_reason: str,
     num_tokens: int,

@@ -18,7 +18,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..records import Outcome, ParseFailure, Verdict
+from spark_nemo.records import Outcome, ParseFailure, Verdict
+
 from .headers import FLAGS, STEP_HEADER, after_header
 
 _LABEL = re.compile(r"\*\*This step is (?P<negation>in)?correct\.?\*\*", FLAGS)

@@ -77,7 +77,8 @@ def legend_mark(style: Style) -> Markup:
     """A short piece of the series' line with its marker, for a legend in HTML."""
     return (
         Markup(
-            f'<svg class="key" viewBox="0 0 34 14" width="34" height="14" aria-hidden="true"><line x1="1" y1="7" x2="33" '
+            f'<svg class="key" viewBox="0 0 34 14" width="34" height="14" aria-hidden="true">'
+            f'<line x1="1" y1="7" x2="33" '
             f'y2="7" stroke="{style.colour}" stroke-width="2.2" stroke-dasharray="{style.dash}"/>'
         )
         + marker(style, 17, 7)

@@ -42,10 +42,10 @@ from spark_nemo.report.model import (
     to_plain,
 )
 from spark_nemo.report.names import arm_order
-from spark_nemo.verification.collect import SOLUTION, VERIFICATION
-from spark_nemo.verification.collected import stream_collected
+from spark_nemo.verification.meta_critique import CRITIQUE, MERGE
 from spark_nemo.verification.reference import REFERENCE_VERIFICATION
-from spark_nemo.verification.revise import CRITIQUE, MERGE
+from spark_nemo.verification.sampler import SOLUTION, VERIFICATION
+from spark_nemo.verification.store_reader import stream_collected
 
 _VERIFYING = (VERIFICATION, CRITIQUE, MERGE, REFERENCE_VERIFICATION)
 _ARM_KEYS = {"process_aware": "spark"}

@@ -16,9 +16,9 @@ from spark_nemo.grammar import ParsedResponse
 from spark_nemo.records import Solution
 from spark_nemo.records.store import RecordStore
 from spark_nemo.verification import LabelOptions
-from spark_nemo.verification.collect import parse_solution
-from spark_nemo.verification.collected import label_collected, stream_for
 from spark_nemo.verification.cost import method_tokens
+from spark_nemo.verification.sampler import parse_solution
+from spark_nemo.verification.store_reader import label_collected, stream_for
 
 from .model import Figure, LabelScores
 

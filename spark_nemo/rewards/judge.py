@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from spark_nemo.config.hacking import ConstraintsConfig
-from spark_nemo.engines.client import all_or_none
+from spark_nemo.engines.async_utils import all_or_none
 from spark_nemo.records import (
     EngineError,
     Failure,
@@ -23,7 +23,7 @@ from .votes import aggregate_votes
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class RolloutVerdict:
     """What became of one rollout. ``outcome`` is None exactly when the format gate kept it from the
     verifier.
     """
@@ -47,17 +47,17 @@ class RewardJudge:
     min_votes: int = 1
     constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)
 
-    async def judge(self, rollout: Rollout) -> Judgement:
+    async def judge(self, rollout: Rollout) -> RolloutVerdict:
         """Check the format, then verify the canonical steps, so policy and reward model share one
         text.
         """
         parsed = read_response(rollout, self.constraints)
         if isinstance(parsed, FormatViolation):
-            return Judgement(parsed, None)
+            return RolloutVerdict(parsed, None)
         case = self.service.case(rollout.problem.question, parsed.canonical(), len(parsed.steps))
         answers = await all_or_none(self._vote(rollout, case, vote) for vote in range(self.votes))
         outcome = aggregate_votes([answer.outcome for answer in answers], self.min_votes)
-        return Judgement(None, outcome, sum(answer.num_tokens for answer in answers))
+        return RolloutVerdict(None, outcome, sum(answer.num_tokens for answer in answers))
 
     async def _vote(self, rollout: Rollout, case: Case, vote: int) -> Answer:
         outcome: VariantOutcome = EngineError("never asked")

@@ -19,8 +19,8 @@ from functools import cached_property
 from spark_nemo.config import RLConfig, SamplingConfig
 from spark_nemo.engines.base import EngineFailure, EngineLost
 from spark_nemo.engines.fleet.limits import TOKEN_TIMEOUT_S
-from spark_nemo.engines.served import ServedModel
-from spark_nemo.grammar import GRAMMAR_VERSION, PromptSet, Variant, parse_generation
+from spark_nemo.engines.served_model import ServedModel
+from spark_nemo.grammar import GRAMMAR_VERSION, PromptSet, Variant, parse_verifier_output
 from spark_nemo.records import EngineError, VariantOutcome, content_key
 
 log = logging.getLogger(__name__)
@@ -267,5 +267,5 @@ class PRMService:
         num_tokens = len(done.generation.token_ids)
         self._counts.sampled_tokens += num_tokens
         reason = str(done.generation.finish_reason)
-        outcome = parse_generation(done.text, reason, num_tokens, case.num_steps, self.variant)
+        outcome = parse_verifier_output(done.text, reason, num_tokens, case.num_steps, self.variant)
         return Answer(outcome, num_tokens), set(done.generation.weight_versions)

@@ -17,11 +17,11 @@ from spark_nemo.grammar import ParsedResponse
 from spark_nemo.records import LabelledSolution
 from spark_nemo.records.jsonl import write_json_atomic, write_text_atomic
 from spark_nemo.records.store import RecordStore
-from spark_nemo.stages.run_folder import stage1_folder, stage2_folder
+from spark_nemo.run.run_folder import stage1_folder, stage2_folder
 from spark_nemo.verification import LabelOptions, Selection, select_labels
-from spark_nemo.verification.collect import parse_solution
-from spark_nemo.verification.collected import label_collected
-from spark_nemo.verification.selection import IsCorrect
+from spark_nemo.verification.label_filter import IsCorrect
+from spark_nemo.verification.sampler import parse_solution
+from spark_nemo.verification.store_reader import label_collected
 
 log = logging.getLogger(__name__)
 

@@ -14,15 +14,15 @@ import yaml
 
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.config.compose import config_yaml
+from spark_nemo.planning.memory_check import check_memory
+from spark_nemo.planning.preflight import check_pipeline
 from spark_nemo.records.jsonl import write_text_atomic
 from spark_nemo.report.collect import Oracle, collect_summary
 from spark_nemo.report.write import write_report
-from spark_nemo.stages.checks import check_pipeline
-from spark_nemo.stages.jobs import run_jobs
-from spark_nemo.stages.layout_check import check_memory
-from spark_nemo.stages.part_lock import part_lock
-from spark_nemo.stages.run_folder import comparable_rl
-from spark_nemo.stages.schedule import plan_jobs
+from spark_nemo.run.job_graph import plan_jobs
+from spark_nemo.run.local_executor import run_jobs
+from spark_nemo.run.run_folder import comparable_rl
+from spark_nemo.run.run_lock import run_lock
 
 log = logging.getLogger(__name__)
 _FREE = (
@@ -55,7 +55,7 @@ def run_pipeline(
     check_memory(config, *(stage for stage, parts in trained if parts))
     folder = Path(config.run.dir)
     jobs = plan_jobs(config, overrides)
-    with part_lock(folder):
+    with run_lock(folder):
         claim_run_folder(config)
         if not run_jobs(jobs, config.pipeline.parallel_jobs, folder / "logs"):
             log.warning("stopped; run the same command again to go on")

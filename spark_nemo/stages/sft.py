@@ -9,16 +9,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spark_nemo.config import ConfigError, SparkConfig
-from spark_nemo.engines.served import model_identity
+from spark_nemo.engines.served_model import model_identity
 from spark_nemo.engines.tokenizer import Tokenizer
 from spark_nemo.grammar import prompt_set
 from spark_nemo.megatron.worker import MegatronWorker
+from spark_nemo.planning.memory_check import check_memory
+from spark_nemo.planning.preflight import check_sft
 from spark_nemo.records.jsonl import write_json_atomic
-from spark_nemo.stages.checks import check_sft
-from spark_nemo.stages.finished import inputs_to_remember, remember_inputs
-from spark_nemo.stages.layout_check import check_memory
-from spark_nemo.stages.part_lock import part_lock
-from spark_nemo.stages.run_folder import Clock, mark_done, sft_folder
+from spark_nemo.run.completion import inputs_to_remember, remember_inputs
+from spark_nemo.run.run_folder import Clock, mark_done, sft_folder
+from spark_nemo.run.run_lock import run_lock
 from spark_nemo.training.packing import TrainSequence, drop_longer_than
 from spark_nemo.training.policy_examples import (
     policy_sequences,
@@ -50,7 +50,7 @@ def run_sft(config: SparkConfig) -> bool:
     data = sft_data(config)
     check_memory(config, "sft")
     folder, inputs = sft_folder(config.run), inputs_to_remember(config, "sft")
-    with part_lock(folder):
+    with run_lock(folder):
         if finished := _train(config, data, folder):
             remember_inputs(folder, inputs)
         return finished

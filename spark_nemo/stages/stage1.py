@@ -11,19 +11,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 from spark_nemo.config import ConfigError, SparkConfig, Stage1Config
+from spark_nemo.engines.async_utils import freeze_heap
 from spark_nemo.engines.base import EngineFailure
-from spark_nemo.engines.client import freeze_heap
-from spark_nemo.engines.served import ServedModel
+from spark_nemo.engines.served_model import ServedModel
+from spark_nemo.planning.preflight import check_stage1
 from spark_nemo.records import Problem
 from spark_nemo.records.jsonl import read_problems, write_json_atomic
 from spark_nemo.records.store import RecordStore
-from spark_nemo.stages.after_votes import AfterVotes, after_votes
-from spark_nemo.stages.checks import check_stage1
-from spark_nemo.stages.finished import inputs_to_remember, remember_inputs
-from spark_nemo.stages.part_lock import part_lock
-from spark_nemo.stages.run_folder import Clock, mark_done, progress, stage1_folder
-from spark_nemo.stages.stage1_watch import LedgerFile, Stage1Watch, check_failure_rates
-from spark_nemo.verification.collect import CollectCounts, Collector
+from spark_nemo.run.completion import inputs_to_remember, remember_inputs
+from spark_nemo.run.run_folder import Clock, mark_done, progress, stage1_folder
+from spark_nemo.run.run_lock import run_lock
+from spark_nemo.stages.stage1_critique import AfterVotes, after_votes
+from spark_nemo.stages.stage1_monitor import LedgerFile, Stage1Watch, check_failure_rates
+from spark_nemo.verification.sampler import CollectCounts, Collector
 
 log = logging.getLogger(__name__)
 _LAST_PROBE_S = 30.0
@@ -42,7 +42,7 @@ def run_stage1(config: SparkConfig) -> CollectCounts:
         shard_name(config.stage1),
         inputs_to_remember(config, "stage1"),
     )
-    with part_lock(folder / name):
+    with run_lock(folder / name):
         counts = _sample(config, folder, name)
         if (
             not counts.postponed_verifications and not counts.engine_failures

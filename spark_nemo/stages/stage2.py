@@ -12,28 +12,22 @@ from dataclasses import asdict
 from pathlib import Path
 
 from spark_nemo.config import ConfigError, SparkConfig
-from spark_nemo.engines.served import model_identity
+from spark_nemo.engines.served_model import model_identity
 from spark_nemo.engines.tokenizer import Tokenizer
 from spark_nemo.evaluation.critic import score_orm, score_reward_model
 from spark_nemo.grammar import Variant, prompt_set
 from spark_nemo.megatron.worker import MegatronWorker
+from spark_nemo.planning.memory_check import check_memory
+from spark_nemo.planning.preflight import check_stage2
 from spark_nemo.records import LabelledSolution
-from spark_nemo.stages.checks import check_stage2
-from spark_nemo.stages.finished import inputs_to_remember, remember_inputs
+from spark_nemo.run.completion import inputs_to_remember, remember_inputs
+from spark_nemo.run.run_folder import PROCESSBENCH, WHOLE_SOLUTION, Clock, mark_done, stage2_folder
+from spark_nemo.run.run_lock import run_lock
 from spark_nemo.stages.labels import make_labels
-from spark_nemo.stages.layout_check import check_memory
-from spark_nemo.stages.part_lock import part_lock
-from spark_nemo.stages.run_folder import (
-    PROCESSBENCH,
-    WHOLE_SOLUTION,
-    Clock,
-    mark_done,
-    stage2_folder,
-)
 from spark_nemo.training.packing import TrainSequence, drop_longer_than
 from spark_nemo.training.sft import num_sft_steps, train_sft
 from spark_nemo.training.stop import StopFlag
-from spark_nemo.verification.targets import sft_example
+from spark_nemo.verification.sft_examples import sft_example
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +43,7 @@ def run_stage2(config: SparkConfig) -> bool:
     check_memory(config, "stage2")
     folder = stage2_folder(config.run, config.stage2.method, config.stage2.variant)
     inputs = inputs_to_remember(config, "stage2")
-    with part_lock(folder):
+    with run_lock(folder):
         if finished := _train(config, folder):
             remember_inputs(folder, inputs)
         return finished

@@ -13,33 +13,33 @@ from pathlib import Path
 import torch
 
 from spark_nemo.config import ConfigError, SparkConfig
-from spark_nemo.engines.client import run_async
+from spark_nemo.engines.async_utils import run_async
 from spark_nemo.engines.fleet import Fleet
-from spark_nemo.engines.served import ServedModel, model_identity
+from spark_nemo.engines.served_model import ServedModel, model_identity
 from spark_nemo.evaluation.math_data import read_math
 from spark_nemo.megatron.checkpoint import has_checkpoint, newest
 from spark_nemo.megatron.distributed import gather_objects, on_main_rank
 from spark_nemo.megatron.worker import MegatronWorker
+from spark_nemo.planning.memory_check import check_memory
+from spark_nemo.planning.preflight import check_stage3, reward_model_folder
 from spark_nemo.records import Problem, content_key
 from spark_nemo.records.jsonl import read_problems
 from spark_nemo.records.progress_bar import progress_bar
-from spark_nemo.stages.checks import check_stage3, reward_model_folder
-from spark_nemo.stages.credit import batch_advantages
-from spark_nemo.stages.feed import BatchFeed
-from spark_nemo.stages.finished import inputs_to_remember, remember_inputs
-from spark_nemo.stages.layout_check import check_memory
-from spark_nemo.stages.part_lock import part_lock
-from spark_nemo.stages.rl_session import RLSession, open_session, rewrite_rows
-from spark_nemo.stages.rollouts import ScoredBatch
-from spark_nemo.stages.run_folder import Clock, comparable_rl, mark_done, stage3_folder
-from spark_nemo.stages.timeline import TIMING, TRAIN, Timeline
+from spark_nemo.rollout.advantage_estimator import compute_advantages
+from spark_nemo.rollout.generator import ScoredBatch
+from spark_nemo.rollout.manager import RolloutManager, open_session, rewrite_rows
+from spark_nemo.rollout.prefetch import RolloutPrefetcher
+from spark_nemo.rollout.timeline import TIMING, TRAIN, Timeline
+from spark_nemo.run.completion import inputs_to_remember, remember_inputs
+from spark_nemo.run.run_folder import Clock, comparable_rl, mark_done, stage3_folder
+from spark_nemo.run.run_lock import run_lock
 from spark_nemo.training.grpo import train_on_rollouts
 from spark_nemo.training.metrics import MetricsWriter
 from spark_nemo.training.sft import CHECKPOINTS
 from spark_nemo.training.stop import StopFlag
 from spark_nemo.weight_sync.distributed import same_nccl_as_sglang
-from spark_nemo.weight_sync.gate import FirstStepGate
-from spark_nemo.weight_sync.push import WeightSync
+from spark_nemo.weight_sync.logprob_gate import FirstStepGate
+from spark_nemo.weight_sync.synchronizer import WeightSync
 
 log = logging.getLogger(__name__)
 _OUT_OF_FORMAT = 0.9
@@ -58,7 +58,7 @@ def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool
     check_stage3(config)
     check_memory(config, "stage3")
     folder, inputs = stage3_folder(config.run, config.arm), inputs_to_remember(config, "stage3")
-    with part_lock(folder):
+    with run_lock(folder):
         finished = _train(config, folder, verifier)
         if finished and verifier is None:
             remember_inputs(folder, inputs)
@@ -95,7 +95,7 @@ def _train(config: SparkConfig, folder: Path, verifier: ServedModel | None) -> b
             worker,
             sync,
             session,
-            BatchFeed(config, problems, session),
+            RolloutPrefetcher(config, problems, session),
             eval_problems,
             made_with(config, problems, verifier),
         )
@@ -107,8 +107,8 @@ def _run(
     config: SparkConfig,
     worker: MegatronWorker,
     sync: WeightSync,
-    session: RLSession | None,
-    feed: BatchFeed,
+    session: RolloutManager | None,
+    feed: RolloutPrefetcher,
     eval_problems: list,
     made: dict[str, object],
 ) -> bool:
@@ -137,7 +137,7 @@ def _run(
                 metrics = train_on_rollouts(
                     worker,
                     batch.rollouts,
-                    batch_advantages(batch, rl),
+                    compute_advantages(batch, rl),
                     torch.tensor(batch.rewards.valid),
                     rl,
                     reference=reference,
@@ -181,21 +181,21 @@ def _open_on_main_rank(
     folder: Path,
     sync: WeightSync,
     verifier: ServedModel | None,
-) -> RLSession | None:
+) -> RolloutManager | None:
     """The session on the main rank, None on the others. An error is every rank's, or they would
     wait for it.
 
     A server of a fleet that returns in the middle of a step gets the current weights from ``sync``
     before it serves.
     """
-    opened: list[RLSession] = []
+    opened: list[RolloutManager] = []
     on_main_rank(lambda: opened.append(open_session(config, folder, verifier)))
     if opened and isinstance(opened[0].policy.engine, Fleet):
         opened[0].policy.engine.on_return = sync.restore
     return opened[0] if opened else None
 
 
-def _release(sync: WeightSync, session: RLSession | None) -> None:
+def _release(sync: WeightSync, session: RolloutManager | None) -> None:
     """However the run ends: servers that live on keep neither a process group, nor paused requests,
     nor old weights.
     """
@@ -248,8 +248,8 @@ def _resume(
     worker: MegatronWorker,
     made: dict[str, object],
     checkpoints: Path,
-    feed: BatchFeed,
-    session: RLSession | None,
+    feed: RolloutPrefetcher,
+    session: RolloutManager | None,
 ) -> int:
     """The step to go on from. Raises ``ConfigError`` when the checkpoint is of a run with other
     settings.
@@ -271,7 +271,7 @@ def _resume(
 def _finish(
     sync: WeightSync,
     worker: MegatronWorker,
-    session: RLSession | None,
+    session: RolloutManager | None,
     config: SparkConfig,
     folder: Path,
     clock: Clock,
@@ -287,12 +287,12 @@ def _finish(
 
 
 def _sync(
-    sync: WeightSync, worker: MegatronWorker, session: RLSession | None, version: int
+    sync: WeightSync, worker: MegatronWorker, session: RolloutManager | None, version: int
 ) -> None:
     run_async(sync.push(worker, session.policy.engine if session else None, version))
 
 
-def _compares(start: int, step: int, feed: BatchFeed, batch: ScoredBatch) -> bool:
+def _compares(start: int, step: int, feed: RolloutPrefetcher, batch: ScoredBatch) -> bool:
     """Does the first-step gate look at this batch? Not at one that older weights sampled: it would
     differ.
     """
@@ -308,8 +308,8 @@ def _gate(
     config: SparkConfig,
     sync: WeightSync,
     worker: MegatronWorker,
-    session: RLSession | None,
-    feed: BatchFeed,
+    session: RolloutManager | None,
+    feed: RolloutPrefetcher,
 ) -> FirstStepGate:
     engine = session.policy.engine if session else None
     show = session.policy.tokenizer.decode_response if session else None

@@ -32,7 +32,7 @@ from spark_nemo.engines.base import (
     Generation,
     GenerationRequest,
 )
-from spark_nemo.engines.served import ServedModel
+from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.engines.tokenizer import Tokenizer
 from spark_nemo.grammar import (
     ParsedResponse,
@@ -43,7 +43,7 @@ from spark_nemo.grammar import (
 )
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records.jsonl import write_json_atomic
-from spark_nemo.stages.run_folder import read_done, stage3_folder
+from spark_nemo.run.run_folder import read_done, stage3_folder
 from spark_nemo.stages.stage3 import run_stage3
 from spark_nemo.toy.corpus import PROMPTS, sampled_problems
 from spark_nemo.toy.data import held_out_questions
@@ -136,7 +136,7 @@ class ScriptedJudge(Engine):
 
 
 @dataclass(frozen=True, slots=True)
-class Arm:
+class RLVariant:
     """One run of the simulator: an exploit with its constraint or without."""
 
     exploit: str
@@ -189,7 +189,7 @@ def build_base(exploit: Exploit, folder: Path) -> Path:
     return model
 
 
-def arm_config(arm: Arm, runs: Path, overrides: Iterable[str] = ()) -> SparkConfig:
+def arm_config(arm: RLVariant, runs: Path, overrides: Iterable[str] = ()) -> SparkConfig:
     """The configuration of an arm's stage III: the two arms of an exploit differ in its constraints
     and in no more.
     """
@@ -212,7 +212,7 @@ def arm_config(arm: Arm, runs: Path, overrides: Iterable[str] = ()) -> SparkConf
     return resolve_toy(replace(config, rl=replace(config.rl, hacking=hacking)))
 
 
-def run_arm(arm: Arm, runs: Path, overrides: Iterable[str] = ()) -> dict[str, float]:
+def run_arm(arm: RLVariant, runs: Path, overrides: Iterable[str] = ()) -> dict[str, float]:
     """Run it (or go on with it) and return what ``outcome.json`` holds; a finished arm is not run
     again.
     """

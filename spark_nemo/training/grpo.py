@@ -15,7 +15,7 @@ from spark_nemo.megatron.batch import PackedBatch
 from spark_nemo.megatron.distributed import gather_objects
 from spark_nemo.megatron.worker import LossFn, MegatronWorker, StepResult
 from spark_nemo.records import Rollout
-from spark_nemo.weight_sync.gate import FirstStepGate
+from spark_nemo.weight_sync.logprob_gate import FirstStepGate
 
 from .losses import (
     ADVANTAGES,

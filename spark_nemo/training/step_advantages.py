@@ -5,7 +5,8 @@ Every function returns one float32 tensor [R] per response, R its number of toke
 is not valid gets zeros and touches nobody's statistics. Groups go by id and may differ in size.
 
 **Labels that cannot be used** (``ScoredResponse.labelled_steps`` is None: never verified, or another number of labels
-than of spans) are neither padded nor cut. ``parse_generation`` refuses a verification of another step count, so this
+than of spans) are neither padded nor cut. ``parse_verifier_output``
+rejects a verification of another step count, so this
 second case needs a bug to occur; the response then falls back to what is known of it as a whole, its reward. Each
 docstring says what that is.
 

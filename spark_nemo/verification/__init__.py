@@ -5,9 +5,9 @@ Nothing here knows an answer or a true step label; how good the labels are is me
 ``spark_nemo.evaluation``.
 """
 
+from .label_filter import REASONS, Selected, Selection, select_labels
 from .labelling import LABEL_METHODS, NO_REVISIONS, Revisions, label_all
-from .picks import PICKS, Dropped, LabelOptions
-from .selection import REASONS, Selected, Selection, select_labels
+from .vote_choice import PICKS, Dropped, LabelOptions
 from .voting import VoteCount, count_votes, failure_rates, majority
 
 __all__ = [

@@ -8,7 +8,7 @@ from spark_nemo.config import REVISED_METHODS
 from spark_nemo.records import Solution, Verification
 
 from .labelling import NO_REVISIONS, Revisions, pick_verification
-from .picks import DEFAULT_OPTIONS, Dropped, LabelOptions
+from .vote_choice import DEFAULT_OPTIONS, Dropped, LabelOptions
 
 
 def method_tokens(

@@ -24,7 +24,7 @@ from spark_nemo.records import Solution
 from spark_nemo.records.jsonl import atomic_file
 from spark_nemo.records.store import RecordStore
 
-from .collect import SOLUTION, VERIFICATION, parse_solution
+from .sampler import SOLUTION, VERIFICATION, parse_solution
 
 LABEL = "label"
 Row = dict[str, object]

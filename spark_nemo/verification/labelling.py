@@ -33,7 +33,7 @@ from spark_nemo.records import (
     outcome_kind,
 )
 
-from .picks import DEFAULT_OPTIONS, PICKS, Dropped, LabelOptions, Pick, is_coherent
+from .vote_choice import DEFAULT_OPTIONS, PICKS, Dropped, LabelOptions, Pick, is_coherent
 
 Revisions = Mapping[str, Revision]
 """Critique and merge by the key of the verification they are about."""

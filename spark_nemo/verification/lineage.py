@@ -15,8 +15,8 @@ from spark_nemo.grammar.prompts import ChatMessages
 from spark_nemo.records import Solution
 from spark_nemo.records.store import RecordStore
 
-from .collect import SOLUTION, VERIFICATION, parse_solution
-from .collected import adopt_verifications
+from .sampler import SOLUTION, VERIFICATION, parse_solution
+from .store_reader import adopt_verifications
 
 Payload = Mapping[str, object]
 _SHOWN_MATCHES = 5

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from spark_nemo.config import Stage1Config
 from spark_nemo.engines.base import EngineFailure, EngineLost, FinishReason
-from spark_nemo.engines.served import ServedModel
-from spark_nemo.grammar import GRAMMAR_VERSION, ChatMessages, ParsedResponse, parse_generation
+from spark_nemo.engines.served_model import ServedModel
+from spark_nemo.grammar import GRAMMAR_VERSION, ChatMessages, ParsedResponse, parse_verifier_output
 from spark_nemo.records import (
     ReferenceVerification,
     Solution,
@@ -108,7 +108,7 @@ class ReferenceVerifier:
         if done.generation.finish_reason is FinishReason.ABORT:
             return None
         num_tokens = len(done.generation.token_ids)
-        outcome = parse_generation(
+        outcome = parse_verifier_output(
             done.text, str(done.generation.finish_reason), num_tokens, len(parsed.steps)
         )
         record = ReferenceVerification(key, solution.key, vote, done.text, outcome, num_tokens)

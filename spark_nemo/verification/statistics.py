@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from spark_nemo.records import ParseFailure, Solution
 from spark_nemo.records.store import RecordStore
 
-from .collect import SOLUTION, VERIFICATION, parse_solution
-from .collected import adopt_verifications
+from .sampler import SOLUTION, VERIFICATION, parse_solution
+from .store_reader import adopt_verifications
 
 
 @dataclass(slots=True)

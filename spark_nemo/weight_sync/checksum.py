@@ -17,7 +17,7 @@ import torch
 from spark_nemo.engines.tensor_hash import TensorDigest, digest_for
 
 from .engine_view import EngineTensor, Piece, Slice
-from .plan import SyncPlan
+from .sync_plan import SyncPlan
 
 _BLOCK_BYTES = 16 << 20
 Checksums = list[dict[str, str]]

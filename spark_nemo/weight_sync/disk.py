@@ -20,9 +20,9 @@ from spark_nemo.engines.base import Engine, EngineFailure
 from spark_nemo.engines.tensor_hash import raw_bytes
 from spark_nemo.megatron.hf_files import INDEX, atomic_folder, write_model_files
 
-from .plan import SyncPlan, TensorPlan
-from .stream import Export
+from .sync_plan import SyncPlan, TensorPlan
 from .transport import Targets, Transport, each
+from .weight_stream import Export
 
 log = logging.getLogger(__name__)
 

@@ -27,10 +27,10 @@ import torch
 import torch.distributed as dist
 
 from spark_nemo.engines.base import Engine, EngineFailure, EngineUnavailable
-from spark_nemo.engines.fleet.process import free_port
+from spark_nemo.engines.fleet.server_launcher import free_port
 
-from .stream import Bucket, Export
 from .transport import Targets, TransferBroken, Transport, each
+from .weight_stream import Bucket, Export
 
 log = logging.getLogger(__name__)
 _numbers = itertools.count()

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import torch
 
-from .stream import Export
 from .transport import Targets, Transport
+from .weight_stream import Export
 
 
 class InProcessTransport(Transport):

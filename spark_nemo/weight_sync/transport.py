@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from spark_nemo.engines.base import Engine, EngineFailure, EngineUnavailable
 
-from .stream import Export
+from .weight_stream import Export
 
 
 class TransferBroken(EngineFailure):

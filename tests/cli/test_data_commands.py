@@ -22,7 +22,7 @@ from spark_nemo.records import (
     content_key,
 )
 from spark_nemo.records.store import RecordStore
-from spark_nemo.verification.collected import label_collected
+from spark_nemo.verification.store_reader import label_collected
 
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 9}
 MADE_BY = {

@@ -13,9 +13,9 @@ import pytest
 
 from spark_nemo.cli.main import main
 from spark_nemo.config.compose import compose_config
-from spark_nemo.stages.run_folder import mark_done
+from spark_nemo.run.run_folder import mark_done
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
-from spark_nemo.verification.collect import CollectCounts
+from spark_nemo.verification.sampler import CollectCounts
 
 FOLDERS = {
     "sft": "sft",

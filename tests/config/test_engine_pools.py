@@ -6,7 +6,7 @@ import pytest
 
 from spark_nemo.config import ConfigError, EngineConfig, PoolConfig
 from spark_nemo.config.compose import compose_config
-from spark_nemo.stages.plan import dry_run
+from spark_nemo.planning.dry_run import dry_run
 
 TWO = ["engine.kind=sglang", "engine.policy.servers=2", "pipeline.parallel_jobs=1"]
 

@@ -19,7 +19,7 @@ from spark_nemo.engines import (
     GenerationRequest,
     SamplingParams,
 )
-from spark_nemo.engines.fleet import Fleet, FleetLimits, Keeper
+from spark_nemo.engines.fleet import Fleet, FleetLimits, ServerLauncher
 
 QUICK = FleetLimits(
     request_timeout_s=0.3,
@@ -99,7 +99,7 @@ class FakeEngine(Engine):
         self.closed = True
 
 
-class FakeKeeper(Keeper):
+class FakeLauncher(ServerLauncher):
     """A process whose every start is a new ``FakeEngine`` with the folder's weights, version 0."""
 
     def __init__(

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 
 import pytest
-from fleet_cases import QUICK, FakeEngine, FakeKeeper, ask, running, trouble, until
+from fleet_cases import QUICK, FakeEngine, FakeLauncher, ask, running, trouble, until
 
 from spark_nemo.engines import (
     EngineFailure,
@@ -359,7 +359,7 @@ def test_random_failures_of_kept_servers_under_updates_keep_versions_straight(se
 
     async def scenario():
         draw = random.Random(seed)
-        keepers = [FakeKeeper(i, max_restarts=1000, start_s=0.003) for i in range(3)]
+        keepers = [FakeLauncher(i, max_restarts=1000, start_s=0.003) for i in range(3)]
 
         async def hook(engine, version):
             if draw.random() < 0.3:

@@ -6,10 +6,10 @@ import asyncio
 import dataclasses
 
 import pytest
-from fleet_cases import QUICK, FakeEngine, FakeKeeper, ask, running, until
+from fleet_cases import QUICK, FakeEngine, FakeLauncher, ask, running, until
 
 from spark_nemo.engines import EngineFailure, EngineLost, EngineUnavailable
-from spark_nemo.engines.fleet import Fleet, FleetLimits, Front
+from spark_nemo.engines.fleet import Fleet, FleetLimits, RouterHandle
 
 WEIGHTS = [("w", None)]
 
@@ -24,7 +24,7 @@ def test_a_killed_server_is_restarted_and_gets_the_current_weights_before_it_ser
     """
 
     async def scenario():
-        keepers, calls = [FakeKeeper(i) for i in range(2)], []
+        keepers, calls = [FakeLauncher(i) for i in range(2)], []
 
         async def hook(engine, version):
             calls.append((engine, version, list(engine.seen)))
@@ -54,7 +54,7 @@ def test_without_current_weights_a_returning_server_waits_for_the_next_update(
     """No hook, a failing one and a hanging one: it serves nothing until an update includes it."""
 
     async def scenario():
-        keepers = [FakeKeeper(i) for i in range(2)]
+        keepers = [FakeLauncher(i) for i in range(2)]
 
         async def broken(engine, version):
             await asyncio.sleep(60 if hook == "hangs" else 0)
@@ -79,7 +79,7 @@ def test_a_server_restarted_under_its_folders_weights_needs_no_hook() -> None:
     """A verifier pool is never updated: what restarts has the right weights."""
 
     async def scenario():
-        keeper = FakeKeeper(0)
+        keeper = FakeLauncher(0)
         async with running([keeper]) as fleet:
             await fleet.generate(ask(1))
             keeper.engine.dead = True
@@ -94,7 +94,7 @@ def test_restarts_are_bounded_and_then_the_fleet_is_lost_with_the_reason() -> No
     """max_restarts=2: two restarts, then EngineLost at once, not after the waiting time."""
 
     async def scenario():
-        keeper = FakeKeeper(0, max_restarts=2)
+        keeper = FakeLauncher(0, max_restarts=2)
         async with running([keeper], name="policy pool") as fleet:
             await fleet.generate(ask(1))
             for _ in range(3):
@@ -118,7 +118,7 @@ def test_a_server_that_never_comes_up_is_not_tried_again() -> None:
     """Its settings are wrong; the message carries the end of its log."""
 
     async def scenario():
-        keeper = FakeKeeper(0)
+        keeper = FakeLauncher(0)
         keeper.fails_with = "exit status 2 before it served: unrecognized arguments: --atention"
         async with running([keeper]) as fleet:
             with pytest.raises(EngineLost, match="unrecognized arguments"):
@@ -134,7 +134,7 @@ def test_a_hung_server_of_ours_is_killed_and_restarted() -> None:
     """SIGSTOP is no death: the probe finds it, the keeper kills it."""
 
     async def scenario():
-        keepers = [FakeKeeper(i) for i in range(2)]
+        keepers = [FakeLauncher(i) for i in range(2)]
         async with running(keepers) as fleet:
             await fleet.generate(ask(1))
             await until(lambda: up(fleet) == 2)
@@ -208,7 +208,7 @@ def test_an_update_waits_until_all_servers_have_started_once() -> None:
     """
 
     async def scenario():
-        keepers = [FakeKeeper(0, start_s=0.01), FakeKeeper(1, start_s=0.15)]
+        keepers = [FakeLauncher(0, start_s=0.01), FakeLauncher(1, start_s=0.15)]
         async with running(keepers) as fleet:
             await fleet.update_weights(WEIGHTS, 3)
             return [keeper.engine.version for keeper in keepers], up(fleet)
@@ -242,7 +242,7 @@ def test_who_returns_during_a_pause_is_paused_and_resumed_with_the_others() -> N
     """And a server that missed the resume is resumed when it comes back."""
 
     async def scenario():
-        keeper, given = FakeKeeper(0), FakeEngine(1)
+        keeper, given = FakeLauncher(0), FakeEngine(1)
         async with running({"kept": keeper, "given": given}) as fleet:
             await fleet.generate(ask(1))
             await until(lambda: up(fleet) == 2)
@@ -264,7 +264,7 @@ def test_closing_ends_what_runs_and_kills_what_was_started() -> None:
     """Requests in flight fail, kept servers stop, a second close does nothing."""
 
     async def scenario():
-        keeper = FakeKeeper(0, delay=10)
+        keeper = FakeLauncher(0, delay=10)
         fleet = Fleet({"m0": keeper}, FleetLimits())
         work = asyncio.create_task(fleet.generate(ask(1)))
         await until(lambda: bool(keeper.engines) and keeper.engine.running == 1)
@@ -294,7 +294,7 @@ class FakeRouter(FakeEngine):
         return await self.targets[len(self.seen) % len(self.targets)].generate(request)
 
 
-class FakeFront(FakeKeeper, Front):
+class FakeRouterHandle(FakeLauncher, RouterHandle):
     """Keeps a ``FakeRouter``."""
 
     async def start(self):
@@ -310,7 +310,7 @@ def test_a_router_gets_first_attempts_and_knows_who_is_up() -> None:
     """All requests pass through it while it lives; a member that dies is struck from its list."""
 
     async def scenario():
-        keepers, front = [FakeKeeper(i, max_restarts=0) for i in range(2)], FakeFront(9)
+        keepers, front = [FakeLauncher(i, max_restarts=0) for i in range(2)], FakeRouterHandle(9)
         async with running(keepers, front=front) as fleet:
             await fleet.generate(ask(0))
             await until(lambda: bool(front.engines) and len(front.engine.targets) == 2)
@@ -330,7 +330,7 @@ def test_a_killed_router_costs_no_request_and_is_started_again(fate: str) -> Non
     """Requests in flight through it are redone directly; the next router is told of all members."""
 
     async def scenario():
-        keepers, front = [FakeKeeper(i, delay=0.03) for i in range(2)], FakeFront(9)
+        keepers, front = [FakeLauncher(i, delay=0.03) for i in range(2)], FakeRouter(9)
         async with running(keepers, front=front) as fleet:
             await fleet.generate(ask(0))
             await until(lambda: bool(front.engines) and len(front.engine.targets) == 2)
@@ -356,7 +356,7 @@ def test_a_server_that_dies_after_it_took_an_update_is_not_credited_with_it() ->
     """
 
     async def scenario():
-        keepers = [FakeKeeper(i) for i in range(2)]
+        keepers = [FakeLauncher(i) for i in range(2)]
         async with running(keepers) as fleet:
             async with fleet.updating(5) as update:
                 for engine in update.targets:
@@ -381,7 +381,7 @@ def test_a_server_that_is_out_when_an_update_ends_has_not_got_it() -> None:
     """
 
     async def scenario():
-        keeper = FakeKeeper(0)
+        keeper = FakeLauncher(0)
         limits = dataclasses.replace(QUICK, backoff_s=0.2, max_backoff_s=0.2, lost_timeout_s=3)
         async with running([keeper], limits) as fleet:
             await fleet.update_weights(WEIGHTS, 4)

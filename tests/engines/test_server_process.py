@@ -25,7 +25,7 @@ from spark_nemo.engines import (
     generate_all,
 )
 from spark_nemo.engines.fleet import Fleet, FleetLimits
-from spark_nemo.engines.fleet.process import ServerProcess
+from spark_nemo.engines.fleet.server_launcher import ServerProcess
 from spark_nemo.engines.sglang import SglangServer, serve
 
 pytestmark = pytest.mark.skipif(
@@ -199,7 +199,7 @@ def run_server(args):
 LAUNCHER = """
 import sys, time
 from pathlib import Path
-from spark_nemo.engines.fleet.process import ServerProcess
+from spark_nemo.engines.fleet.server_launcher import ServerProcess
 from spark_nemo.engines.sglang import serve
 process = ServerProcess("s", lambda host, port: [sys.executable, serve.__file__, "server", "--port", str(port)], None,
                         log_path=Path(sys.argv[1]), environment={serve.KEY_VARIABLE: "a-secret-key"})

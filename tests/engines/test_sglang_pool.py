@@ -25,7 +25,7 @@ from spark_nemo.engines import (
 )
 from spark_nemo.engines.fleet import Fleet
 from spark_nemo.engines.fleet.pool import allow_open_files
-from spark_nemo.engines.fleet.process import ServerProcess
+from spark_nemo.engines.fleet.server_launcher import ServerProcess
 from spark_nemo.engines.sglang import serve
 from spark_nemo.engines.sglang.launch import CheckedServer
 from spark_nemo.toy.resolve import ASSETS

@@ -9,7 +9,7 @@ from spark_nemo.engines import EngineFailure, EngineUnavailable, FinishReason
 from spark_nemo.engines.limits import RequestLimits
 from spark_nemo.engines.sglang.protocol import (
     generate_json,
-    parse_generation,
+    parse_generate_reply,
     refuse_aborted,
     sampling_json,
     version_number,
@@ -50,7 +50,7 @@ def test_reply_becomes_a_generation():
     """Ids, log-probabilities, the closing stop token, and a version for every token from SGLang's
     ranges.
     """
-    generation = parse_generation(REPLY, REQUEST)
+    generation = parse_generate_reply(REPLY, REQUEST)
     assert generation.token_ids == (4, 5, 9) and generation.logprobs == (-0.5, -0.25, 0.0)
     assert generation.weight_versions == (6, 6, 7) and generation.finish_reason is FinishReason.STOP
 
@@ -60,12 +60,12 @@ def test_full_length_and_abort_before_the_first_token():
     log-probabilities.
     """
     full = changed(["meta_info", "finish_reason"], {"type": "length", "length": 3})
-    assert parse_generation(full, REQUEST).finish_reason is FinishReason.LENGTH
+    assert parse_generate_reply(full, REQUEST).finish_reason is FinishReason.LENGTH
     empty = {
         "output_ids": [],
         "meta_info": {"finish_reason": {"type": "abort", "message": "Aborted"}},
     }
-    assert parse_generation(empty, REQUEST).finish_reason is FinishReason.ABORT
+    assert parse_generate_reply(empty, REQUEST).finish_reason is FinishReason.ABORT
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_malformed_reply_is_refused_by_field(path, value, field):
     place.
     """
     with pytest.raises(EngineFailure, match=field):
-        parse_generation(changed(path, value), REQUEST)
+        parse_generate_reply(changed(path, value), REQUEST)
 
 
 def test_fewer_tokens_than_asked_is_no_length():
@@ -133,13 +133,13 @@ def test_fewer_tokens_than_asked_is_no_length():
     with pytest.raises(
         EngineFailure, match="3 of max_new_tokens=5: the server's context is smaller"
     ):
-        parse_generation(short, ask((1, 2), max_new_tokens=5))
+        parse_generate_reply(short, ask((1, 2), max_new_tokens=5))
 
 
 def test_stop_at_a_token_that_was_not_asked_for_is_refused():
     """SGLang also stops at the model's own end tokens; our engines stop at the request's only."""
     with pytest.raises(EngineFailure, match="matched=9 is not a stop token of the request"):
-        parse_generation(REPLY, ask((1, 2), max_new_tokens=3, stop_token_ids=(8,)))
+        parse_generate_reply(REPLY, ask((1, 2), max_new_tokens=3, stop_token_ids=(8,)))
 
 
 @pytest.mark.parametrize(

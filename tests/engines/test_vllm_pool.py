@@ -17,9 +17,9 @@ from spark_nemo.engines import (
     SamplingParams,
     build_engine,
 )
-from spark_nemo.engines.fleet.process import ServerProcess
+from spark_nemo.engines.fleet.server_launcher import ServerProcess
 from spark_nemo.engines.sglang import serve
-from spark_nemo.stages.checks import check_stage3
+from spark_nemo.planning.preflight import check_stage3
 from spark_nemo.toy.resolve import ASSETS
 
 REQUEST = GenerationRequest((5, 6), SamplingParams(max_new_tokens=4, temperature=0.0))

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from spark_nemo.evaluation import CheckerPool, answers
-from spark_nemo.evaluation.checker import GRACE_S, MEMORY_LIMIT_BYTES, Judgement, MathChecker
+from spark_nemo.evaluation.checker import GRACE_S, MEMORY_LIMIT_BYTES, AnswerGrade, MathChecker
 from spark_nemo.evaluation.completions import SavedCompletion, score_completions
 from spark_nemo.grammar import extract_boxed
 from spark_nemo.records import Problem
@@ -176,7 +176,7 @@ def test_a_thousand_hostile_answers_each_get_a_judgement_within_the_limit(
     assert len(made) == COUNT and sum(len(answer) >= MEGABYTE - 10 for answer in made) >= 10
     golds = ("123456", "\\frac{x^2+1}{7}", "(3, \\frac{\\pi}{2})", "5")
 
-    def judge(place: int) -> Judgement:
+    def judge(place: int) -> AnswerGrade:
         begin = time.monotonic()
         judgement = answers.judge_answer(made[place], golds[place % len(golds)])
         spent.append(time.monotonic() - begin)
@@ -186,15 +186,15 @@ def test_a_thousand_hostile_answers_each_get_a_judgement_within_the_limit(
     with ThreadPoolExecutor(WORKERS) as threads:
         judged = list(threads.map(judge, range(COUNT)))
     seconds = time.monotonic() - begin
-    assert all(isinstance(judgement, Judgement) for judgement in judged)
+    assert all(isinstance(judgement, AnswerGrade) for judgement in judged)
     # The two seconds are what a worker may need for replacing a child on a busy machine.
     assert max(spent) < LIMIT_S + GRACE_S + 2 and seconds < COUNT * LIMIT_S / WORKERS, (
         max(spent),
         seconds,
     )
-    assert judged.count(Judgement.EQUAL) <= 5 and judged.count(Judgement.LATE) >= 20
+    assert judged.count(AnswerGrade.EQUAL) <= 5 and judged.count(AnswerGrade.TIMEOUT) >= 20
     late, died = pool.stats.timeouts - stats.timeouts, pool.stats.crashes - stats.crashes
-    assert (late, died) == (judged.count(Judgement.LATE), judged.count(Judgement.DIED))
+    assert (late, died) == (judged.count(AnswerGrade.TIMEOUT), judged.count(AnswerGrade.CRASHED))
     for each in pool._checkers:
         each.limit_s = 60.0
     with ThreadPoolExecutor(WORKERS) as threads:

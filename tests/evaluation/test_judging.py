@@ -15,7 +15,7 @@ from scripted_engine import Bytes, Scripted
 from spark_nemo.cli.main import main
 from spark_nemo.config import ConfigError, SamplingConfig
 from spark_nemo.engines.base import Engine, EngineFailure, EngineLost
-from spark_nemo.engines.served import ServedModel
+from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.evaluation import DataFileError, ProcessBenchCase
 from spark_nemo.evaluation.judging import Critic, RewardModelJudge, judge_processbench
 from spark_nemo.evaluation.predictions import score_saved_predictions

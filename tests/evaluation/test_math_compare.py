@@ -11,7 +11,7 @@ import pytest
 from scripted_engine import Bytes, Scripted
 
 from spark_nemo.cli.main import main
-from spark_nemo.engines.served import ServedModel
+from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.evaluation import DataFileError, mean_estimate
 from spark_nemo.evaluation.bootstrap import grouped_mean_estimate
 from spark_nemo.evaluation.completions import (

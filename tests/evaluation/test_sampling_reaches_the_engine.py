@@ -12,7 +12,7 @@ from scripted_engine import Bytes
 
 from spark_nemo.config import ConfigError, EngineConfig, EvaluationConfig, SamplingConfig
 from spark_nemo.engines.base import FinishReason, Generation
-from spark_nemo.engines.served import ServedModel
+from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.engines.sglang.protocol import sampling_json
 from spark_nemo.evaluation.policy import sample_policy
 from spark_nemo.grammar import prompt_set

@@ -11,10 +11,10 @@ from spark_nemo.grammar import (
     StepJudgement,
     Variant,
     canonical_verification,
-    parse_generation,
     parse_judgements,
     parse_variant,
     parse_verification,
+    parse_verifier_output,
     render_target,
     render_verification,
     verdict_line,
@@ -179,11 +179,11 @@ def test_render_refuses_what_would_break_the_grammar(title, analysis, match):
 def test_finish_reason_decides_before_the_text():
     """A complete-looking text that ran into the limit or was aborted is still no verdict."""
     text = f"{STEPS}\n\n{NO}"
-    assert parse_generation(text, "stop", 9, 2) == Verdict((True, False), False)
-    assert parse_generation(text, "length", 9, 2) == Truncated(9)
-    assert isinstance(parse_generation(text, "abort", 9, 2), EngineError)
+    assert parse_verifier_output(text, "stop", 9, 2) == Verdict((True, False), False)
+    assert parse_verifier_output(text, "length", 9, 2) == Truncated(9)
+    assert isinstance(parse_verifier_output(text, "abort", 9, 2), EngineError)
     with pytest.raises(ValueError, match="finish_reason"):
-        parse_generation(text, "tool_calls", 9, 2)
+        parse_verifier_output(text, "tool_calls", 9, 2)
 
 
 @quick

@@ -13,16 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from spark_nemo.config import MegatronConfig, OptimizerConfig, WeightSyncConfig
+from spark_nemo.engines.async_utils import run_async
 from spark_nemo.engines.base import EngineFailure, EngineUnavailable
-from spark_nemo.engines.client import run_async
 from spark_nemo.engines.fleet import Fleet, FleetLimits
 from spark_nemo.engines.local import LocalEngine
 from spark_nemo.megatron import checkpoint
 from spark_nemo.megatron.batch import PackedBatch
 from spark_nemo.megatron.distributed import gather_objects
 from spark_nemo.megatron.worker import MegatronWorker
-from spark_nemo.weight_sync.gate import FirstStepGate
-from spark_nemo.weight_sync.push import WeightSync
+from spark_nemo.weight_sync.logprob_gate import FirstStepGate
+from spark_nemo.weight_sync.synchronizer import WeightSync
 
 VOCAB = 67  # odd: the vocabulary has to be padded under every tensor-parallel size but 1
 LENGTHS = (9, 4, 17, 9, 1, 30, 12, 5, 8, 21)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from spark_nemo.config import MegatronConfig
 from spark_nemo.megatron.checkpoint import training
 from spark_nemo.megatron.checkpoint.compare import compare_stored
-from spark_nemo.megatron.checkpoint.stored import StoredCheckpoint
+from spark_nemo.megatron.checkpoint.torch_dist_reader import StoredCheckpoint
 from spark_nemo.megatron.distributed import gather_objects
 from spark_nemo.megatron.model_shape import read_hf_config
 from spark_nemo.megatron.worker import MegatronWorker

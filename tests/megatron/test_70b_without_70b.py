@@ -21,7 +21,7 @@ from spark_nemo.megatron.hf_weights import placed_rules
 from spark_nemo.megatron.model_shape import ModelShape
 from spark_nemo.megatron.sizing.parameters import stage_parameters
 from spark_nemo.weight_sync.numbers import ModelNumbers, checkpoint_tensors
-from spark_nemo.weight_sync.plan import plan_sync
+from spark_nemo.weight_sync.sync_plan import plan_sync
 
 SHAPES = Path(__file__).parents[1] / "weight_sync" / "shapes"
 CASES = [

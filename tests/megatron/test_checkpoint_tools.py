@@ -15,8 +15,8 @@ from test_conversion import make_folder
 
 from spark_nemo.config import MegatronConfig
 from spark_nemo.megatron.checkpoint.compare import compare_stored, logits_difference
-from spark_nemo.megatron.checkpoint.opened import open_checkpoint
-from spark_nemo.megatron.checkpoint.stored import StoredCheckpoint
+from spark_nemo.megatron.checkpoint.reader import open_checkpoint
+from spark_nemo.megatron.checkpoint.torch_dist_reader import StoredCheckpoint
 from spark_nemo.megatron.worker import MegatronWorker
 
 LAYOUT = MegatronConfig(dtype="bfloat16", distributed_optimizer=True)

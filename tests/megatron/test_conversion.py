@@ -27,11 +27,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from spark_nemo.config import MegatronConfig
 from spark_nemo.config.errors import ConfigError
-from spark_nemo.megatron.checkpoint import streaming
+from spark_nemo.megatron.checkpoint import torch_dist_writer as streaming
 from spark_nemo.megatron.checkpoint.conversion import convert
 from spark_nemo.megatron.checkpoint.global_tensors import GlobalTensors
 from spark_nemo.megatron.checkpoint.resumable import resumable_folder
-from spark_nemo.megatron.checkpoint.stored import StoredCheckpoint
+from spark_nemo.megatron.checkpoint.torch_dist_reader import StoredCheckpoint
 from spark_nemo.megatron.hf_files import SafetensorsFolder, write_tensors
 from spark_nemo.megatron.model_shape import ModelShape
 

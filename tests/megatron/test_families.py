@@ -27,7 +27,7 @@ from spark_nemo.megatron import hf_weights
 from spark_nemo.megatron.checkpoint.conversion import convert
 from spark_nemo.megatron.checkpoint.global_tensors import GlobalTensors, check_stored_shapes
 from spark_nemo.megatron.checkpoint.reshard import reshard
-from spark_nemo.megatron.checkpoint.stored import StoredCheckpoint
+from spark_nemo.megatron.checkpoint.torch_dist_reader import StoredCheckpoint
 from spark_nemo.megatron.cpu_compat import cuda_means_cpu
 from spark_nemo.megatron.families import FAMILIES
 from spark_nemo.megatron.hf_files import SafetensorsFolder

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from spark_nemo.config.errors import ConfigError
 from spark_nemo.megatron.checkpoint.conversion import convert
 from spark_nemo.megatron.checkpoint.nemo_io import call, io_json, plain_values, symbol
-from spark_nemo.megatron.checkpoint.stored import StoredCheckpoint
+from spark_nemo.megatron.checkpoint.torch_dist_reader import StoredCheckpoint
 from spark_nemo.megatron.hf_files import SafetensorsFolder, write_tensors
 
 INPUT_NORM = "module.decoder.layers.self_attention.linear_qkv.layer_norm_weight"

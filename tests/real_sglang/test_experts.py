@@ -20,15 +20,15 @@ from test_weight_sync import client_of, gate_on_samples, greedy, push
 
 from spark_nemo.config import MegatronConfig, OptimizerConfig, WeightSyncConfig
 from spark_nemo.engines import Tokenizer
-from spark_nemo.engines.client import run_async
+from spark_nemo.engines.async_utils import run_async
 from spark_nemo.megatron.model_shape import read_hf_config
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.toy.data import split_problems
 from spark_nemo.training.packing import TrainSequence, pack
 from spark_nemo.weight_sync.checksum import ExpectedChecksums, differing
 from spark_nemo.weight_sync.numbers import ModelNumbers, checkpoint_tensors
-from spark_nemo.weight_sync.plan import plan_sync
-from spark_nemo.weight_sync.push import WeightSync
+from spark_nemo.weight_sync.sync_plan import plan_sync
+from spark_nemo.weight_sync.synchronizer import WeightSync
 
 pytestmark = pytest.mark.timeout(400)
 RANKS = (1, 2, 4)

@@ -36,17 +36,17 @@ from spark_nemo.config import (
 from spark_nemo.config.compose import compose_config
 from spark_nemo.engines import Engine, GenerationRequest, SamplingParams, run_async
 from spark_nemo.engines.fleet import Fleet, FleetMetrics
-from spark_nemo.engines.fleet.process import ServerProcess
-from spark_nemo.engines.served import ServedModel
+from spark_nemo.engines.fleet.server_launcher import ServerProcess
+from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.engines.sglang import SglangServer
 from spark_nemo.grammar import prompt_set
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import Problem
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService
-from spark_nemo.stages.rollouts import RolloutSession, ScoredBatch
+from spark_nemo.rollout.generator import RolloutGenerator, ScoredBatch
 from spark_nemo.toy.data import split_problems
-from spark_nemo.weight_sync.push import WeightSync
+from spark_nemo.weight_sync.synchronizer import WeightSync
 
 GROUPS, GROUP_SIZE = 8, 8
 RETURN_S = 200.0
@@ -62,7 +62,7 @@ class Pool:
     """What the tests share. ``pushed`` counts the weights that a returning server was given."""
 
     fleet: Fleet
-    session: RolloutSession
+    session: RolloutGenerator
     servers: list[ServerProcess]
     router: ServerProcess | None
     pushed: list[tuple[str, int]]
@@ -115,7 +115,7 @@ def pool(
     )
     prompts = prompt_set("compact")
     service = PRMService(judge, prompts, rl.verifier_sampling)
-    session = RolloutSession(policy, prompts, rl, 0, RewardJudge(service, retries=0), None)
+    session = RolloutGenerator(policy, prompts, rl, 0, RewardJudge(service, retries=0), None)
     keepers = [member.keeper for member in fleet._members]
     try:
         run_async(prepare())

@@ -24,15 +24,15 @@ from spark_nemo.engines import (
     Tokenizer,
     generate_all,
 )
-from spark_nemo.engines.client import run_async
+from spark_nemo.engines.async_utils import run_async
 from spark_nemo.engines.local import LocalEngine
 from spark_nemo.engines.sglang import SglangServer
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.toy.data import split_problems
 from spark_nemo.training.packing import TrainSequence, pack
-from spark_nemo.weight_sync.gate import FirstStepGate, WeightMismatch
-from spark_nemo.weight_sync.push import WeightSync
-from spark_nemo.weight_sync.stream import Export
+from spark_nemo.weight_sync.logprob_gate import FirstStepGate, WeightMismatch
+from spark_nemo.weight_sync.synchronizer import WeightSync
+from spark_nemo.weight_sync.weight_stream import Export
 
 pytestmark = pytest.mark.timeout(400)
 TRANSPORTS = ("disk", "distributed", "tensor")

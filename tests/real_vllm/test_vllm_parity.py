@@ -31,7 +31,7 @@ from spark_nemo.engines import (
     Tokenizer,
 )
 from spark_nemo.engines.local import LocalEngine
-from spark_nemo.engines.served import ServedModel
+from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.engines.vllm.protocol import completion_json
 from spark_nemo.grammar import prompt_set
 from spark_nemo.records import Problem, Rollout

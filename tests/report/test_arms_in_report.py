@@ -35,7 +35,7 @@ from spark_nemo.report import (
 )
 from spark_nemo.report.collect import collect_summary
 from spark_nemo.report.names import DESIGN_NAMES, arm_name, method_name
-from spark_nemo.verification.collect import SOLUTION, VERIFICATION
+from spark_nemo.verification.sampler import SOLUTION, VERIFICATION
 
 CASES = [
     (-1, Verdict((True, True), True)),

@@ -30,9 +30,9 @@ from spark_nemo.rewards import (
     step_augmented_reward,
     step_average_reward,
 )
-from spark_nemo.rewards.judge import Judgement
-from spark_nemo.stages.credit import batch_advantages
-from spark_nemo.stages.rollouts import MODEL_REWARDS, ScoredBatch
+from spark_nemo.rewards.judge import RolloutVerdict
+from spark_nemo.rollout.advantage_estimator import compute_advantages
+from spark_nemo.rollout.generator import MODEL_REWARDS, ScoredBatch
 from spark_nemo.training.step_advantages import (
     capo_advantages,
     global_step_advantages,
@@ -91,8 +91,8 @@ class Response:
             spans,
         )
 
-    def judgement(self) -> Judgement:
-        return Judgement(
+    def judgement(self) -> RolloutVerdict:
+        return RolloutVerdict(
             None, ParseFailure("x") if self.verdict is None else Verdict(self.labels, self.verdict)
         )
 
@@ -159,7 +159,7 @@ def totals(design: str, responses: list[Response], estimator: str = "grpo") -> l
             scores = [MODEL_REWARDS[reward](j.violation, j.outcome) for j in judgements]
     valid = tuple(isinstance(score, float) for score in scores)
     rewards = tuple(score if ok else math.nan for score, ok in zip(scores, valid))
-    got = batch_advantages(
+    got = compute_advantages(
         ScoredBatch(tuple(rollouts), RewardBatch(rewards, valid, {}), tuple(judgements), {}), config
     )
     if isinstance(got, torch.Tensor):

@@ -25,7 +25,7 @@ from spark_nemo.config.designs import (
     reward_and_advantage,
 )
 from spark_nemo.engines.base import FinishReason, Generation
-from spark_nemo.engines.served import Completion, ServedModel
+from spark_nemo.engines.served_model import Completion, ServedModel
 from spark_nemo.grammar import Variant, prompt_set
 from spark_nemo.records import (
     LabelEvidence,
@@ -37,12 +37,12 @@ from spark_nemo.records import (
     Verdict,
 )
 from spark_nemo.rewards import FailureRateExceeded, RewardBatch
-from spark_nemo.rewards.judge import Judgement
-from spark_nemo.stages import rl_session
-from spark_nemo.stages.credit import batch_advantages
-from spark_nemo.stages.rollouts import ScoredBatch
+from spark_nemo.rewards.judge import RolloutVerdict
+from spark_nemo.rollout import manager as rl_session
+from spark_nemo.rollout.advantage_estimator import compute_advantages
+from spark_nemo.rollout.generator import ScoredBatch
 from spark_nemo.training.step_advantages import ScoredResponse, global_step_advantages
-from spark_nemo.verification.targets import sft_example
+from spark_nemo.verification.sft_examples import sft_example
 
 QUESTION = "3 + 4, doubled?"
 RESPONSE = r"<think><step>3+4=7</step><step>7*2=14</step></think><answer>\boxed{14}</answer>"
@@ -163,7 +163,7 @@ def test_labels_of_another_number_of_steps_touch_no_token(
     config = config_of(design, "rl.failures.action=penalise", "rl.failures.penalty=0.0")
     good = f"{analyses(True, False)}\n\n{YES}"
     rows = [
-        batch_advantages(batch(config, (RESPONSE,), (good, said))[0], config.rl)
+        compute_advantages(batch(config, (RESPONSE,), (good, said))[0], config.rl)
         for said in (f"{analyses(*labels)}\n\n{YES}", "no verification at all")
     ]
     assert all(torch.equal(a, b) for a, b in zip(*rows))
@@ -240,7 +240,7 @@ def test_the_global_step_shares_are_those_that_run_and_not_those_of_a_docstring(
     )
 
 
-def group(number: int, *verdicts: bool) -> list[tuple[Rollout, Judgement, float]]:
+def group(number: int, *verdicts: bool) -> list[tuple[Rollout, RolloutVerdict, float]]:
     spans = (TokenSpan(0, 2), TokenSpan(2, 4))
     return [
         (
@@ -255,7 +255,7 @@ def group(number: int, *verdicts: bool) -> list[tuple[Rollout, Judgement, float]
                 "stop",
                 spans,
             ),
-            Judgement(None, Verdict((True, yes), yes)),
+            RolloutVerdict(None, Verdict((True, yes), yes)),
             float(yes),
         )
         for yes in verdicts
@@ -285,12 +285,12 @@ def test_groups_of_different_sizes_are_normalised_each_by_itself(
         group(2, False, False, True),
     ]
 
-    def advantages(rows: list[tuple[Rollout, Judgement, float]]) -> list[list[float]]:
+    def advantages(rows: list[tuple[Rollout, RolloutVerdict, float]]) -> list[list[float]]:
         rollouts, judgements, rewards = zip(*rows)
         scored = ScoredBatch(
             rollouts, RewardBatch(rewards, (True,) * len(rows), {}), judgements, {}
         )
-        return [torch.as_tensor(a).tolist() for a in batch_advantages(scored, config)]
+        return [torch.as_tensor(a).tolist() for a in compute_advantages(scored, config)]
 
     alone = [advantages(rows) for rows in groups]
     assert advantages([row for rows in groups for row in rows]) == [

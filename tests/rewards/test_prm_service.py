@@ -10,7 +10,7 @@ import pytest
 
 from spark_nemo.config import RLConfig, SamplingConfig
 from spark_nemo.engines.base import EngineFailure, FinishReason, Generation
-from spark_nemo.engines.served import Completion
+from spark_nemo.engines.served_model import Completion
 from spark_nemo.grammar import (
     StepFormat,
     StepJudgement,

@@ -24,11 +24,11 @@ import spark_nemo.stages.stage3 as stage3
 from spark_nemo.cli.main import main
 from spark_nemo.megatron.checkpoint import training as checkpoint
 from spark_nemo.megatron.worker import MegatronWorker
-from spark_nemo.stages.rl_session import RLSession
-from spark_nemo.stages.timeline import GENERATE, Timeline
+from spark_nemo.rollout.manager import RolloutManager
+from spark_nemo.rollout.timeline import GENERATE, Timeline
 from spark_nemo.toy.data import write_answers, write_problems
 
-Arm = dict[str, object]
+RLVariant = dict[str, object]
 
 
 def die() -> None:
@@ -90,7 +90,7 @@ def install(phase: str, step: int, responses: int) -> None:
         case "generate":
             generated(step, responses)
         case "verify":
-            after_async(RLSession, "batch", lambda session, problems, of_step: of_step == step)
+            after_async(RolloutManager, "batch", lambda session, problems, of_step: of_step == step)
         case "train":
             after(stage3, "train_on_rollouts", counted(step + 1))
         case "sync":
@@ -106,12 +106,14 @@ def install(phase: str, step: int, responses: int) -> None:
                 lambda worker, folder, state, **more: state["step"] == step + 1,
             )
         case "evaluate":
-            after_async(RLSession, "evaluate", lambda session, problems, of_step: of_step == step)
+            after_async(
+                RolloutManager, "evaluate", lambda session, problems, of_step: of_step == step
+            )
         case _:
             raise ValueError(f"unknown phase {phase}")
 
 
-def launch(folder: Path, common: list[str], arm: Arm, *, killed: bool) -> int:
+def launch(folder: Path, common: list[str], arm: RLVariant, *, killed: bool) -> int:
     """One run in a child process; its exit status."""
     if (child := os.fork()) == 0:
         with (folder / f"{arm['name']}.log").open("a") as log:
@@ -125,14 +127,14 @@ def launch(folder: Path, common: list[str], arm: Arm, *, killed: bool) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def run_arm(folder: Path, common: list[str], arm: Arm) -> None:
+def run_arm(folder: Path, common: list[str], arm: RLVariant) -> None:
     """The run that dies, if it is to, and the one that goes on."""
     statuses = [launch(folder, common, arm, killed=True)] if arm["phase"] else []
     statuses.append(launch(folder, common, arm, killed=False))
     (folder / f"{arm['name']}.json").write_text(json.dumps(statuses))
 
 
-def run_all(folder: Path, arms: list[Arm]) -> None:
+def run_all(folder: Path, arms: list[RLVariant]) -> None:
     """Two processes share the arms, and all arms the problem files, which take longer to make than
     a run.
     """

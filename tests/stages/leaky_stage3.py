@@ -14,9 +14,9 @@ from pathlib import Path
 from spark_nemo.cli.main import main
 from spark_nemo.config.compose import compose_config
 from spark_nemo.grammar import extract_boxed
-from spark_nemo.stages.rollouts import RolloutSession
+from spark_nemo.rollout.generator import RolloutGenerator
 
-honest_scores = RolloutSession._scores
+honest_scores = RolloutGenerator._scores
 
 
 def leak(self, rollouts, judgements, step):
@@ -33,5 +33,5 @@ def leak(self, rollouts, judgements, step):
 
 path = Path(compose_config(sys.argv[1:]).data.rl_problems)
 LEAKED = json.loads(path.read_text().splitlines()[0])
-RolloutSession._scores = leak
+RolloutGenerator._scores = leak
 sys.exit(main(["stage3", *sys.argv[1:]]))

@@ -49,11 +49,11 @@ ABOUT_THE_BASELINE = {"stage1.reference_verifications", "labels.reference_pick"}
 """Settings of the reference-guided baseline that name no file."""
 CLOSURES = {
     (
-        "spark_nemo.stages.rollouts",
-        "RolloutSession",
+        "spark_nemo.rollout.generator",
+        "RolloutGenerator",
         "checker",
     ): "the RLVR baseline's, None with any other reward",
-    ("spark_nemo.verification.selection", "Selection", "correct"): "balancing by ground truth",
+    ("spark_nemo.verification.label_filter", "Selection", "correct"): "balancing by ground truth",
     (
         "spark_nemo.rewards.hacking.constraints",
         "Constraint",
@@ -64,11 +64,11 @@ CLOSURES = {
 answers behind it.
 """
 READERS = {
-    "spark_nemo.stages.after_votes": {"ask_with_answer"},
+    "spark_nemo.stages.stage1_critique": {"ask_with_answer"},
     "spark_nemo.stages.labels": {"_correctness"},
-    "spark_nemo.stages.rl_session": {"RLSession.evaluate", "answer_checker"},
+    "spark_nemo.rollout.manager": {"RolloutManager.evaluate", "answer_checker"},
     "spark_nemo.stages.stage3": {"_train"},
-    "spark_nemo.stages.checks": {
+    "spark_nemo.planning.preflight": {
         "check_stage3",
         "check_pipeline",
         "check_data_here",

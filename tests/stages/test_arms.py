@@ -12,11 +12,11 @@ import pytest
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.config.compose import compose_config
 from spark_nemo.config.designs import BASELINES, DESIGNS, NEEDS_STEP_LABELS, VARIANTS
-from spark_nemo.stages.arms import Arm, arm_config, pipeline_arms
-from spark_nemo.stages.checks import check_pipeline, check_stage3
-from spark_nemo.stages.plan import dry_run
-from spark_nemo.stages.run_folder import mark_done, stage2_folder
-from spark_nemo.stages.schedule import plan_jobs
+from spark_nemo.planning.dry_run import dry_run
+from spark_nemo.planning.preflight import check_pipeline, check_stage3
+from spark_nemo.run.job_graph import plan_jobs
+from spark_nemo.run.rl_variants import RLVariant, arm_config, pipeline_arms
+from spark_nemo.run.run_folder import mark_done, stage2_folder
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
 
 EVERYTHING = [
@@ -260,4 +260,7 @@ def test_the_plan_names_every_arm_and_marks_the_one_that_reads_answers() -> None
     marked = [line for line in plan if line.startswith("stage III") and "READS ANSWER KEYS" in line]
     assert len(marked) == 1 and "rlvr" in marked[0]
     assert any("stage III    process_aware-orm:" in line for line in plan)
-    assert Arm("rlvr", None).reads_answer_keys and not Arm("majority", None).reads_answer_keys
+    assert (
+        RLVariant("rlvr", None).reads_answer_keys
+        and not RLVariant("majority", None).reads_answer_keys
+    )

@@ -12,8 +12,8 @@ import pytest
 
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.config.compose import compose_config
-from spark_nemo.stages.checks import check_stage1, check_stage2, check_stage3
-from spark_nemo.stages.plan import dry_run
+from spark_nemo.planning.dry_run import dry_run
+from spark_nemo.planning.preflight import check_stage1, check_stage2, check_stage3
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
 from spark_nemo.weight_sync import numbers
 

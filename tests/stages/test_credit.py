@@ -19,9 +19,9 @@ from spark_nemo.records import (
     Verdict,
 )
 from spark_nemo.rewards import RewardBatch
-from spark_nemo.rewards.judge import Judgement
-from spark_nemo.stages.credit import batch_advantages, scored_responses
-from spark_nemo.stages.rollouts import ScoredBatch
+from spark_nemo.rewards.judge import RolloutVerdict
+from spark_nemo.rollout.advantage_estimator import compute_advantages, scored_responses
+from spark_nemo.rollout.generator import ScoredBatch
 from spark_nemo.training.advantages import group_advantages
 
 PER_TOKEN = sorted(ADVANTAGES)
@@ -50,7 +50,7 @@ def configured(advantage: str) -> RLConfig:
     )
 
 
-def scored(*judgements: Judgement, groups: tuple[int, ...]) -> ScoredBatch:
+def scored(*judgements: RolloutVerdict, groups: tuple[int, ...]) -> ScoredBatch:
     """The batch that process-aware rewards with masked failures make of the judgements."""
     rewards = [
         0.0
@@ -64,10 +64,12 @@ def scored(*judgements: Judgement, groups: tuple[int, ...]) -> ScoredBatch:
     return ScoredBatch(tuple(rollout(g) for g in groups), batch, judgements, {})
 
 
-YES, NO = (Judgement(None, Verdict(labels, labels[1])) for labels in ((True, True), (True, False)))
+YES, NO = (
+    RolloutVerdict(None, Verdict(labels, labels[1])) for labels in ((True, True), (True, False))
+)
 GATED, FAILED = (
-    Judgement(FormatViolation("steps"), None),
-    Judgement(None, ParseFailure("verdict_missing")),
+    RolloutVerdict(FormatViolation("steps"), None),
+    RolloutVerdict(None, ParseFailure("verdict_missing")),
 )
 BATCH = scored(YES, NO, GATED, FAILED, YES, NO, groups=(0, 0, 0, 0, 1, 1))
 
@@ -80,7 +82,7 @@ def test_the_default_is_the_groups_advantage_as_ever() -> None:
         torch.tensor(BATCH.rewards.valid),
         std_normalise=True,
     )
-    assert torch.equal(batch_advantages(BATCH, RLConfig()), expected)
+    assert torch.equal(compute_advantages(BATCH, RLConfig()), expected)
 
 
 @pytest.mark.parametrize("advantage", PER_TOKEN)
@@ -88,7 +90,7 @@ def test_every_design_gives_each_token_of_each_response_a_finite_number(advantag
     """Also where the format was broken; the response whose verification failed (masked, NaN) gets
     exactly 0.
     """
-    rows = batch_advantages(BATCH, configured(advantage))
+    rows = compute_advantages(BATCH, configured(advantage))
     assert [row.shape for row in rows] == [(5,)] * 6
     assert all(torch.isfinite(row).all() and row.dtype == torch.float32 for row in rows)
     assert rows[3].tolist() == [0.0] * 5
@@ -103,7 +105,7 @@ def test_the_error_gets_less_than_what_came_before_it(advantage: str) -> None:
     the correct one. Under min-form the error's credit flows back to all tokens before it, so there
     they are no better.
     """
-    row = batch_advantages(BATCH, configured(advantage))[5]
+    row = compute_advantages(BATCH, configured(advantage))[5]
     if advantage == "min_form":
         assert row[:4].max() < 0
     else:
@@ -115,20 +117,20 @@ def test_an_orms_verdict_is_refused_where_steps_are_read(advantage: str) -> None
     """Not taken for a response without steps, nor for one whose labels are missing. The default
     reads no step.
     """
-    said = Judgement(None, AnswerVerdict(True))
+    said = RolloutVerdict(None, AnswerVerdict(True))
     batch = ScoredBatch(
         BATCH.rollouts[:2], RewardBatch((1.0, 0.0), (True, True), {}), (said, said), {}
     )
     with pytest.raises(ValueError, match="no step labels"):
-        batch_advantages(batch, configured(advantage))
-    assert batch_advantages(batch, RLConfig()).shape == (2,)
+        compute_advantages(batch, configured(advantage))
+    assert compute_advantages(batch, RLConfig()).shape == (2,)
 
 
 def test_labels_of_another_count_are_reported_and_not_used(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """It takes a bug to get here; then the log says so and the labels are dropped whole."""
-    batch = scored(Judgement(None, Verdict((True, False, True), True)), NO, groups=(0, 0))
+    batch = scored(RolloutVerdict(None, Verdict((True, False, True), True)), NO, groups=(0, 0))
     assert [r.labelled_steps is None for r in scored_responses(batch)] == [True, False]
     assert "3 step labels for 2 sampled steps" in caplog.text
-    assert len(set(batch_advantages(batch, RLConfig(advantage="selective"))[0].tolist())) == 1
+    assert len(set(compute_advantages(batch, RLConfig(advantage="selective"))[0].tolist())) == 1

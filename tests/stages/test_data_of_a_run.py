@@ -12,8 +12,8 @@ from world import run
 
 from spark_nemo.cli.main import main
 from spark_nemo.records.store import RecordStore
-from spark_nemo.verification.collect import SOLUTION, VERIFICATION
-from spark_nemo.verification.collected import label_collected, stream_collected
+from spark_nemo.verification.sampler import SOLUTION, VERIFICATION
+from spark_nemo.verification.store_reader import label_collected, stream_collected
 
 
 def test_a_collected_store_verifies(collected: Path, capsys: pytest.CaptureFixture[str]) -> None:

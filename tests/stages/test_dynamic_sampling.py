@@ -13,17 +13,17 @@ from fake_sglang import FakeSglang
 
 from spark_nemo.config import EngineConfig, RLConfig, SamplingConfig
 from spark_nemo.config.rollout import RolloutConfig
+from spark_nemo.engines.async_utils import until_idle
 from spark_nemo.engines.base import FinishReason, Generation, GenerationRequest, SamplingParams
-from spark_nemo.engines.client import until_idle
 from spark_nemo.engines.fleet import Fleet
-from spark_nemo.engines.served import Completion, ServedModel
+from spark_nemo.engines.served_model import Completion, ServedModel
 from spark_nemo.engines.sglang import SglangServer
 from spark_nemo.grammar import prompt_set
 from spark_nemo.records import Problem
-from spark_nemo.rewards.judge import Judgement
-from spark_nemo.stages.dynamic import dynamic_batch, first_useful, prompts_at_most
-from spark_nemo.stages.feed import prompt_indices
-from spark_nemo.stages.rollouts import RolloutSession
+from spark_nemo.rewards.judge import RolloutVerdict
+from spark_nemo.rollout.dynamic_sampling import dynamic_batch, first_useful, prompts_at_most
+from spark_nemo.rollout.generator import RolloutGenerator
+from spark_nemo.rollout.prefetch import prompt_indices
 from spark_nemo.toy.resolve import ASSETS
 
 PROMPTS = prompt_set("compact")
@@ -75,7 +75,7 @@ class SlowPolicy:
 
 def session(
     policy, wanted: int, oversample: float, rounds: int | None = None, **knobs
-) -> RolloutSession:
+) -> RolloutGenerator:
     config = RLConfig(
         reward="rlvr",
         group_size=2,
@@ -83,7 +83,7 @@ def session(
         rollout=RolloutConfig(oversample=oversample, max_rounds=rounds),
         **knobs,
     )
-    return RolloutSession(
+    return RolloutGenerator(
         policy, PROMPTS, config, 0, None, lambda shown: [text == "right" for _, text in shown]
     )
 
@@ -283,9 +283,9 @@ def test_a_response_is_judged_while_its_siblings_still_decode() -> None:
 
             async def judge(self, rollout):
                 begun.set()
-                return Judgement(None, None)
+                return RolloutVerdict(None, None)
 
-        made = RolloutSession(Policy({}), PROMPTS, RLConfig(group_size=2), 0, Judge(), None)
+        made = RolloutGenerator(Policy({}), PROMPTS, RLConfig(group_size=2), 0, Judge(), None)
         async with asyncio.timeout(10):
             judged = await made.group(0, Problem("a-equal", "a-equal ?"), 0)
         assert len(judged) == 2

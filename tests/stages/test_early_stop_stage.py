@@ -10,8 +10,8 @@ from world import run
 
 from spark_nemo.records import outcome_from_json
 from spark_nemo.records.store import RecordStore
-from spark_nemo.verification.collect import VERIFICATION
 from spark_nemo.verification.early_stop import StoppingRule, votes_taken
+from spark_nemo.verification.sampler import VERIFICATION
 
 pytestmark = pytest.mark.slow
 

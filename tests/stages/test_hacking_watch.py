@@ -15,10 +15,10 @@ from spark_nemo.config.hacking import HackingConfig
 from spark_nemo.grammar import prompt_set, verdict_line
 from spark_nemo.records import Failure, Problem, Rollout, Verdict
 from spark_nemo.rewards import RewardBatch, process_aware_reward
-from spark_nemo.rewards.judge import Judgement, RewardJudge
+from spark_nemo.rewards.judge import RewardJudge, RolloutVerdict
 from spark_nemo.rewards.prm_service import PRMService
-from spark_nemo.stages.hacking_watch import HackingWatch
-from spark_nemo.stages.rollouts import ScoredBatch
+from spark_nemo.rollout.generator import ScoredBatch
+from spark_nemo.rollout.reward_hacking_monitor import RewardHackingMonitor
 from spark_nemo.toy.exploits import BY_NAME, Exploit, tagged
 from spark_nemo.toy.hacking import ScriptedJudge
 from spark_nemo.toy.resolve import ASSETS
@@ -43,19 +43,21 @@ def batch(texts: list[str], rewards: list[float]) -> ScoredBatch:
         Rollout(Problem("p", QUESTION), 0, (1,), ids, (0.0,) * 30, (0,) * 30, text, "stop")
         for text in texts
     )
-    said = tuple(Judgement(None, Verdict((True,), bool(reward))) for reward in rewards)
+    said = tuple(RolloutVerdict(None, Verdict((True,), bool(reward))) for reward in rewards)
     return ScoredBatch(rollouts, RewardBatch(tuple(rewards), (True,) * len(rewards), {}), said, {})
 
 
 def watch(
     folder: Path, hacking: HackingConfig, held_out: RewardJudge | None = None
-) -> HackingWatch:
+) -> RewardHackingMonitor:
     config = SparkConfig(run=RunConfig(dir=str(folder)), rl=RLConfig(hacking=hacking, eval_every=2))
 
-    def score(_: Rollout, judgement: Judgement) -> float | Failure:
+    def score(_: Rollout, judgement: RolloutVerdict) -> float | Failure:
         return process_aware_reward(judgement.violation, judgement.outcome)
 
-    return HackingWatch(config, folder, judge(BY_NAME["judge_directed"]).service, held_out, score)
+    return RewardHackingMonitor(
+        config, folder, judge(BY_NAME["judge_directed"]).service, held_out, score
+    )
 
 
 def remember(folder: Path, step: int, metrics: dict[str, float]) -> None:

@@ -16,9 +16,9 @@ from spark_nemo.config.compose import compose_config
 from spark_nemo.records.jsonl import write_text_atomic
 from spark_nemo.records.store import RecordStore
 from spark_nemo.report.labels import label_scores
-from spark_nemo.stages.after_votes import after_votes
 from spark_nemo.stages.labels import make_labels
 from spark_nemo.stages.stage1 import run_stage1
+from spark_nemo.stages.stage1_critique import after_votes
 from spark_nemo.toy.data import write_answers
 from spark_nemo.toy.resolve import oracle_for, resolve_toy
 

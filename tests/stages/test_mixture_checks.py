@@ -9,7 +9,7 @@ import pytest
 
 from spark_nemo.config import ConfigError
 from spark_nemo.config.compose import compose_config
-from spark_nemo.stages.checks import check_stage3
+from spark_nemo.planning.preflight import check_stage3
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
 
 MIXTURE = {

@@ -15,14 +15,14 @@ import pytest
 
 from spark_nemo.config import ConfigError, RLConfig
 from spark_nemo.config.rollout import RolloutConfig
-from spark_nemo.engines.client import BackgroundWork, run_async
+from spark_nemo.engines.async_utils import BackgroundWork, run_async
 from spark_nemo.records import EngineError, FormatViolation, Problem, Rollout, TokenSpan, Verdict
 from spark_nemo.rewards import RewardBatch
-from spark_nemo.rewards.judge import Judgement
-from spark_nemo.stages.feed import BatchFeed
-from spark_nemo.stages.in_flight import batch_from_bytes, batch_to_bytes
-from spark_nemo.stages.rollouts import ScoredBatch
-from spark_nemo.stages.timeline import GENERATE, TRAIN, VERIFY, Timeline, shared_seconds, union
+from spark_nemo.rewards.judge import RolloutVerdict
+from spark_nemo.rollout.generator import ScoredBatch
+from spark_nemo.rollout.prefetch import RolloutPrefetcher
+from spark_nemo.rollout.prefetched_batch import batch_from_bytes, batch_to_bytes
+from spark_nemo.rollout.timeline import GENERATE, TRAIN, VERIFY, Timeline, shared_seconds, union
 
 
 def batch(version: int = 3) -> ScoredBatch:
@@ -41,10 +41,10 @@ def batch(version: int = 3) -> ScoredBatch:
         for n in range(4)
     )
     judgements = (
-        Judgement(None, Verdict((True, False), False), 7),
-        Judgement(FormatViolation("steps"), None),
-        Judgement(None, EngineError("gone"), 0),
-        Judgement(None, Verdict((True,), True), 5),
+        RolloutVerdict(None, Verdict((True, False), False), 7),
+        RolloutVerdict(FormatViolation("steps"), None),
+        RolloutVerdict(None, EngineError("gone"), 0),
+        RolloutVerdict(None, Verdict((True,), True), 5),
     )
     rewards = RewardBatch(
         (0.0, 0.0, math.nan, 1.0), (True, True, False, True), {"engine_error": 1 / 3}
@@ -89,8 +89,8 @@ def test_a_pickle_cannot_reach_a_function_through_a_module_of_this_package() -> 
     """
     head = batch_to_bytes(batch()).partition(b"\n")[0]
     for module, name in (
-        ("spark_nemo.stages.jobs", "subprocess.getoutput"),
-        ("spark_nemo.stages.jobs", "run_jobs"),
+        ("spark_nemo.run.local_executor", "subprocess.getoutput"),
+        ("spark_nemo.run.local_executor", "run_jobs"),
     ):
         strings = b"".join(b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name))
         call = (
@@ -164,7 +164,9 @@ def test_batches_are_at_most_one_version_behind(one_step_off: bool, lags: list[i
     after the last; only where versions match has the first-step gate something to compare.
     """
     session = Session()
-    feed = BatchFeed(config(one_step_off), [Problem(str(n), "?") for n in range(5)], session)
+    feed = RolloutPrefetcher(
+        config(one_step_off), [Problem(str(n), "?") for n in range(5)], session
+    )
     for step in range(3):
         session.version = step
         taken = feed.take(step)
@@ -180,14 +182,14 @@ def test_the_batch_ahead_is_in_the_checkpoint(tmp_path) -> None:
     it again.
     """
     problems, session = [Problem(str(n), "?") for n in range(5)], Session()
-    feed = BatchFeed(config(True), problems, session)
+    feed = RolloutPrefetcher(config(True), problems, session)
     feed.take(0)
     feed.settle()
     for name, content in feed.files().items():
         (tmp_path / name).write_bytes(content)
     resumed = Session()
     resumed.version = 1
-    after = BatchFeed(config(True), problems, resumed)
+    after = RolloutPrefetcher(config(True), problems, resumed)
     after.restore(feed.state(), tmp_path)
     assert after.take(1).rollouts == batch(0).rollouts
     after.settle()

@@ -19,12 +19,12 @@ from spark_nemo.config import ConfigError, MegatronConfig, RLConfig, SamplingCon
 from spark_nemo.config.compose import compose_config
 from spark_nemo.config.sft import SftConfig
 from spark_nemo.megatron.model_shape import ModelShape
-from spark_nemo.stages import layout_check
-from spark_nemo.stages.planner.cluster import Cluster, Rates
-from spark_nemo.stages.planner.engine_memory import engine_weight_bytes, kv_bytes_per_token
-from spark_nemo.stages.planner.plan import make_plan
-from spark_nemo.stages.planner.step_time import forward_flops_per_token
-from spark_nemo.stages.planner.workload import Model
+from spark_nemo.planning import memory_check as layout_check
+from spark_nemo.planning.capacity_planner import make_plan
+from spark_nemo.planning.cluster import Cluster, Rates
+from spark_nemo.planning.engine_memory import engine_weight_bytes, kv_bytes_per_token
+from spark_nemo.planning.step_time import forward_flops_per_token
+from spark_nemo.planning.workload import Model
 from spark_nemo.toy.resolve import resolve_toy
 
 SHAPES = Path(__file__).parents[1] / "weight_sync" / "shapes"

@@ -11,8 +11,8 @@ import pytest
 from world import rows, run, run_and_kill
 
 from spark_nemo.config import EngineConfig, SamplingConfig
-from spark_nemo.engines.client import run_async
-from spark_nemo.engines.served import ServedModel
+from spark_nemo.engines.async_utils import run_async
+from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.grammar import check_format, prompt_set
 from spark_nemo.toy.data import split_problems
 from spark_nemo.toy.resolve import ASSETS

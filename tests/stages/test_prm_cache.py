@@ -8,12 +8,12 @@ import math
 import pytest
 
 from spark_nemo.config import EngineConfig, RLConfig, SamplingConfig
-from spark_nemo.engines.served import ServedModel
+from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.grammar import prompt_set
 from spark_nemo.records import Problem
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService, ServiceCounts, ServiceLimits
-from spark_nemo.stages.rollouts import RolloutSession, ScoredBatch
+from spark_nemo.rollout.generator import RolloutGenerator, ScoredBatch
 from spark_nemo.toy.data import split_problems
 from spark_nemo.toy.resolve import ASSETS
 
@@ -43,7 +43,7 @@ def two_steps(
             model, PROMPTS, rl.verifier_sampling, ServiceLimits(cache_entries=entries)
         )
         judge = RewardJudge(service, 1, votes, rl.min_votes)
-        session = RolloutSession(policy, PROMPTS, rl, 0, judge, None)
+        session = RolloutGenerator(policy, PROMPTS, rl, 0, judge, None)
         batches, counts = [], []
         for step in range(2):
             batches.append(await session.batch(PROBLEMS, step))

@@ -14,9 +14,9 @@ from spark_nemo.cli.main import main
 from spark_nemo.config import LABEL_METHODS, ConfigError, SparkConfig
 from spark_nemo.config.compose import compose_config, config_folder
 from spark_nemo.config.designs import DESIGNS, OWN_BASELINE, VARIANTS
-from spark_nemo.stages.arms import pipeline_arms
-from spark_nemo.stages.plan import dry_run
-from spark_nemo.stages.published import BASES, PUBLISHED
+from spark_nemo.planning.dry_run import dry_run
+from spark_nemo.planning.known_models import BASES, PUBLISHED
+from spark_nemo.run.rl_variants import pipeline_arms
 
 RECIPES = sorted((config_folder() / "experiment/spark").glob("*.yaml"))
 READ_ANSWER_KEYS = {"rl_rlvr", "rl_rlvr_70b", "designs", "label_reference_guided", "labels"}

@@ -17,8 +17,8 @@ from spark_nemo.config import (
 )
 from spark_nemo.config.designs import MODEL_REWARDS, unread_failures
 from spark_nemo.engines.base import EngineLost, FinishReason, Generation
-from spark_nemo.engines.served import Completion
-from spark_nemo.evaluation.checker import Judgement
+from spark_nemo.engines.served_model import Completion
+from spark_nemo.evaluation.checker import AnswerGrade
 from spark_nemo.grammar import PROMPT_SETS, StepFormat, Variant, prompt_set, split_response
 from spark_nemo.records import (
     AnswerVerdict,
@@ -32,11 +32,11 @@ from spark_nemo.records import (
 from spark_nemo.rewards import FailureRateExceeded
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService, ServiceLimits
-from spark_nemo.stages import rl_session
-from spark_nemo.stages.credit import batch_advantages
-from spark_nemo.stages.rl_session import sample_rows
-from spark_nemo.stages.rollouts import RolloutSession
-from spark_nemo.verification.targets import sft_example
+from spark_nemo.rollout import manager as rl_session
+from spark_nemo.rollout.advantage_estimator import compute_advantages
+from spark_nemo.rollout.generator import RolloutGenerator
+from spark_nemo.rollout.manager import sample_rows
+from spark_nemo.verification.sft_examples import sft_example
 
 PROMPTS = prompt_set("compact")
 
@@ -121,7 +121,7 @@ def session_of(
         model, PROMPTS, config.verifier_sampling, ServiceLimits(cache_entries=0), variant
     )
     judge = RewardJudge(service, 0) if config.asks_reward_model else None
-    return RolloutSession(Scripted(POLICY), PROMPTS, config, 0, judge, checker), model, config
+    return RolloutGenerator(Scripted(POLICY), PROMPTS, config, 0, judge, checker), model, config
 
 
 def scored(reward: str, *design, **settings):
@@ -164,7 +164,7 @@ def test_a_run_counts_what_was_shown_and_a_checkpoint_keeps_it(tmp_path) -> None
     from there has it.
     """
     before, after = (
-        rl_session.RLSession(
+        rl_session.RolloutManager(
             None, session_of("process_aware", max_rate=0.3)[0], SparkConfig(), tmp_path, None
         )
         for _ in range(2)
@@ -298,7 +298,7 @@ def test_sampled_step_spans_meet_the_labels_they_belong_to() -> None:
     from the sampled tokens to the advantage.
     """
     batch, _, config = scored("process_aware", "capo")
-    row = batch_advantages(batch, config)[1]
+    row = compute_advantages(batch, config)[1]
     punished = bytes(
         i for i, a in zip(batch.rollouts[1].response_ids, row.tolist()) if a < row.max()
     )
@@ -311,7 +311,7 @@ def test_an_answer_that_nobody_could_compare_is_no_reward(tmp_path, monkeypatch)
     """
     path = tmp_path / "keys.jsonl"
     path.write_text('{"problem_id": "p", "answer": "7"}\n')
-    says = {"7": Judgement.EQUAL, "8": Judgement.LATE, None: Judgement.DIED}
+    says = {"7": AnswerGrade.EQUAL, "8": AnswerGrade.TIMEOUT, None: AnswerGrade.CRASHED}
     monkeypatch.setattr(
         rl_session, "judge_answers", lambda pairs: [says[answer] for answer, _ in pairs]
     )
@@ -386,7 +386,7 @@ def test_nothing_of_a_batch_goes_on_when_a_part_of_it_has_failed() -> None:
             group_size=2, verifier_votes=2, verifier_sampling=SamplingConfig(temperature=1.0)
         )
         judge = RewardJudge(PRMService(Slow([]), PROMPTS, config.verifier_sampling), 0, votes=2)
-        session = RolloutSession(Lost([response("7")]), PROMPTS, config, 0, judge, None)
+        session = RolloutGenerator(Lost([response("7")]), PROMPTS, config, 0, judge, None)
         with pytest.raises(EngineLost):
             await session.batch([Problem(name, "3 + 4?") for name in "abc"], 0)
         return asyncio.all_tasks() - {asyncio.current_task()}

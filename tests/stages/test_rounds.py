@@ -11,7 +11,7 @@ from spark_nemo.cli.main import main
 from spark_nemo.config import ConfigError
 from spark_nemo.config.compose import compose_config
 from spark_nemo.records.store import RecordStore
-from spark_nemo.stages.schedule import plan_jobs
+from spark_nemo.run.job_graph import plan_jobs
 
 ROUNDS = (
     "pipeline.rounds=2",

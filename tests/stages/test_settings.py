@@ -8,9 +8,9 @@ from spark_nemo.config import RLConfig
 from spark_nemo.config.compose import compose_config
 from spark_nemo.config.designs import SHAPING_KNOBS, VERIFIER_KNOBS
 from spark_nemo.config.hacking import ConstraintsConfig, DetectorsConfig, HackingConfig
-from spark_nemo.stages.arms import pipeline_arms
-from spark_nemo.stages.run_folder import comparable_rl
-from spark_nemo.stages.schedule import _stage3_job
+from spark_nemo.run.job_graph import _stage3_job
+from spark_nemo.run.rl_variants import pipeline_arms
+from spark_nemo.run.run_folder import comparable_rl
 
 
 def test_unset_is_the_same_run_as_the_default_written_out() -> None:

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 
 from spark_nemo.config import Stage1Config
-from spark_nemo.stages.run_folder import progress
-from spark_nemo.stages.stage1_watch import (
+from spark_nemo.run.run_folder import progress
+from spark_nemo.stages.stage1_monitor import (
     LedgerFile,
     Rates,
     Stage1Watch,
     TooManyFailures,
     check_failure_rates,
 )
-from spark_nemo.verification.collect import CollectCounts
-from spark_nemo.verification.ledger import Distribution, Ledger
+from spark_nemo.verification.sampler import CollectCounts
+from spark_nemo.verification.token_accounting import Distribution, Ledger
 
 
 def test_a_run_that_mostly_fails_is_stopped_once_enough_was_seen(tmp_path: Path) -> None:

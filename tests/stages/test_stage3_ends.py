@@ -14,10 +14,10 @@ from spark_nemo.config import SparkConfig
 from spark_nemo.config.compose import compose_config
 from spark_nemo.megatron.errors import NonFiniteGradient
 from spark_nemo.records.jsonl import read_problems
+from spark_nemo.rollout.manager import RolloutManager
 from spark_nemo.stages import stage3
-from spark_nemo.stages.rl_session import RLSession
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
-from spark_nemo.weight_sync.push import WeightSync
+from spark_nemo.weight_sync.synchronizer import WeightSync
 
 
 def tiny(folder: Path, *overrides: str) -> SparkConfig:
@@ -53,9 +53,9 @@ def test_a_run_that_ends_early_lets_go_of_its_engines(
         closed.append("sync")
 
     monkeypatch.setattr(WeightSync, "close", sync_close)
-    original = RLSession.close
+    original = RolloutManager.close
     monkeypatch.setattr(
-        RLSession, "close", lambda session: (closed.append("session"), original(session))
+        RolloutManager, "close", lambda session: (closed.append("session"), original(session))
     )
     if end == "stop":
         (tmp_path / "stage3/random").mkdir(parents=True)

@@ -13,12 +13,12 @@ import pytest
 
 from spark_nemo.config import SamplingConfig
 from spark_nemo.engines.base import EngineFailure
-from spark_nemo.grammar import Variant, parse_generation, render_solution
+from spark_nemo.grammar import Variant, parse_verifier_output, render_solution
 from spark_nemo.records import Verdict
 from spark_nemo.toy.corpus import PROMPTS
 from spark_nemo.toy.exploits import BY_NAME, EXPLOITS, judge
 from spark_nemo.toy.habits import ERROR_RICH, FAULTLESS, write_solution
-from spark_nemo.toy.hacking import Arm, ScriptedJudge
+from spark_nemo.toy.hacking import RLVariant, ScriptedJudge
 from spark_nemo.toy.oracle import step_truths
 from spark_nemo.toy.problems import sample_problem
 from spark_nemo.toy.resolve import ASSETS
@@ -63,7 +63,7 @@ def test_the_served_judge_writes_the_verification_grammar() -> None:
             0,
         )
     )
-    outcome = parse_generation(
+    outcome = parse_verifier_output(
         done.text, str(done.generation.finish_reason), 9, len(solution.steps)
     )
     assert outcome == Verdict((True,) * len(solution.steps), True)
@@ -103,7 +103,7 @@ def test_an_exploit_is_found_without_its_constraint_and_not_with_it(tmp_path: Pa
     )
     assert done.returncode == 0, done.stderr
     without, constrained = (
-        json.loads((tmp_path / Arm(exploit, on, 0).name / "outcome.json").read_text())
+        json.loads((tmp_path / RLVariant(exploit, on, 0).name / "outcome.json").read_text())
         for on in (False, True)
     )
     assert without["rate_last"] > 0.5 and constrained["rate_last"] < 0.1

@@ -19,9 +19,9 @@ from spark_nemo.megatron import distributed
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import FormatViolation, ParseFailure, Problem, Rollout, TokenSpan, Verdict
 from spark_nemo.rewards import RewardBatch
-from spark_nemo.rewards.judge import Judgement
-from spark_nemo.stages.credit import batch_advantages
-from spark_nemo.stages.rollouts import ScoredBatch
+from spark_nemo.rewards.judge import RolloutVerdict
+from spark_nemo.rollout.advantage_estimator import compute_advantages
+from spark_nemo.rollout.generator import ScoredBatch
 from spark_nemo.training.grpo import train_on_rollouts
 
 MODEL = {
@@ -74,9 +74,9 @@ def scored_batch() -> ScoredBatch:
         yes = rng.random() < 0.5
         outcome = Verdict(tuple(rng.random() < 0.6 for _ in lengths), yes)
         judgements.append(
-            Judgement(FormatViolation("steps"), None)
+            RolloutVerdict(FormatViolation("steps"), None)
             if number == 3
-            else Judgement(None, ParseFailure("x") if number == 7 else outcome)
+            else RolloutVerdict(None, ParseFailure("x") if number == 7 else outcome)
         )
         rewards.append(float("nan") if number == 7 else 0.0 if number == 3 else float(yes))
     return ScoredBatch(
@@ -103,7 +103,7 @@ def one_step(
     metrics = train_on_rollouts(
         worker,
         batch.rollouts,
-        batch_advantages(batch, config),
+        compute_advantages(batch, config),
         torch.tensor(batch.rewards.valid),
         config,
         tokens_per_micro_batch=budget,

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from spark_nemo.grammar import parse_generation
+from spark_nemo.grammar import parse_verifier_output
 from spark_nemo.records import ParseFailure, TokenSpan
 from spark_nemo.training.advantages import group_advantages
 from spark_nemo.training.step_advantages import (
@@ -231,7 +231,7 @@ def test_the_parser_refuses_a_count_mismatch_before_any_of_this() -> None:
         "## Step 1: a\n**This step is correct.**\n\n## Step 2: b\n**This step is correct.**\n\n"
         "**Verification: Is the answer correct (Yes/No)? Yes**"
     )
-    refused = parse_generation(text, "stop", 9, 3)
+    refused = parse_verifier_output(text, "stop", 9, 3)
     assert isinstance(refused, ParseFailure) and "step_count" in refused.reason
 
 

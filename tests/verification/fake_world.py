@@ -18,7 +18,7 @@ from spark_nemo.engines.base import (
     Generation,
     GenerationRequest,
 )
-from spark_nemo.engines.served import ServedModel
+from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.grammar import render_verification
 from spark_nemo.grammar.verification import StepJudgement
 from spark_nemo.records import Problem

@@ -34,8 +34,8 @@ from spark_nemo.grammar import (
 )
 from spark_nemo.records import Verification, content_key, derive_seed, outcome_from_json
 from spark_nemo.records.store import RecordStore
-from spark_nemo.verification.collect import SOLUTION, VERIFICATION, CollectCounts, Collector
 from spark_nemo.verification.early_stop import stopping_rule, votes_taken
+from spark_nemo.verification.sampler import SOLUTION, VERIFICATION, CollectCounts, Collector
 
 RULES = [
     {},

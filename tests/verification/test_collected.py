@@ -7,7 +7,7 @@ import pytest
 from spark_nemo.records import ParseFailure, Solution, Verdict, Verification
 from spark_nemo.records.store import RecordStore
 from spark_nemo.verification import label_all
-from spark_nemo.verification.collected import label_collected, read_collected, stream_collected
+from spark_nemo.verification.store_reader import label_collected, read_collected, stream_collected
 
 TEXT = "Step 1: 1+1=2\nAnswer: 2"
 

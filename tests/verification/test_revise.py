@@ -18,13 +18,13 @@ from spark_nemo.grammar import ParsedResponse, StepFormat, split_response
 from spark_nemo.records import ReferenceVerification
 from spark_nemo.records.store import RecordStore
 from spark_nemo.verification import LabelOptions
-from spark_nemo.verification.collect import VERIFICATION
+from spark_nemo.verification.meta_critique import CRITIQUE, MERGE, Reviser, revisions_of
 from spark_nemo.verification.reference import (
     REFERENCE_VERIFICATION,
     ReferenceVerifier,
     reference_verifications_of,
 )
-from spark_nemo.verification.revise import CRITIQUE, MERGE, Reviser, revisions_of
+from spark_nemo.verification.sampler import VERIFICATION
 
 
 class Critic:

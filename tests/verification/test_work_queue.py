@@ -22,7 +22,7 @@ from fake_world import (
 )
 
 from spark_nemo.records import Problem
-from spark_nemo.verification.collect import Collector
+from spark_nemo.verification.sampler import Collector
 from spark_nemo.verification.work_queue import WorkQueue
 
 

@@ -10,7 +10,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from spark_nemo.engines.client import run_async
+from spark_nemo.engines.async_utils import run_async
 from spark_nemo.engines.sglang.server import SglangServer
 
 

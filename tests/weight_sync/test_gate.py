@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from spark_nemo.config import RLConfig, SamplingConfig, WeightSyncConfig
+from spark_nemo.engines.async_utils import generate_all, run_async
 from spark_nemo.engines.base import EngineFailure, GenerationRequest, SamplingParams
-from spark_nemo.engines.client import generate_all, run_async
 from spark_nemo.engines.local import LocalEngine
 from spark_nemo.records import Problem, Rollout
 from spark_nemo.training.grpo import train_on_rollouts
-from spark_nemo.weight_sync.gate import FirstStepGate, WeightMismatch
-from spark_nemo.weight_sync.push import WeightSync
+from spark_nemo.weight_sync.logprob_gate import FirstStepGate, WeightMismatch
+from spark_nemo.weight_sync.synchronizer import WeightSync
 
 TEMPERATURE = 0.7
 FLOAT32 = WeightSyncConfig(max_mean_mismatch=1e-4, max_token_mismatch=1e-3)

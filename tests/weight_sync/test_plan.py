@@ -16,7 +16,7 @@ from spark_nemo.megatron import hf_weights
 from spark_nemo.megatron.model_shape import ModelShape
 from spark_nemo.weight_sync.engine_view import check_server_args, engine_tensors
 from spark_nemo.weight_sync.numbers import ModelNumbers, checkpoint_tensors
-from spark_nemo.weight_sync.plan import plan_sync
+from spark_nemo.weight_sync.sync_plan import plan_sync
 
 SHAPES = {
     path.stem: json.loads(path.read_text())

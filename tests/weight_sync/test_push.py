@@ -17,10 +17,10 @@ import pytest
 from receivers import start_receivers
 
 from spark_nemo.config import WeightSyncConfig
+from spark_nemo.engines.async_utils import run_async
 from spark_nemo.engines.base import EngineFailure, GenerationRequest, SamplingParams
-from spark_nemo.engines.client import run_async
 from spark_nemo.engines.fleet import Fleet
-from spark_nemo.weight_sync.push import WeightSync
+from spark_nemo.weight_sync.synchronizer import WeightSync
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TRANSPORTS = ("disk", "distributed", "tensor")
@@ -50,7 +50,7 @@ def sync_for(worker, folder, transport, **settings):
 def small_buckets(sync, worker):
     """The plan with buckets of 8 KiB instead of megabytes: this model would fit one."""
     from spark_nemo.megatron.hf_weights import hf_tensor_shapes
-    from spark_nemo.weight_sync.plan import plan_sync
+    from spark_nemo.weight_sync.sync_plan import plan_sync
 
     plan = plan_sync(
         hf_tensor_shapes(worker.shape),
@@ -281,7 +281,7 @@ def test_a_full_disk_leaves_the_old_weights_served(perturbed, server, tmp_path):
 
 def test_handles_stay_on_one_machine(perturbed, tmp_path):
     """A server at another machine's address is refused before anything is sent."""
-    from spark_nemo.weight_sync.handles import refuse_other_machine
+    from spark_nemo.weight_sync.shared_memory import refuse_other_machine
 
     refuse_other_machine("http://127.0.0.1:1")
     with pytest.raises(EngineFailure, match="another machine"):

@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 
 import pytest
-from fleet_cases import QUICK, FakeEngine, FakeKeeper, ask, running, until
+from fleet_cases import QUICK, FakeEngine, FakeLauncher, ask, running, until
 
 from spark_nemo.config import WeightSyncConfig
 from spark_nemo.engines.base import EngineFailure, EngineUnavailable
-from spark_nemo.weight_sync import push as push_module
-from spark_nemo.weight_sync.push import WeightSync
+from spark_nemo.weight_sync import synchronizer as push_module
+from spark_nemo.weight_sync.synchronizer import WeightSync
 from spark_nemo.weight_sync.transport import Transport, each
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -60,7 +60,7 @@ class Server(FakeEngine):
         raise EngineFailure("this fake hashes nothing")
 
 
-class ServerKeeper(FakeKeeper):
+class ServerKeeper(FakeLauncher):
     """Its first life dies in the call of that name, the others do not, unless ``cursed``."""
 
     def __init__(self, dies_in, cursed=False, **more):

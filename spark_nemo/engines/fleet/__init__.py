@@ -2,8 +2,16 @@
 
 from .fleet import Fleet
 from .limits import FleetLimits
-from .member import Front, Keeper, MemberState
 from .metrics import FleetMetrics
+from .replica import ReplicaState, RouterHandle, ServerLauncher
 from .weights import WeightUpdate
 
-__all__ = ["Fleet", "FleetLimits", "FleetMetrics", "Front", "Keeper", "MemberState", "WeightUpdate"]
+__all__ = [
+    "Fleet",
+    "FleetLimits",
+    "FleetMetrics",
+    "ReplicaState",
+    "RouterHandle",
+    "ServerLauncher",
+    "WeightUpdate",
+]

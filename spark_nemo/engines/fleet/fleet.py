@@ -2,7 +2,7 @@
 
 A request goes to one member at a time and is answered once: when its member dies, hangs or cannot
 serve it, the attempt is abandoned (a late answer is dropped) and the request is redone elsewhere.
-Members are watched one task each (``minder.py``). With a front (a router), first attempts go
+Members are watched one task each (``health_monitor.py``). With a front (a router), first attempts go
 through it and later ones directly to a member.
 
 One event loop owns a fleet; its tasks start with the first call that is awaited.
@@ -29,11 +29,11 @@ from ..base import (
     GenerationRequest,
 )
 from .calls import call_each
+from .health_monitor import ServerSupervisor
 from .limits import FleetLimits
-from .member import Front, Keeper, Member, MemberState
 from .metrics import FleetMetrics
-from .minder import Minder
-from .patience import Patience
+from .pausable_clock import PausableClock
+from .replica import Replica, ReplicaState, RouterHandle, ServerLauncher
 from .routing import PrefixRouting
 from .weights import WeightUpdate, outlook, settle, spoil
 
@@ -52,12 +52,12 @@ class Fleet(Engine):
 
     def __init__(
         self,
-        members: dict[str, Engine | Keeper],
+        members: dict[str, Engine | ServerLauncher],
         limits: FleetLimits | None = None,
         *,
         name: str = "fleet",
         version: int = 0,
-        front: Front | None = None,
+        front: RouterHandle | None = None,
         on_return: OnReturn | None = None,
     ) -> None:
         if not members:
@@ -68,10 +68,10 @@ class Fleet(Engine):
             version,
             on_return,
         )
-        self._members = [Member.of(label, source, version) for label, source in members.items()]
-        self._front = Member("router", None, front, version) if front else None
+        self._members = [Replica.of(label, source, version) for label, source in members.items()]
+        self._front = Replica("router", None, front, version) if front else None
         self._metrics = FleetMetrics(members=len(members))
-        self._patience = Patience(self.limits.tick_s, self._tick)
+        self._patience = PausableClock(self.limits.tick_s, self._tick)
         self._weights_lock = asyncio.Lock()
         self._changed = asyncio.Event()
         self._membership = asyncio.Event()
@@ -135,8 +135,8 @@ class Fleet(Engine):
             await asyncio.sleep(pause)
 
     async def _choose(
-        self, request: GenerationRequest, avoid: Member | None, direct: bool
-    ) -> Member:
+        self, request: GenerationRequest, avoid: Replica | None, direct: bool
+    ) -> Replica:
         """The member for the next attempt; waits while paused and while nobody is up. Raises
         ``EngineLost``.
         """
@@ -156,7 +156,7 @@ class Fleet(Engine):
             await self._changed.wait()
 
     async def _attempt(
-        self, member: Member, request: GenerationRequest, seconds: float
+        self, member: Replica, request: GenerationRequest, seconds: float
     ) -> Generation:
         """One try on one member; raises ``EngineUnavailable`` when it is to be redone."""
         assert member.engine is not None
@@ -172,7 +172,7 @@ class Fleet(Engine):
             if not task.done():
                 self._abandon(task)
 
-    def _answer(self, member: Member, task: asyncio.Task[Generation], failures: int) -> Generation:
+    def _answer(self, member: Replica, task: asyncio.Task[Generation], failures: int) -> Generation:
         try:
             generation = task.result()
         except asyncio.CancelledError:
@@ -246,20 +246,20 @@ class Fleet(Engine):
         if self._broken:
             return
         states = {member.state for member in self._members}
-        if states & {MemberState.UP, MemberState.STARTING}:
+        if states & {ReplicaState.HEALTHY, ReplicaState.STARTING}:
             self._empty_s = 0.0
-            if MemberState.UP in states:
+            if ReplicaState.HEALTHY in states:
                 self._lost = None
             return
         self._empty_s += passed
         if self._lost is None and (
-            states == {MemberState.GONE} or self._empty_s >= self.limits.lost_timeout_s
+            states == {ReplicaState.FAILED} or self._empty_s >= self.limits.lost_timeout_s
         ):
             why = "; ".join(
                 f"{m.name}: {m.last_error}"
                 + (
                     " (alive, but without the current weights)"
-                    if m.state is MemberState.STALE
+                    if m.state is ReplicaState.OUTDATED
                     else ""
                 )
                 for m in self._members
@@ -305,7 +305,7 @@ class Fleet(Engine):
     @property
     def _first_start(self) -> bool:
         """Some server has not been up yet: an update waits for it."""
-        return any(m.state is MemberState.STARTING and not m.was_up for m in self._members)
+        return any(m.state is ReplicaState.STARTING and not m.was_up for m in self._members)
 
     async def until_updatable(self) -> None:
         """Wait until an update has a target: for the first start of every server, and for a return
@@ -320,7 +320,9 @@ class Fleet(Engine):
             if self._lost is not None:
                 raise EngineLost(self._lost)
             if not (
-                told or self._first_start or all(m.state is MemberState.GONE for m in self._members)
+                told
+                or self._first_start
+                or all(m.state is ReplicaState.FAILED for m in self._members)
             ):
                 told = True
                 log.warning(
@@ -370,7 +372,7 @@ class Fleet(Engine):
         living = {
             m.engine: m
             for m in self._members
-            if m.engine is not None and m.state in (MemberState.UP, MemberState.STALE)
+            if m.engine is not None and m.state in (ReplicaState.HEALTHY, ReplicaState.OUTDATED)
         }
         for member in living.values():
             member.paused = True
@@ -443,11 +445,14 @@ class Fleet(Engine):
         if self._tasks:
             return
         minders = [
-            Minder(self, self._patience, member, self._weights_lock) for member in self._members
+            ServerSupervisor(self, self._patience, member, self._weights_lock)
+            for member in self._members
         ]
         if self._front is not None:
             minders.append(
-                Minder(self, self._patience, self._front, self._weights_lock, is_front=True)
+                ServerSupervisor(
+                    self, self._patience, self._front, self._weights_lock, is_front=True
+                )
             )
             self._tasks.append(
                 asyncio.create_task(self._feed_front(), name=f"{self.name} router members")
@@ -463,7 +468,7 @@ class Fleet(Engine):
     async def _feed_front(self) -> None:
         """Tell the router who is up, whenever that changes."""
         front, told = self._front, None
-        assert front is not None and isinstance(front.keeper, Front)
+        assert front is not None and isinstance(front.keeper, RouterHandle)
         while True:
             await self._membership.wait()
             self._membership.clear()

@@ -21,8 +21,8 @@ from spark_nemo.config.engine import LOST_TIMEOUT_S, START_TIMEOUT_S
 from ..base import Engine
 from .fleet import Fleet
 from .limits import TOKEN_TIMEOUT_S, FleetLimits
-from .member import Front, Keeper
-from .process import ServerProcess
+from .replica import RouterHandle, ServerLauncher
+from .server_launcher import ServerProcess
 
 log = logging.getLogger(__name__)
 Number = TypeVar("Number", int, float)
@@ -48,7 +48,7 @@ def fleet_of(
     connect: Callable[[str], Engine],
     launch: Launch,
     log_dir: Path | None,
-    front: Front | None = None,
+    front: RouterHandle | None = None,
 ) -> Fleet:
     """The pool of ``role``. Launched servers are starting when this returns, so that those of two
     pools start together.
@@ -59,7 +59,7 @@ def fleet_of(
     allow_open_files(
         connections_per_server(config) * config.num_engines(role) * (2 if front else 1)
     )
-    members: dict[str, Engine | Keeper] = {url: connect(url) for url in pool.urls}
+    members: dict[str, Engine | ServerLauncher] = {url: connect(url) for url in pool.urls}
     for index in range(pool.servers or 0):
         name = f"{role}-{index}"
         process = ServerProcess(

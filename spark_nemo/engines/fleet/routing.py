@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from .member import Member
+from .replica import Replica
 
 _REMEMBERED_PROMPTS = 100_000
 
@@ -18,12 +18,12 @@ class PrefixRouting:
 
     def __init__(self, slack: int) -> None:
         self._slack = slack
-        self._homes: OrderedDict[int, Member] = OrderedDict()
+        self._homes: OrderedDict[int, Replica] = OrderedDict()
         self._turn = 0
 
     def choose(
-        self, prompt_ids: tuple[int, ...], up: Sequence[Member], avoid: Member | None
-    ) -> Member:
+        self, prompt_ids: tuple[int, ...], up: Sequence[Replica], avoid: Replica | None
+    ) -> Replica:
         """One of ``up`` (not empty); ``avoid`` and suspected members only when there is no other."""
         trusted = (
             [m for m in up if not m.suspected and m is not avoid]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..base import Engine, EngineFailure, EngineUnavailable
-from .member import Member, MemberState
+from .replica import Replica, ReplicaState
 
 
 @dataclass(slots=True)
@@ -25,7 +25,7 @@ class WeightUpdate:
         self.errors[engine] = error
 
 
-def settle(update: WeightUpdate, members: Sequence[Member], fleet_name: str) -> None:
+def settle(update: WeightUpdate, members: Sequence[Replica], fleet_name: str) -> None:
     """Record what every member of the update has now. Raises when none took the weights:
     ``EngineUnavailable`` when all were lost, so that it can be repeated with whoever returns, else
     ``EngineFailure``.
@@ -55,17 +55,17 @@ def settle(update: WeightUpdate, members: Sequence[Member], fleet_name: str) -> 
         )
 
 
-def spoil(member: Member, reason: str) -> None:
+def spoil(member: Replica, reason: str) -> None:
     """Nobody knows what its weights are: take it out until it is given some."""
     member.version = None
     member.condemn(reason)
 
 
-def outlook(members: Sequence[Member]) -> str:
+def outlook(members: Sequence[Replica]) -> str:
     """Why ``members`` are out, and what has to happen before each serves again."""
 
-    def one(member: Member) -> str:
-        if member.state is MemberState.GONE:
+    def one(member: Replica) -> str:
+        if member.state is ReplicaState.FAILED:
             how = "is given up"
         elif member.keeper is None:
             how = "returns when whoever runs it starts it again"

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..base import EngineFailure
-from ..remote.engine import BACK_OFF_S, RemoteEngine
-from ..remote.http import NotReached
+from ..http.client import NotReached
+from ..http.engine import BACK_OFF_S, RemoteEngine
 from .protocol import JSON, PauseMode, version_number
 
 _FLUSHING_UPDATE = "an update with flush_cache=True"

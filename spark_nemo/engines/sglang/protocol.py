@@ -75,7 +75,7 @@ def generate_json(request: GenerationRequest, rid: str) -> JSON:
     }
 
 
-def parse_generation(reply: object, request: GenerationRequest) -> Generation:
+def parse_generate_reply(reply: object, request: GenerationRequest) -> Generation:
     """The ``Generation`` in a 200 reply of ``/generate``; an abort is one too, with the tokens
     sampled so far.
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from ..base import Engine, EngineFailure, EngineHealth, Generation, GenerationRequest
-from ..fleet import Front
-from ..fleet.process import ServerProcess, free_port
-from ..remote.http import ServerHttp
+from ..fleet import RouterHandle
+from ..fleet.server_launcher import ServerProcess, free_port
+from ..http.client import ServerHttp
 from . import serve
 from .server import SglangServer
 
@@ -103,7 +103,7 @@ class RouterClient(Engine):
         await self._http.close()
 
 
-class RouterProcess(ServerProcess, Front):
+class RouterProcess(ServerProcess, RouterHandle):
     """Keeps a router. ``connect(url)`` makes a server's client for its address.
     ``request_timeout_s`` is beyond every deadline of the fleet, which then decides alone; the
     router's own would be 1800 s.
@@ -164,7 +164,7 @@ class RouterProcess(ServerProcess, Front):
         self._client: RouterClient | None = None
 
     async def start(self) -> Engine:
-        """See ``Keeper.start``. Raises ``EngineFailure`` that says so when the package is missing."""
+        """See ``ServerLauncher.start``. Raises ``EngineFailure`` that says so when the package is missing."""
         try:
             engine = await super().start()
         except EngineFailure as failure:
@@ -179,7 +179,7 @@ class RouterProcess(ServerProcess, Front):
         return engine
 
     async def route_to(self, engines: Sequence[Engine]) -> None:
-        """See ``Front.route_to``."""
+        """See ``RouterHandle.route_to``."""
         assert self._client is not None
         await self._client.route_to(
             [engine.url for engine in engines if isinstance(engine, SglangServer)]

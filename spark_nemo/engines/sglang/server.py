@@ -14,9 +14,9 @@ from collections.abc import Iterable
 import torch
 
 from ..base import EngineFailure, EngineHealth, Generation, GenerationRequest
-from ..remote.http import ConnectionLost
+from ..http.client import ConnectionLost
 from .control import ServerControl
-from .protocol import PauseMode, generate_json, parse_generation, refuse_aborted
+from .protocol import PauseMode, generate_json, parse_generate_reply, refuse_aborted
 
 PATH = "/generate"
 ABORT_TIMEOUT_S = 2.0
@@ -88,7 +88,7 @@ class SglangServer(ServerControl):
             self._sent -= 1
         self._http.refuse_status(PATH, reply)
         with self._naming(PATH):
-            generation = parse_generation(reply.content, request)
+            generation = parse_generate_reply(reply.content, request)
             refuse_aborted(reply.content)
         return generation
 

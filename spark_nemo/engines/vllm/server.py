@@ -20,8 +20,8 @@ from collections.abc import Iterable
 import torch
 
 from ..base import EngineFailure, EngineHealth, Generation, GenerationRequest
-from ..remote import RemoteEngine
-from ..remote.engine import PROBE
+from ..http import RemoteEngine
+from ..http.engine import PROBE
 from .protocol import completion_json, parse_completion, refuse_too_cold, top_logprob
 
 PATH = "/v1/completions"

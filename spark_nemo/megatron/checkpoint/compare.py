@@ -16,8 +16,8 @@ from torch import Tensor
 from spark_nemo.config.errors import ConfigError
 
 from .conversion import write_hf
-from .opened import OpenedCheckpoint
-from .stored import StoredCheckpoint
+from .reader import OpenedCheckpoint
+from .torch_dist_reader import StoredCheckpoint
 
 BLOCK_BYTES = 256 << 20
 

@@ -31,9 +31,9 @@ from ..hf_files import (
 from ..hf_weights import hf_tensor_shapes
 from . import nemo
 from .global_tensors import GlobalTensors
-from .opened import OpenedCheckpoint, hf_config_text, open_checkpoint
+from .reader import OpenedCheckpoint, hf_config_text, open_checkpoint
 from .resumable import fingerprint, resumable_folder
-from .streaming import Box, Source, no_extra_state, write_torch_dist
+from .torch_dist_writer import Box, Source, no_extra_state, write_torch_dist
 from .training import HF_FILES
 
 FORMATS = ("hf", "megatron", "nemo")

@@ -10,8 +10,8 @@ from spark_nemo.config.errors import ConfigError
 
 from ..hf_files import SafetensorsFolder
 from . import nemo
-from .recognition import recognise
-from .stored import NOT_WEIGHTS, StoredCheckpoint, StoredTensor
+from .detect_format import recognise
+from .torch_dist_reader import NOT_WEIGHTS, StoredCheckpoint, StoredTensor
 from .training import HF_FILES
 
 

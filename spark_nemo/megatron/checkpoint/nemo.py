@@ -21,7 +21,7 @@ from spark_nemo.config.errors import ConfigError
 from ..hf_files import copy_companions
 from ..model_shape import ModelShape
 from .nemo_io import IO_JSON, call, io_json, plain_values, symbol
-from .stored import EMBEDDING, StoredCheckpoint
+from .torch_dist_reader import EMBEDDING, StoredCheckpoint
 
 WEIGHTS, CONTEXT, MODEL_YAML, PREFIX = "weights", "context", "model.yaml", "module."
 TOKENIZER, ARTIFACTS = "nemo_tokenizer", "artifacts"

@@ -23,8 +23,8 @@ from ..model_shape import ModelShape, read_hf_config
 from .compare import compare_stored
 from .global_tensors import GlobalTensors, Piece, check_stored_shapes, has_layers_apart
 from .resumable import fingerprint, resumable_folder
-from .stored import StoredCheckpoint
-from .streaming import Box, Source, write_torch_dist
+from .torch_dist_reader import StoredCheckpoint
+from .torch_dist_writer import Box, Source, write_torch_dist
 from .training import HF_FILES, LATEST, STATE_FILE, newest
 
 STATES = "optimizer.state."

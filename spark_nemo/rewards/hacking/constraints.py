@@ -23,7 +23,7 @@ from spark_nemo.grammar import (
 )
 from spark_nemo.records import FormatViolation, Rollout
 
-from .signs import duplicated_steps, empty_steps, judge_directed
+from .text_patterns import duplicated_steps, empty_steps, judge_directed
 
 _OPENING, _TAG = re.compile(r"<step>"), re.compile(r"</?(?:think|step|answer)>")
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from spark_nemo.config.hacking import DETECTORS, DetectorsConfig
 from spark_nemo.records import Rollout
 
-from .signs import duplicated_steps, empty_steps, judge_directed, solution_appended
+from .text_patterns import duplicated_steps, empty_steps, judge_directed, solution_appended
 
 PREFIX = "hacking/"
 _STEP = re.compile(r"<step>(.*?)(?:</step>|(?=<step>|</think>|<answer>)|\Z)", re.DOTALL)

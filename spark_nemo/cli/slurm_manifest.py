@@ -1,0 +1,199 @@
+"""``spark-nemo slurm-plan --stage STAGE``: what the scripts in ``slurm/`` need to know of a
+configuration.
+
+One ``NAME=value`` per line. Composing and checking happen here, on one node and without a GPU, so
+that a wrong override or a missing file ends a job in its first seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+from spark_nemo.cli.evaluate import add_asking_arguments, model_output, refuse_the_others
+from spark_nemo.config import ConfigError, SparkConfig
+from spark_nemo.run.run_folder import DONE, sft_folder, stage1_folder, stage2_folder, stage3_folder
+
+STAGES = (
+    "sft",
+    "stage1",
+    "stage2",
+    "stage3",
+    "pipeline",
+    "nodes",
+    "report",
+    "evaluate-math",
+    "evaluate-processbench",
+)
+
+
+def add_plan_arguments(command: argparse.ArgumentParser) -> None:
+    """The stage, and for evaluations what ``spark-nemo evaluate`` will be given."""
+    command.add_argument("--stage", choices=STAGES, required=True)
+    add_asking_arguments(command)
+
+
+def slurm_plan(config: SparkConfig, arguments: argparse.Namespace) -> str:
+    """The plan of one job, or of the whole chain for ``pipeline``. Raises ``ConfigError`` for what
+    cannot run.
+    """
+    stage = arguments.stage
+    refuse_the_others(
+        stage.removeprefix("evaluate-") if stage.startswith("evaluate-") else None, arguments
+    )
+    lines = {"RUN_DIR": str(Path(config.run.dir).resolve()), "ENGINE": config.engine.kind}
+    if stage != "nodes":
+        lines |= _chain(config) if stage == "pipeline" else _part(stage, config, arguments)
+    servers = _servers(config) if stage == "stage3" else ()
+    jobs = _jobs(config) if stage == "pipeline" else ()
+    needs = [("NEEDS", str(path.resolve())) for path in _needed_files(stage, config, arguments)]
+    plan = [*lines.items(), *servers, *jobs, *needs]
+    for name, value in plan:
+        if "\n" in value:
+            raise ConfigError(
+                f"{name}={value!r}: a path with a line break cannot be used on a cluster"
+            )
+    return "\n".join(f"{name}={value}" for name, value in plan)
+
+
+def _chain(config: SparkConfig) -> dict[str, str]:
+    from spark_nemo.planning.preflight import check_pipeline
+    from spark_nemo.stages.pipeline import claim_run_folder
+
+    if config.pipeline.rounds > 1:
+        raise ConfigError(
+            f"pipeline.rounds={config.pipeline.rounds}: slurm/pipeline.sh submits one round; later ones "
+            "run with spark-nemo pipeline, or stage by stage"
+        )
+    check_pipeline(config)
+    claim_run_folder(config)
+    return {"WORLD_SIZE": str(config.megatron.world_size)}
+
+
+def _jobs(config: SparkConfig) -> Iterator[tuple[str, str]]:
+    """The chain's reward models and arms: its folder's name, for an arm its reward model's (``-``
+    for none of this chain), and the overrides that make it, parted by tabs.
+    """
+    from spark_nemo.run.job_graph import plan_jobs
+
+    for job in plan_jobs(config, []):
+        stage, *own = job.arguments
+        # Hydra's own reference: the file's name needs no quoting.
+        own = [
+            "data.rl_answers=${pipeline.rl_answers}"
+            if word.startswith("data.rl_answers=") and "null" not in word
+            else word
+            for word in own
+        ]
+        if stage == "stage2":
+            yield "MODEL", "\t".join([job.folder.name, *own])
+        if stage == "stage3":
+            needs = next((name.removeprefix("stage2-") for name in job.after), "-")
+            yield "ARM", "\t".join([job.folder.name, needs, *own])
+
+
+def _part(stage: str, config: SparkConfig, arguments: argparse.Namespace) -> dict[str, str]:
+    from spark_nemo.planning.preflight import check_stage1, check_stage2, check_stage3
+    from spark_nemo.stages.stage1 import shard_name
+
+    if stage == "sft":
+        from spark_nemo.stages.sft import sft_data
+
+        sft_data(config)
+        return _described(config, sft_folder(config.run), ranks=config.megatron.world_size, total=0)
+    if stage == "stage1":
+        check_stage1(config)
+        return _described(
+            config, stage1_folder(config.run) / shard_name(config.stage1), ranks=1, total=0
+        )
+    if stage == "stage2":
+        check_stage2(config)
+        folder = stage2_folder(config.run, config.stage2.method, config.stage2.variant)
+        return _described(config, folder, ranks=config.megatron.world_size, total=0)
+    if stage == "stage3":
+        check_stage3(config)
+        folder = stage3_folder(config.run, config.arm)
+        return _described(config, folder, ranks=config.megatron.world_size, total=config.rl.steps)
+    if stage == "report":
+        return {"PART": "report", "DONE_FILE": str(Path(config.run.dir).resolve() / "report.html")}
+    result = model_output(stage.removeprefix("evaluate-"), config, arguments)
+    return {"PART": f"evaluate/{result.stem}", "DONE_FILE": str(result.resolve())}
+
+
+def _described(config: SparkConfig, folder: Path, ranks: int, total: int) -> dict[str, str]:
+    """``total`` is the number of steps, 0 where only the running job knows it."""
+    return {
+        "PART": str(folder.relative_to(config.run.dir)),
+        "PART_DIR": str(folder.resolve()),
+        "DONE_FILE": str((folder / DONE).resolve()),
+        "WORLD_SIZE": str(ranks),
+        "TOTAL": str(total),
+    }
+
+
+def _servers(config: SparkConfig) -> Iterator[tuple[str, str]]:
+    """How each role's servers are started on a node of their own, from the pool that would launch
+    them here.
+    """
+    from spark_nemo.engines.sglang.launch import CONTEXT_RESERVE
+    from spark_nemo.megatron.model_shape import read_hf_config
+    from spark_nemo.planning.preflight import reward_model_folder
+
+    if config.engine.kind == "local":
+        return
+    models = {"policy": Path(config.models.policy)}
+    if config.rl.asks_reward_model:
+        models["verifier"] = reward_model_folder(config)
+    for role, folder in models.items():
+        pool, name = config.engine.pool(role), role.upper()
+        if pool.servers is None:
+            continue
+        positions = read_hf_config(folder).get("max_position_embeddings", 32768)
+        yield f"{name}_SERVERS", str(pool.servers)
+        yield f"{name}_GPUS", str(pool.tensor_parallel or 1)
+        yield f"{name}_PYTHON", pool.python or ""
+        fixed = [
+            "--model-path",
+            str(folder.resolve()),
+            "--tp-size",
+            str(pool.tensor_parallel or 1),
+            "--weight-version",
+            "0",
+            "--max-running-requests",
+            str(config.engine.max_batch_size),
+            "--context-length",
+            str(min(positions, config.engine.max_context + CONTEXT_RESERVE)),
+        ]
+        for word in [*fixed, *pool.server_args]:
+            yield f"{name}_WORD", word
+        for variable, value in pool.server_env.items():
+            yield f"{name}_ENV", f"{variable}={value}"
+
+
+def _needed_files(stage: str, config: SparkConfig, arguments: argparse.Namespace) -> Iterator[Path]:
+    """Models and data that the nodes of this job read."""
+    names = {
+        "pipeline": (
+            *(f"models.{name}" for name in vars(config.models) if name != "policy_base"),
+            *(f"data.{name}" for name in vars(config.data) if name != "sft_examples"),
+            "pipeline.rl_answers",
+        ),
+        "sft": ("models.policy_base", "data.sft_examples"),
+        "stage1": ("models.generator", "models.verifier", "data.stage1_problems"),
+        "stage2": ("models.reward_base", "data.processbench"),
+        "stage3": ("models.policy", "data.rl_problems", "data.eval_problems", "data.rl_answers"),
+        "evaluate-math": ("data.eval_problems",),
+        "evaluate-processbench": ("data.processbench",),
+    }
+    for field in names.get(stage, ()) if arguments.data is None else ():
+        section, name = field.split(".")
+        if value := getattr(getattr(config, section), name):
+            yield Path(value)
+    yield from (Path(source) for source in arguments.data or () if not source.startswith("hf:"))
+    if arguments.model is not None:
+        yield Path(arguments.model)
+    if stage == "stage3" and config.rl.asks_reward_model:
+        from spark_nemo.planning.preflight import reward_model_folder
+
+        yield reward_model_folder(config)

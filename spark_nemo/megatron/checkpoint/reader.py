@@ -1,0 +1,255 @@
+"""Any model checkpoint as Hugging Face tensors: a Hugging Face, Megatron (torch_dist) or NeMo 2
+folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spark_nemo.config.errors import ConfigError, without_effect
+
+from ..hf_files import INDEX, SafetensorsFolder
+from ..hf_weights import check_names, check_tied_head, hf_tensor_shapes
+from ..model_shape import ModelShape, read_hf_config
+from ..vocabulary import check_tokenizer
+from . import nemo
+from .detect_format import recognise
+from .global_tensors import GlobalTensors, check_stored_shapes
+from .torch_bin import PICKLES, PickledFolder
+from .torch_dist_reader import StoredCheckpoint
+from .training import HF_FILES
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A checkpoint whose tensors have been checked, without having been read, against its
+    configuration.
+    """
+
+    kind: str
+    """"hf", "megatron" or "nemo"."""
+    folder: Path
+    """Where its weights are."""
+    hf_config: dict[str, Any]
+    shape: ModelShape
+    dtype: torch.dtype
+    tensors: Mapping[str, Tensor]
+    """By Hugging Face name, in the order of ``hf_tensor_shapes``; read when asked for."""
+    companions: tuple[Path, ...]
+    """Folders with its tokenizer and generation files."""
+    stored: StoredCheckpoint | None
+    """What is on disk, for what is not a Hugging Face folder."""
+
+
+def open_checkpoint(
+    folder: str | Path,
+    hf_config_from: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    trust_pickle: bool = False,
+) -> OpenedCheckpoint:
+    """Recognise and check a checkpoint. ``ConfigError`` names what is missing, surplus, misshapen
+    or damaged.
+
+    ``hf_config_from`` is a folder with the config.json (and tokenizer) of the model, for Megatron
+    folders that hold none. Weights of other types than config.json's are an error unless ``dtype``
+    says to convert them. ``trust_pickle`` allows ``pytorch_model*.bin``.
+    """
+    kind, weights = recognise(folder)
+    if kind == "nemo":
+        return _open_nemo(weights, hf_config_from, dtype)
+    if kind == "megatron":
+        return _open_megatron(weights, hf_config_from, dtype)
+    if hf_config_from:
+        raise without_effect(
+            "--hf-config", hf_config_from, f"for {folder}, a Hugging Face folder with its own"
+        )
+    return _open_hf(weights, dtype, trust_pickle)
+
+
+def _open_hf(folder: Path, dtype: torch.dtype | None, trust_pickle: bool) -> OpenedCheckpoint:
+    config = read_hf_config(folder)
+    shape = ModelShape.from_hf(config, f"{folder}/config.json")
+    check_tokenizer(folder, shape)
+    pickles = sorted(folder.glob(PICKLES))
+    if pickles and not (folder / INDEX).is_file() and not list(folder.glob("*.safetensors")):
+        if not trust_pickle:
+            raise ConfigError(
+                f"{pickles[0]} is a pickle, and {folder} has no safetensors: pass --trust-pickle if you "
+                "know who made it"
+            )
+        tensors = PickledFolder(folder)
+    else:
+        tensors = SafetensorsFolder(folder)
+    found = tensors.describe()
+    check_names(set(found), shape, str(folder))
+    expected = hf_tensor_shapes(shape)
+    for name, size in expected.items():
+        if found[name][0] != size:
+            raise ConfigError(
+                f"tensor {name} in {folder} has shape {found[name][0]}, config.json says {size}"
+            )
+    check_tied_head(tensors, shape, str(folder))
+    types = {name: found[name][1] for name in expected}
+    chosen = _one_dtype(types, config, dtype, str(folder))
+    return OpenedCheckpoint(
+        "hf", folder, config, shape, chosen, _Ordered(tensors, list(expected)), (folder,), None
+    )
+
+
+def _open_megatron(
+    folder: Path, hf_config_from: str | Path | None, dtype: torch.dtype | None
+) -> OpenedCheckpoint:
+    stored = StoredCheckpoint(folder)
+    companions = Path(hf_config_from) if hf_config_from else folder / HF_FILES
+    if not hf_config_from and not companions.is_dir():
+        raise ConfigError(
+            f"{folder} has no {HF_FILES}/config.json, so its model is unknown: name a folder that has "
+            "the model's config.json with --hf-config"
+        )
+    config = read_hf_config(companions)
+    return _of_stored("megatron", stored, config, f"{companions}/config.json", dtype, (companions,))
+
+
+def _open_nemo(
+    folder: Path, hf_config_from: str | Path | None, dtype: torch.dtype | None
+) -> OpenedCheckpoint:
+    stored = StoredCheckpoint(folder / nemo.WEIGHTS)
+    nemo.check_norms(stored)
+    if hf_config_from:
+        config, source, companions = (
+            read_hf_config(hf_config_from),
+            f"{hf_config_from}/config.json",
+            (Path(hf_config_from),),
+        )
+    else:
+        config, source = (
+            nemo.hf_config(folder, stored),
+            f"{folder / nemo.CONTEXT / nemo.MODEL_YAML}",
+        )
+        companions = nemo.companions(folder)
+    return _of_stored("nemo", stored, config, source, dtype, companions)
+
+
+def _of_stored(
+    kind: str,
+    stored: StoredCheckpoint,
+    config: dict[str, Any],
+    source: str,
+    dtype: torch.dtype | None,
+    companions: tuple[Path, ...],
+) -> OpenedCheckpoint:
+    shape = ModelShape.from_hf(config, source)
+    weights = stored.weights()
+    expected = GlobalTensors.like(shape, weights)
+    check_stored_shapes(
+        {key: tensor.shape for key, tensor in weights.items()}, expected, str(stored.folder)
+    )
+    types = {key: weights[key].dtype for key in expected.shapes}
+    for key, found in types.items():
+        if not found.is_floating_point:
+            raise ConfigError(
+                f"tensor {key} in {stored.folder} has dtype {found}, weights are floating-point numbers"
+            )
+    # What a trained checkpoint is stored in is the trainer's choice, so config.json does not bind
+    # it.
+    chosen = _one_dtype(types, {}, dtype, str(stored.folder))
+    return OpenedCheckpoint(
+        kind,
+        stored.folder,
+        config,
+        shape,
+        chosen,
+        _StoredTensors(stored, expected, shape),
+        companions,
+        stored,
+    )
+
+
+def _one_dtype(
+    types: dict[str, torch.dtype], config: dict[str, Any], wanted: torch.dtype | None, origin: str
+) -> torch.dtype:
+    if wanted is not None:
+        return wanted
+    stated = config.get("dtype") or config.get("torch_dtype")
+    known = {
+        "float32": torch.float32,
+        "float16": torch.float16,
+        "bfloat16": torch.bfloat16,
+        "float64": torch.float64,
+    }
+    if stated is not None and (not isinstance(stated, str) or stated not in known):
+        raise ConfigError(
+            f"{origin}/config.json: dtype={stated!r} is not one of {', '.join(known)}"
+        )
+    expected = known[stated] if stated is not None else next(iter(types.values()))
+    for name, found in types.items():
+        if found != expected:
+            says = "config.json says" if stated is not None else "other tensors have"
+            raise ConfigError(
+                f"tensor {name} in {origin} has dtype {found}, {says} {expected}: pass --dtype to "
+                "convert all tensors to one type"
+            )
+    return expected
+
+
+class _Ordered(Mapping[str, Tensor]):
+    """The tensors a model has, in its order, without caches and copies that a file may hold
+    besides.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: list[str]) -> None:
+        self.tensors, self.names = tensors, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class _StoredTensors(Mapping[str, Tensor]):
+    """Hugging Face tensors cut from the boxes of a distributed checkpoint, the last box read is
+    kept.
+    """
+
+    def __init__(
+        self, stored: StoredCheckpoint, expected: GlobalTensors, shape: ModelShape
+    ) -> None:
+        self.stored, self.shape, self.prefix = stored, shape, stored.prefix
+        self.piece_of = {name: piece for piece in expected.pieces for name in piece.placed.hf}
+        self._last: tuple[object, dict[str, Tensor]] = (None, {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        piece = self.piece_of[name]
+        if self._last[0] is not piece:
+            self._last = (None, {})  # freed before the next box is read
+            box = self.stored.read(self.prefix + piece.key, piece.offset, piece.size)
+            parameter = box.reshape(piece.size[len(piece.size) - self._rank(piece) :])
+            parts = piece.placed.rule.transform.from_gathered(parameter, self.shape, 1)
+            self._last = (piece, dict(zip(piece.placed.hf, parts)))
+        return self._last[1][name]
+
+    @staticmethod
+    def _rank(piece: Any) -> int:
+        return len(next(iter(piece.placed.hf.values())))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.piece_of)
+
+    def __len__(self) -> int:
+        return len(self.piece_of)
+
+
+def hf_config_text(config: dict[str, Any]) -> str:
+    """config.json without the names of code to run."""
+    return json.dumps({key: value for key, value in config.items() if key != "auto_map"}, indent=2)

@@ -1,0 +1,322 @@
+"""Everything that can be known to be wrong before a model is loaded: one error that names the field
+or file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spark_nemo.config import ConfigError, EvaluationConfig, SamplingConfig, SparkConfig
+from spark_nemo.config.rl import check_variant
+from spark_nemo.engines.base import EngineFailure
+from spark_nemo.engines.local import Qwen2Shape
+from spark_nemo.engines.served_model import GRAMMAR_TEXTS
+from spark_nemo.engines.tokenizer import Tokenizer, TokenizerError
+from spark_nemo.evaluation.answers import read_answer_keys
+from spark_nemo.evaluation.math_data import read_math
+from spark_nemo.evaluation.processbench import read_processbench
+from spark_nemo.grammar import prompt_set
+from spark_nemo.megatron.model_shape import ModelShape, read_hf_config
+from spark_nemo.records import Problem
+from spark_nemo.records.jsonl import read_problems
+from spark_nemo.run.rl_variants import arm_config, pipeline_arms
+from spark_nemo.run.run_folder import read_done, stage2_folder
+from spark_nemo.training.policy_examples import read_policy_examples
+from spark_nemo.weight_sync.engine_view import check_server_args
+from spark_nemo.weight_sync.numbers import ModelNumbers
+
+_SLACK = 16
+"""Tokens by which a template may be cut otherwise around another question."""
+
+
+def check_sft(config: SparkConfig) -> None:
+    """The base model, its layout and context, and that there are examples; ``run_sft`` reads them
+    before any work.
+    """
+    if not config.models.policy_base:
+        raise ConfigError(
+            "models.policy_base is not set: name the model that is to learn the policy's format"
+        )
+    shape = _model(Path(config.models.policy_base), "models.policy_base")
+    shape.check_layout(config.megatron)
+    if config.sft.max_length > shape.max_positions:
+        raise ConfigError(
+            f"sft.max_length={config.sft.max_length}: models.policy_base={config.models.policy_base} has "
+            f"a context of {shape.max_positions}"
+        )
+    if not Path(_set(config, "data.sft_examples")).is_file():
+        raise ConfigError(
+            f"data.sft_examples={config.data.sft_examples}: no such file (JSONL with problem_id, "
+            "question and response)"
+        )
+
+
+def check_stage1(config: SparkConfig) -> None:
+    """Problems, models, their engines and samplings. Raises ``ConfigError`` or ``DataFileError``."""
+    stage, engine = config.stage1, config.engine
+    engine.require("policy")
+    engine.require("verifier")
+    _served_model(config, "models.generator")
+    _served_model(config, "models.verifier")
+    read_problems(_set(config, "data.stage1_problems"))
+    if stage.solutions_from is not None and not Path(stage.solutions_from).is_dir():
+        raise ConfigError(
+            f"stage1.solutions_from={stage.solutions_from}: no store there; name the stage1/store of an "
+            "earlier run"
+        )
+    _fits(config, "stage1.generator_sampling", stage.generator_sampling)
+    _fits(config, "stage1.verifier_sampling", stage.verifier_sampling)
+    if stage.revise:
+        _fits(config, "stage1.revision_sampling", stage.revised_with)
+    if config.models.critic is not None and (stage.revise or stage.reference_answers is not None):
+        if engine.pool("verifier").urls:
+            raise ConfigError(
+                f"models.critic={config.models.critic}: engine.verifier.urls serve the verifier; let the "
+                "verifier criticise (models.critic=null), or launch servers with engine.verifier.servers"
+            )
+        _served_model(config, "models.critic")
+    if stage.reference_answers is not None:
+        _has_answers(config, "stage1.reference_answers", "data.stage1_problems")
+
+
+def check_stage2(config: SparkConfig) -> None:
+    """The base model, its layout and engine, the evaluation cases and, for the declared baseline,
+    the answers.
+    """
+    _trained_model(config, "models.reward_base")
+    if config.labels.balance == "ground_truth":
+        _has_answers(config, "labels.reference_answers", "data.stage1_problems")
+    labels = [case.label for case in read_processbench(_set(config, "data.processbench"))]
+    config.engine.require("verifier")
+    if -1 not in labels or max(labels) == -1:
+        raise ConfigError(
+            f"data.processbench={config.data.processbench}: a score needs cases with an error and "
+            "without"
+        )
+    _fits(config, "stage2.eval_sampling", config.stage2.eval_sampling)
+
+
+def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False) -> None:
+    """The policy, its layout, the problems and whatever the chosen reward reads."""
+    rl = config.rl
+    if config.engine.kind == "vllm":
+        raise ConfigError(
+            "engine.kind=vllm: its weights are not updated by this package, so it serves stage I and "
+            "evaluation only; stage III needs sglang or local"
+        )
+    config.engine.require("policy")
+    if rl.asks_reward_model:
+        config.engine.require("verifier")
+    if (
+        config.models.policy_base
+        and Path(_set(config, "models.policy")).parts[-2:] == ("sft", "model")
+        and not (Path(config.models.policy) / "config.json").exists()
+    ):
+        raise ConfigError(
+            f"models.policy={config.models.policy}: no model there; `spark-nemo sft` makes it of "
+            f"models.policy_base={config.models.policy_base}"
+        )
+    _trained_model(config, "models.policy")
+    numbers = check_sync(read_hf_config(config.models.policy), "models.policy")
+    check_server_args(numbers, config.engine.policy.server_args, "engine.policy.server_args")
+    problems = read_problems(_set(config, "data.rl_problems"))
+    held_out = read_math(_set(config, "data.eval_problems"))
+    _fits(config, "rl.sampling", rl.sampling)
+    _fits(config, "evaluation", config.evaluation)
+    if rl.rollout.oversample is None and rl.prompts_per_step > len(problems):
+        raise ConfigError(
+            f"rl.prompts_per_step={rl.prompts_per_step}: data.rl_problems={config.data.rl_problems} has "
+            f"{len(problems)} problems, and a step draws none twice"
+        )
+    _prompts_fit(config, "data.rl_problems", problems, "rl.sampling", rl.sampling.max_new_tokens)
+    _prompts_fit(
+        config,
+        "data.eval_problems",
+        [one.problem for one in held_out],
+        "evaluation",
+        config.evaluation.max_new_tokens,
+    )
+    if rl.sampling.temperature == 0:
+        raise ConfigError(
+            "rl.sampling.temperature=0: a group of equal responses has no advantage; use 1.0"
+        )
+    if rl.reward == "rlvr":
+        if config.data.rl_answers is None:
+            raise ConfigError(
+                "rl.reward=rlvr needs data.rl_answers (JSONL with problem_id and answer)"
+            )
+        _has_answers(config, "data.rl_answers", "data.rl_problems")
+    if not rl.asks_reward_model:
+        return
+    _fits(config, "rl.verifier_sampling", rl.verifier_sampling)
+    assert config.reward_variant is not None, "the reward asks a model"
+    check_variant(rl.design, config.reward_variant, "rl.reward_variant (or stage2.variant)")
+    if not reward_model_comes_later:
+        folder = reward_model_folder(config)
+        _served_folder(config, folder, "rl.reward_model")
+        made = (read_done(folder.parent) or {}).get("variant", config.reward_variant)
+        if made != config.reward_variant:
+            raise ConfigError(
+                f"rl.reward_variant={config.reward_variant} (or stage2.variant): {folder} was trained as "
+                f"{made}; set rl.reward_variant={made} or name another rl.reward_model"
+            )
+    if rl.hacking.heldout_verifier is not None:
+        if config.engine.kind != "local" and config.engine.pool("verifier").urls:
+            raise ConfigError(
+                f"rl.hacking.heldout_verifier={rl.hacking.heldout_verifier}: engine.verifier.urls serve "
+                "the reward model; launch servers with engine.verifier.servers"
+            )
+        _served_folder(config, Path(rl.hacking.heldout_verifier), "rl.hacking.heldout_verifier")
+
+
+def check_pipeline(config: SparkConfig) -> None:
+    """The stages that the pipeline has, with every arm of stage III, before the first of them
+    starts.
+    """
+    check_stage1(config)
+    if config.pipeline.label_methods:
+        check_stage2(config)
+    for arm in pipeline_arms(config):
+        try:
+            check_stage3(
+                arm_config(config, arm), reward_model_comes_later=arm.comes_from_stage2(config)
+            )
+        except ConfigError as error:
+            raise ConfigError(f"stage III, arm {arm.name}: {error}") from error
+    if config.pipeline.rl_answers is not None:
+        read_answer_keys(config.pipeline.rl_answers)
+
+
+def check_data_here(config: SparkConfig, fields: Sequence[str]) -> None:
+    """Of these fields, every file that is on this machine, row by row, for ``--dry-run``: what a
+    job would only say after its wait in the queue. Raises ``DataFileError`` with file and line.
+    """
+    for field in fields:
+        section, name = field.split(".")
+        path = getattr(getattr(config, section), name)
+        if not path or not Path(path).exists():
+            continue
+        match name:
+            case "eval_problems":
+                read_math(path)
+            case "processbench":
+                read_processbench(path)
+            case "sft_examples":
+                read_policy_examples(path, drop_invalid=config.sft.invalid == "drop")
+            case "rl_answers" | "reference_answers":
+                read_answer_keys(path)
+            case _:
+                read_problems(path)
+
+
+def reward_model_folder(config: SparkConfig) -> Path:
+    """Where the reward model is: named, or stage II's result in this run. Raises ``ConfigError``
+    when there is none.
+    """
+    made = stage2_folder(config.run, config.stage2.method, config.reward_variant) / "model"
+    model = Path(config.rl.reward_model or made)
+    if not (model / "config.json").exists():
+        raise ConfigError(
+            f"rl.reward_model={model}: no model there; run `spark-nemo stage2` or name one"
+        )
+    return model
+
+
+def _has_answers(config: SparkConfig, answers: str, problems: str) -> None:
+    """Every problem of one file has an answer in the other."""
+    path = _set(config, answers)
+    if (
+        missing := {p.problem_id for p in read_problems(_set(config, problems))}
+        - read_answer_keys(path).keys()
+    ):
+        raise ConfigError(
+            f"{answers}={path}: no answer for {len(missing)} of {problems}, {min(missing)} first"
+        )
+
+
+def _set(config: SparkConfig, field: str) -> str:
+    section, name = field.split(".")
+    value = getattr(getattr(config, section), name)
+    if not value:
+        raise ConfigError(f"{field} is not set")
+    return value
+
+
+def check_sync(hf_config: Mapping[str, Any], field: str) -> ModelNumbers:
+    """What a sync is planned from. ``ConfigError`` for a model whose weights no plan brings to an
+    engine.
+    """
+    try:
+        return ModelNumbers.from_config(hf_config)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{field}: {error}: stage III cannot train it; name another policy"
+        ) from error
+
+
+def _served_model(config: SparkConfig, field: str) -> None:
+    _served_folder(config, Path(_set(config, field)), field)
+
+
+def _served_folder(config: SparkConfig, folder: Path, field: str) -> ModelShape:
+    """Without this check the run would say so after its first stage, or its queue."""
+    shape = _model(folder, field)
+    if config.engine.kind == "local":
+        try:
+            Qwen2Shape.from_folder(folder)
+        except EngineFailure as error:
+            raise ConfigError(f"{field}: {error} (add +engine=sglang)") from error
+    return shape
+
+
+def _trained_model(config: SparkConfig, field: str) -> None:
+    """A model that is trained, and that the stage's engine serves afterwards."""
+    shape = _served_folder(config, Path(_set(config, field)), field)
+    shape.check_layout(config.megatron)
+
+
+def _model(folder: Path, field: str) -> ModelShape:
+    try:
+        shape = ModelShape.from_hf(read_hf_config(folder), f"{folder}/config.json")
+        Tokenizer.load(folder).require_tokens(GRAMMAR_TEXTS)
+    except (ConfigError, TokenizerError) as error:
+        raise ConfigError(f"{field}: {error}") from error
+    return shape
+
+
+def _prompts_fit(
+    config: SparkConfig,
+    field: str,
+    problems: Sequence[Problem],
+    sampling: str,
+    max_new_tokens: int,
+) -> None:
+    """An engine refuses a prompt without room for the response: the run would end at the step that
+    draws it.
+    """
+    tokenizer, prompts = Tokenizer.load(config.models.policy), prompt_set(config.rl.prompt_set)
+    room = config.engine.max_context - max_new_tokens
+    # A token is a byte at least: most questions need not be encoded, which would take seconds for
+    # 17,000 of them.
+    around = len(tokenizer.encode_chat(prompts.policy("?"))) + _SLACK
+    doubtful = [one for one in problems if around + len(one.question.encode()) > room]
+    lengths = {
+        one.problem_id: len(tokenizer.encode_chat(prompts.policy(one.question))) for one in doubtful
+    }
+    if over := {name: length for name, length in lengths.items() if length > room}:
+        name, length = next(iter(over.items()))
+        raise ConfigError(
+            f"{field}={_set(config, field)}: {len(over)} of {len(problems)} prompts, that of {name} with "
+            f"{length} tokens first, have no room for {sampling}.max_new_tokens={max_new_tokens} in "
+            f"engine.max_context={config.engine.max_context}: remove them, or change one of the two"
+        )
+
+
+def _fits(config: SparkConfig, field: str, sampling: SamplingConfig | EvaluationConfig) -> None:
+    if sampling.max_new_tokens >= config.engine.max_context:
+        raise ConfigError(
+            f"{field}.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt in "
+            f"engine.max_context={config.engine.max_context}: lower one or raise the other"
+        )

@@ -1,0 +1,146 @@
+"""What stage I does with a solution once its votes are in: critique and merge, and the
+reference-guided baseline.
+
+This is where an answer may reach stage I, if the configuration names ``stage1.reference_answers``:
+it is read through evaluation's answer keys, put into a prompt here, and handed on as a closure.
+What comes of it is stored under a kind that no reference-free method reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from spark_nemo.config import ConfigError, SparkConfig
+from spark_nemo.engines.served_model import ServedModel
+from spark_nemo.evaluation.answers import read_answer_keys
+from spark_nemo.grammar import ChatMessages, ParsedResponse, revision_prompts
+from spark_nemo.records import Solution, Verification
+from spark_nemo.records.store import RecordStore
+from spark_nemo.verification import LabelOptions
+from spark_nemo.verification.meta_critique import Reviser
+from spark_nemo.verification.reference import AskWithAnswer, ReferenceVerifier
+
+log = logging.getLogger(__name__)
+
+
+class AfterVotes:
+    """Awaited by the collector for every solution whose votes are all in; one request at a time is
+    in flight each.
+    """
+
+    def __init__(self, config: SparkConfig, critic: ServedModel, store: RecordStore) -> None:
+        stage, seed = config.stage1, config.run.seed
+        self.critic, self._config = critic, config
+        self.reviser = (
+            Reviser(stage, LabelOptions.of(config.labels), seed, critic, store)
+            if stage.revise
+            else None
+        )
+        self.reference: ReferenceVerifier | None = None
+        if stage.reference_answers is not None:
+            log.warning(
+                "reference-guided baseline: the answers of %s are shown to the verifier; every other label "
+                "method stays without them",
+                stage.reference_answers,
+            )
+            self.reference = ReferenceVerifier(stage, seed, critic, ask_with_answer(config), store)
+
+    async def __call__(
+        self, solution: Solution, parsed: ParsedResponse, votes: Sequence[Verification]
+    ) -> None:
+        if self.reviser is not None:
+            await self.reviser.revise(solution, parsed, votes)
+        if self.reference is not None:
+            await self.reference.verify(solution, parsed)
+
+    def made_by(self) -> dict[str, object]:
+        """Everything but the verifications that the results depend on, by setting; plain JSON."""
+        made_by = self.reviser.made_by() if self.reviser is not None else {}
+        if self.reference is not None:
+            stage = self._config.stage1
+            digest = hashlib.sha256(Path(str(stage.reference_answers)).read_bytes()).hexdigest()[
+                :12
+            ]
+            made_by |= {
+                "models.critic": self.critic.identity,
+                "stage1.reference_answers": digest,
+                "the reference prompt": revision_prompts(stage.prompt_set).version,
+            }
+        return made_by
+
+    def stats(self) -> dict[str, object]:
+        """For the statistics of the stage, which say that answer keys were read where they were."""
+        stats: dict[str, object] = {}
+        if self.reviser is not None:
+            stats["revision"] = asdict(self.reviser.counts)
+        if self.reference is not None:
+            stats["reference_guided"] = {
+                **asdict(self.reference.counts),
+                "reads_answer_keys": self._config.stage1.reference_answers,
+            }
+        return stats
+
+    def rates(self) -> list[tuple[str, int, int]]:
+        """``(what, failed, all)`` of each kind of text."""
+        rows = []
+        if self.reviser is not None:
+            counts = self.reviser.counts
+            rows += [
+                ("critiques", counts.failed_critiques, counts.critiques),
+                ("merges", counts.failed_merges, counts.merges),
+            ]
+        if self.reference is not None:
+            counts = self.reference.counts
+            rows.append(
+                (
+                    "reference-guided verifications",
+                    counts.failed_verifications,
+                    counts.verifications,
+                )
+            )
+        return rows
+
+
+def after_votes(
+    config: SparkConfig,
+    verifier: ServedModel,
+    store: RecordStore,
+    log_dir: Path,
+) -> AfterVotes | None:
+    """None when the configuration asks for nothing beyond votes. ``models.critic`` is loaded only
+    when needed.
+    """
+    if not config.stage1.revise and config.stage1.reference_answers is None:
+        return None
+    same = config.models.critic is None or config.models.critic == config.models.verifier
+    critic = (
+        verifier
+        if same
+        else ServedModel.load(config.engine, config.models.critic, "verifier", log_dir / "critic")
+    )
+    return AfterVotes(config, critic, store)
+
+
+def ask_with_answer(config: SparkConfig) -> AskWithAnswer:
+    """The reference-guided prompt of a solution. The answers stay in this closure."""
+    path = config.stage1.reference_answers
+    assert path is not None, "only called where it is set"
+    keys, prompts = read_answer_keys(path), revision_prompts(config.stage1.prompt_set)
+
+    def ask(solution: Solution, parsed: ParsedResponse) -> ChatMessages:
+        if solution.problem_id not in keys:
+            raise ConfigError(
+                f"stage1.reference_answers={path}: no answer for problem {solution.problem_id}"
+            )
+        return prompts.verify_with_reference(
+            solution.question,
+            parsed.canonical(),
+            keys[solution.problem_id].answer,
+            len(parsed.steps),
+        )
+
+    return ask
