@@ -236,7 +236,8 @@ def _sft(arguments: argparse.Namespace) -> int:
 
 
 def _stage1(arguments: argparse.Namespace) -> int:
-    from spark_nemo.stages.stage1 import run_stage1, shard_name
+    from spark_nemo.run.run_folder import shard_name
+    from spark_nemo.stages.stage1 import run_stage1
 
     if _planned(arguments):
         return 0

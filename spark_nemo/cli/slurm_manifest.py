@@ -95,7 +95,7 @@ def _jobs(config: SparkConfig) -> Iterator[tuple[str, str]]:
 
 def _part(stage: str, config: SparkConfig, arguments: argparse.Namespace) -> dict[str, str]:
     from spark_nemo.planning.preflight import check_stage1, check_stage2, check_stage3
-    from spark_nemo.stages.stage1 import shard_name
+    from spark_nemo.run.run_folder import shard_name
 
     if stage == "sft":
         from spark_nemo.stages.sft import sft_data

@@ -44,7 +44,7 @@ class SamplingConfig:
                     f"sampling.{name}", value, "with sampling.temperature=0 (greedy)"
                 )
 
-    def identity(self) -> dict[str, object]:
+    def fingerprint(self) -> dict[str, object]:
         """The settings that results depend on, for their keys: top_k only where it is set, for
         there are results from before it existed.
         """

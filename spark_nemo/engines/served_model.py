@@ -1,4 +1,4 @@
-"""A model as the stages see it: an engine, its tokenizer and an identity that changes when its
+"""A model as the stages see it: an engine, its tokenizer and an fingerprint that changes when its
 files change.
 """
 
@@ -45,13 +45,13 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """An engine with the tokenizer of the model it serves. ``identity`` is that of the weights it
+    """An engine with the tokenizer of the model it serves. ``fingerprint`` is that of the weights it
     was loaded with.
     """
 
     engine: Engine
     tokenizer: Tokenizer
-    identity: str
+    fingerprint: str
 
     @classmethod
     def load(
@@ -62,9 +62,9 @@ class ServedModel:
         Servers that are launched for it write to ``log_dir``. Raises ``ConfigError`` or
         ``TokenizerError`` when the folder is no model or the role has no engines.
         """
-        identity, tokenizer = model_identity(folder), Tokenizer.load(folder)
+        fingerprint, tokenizer = model_fingerprint(folder), Tokenizer.load(folder)
         tokenizer.require_tokens(GRAMMAR_TEXTS)
-        return cls(build_engine(config, folder, role, log_dir), tokenizer, identity)
+        return cls(build_engine(config, folder, role, log_dir), tokenizer, fingerprint)
 
     async def complete(
         self, messages: Sequence[dict[str, str]], sampling: SamplingConfig, seed: int | None
@@ -94,7 +94,7 @@ class ServedModel:
         )
 
 
-def model_identity(folder: str | Path) -> str:
+def model_fingerprint(folder: str | Path) -> str:
     """12 hex digits from config, tokenizer, chat template, end-of-sequence ids and weights; of each
     file the size, the first and the last MiB.
 

@@ -162,7 +162,7 @@ def judge_processbench(
         {
             "judge": judge.name,
             "prompt": judge.version,
-            "model": served.identity,
+            "model": served.fingerprint,
             "votes": votes,
             "sampling": vars(sampling),
             "average_f1": score.average,

@@ -14,7 +14,7 @@ from .verdict import Outcome, outcome_from_json, outcome_to_json
 
 
 def content_key(*parts: object) -> str:
-    """16 hex digits that depend on every part and on nothing else; the identity of a stored result."""
+    """16 hex digits that depend on every part and on nothing else; the fingerprint of a stored result."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

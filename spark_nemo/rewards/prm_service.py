@@ -125,7 +125,7 @@ class PRMService:
     would give the same again. An ``EngineError`` says nothing about the content and is never
     remembered. The key is the content (question, canonical response, number of steps, prompt set,
     grammar), the kind of reward model, the sampling with its seed (which carries vote and attempt;
-    a greedy request has none), the reward model's identity and its weight version.
+    a greedy request has none), the reward model's fingerprint and its weight version.
     """
 
     def __init__(
@@ -199,11 +199,11 @@ class PRMService:
         return content_key(
             "prm",
             self.variant,
-            self.served.identity,
+            self.served.fingerprint,
             version,
             GRAMMAR_VERSION,
             self.prompts.version,
-            self.sampling.identity(),
+            self.sampling.fingerprint(),
             drawn,
             case.question,
             case.canonical,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spark_nemo.config import SparkConfig
-from spark_nemo.engines.served_model import model_identity
+from spark_nemo.engines.served_model import model_fingerprint
 from spark_nemo.records import content_key
 from spark_nemo.records.shards import shard_paths
 from spark_nemo.run.run_folder import mark_done, read_done, stage1_folder, stage2_folder
@@ -100,7 +100,7 @@ def _identity(value: str) -> str | list[object]:
         with path.open("rb") as file:
             return ["file", hashlib.file_digest(file, "sha256").hexdigest()]
     if (path / "config.json").is_file():
-        return ["model", model_identity(path)]
+        return ["model", model_fingerprint(path)]
     if shards := shard_paths(path):
         return ["store", [[shard.name, shard.stat().st_size] for shard in shards]]
     return value

@@ -15,8 +15,13 @@ from spark_nemo.run.rl_variants import (
     left_out,
     pipeline_arms,
 )
-from spark_nemo.run.run_folder import round_run, stage1_folder, stage2_folder, stage3_folder
-from spark_nemo.stages.stage1 import shard_name
+from spark_nemo.run.run_folder import (
+    round_run,
+    shard_name,
+    stage1_folder,
+    stage2_folder,
+    stage3_folder,
+)
 
 log = logging.getLogger(__name__)
 

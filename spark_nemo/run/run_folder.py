@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from spark_nemo.config import RunConfig
+from spark_nemo.config import RunConfig, Stage1Config
 from spark_nemo.config.designs import SHAPING_KNOBS, VERIFIER_KNOBS, variant_suffix
 from spark_nemo.config.hacking import ConstraintsConfig
 from spark_nemo.records.jsonl import write_json_atomic
@@ -154,3 +154,10 @@ def progress(folder: Path, total: int, unit: str, clock: Clock | None = None) ->
         yield bar
     finally:
         bar.close()
+
+
+def shard_name(stage: Stage1Config) -> str:
+    """Which share of the problems; the number of shards is part of it, for another number cuts
+    differently.
+    """
+    return "shard-all" if stage.shard is None else f"shard-{stage.shard}-of-{stage.num_shards}"

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spark_nemo.config import ConfigError, SparkConfig
-from spark_nemo.engines.served_model import model_identity
+from spark_nemo.engines.served_model import model_fingerprint
 from spark_nemo.engines.tokenizer import Tokenizer
 from spark_nemo.grammar import prompt_set
 from spark_nemo.megatron.worker import MegatronWorker
@@ -81,7 +81,7 @@ def _train(config: SparkConfig, data: SftData, folder: Path) -> bool:
             eval_every=stage.measured_every,
             made_with={
                 "sft.optimizer": asdict(stage.optimizer),
-                "models.policy_base": model_identity(base),
+                "models.policy_base": model_fingerprint(base),
             },
         )
     if worker.is_main:

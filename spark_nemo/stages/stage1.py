@@ -10,7 +10,7 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
-from spark_nemo.config import ConfigError, SparkConfig, Stage1Config
+from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.engines.async_utils import freeze_heap
 from spark_nemo.engines.base import EngineFailure
 from spark_nemo.engines.served_model import ServedModel
@@ -19,7 +19,7 @@ from spark_nemo.records import Problem
 from spark_nemo.records.jsonl import read_problems, write_json_atomic
 from spark_nemo.records.store import RecordStore
 from spark_nemo.run.completion import inputs_to_remember, remember_inputs
-from spark_nemo.run.run_folder import Clock, mark_done, progress, stage1_folder
+from spark_nemo.run.run_folder import Clock, mark_done, progress, shard_name, stage1_folder
 from spark_nemo.run.run_lock import run_lock
 from spark_nemo.stages.stage1_critique import AfterVotes, after_votes
 from spark_nemo.stages.stage1_monitor import LedgerFile, Stage1Watch, check_failure_rates
@@ -99,13 +99,6 @@ def _sample(config: SparkConfig, folder: Path, name: str) -> CollectCounts:
     check_failure_rates(counts, stage.max_failure_rate, more=after.rates() if after else [])
     mark_done(folder / name, asdict(counts))
     return counts
-
-
-def shard_name(stage: Stage1Config) -> str:
-    """Which share of the problems; the number of shards is part of it, for another number cuts
-    differently.
-    """
-    return "shard-all" if stage.shard is None else f"shard-{stage.shard}-of-{stage.num_shards}"
 
 
 async def _collect(

@@ -66,7 +66,7 @@ class AfterVotes:
                 :12
             ]
             made_by |= {
-                "models.critic": self.critic.identity,
+                "models.critic": self.critic.fingerprint,
                 "stage1.reference_answers": digest,
                 "the reference prompt": revision_prompts(stage.prompt_set).version,
             }

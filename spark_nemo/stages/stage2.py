@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from spark_nemo.config import ConfigError, SparkConfig
-from spark_nemo.engines.served_model import model_identity
+from spark_nemo.engines.served_model import model_fingerprint
 from spark_nemo.engines.tokenizer import Tokenizer
 from spark_nemo.evaluation.critic import score_orm, score_reward_model
 from spark_nemo.grammar import Variant, prompt_set
@@ -72,7 +72,7 @@ def _train(config: SparkConfig, folder: Path) -> bool:
             stop=stop,
             made_with={
                 "stage2.optimizer": asdict(stage.optimizer),
-                "models.reward_base": model_identity(base),
+                "models.reward_base": model_fingerprint(base),
             },
         )
     if worker.is_main:

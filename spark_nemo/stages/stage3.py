@@ -15,7 +15,7 @@ import torch
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.engines.async_utils import run_async
 from spark_nemo.engines.fleet import Fleet
-from spark_nemo.engines.served_model import ServedModel, model_identity
+from spark_nemo.engines.served_model import ServedModel, model_fingerprint
 from spark_nemo.evaluation.math_data import read_math
 from spark_nemo.megatron.checkpoint import has_checkpoint, newest
 from spark_nemo.megatron.distributed import gather_objects, on_main_rank
@@ -225,19 +225,19 @@ def made_with(
     }
     rl = comparable_rl(asdict(config.rl))
     rl |= {
-        "sampling": config.rl.sampling.identity(),
-        "verifier_sampling": config.rl.verifier_sampling.identity(),
+        "sampling": config.rl.sampling.fingerprint(),
+        "verifier_sampling": config.rl.verifier_sampling.fingerprint(),
     }
     judge = {}
     if config.rl.asks_reward_model:
         judge["the reward model"] = (
-            verifier.identity if verifier else model_identity(reward_model_folder(config))
+            verifier.fingerprint if verifier else model_fingerprint(reward_model_folder(config))
         )
     return {
         **{f"rl.{name}": value for name, value in rl.items() if name not in free},
         **judge,
         "run.seed": config.run.seed,
-        "models.policy": model_identity(config.models.policy),
+        "models.policy": model_fingerprint(config.models.policy),
         "data.rl_problems": content_key(
             [(problem.problem_id, problem.question) for problem in problems]
         ),

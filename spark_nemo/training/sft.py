@@ -97,14 +97,14 @@ def train_sft(
     if not sequences:
         raise ValueError("train_sft: no sequences to train on")
     run_folder, total_steps = Path(run_folder), num_sft_steps(len(sequences), epochs, batch_size)
-    identity = {
+    fingerprint = {
         "data": data_fingerprint(sequences),
         "seed": seed,
         "batch_size": batch_size,
         "epochs": epochs,
         **(made_with or {}),
     }
-    step = saved_step = _resume(worker, run_folder, identity)
+    step = saved_step = _resume(worker, run_folder, fingerprint)
     writer = MetricsWriter(run_folder, is_main=worker.is_main)
     writer.truncate_from(step)
     bar = progress_bar(
@@ -140,12 +140,12 @@ def train_sft(
         bar.update()
         bar.set_postfix(loss=f"{result.loss:.4f}")
         if step % save_every == 0:
-            worker.save_checkpoint(run_folder / CHECKPOINTS, {**identity, "step": step})
+            worker.save_checkpoint(run_folder / CHECKPOINTS, {**fingerprint, "step": step})
             saved_step = step
     bar.close()
     writer.close()
     if step != saved_step:
-        worker.save_checkpoint(run_folder / CHECKPOINTS, {**identity, "step": step})
+        worker.save_checkpoint(run_folder / CHECKPOINTS, {**fingerprint, "step": step})
     if step < total_steps:
         log.info(
             "stopped after step %d of %d (%s); run again to go on", step, total_steps, stop.reason
@@ -179,11 +179,11 @@ def data_fingerprint(sequences: Sequence[TrainSequence]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _resume(worker: MegatronWorker, run_folder: Path, identity: dict[str, object]) -> int:
+def _resume(worker: MegatronWorker, run_folder: Path, fingerprint: dict[str, object]) -> int:
     if not has_checkpoint(run_folder / CHECKPOINTS):
         return 0
     state = worker.load_checkpoint(run_folder / CHECKPOINTS)
-    for name, value in identity.items():
+    for name, value in fingerprint.items():
         if (before := state.get(name, value)) != value:
             raise ConfigError(
                 f"{run_folder / CHECKPOINTS} was made with {name}={before}, this run has {value}: "

@@ -76,16 +76,16 @@ class Reviser:
         self._made_by = (
             GRAMMAR_VERSION,
             self.prompts.version,
-            critic.identity,
-            config.revised_with.identity(),
+            critic.fingerprint,
+            config.revised_with.fingerprint(),
         )
 
     def made_by(self) -> dict[str, object]:
         """Everything but the verifications that the results depend on, by setting; plain JSON."""
         return {
             "the critique and merge prompts": self.prompts.version,
-            "models.critic": self.critic.identity,
-            "stage1.revision_sampling": self.config.revised_with.identity(),
+            "models.critic": self.critic.fingerprint,
+            "stage1.revision_sampling": self.config.revised_with.fingerprint(),
         }
 
     async def revise(

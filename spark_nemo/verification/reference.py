@@ -56,7 +56,11 @@ class ReferenceVerifier:
         self.config, self.seed, self.verifier, self.ask = config, seed, verifier, ask
         self.store, self.on_result = store, on_result
         self.counts = ReferenceCounts()
-        self._made_by = (GRAMMAR_VERSION, verifier.identity, config.verifier_sampling.identity())
+        self._made_by = (
+            GRAMMAR_VERSION,
+            verifier.fingerprint,
+            config.verifier_sampling.fingerprint(),
+        )
 
     async def verify(
         self, solution: Solution, parsed: ParsedResponse, votes: Sequence[Verification] = ()

@@ -120,8 +120,8 @@ class Collector:
         self.counts, self.ledger = CollectCounts(), Ledger(config.solutions_per_problem)
         self._rule, self._after_votes = stopping_rule(config), after_votes
         asked = GRAMMAR_VERSION, self.prompts.version
-        self._solved_by = (*asked, generator.identity, config.generator_sampling.identity())
-        self._verified_by = (*asked, verifier.identity, config.verifier_sampling.identity())
+        self._solved_by = (*asked, generator.fingerprint, config.generator_sampling.fingerprint())
+        self._verified_by = (*asked, verifier.fingerprint, config.verifier_sampling.fingerprint())
         if config.verifier_prompt != "verify":
             self._verified_by += (config.verifier_prompt,)
         self._earlier = earlier
@@ -132,11 +132,11 @@ class Collector:
             "run.seed": self.seed,
             "stage1.prompt_set": self.prompts.version,
             "the grammar": GRAMMAR_VERSION,
-            "models.generator": self.generator.identity,
-            "models.verifier": self.verifier.identity,
-            "stage1.generator_sampling": self.config.generator_sampling.identity(),
+            "models.generator": self.generator.fingerprint,
+            "models.verifier": self.verifier.fingerprint,
+            "stage1.generator_sampling": self.config.generator_sampling.fingerprint(),
             "stage1.verifier_prompt": self.config.verifier_prompt,
-            "stage1.verifier_sampling": self.config.verifier_sampling.identity(),
+            "stage1.verifier_sampling": self.config.verifier_sampling.fingerprint(),
         }
 
     async def run(self, problems: Iterable[Problem], max_requests_in_flight: int) -> CollectCounts:

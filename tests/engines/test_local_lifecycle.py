@@ -15,7 +15,7 @@ from engine_cases import CONTEXT, VOCAB, ask, named
 from spark_nemo.config import EngineConfig
 from spark_nemo.engines import EngineFailure, build_engine, generate_all, run_async
 from spark_nemo.engines.local import LocalEngine, Qwen2Shape
-from spark_nemo.engines.served_model import model_identity
+from spark_nemo.engines.served_model import model_fingerprint
 
 INDEX = "model.safetensors.index.json"
 
@@ -360,13 +360,13 @@ def test_a_damaged_folder_is_named(folder, tmp_path, damage):
 def test_an_identity_changes_with_every_file_that_is_read(tmp_path, file):
     """Stored results are found by it: a folder with another chat template or other end-of-sequence
     ids says other things. A file that is not there does not count, so folders without one keep the
-    identity they had.
+    fingerprint they had.
     """
     (tmp_path / "config.json").write_text("{}")
     found = []
     for text in ("first", "other"):
         (tmp_path / file).write_text(text)
-        found.append(model_identity(tmp_path))
+        found.append(model_fingerprint(tmp_path))
     assert found[0] != found[1]
 
 

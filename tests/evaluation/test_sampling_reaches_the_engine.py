@@ -62,8 +62,8 @@ def test_a_server_is_sent_the_cuts_of_samples_alone() -> None:
 def test_unset_cuts_leave_the_keys_of_stored_results_as_they_were() -> None:
     """Results made before top_k existed are found again; with it they are others."""
     before = {"temperature": 0.7, "top_p": 0.95, "max_new_tokens": 8}
-    assert SamplingConfig(**before).identity() == before
-    assert SamplingConfig(**before, top_k=20).identity() == {**before, "top_k": 20}
+    assert SamplingConfig(**before).fingerprint() == before
+    assert SamplingConfig(**before, top_k=20).fingerprint() == {**before, "top_k": 20}
 
 
 @pytest.mark.parametrize(

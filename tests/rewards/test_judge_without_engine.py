@@ -33,7 +33,7 @@ def judge_over(error: Exception) -> RewardJudge:
 
     served = SimpleNamespace(
         complete_prompt=complete_prompt,
-        identity="none",
+        fingerprint="none",
         tokenizer=SimpleNamespace(encode_chat=lambda messages: (1,)),
     )
     return RewardJudge(PRMService(served, prompt_set("compact"), SamplingConfig()), retries=1)

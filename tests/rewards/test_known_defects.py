@@ -62,7 +62,7 @@ class Scripted:
     was sent.
     """
 
-    identity = "scripted"
+    fingerprint = "scripted"
     tokenizer = SimpleNamespace(
         token_bytes=lambda ids: [bytes([i]) for i in ids],
         eos_ids=frozenset(),

@@ -47,7 +47,7 @@ class Prm:
     seeds it saw.
     """
 
-    identity = "prm"
+    fingerprint = "prm"
 
     def __init__(self, reply=None, failure=None, held=False, finish=FinishReason.STOP) -> None:
         self.reply, self.failure, self.finish = reply, failure, finish
@@ -154,7 +154,7 @@ def test_the_same_request_is_asked_once() -> None:
         {"canonical": "## Step 1: b"},
         {"num_steps": 3},
         {"seed": 2},
-        {"identity": "other"},
+        {"fingerprint": "other"},
         {"version": 1},
         {"sampling": SamplingConfig(temperature=0.5)},
         {"prompts": prompt_set("paper")},
@@ -172,7 +172,7 @@ def test_every_part_of_the_key_counts(change: dict[str, object]) -> None:
         await verify(service)
         parts = dict(change)
         for name, owner in (
-            ("identity", prm),
+            ("fingerprint", prm),
             ("version", prm),
             ("sampling", service),
             ("prompts", service),

@@ -165,7 +165,7 @@ def test_without_a_critic_the_verifier_criticises_itself_and_nothing_more_is_loa
     """Proves ``models.critic=null`` reuses the verifier's engine, and that votes alone need no such
     thing.
     """
-    verifier = SimpleNamespace(identity="verifier")
+    verifier = SimpleNamespace(fingerprint="verifier")
     with RecordStore(tmp_path / "store", "writer") as store:
         alone = configured(tmp_path, "toy:stage1:5", "models.critic=null")
         after = after_votes(alone, verifier, store, tmp_path)

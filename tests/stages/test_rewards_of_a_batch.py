@@ -70,7 +70,7 @@ class Scripted:
     A prompt's "ids" are its messages. The weights are version 0.
     """
 
-    identity = "scripted"
+    fingerprint = "scripted"
     tokenizer = SimpleNamespace(
         token_bytes=lambda ids: [bytes([i]) for i in ids],
         eos_ids=frozenset(),

@@ -32,8 +32,8 @@ class Critic:
     what it was asked.
     """
 
-    def __init__(self, reply, identity="critic"):
-        self.reply, self.identity, self.asked = reply, identity, []
+    def __init__(self, reply, fingerprint="critic"):
+        self.reply, self.fingerprint, self.asked = reply, fingerprint, []
 
     async def complete(self, messages, sampling, seed):
         prompt = messages[0]["content"]
