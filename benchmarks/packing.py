@@ -19,9 +19,9 @@ from collections.abc import Sequence
 import torch
 
 from spark_nemo.config import MegatronConfig, OptimizerConfig
-from spark_nemo.megatron.batch import PackedBatch
+from spark_nemo.megatron.packed_batch import PackedBatch
 from spark_nemo.megatron.worker import MegatronWorker
-from spark_nemo.training.losses import sft_loss
+from spark_nemo.training.fine_tuning import sft_loss
 from spark_nemo.training.packing import TrainSequence, pack
 
 MODEL = {

@@ -51,14 +51,14 @@ def compare(given: argparse.Namespace) -> int:
     """Print differences and return the exit status."""
     import torch
 
-    from spark_nemo.megatron.checkpoint.compare import (
+    from spark_nemo.megatron.checkpoint.compare_tensors import (
         compare_models,
         compare_stored,
         logits_difference,
     )
     from spark_nemo.megatron.checkpoint.reader import open_checkpoint
     from spark_nemo.megatron.checkpoint.torch_dist_reader import StoredCheckpoint
-    from spark_nemo.megatron.checkpoint.training import newest
+    from spark_nemo.megatron.checkpoint.training_checkpoint import newest
 
     text = read_text(given)
     if given.with_optimizer:

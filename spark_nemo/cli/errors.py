@@ -5,7 +5,7 @@ from __future__ import annotations
 from spark_nemo.config import ConfigError
 from spark_nemo.engines.base import EngineFailure
 from spark_nemo.engines.tokenizer import TokenizerError
-from spark_nemo.megatron.errors import NonFiniteGradient
+from spark_nemo.megatron import NonFiniteGradient
 from spark_nemo.records.jsonl import DataFileError
 from spark_nemo.records.store import StoreFull
 from spark_nemo.report import SummaryError

@@ -21,8 +21,8 @@ from megatron.core.transformer.transformer_block import (
 )
 
 from .attention import PackedCoreAttention, PackedRows
-from .batch import PackedBatch
 from .layers import RMSNorm, swiglu
+from .packed_batch import PackedBatch
 
 
 def uses_transformer_engine() -> bool:

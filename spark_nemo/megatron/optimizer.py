@@ -23,8 +23,8 @@ from torch import Tensor
 from spark_nemo.config import MegatronConfig, OptimizerConfig
 from spark_nemo.config.errors import ConfigError
 
-from .errors import NonFiniteGradient
-from .model import DTYPES, PackedGPT
+from . import NonFiniteGradient
+from .packed_gpt import DTYPES, PackedGPT
 
 
 def wrap_for_gradients(model: PackedGPT, layout: MegatronConfig) -> DistributedDataParallel:

@@ -17,12 +17,12 @@ from torch import Tensor
 from spark_nemo.config import MegatronConfig, OptimizerConfig
 from spark_nemo.config.errors import ConfigError
 
-from . import checkpoint, distributed, hf_files, hf_weights
-from .batch import PackedBatch
+from . import checkpoint, hf_files, hf_weights, process_groups
 from .cpu_compat import device, on_this_device, seed_everything
-from .model import DTYPES, build_model
 from .model_shape import ModelShape, read_hf_config
 from .optimizer import NonFiniteGradient, build_optimizer, clip_and_step, wrap_for_gradients
+from .packed_batch import PackedBatch
+from .packed_gpt import DTYPES, build_model
 from .vocabulary import check_tokenizer
 
 LossFn = Callable[[Tensor, Tensor | None, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
@@ -72,13 +72,13 @@ class MegatronWorker:
         from megatron.core import parallel_state
 
         shape.check_layout(layout)
-        distributed.initialize(layout)
+        process_groups.initialize(layout)
         seed_everything(seed)
         self.hf_config, self.shape, self.layout = hf_config, shape, layout
         self.model = build_model(shape, layout)
         self.dp_rank: int = parallel_state.get_data_parallel_rank()
         self.dp_size: int = parallel_state.get_data_parallel_world_size()
-        self.is_main: bool = distributed.rank() == 0
+        self.is_main: bool = process_groups.rank() == 0
         """True on global rank 0, the rank that writes files and talks to the engine."""
         self._is_last_stage = parallel_state.is_pipeline_last_stage()
         self._reports = self._is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -269,14 +269,14 @@ class MegatronWorker:
         """
         if self.layout.expert_parallel == 1:
             return list(micro_batches)
-        longest = max(distributed.gather_objects(len(micro_batches)))
+        longest = max(process_groups.gather_objects(len(micro_batches)))
         return [*micro_batches, *[_NOTHING] * (longest - len(micro_batches))]
 
     def _global_num_tokens(self, micro_batches: Sequence[PackedBatch]) -> float:
         own = math.fsum(float(batch.loss_mask_T.double().sum()) for batch in micro_batches)
         # Tensor and pipeline ranks have the same micro-batches: count the ranks that report the
         # loss.
-        total = math.fsum(distributed.gather_objects(own if self._reports else 0.0))
+        total = math.fsum(process_groups.gather_objects(own if self._reports else 0.0))
         if total <= 0:
             raise ValueError(
                 "loss_mask_T is zero everywhere in this step: there is nothing to train on"
@@ -287,7 +287,9 @@ class MegatronWorker:
         self, reports: list[tuple[float, dict[str, float]]]
     ) -> tuple[float, dict[str, float]]:
         everything = [
-            r for part in distributed.gather_objects(reports if self._reports else []) for r in part
+            r
+            for part in process_groups.gather_objects(reports if self._reports else [])
+            for r in part
         ]
         keys = sorted({key for _, metrics in everything for key in metrics})
         return (
@@ -393,7 +395,7 @@ class MegatronWorker:
                 error = caught
         for _ in tensors:  # the other ranks, and what a failed rank 0 left over
             pass
-        if (error := distributed.broadcast_object(error)) is not None:
+        if (error := process_groups.broadcast_object(error)) is not None:
             raise error
 
     def load_hf_weights(self, folder: str | Path) -> None:

@@ -9,13 +9,13 @@ from types import TracebackType
 
 from spark_nemo.config import SparkConfig
 from spark_nemo.engines.async_utils import BackgroundWork, run_async
-from spark_nemo.megatron.distributed import on_main_rank
+from spark_nemo.megatron.process_groups import on_main_rank
 from spark_nemo.records import Problem
 from spark_nemo.rollout.dynamic_sampling import prompts_at_most
 from spark_nemo.rollout.generator import ScoredBatch
 from spark_nemo.rollout.manager import RolloutManager
 from spark_nemo.rollout.prefetched_batch import IN_FLIGHT, batch_from_bytes, batch_to_bytes
-from spark_nemo.training.sft import batch_indices
+from spark_nemo.training.fine_tuning import batch_indices
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from spark_nemo.rewards.hacking.probes import build_probes, score_probes
 from spark_nemo.rewards.judge import RewardJudge, RolloutVerdict
 from spark_nemo.rewards.prm_service import PRMService
 from spark_nemo.rollout.generator import ScoredBatch
-from spark_nemo.training.metrics import METRICS_FILE, read_metrics
+from spark_nemo.training.metrics_writer import METRICS_FILE, read_metrics
 
 log = logging.getLogger(__name__)
 HACKING, TOP_REWARDS = "hacking.jsonl", "top_rewards.jsonl"

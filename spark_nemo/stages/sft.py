@@ -19,13 +19,13 @@ from spark_nemo.records.jsonl import write_json_atomic
 from spark_nemo.run.completion import inputs_to_remember, remember_inputs
 from spark_nemo.run.run_folder import Clock, mark_done, sft_folder
 from spark_nemo.run.run_lock import run_lock
+from spark_nemo.training.fine_tuning import held_out_loss, num_sft_steps, train_sft
 from spark_nemo.training.packing import TrainSequence, drop_longer_than
 from spark_nemo.training.policy_examples import (
     policy_sequences,
     read_policy_examples,
     split_held_out,
 )
-from spark_nemo.training.sft import held_out_loss, num_sft_steps, train_sft
 from spark_nemo.training.stop import StopFlag
 
 log = logging.getLogger(__name__)

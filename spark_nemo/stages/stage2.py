@@ -24,8 +24,8 @@ from spark_nemo.run.completion import inputs_to_remember, remember_inputs
 from spark_nemo.run.run_folder import PROCESSBENCH, WHOLE_SOLUTION, Clock, mark_done, stage2_folder
 from spark_nemo.run.run_lock import run_lock
 from spark_nemo.stages.labels import make_labels
+from spark_nemo.training.fine_tuning import num_sft_steps, train_sft
 from spark_nemo.training.packing import TrainSequence, drop_longer_than
-from spark_nemo.training.sft import num_sft_steps, train_sft
 from spark_nemo.training.stop import StopFlag
 from spark_nemo.verification.sft_examples import sft_example
 

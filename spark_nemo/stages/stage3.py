@@ -18,7 +18,7 @@ from spark_nemo.engines.fleet import Fleet
 from spark_nemo.engines.served_model import ServedModel, model_fingerprint
 from spark_nemo.evaluation.math_data import read_math
 from spark_nemo.megatron.checkpoint import has_checkpoint, newest
-from spark_nemo.megatron.distributed import gather_objects, on_main_rank
+from spark_nemo.megatron.process_groups import gather_objects, on_main_rank
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.planning.memory_check import check_memory
 from spark_nemo.planning.preflight import check_stage3, reward_model_folder
@@ -33,9 +33,9 @@ from spark_nemo.rollout.timeline import TIMING, TRAIN, Timeline
 from spark_nemo.run.completion import inputs_to_remember, remember_inputs
 from spark_nemo.run.run_folder import Clock, comparable_rl, mark_done, stage3_folder
 from spark_nemo.run.run_lock import run_lock
+from spark_nemo.training.fine_tuning import CHECKPOINTS
 from spark_nemo.training.grpo import train_on_rollouts
-from spark_nemo.training.metrics import MetricsWriter
-from spark_nemo.training.sft import CHECKPOINTS
+from spark_nemo.training.metrics_writer import MetricsWriter
 from spark_nemo.training.stop import StopFlag
 from spark_nemo.weight_sync.distributed import same_nccl_as_sglang
 from spark_nemo.weight_sync.logprob_gate import FirstStepGate

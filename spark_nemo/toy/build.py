@@ -28,7 +28,7 @@ from spark_nemo.toy.corpus import (
 from spark_nemo.toy.critic import critic_corpus
 from spark_nemo.toy.data import held_out_questions
 from spark_nemo.toy.tokenizer import train_tokenizer
-from spark_nemo.training.losses import sft_loss
+from spark_nemo.training.fine_tuning import sft_loss
 from spark_nemo.training.packing import TrainSequence, pack
 
 log = logging.getLogger(__name__)

@@ -49,8 +49,8 @@ from spark_nemo.toy.corpus import PROMPTS, sampled_problems
 from spark_nemo.toy.data import held_out_questions
 from spark_nemo.toy.exploits import BY_NAME, Exploit, judge, tempted_response
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
+from spark_nemo.training.fine_tuning import num_sft_steps, train_sft
 from spark_nemo.training.packing import TrainSequence
-from spark_nemo.training.sft import num_sft_steps, train_sft
 from spark_nemo.training.stop import StopFlag
 
 SFT_EXAMPLES, SFT_BATCH = 3000, 64

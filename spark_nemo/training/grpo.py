@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from spark_nemo.config import RLConfig
-from spark_nemo.megatron.batch import PackedBatch
-from spark_nemo.megatron.distributed import gather_objects
+from spark_nemo.megatron.packed_batch import PackedBatch
+from spark_nemo.megatron.process_groups import gather_objects
 from spark_nemo.megatron.worker import LossFn, MegatronWorker, StepResult
 from spark_nemo.records import Rollout
 from spark_nemo.weight_sync.logprob_gate import FirstStepGate
 
-from .losses import (
+from .grpo_loss import (
     ADVANTAGES,
     ENGINE_LOGPROBS,
     OLD_LOGPROBS,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from spark_nemo.megatron.batch import PackedBatch
+from spark_nemo.megatron.packed_batch import PackedBatch
 
 
 @dataclass(frozen=True)

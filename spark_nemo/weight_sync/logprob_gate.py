@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spark_nemo.config import WeightSyncConfig
 from spark_nemo.engines.base import EngineFailure
-from spark_nemo.megatron.distributed import gather_objects
+from spark_nemo.megatron.process_groups import gather_objects
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from pathlib import Path
 from spark_nemo.config import ConfigError, WeightSyncConfig
 from spark_nemo.engines.base import Engine, EngineFailure, EngineUnavailable
 from spark_nemo.engines.fleet import Fleet
-from spark_nemo.megatron.distributed import broadcast_object
 from spark_nemo.megatron.hf_weights import hf_tensor_shapes
+from spark_nemo.megatron.process_groups import broadcast_object
 from spark_nemo.megatron.worker import MegatronWorker
 
 from .checksum import Checksums, ExpectedChecksums, by_checkpoint_name, differing

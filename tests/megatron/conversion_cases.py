@@ -15,9 +15,9 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from spark_nemo.config import MegatronConfig
 from spark_nemo.megatron.checkpoint.conversion import convert
 from spark_nemo.megatron.cpu_compat import cuda_means_cpu
-from spark_nemo.megatron.distributed import gather_objects, initialize
 from spark_nemo.megatron.hf_files import SafetensorsFolder
 from spark_nemo.megatron.model_shape import read_hf_config
+from spark_nemo.megatron.process_groups import gather_objects, initialize
 from spark_nemo.megatron.worker import MegatronWorker
 
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 2))

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from spark_nemo.config import MegatronConfig, WeightSyncConfig
 from spark_nemo.engines.async_utils import run_async
 from spark_nemo.engines.sglang import SglangServer
-from spark_nemo.megatron.distributed import gather_objects
 from spark_nemo.megatron.hf_weights import hf_tensor_shapes, placed_rules
+from spark_nemo.megatron.process_groups import gather_objects
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.weight_sync.sync_plan import plan_sync
 from spark_nemo.weight_sync.synchronizer import WeightSync

@@ -18,8 +18,8 @@ from spark_nemo.engines.base import EngineFailure, EngineUnavailable
 from spark_nemo.engines.fleet import Fleet, FleetLimits
 from spark_nemo.engines.local import LocalEngine
 from spark_nemo.megatron import checkpoint
-from spark_nemo.megatron.batch import PackedBatch
-from spark_nemo.megatron.distributed import gather_objects
+from spark_nemo.megatron.packed_batch import PackedBatch
+from spark_nemo.megatron.process_groups import gather_objects
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.weight_sync.logprob_gate import FirstStepGate
 from spark_nemo.weight_sync.synchronizer import WeightSync

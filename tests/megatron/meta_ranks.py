@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from spark_nemo.megatron.cpu_compat import cuda_means_cpu, seed_everything
-from spark_nemo.megatron.model import construct
+from spark_nemo.megatron.packed_gpt import construct
 
 
 @contextlib.contextmanager

@@ -9,11 +9,11 @@ import megatron_cases as cases
 import torch.distributed as dist
 
 from spark_nemo.config import MegatronConfig
-from spark_nemo.megatron.checkpoint import training
-from spark_nemo.megatron.checkpoint.compare import compare_stored
+from spark_nemo.megatron.checkpoint import training_checkpoint
+from spark_nemo.megatron.checkpoint.compare_tensors import compare_stored
 from spark_nemo.megatron.checkpoint.torch_dist_reader import StoredCheckpoint
-from spark_nemo.megatron.distributed import gather_objects
 from spark_nemo.megatron.model_shape import read_hf_config
+from spark_nemo.megatron.process_groups import gather_objects
 from spark_nemo.megatron.worker import MegatronWorker
 
 HOME = (2, 1)
@@ -69,7 +69,7 @@ def moves(hf, store, distributed):
             cases.loss_fn,
         )
     worker.save_checkpoint(store / "home", {})
-    gathered = training._sharded_state(worker.model, worker._optimizer, loading=False)[
+    gathered = training_checkpoint._sharded_state(worker.model, worker._optimizer, loading=False)[
         "optimizer"
     ].get("param_state")
     results = {

@@ -8,7 +8,7 @@ import megatron_cases as cases
 import torch
 
 from spark_nemo.config import MegatronConfig, OptimizerConfig
-from spark_nemo.megatron.distributed import gather_objects
+from spark_nemo.megatron.process_groups import gather_objects
 from spark_nemo.megatron.worker import MegatronWorker
 
 MODELS = {

@@ -10,29 +10,29 @@ import torch.distributed as dist
 from megatron_ranks import run_ranks
 
 from spark_nemo.config import MegatronConfig
-from spark_nemo.megatron import distributed
+from spark_nemo.megatron import process_groups
 
 LIMIT_S = 1.0
 
 
 def waiting_ranks(store):
     """Rank 0 works for longer than the default group's limit before each word to the other."""
-    distributed.initialize(MegatronConfig(data_parallel=2, distributed_optimizer=False))
+    process_groups.initialize(MegatronConfig(data_parallel=2, distributed_optimizer=False))
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=LIMIT_S), dist.group.WORLD)
 
     def work():
         time.sleep(3 * LIMIT_S)
         return "done"
 
-    heard = distributed.gather_objects(distributed.on_main_rank(work))
-    if distributed.rank() == 0:
+    heard = process_groups.gather_objects(process_groups.on_main_rank(work))
+    if process_groups.rank() == 0:
         time.sleep(3 * LIMIT_S)
     try:
         dist.broadcast_object_list([None])
         ended = False
     except RuntimeError as error:
         ended = "imed out" in str(error)
-    (store / f"{distributed.rank()}.json").write_text(json.dumps([heard, ended]))
+    (store / f"{process_groups.rank()}.json").write_text(json.dumps([heard, ended]))
 
 
 @pytest.mark.slow
@@ -51,6 +51,6 @@ def test_the_default_group_waits_for_the_writers_of_a_checkpoint():
     """Megatron-core ends a checkpoint with a barrier in the default group. Its limit is hours, not
     NCCL's 10 minutes; that NCCL takes the limit from the same call is torch's word.
     """
-    distributed.initialize(MegatronConfig(distributed_optimizer=False))
+    process_groups.initialize(MegatronConfig(distributed_optimizer=False))
     backend = dist.group.WORLD._get_backend(torch.device("cpu"))
-    assert backend.options._timeout == distributed.WRITING > timedelta(hours=1)
+    assert backend.options._timeout == process_groups.DEFAULT_GROUP_TIMEOUT > timedelta(hours=1)

@@ -17,11 +17,11 @@ from spark_nemo.config import MegatronConfig, OptimizerConfig
 from spark_nemo.config.errors import ConfigError
 from spark_nemo.megatron import hf_files
 from spark_nemo.megatron.attention import PackedRows, packed_causal_attention
-from spark_nemo.megatron.batch import PackedBatch
 from spark_nemo.megatron.checkpoint import newest
 from spark_nemo.megatron.layer_spec import table_length
 from spark_nemo.megatron.logprobs import vocab_parallel_logprobs
 from spark_nemo.megatron.optimizer import NonFiniteGradient
+from spark_nemo.megatron.packed_batch import PackedBatch
 from spark_nemo.megatron.worker import MegatronWorker
 
 ONE = MegatronConfig(dtype="float32", distributed_optimizer=False)

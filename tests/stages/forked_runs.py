@@ -22,7 +22,7 @@ from world import VERIFIER, command
 
 import spark_nemo.stages.stage3 as stage3
 from spark_nemo.cli.main import main
-from spark_nemo.megatron.checkpoint import training as checkpoint
+from spark_nemo.megatron.checkpoint import training_checkpoint as checkpoint
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.rollout.manager import RolloutManager
 from spark_nemo.rollout.timeline import GENERATE, Timeline

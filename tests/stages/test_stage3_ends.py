@@ -12,7 +12,7 @@ from world import SMALL
 
 from spark_nemo.config import SparkConfig
 from spark_nemo.config.compose import compose_config
-from spark_nemo.megatron.errors import NonFiniteGradient
+from spark_nemo.megatron import NonFiniteGradient
 from spark_nemo.records.jsonl import read_problems
 from spark_nemo.rollout.manager import RolloutManager
 from spark_nemo.stages import stage3

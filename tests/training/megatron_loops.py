@@ -17,10 +17,9 @@ import torch
 from spark_nemo.config import MegatronConfig, OptimizerConfig, RLConfig, SamplingConfig
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import Problem, Rollout
+from spark_nemo.training.fine_tuning import num_sft_steps, sft_loss, train_sft
 from spark_nemo.training.grpo import train_on_rollouts
-from spark_nemo.training.losses import sft_loss
 from spark_nemo.training.packing import TrainSequence, pack
-from spark_nemo.training.sft import num_sft_steps, train_sft
 from spark_nemo.training.stop import StopFlag
 
 MODEL = {

@@ -15,7 +15,7 @@ import torch
 
 from spark_nemo.config import MegatronConfig, OptimizerConfig, RLConfig
 from spark_nemo.config.designs import ADVANTAGES
-from spark_nemo.megatron import distributed
+from spark_nemo.megatron import process_groups
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import FormatViolation, ParseFailure, Problem, Rollout, TokenSpan, Verdict
 from spark_nemo.rewards import RewardBatch
@@ -138,7 +138,7 @@ def main(folder: Path, ranks: int) -> None:
         results |= {
             (design, name): one_step(layout, design, BUDGETS[1]) for design in sorted(ADVANTAGES)
         }
-    if distributed.rank() == 0:
+    if process_groups.rank() == 0:
         torch.save(results, folder / ("one.pt" if ranks == 1 else "four.pt"))
 
 

@@ -10,7 +10,7 @@ from spark_nemo.config import RLConfig, SamplingConfig
 from spark_nemo.records import Problem, Rollout
 from spark_nemo.training.advantages import group_advantages
 from spark_nemo.training.grpo import build_sequences, split_by_groups, train_on_rollouts
-from spark_nemo.training.losses import make_grpo_loss
+from spark_nemo.training.grpo_loss import make_grpo_loss
 from spark_nemo.training.packing import pack, pack_for_rank
 
 GROUPS = (0, 0, 1, 1, 1, 2, 2)

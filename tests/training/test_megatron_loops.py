@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from spark_nemo.training.metrics import METRICS_FILE, read_metrics
+from spark_nemo.training.metrics_writer import METRICS_FILE, read_metrics
 
 SCRIPT = Path(__file__).with_name("megatron_loops.py")
 pytestmark = pytest.mark.slow

@@ -19,7 +19,7 @@ import torch
 
 from spark_nemo.config import RLConfig
 from spark_nemo.training.advantages import estimate_advantages, group_advantages, rloo_advantages
-from spark_nemo.training.losses import (
+from spark_nemo.training.grpo_loss import (
     ADVANTAGES,
     ENGINE_LOGPROBS,
     OLD_LOGPROBS,

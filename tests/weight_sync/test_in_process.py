@@ -11,7 +11,7 @@ import torch
 from spark_nemo.config import MegatronConfig, OptimizerConfig, WeightSyncConfig
 from spark_nemo.engines.async_utils import run_async
 from spark_nemo.engines.base import Engine, EngineFailure
-from spark_nemo.megatron.batch import PackedBatch
+from spark_nemo.megatron.packed_batch import PackedBatch
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.weight_sync.synchronizer import WeightSync
 

@@ -6,6 +6,6 @@ and NeMo 2 folders.
 lazily, ``compare`` and ``inspection`` look.
 """
 
-from .training import LATEST, STATE_FILE, has_checkpoint, load, newest, save
+from .training_checkpoint import LATEST, STATE_FILE, has_checkpoint, load, newest, save
 
 __all__ = ["LATEST", "STATE_FILE", "has_checkpoint", "load", "newest", "save"]

@@ -34,7 +34,7 @@ from .global_tensors import GlobalTensors
 from .reader import OpenedCheckpoint, hf_config_text, open_checkpoint
 from .resumable import fingerprint, resumable_folder
 from .torch_dist_writer import Box, Source, no_extra_state, write_torch_dist
-from .training import HF_FILES
+from .training_checkpoint import HF_FILES
 
 FORMATS = ("hf", "megatron", "nemo")
 

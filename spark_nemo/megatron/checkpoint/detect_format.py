@@ -10,7 +10,7 @@ from spark_nemo.config.errors import ConfigError
 from ..hf_files import INDEX
 from . import nemo
 from .torch_bin import PICKLES
-from .training import newest
+from .training_checkpoint import newest
 
 _WEIGHTS_OF = ("dist_ckpt", "iter_*", "step-*", "release", "weights")
 

@@ -12,7 +12,7 @@ from ..hf_files import SafetensorsFolder
 from . import nemo
 from .detect_format import recognise
 from .torch_dist_reader import NOT_WEIGHTS, StoredCheckpoint, StoredTensor
-from .training import HF_FILES
+from .training_checkpoint import HF_FILES
 
 
 def describe(folder: str | Path, every_tensor: bool = True) -> Iterator[str]:

@@ -24,7 +24,7 @@ from .detect_format import recognise
 from .global_tensors import GlobalTensors, check_stored_shapes
 from .torch_bin import PICKLES, PickledFolder
 from .torch_dist_reader import StoredCheckpoint
-from .training import HF_FILES
+from .training_checkpoint import HF_FILES
 
 
 @dataclass(frozen=True)

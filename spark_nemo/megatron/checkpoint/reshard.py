@@ -20,12 +20,12 @@ from spark_nemo.records.progress_bar import progress_bar
 
 from ..hf_files import copy_companions
 from ..model_shape import ModelShape, read_hf_config
-from .compare import compare_stored
+from .compare_tensors import compare_stored
 from .global_tensors import GlobalTensors, Piece, check_stored_shapes, has_layers_apart
 from .resumable import fingerprint, resumable_folder
 from .torch_dist_reader import StoredCheckpoint
 from .torch_dist_writer import Box, Source, write_torch_dist
-from .training import HF_FILES, LATEST, STATE_FILE, newest
+from .training_checkpoint import HF_FILES, LATEST, STATE_FILE, newest
 
 STATES = "optimizer.state."
 SHARDING = "distrib_optim_sharding_type"

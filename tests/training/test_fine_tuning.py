@@ -6,10 +6,15 @@ import pytest
 import torch
 from bigram import BigramWorker
 
-from spark_nemo.training.losses import sft_loss
-from spark_nemo.training.metrics import METRICS_FILE, read_metrics
+from spark_nemo.training.fine_tuning import (
+    batch_indices,
+    held_out_loss,
+    num_sft_steps,
+    sft_loss,
+    train_sft,
+)
+from spark_nemo.training.metrics_writer import METRICS_FILE, read_metrics
 from spark_nemo.training.packing import TrainSequence, pack
-from spark_nemo.training.sft import batch_indices, held_out_loss, num_sft_steps, train_sft
 from spark_nemo.training.stop import StopFlag
 
 SEQUENCES = [

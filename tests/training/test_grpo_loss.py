@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spark_nemo.config import RLConfig
-from spark_nemo.training.losses import (
+from spark_nemo.training.fine_tuning import sft_loss
+from spark_nemo.training.grpo_loss import (
     ADVANTAGES,
     ENGINE_LOGPROBS,
     MAX_LOG_RATIO,
@@ -21,7 +22,6 @@ from spark_nemo.training.losses import (
     importance_weights,
     kl_estimate,
     make_grpo_loss,
-    sft_loss,
 )
 from spark_nemo.training.packing import TrainSequence, pack
 

@@ -30,11 +30,11 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from spark_nemo.config.errors import ConfigError
 from spark_nemo.records.jsonl import write_text_atomic
 
-from .. import distributed
+from .. import process_groups
 from ..cpu_compat import cuda_means_cpu
 from ..hf_files import replace_folder
-from ..model import PackedGPT
 from ..optimizer import padding_counted, prime_state, separate_steps, set_step
+from ..packed_gpt import PackedGPT
 
 LATEST = "latest"
 MEGATRON_LM_LATEST = "latest_checkpointed_iteration.txt"
@@ -104,7 +104,7 @@ def save(
             if old.name != name:
                 shutil.rmtree(old)
 
-    distributed.on_main_rank(start)
+    process_groups.on_main_rank(start)
     # Saving is synchronous, so the results of the writers stay in this process. Megatron would
     # start a manager process for them: seconds of imports, and a hang in scripts without a __main__
     # guard.
@@ -118,7 +118,7 @@ def save(
             get_default_save_sharded_strategy("torch_dist"),
             content_metadata=_metadata(optimizer),
         )
-    distributed.on_main_rank(finish)
+    process_groups.on_main_rank(finish)
     return target
 
 

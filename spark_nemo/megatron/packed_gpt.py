@@ -24,11 +24,11 @@ from torch import Tensor
 
 from spark_nemo.config import MegatronConfig
 
-from .batch import PackedBatch
 from .cpu_compat import cuda_means_cpu, device
 from .layer_spec import layer_spec, packing_arguments, uses_transformer_engine
 from .logprobs import vocab_parallel_logprobs
 from .model_shape import ModelShape
+from .packed_batch import PackedBatch
 from .rope import inverse_frequencies
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -14,16 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from spark_nemo.config import ConfigError
 from spark_nemo.megatron.checkpoint import has_checkpoint
-from spark_nemo.megatron.distributed import gather_objects
+from spark_nemo.megatron.packed_batch import PackedBatch
+from spark_nemo.megatron.process_groups import gather_objects
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import derive_seed
 from spark_nemo.records.progress_bar import progress_bar
 
-from .losses import sft_loss
-from .metrics import MetricsWriter
+from .metrics_writer import MetricsWriter
 from .packing import TrainSequence, pack_for_rank
 from .stop import StopFlag
 
@@ -151,6 +152,16 @@ def train_sft(
             "stopped after step %d of %d (%s); run again to go on", step, total_steps, stop.reason
         )
     return SftResult(step, total_steps)
+
+
+def sft_loss(
+    logprobs_T: Tensor, entropy_T: Tensor | None, batch: PackedBatch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Negative log-likelihood of the response tokens; the trainer's division makes it the mean per
+    token, in nats.
+    """
+    loss_sum = -torch.where(batch.loss_mask_T > 0, logprobs_T, 0.0).sum()
+    return loss_sum, {}
 
 
 def held_out_loss(

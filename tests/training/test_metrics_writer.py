@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from spark_nemo.training.metrics import MetricsWriter, read_metrics
+from spark_nemo.training.metrics_writer import MetricsWriter, read_metrics
 from spark_nemo.training.stop import STOP_FILE, StopFlag
 
 

@@ -23,12 +23,12 @@ from .cpu_compat import cuda_means_cpu
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=30)
+OBJECT_TIMEOUT = timedelta(days=30)
 """How long ranks wait for each other's objects. The main rank generates, verifies and evaluates for
 hours, or loads servers, and torch would end what the others wait in after 10 minutes (NCCL) or 30
 (gloo). A rank that dies is noticed at once: its connections close.
 """
-WRITING = timedelta(hours=2)
+DEFAULT_GROUP_TIMEOUT = timedelta(hours=2)
 """How long ranks wait in the default group: megatron-core's checkpoints end with a barrier there,
 and the ranks that have nothing to write reach it first. NCCL's watchdog would end the process after
 10 minutes, in which a 70B model's terabyte is not always written.
@@ -137,7 +137,7 @@ def _join(rank: int, world_size: int) -> None:
         dist.init_process_group(backend, rank=rank, world_size=world_size)
     # Not as init_process_group's timeout: that is also how long one waits for a rank that never
     # starts.
-    dist.distributed_c10d._set_pg_timeout(WRITING, dist.group.WORLD)
+    dist.distributed_c10d._set_pg_timeout(DEFAULT_GROUP_TIMEOUT, dist.group.WORLD)
     logger.info("rank %d of %d joined over %s", rank, world_size, backend)
 
 
@@ -147,7 +147,7 @@ def _control_group() -> dist.ProcessGroup:
     everyone = dist.group.WORLD
     assert everyone is not None, "initialize joins the others"
     if _control is None or _control[0] is not everyone:
-        _control = (everyone, dist.new_group(backend="gloo", timeout=PATIENCE))
+        _control = (everyone, dist.new_group(backend="gloo", timeout=OBJECT_TIMEOUT))
     return _control[1]
 
 

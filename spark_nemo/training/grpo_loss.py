@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from spark_nemo.config import RLConfig
-from spark_nemo.megatron.batch import PackedBatch
+from spark_nemo.megatron.packed_batch import PackedBatch
 from spark_nemo.megatron.worker import LossFn
 
 DEFAULT_CLIP = 0.2
@@ -135,16 +135,6 @@ def importance_weights(trainer_T: Tensor, engine_T: Tensor, cap: float) -> Tenso
     Training".
     """
     return (trainer_T - engine_T).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap)
-
-
-def sft_loss(
-    logprobs_T: Tensor, entropy_T: Tensor | None, batch: PackedBatch
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Negative log-likelihood of the response tokens; the trainer's division makes it the mean per
-    token, in nats.
-    """
-    loss_sum = -torch.where(batch.loss_mask_T > 0, logprobs_T, 0.0).sum()
-    return loss_sum, {}
 
 
 def make_grpo_loss(config: RLConfig, maxima: dict[str, Tensor] | None = None) -> LossFn:
