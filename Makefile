@@ -8,7 +8,7 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help venv demo test test-slurm test-sglang lint results labels rounds study hacking bench clean
+.PHONY: help venv demo test test-fast test-slurm test-sglang lint docs pictures results labels rounds study hacking bench clean
 
 help:            ## show this list
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/'
@@ -16,7 +16,7 @@ help:            ## show this list
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0 -c constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test]' -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[test,docs]' -c constraints.txt
 	touch $@
 
 venv: $(VENV)/.installed  ## create .venv with exact pins
@@ -26,6 +26,9 @@ demo: venv       ## the main job: all three stages on this machine, report in ru
 
 test: venv lint  ## every test
 	$(BIN)/python -m pytest
+
+test-fast: venv  ## the tests without subprocesses and training, under two minutes
+	$(BIN)/python -m pytest -m "not slow"
 
 test-slurm: venv  ## the scripts of slurm/ on a real Slurm of five virtual nodes, installed with apt when missing
 	PYTHON=$(BIN)/python $(if $(wildcard .venv-sglang),SPARK_SGLANG_PYTHON=$(CURDIR)/.venv-sglang/bin/python) \
@@ -39,6 +42,12 @@ lint: venv       ## style and import directions
 	$(BIN)/ruff format --check spark_nemo tests benchmarks tools slurm
 	$(BIN)/ruff check spark_nemo tests benchmarks tools slurm
 	$(BIN)/lint-imports
+
+docs: venv       ## the documentation as a site in build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+pictures:        ## docs/pictures/*.svg from their sources (needs graphviz)
+	for name in stages rl_step; do dot -Tsvg docs/pictures/$$name.dot -o docs/pictures/$$name.svg; done
 
 results: venv    ## the demo over several seeds, writes docs/results.md
 	$(BIN)/python tools/results.py --seeds $(SEEDS)

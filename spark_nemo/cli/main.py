@@ -85,7 +85,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     """The arguments; overrides may stand on both sides of a flag, which argparse alone takes for an
     error.
     """
-    parser = _parser()
+    parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and (not hasattr(arguments, "overrides") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -94,7 +94,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="spark-nemo",
         description="Reference-free RL for reasoning models, in three stages.",
