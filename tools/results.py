@@ -12,9 +12,9 @@ import json
 
 from seed_runs import run_seeds, seed_arguments
 
-from spark_nemo.records.jsonl import write_text_atomic
 from spark_nemo.report.results import results_markdown
 from spark_nemo.report.sections import keep_sections
+from spark_nemo.utils.files import write_text_atomic
 
 
 def main() -> None:

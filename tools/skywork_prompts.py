@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from spark_nemo.evaluation import DataFileError, read_skywork_prompts
-from spark_nemo.records.jsonl import write_text_atomic
+from spark_nemo.utils.files import write_text_atomic
 
 
 def main(argv: list[str] | None = None) -> int:

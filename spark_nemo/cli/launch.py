@@ -15,8 +15,8 @@ import time
 from collections.abc import Sequence
 
 from spark_nemo.config import MegatronConfig
-from spark_nemo.config.slurm import slurm_task
 from spark_nemo.run.subprocess_utils import start_child
+from spark_nemo.utils.slurm import slurm_task
 
 _POLL_S = 0.1
 _GRACE_S = 20.0

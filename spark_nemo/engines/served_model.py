@@ -1,21 +1,20 @@
-"""A model as the stages see it: an engine, its tokenizer and an fingerprint that changes when its
+"""A model as the stages see it: an engine, its tokenizer and a fingerprint that changes when its
 files change.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from spark_nemo.config import ConfigError, EngineConfig, SamplingConfig
+from spark_nemo.config import EngineConfig, SamplingConfig
+from spark_nemo.records.fingerprint import model_fingerprint
 
 from .base import Engine, Generation, GenerationRequest, SamplingParams
 from .factory import build_engine
 from .tokenizer import Tokenizer
 
-_SAMPLED_BYTES = 1 << 20
 GRAMMAR_TEXTS = (
     "<think>",
     "</think>",
@@ -92,38 +91,3 @@ class ServedModel:
         return Completion(
             prompt_ids, generation, self.tokenizer.decode_response(generation.token_ids)
         )
-
-
-def model_fingerprint(folder: str | Path) -> str:
-    """12 hex digits from config, tokenizer, chat template, end-of-sequence ids and weights; of each
-    file the size, the first and the last MiB.
-
-    Reading a 140 GB checkpoint to the end only to name it would cost minutes at every start; two
-    checkpoints of one training run differ in every block, so the ends tell them apart.
-    """
-    folder = Path(folder)
-    names = (
-        "config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "generation_config.json",
-        "chat_template.jinja",
-    )
-    files = [folder / name for name in names] + sorted(folder.glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for path in files:
-        if not path.exists():
-            continue
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(_SAMPLED_BYTES))
-            file.seek(max(0, size - _SAMPLED_BYTES))
-            digest.update(file.read(_SAMPLED_BYTES))
-    if not (folder / "config.json").exists():
-        raise ConfigError(
-            f"model folder {folder}: no config.json there; name a Hugging Face model folder (hub names "
-            "are not downloaded: hf download NAME --local-dir FOLDER)"
-        )
-    return digest.hexdigest()[:12]

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spark_nemo.grammar import extract_boxed
-from spark_nemo.records.jsonl import write_text_atomic
+from spark_nemo.utils.files import write_text_atomic
 
 from .accuracy import GradedSample, greedy_values, majority_values, pass_at_k_values, problem_rates
 from .answers import EvalProblem, judge_answers

@@ -13,7 +13,7 @@ from spark_nemo.config import SparkConfig
 from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.grammar import Variant, parse_verifier_output, prompt_set
 from spark_nemo.records import EngineError, outcome_from_json, outcome_kind, outcome_to_json
-from spark_nemo.records.jsonl import write_json_atomic
+from spark_nemo.utils.files import write_json_atomic
 
 from .judging import RewardModelJudge, ask_all, check_names_steps
 from .processbench import (

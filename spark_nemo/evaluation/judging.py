@@ -27,7 +27,7 @@ from spark_nemo.grammar import (
 from spark_nemo.grammar.critic_prompt import CRITIC_VERSION, critic_messages
 from spark_nemo.grammar.prompts import ChatMessages
 from spark_nemo.records import EngineError, derive_seed, outcome_kind
-from spark_nemo.records.jsonl import write_json_atomic
+from spark_nemo.utils.files import write_json_atomic
 
 from .predictions import SavedScore, score_votes
 from .processbench import ProcessBenchCase, boxed_vote, majority_vote, predict_first_error

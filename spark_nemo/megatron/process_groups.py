@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from spark_nemo.config import MegatronConfig
 from spark_nemo.config.errors import ConfigError
-from spark_nemo.config.slurm import slurm_task
+from spark_nemo.utils.slurm import slurm_task
 
 from .cpu_compat import cuda_means_cpu
 

@@ -1,12 +1,9 @@
-"""Problem files in, whole files out."""
+"""Read problem files and other JSONL, with line numbers in every error."""
 
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from .types import Problem
@@ -139,52 +136,3 @@ def _use_other_names(data: dict[str, object]) -> None:
         other = next((other for other in others if other in data), None)
         if name not in data and other is not None:
             data[name] = data[other]
-
-
-@contextmanager
-def atomic_file(path: str | Path) -> Iterator[Path]:
-    """A temporary file to write to; it replaces ``path`` when the block ends, and is removed when
-    the block fails.
-
-    After a crash ``path`` holds what it held before or the whole new file, never a part.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    temporary = Path(name)
-    try:
-        try:
-            yield temporary
-            os.fchmod(handle, 0o644)
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_directory(path.parent)
-
-
-def write_text_atomic(path: str | Path, text: str) -> None:
-    """Replace ``path`` by a UTF-8 file with this text: after a crash it holds the old text or the
-    new, never a part.
-    """
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
-
-
-def write_json_atomic(path: str | Path, obj: object) -> None:
-    """``write_text_atomic`` of indented JSON. Raises ``ValueError`` for NaN and infinities, which
-    JSON lacks.
-    """
-    write_text_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def fsync_directory(path: Path) -> None:
-    """Make the creation or renaming of a file in this directory durable."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from .jsonl import fsync_directory
+from spark_nemo.utils.files import fsync_directory
 
 SHARD_SUFFIX = ".records"
 # The usual beginning of a record, from which the names are read without parsing the payload.

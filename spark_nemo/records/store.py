@@ -18,8 +18,9 @@ from io import FileIO
 from pathlib import Path
 from typing import TypeVar
 
+from spark_nemo.utils.files import fsync_directory
+
 from .index import Entry, IndexFailure, IndexFile, ShardState, StoreIndex
-from .jsonl import fsync_directory
 from .shards import Names, ShardWriter, checked_body, encode_line, read_lines, shard_paths
 
 logger = logging.getLogger(__name__)

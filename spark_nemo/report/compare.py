@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from spark_nemo.records.jsonl import write_text_atomic
+from spark_nemo.utils.files import write_text_atomic
 
 from .charts import Series, Style, legend_mark, line_chart, percent
 from .model import CurvePoint, Summary, SummaryError, read_summary

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from spark_nemo.records.jsonl import write_text_atomic
+from spark_nemo.utils.files import write_text_atomic
 
 _SECTION = re.compile(r"<!-- (?P<name>[a-z ]+): begin -->.*?<!-- (?P=name): end -->", re.DOTALL)
 

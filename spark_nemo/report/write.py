@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spark_nemo.records.jsonl import write_json_atomic, write_text_atomic
+from spark_nemo.utils.files import write_json_atomic, write_text_atomic
 
 from .model import read_summary, to_plain
 from .page import report_page

@@ -28,7 +28,6 @@ from spark_nemo.grammar import (
 )
 from spark_nemo.planning.preflight import reward_model_folder
 from spark_nemo.records import EngineError, Failure, Problem, Verdict, outcome_to_json
-from spark_nemo.records.jsonl import write_text_atomic
 from spark_nemo.rewards import FailureCount
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService, ServiceLimits
@@ -36,6 +35,7 @@ from spark_nemo.rewards.rlvr import Checker
 from spark_nemo.rollout.dynamic_sampling import dynamic_batch
 from spark_nemo.rollout.generator import MODEL_REWARDS, RolloutGenerator, ScoredBatch, shaped
 from spark_nemo.rollout.reward_hacking_monitor import HACKING, TOP_REWARDS, RewardHackingMonitor
+from spark_nemo.utils.files import write_text_atomic
 
 EVALUATIONS, SAMPLES, VERIFIER, SERVERS = (
     "evaluations.jsonl",

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from spark_nemo.config import SparkConfig
-from spark_nemo.engines.served_model import model_fingerprint
 from spark_nemo.records import content_key
+from spark_nemo.records.fingerprint import model_fingerprint
 from spark_nemo.records.shards import shard_paths
 from spark_nemo.run.run_folder import mark_done, read_done, stage1_folder, stage2_folder
 from spark_nemo.run.run_lock import is_main_rank

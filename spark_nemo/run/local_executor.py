@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from spark_nemo.records.progress_bar import progress_bar
 from spark_nemo.run.run_folder import DONE, PROGRESS, read_done
 from spark_nemo.run.subprocess_utils import start_child
+from spark_nemo.utils.progress_bar import progress_bar
 
 log = logging.getLogger(__name__)
 _POLL_S = 0.3

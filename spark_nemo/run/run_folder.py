@@ -31,8 +31,8 @@ from pathlib import Path
 from spark_nemo.config import RunConfig, Stage1Config
 from spark_nemo.config.designs import SHAPING_KNOBS, VERIFIER_KNOBS, variant_suffix
 from spark_nemo.config.hacking import ConstraintsConfig
-from spark_nemo.records.jsonl import write_json_atomic
-from spark_nemo.records.progress_bar import progress_bar
+from spark_nemo.utils.files import write_json_atomic
+from spark_nemo.utils.progress_bar import progress_bar
 
 DONE, PROGRESS = "DONE.json", "progress.json"
 PROCESSBENCH, WHOLE_SOLUTION = "processbench.json", "whole_solution.json"

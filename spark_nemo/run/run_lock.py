@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from spark_nemo.config import ConfigError
-from spark_nemo.config.slurm import slurm_task
+from spark_nemo.utils.slurm import slurm_task
 
 log = logging.getLogger(__name__)
 LOCK = "LOCK"

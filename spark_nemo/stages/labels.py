@@ -15,9 +15,9 @@ from spark_nemo.config import REFERENCE_GUIDED, REVISED_METHODS, ConfigError, Sp
 from spark_nemo.evaluation.answers import answer_matches, read_answer_keys
 from spark_nemo.grammar import ParsedResponse
 from spark_nemo.records import LabelledSolution
-from spark_nemo.records.jsonl import write_json_atomic, write_text_atomic
 from spark_nemo.records.store import RecordStore
 from spark_nemo.run.run_folder import stage1_folder, stage2_folder
+from spark_nemo.utils.files import write_json_atomic, write_text_atomic
 from spark_nemo.verification import LabelOptions, Selection, select_labels
 from spark_nemo.verification.label_filter import IsCorrect
 from spark_nemo.verification.sampler import parse_solution

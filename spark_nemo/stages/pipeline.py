@@ -16,13 +16,13 @@ from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.config.compose import config_yaml
 from spark_nemo.planning.memory_check import check_memory
 from spark_nemo.planning.preflight import check_pipeline
-from spark_nemo.records.jsonl import write_text_atomic
 from spark_nemo.report.collect import Oracle, collect_summary
 from spark_nemo.report.write import write_report
 from spark_nemo.run.job_graph import plan_jobs
 from spark_nemo.run.local_executor import run_jobs
 from spark_nemo.run.run_folder import comparable_rl
 from spark_nemo.run.run_lock import run_lock
+from spark_nemo.utils.files import write_text_atomic
 
 log = logging.getLogger(__name__)
 _FREE = (

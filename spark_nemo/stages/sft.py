@@ -9,13 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spark_nemo.config import ConfigError, SparkConfig
-from spark_nemo.engines.served_model import model_fingerprint
 from spark_nemo.engines.tokenizer import Tokenizer
 from spark_nemo.grammar import prompt_set
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.planning.memory_check import check_memory
 from spark_nemo.planning.preflight import check_sft
-from spark_nemo.records.jsonl import write_json_atomic
+from spark_nemo.records.fingerprint import model_fingerprint
 from spark_nemo.run.completion import inputs_to_remember, remember_inputs
 from spark_nemo.run.run_folder import Clock, mark_done, sft_folder
 from spark_nemo.run.run_lock import run_lock
@@ -27,6 +26,7 @@ from spark_nemo.training.policy_examples import (
     split_held_out,
 )
 from spark_nemo.training.stop import StopFlag
+from spark_nemo.utils.files import write_json_atomic
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def _train(config: SparkConfig, data: SftData, folder: Path) -> bool:
             stop=stop,
             held_out=data.held_out,
             eval_every=stage.measured_every,
-            made_with={
+            fingerprint={
                 "sft.optimizer": asdict(stage.optimizer),
                 "models.policy_base": model_fingerprint(base),
             },

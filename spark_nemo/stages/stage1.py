@@ -10,19 +10,21 @@ import logging
 from dataclasses import asdict
 from pathlib import Path
 
-from spark_nemo.config import ConfigError, SparkConfig
+from spark_nemo.config import SparkConfig
 from spark_nemo.engines.async_utils import freeze_heap
 from spark_nemo.engines.base import EngineFailure
 from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.planning.preflight import check_stage1
 from spark_nemo.records import Problem
-from spark_nemo.records.jsonl import read_problems, write_json_atomic
+from spark_nemo.records.fingerprint import check_same_fingerprint
+from spark_nemo.records.jsonl import read_problems
 from spark_nemo.records.store import RecordStore
 from spark_nemo.run.completion import inputs_to_remember, remember_inputs
 from spark_nemo.run.run_folder import Clock, mark_done, progress, shard_name, stage1_folder
 from spark_nemo.run.run_lock import run_lock
 from spark_nemo.stages.stage1_critique import AfterVotes, after_votes
 from spark_nemo.stages.stage1_monitor import LedgerFile, Stage1Watch, check_failure_rates
+from spark_nemo.utils.files import write_json_atomic
 from spark_nemo.verification.sampler import CollectCounts, Collector
 
 log = logging.getLogger(__name__)
@@ -74,7 +76,7 @@ def _sample(config: SparkConfig, folder: Path, name: str) -> CollectCounts:
         collector = Collector(
             stage, config.run.seed, generator, verifier, store, watch, after, earlier
         )
-        _claim(
+        _claim_store(
             folder / "made_by.json", {**collector.made_by(), **(after.made_by() if after else {})}
         )
         freeze_heap()
@@ -133,16 +135,21 @@ def _stopped(failure: EngineFailure) -> EngineFailure:
     )
 
 
-def _claim(path: Path, made_by: dict[str, object]) -> None:
-    """One store holds the results of one configuration: later stages read all that is in it."""
-    before = json.loads(path.read_text()) if path.exists() else made_by
-    for name, value in made_by.items():
-        if (old := before.get(name, value)) != value:
-            raise ConfigError(
-                f"{path.parent} was sampled with {name}={old}, this run has {value}: "
-                "use another run.dir or the same settings"
-            )
-    write_json_atomic(path, {**before, **made_by})
+def _claim_store(path: Path, fingerprint: dict[str, object]) -> None:
+    """Raise ``ConfigError`` unless the store's earlier records have the same fingerprint.
+
+    Later stages read everything in the store, so it holds the results of one configuration.
+    """
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    # Critiques and reference verifications may be added to a store that has none: their settings
+    # are compared once both have them.
+    shared = [name for name in fingerprint if name in stored]
+    check_same_fingerprint(
+        {name: stored[name] for name in shared},
+        {name: fingerprint[name] for name in shared},
+        path.parent,
+    )
+    write_json_atomic(path, {**stored, **fingerprint})
 
 
 def _first(error: Exception) -> Exception:

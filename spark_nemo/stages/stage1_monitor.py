@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spark_nemo.config import Stage1Config
-from spark_nemo.records.jsonl import write_json_atomic
 from spark_nemo.run.run_folder import Progress
+from spark_nemo.utils.files import write_json_atomic
 from spark_nemo.verification.sampler import CollectCounts
 from spark_nemo.verification.token_accounting import Ledger
 

@@ -12,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from spark_nemo.config import ConfigError, SparkConfig
-from spark_nemo.engines.served_model import model_fingerprint
 from spark_nemo.engines.tokenizer import Tokenizer
 from spark_nemo.evaluation.critic import score_orm, score_reward_model
 from spark_nemo.grammar import Variant, prompt_set
@@ -20,6 +19,7 @@ from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.planning.memory_check import check_memory
 from spark_nemo.planning.preflight import check_stage2
 from spark_nemo.records import LabelledSolution
+from spark_nemo.records.fingerprint import model_fingerprint
 from spark_nemo.run.completion import inputs_to_remember, remember_inputs
 from spark_nemo.run.run_folder import PROCESSBENCH, WHOLE_SOLUTION, Clock, mark_done, stage2_folder
 from spark_nemo.run.run_lock import run_lock
@@ -70,7 +70,7 @@ def _train(config: SparkConfig, folder: Path) -> bool:
             run_folder=folder,
             save_every=stage.save_every,
             stop=stop,
-            made_with={
+            fingerprint={
                 "stage2.optimizer": asdict(stage.optimizer),
                 "models.reward_base": model_fingerprint(base),
             },

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from spark_nemo.config import ConfigError, SparkConfig
+from spark_nemo.config import SparkConfig
 from spark_nemo.engines.async_utils import run_async
 from spark_nemo.engines.fleet import Fleet
-from spark_nemo.engines.served_model import ServedModel, model_fingerprint
+from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.evaluation.math_data import read_math
 from spark_nemo.megatron.checkpoint import has_checkpoint, newest
 from spark_nemo.megatron.process_groups import gather_objects, on_main_rank
@@ -23,8 +23,8 @@ from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.planning.memory_check import check_memory
 from spark_nemo.planning.preflight import check_stage3, reward_model_folder
 from spark_nemo.records import Problem, content_key
+from spark_nemo.records.fingerprint import check_same_fingerprint, model_fingerprint
 from spark_nemo.records.jsonl import read_problems
-from spark_nemo.records.progress_bar import progress_bar
 from spark_nemo.rollout.advantage_estimator import compute_advantages
 from spark_nemo.rollout.generator import ScoredBatch
 from spark_nemo.rollout.manager import RolloutManager, open_session, rewrite_rows
@@ -37,6 +37,7 @@ from spark_nemo.training.fine_tuning import CHECKPOINTS
 from spark_nemo.training.grpo import train_on_rollouts
 from spark_nemo.training.metrics_writer import MetricsWriter
 from spark_nemo.training.stop import StopFlag
+from spark_nemo.utils.progress_bar import progress_bar
 from spark_nemo.weight_sync.distributed import same_nccl_as_sglang
 from spark_nemo.weight_sync.logprob_gate import FirstStepGate
 from spark_nemo.weight_sync.synchronizer import WeightSync
@@ -160,7 +161,7 @@ def _run(
             if stopping or (step + 1) % rl.save_every == 0 or step + 1 == rl.steps:
                 worker.save_checkpoint(
                     folder / CHECKPOINTS,
-                    {"step": step + 1, "made_with": made, **feed.state()},
+                    {"step": step + 1, "fingerprint": made, **feed.state()},
                     files={**feed.files(), **(session.files() if session is not None else {})},
                 )
                 on_main_rank(clock.save)
@@ -257,12 +258,7 @@ def _resume(
     if not has_checkpoint(checkpoints):
         return 0
     state = worker.load_checkpoint(checkpoints)
-    for name, value in made.items():
-        if (before := state.get("made_with", {}).get(name, value)) != value:
-            raise ConfigError(
-                f"{checkpoints} was made with {name}={before}, this run has {value}: "
-                "use another run.dir or the same settings"
-            )
+    check_same_fingerprint(state["fingerprint"], made, checkpoints)
     feed.restore(state, newest(checkpoints))
     on_main_rank(lambda: session.restore(newest(checkpoints)))
     return int(state["step"])

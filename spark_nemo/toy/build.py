@@ -17,7 +17,6 @@ from pathlib import Path
 from spark_nemo.config import MegatronConfig, OptimizerConfig
 from spark_nemo.engines.tokenizer import Tokenizer
 from spark_nemo.megatron.worker import MegatronWorker
-from spark_nemo.records.progress_bar import progress_bar
 from spark_nemo.toy.corpus import (
     CorpusExample,
     clean_corpus,
@@ -30,6 +29,7 @@ from spark_nemo.toy.data import held_out_questions
 from spark_nemo.toy.tokenizer import train_tokenizer
 from spark_nemo.training.fine_tuning import sft_loss
 from spark_nemo.training.packing import TrainSequence, pack
+from spark_nemo.utils.progress_bar import progress_bar
 
 log = logging.getLogger(__name__)
 LAYOUT = MegatronConfig(dtype="float32", distributed_optimizer=False, tokens_per_micro_batch=4096)

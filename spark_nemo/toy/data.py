@@ -9,10 +9,10 @@ import random
 from functools import lru_cache
 from pathlib import Path
 
-from spark_nemo.records.jsonl import write_text_atomic
 from spark_nemo.toy.habits import ERROR_RICH, GeneratorHabits, tagged_response, write_solution
 from spark_nemo.toy.oracle import written_truths
 from spark_nemo.toy.problems import ToyProblem, sample_problems
+from spark_nemo.utils.files import write_text_atomic
 
 SPLITS = ("eval", "processbench", "stage1", "rl", "sft")
 """In the order in which they are drawn: a split avoids the questions of those before it."""

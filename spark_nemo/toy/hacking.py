@@ -42,7 +42,6 @@ from spark_nemo.grammar import (
     split_response,
 )
 from spark_nemo.megatron.worker import MegatronWorker
-from spark_nemo.records.jsonl import write_json_atomic
 from spark_nemo.run.run_folder import read_done, stage3_folder
 from spark_nemo.stages.stage3 import run_stage3
 from spark_nemo.toy.corpus import PROMPTS, sampled_problems
@@ -52,6 +51,7 @@ from spark_nemo.toy.resolve import ASSETS, resolve_toy
 from spark_nemo.training.fine_tuning import num_sft_steps, train_sft
 from spark_nemo.training.packing import TrainSequence
 from spark_nemo.training.stop import StopFlag
+from spark_nemo.utils.files import write_json_atomic
 
 SFT_EXAMPLES, SFT_BATCH = 3000, 64
 _LAYOUT = MegatronConfig(dtype="float32", distributed_optimizer=False, tokens_per_micro_batch=4096)

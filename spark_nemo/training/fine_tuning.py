@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spark_nemo.config import ConfigError
 from spark_nemo.megatron.checkpoint import has_checkpoint
 from spark_nemo.megatron.packed_batch import PackedBatch
 from spark_nemo.megatron.process_groups import gather_objects
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import derive_seed
-from spark_nemo.records.progress_bar import progress_bar
+from spark_nemo.records.fingerprint import check_same_fingerprint
+from spark_nemo.utils.progress_bar import progress_bar
 
 from .metrics_writer import MetricsWriter
 from .packing import TrainSequence, pack_for_rank
@@ -79,7 +79,7 @@ def train_sft(
     stop: StopFlag,
     held_out: Sequence[TrainSequence] = (),
     eval_every: int = 100,
-    made_with: Mapping[str, object] | None = None,
+    fingerprint: Mapping[str, object] | None = None,
 ) -> SftResult:
     """Train from the newest checkpoint in ``run_folder`` (or from the start) to the last step or a
     requested stop.
@@ -88,12 +88,12 @@ def train_sft(
     mean over all response tokens of the step. With ``held_out`` sequences every ``eval_every``-th
     step's row has their loss, measured before the step. Writes ``metrics.jsonl``, TensorBoard and
     ``checkpoints/``: every ``save_every`` steps, at the end and when stopping. After a resume, rows
-    from the resumed step on are dropped and written again. ``made_with`` is what else the steps
-    depend on (optimizer, base model), by name and JSON-able: a run resumes with the same only.
+    from the resumed step on are dropped and written again. ``fingerprint`` is what else the
+    steps depend on (optimizer, base model), by setting: a run resumes only with the same.
 
     Collective: all ranks call it with the same sequences. Raises ``ValueError`` when there is
     nothing to train on and ``ConfigError`` when the checkpoint was made from other data, in another
-    order or with another ``made_with``.
+    order or with another ``fingerprint``.
     """
     if not sequences:
         raise ValueError("train_sft: no sequences to train on")
@@ -103,7 +103,7 @@ def train_sft(
         "seed": seed,
         "batch_size": batch_size,
         "epochs": epochs,
-        **(made_with or {}),
+        **(fingerprint or {}),
     }
     step = saved_step = _resume(worker, run_folder, fingerprint)
     writer = MetricsWriter(run_folder, is_main=worker.is_main)
@@ -141,12 +141,14 @@ def train_sft(
         bar.update()
         bar.set_postfix(loss=f"{result.loss:.4f}")
         if step % save_every == 0:
-            worker.save_checkpoint(run_folder / CHECKPOINTS, {**fingerprint, "step": step})
+            worker.save_checkpoint(
+                run_folder / CHECKPOINTS, {"fingerprint": fingerprint, "step": step}
+            )
             saved_step = step
     bar.close()
     writer.close()
     if step != saved_step:
-        worker.save_checkpoint(run_folder / CHECKPOINTS, {**fingerprint, "step": step})
+        worker.save_checkpoint(run_folder / CHECKPOINTS, {"fingerprint": fingerprint, "step": step})
     if step < total_steps:
         log.info(
             "stopped after step %d of %d (%s); run again to go on", step, total_steps, stop.reason
@@ -194,11 +196,6 @@ def _resume(worker: MegatronWorker, run_folder: Path, fingerprint: dict[str, obj
     if not has_checkpoint(run_folder / CHECKPOINTS):
         return 0
     state = worker.load_checkpoint(run_folder / CHECKPOINTS)
-    for name, value in fingerprint.items():
-        if (before := state.get(name, value)) != value:
-            raise ConfigError(
-                f"{run_folder / CHECKPOINTS} was made with {name}={before}, this run has {value}: "
-                "use another run.dir or the same settings"
-            )
+    check_same_fingerprint(state["fingerprint"], fingerprint, run_folder / CHECKPOINTS)
     log.info("resuming after step %d", state["step"])
     return int(state["step"])

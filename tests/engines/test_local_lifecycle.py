@@ -15,7 +15,7 @@ from engine_cases import CONTEXT, VOCAB, ask, named
 from spark_nemo.config import EngineConfig
 from spark_nemo.engines import EngineFailure, build_engine, generate_all, run_async
 from spark_nemo.engines.local import LocalEngine, Qwen2Shape
-from spark_nemo.engines.served_model import model_fingerprint
+from spark_nemo.records.fingerprint import model_fingerprint
 
 INDEX = "model.safetensors.index.json"
 

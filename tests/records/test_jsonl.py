@@ -6,7 +6,8 @@ import os
 import pytest
 
 from spark_nemo.records import Problem
-from spark_nemo.records.jsonl import read_problems, write_json_atomic, write_text_atomic
+from spark_nemo.records.jsonl import read_problems
+from spark_nemo.utils.files import write_json_atomic, write_text_atomic
 
 
 def test_problems_are_read_without_their_answers(tmp_path):

@@ -7,9 +7,9 @@ from pathlib import Path
 from example_summary import example_summary
 
 from spark_nemo.config.compose import compose_config
-from spark_nemo.records.jsonl import write_json_atomic
 from spark_nemo.report import read_summary, report_page
 from spark_nemo.report.answer_keys import answer_key_readers
+from spark_nemo.utils.files import write_json_atomic
 
 
 def run_folder(top: Path, *arms: str, labels: dict[str, bool], shown: bool = False) -> Path:

@@ -24,7 +24,6 @@ from spark_nemo.records import (
     Verification,
     outcome_to_json,
 )
-from spark_nemo.records.jsonl import write_json_atomic, write_text_atomic
 from spark_nemo.records.store import RecordStore
 from spark_nemo.report import (
     compare_runs,
@@ -35,6 +34,7 @@ from spark_nemo.report import (
 )
 from spark_nemo.report.collect import collect_summary
 from spark_nemo.report.names import DESIGN_NAMES, arm_name, method_name
+from spark_nemo.utils.files import write_json_atomic, write_text_atomic
 from spark_nemo.verification.sampler import SOLUTION, VERIFICATION
 
 CASES = [

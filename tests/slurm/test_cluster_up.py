@@ -26,7 +26,7 @@ LOG_DIR={folder} RUN_DIR={folder}
 mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 start_step trainer "$(join_by , "${{NODES[@]}}")" 4 trainer -c '
 import os, socket
-from spark_nemo.config.slurm import slurm_task
+from spark_nemo.utils.slurm import slurm_task
 task = slurm_task()
 print(task.rank, task.world_size, task.master_address, task.master_port, socket.gethostname(),
       os.environ["SLURM_LOCALID"], os.environ["CUDA_VISIBLE_DEVICES"])'

@@ -13,7 +13,6 @@ import pytest
 
 from spark_nemo.config import LABEL_METHODS, REFERENCE_GUIDED, ConfigError, SparkConfig
 from spark_nemo.config.compose import compose_config
-from spark_nemo.records.jsonl import write_text_atomic
 from spark_nemo.records.store import RecordStore
 from spark_nemo.report.labels import label_scores
 from spark_nemo.stages.labels import make_labels
@@ -21,6 +20,7 @@ from spark_nemo.stages.stage1 import run_stage1
 from spark_nemo.stages.stage1_critique import after_votes
 from spark_nemo.toy.data import write_answers
 from spark_nemo.toy.resolve import oracle_for, resolve_toy
+from spark_nemo.utils.files import write_text_atomic
 
 SMALL = [
     "data.stage1_problems=toy:stage1:5",

@@ -6,6 +6,7 @@ import pytest
 import torch
 from bigram import BigramWorker
 
+from spark_nemo.config import ConfigError
 from spark_nemo.training.fine_tuning import (
     batch_indices,
     held_out_loss,
@@ -116,10 +117,10 @@ def test_a_finished_run_is_left_alone(tmp_path):
     assert (tmp_path / METRICS_FILE).read_bytes() == before
 
 
-def test_a_checkpoint_of_other_data_or_order_is_refused(tmp_path):
+def test_a_checkpoint_of_other_data_or_order_is_rejected(tmp_path):
     """Resuming under another seed would silently train on some sequences twice."""
     run(BigramWorker(), tmp_path, stop=StopAfter(tmp_path, 2))
-    with pytest.raises(ValueError, match="seed=1, this run has 2"):
+    with pytest.raises(ValueError, match="^seed=2: .*seed=1"):
         run(BigramWorker(), tmp_path, seed=2)
     with pytest.raises(ValueError, match="data="):
         train_sft(
@@ -131,23 +132,17 @@ def test_a_checkpoint_of_other_data_or_order_is_refused(tmp_path):
         )
 
 
-def test_a_checkpoint_of_another_optimizer_or_base_is_refused(tmp_path):
-    """Another learning rate half-way would be neither run. A checkpoint from before it was written
-    down goes on.
-    """
-    run(
-        BigramWorker(),
-        tmp_path,
-        stop=StopAfter(tmp_path, 2),
-        made_with={"sft.optimizer": {"lr": 0.1}},
-    )
-    with pytest.raises(ValueError, match=r"sft\.optimizer=.*0\.1.*this run has .*0\.2"):
-        run(BigramWorker(), tmp_path, made_with={"sft.optimizer": {"lr": 0.2}})
-    assert run(
-        BigramWorker(),
-        tmp_path,
-        made_with={"sft.optimizer": {"lr": 0.1}, "models.policy_base": "a"},
-    ).finished
+def test_a_checkpoint_of_another_optimizer_or_base_is_rejected(tmp_path):
+    """Another learning rate half-way would be neither run."""
+    made = {"sft.optimizer": {"lr": 0.1}, "models.policy_base": "a"}
+    run(BigramWorker(), tmp_path, stop=StopAfter(tmp_path, 2), fingerprint=made)
+    for name, other in (
+        ("sft.optimizer.lr", {**made, "sft.optimizer": {"lr": 0.2}}),
+        ("models.policy_base", {**made, "models.policy_base": "b"}),
+    ):
+        with pytest.raises(ConfigError, match=f"^{name}="):
+            run(BigramWorker(), tmp_path, fingerprint=other)
+    assert run(BigramWorker(), tmp_path, fingerprint=made).finished
 
 
 def test_held_out_loss_is_the_loss_of_a_step_that_did_not_train(tmp_path):

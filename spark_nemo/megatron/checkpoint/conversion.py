@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spark_nemo.config.errors import ConfigError
-from spark_nemo.records.progress_bar import progress_bar
+from spark_nemo.utils.progress_bar import progress_bar
 
 from ..hf_files import (
     MAX_SHARD_BYTES,

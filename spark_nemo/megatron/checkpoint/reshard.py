@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spark_nemo.config import MegatronConfig
 from spark_nemo.config.errors import ConfigError
-from spark_nemo.records.progress_bar import progress_bar
+from spark_nemo.utils.progress_bar import progress_bar
 
 from ..hf_files import copy_companions
 from ..model_shape import ModelShape, read_hf_config

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spark_nemo.config.errors import ConfigError
-from spark_nemo.records.jsonl import write_text_atomic
+from spark_nemo.utils.files import write_text_atomic
 
 from ..hf_files import replace_folder
 

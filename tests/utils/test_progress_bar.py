@@ -2,7 +2,7 @@
 
 import pytest
 
-from spark_nemo.records import progress_bar as module
+from spark_nemo.utils import progress_bar as module
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from spark_nemo.config.slurm import first_host, slurm_task
+from spark_nemo.utils.slurm import first_host, slurm_task
 
 STEP = {
     "SLURM_JOB_ID": "1234567",
