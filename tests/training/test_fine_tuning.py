@@ -120,7 +120,7 @@ def test_a_finished_run_is_left_alone(tmp_path):
 def test_a_checkpoint_of_other_data_or_order_is_rejected(tmp_path):
     """Resuming under another seed would silently train on some sequences twice."""
     run(BigramWorker(), tmp_path, stop=StopAfter(tmp_path, 2))
-    with pytest.raises(ValueError, match="^seed=2: .*seed=1"):
+    with pytest.raises(ValueError, match=r"^seed=2: .*seed=1"):
         run(BigramWorker(), tmp_path, seed=2)
     with pytest.raises(ValueError, match="data="):
         train_sft(
