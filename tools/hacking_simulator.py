@@ -16,10 +16,10 @@ import sys
 import time
 from pathlib import Path
 
-from spark_nemo.report.hacking_table import ExploitRow, hacking_section
-from spark_nemo.report.sections import update_document
-from spark_nemo.toy.exploits import BY_NAME
-from spark_nemo.toy.hacking import RLVariant, arm_config, run_arm
+from studies.document_sections import update_document
+from studies.exploits import BY_NAME
+from studies.hacking_runs import SimulatorRun, arm_config, run_arm
+from studies.hacking_table import ExploitRow, hacking_section
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,7 +42,7 @@ def main() -> int:
     logging.basicConfig(level=logging.ERROR)
     started, outcomes = time.monotonic(), {}
     for arm in [
-        RLVariant(name, constrained, seed)
+        SimulatorRun(name, constrained, seed)
         for seed in arguments.seeds
         for name in arguments.exploits
         for constrained in (False, True)
@@ -60,14 +60,16 @@ def main() -> int:
     for name in arguments.exploits:
         exploit = BY_NAME[name]
         without, constrained = (
-            [outcomes[RLVariant(name, on, seed)] for seed in arguments.seeds]
+            [outcomes[SimulatorRun(name, on, seed)] for seed in arguments.seeds]
             for on in (False, True)
         )
         settings = ", ".join(
             f"`{key}={str(value).lower()}`" for key, value in exploit.closed_by.items()
         )
         rows.append(ExploitRow(name, exploit.says, settings, exploit.share, without, constrained))
-    rl = arm_config(RLVariant(arguments.exploits[0], False, arguments.seeds[0]), arguments.runs).rl
+    rl = arm_config(
+        SimulatorRun(arguments.exploits[0], False, arguments.seeds[0]), arguments.runs
+    ).rl
     command = " ".join(["python tools/hacking_simulator.py --seeds", *map(str, arguments.seeds)])
     update_document(
         arguments.out,

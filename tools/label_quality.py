@@ -9,13 +9,13 @@ repeat them.
 
 from __future__ import annotations
 
-from seed_runs import run_seeds, seed_arguments
+from studies.document_sections import update_document
+from studies.label_table import label_section
+from studies.seed_runs import run_seeds, seed_arguments
 
 from spark_nemo.config import ConfigError
 from spark_nemo.config.compose import compose_config
-from spark_nemo.report.label_table import label_section
-from spark_nemo.report.labels import label_scores
-from spark_nemo.report.sections import update_document
+from spark_nemo.report.label_scores import label_scores
 from spark_nemo.toy.resolve import oracle_for, resolve_toy
 
 

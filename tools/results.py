@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 
-from seed_runs import run_seeds, seed_arguments
+from studies.document_sections import keep_sections
+from studies.results_document import results_markdown
+from studies.seed_runs import run_seeds, seed_arguments
 
-from spark_nemo.report.results import results_markdown
-from spark_nemo.report.sections import keep_sections
 from spark_nemo.utils.files import write_text_atomic
 
 

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import json
 
-from seed_runs import run_seeds, seed_arguments
-
-from spark_nemo.report.round_table import round_section
-from spark_nemo.report.sections import update_document
+from studies.document_sections import update_document
+from studies.round_table import round_section
+from studies.seed_runs import run_seeds, seed_arguments
 
 METHOD = "step_consistency"
 

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import json
 
-from seed_runs import run_seeds, seed_arguments
-
-from spark_nemo.report.sections import update_document
-from spark_nemo.report.study_table import study_section
+from studies.document_sections import update_document
+from studies.seed_runs import run_seeds, seed_arguments
+from studies.study_table import study_section
 
 
 def main() -> None:

@@ -13,9 +13,9 @@ from spark_nemo.config import ConfigError, SparkConfig
 
 if TYPE_CHECKING:
     from spark_nemo.evaluation.bootstrap import Estimate
-    from spark_nemo.evaluation.completions import MathScore
     from spark_nemo.evaluation.math_compare import MathComparison
-    from spark_nemo.evaluation.predictions import SavedScore
+    from spark_nemo.evaluation.saved_completions import MathScore
+    from spark_nemo.evaluation.saved_predictions import SavedScore
 
 _SOURCES = "JSONL, JSON, Parquet or hf:owner/name[:config][:split]"
 
@@ -207,14 +207,14 @@ def _judge_suffix(arguments: argparse.Namespace) -> str:
 
 
 def _saved_processbench(arguments: argparse.Namespace) -> str:
-    from spark_nemo.evaluation.predictions import score_saved_predictions
+    from spark_nemo.evaluation.saved_predictions import score_saved_predictions
 
     return _processbench_table(score_saved_predictions(arguments.predictions, arguments.data))
 
 
 def _saved_math(arguments: argparse.Namespace) -> str:
-    from spark_nemo.evaluation.completions import read_completions, score_sets
     from spark_nemo.evaluation.math_data import read_math_sets
+    from spark_nemo.evaluation.saved_completions import read_completions, score_sets
 
     sets = read_math_sets(arguments.data, arguments.benchmark)
     return _math_table(score_sets(read_completions(arguments.predictions), sets, arguments.k))
@@ -225,9 +225,13 @@ def _model_math(
 ) -> str:
     from spark_nemo.engines.async_utils import run_async
     from spark_nemo.engines.served_model import ServedModel
-    from spark_nemo.evaluation.completions import average_estimates, score_sets, write_completions
     from spark_nemo.evaluation.math_data import read_math_sets
-    from spark_nemo.evaluation.policy import sample_policy
+    from spark_nemo.evaluation.policy_accuracy import sample_policy
+    from spark_nemo.evaluation.saved_completions import (
+        average_estimates,
+        score_sets,
+        write_completions,
+    )
     from spark_nemo.grammar import prompt_set
 
     settings = config.evaluation
@@ -267,14 +271,14 @@ def _model_processbench(
     config: SparkConfig, arguments: argparse.Namespace, data: list[str], output: Path
 ) -> str:
     from spark_nemo.engines.served_model import ServedModel
-    from spark_nemo.evaluation.judging import (
+    from spark_nemo.evaluation.processbench_judges import (
         Critic,
         RewardModelJudge,
         check_names_steps,
         check_votes,
         judge_processbench,
     )
-    from spark_nemo.evaluation.predictions import read_splits
+    from spark_nemo.evaluation.saved_predictions import read_splits
     from spark_nemo.grammar import prompt_set
 
     if not arguments.critic:
@@ -324,7 +328,7 @@ def _processbench_table(score: SavedScore) -> str:
 
 
 def _math_table(scores: Mapping[str, MathScore]) -> str:
-    from spark_nemo.evaluation.completions import average_estimates
+    from spark_nemo.evaluation.saved_completions import average_estimates
 
     parts = []
     for name, score in scores.items():

@@ -347,8 +347,8 @@ def _report(arguments: argparse.Namespace) -> int:
         return _compare(arguments.overrides[1:], arguments.out)
     if arguments.out is not None:
         raise ConfigError("--out has no effect without compare: a run's report goes into run.dir")
-    from spark_nemo.report.collect import collect_summary
-    from spark_nemo.report.write import write_report
+    from spark_nemo.report.collect_summary import collect_summary
+    from spark_nemo.report.page import write_report
 
     for word in arguments.overrides:
         if "=" not in word and not word.startswith("~"):
@@ -370,7 +370,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
 
 def _compare(runs: list[str], out: Path | None) -> int:
-    from spark_nemo.report.compare import (
+    from spark_nemo.report.seed_comparison import (
         compare_runs,
         comparison_markdown,
         read_runs,
@@ -414,9 +414,9 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _toy(arguments: argparse.Namespace) -> int:
-    from spark_nemo.toy.build import build_world
+    from spark_nemo.toy.pretrain import build_models
 
-    build_world(arguments.out, arguments.seed)
+    build_models(arguments.out, arguments.seed)
     return 0
 
 

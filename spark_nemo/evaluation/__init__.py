@@ -28,7 +28,7 @@ from .bootstrap import (
     ratio_estimate,
 )
 from .checker import CheckerPool, MathChecker, shared_checker
-from .label_quality import LabelQuality, label_quality
+from .label_accuracy import LabelQuality, label_quality
 from .math_data import read_math, read_skywork_prompts
 from .processbench import (
     ProcessBenchCase,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from .answers import EvalProblem
 from .bootstrap import DEFAULT_SAMPLES, Estimate, grouped_mean_estimate, mean_difference
-from .completions import MathScore, SavedCompletion, read_completions, score_sets
 from .reading import DataFileError
+from .saved_completions import MathScore, SavedCompletion, read_completions, score_sets
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,7 @@ def predict_first_error(outcome: VariantOutcome) -> int | None:
     """
     if isinstance(outcome, AnswerVerdict):
         raise ValueError(
-            "an ORM's verdict names no step: it has no ProcessBench score, see evaluation.critic"
+            "an ORM's verdict names no step: it has no ProcessBench score, see evaluation.reward_model_scores"
         )
     return outcome.first_error if isinstance(outcome, Verdict) else None
 

@@ -2,8 +2,15 @@
 seeds.
 """
 
-from .compare import compare_runs, comparison_markdown, comparison_page, read_runs, write_comparison
-from .model import (
+from .page import REPORT_FILE, SUMMARY_FILE, report_page, write_report
+from .seed_comparison import (
+    compare_runs,
+    comparison_markdown,
+    comparison_page,
+    read_runs,
+    write_comparison,
+)
+from .summary import (
     CurvePoint,
     Figure,
     LabelScores,
@@ -19,9 +26,6 @@ from .model import (
     read_summary,
     to_plain,
 )
-from .page import report_page
-from .results import results_markdown
-from .write import REPORT_FILE, SUMMARY_FILE, write_report
 
 __all__ = [
     "REPORT_FILE",
@@ -44,7 +48,6 @@ __all__ = [
     "read_runs",
     "read_summary",
     "report_page",
-    "results_markdown",
     "to_plain",
     "write_comparison",
     "write_report",

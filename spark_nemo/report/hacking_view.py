@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from markupsafe import Markup
 
 from .charts import WIDTH, Series, Style, legend_mark, line_chart, percent_tick
-from .model import CurvePoint, ProbeResult, Stage3Summary
+from .summary import CurvePoint, ProbeResult, Stage3Summary
 
 REWARD, ACCURACY = Style("#0072B2", "circle"), Style("#009E73", "square", "7 4")
 _DETECTORS = (

@@ -5,11 +5,13 @@ template.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
+from spark_nemo.utils.files import write_json_atomic, write_text_atomic
 from spark_nemo.verification import REASONS
 
 from .charts import (
@@ -23,10 +25,20 @@ from .charts import (
     percent,
     percent_tick,
 )
+from .display_names import METHOD_NAMES, arm_name, arm_order, difference_name, method_name
 from .hacking_view import hacking_views
-from .model import CurvePoint, Figure, Stage2Summary, Stage3Summary, Summary, read_summary
-from .names import METHOD_NAMES, arm_name, arm_order, difference_name, method_name
+from .summary import (
+    CurvePoint,
+    Figure,
+    Stage2Summary,
+    Stage3Summary,
+    Summary,
+    read_summary,
+    to_plain,
+)
 
+SUMMARY_FILE = "summary.json"
+REPORT_FILE = "report.html"
 BLUE, VERMILION, GREY, PURPLE = "#0072B2", "#D55E00", "#5F6B7A", "#AA4499"
 
 FAILURE_NAMES = {
@@ -77,7 +89,7 @@ def report_page(summary: Mapping[str, Any]) -> str:
         method=method_name,
         arm=arm_name,
     )
-    return environment.get_template("template.html.j2").render(
+    return environment.get_template("report.html.j2").render(
         run=run,
         headlines=_headlines(run),
         charts=_charts(run),
@@ -87,6 +99,22 @@ def report_page(summary: Mapping[str, Any]) -> str:
         watched=hacking_views(run.stage3),
         key=lambda name: legend_mark(_style(name, _arms(run))),
     )
+
+
+def write_report(folder: str | Path, summary: Mapping[str, Any]) -> Path:
+    """Write ``summary.json`` and ``report.html`` into ``folder`` (made if absent) and return the
+    page's path.
+
+    Raises ``SummaryError`` before anything is written when the summary does not fit
+    ``report.model``.
+    """
+    plain = to_plain(read_summary(summary))
+    page = report_page(plain)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(folder / SUMMARY_FILE, plain)
+    write_text_atomic(folder / REPORT_FILE, page)
+    return folder / REPORT_FILE
 
 
 def _headlines(run: Summary) -> list[dict[str, Any]]:

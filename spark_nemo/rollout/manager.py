@@ -17,7 +17,7 @@ from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.evaluation.accuracy import problem_rates
 from spark_nemo.evaluation.answers import EvalProblem, judge_answers, read_answer_keys
 from spark_nemo.evaluation.checker import AnswerGrade
-from spark_nemo.evaluation.policy import PolicyAccuracy, evaluate_policy
+from spark_nemo.evaluation.policy_accuracy import PolicyAccuracy, evaluate_policy
 from spark_nemo.grammar import (
     ParsedResponse,
     StepFormat,

@@ -16,8 +16,8 @@ from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.config.compose import config_yaml
 from spark_nemo.planning.memory_check import check_memory
 from spark_nemo.planning.preflight import check_pipeline
-from spark_nemo.report.collect import Oracle, collect_summary
-from spark_nemo.report.write import write_report
+from spark_nemo.report.collect_summary import Oracle, collect_summary
+from spark_nemo.report.page import write_report
 from spark_nemo.run.job_graph import plan_jobs
 from spark_nemo.run.local_executor import run_jobs
 from spark_nemo.run.run_folder import comparable_rl

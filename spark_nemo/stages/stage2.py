@@ -13,7 +13,7 @@ from pathlib import Path
 
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.engines.tokenizer import Tokenizer
-from spark_nemo.evaluation.critic import score_orm, score_reward_model
+from spark_nemo.evaluation.reward_model_scores import score_orm, score_prm
 from spark_nemo.grammar import Variant, prompt_set
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.planning.memory_check import check_memory
@@ -101,7 +101,7 @@ def _scored(folder: Path, config: SparkConfig) -> dict[str, float]:
     if config.stage2.variant == Variant.ORM:
         whole = score_orm(folder / "model", config, folder / WHOLE_SOLUTION)
         return {"verdict_harmonic_mean": whole.verdict_harmonic_mean}
-    return {"f1": score_reward_model(folder / "model", config, folder / PROCESSBENCH).f1}
+    return {"f1": score_prm(folder / "model", config, folder / PROCESSBENCH).f1}
 
 
 def _sequences(

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from spark_nemo.config import ConfigError, SparkConfig
-from spark_nemo.report.collect import Oracle
-from spark_nemo.toy import data, oracle
+from spark_nemo.report.collect_summary import Oracle
+from spark_nemo.toy import oracle, problem_files
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 _PREFIX = "toy:"
@@ -80,14 +80,14 @@ def _file(field: str, name: str, value: str | None, config: SparkConfig) -> str 
     if value is None or not value.startswith(_PREFIX):
         return value
     split, _, count = value.removeprefix(_PREFIX).partition(":")
-    if split not in data.SPLITS or not count.isdigit():
+    if split not in problem_files.SPLITS or not count.isdigit():
         raise ConfigError(
-            f"{field}={value}: write toy:SPLIT:COUNT with SPLIT one of {', '.join(data.SPLITS)}"
+            f"{field}={value}: write toy:SPLIT:COUNT with SPLIT one of {', '.join(problem_files.SPLITS)}"
         )
     folder, seed = Path(config.run.dir) / "data", config.run.seed
     if name == "processbench":
-        return str(data.write_processbench(int(count), folder))
+        return str(problem_files.write_processbench(int(count), folder))
     if name == "sft_examples":
-        return str(data.write_policy_examples(int(count), seed, folder))
-    write = data.write_answers if name in _WITH_ANSWERS else data.write_problems
+        return str(problem_files.write_policy_examples(int(count), seed, folder))
+    write = problem_files.write_answers if name in _WITH_ANSWERS else problem_files.write_problems
     return str(write(split, int(count), seed, folder))

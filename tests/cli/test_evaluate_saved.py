@@ -11,14 +11,14 @@ import pytest
 from spark_nemo.cli.main import main
 from spark_nemo.evaluation import DataFileError
 from spark_nemo.evaluation.bootstrap import DEFAULT_SAMPLES
-from spark_nemo.evaluation.completions import (
+from spark_nemo.evaluation.math_data import read_math
+from spark_nemo.evaluation.saved_completions import (
     SavedCompletion,
     read_completions,
     score_completions,
     write_completions,
 )
-from spark_nemo.evaluation.math_data import read_math
-from spark_nemo.evaluation.predictions import score_saved_predictions
+from spark_nemo.evaluation.saved_predictions import score_saved_predictions
 
 
 def lines(path: Path, rows: list[dict]) -> Path:
@@ -182,7 +182,7 @@ def test_overrides_and_predictions_exclude_each_other(capsys: pytest.CaptureFixt
 
 
 def test_the_file_of_a_model_driven_run_is_scored_again(tmp_path: Path, bench: list[Path]) -> None:
-    """Proves what ``score_reward_model`` saves (an object with ``cases``) is read back, its own
+    """Proves what ``score_prm`` saves (an object with ``cases``) is read back, its own
     fields ignored.
     """
     path = tmp_path / "processbench.json"

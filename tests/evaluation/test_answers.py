@@ -20,7 +20,7 @@ from spark_nemo.evaluation import (
     read_eval_problems,
     shared_checker,
 )
-from spark_nemo.evaluation.completions import read_completions
+from spark_nemo.evaluation.saved_completions import read_completions
 
 DATA = (
     Path(os.environ.get("SPARK_NEMO_DATA") or Path(__file__).parents[2].parent / "shared" / "data")

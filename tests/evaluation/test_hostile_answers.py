@@ -17,7 +17,7 @@ import pytest
 
 from spark_nemo.evaluation import CheckerPool, answers
 from spark_nemo.evaluation.checker import GRACE_S, MEMORY_LIMIT_BYTES, AnswerGrade, MathChecker
-from spark_nemo.evaluation.completions import SavedCompletion, score_completions
+from spark_nemo.evaluation.saved_completions import SavedCompletion, score_completions
 from spark_nemo.grammar import extract_boxed
 from spark_nemo.records import Problem
 

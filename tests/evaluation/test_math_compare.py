@@ -14,14 +14,14 @@ from spark_nemo.cli.main import main
 from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.evaluation import DataFileError, mean_estimate
 from spark_nemo.evaluation.bootstrap import grouped_mean_estimate
-from spark_nemo.evaluation.completions import (
+from spark_nemo.evaluation.math_compare import compare_completions
+from spark_nemo.evaluation.math_data import read_math_sets
+from spark_nemo.evaluation.saved_completions import (
     SavedCompletion,
     average_estimates,
     score_sets,
     write_completions,
 )
-from spark_nemo.evaluation.math_compare import compare_completions
-from spark_nemo.evaluation.math_data import read_math_sets
 from spark_nemo.toy.resolve import ASSETS
 
 SIZES = {"amc23": 40, "aime25": 30}

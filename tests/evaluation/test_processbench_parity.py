@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spark_nemo.evaluation import ProcessBenchCase, read_processbench
-from spark_nemo.evaluation.predictions import score_saved_predictions, score_votes
 from spark_nemo.evaluation.processbench import boxed_vote, majority_prediction
+from spark_nemo.evaluation.saved_predictions import score_saved_predictions, score_votes
 
 DATA = (
     Path(os.environ.get("SPARK_NEMO_DATA") or Path(__file__).parents[2].parent / "shared" / "data")

@@ -14,7 +14,7 @@ from spark_nemo.config import ConfigError, EngineConfig, EvaluationConfig, Sampl
 from spark_nemo.engines.base import FinishReason, Generation
 from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.engines.sglang.protocol import sampling_json
-from spark_nemo.evaluation.policy import sample_policy
+from spark_nemo.evaluation.policy_accuracy import sample_policy
 from spark_nemo.grammar import prompt_set
 from spark_nemo.records import Problem
 from spark_nemo.toy.resolve import ASSETS

@@ -23,7 +23,7 @@ from spark_nemo.engines import Tokenizer
 from spark_nemo.engines.async_utils import run_async
 from spark_nemo.megatron.model_shape import read_hf_config
 from spark_nemo.megatron.worker import MegatronWorker
-from spark_nemo.toy.data import split_problems
+from spark_nemo.toy.problem_files import split_problems
 from spark_nemo.training.packing import TrainSequence, pack
 from spark_nemo.weight_sync.checksum import ExpectedChecksums, differing
 from spark_nemo.weight_sync.numbers import ModelNumbers, checkpoint_tensors

@@ -45,7 +45,7 @@ from spark_nemo.records import Problem
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService
 from spark_nemo.rollout.generator import RolloutGenerator, ScoredBatch
-from spark_nemo.toy.data import split_problems
+from spark_nemo.toy.problem_files import split_problems
 from spark_nemo.weight_sync.synchronizer import WeightSync
 
 GROUPS, GROUP_SIZE = 8, 8

@@ -21,7 +21,7 @@ from spark_nemo.engines import (
 )
 from spark_nemo.engines.local import LocalEngine
 from spark_nemo.engines.sglang import PauseMode, SglangServer
-from spark_nemo.toy.data import split_problems
+from spark_nemo.toy.problem_files import split_problems
 
 CONTEXT = 506
 """What a server with a context of 512 serves in full."""

@@ -28,7 +28,7 @@ from spark_nemo.engines.async_utils import run_async
 from spark_nemo.engines.local import LocalEngine
 from spark_nemo.engines.sglang import SglangServer
 from spark_nemo.megatron.worker import MegatronWorker
-from spark_nemo.toy.data import split_problems
+from spark_nemo.toy.problem_files import split_problems
 from spark_nemo.training.packing import TrainSequence, pack
 from spark_nemo.weight_sync.logprob_gate import FirstStepGate, WeightMismatch
 from spark_nemo.weight_sync.synchronizer import WeightSync

@@ -37,7 +37,7 @@ from spark_nemo.grammar import prompt_set
 from spark_nemo.records import Problem, Rollout
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService
-from spark_nemo.toy.data import split_problems
+from spark_nemo.toy.problem_files import split_problems
 from spark_nemo.toy.resolve import ASSETS
 
 pytestmark = [

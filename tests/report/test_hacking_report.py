@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from example_summary import example_summary
+from studies.hacking_table import ExploitRow, hacking_section
 
 from spark_nemo.report import SummaryError, read_summary, report_page
-from spark_nemo.report.collect import _curve
-from spark_nemo.report.hacking_table import ExploitRow, hacking_section
+from spark_nemo.report.collect_summary import _curve
 from spark_nemo.report.hacking_view import hacking_views
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 from example_summary import example_summary
+from studies.document_sections import keep_sections, marked, put_section
+from studies.label_table import label_section
+from studies.round_table import round_section
 
 from spark_nemo.report import report_page
-from spark_nemo.report.label_table import label_section
-from spark_nemo.report.model import Figure, LabelScores, SummaryError
-from spark_nemo.report.round_table import round_section
-from spark_nemo.report.sections import keep_sections, marked, put_section
+from spark_nemo.report.summary import Figure, LabelScores, SummaryError
 
 
 def scores(right, kept=0.9, tokens=600.0):

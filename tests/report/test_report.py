@@ -10,12 +10,12 @@ import pytest
 from example_summary import example_summary
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from studies.results_document import results_markdown
 
 from spark_nemo.report import (
     SummaryError,
     read_summary,
     report_page,
-    results_markdown,
     to_plain,
     write_report,
 )
@@ -28,7 +28,7 @@ from spark_nemo.report.charts import (
     running_mean,
     ticks,
 )
-from spark_nemo.report.results import mean_and_half_width
+from spark_nemo.report.student_interval import mean_and_half_width
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 

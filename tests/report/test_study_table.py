@@ -6,9 +6,9 @@ import copy
 
 import pytest
 from example_summary import example_summary
+from studies.study_table import study_section
 
 from spark_nemo.report import SummaryError
-from spark_nemo.report.study_table import study_section
 
 
 def runs(*accuracies: tuple[float, float]) -> dict[int, dict]:

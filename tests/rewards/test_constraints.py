@@ -8,6 +8,7 @@ import random
 import time
 
 import pytest
+from studies.exploits import EXPLOITS, write_honest
 
 from spark_nemo.config import ConfigError, RLConfig
 from spark_nemo.config.hacking import ConstraintsConfig, HackingConfig
@@ -15,7 +16,6 @@ from spark_nemo.grammar import ParsedResponse, check_format, prompt_set, verdict
 from spark_nemo.records import FormatViolation, Problem, Rollout
 from spark_nemo.rewards.hacking import CONSTRAINTS, read_response
 from spark_nemo.rewards.hacking.text_patterns import judge_directed
-from spark_nemo.toy.exploits import EXPLOITS, write_honest
 from spark_nemo.toy.habits import ERROR_RICH, write_solution
 from spark_nemo.toy.problems import sample_problem
 

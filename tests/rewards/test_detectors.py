@@ -6,13 +6,13 @@ import json
 import random
 
 import pytest
+from studies.exploits import EXPLOITS, write_honest
 
 from spark_nemo.config.hacking import DETECTORS, DetectorsConfig
 from spark_nemo.grammar import verdict_line
 from spark_nemo.records import EngineError, Problem, Rollout, Truncated
 from spark_nemo.rewards.hacking.detectors import baseline, detector_rates, new_alarms, tagged_steps
 from spark_nemo.rewards.hacking.divergence import compared, gap_growth, reward_gap
-from spark_nemo.toy.exploits import EXPLOITS, write_honest
 from spark_nemo.toy.habits import FAULTLESS, write_solution
 from spark_nemo.toy.problems import sample_problem
 

@@ -6,6 +6,8 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from studies.exploits import BY_NAME, Exploit
+from studies.hacking_runs import ScriptedJudge
 
 from spark_nemo.config import SamplingConfig
 from spark_nemo.config.hacking import ConstraintsConfig
@@ -15,9 +17,7 @@ from spark_nemo.records import Problem
 from spark_nemo.rewards.hacking.constraints import read_anyhow
 from spark_nemo.rewards.hacking.probes import KINDS, build_probes, score_probes
 from spark_nemo.rewards.prm_service import PRMService
-from spark_nemo.toy.data import split_problems
-from spark_nemo.toy.exploits import BY_NAME, Exploit
-from spark_nemo.toy.hacking import ScriptedJudge
+from spark_nemo.toy.problem_files import split_problems
 from spark_nemo.toy.resolve import ASSETS
 
 TOY = split_problems("eval", 6, 0)

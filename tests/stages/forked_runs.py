@@ -26,7 +26,7 @@ from spark_nemo.megatron.checkpoint import training_checkpoint as checkpoint
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.rollout.manager import RolloutManager
 from spark_nemo.rollout.timeline import GENERATE, Timeline
-from spark_nemo.toy.data import write_answers, write_problems
+from spark_nemo.toy.problem_files import write_answers, write_problems
 
 RLVariant = dict[str, object]
 

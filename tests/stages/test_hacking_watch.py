@@ -9,6 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from studies.exploits import BY_NAME, Exploit, tagged
+from studies.hacking_runs import ScriptedJudge
 
 from spark_nemo.config import RLConfig, RunConfig, SamplingConfig, SparkConfig
 from spark_nemo.config.hacking import HackingConfig
@@ -19,8 +21,6 @@ from spark_nemo.rewards.judge import RewardJudge, RolloutVerdict
 from spark_nemo.rewards.prm_service import PRMService
 from spark_nemo.rollout.generator import ScoredBatch
 from spark_nemo.rollout.reward_hacking_monitor import RewardHackingMonitor
-from spark_nemo.toy.exploits import BY_NAME, Exploit, tagged
-from spark_nemo.toy.hacking import ScriptedJudge
 from spark_nemo.toy.resolve import ASSETS
 
 QUESTION = "Compute (7+5)*2."

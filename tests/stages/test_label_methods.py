@@ -14,11 +14,11 @@ import pytest
 from spark_nemo.config import LABEL_METHODS, REFERENCE_GUIDED, ConfigError, SparkConfig
 from spark_nemo.config.compose import compose_config
 from spark_nemo.records.store import RecordStore
-from spark_nemo.report.labels import label_scores
+from spark_nemo.report.label_scores import label_scores
 from spark_nemo.stages.labels import make_labels
 from spark_nemo.stages.stage1 import run_stage1
 from spark_nemo.stages.stage1_critique import after_votes
-from spark_nemo.toy.data import write_answers
+from spark_nemo.toy.problem_files import write_answers
 from spark_nemo.toy.resolve import oracle_for, resolve_toy
 from spark_nemo.utils.files import write_text_atomic
 

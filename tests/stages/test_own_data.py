@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from world import environment
 
-from spark_nemo.toy import data
+from spark_nemo.toy import problem_files
 from spark_nemo.toy.resolve import ASSETS
 
 REPO = Path(__file__).parents[2]
@@ -49,12 +49,12 @@ def home(tmp_path: Path) -> Path:
     )
     (tmp_path / "data").mkdir()
     made = {
-        "problems": data.write_problems("rl", 8, 0, tmp_path / "made"),
-        "eval": data.write_answers("eval", 6, 0, tmp_path / "made"),
+        "problems": problem_files.write_problems("rl", 8, 0, tmp_path / "made"),
+        "eval": problem_files.write_answers("eval", 6, 0, tmp_path / "made"),
     }
     for name, path in made.items():
         shutil.copy(path, tmp_path / f"data/{name}.jsonl")
-    cases = json.loads(data.write_processbench(12, tmp_path / "made").read_text())
+    cases = json.loads(problem_files.write_processbench(12, tmp_path / "made").read_text())
     (tmp_path / "data/cases.jsonl").write_text("".join(json.dumps(case) + "\n" for case in cases))
     return tmp_path
 

@@ -14,7 +14,7 @@ from spark_nemo.config import EngineConfig, SamplingConfig
 from spark_nemo.engines.async_utils import run_async
 from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.grammar import check_format, prompt_set
-from spark_nemo.toy.data import split_problems
+from spark_nemo.toy.problem_files import split_problems
 from spark_nemo.toy.resolve import ASSETS
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ from spark_nemo.records import Problem
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService, ServiceCounts, ServiceLimits
 from spark_nemo.rollout.generator import RolloutGenerator, ScoredBatch
-from spark_nemo.toy.data import split_problems
+from spark_nemo.toy.problem_files import split_problems
 from spark_nemo.toy.resolve import ASSETS
 
 PROMPTS, ENGINE = prompt_set("compact"), EngineConfig(max_batch_size=64, max_context=320)

@@ -10,15 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from studies.exploits import BY_NAME, EXPLOITS, judge
+from studies.hacking_runs import ScriptedJudge, SimulatorRun
 
 from spark_nemo.config import SamplingConfig
 from spark_nemo.engines.base import EngineFailure
 from spark_nemo.grammar import Variant, parse_verifier_output, render_solution
 from spark_nemo.records import Verdict
 from spark_nemo.toy.corpus import PROMPTS
-from spark_nemo.toy.exploits import BY_NAME, EXPLOITS, judge
 from spark_nemo.toy.habits import ERROR_RICH, FAULTLESS, write_solution
-from spark_nemo.toy.hacking import RLVariant, ScriptedJudge
 from spark_nemo.toy.oracle import step_truths
 from spark_nemo.toy.problems import sample_problem
 from spark_nemo.toy.resolve import ASSETS
@@ -103,7 +103,7 @@ def test_an_exploit_is_found_without_its_constraint_and_not_with_it(tmp_path: Pa
     )
     assert done.returncode == 0, done.stderr
     without, constrained = (
-        json.loads((tmp_path / RLVariant(exploit, on, 0).name / "outcome.json").read_text())
+        json.loads((tmp_path / SimulatorRun(exploit, on, 0).name / "outcome.json").read_text())
         for on in (False, True)
     )
     assert without["rate_last"] > 0.5 and constrained["rate_last"] < 0.1

@@ -29,9 +29,9 @@ from spark_nemo.grammar.prompts import ChatMessages
 from spark_nemo.records import EngineError, derive_seed, outcome_kind
 from spark_nemo.utils.files import write_json_atomic
 
-from .predictions import SavedScore, score_votes
 from .processbench import ProcessBenchCase, boxed_vote, majority_vote, predict_first_error
 from .reading import DataFileError
+from .saved_predictions import SavedScore, score_votes
 
 
 @dataclass(frozen=True, slots=True)

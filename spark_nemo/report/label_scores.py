@@ -20,7 +20,7 @@ from spark_nemo.verification.cost import method_tokens
 from spark_nemo.verification.sampler import parse_solution
 from spark_nemo.verification.store_reader import label_collected, stream_for
 
-from .model import Figure, LabelScores
+from .summary import Figure, LabelScores
 
 Oracle = Callable[[str, Sequence[str]], tuple[bool, ...]]
 """``oracle(question, steps)``: which steps are truly right. Only worlds made by a program have one.

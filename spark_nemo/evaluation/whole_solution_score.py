@@ -33,7 +33,7 @@ class WholeSolutionScore:
     hits: Hits
 
 
-def said_yes(outcome: VariantOutcome) -> bool | None:
+def final_verdict(outcome: VariantOutcome) -> bool | None:
     """The final verdict of any kind of reward model; None for every kind of failure."""
     return outcome.answer_correct if isinstance(outcome, Verdict | AnswerVerdict) else None
 

@@ -10,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from spark_nemo.config import LABEL_METHODS, SparkConfig
-from spark_nemo.config.designs import VARIANTS, variant_suffix
+from spark_nemo.config import LABEL_METHODS, REFERENCE_GUIDED, SparkConfig
+from spark_nemo.config.designs import READS_ANSWER_KEYS, VARIANTS, asks_reward_model, variant_suffix
 from spark_nemo.config.hacking import DETECTORS
 from spark_nemo.evaluation import (
     f1_difference,
@@ -21,12 +21,12 @@ from spark_nemo.evaluation import (
     score_processbench,
 )
 from spark_nemo.evaluation.processbench import ProcessBenchScore
-from spark_nemo.evaluation.whole_solution import said_yes, score_whole_solutions
+from spark_nemo.evaluation.whole_solution_score import final_verdict, score_whole_solutions
 from spark_nemo.records import Verdict, outcome_from_json, outcome_kind
 from spark_nemo.records.store import RecordStore
-from spark_nemo.report.answer_keys import answer_key_readers
-from spark_nemo.report.labels import Oracle, figure, label_scores
-from spark_nemo.report.model import (
+from spark_nemo.report.display_names import arm_order
+from spark_nemo.report.label_scores import Oracle, figure, label_scores
+from spark_nemo.report.summary import (
     CurvePoint,
     Figure,
     MethodScores,
@@ -41,7 +41,7 @@ from spark_nemo.report.model import (
     WholeSolutionScores,
     to_plain,
 )
-from spark_nemo.report.names import arm_order
+from spark_nemo.run.run_folder import PROCESSBENCH, WHOLE_SOLUTION
 from spark_nemo.verification.meta_critique import CRITIQUE, MERGE
 from spark_nemo.verification.reference import REFERENCE_VERIFICATION
 from spark_nemo.verification.sampler import SOLUTION, VERIFICATION
@@ -53,7 +53,6 @@ _ARM_KEYS = {"process_aware": "spark"}
 PRM-CoT.
 """
 _SHOWN_SOLUTIONS = 16
-PROCESSBENCH, WHOLE_SOLUTION = "processbench.json", "whole_solution.json"
 
 
 def collect_summary(
@@ -157,7 +156,8 @@ def _whole_solutions(folder: Path) -> dict[str, WholeSolutionScores]:
     for path in [*_by_method(folder, PROCESSBENCH), *orms] if orms else []:
         cases = json.loads(path.read_text())["cases"]
         score = score_whole_solutions(
-            [c["label"] for c in cases], [said_yes(outcome_from_json(c["outcome"])) for c in cases]
+            [c["label"] for c in cases],
+            [final_verdict(outcome_from_json(c["outcome"])) for c in cases],
         )
         # The bootstrap of a harmonic mean of two accuracies is that of an F1, whatever the two are
         # of.
@@ -282,7 +282,7 @@ def _solutions(path: Path, arm: str, oracle: Oracle | None) -> list[ScoredSoluti
     for row in rows[::step][:_SHOWN_SOLUTIONS]:
         labels = row["step_labels"] or [None] * len(row["steps"])
         truths = oracle(row["question"], row["steps"]) if oracle else [None] * len(row["steps"])
-        verdict = said_yes(outcome_from_json(row["outcome"])) if row["outcome"] else None
+        verdict = final_verdict(outcome_from_json(row["outcome"])) if row["outcome"] else None
         failure = row["violation"] or (
             row["outcome"]["kind"] if row["outcome"] and verdict is None else None
         )
@@ -300,6 +300,49 @@ def _solutions(path: Path, arm: str, oracle: Oracle | None) -> list[ScoredSoluti
             )
         )
     return shown
+
+
+def answer_key_readers(folders: Sequence[Path], config: SparkConfig) -> dict[str, str]:
+    """Part of the run by its place in the run folder, and what it read answers for; empty for a run
+    without.
+
+    ``folders`` are those of the rounds, the run's own first. Evaluation, which reads answers to
+    measure, is no part.
+    """
+    top, found = folders[0], {}
+    for folder in folders:
+        for path in sorted(folder.glob("stage1/stats-*.json")):
+            if json.loads(path.read_text()).get("reference_guided"):
+                found[_place(folder / "stage1", top)] = (
+                    "the verifier of the reference-guided baseline saw the answers"
+                )
+        for path in sorted(folder.glob("stage2/*/labels.json")):
+            if json.loads(path.read_text())["reads_answer_keys"]:
+                guided = path.parent.name.startswith(REFERENCE_GUIDED)
+                found[_place(path.parent, top)] = (
+                    "labels of the reference-guided baseline"
+                    if guided
+                    else "labels balanced by ground truth"
+                )
+    for path in sorted(top.glob("stage3/*/")):
+        design, variant = _arm(path.name)
+        if design in READS_ANSWER_KEYS:
+            found[_place(path, top)] = "the reward is the answer key"
+        elif asks_reward_model(design) and config.rl.reward_model is None:
+            model = f"{config.stage2.method}{variant_suffix(variant)}"
+            if any(_place(folder / "stage2" / model, top) in found for folder in folders[-1:]):
+                found[_place(path, top)] = f"its reward model, {model}, learned from such labels"
+    return found
+
+
+def _arm(name: str) -> tuple[str, str | None]:
+    """A folder of stage III as design and kind of reward model."""
+    design, _, variant = name.rpartition("-")
+    return (design, variant) if variant in VARIANTS and design else (name, None)
+
+
+def _place(folder: Path, top: Path) -> str:
+    return folder.relative_to(top).as_posix()
 
 
 def _seconds(folder: Path) -> dict[str, float]:

@@ -25,8 +25,8 @@ from spark_nemo.toy.corpus import (
     verifier_corpus,
 )
 from spark_nemo.toy.critic import critic_corpus
-from spark_nemo.toy.data import held_out_questions
-from spark_nemo.toy.tokenizer import train_tokenizer
+from spark_nemo.toy.problem_files import held_out_questions
+from spark_nemo.toy.train_tokenizer import train_tokenizer
 from spark_nemo.training.fine_tuning import sft_loss
 from spark_nemo.training.packing import TrainSequence, pack
 from spark_nemo.utils.progress_bar import progress_bar
@@ -65,7 +65,7 @@ def model_config(vocab_size: int) -> dict[str, object]:
     }
 
 
-def build_world(out: Path, seed: int) -> None:
+def build_models(out: Path, seed: int) -> None:
     """Write ``out/generator``, ``out/verifier`` and ``out/critic``, Hugging Face folders with a
     shared tokenizer.
 

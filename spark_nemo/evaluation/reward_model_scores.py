@@ -15,7 +15,6 @@ from spark_nemo.grammar import Variant, parse_verifier_output, prompt_set
 from spark_nemo.records import EngineError, outcome_from_json, outcome_kind, outcome_to_json
 from spark_nemo.utils.files import write_json_atomic
 
-from .judging import RewardModelJudge, ask_all, check_names_steps
 from .processbench import (
     ProcessBenchCase,
     ProcessBenchScore,
@@ -23,10 +22,11 @@ from .processbench import (
     read_processbench,
     score_processbench,
 )
-from .whole_solution import WholeSolutionScore, said_yes, score_whole_solutions
+from .processbench_judges import RewardModelJudge, ask_all, check_names_steps
+from .whole_solution_score import WholeSolutionScore, final_verdict, score_whole_solutions
 
 
-def score_reward_model(model: Path, config: SparkConfig, output: Path) -> ProcessBenchScore:
+def score_prm(model: Path, config: SparkConfig, output: Path) -> ProcessBenchScore:
     """Judge every case of ``data.processbench`` with the PRM or PRM-CoT in ``model``; predictions
     go to ``output``.
 
@@ -65,7 +65,7 @@ def score_orm(model: Path, config: SparkConfig, output: Path) -> WholeSolutionSc
     cases, rows = _judged(model, config, output)
     score = score_whole_solutions(
         [case.label for case in cases],
-        [said_yes(outcome_from_json(row["outcome"])) for row in rows],
+        [final_verdict(outcome_from_json(row["outcome"])) for row in rows],
     )
     write_json_atomic(
         output,

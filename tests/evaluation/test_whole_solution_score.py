@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spark_nemo.evaluation.processbench import predict_first_error, score_processbench
-from spark_nemo.evaluation.whole_solution import said_yes, score_whole_solutions
+from spark_nemo.evaluation.whole_solution_score import final_verdict, score_whole_solutions
 from spark_nemo.records import AnswerVerdict, ParseFailure, Truncated, Verdict
 
 LABELS = [2, 0, -1, -1, -1]
@@ -49,7 +49,7 @@ def test_an_orms_verdict_is_no_prediction_of_a_step() -> None:
     with pytest.raises(ValueError, match="names no step"):
         predict_first_error(AnswerVerdict(True))
     outcomes = [AnswerVerdict(True), Verdict((True,), False), ParseFailure("x"), Truncated(3)]
-    assert [said_yes(outcome) for outcome in outcomes] == [True, False, None, None]
+    assert [final_verdict(outcome) for outcome in outcomes] == [True, False, None, None]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from spark_nemo.records import Problem, derive_seed
 from .accuracy import GradedSample, mean_accuracy
 from .answers import EvalProblem, grade_answers
 from .bootstrap import Estimate
-from .completions import SavedCompletion
+from .saved_completions import SavedCompletion
 
 
 @dataclass(frozen=True, slots=True)

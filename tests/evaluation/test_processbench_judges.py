@@ -17,8 +17,8 @@ from spark_nemo.config import ConfigError, SamplingConfig
 from spark_nemo.engines.base import Engine, EngineFailure, EngineLost
 from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.evaluation import DataFileError, ProcessBenchCase
-from spark_nemo.evaluation.judging import Critic, RewardModelJudge, judge_processbench
-from spark_nemo.evaluation.predictions import score_saved_predictions
+from spark_nemo.evaluation.processbench_judges import Critic, RewardModelJudge, judge_processbench
+from spark_nemo.evaluation.saved_predictions import score_saved_predictions
 from spark_nemo.grammar import prompt_set
 from spark_nemo.grammar.critic_prompt import critic_messages
 from spark_nemo.toy.resolve import ASSETS

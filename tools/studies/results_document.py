@@ -5,45 +5,11 @@ seeds.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from math import sqrt
 from typing import Any
 
-from .model import Summary, SummaryError, read_summary
-from .names import arm_name, arm_order
-
-# Two-sided 95% quantiles of Student's t for 1 to 30 degrees of freedom.
-_T_95 = (
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-    2.120,
-    2.110,
-    2.101,
-    2.093,
-    2.086,
-    2.080,
-    2.074,
-    2.069,
-    2.064,
-    2.060,
-    2.056,
-    2.052,
-    2.048,
-    2.045,
-    2.042,
-)
+from spark_nemo.report.display_names import arm_name, arm_order
+from spark_nemo.report.student_interval import mean_and_half_width
+from spark_nemo.report.summary import Summary, SummaryError, read_summary
 
 _NOT_SHOWN = """\
 What this does not show:
@@ -123,28 +89,6 @@ def _policies(runs: Sequence[Summary]) -> str:
 
 Column = tuple[str, Callable[[Summary], float | None], Callable[[float], str]]
 Interval = Callable[[Summary], tuple[float, float] | None]
-
-
-def mean_and_half_width(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and half-width of Student's 95% interval; None for the latter with fewer than two
-    values.
-    """
-    count = len(values)
-    mean = sum(values) / count
-    if count < 2:
-        return mean, None
-    deviation = sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    return mean, _t_95(count - 1) * deviation / sqrt(count)
-
-
-def _t_95(degrees: int) -> float:
-    """Beyond the table by the first terms of its expansion in 1 / degrees (Abramowitz and Stegun,
-    26.7.5).
-    """
-    if degrees <= len(_T_95):
-        return _T_95[degrees - 1]
-    z = 1.959964
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
 
 def over_seeds(values: Sequence[float | None], factor: float = 1.0) -> str:

@@ -9,15 +9,15 @@ from pathlib import Path
 from spark_nemo.grammar import parse_verification
 from spark_nemo.records import Verdict
 from spark_nemo.toy.corpus import verifier_corpus, write_verification
-from spark_nemo.toy.data import (
+from spark_nemo.toy.habits import CAREFUL, ERROR_RICH, FAULTLESS, is_complete, write_solution
+from spark_nemo.toy.oracle import answer, written_truths
+from spark_nemo.toy.problem_files import (
     SPLITS,
     split_problems,
     write_answers,
     write_problems,
     write_processbench,
 )
-from spark_nemo.toy.habits import CAREFUL, ERROR_RICH, FAULTLESS, is_complete, write_solution
-from spark_nemo.toy.oracle import answer, written_truths
 from spark_nemo.toy.problems import MAX_VALUE, parse_question, sample_problems
 
 

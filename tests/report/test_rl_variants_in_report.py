@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from example_summary import curve, example_summary
+from studies.results_document import results_markdown
 
 from spark_nemo.config.compose import compose_config
 from spark_nemo.config.designs import DESIGNS
@@ -30,10 +31,9 @@ from spark_nemo.report import (
     comparison_markdown,
     read_summary,
     report_page,
-    results_markdown,
 )
-from spark_nemo.report.collect import collect_summary
-from spark_nemo.report.names import DESIGN_NAMES, arm_name, method_name
+from spark_nemo.report.collect_summary import collect_summary
+from spark_nemo.report.display_names import DESIGN_NAMES, arm_name, method_name
 from spark_nemo.utils.files import write_json_atomic, write_text_atomic
 from spark_nemo.verification.sampler import SOLUTION, VERIFICATION
 

@@ -119,7 +119,7 @@ def _collect(path: str | Path, votes: dict[str, list[str | None]]) -> None:
 
 
 def _prediction_rows(path: Path) -> list[tuple[str, dict[str, object]]]:
-    """Rows of a JSONL file or JSON list, or the ``cases`` of a file that ``score_reward_model``
+    """Rows of a JSONL file or JSON list, or the ``cases`` of a file that ``score_prm``
     wrote.
     """
     if path.suffix == ".json":

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .model import SummaryError
-from .results import over_seeds
-from .sections import marked
+from spark_nemo.report.summary import SummaryError
+from studies.document_sections import marked
+from studies.results_document import over_seeds
 
 SECTION = "hacking"
 FOUND = 0.5

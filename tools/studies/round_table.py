@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .model import SummaryError, read_summary
-from .results import over_seeds
-from .sections import marked
+from spark_nemo.report.summary import SummaryError, read_summary
+from studies.document_sections import marked
+from studies.results_document import over_seeds
 
 SECTION = "rounds"
 _NOTES = """\

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .compare import Comparison, Pair, compare_runs
-from .model import SummaryError
-from .names import arm_name, method_name
-from .results import over_seeds
-from .sections import marked
+from spark_nemo.report.display_names import arm_name, method_name
+from spark_nemo.report.seed_comparison import Comparison, Pair, compare_runs
+from spark_nemo.report.summary import SummaryError
+from studies.document_sections import marked
+from studies.results_document import over_seeds
 
 SECTION = "study"
 _NOTES = """\

@@ -45,13 +45,13 @@ from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.run.run_folder import read_done, stage3_folder
 from spark_nemo.stages.stage3 import run_stage3
 from spark_nemo.toy.corpus import PROMPTS, sampled_problems
-from spark_nemo.toy.data import held_out_questions
-from spark_nemo.toy.exploits import BY_NAME, Exploit, judge, tempted_response
+from spark_nemo.toy.problem_files import held_out_questions
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
 from spark_nemo.training.fine_tuning import num_sft_steps, train_sft
 from spark_nemo.training.packing import TrainSequence
 from spark_nemo.training.stop import StopFlag
 from spark_nemo.utils.files import write_json_atomic
+from studies.exploits import BY_NAME, Exploit, judge, tempted_response
 
 SFT_EXAMPLES, SFT_BATCH = 3000, 64
 _LAYOUT = MegatronConfig(dtype="float32", distributed_optimizer=False, tokens_per_micro_batch=4096)
@@ -136,7 +136,7 @@ class ScriptedJudge(Engine):
 
 
 @dataclass(frozen=True, slots=True)
-class RLVariant:
+class SimulatorRun:
     """One run of the simulator: an exploit with its constraint or without."""
 
     exploit: str
@@ -189,7 +189,7 @@ def build_base(exploit: Exploit, folder: Path) -> Path:
     return model
 
 
-def arm_config(arm: RLVariant, runs: Path, overrides: Iterable[str] = ()) -> SparkConfig:
+def arm_config(arm: SimulatorRun, runs: Path, overrides: Iterable[str] = ()) -> SparkConfig:
     """The configuration of an arm's stage III: the two arms of an exploit differ in its constraints
     and in no more.
     """
@@ -212,7 +212,7 @@ def arm_config(arm: RLVariant, runs: Path, overrides: Iterable[str] = ()) -> Spa
     return resolve_toy(replace(config, rl=replace(config.rl, hacking=hacking)))
 
 
-def run_arm(arm: RLVariant, runs: Path, overrides: Iterable[str] = ()) -> dict[str, float]:
+def run_arm(arm: SimulatorRun, runs: Path, overrides: Iterable[str] = ()) -> dict[str, float]:
     """Run it (or go on with it) and return what ``outcome.json`` holds; a finished arm is not run
     again.
     """

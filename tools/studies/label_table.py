@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .model import LabelScores, SummaryError
-from .names import METHOD_NAMES
-from .results import over_seeds
-from .sections import marked
+from spark_nemo.report.display_names import METHOD_NAMES
+from spark_nemo.report.summary import LabelScores, SummaryError
+from studies.document_sections import marked
+from studies.results_document import over_seeds
 
 SECTION = "label quality"
 _NOTES = """\

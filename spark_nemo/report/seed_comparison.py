@@ -17,10 +17,10 @@ from markupsafe import Markup
 from spark_nemo.utils.files import write_text_atomic
 
 from .charts import Series, Style, legend_mark, line_chart, percent
-from .model import CurvePoint, Summary, SummaryError, read_summary
-from .names import arm_name, method_name
-from .results import mean_and_half_width
-from .write import SUMMARY_FILE
+from .display_names import arm_name, method_name
+from .page import SUMMARY_FILE
+from .student_interval import mean_and_half_width
+from .summary import CurvePoint, Summary, SummaryError, read_summary
 
 Seed = tuple[int, ...]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#332288", "#000000")
@@ -170,7 +170,7 @@ def comparison_page(comparison: Comparison) -> str:
         for q in comparison.quantities
     }
     families = list(dict.fromkeys(q.family for q in comparison.quantities))
-    return environment.get_template("compare.html.j2").render(
+    return environment.get_template("seed_comparison.html.j2").render(
         comparison=comparison,
         families=families,
         means=means,
