@@ -33,7 +33,9 @@ ROOMS = (
     "megatron",
     "weight_sync",
 )
-"""Where stages I to III do their work; ``stages`` puts them together."""
+"""Packages that do the work of stages I to III."""
+ABOVE = ("stages", "rollout", "planning", "run")
+"""Packages that put the work together; here only declared functions may name answers."""
 
 ANSWER_FILES = {
     "data.eval_problems": "read by evaluation only",
@@ -198,7 +200,7 @@ def test_no_type_of_the_stages_can_hold_an_answer_key() -> None:
     Does not cover a value typed ``object`` or ``Any``; what runs is compared in
     test_poisoned_answers.
     """
-    found = data_types(*ROOMS, "stages")
+    found = data_types(*ROOMS, *ABOVE)
     assert len(found) > 60
     holders = {
         key for key, each in found.items() if {AnswerKey, EvalProblem} & set(reaches(each, []))
@@ -211,7 +213,7 @@ def test_functions_with_answers_behind_them_are_held_where_declared_and_nowhere_
     right or wrong are the declared baselines' closures.
     """
     holders = set()
-    for (module, name), each in data_types("rewards", "verification", "training", "stages").items():
+    for (module, name), each in data_types("rewards", "verification", "training", *ABOVE).items():
         for field, hint in hints_of(each).items():
             functions_in = [part for part in parts_of(hint) if typing.get_origin(part) is Callable]
             if any(bool in parts_of(typing.get_args(part)[-1]) for part in functions_in):
@@ -251,7 +253,7 @@ def test_the_functions_that_touch_answers_are_the_declared_ones() -> None:
     be declared.
     """
     found = defaultdict(set)
-    for name, tree in trees("stages"):
+    for name, tree in trees(*ABOVE):
         for function, body in functions(tree):
             names = {getattr(node, "id", getattr(node, "attr", None)) for node in ast.walk(body)}
             if names & KEY_NAMES:
@@ -263,7 +265,7 @@ def test_no_training_code_looks_for_an_answer_in_a_row_of_data() -> None:
     """Proves no ``row["answer"]`` or ``row.get("ground_truth")``, by any name that the data files
     at hand use, in rooms and stages: an answer cannot come in beside the typed readers.
     """
-    for name, tree in trees(*ROOMS, "stages"):
+    for name, tree in trees(*ROOMS, *ABOVE):
         for node in ast.walk(tree):
             keys = []
             if isinstance(node, ast.Subscript):
