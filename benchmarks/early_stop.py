@@ -76,7 +76,7 @@ def report(rule: StoppingRule, label: str, votes: Votes) -> None:
         vote.num_tokens for all_votes in votes.values() for vote in all_votes
     )
     print(
-        f"{label:<32}{rule.wave_size:>5}{saved:>10.1%}{equal_solutions / solutions:>13.2%}"
+        f"{label:<32}{rule.vote_batch_size:>5}{saved:>10.1%}{equal_solutions / solutions:>13.2%}"
         f"{equal_steps / steps:>10.2%}{equal_verdicts / solutions:>11.2%}"
     )
 
@@ -138,8 +138,8 @@ def main() -> int:
     for with_verdict in (False, True):
         for error in (None, 0.01, 0.02, 0.03, 0.05, 0.1):
             name = "exact" if error is None else f"sequential, error {error}"
-            for wave_size in (1, 2, 4):
-                rule = StoppingRule(num_votes, error, wave_size, with_verdict)
+            for vote_batch_size in (1, 2, 4):
+                rule = StoppingRule(num_votes, error, vote_batch_size, with_verdict)
                 report(rule, name + (" + verdict" if with_verdict else ""), pooled)
     same = True
     for name, _, folder in (argument.partition("=") for argument in arguments.run):

@@ -118,7 +118,7 @@ class Ours:
         self.lengths += [len(rollout.response_ids) for rollout in rollouts]
         marks.append(time.process_time())
         valid_N = torch.ones(len(rollouts), dtype=torch.bool)
-        advantages_N = group_advantages(rewards_N, self.groups, valid_N, std_normalise=True)
+        advantages_N = group_advantages(rewards_N, self.groups, valid_N, std_normalize=True)
         train_on_rollouts(
             self.worker, rollouts, advantages_N, valid_N, self.config, tokens_per_micro_batch=2048
         )

@@ -16,7 +16,7 @@ EXAMPLES = """examples:
   spark-nemo plan --stage stage3 --nodes 6 +experiment=spark/base
   spark-nemo plan --stage stage3 --nodes 24 --policy-gpus 32 --verifier-gpus 32 --check +experiment=spark/base_70b
   spark-nemo plan --stage stage2 --model Qwen2.5-72B-Instruct --nodes 16 --json
-  spark-nemo plan --stage sft --model models/Qwen2.5-Math-7B --nodes 1 --gpu-memory-gb 141 megatron.recompute=full
+  spark-nemo plan --stage sft --model Qwen2.5-Math-7B --nodes 1 --gpu-memory-gb 141 megatron.recompute_granularity=full
 
 It reads config.json files and starts nothing. Memory is counted (docs/planning.md says how well), times are arithmetic
 on the rates printed below them: set them to what your cluster achieves. Exit status 2 when nothing fits; the message

@@ -84,5 +84,5 @@ def unread_knobs(design: str) -> dict[str, object]:
         unread |= {**VERIFIER_KNOBS, "reward_model": None, "reward_variant": None}
         unread |= dict.fromkeys(unread_failures(design))
     if design in OWN_BASELINE:
-        unread |= {"estimator": "grpo", "std_normalise": None, "overlong_buffer": None}
+        unread |= {"estimator": "grpo", "std_normalize": None, "overlong_buffer": None}
     return unread

@@ -19,8 +19,8 @@ _LAUNCH_ONLY = (
 )
 _FOR_ROUTER = ("python", "host", "max_restarts")
 
-START_TIMEOUT_S, LOST_TIMEOUT_S = 900.0, 120.0
-"""``start_timeout_s`` and ``lost_timeout_s`` of a pool where they are not set."""
+START_TIMEOUT_S, POOL_DOWN_TIMEOUT_S = 900.0, 120.0
+"""``start_timeout_s`` and ``pool_down_timeout_s`` of a pool where they are not set."""
 
 
 @dataclass
@@ -101,7 +101,7 @@ class PoolConfig:
     """A server that answers no probe for so long hangs; 30 when not set."""
     start_timeout_s: float | None = None
     """From launch to the first answer; 900 when not set."""
-    lost_timeout_s: float | None = None
+    pool_down_timeout_s: float | None = None
     """How long requests and new weights wait when no server is left and none starts; then the run
     stops. 120 when not set; start_timeout_s for servers that Slurm starts, and starts again.
     """
@@ -134,7 +134,12 @@ class PoolConfig:
         for each in ("first_gpu", "max_restarts"):
             if getattr(self, each) is not None:
                 at_least(f"{name}.{each}", getattr(self, each), 0)
-        for each in ("request_timeout_s", "probe_timeout_s", "start_timeout_s", "lost_timeout_s"):
+        for each in (
+            "request_timeout_s",
+            "probe_timeout_s",
+            "start_timeout_s",
+            "pool_down_timeout_s",
+        ):
             if getattr(self, each) is not None and getattr(self, each) <= 0:
                 raise ConfigError(f"{name}.{each}={getattr(self, each)}: must be positive")
         for url in self.urls:
@@ -192,8 +197,10 @@ class PoolConfig:
             for each in fields(self)
             if each.name not in (*_LAUNCH_ONLY, "servers", "router")
         }
-        lost = self.lost_timeout_s or max(LOST_TIMEOUT_S, self.start_timeout_s or START_TIMEOUT_S)
-        return PoolConfig(**{**clients, "urls": urls, "lost_timeout_s": lost})
+        lost = self.pool_down_timeout_s or max(
+            POOL_DOWN_TIMEOUT_S, self.start_timeout_s or START_TIMEOUT_S
+        )
+        return PoolConfig(**{**clients, "urls": urls, "pool_down_timeout_s": lost})
 
     def set_fields(self) -> list[str]:
         """Fields that differ from their default."""

@@ -44,6 +44,7 @@ def check_finite(settings: object, prefix: str = "") -> None:
 
 def without_effect(name: str, value: object, because: str) -> ConfigError:
     """The error for a knob that would be read by nobody."""
+    written = str(value).lower() if isinstance(value, bool) else value
     return ConfigError(
-        f"{name}={value} has no effect {because}: remove it or change the other setting"
+        f"{name}={written} has no effect {because}: remove it or change the other setting"
     )

@@ -35,10 +35,8 @@ class LabelsConfig:
     """No vote agrees with the majority on every step: drop the solution, or take the closest vote
     (hamming).
     """
-    final_verdict: str = "agreed"
-    """Of step-consistent and merged targets: the last line must be agreed with the steps, or may be
-    any.
-    """
+    require_consistent_verdict: bool = True
+    """Whether the last line of a step-consistent or merged target must agree with its steps."""
     reference_pick: str | None = None
     """How reference_guided chooses among its verifications: single, outcome_consistency or
     step_consistency (None).
@@ -62,7 +60,6 @@ class LabelsConfig:
     def __post_init__(self) -> None:
         one_of("labels.ties", self.ties, {"drop", "incorrect"})
         one_of("labels.no_match", self.no_match, {"drop", "hamming"})
-        one_of("labels.final_verdict", self.final_verdict, {"agreed", "any"})
         if self.reference_pick is not None:
             one_of("labels.reference_pick", self.reference_pick, VOTE_METHODS)
         one_of("labels.balance", self.balance, {"none", "consensus", "ground_truth"})

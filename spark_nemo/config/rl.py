@@ -33,7 +33,7 @@ class FailurePolicy:
     """
 
     action: str | None = None
-    """mask: leave the sample out. penalise: give it ``penalty``. None is mask."""
+    """mask: leave the sample out. penalize: give it ``penalty``. None is mask."""
     penalty: float | None = None
     retries: int | None = None
     """Fresh attempts before the action applies. None is 1."""
@@ -45,12 +45,12 @@ class FailurePolicy:
 
     def __post_init__(self) -> None:
         if self.action is not None:
-            one_of("failures.action", self.action, {"mask", "penalise"})
+            one_of("failures.action", self.action, {"mask", "penalize"})
         at_least("failures.retries", self.num_retries, 0)
         in_unit_interval("failures.max_rate", self.bound)
-        if self.action == "penalise" and self.penalty is None:
+        if self.action == "penalize" and self.penalty is None:
             raise ConfigError(
-                "failures.action=penalise needs failures.penalty (the reward of a failed verification)"
+                "failures.action=penalize needs failures.penalty (the reward of a failed verification)"
             )
         if self.penalty is not None and not math.isfinite(self.penalty):
             raise ConfigError(f"failures.penalty={self.penalty}: a reward must be finite")
@@ -60,7 +60,7 @@ class FailurePolicy:
     @property
     def masks(self) -> bool:
         """``action``, resolved: is a sample without a verdict left out?"""
-        return self.action != "penalise"
+        return self.action != "penalize"
 
     @property
     def num_retries(self) -> int:
@@ -80,7 +80,7 @@ class RLConfig:
     steps: int = 100
     prompts_per_step: int = 256
     group_size: int = 16
-    updates_per_step: int = 1
+    num_minibatches: int = 1
     """Optimizer steps per rollout batch; the batch is split by groups."""
     reward: str = "process_aware"
     """From the reward model: process_aware (format gate times final verdict), step_average,
@@ -147,7 +147,7 @@ class RLConfig:
     """From rewards to one advantage per response: grpo, dr_grpo (no std), rloo or reinforce_pp
     (batch statistics).
     """
-    std_normalise: bool | None = None
+    std_normalize: bool | None = None
     """Divide a group's centred rewards by their standard deviation; only read by grpo. None is
     True.
     """
@@ -155,18 +155,18 @@ class RLConfig:
     """token_mean, sequence_mean or length_constant. None is token_mean; dr_grpo is length_constant
     and nothing else.
     """
-    ratio: str = "token"
+    importance_sampling_level: str = "token"
     """What is clipped: token, or sequence (GSPO; its objective is the one with
-    loss_aggregation=sequence_mean). Only read when updates_per_step > 1.
+    loss_aggregation=sequence_mean). Only read when num_minibatches > 1.
     """
     clip_low: float | None = None
-    """Lower clip of the ratio, 1 - clip_low; only read when updates_per_step > 1. None is 0.2."""
+    """Lower clip of the ratio, 1 - clip_low; only read when num_minibatches > 1. None is 0.2."""
     clip_high: float | None = None
-    """Upper clip of the ratio, 1 + clip_high; only read when updates_per_step > 1. None is 0.2."""
+    """Upper clip of the ratio, 1 + clip_high; only read when num_minibatches > 1. None is 0.2."""
     kl_estimator: str = "none"
     """Estimator of KL(policy, reference) in the loss: none, k1, k2 or k3."""
     kl_coef: float | None = None
-    importance_cap: float | None = 2.0
+    tis_clip: float | None = 2.0
     """Truncated importance sampling between engine and trainer log-probabilities; None switches it
     off.
     """
@@ -176,7 +176,7 @@ class RLConfig:
     hacking: HackingConfig = field(default_factory=HackingConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "updates_per_step", "eval_every", "save_every"):
+        for name in ("steps", "prompts_per_step", "num_minibatches", "eval_every", "save_every"):
             at_least(f"rl.{name}", getattr(self, name), 1)
         at_least("rl.group_size", self.group_size, 2)
         one_of("rl.reward", self.reward, MODEL_REWARDS | BASELINES)
@@ -195,25 +195,25 @@ class RLConfig:
                 f"rl.kl_estimator={self.kl_estimator} needs a positive, finite rl.kl_coef, "
                 f"not rl.kl_coef={self.kl_coef}"
             )
-        if self.updates_per_step > self.prompts_per_step:
+        if self.num_minibatches > self.prompts_per_step:
             raise ConfigError(
-                f"rl.updates_per_step={self.updates_per_step}: at most rl.prompts_per_step={self.prompts_per_step}"
+                f"rl.num_minibatches={self.num_minibatches}: at most rl.prompts_per_step={self.prompts_per_step}"
             )
         for name in ("clip_low", "clip_high"):
             value = getattr(self, name)
-            if value is not None and self.updates_per_step == 1:
+            if value is not None and self.num_minibatches == 1:
                 raise without_effect(
-                    f"rl.{name}", value, "with rl.updates_per_step=1 (the ratio is always 1)"
+                    f"rl.{name}", value, "with rl.num_minibatches=1 (the ratio is always 1)"
                 )
             if value is not None and not value > 0:
                 raise ConfigError(f"rl.{name}={value}: must be positive")
-        if self.importance_cap is not None:
-            at_least("rl.importance_cap", self.importance_cap, 1)
+        if self.tis_clip is not None:
+            at_least("rl.tis_clip", self.tis_clip, 1)
         self._check_verifier()
         self._check_estimator()
         self._check_advantage()
         self._check_shaping()
-        self.rollout.check(self.steps, self.importance_cap, self.estimator)
+        self.rollout.check(self.steps, self.tis_clip, self.estimator)
         self.hacking.check_rl(
             self.reward,
             self.advantage,
@@ -299,19 +299,23 @@ class RLConfig:
 
     def _check_estimator(self) -> None:
         one_of("rl.estimator", self.estimator, {"grpo", "dr_grpo", "rloo", "reinforce_pp"})
-        one_of("rl.ratio", self.ratio, {"token", "sequence"})
-        if self.ratio != "token" and self.updates_per_step == 1:
+        one_of(
+            "rl.importance_sampling_level", self.importance_sampling_level, {"token", "sequence"}
+        )
+        if self.importance_sampling_level != "token" and self.num_minibatches == 1:
             raise without_effect(
-                "rl.ratio", self.ratio, "with rl.updates_per_step=1 (the ratio is always 1)"
+                "rl.importance_sampling_level",
+                self.importance_sampling_level,
+                "with rl.num_minibatches=1 (the ratio is always 1)",
             )
-        if self.std_normalise is not None and self.estimator != "grpo":
+        if self.std_normalize is not None and self.estimator != "grpo":
             raise without_effect(
-                "rl.std_normalise", self.std_normalise, f"with rl.estimator={self.estimator}"
+                "rl.std_normalize", self.std_normalize, f"with rl.estimator={self.estimator}"
             )
         if self.estimator == "dr_grpo" and self.aggregation != "length_constant":
             raise ConfigError(
                 f"rl.loss_aggregation={self.loss_aggregation}: dr_grpo is length_constant; remove it or "
-                "choose rl.estimator=grpo with rl.std_normalise=false"
+                "choose rl.estimator=grpo with rl.std_normalize=false"
             )
 
     def _check_advantage(self) -> None:
@@ -325,8 +329,8 @@ class RLConfig:
             because = f"with rl.advantage={self.advantage} (it has a baseline of its own)"
             if self.estimator != "grpo":
                 raise without_effect("rl.estimator", self.estimator, because)
-            if self.std_normalise is not None:
-                raise without_effect("rl.std_normalise", self.std_normalise, because)
+            if self.std_normalize is not None:
+                raise without_effect("rl.std_normalize", self.std_normalize, because)
 
     def _check_shaping(self) -> None:
         for name, readers in STEP_BOUNDS.items():

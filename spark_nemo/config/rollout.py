@@ -18,10 +18,10 @@ class RolloutConfig:
 
     one_step_off: bool = False
     """While step k trains, the batch of step k + 1 is generated and verified with the weights that
-    step k began with; ``rl.importance_cap`` corrects for it. The first batch is the only one
+    step k began with; ``rl.tis_clip`` corrects for it. The first batch is the only one
     on-policy.
     """
-    oversample: float | None = None
+    over_sampling_ratio: float | None = None
     """Dynamic sampling (DAPO): a group without advantages (its rewards are all equal) trains
     nothing and is replaced. This many times the missing prompts are started at once; of the useful
     groups the first in prompt order are kept, and what still decodes then is aborted. 1 starts no
@@ -29,18 +29,20 @@ class RolloutConfig:
     """
     max_rounds: int | None = None
     """How often missing groups are started anew before the step trains on fewer; only read with
-    oversample. None is 4.
+    over_sampling_ratio. None is 4.
     """
 
     def __post_init__(self) -> None:
-        if self.oversample is not None and not 1 <= self.oversample < math.inf:
+        if self.over_sampling_ratio is not None and not 1 <= self.over_sampling_ratio < math.inf:
             raise ConfigError(
-                f"rl.rollout.oversample={self.oversample}: at least 1 (starts no more than is missing)"
+                f"rl.rollout.over_sampling_ratio={self.over_sampling_ratio}: at least 1"
             )
         if self.max_rounds is not None:
-            if self.oversample is None:
+            if self.over_sampling_ratio is None:
                 raise without_effect(
-                    "rl.rollout.max_rounds", self.max_rounds, "without rl.rollout.oversample"
+                    "rl.rollout.max_rounds",
+                    self.max_rounds,
+                    "without rl.rollout.over_sampling_ratio",
                 )
             at_least("rl.rollout.max_rounds", self.max_rounds, 1)
 
@@ -51,22 +53,22 @@ class RolloutConfig:
 
     def started(self, missing: int) -> int:
         """Prompts to start when ``missing`` useful groups are."""
-        return math.ceil((self.oversample or 1) * missing)
+        return math.ceil((self.over_sampling_ratio or 1) * missing)
 
-    def check(self, steps: int, importance_cap: float | None, estimator: str) -> None:
+    def check(self, steps: int, tis_clip: float | None, estimator: str) -> None:
         """Raise ``ConfigError`` for what does not go with these settings of ``rl``."""
         if self.one_step_off and steps == 1:
             raise without_effect(
                 "rl.rollout.one_step_off", True, "with rl.steps=1 (the first batch is on-policy)"
             )
-        if self.one_step_off and importance_cap is None:
+        if self.one_step_off and tis_clip is None:
             raise ConfigError(
-                "rl.rollout.one_step_off trains on samples of older weights: set rl.importance_cap "
+                "rl.rollout.one_step_off trains on samples of older weights: set rl.tis_clip "
                 "(2.0 is usual), which corrects for it"
             )
-        if self.oversample is not None and estimator == "reinforce_pp":
+        if self.over_sampling_ratio is not None and estimator == "reinforce_pp":
             raise ConfigError(
-                f"rl.rollout.oversample={self.oversample} drops groups without advantages, and "
+                f"rl.rollout.over_sampling_ratio={self.over_sampling_ratio} drops groups without advantages, and "
                 "rl.estimator=reinforce_pp compares with the whole batch, so that every group has some: "
                 "remove one of the two"
             )

@@ -41,7 +41,7 @@ class ModelsConfig:
     generator: str = ""
     verifier: str = ""
     critic: str | None = None
-    """Writes critiques and merges (stage1.revise), and the verifications that see the answer
+    """Writes critiques and merges (stage1.meta_critique), and the verifications that see the answer
     (stage1.reference_answers). None is the verifier itself."""
     reward_base: str = ""
     """What stage II fine-tunes."""
@@ -228,9 +228,9 @@ class SparkConfig:
         """What the label methods need of stage I, and what only they read."""
         for method in self.pipeline.label_methods:
             pick = REVISED_METHODS.get(method)
-            if pick is not None and pick not in self.stage1.revise:
+            if pick is not None and pick not in self.stage1.meta_critique:
                 raise ConfigError(
-                    f"pipeline.label_methods has {method}: add {pick} to stage1.revise"
+                    f"pipeline.label_methods has {method}: add {pick} to stage1.meta_critique"
                 )
             if method == REFERENCE_GUIDED and self.stage1.reference_answers is None:
                 raise ConfigError(
@@ -254,7 +254,7 @@ class SparkConfig:
         """Rules that no label method asked for reads."""
         methods = {self.stage2.method, *self.pipeline.label_methods}
         picks = {REVISED_METHODS.get(method, method) for method in methods} | set(
-            self.stage1.revise
+            self.stage1.meta_critique
         )
         if REFERENCE_GUIDED in methods:
             picks.add(self.labels.reference_pick or "step_consistency")
@@ -262,9 +262,13 @@ class SparkConfig:
         read = {
             "ties": by_steps or "outcome_consistency" in picks,
             "no_match": by_steps,
-            "final_verdict": by_steps or not methods.isdisjoint(REVISED_METHODS),
+            "require_consistent_verdict": by_steps or not methods.isdisjoint(REVISED_METHODS),
         }
-        for name, default in (("ties", "drop"), ("no_match", "drop"), ("final_verdict", "agreed")):
+        for name, default in (
+            ("ties", "drop"),
+            ("no_match", "drop"),
+            ("require_consistent_verdict", True),
+        ):
             if (value := getattr(self.labels, name)) != default and not read[name]:
                 raise without_effect(
                     f"labels.{name}",

@@ -21,16 +21,16 @@ class SftConfig:
     """Sequences per optimizer step, over all data-parallel ranks."""
     max_length: int = 4096
     """Prompt plus response tokens; a longer example is left out and counted."""
-    invalid: str = "error"
+    on_invalid: str = "error"
     """What a response does that the format gate would refuse: error (nothing is trained) or drop
     (it is counted).
     """
-    held_out: float = 0.1
+    val_fraction: float = 0.1
     """Share of the problems, drawn by run.seed, whose responses are not trained on; their loss is
     logged.
     """
     eval_every: int | None = None
-    """Optimizer steps between two held-out losses; None is 100. Not read with held_out=0."""
+    """Optimizer steps between two held-out losses; None is 100. Not read with val_fraction=0."""
     save_every: int = 100
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(lr=5e-6, warmup_fraction=0.03, decay="cosine")
@@ -40,13 +40,13 @@ class SftConfig:
         for name in ("epochs", "batch_size", "save_every"):
             at_least(f"sft.{name}", getattr(self, name), 1)
         at_least("sft.max_length", self.max_length, 2)
-        one_of("sft.invalid", self.invalid, {"error", "drop"})
-        if not 0 <= self.held_out < 1:
-            raise ConfigError(f"sft.held_out={self.held_out}: must lie in [0, 1)")
+        one_of("sft.on_invalid", self.on_invalid, {"error", "drop"})
+        if not 0 <= self.val_fraction < 1:
+            raise ConfigError(f"sft.val_fraction={self.val_fraction}: must lie in [0, 1)")
         if self.eval_every is not None:
             at_least("sft.eval_every", self.eval_every, 1)
-            if self.held_out == 0:
-                raise without_effect("sft.eval_every", self.eval_every, "with sft.held_out=0")
+            if self.val_fraction == 0:
+                raise without_effect("sft.eval_every", self.eval_every, "with sft.val_fraction=0")
 
     @property
     def measured_every(self) -> int:

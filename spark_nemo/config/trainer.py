@@ -23,12 +23,12 @@ class MegatronConfig:
     """
     sequence_parallel: bool = False
     dtype: str = "bfloat16"
-    gradients: str = "float32"
+    grad_reduce_dtype: str = "float32"
     """What gradients are summed in, over micro-batches and ranks. bfloat16 (only with dtype
     bfloat16) takes 2 bytes per parameter less and sends half as much, and every addition rounds to
     8 bits.
     """
-    recompute: str = "none"
+    recompute_granularity: str = "none"
     """Activations computed again in the backward pass: none, selective (those of the MLP or of the
     experts) or full (all of a layer but its input).
     """
@@ -46,14 +46,20 @@ class MegatronConfig:
         ):
             at_least(f"megatron.{name}", getattr(self, name), 1)
         one_of("megatron.dtype", self.dtype, {"float32", "bfloat16"})
-        one_of("megatron.gradients", self.gradients, {"float32", "bfloat16"})
-        one_of("megatron.recompute", self.recompute, {"none", "selective", "full"})
+        one_of("megatron.grad_reduce_dtype", self.grad_reduce_dtype, {"float32", "bfloat16"})
+        one_of(
+            "megatron.recompute_granularity",
+            self.recompute_granularity,
+            {"none", "selective", "full"},
+        )
         if self.sequence_parallel and self.tensor_parallel == 1:
             raise without_effect(
                 "megatron.sequence_parallel", True, "with megatron.tensor_parallel=1"
             )
-        if self.gradients == "bfloat16" and self.dtype == "float32":
-            raise without_effect("megatron.gradients", "bfloat16", "with megatron.dtype=float32")
+        if self.grad_reduce_dtype == "bfloat16" and self.dtype == "float32":
+            raise without_effect(
+                "megatron.grad_reduce_dtype", "bfloat16", "with megatron.dtype=float32"
+            )
 
     @property
     def world_size(self) -> int:

@@ -35,7 +35,7 @@ class Stage1Config:
     """What the verifier is asked with: verify (a general model) or reward_model (a PRM-CoT of an
     earlier round).
     """
-    solutions_from: str | None = None
+    reuse_solutions_from: str | None = None
     """Store of an earlier run whose solutions are taken over where they are the ones this run would
     sample.
     """
@@ -51,12 +51,12 @@ class Stage1Config:
     """
     max_failure_rate: float = 0.5
     """Stop when more than this share of solutions or verifications is unusable."""
-    revise: list[str] = field(default_factory=list)
+    meta_critique: list[str] = field(default_factory=list)
     """Which verification of a solution gets a critique and a merge: the one picked by single (for
     meta_critique), by outcome_consistency (hybrid_outcome) or by step_consistency (hybrid_step).
     """
     revision_sampling: RevisionSamplingConfig = field(default_factory=RevisionSamplingConfig)
-    """Of critiques and merges; only read with revise."""
+    """Of critiques and merges; only read with meta_critique."""
     reference_answers: str | None = None
     """Answer keys of data.stage1_problems, shown to the verifier for the labels of
     reference_guided: a declared baseline. Legal only where that method is asked for.
@@ -78,7 +78,7 @@ class Stage1Config:
     """The majority of the final Yes/No must be decided too, not the steps' only; costs about five
     points of the saving on the small world. For outcome consistency, which rests on it.
     """
-    wave_size: int | None = None
+    vote_batch_size: int | None = None
     """Least number of votes on a solution asked for together under early_stop; None is 1, which
     costs fewest votes.
     """
@@ -115,16 +115,16 @@ class Stage1Config:
         return self.reference_verifications or 8
 
     def _check_extras(self) -> None:
-        for pick in self.revise:
-            one_of("stage1.revise", pick, VOTE_METHODS)
-        if len(set(self.revise)) < len(self.revise):
-            raise ConfigError(f"stage1.revise={self.revise}: name each only once")
+        for pick in self.meta_critique:
+            one_of("stage1.meta_critique", pick, VOTE_METHODS)
+        if len(set(self.meta_critique)) < len(self.meta_critique):
+            raise ConfigError(f"stage1.meta_critique={self.meta_critique}: name each only once")
         for name, value in vars(self.revision_sampling).items():
-            if value is not None and not self.revise:
+            if value is not None and not self.meta_critique:
                 raise without_effect(
-                    f"stage1.revision_sampling.{name}", value, "with stage1.revise=[]"
+                    f"stage1.revision_sampling.{name}", value, "with stage1.meta_critique=[]"
                 )
-        if self.revise:
+        if self.meta_critique:
             _ = self.revised_with  # refuses illegal values
         if self.reference_verifications is not None:
             at_least("stage1.reference_verifications", self.reference_verifications, 1)
@@ -160,10 +160,10 @@ class Stage1Config:
                 f"with fewer than {least} votes "
                 f"(stage1.verifications_per_solution={self.verifications_per_solution})",
             )
-        if self.wave_size is not None:
-            at_least("stage1.wave_size", self.wave_size, 1)
+        if self.vote_batch_size is not None:
+            at_least("stage1.vote_batch_size", self.vote_batch_size, 1)
         for name, value in (
-            ("wave_size", self.wave_size),
+            ("vote_batch_size", self.vote_batch_size),
             ("early_stop_verdict", self.early_stop_verdict or None),
         ):
             if value is not None and self.early_stop == "none":

@@ -28,13 +28,13 @@ from .packed_gpt import DTYPES, PackedGPT
 
 
 def wrap_for_gradients(model: PackedGPT, layout: MegatronConfig) -> DistributedDataParallel:
-    """Megatron's data-parallel wrapper: buffers of ``layout.gradients``, summed over ranks when a
+    """Megatron's data-parallel wrapper: buffers of ``layout.grad_reduce_dtype``, summed over ranks when a
     step ends.
     """
     return DistributedDataParallel(
         model.config,
         DistributedDataParallelConfig(
-            grad_reduce_in_fp32=layout.gradients == "float32",
+            grad_reduce_in_fp32=layout.grad_reduce_dtype == "float32",
             use_distributed_optimizer=layout.distributed_optimizer,
         ),
         model,

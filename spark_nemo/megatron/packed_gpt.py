@@ -146,7 +146,7 @@ def transformer_config(shape: ModelShape, layout: MegatronConfig) -> Transformer
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
         },
-    }[layout.recompute]
+    }[layout.recompute_granularity]
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,

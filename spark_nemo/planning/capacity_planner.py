@@ -72,7 +72,7 @@ class Plan:
                 "pipeline_parallel",
                 "data_parallel",
                 "sequence_parallel",
-                "recompute",
+                "recompute_granularity",
             ]
             names += ["expert_parallel"] if layout.expert_parallel > 1 else []
             words = [f"megatron.{name}={str(getattr(layout, name)).lower()}" for name in names]
@@ -227,7 +227,7 @@ def _refusal(
     helps = advice(training, best, cluster, rates, sync_bytes)
     return (
         f"{name} does not fit {gpus} GPUs of {cluster.gpu_memory_gb:g} GB: TP {layout.tensor_parallel} x PP "
-        f"{layout.pipeline_parallel} x DP {layout.data_parallel}, recompute {layout.recompute}, needs "
+        f"{layout.pipeline_parallel} x DP {layout.data_parallel}, recompute {layout.recompute_granularity}, needs "
         f"{best.worst.peak / GB:.1f} GB (weights {states.weights / GB:.1f}, gradients {states.gradients / GB:.1f}, "
         f"optimizer {states.optimizer / GB:.1f}, the rest {(best.worst.peak - states.total) / GB:.1f}) of "
         f"{cluster.usable_bytes / GB:.1f} usable, {best.shortage(cluster) / GB:.1f} GB too much; "

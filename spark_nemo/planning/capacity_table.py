@@ -75,7 +75,7 @@ def _layout_line(each: Candidate, plan: Plan) -> str:
     layout, rank = each.layout, each.worst
     return (
         f"{layout.tensor_parallel:4d}{layout.pipeline_parallel:4d}{layout.data_parallel:5d}"
-        f"{layout.expert_parallel:4d} {layout.recompute:9s}{rank.states.weights / GB:9.1f}"
+        f"{layout.expert_parallel:4d} {layout.recompute_granularity:9s}{rank.states.weights / GB:9.1f}"
         f"{rank.states.gradients / GB:7.1f}{rank.states.optimizer / GB:7.1f}{rank.graphs / GB:7.1f}"
         f"{rank.passing / GB:12.1f}{rank.sync / GB:6.1f}{rank.peak / GB:7.1f}"
         f"{-each.shortage(plan.cluster) / GB:7.1f}{each.step_seconds:10.1f}"

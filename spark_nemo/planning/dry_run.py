@@ -173,7 +173,8 @@ def _texts(config: SparkConfig, parts: Parts) -> Iterator[tuple[str, str, int, i
             ("stage1.generator_sampling", "models.generator", written),
             ("stage1.verifier_sampling", "models.verifier", verified),
         ]
-    if parts.stage1 and config.stage1.revise:  # a merge reads solution, verification and critique
+    if parts.stage1 and config.stage1.meta_critique:
+        # A merge reads solution, verification and critique.
         rows.append(
             (
                 "stage1.revision_sampling",
@@ -248,9 +249,9 @@ def _ranks(config: SparkConfig, parts: Parts) -> list[str]:
 def _format_sft(config: SparkConfig) -> list[str]:
     sft = config.sft
     examples, basis = _count(config.data.sft_examples, "example")
-    tokens = round(examples * (1 - sft.held_out)) * sft.epochs * sft.max_length
+    tokens = round(examples * (1 - sft.val_fraction)) * sft.epochs * sft.max_length
     return [
-        f"format SFT   {basis}, {sft.held_out:.0%} of the problems held out, {sft.epochs} epochs of batches of "
+        f"format SFT   {basis}, {sft.val_fraction:.0%} of the problems held out, {sft.epochs} epochs of batches of "
         f"{sft.batch_size}, at most {tokens:,} trained tokens"
     ]
 
@@ -268,10 +269,10 @@ def _verification_data(config: SparkConfig) -> list[str]:
         f"stage I      {basis}: {problems * solutions:,} solutions, {problems * votes:,} verifications, at most "
         f"{problems * tokens:,} generated tokens"
     ]
-    if one.revise:
-        revised = problems * solutions * len(one.revise)
+    if one.meta_critique:
+        revised = problems * solutions * len(one.meta_critique)
         lines.append(
-            f"stage I      critiques of the picks by {', '.join(one.revise)}: {basis}, at most {revised:,} "
+            f"stage I      critiques of the picks by {', '.join(one.meta_critique)}: {basis}, at most {revised:,} "
             f"and as many merges, {2 * revised * one.revised_with.max_new_tokens:,} generated tokens"
         )
     if one.reference_answers is not None:

@@ -78,14 +78,15 @@ def candidates(
                 data_parallel=gpus // (tp * pp),
                 expert_parallel=ep,
                 sequence_parallel=tp > 1,
-                recompute=recompute,
+                recompute_granularity=recompute,
             )
             try:
                 found.append(evaluate(work, layout, cluster, rates, sync_bytes))
             except ConfigError:
                 continue  # the model cannot be split so
     return sorted(
-        found, key=lambda each: (each.step_seconds, RECOMPUTE.index(each.layout.recompute))
+        found,
+        key=lambda each: (each.step_seconds, RECOMPUTE.index(each.layout.recompute_granularity)),
     )
 
 
@@ -178,8 +179,11 @@ def _longest_that_fits(
 
 
 def _knobs(work: Training, layout: MegatronConfig) -> Iterator[tuple[str, MegatronConfig]]:
-    for recompute in RECOMPUTE[RECOMPUTE.index(layout.recompute) + 1 :]:
-        yield f"megatron.recompute={recompute}", replace(layout, recompute=recompute)
+    for recompute in RECOMPUTE[RECOMPUTE.index(layout.recompute_granularity) + 1 :]:
+        yield (
+            f"megatron.recompute_granularity={recompute}",
+            replace(layout, recompute_granularity=recompute),
+        )
     if layout.tensor_parallel > 1 and not layout.sequence_parallel:
         yield "megatron.sequence_parallel=true", replace(layout, sequence_parallel=True)
     if layout.data_parallel > 1 and not layout.distributed_optimizer:
@@ -187,8 +191,8 @@ def _knobs(work: Training, layout: MegatronConfig) -> Iterator[tuple[str, Megatr
     if layout.dtype == "float32":
         yield "megatron.dtype=bfloat16", replace(layout, dtype="bfloat16")
     else:  # without data parallelism float32 takes less: the optimizer needs no copies
-        other = "bfloat16" if layout.gradients == "float32" else "float32"
-        yield f"megatron.gradients={other}", replace(layout, gradients=other)
+        other = "bfloat16" if layout.grad_reduce_dtype == "float32" else "float32"
+        yield f"megatron.grad_reduce_dtype={other}", replace(layout, grad_reduce_dtype=other)
     if layout.tokens_per_micro_batch > work.longest:
         half = max(work.longest, layout.tokens_per_micro_batch // 2)
         yield (

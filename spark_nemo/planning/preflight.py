@@ -61,16 +61,18 @@ def check_stage1(config: SparkConfig) -> None:
     _served_model(config, "models.generator")
     _served_model(config, "models.verifier")
     read_problems(_set(config, "data.stage1_problems"))
-    if stage.solutions_from is not None and not Path(stage.solutions_from).is_dir():
+    if stage.reuse_solutions_from is not None and not Path(stage.reuse_solutions_from).is_dir():
         raise ConfigError(
-            f"stage1.solutions_from={stage.solutions_from}: no store there; name the stage1/store of an "
+            f"stage1.reuse_solutions_from={stage.reuse_solutions_from}: no store there; name the stage1/store of an "
             "earlier run"
         )
     _fits(config, "stage1.generator_sampling", stage.generator_sampling)
     _fits(config, "stage1.verifier_sampling", stage.verifier_sampling)
-    if stage.revise:
+    if stage.meta_critique:
         _fits(config, "stage1.revision_sampling", stage.revised_with)
-    if config.models.critic is not None and (stage.revise or stage.reference_answers is not None):
+    if config.models.critic is not None and (
+        stage.meta_critique or stage.reference_answers is not None
+    ):
         if engine.pool("verifier").urls:
             raise ConfigError(
                 f"models.critic={config.models.critic}: engine.verifier.urls serve the verifier; let the "
@@ -125,7 +127,7 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
     held_out = read_math(_set(config, "data.eval_problems"))
     _fits(config, "rl.sampling", rl.sampling)
     _fits(config, "evaluation", config.evaluation)
-    if rl.rollout.oversample is None and rl.prompts_per_step > len(problems):
+    if rl.rollout.over_sampling_ratio is None and rl.prompts_per_step > len(problems):
         raise ConfigError(
             f"rl.prompts_per_step={rl.prompts_per_step}: data.rl_problems={config.data.rl_problems} has "
             f"{len(problems)} problems, and a step draws none twice"
@@ -204,7 +206,7 @@ def check_data_here(config: SparkConfig, fields: Sequence[str]) -> None:
             case "processbench":
                 read_processbench(path)
             case "sft_examples":
-                read_policy_examples(path, drop_invalid=config.sft.invalid == "drop")
+                read_policy_examples(path, drop_invalid=config.sft.on_invalid == "drop")
             case "rl_answers" | "reference_answers":
                 read_answer_keys(path)
             case _:

@@ -52,12 +52,12 @@ def training_seconds(
     # The loss computes logits again in its backward pass; recomputation does so with every layer,
     # or its MLP.
     again, collectives = 2 * work.model.shape.vocab_size * work.model.shape.hidden_size, 4
-    if layout.recompute == "selective":
+    if layout.recompute_granularity == "selective":
         again, collectives = (
             again + work.model.shape.num_layers * _feed_forward_flops(work.model.shape),
             5,
         )
-    elif layout.recompute == "full":
+    elif layout.recompute_granularity == "full":
         again, collectives = per_token, 6
     one_pass = _pass_seconds(work, layout, tokens, per_token, 2, cluster, rates)
     trained = _pass_seconds(
@@ -69,7 +69,7 @@ def training_seconds(
     bandwidth = (
         rates.nvlink_gbs if layout.world_size <= cluster.gpus_per_node else rates.network_gbs
     )
-    gradient = ITEM_BYTES[layout.gradients]
+    gradient = ITEM_BYTES[layout.grad_reduce_dtype]
     moved = gradient * 2 if not layout.distributed_optimizer else gradient + 2
     reduced = worst.num_parameters * moved * (dp - 1) / dp
     touched = 2 * worst.states.optimizer + worst.states.gradients

@@ -119,8 +119,8 @@ def training(config: SparkConfig, stage: str, model: str | None = None) -> Train
         trained,
         rl.prompts_per_step * rl.group_size,
         _prompt_room(trained, new) + new,
-        rl.updates_per_step,
-        has_reference + (rl.updates_per_step > 1),
+        rl.num_minibatches,
+        has_reference + (rl.num_minibatches > 1),
         2 if has_reference else 0,
         syncs=True,
     )

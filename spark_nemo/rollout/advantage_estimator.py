@@ -37,7 +37,7 @@ def compute_advantages(batch: ScoredBatch, config: RLConfig) -> Tensor | list[Te
         torch.tensor(batch.rewards.rewards),
         [rollout.group for rollout in batch.rollouts],
         torch.tensor(batch.rewards.valid),
-        std_normalise=config.std_normalise is not False,
+        std_normalize=config.std_normalize is not False,
     )
     if config.advantage == "outcome":
         return outcome_N

@@ -63,7 +63,7 @@ class RolloutManager:
         What the verifier was spared goes to verifier.jsonl, not to the metrics: a resumed run,
         whose cache is empty, has the metrics of an uninterrupted one and asks more.
         """
-        dynamic = self.config.rl.rollout.oversample is not None
+        dynamic = self.config.rl.rollout.over_sampling_ratio is not None
         batch = await (dynamic_batch if dynamic else RolloutGenerator.batch)(
             self.rollouts, problems, step
         )

@@ -132,7 +132,7 @@ class RolloutPrefetcher:
 
     def _asked(self, step: int) -> list[Problem]:
         rl, seed = self._config.rl, self._config.run.seed
-        if rl.rollout.oversample is None:
+        if rl.rollout.over_sampling_ratio is None:
             indices = batch_indices(step, len(self._problems), rl.prompts_per_step, seed)
         else:
             indices = prompt_indices(self.cursor, prompts_at_most(rl), len(self._problems), seed)

@@ -120,7 +120,7 @@ def _round_overrides(config: SparkConfig, number: int) -> list[str]:
         f"run.dir={round_run(config.run, number).dir}",
         f"models.verifier={before / 'model'}",
         "stage1.verifier_prompt=reward_model",
-        f"stage1.solutions_from={stage1_folder(config.run) / 'store'}",
+        f"stage1.reuse_solutions_from={stage1_folder(config.run) / 'store'}",
     ]
 
 

@@ -83,7 +83,7 @@ def comparable_rl(rl: dict[str, object]) -> dict[str, object]:
         **SHAPING_KNOBS,
         **named,
         "hacking.constraints": constraints,
-        "std_normalise": rl["std_normalise"] is not False,
+        "std_normalize": rl["std_normalize"] is not False,
         "loss_aggregation": rl["loss_aggregation"] or "token_mean",
     }
 

@@ -87,7 +87,7 @@ def _remedy(config: SparkConfig, dropped: dict[str, int]) -> str:
     method = config.stage2.method
     if method in REVISED_METHODS and "critique_missing" in dropped:
         return (
-            f": the store has no critique for it; run `spark-nemo stage1` with stage1.revise="
+            f": the store has no critique for it; run `spark-nemo stage1` with stage1.meta_critique="
             f"[{REVISED_METHODS[method]}] in this run.dir, what is there stays"
         )
     if method == REFERENCE_GUIDED and dropped.keys() <= {"no_votes", "vote_0_missing"}:

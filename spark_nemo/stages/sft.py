@@ -113,10 +113,10 @@ def sft_data(config: SparkConfig) -> SftData:
     check_sft(config)
     stage, tokenizer = config.sft, Tokenizer.load(config.models.policy_base)
     examples, dropped = read_policy_examples(
-        config.data.sft_examples, drop_invalid=stage.invalid == "drop"
+        config.data.sft_examples, drop_invalid=stage.on_invalid == "drop"
     )
     sides, too_long = [], 0
-    for side in split_held_out(examples, stage.held_out, config.run.seed):
+    for side in split_held_out(examples, stage.val_fraction, config.run.seed):
         kept, longer = drop_longer_than(
             policy_sequences(side, prompt_set(config.rl.prompt_set), tokenizer), stage.max_length
         )

@@ -71,7 +71,11 @@ def _sample(config: SparkConfig, folder: Path, name: str) -> CollectCounts:
         progress(folder / name, total, "verification", clock) as bar,
     ):
         watch = Stage1Watch(stage, bar, total)
-        earlier = RecordStore(stage.solutions_from) if stage.solutions_from is not None else None
+        earlier = (
+            RecordStore(stage.reuse_solutions_from)
+            if stage.reuse_solutions_from is not None
+            else None
+        )
         after = after_votes(config, verifier, store, folder / "servers" / name)
         collector = Collector(
             stage, config.run.seed, generator, verifier, store, watch, after, earlier

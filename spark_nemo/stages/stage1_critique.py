@@ -37,7 +37,7 @@ class AfterVotes:
         self.critic, self._config = critic, config
         self.reviser = (
             Reviser(stage, LabelOptions.of(config.labels), seed, critic, store)
-            if stage.revise
+            if stage.meta_critique
             else None
         )
         self.reference: ReferenceVerifier | None = None
@@ -114,7 +114,7 @@ def after_votes(
     """None when the configuration asks for nothing beyond votes. ``models.critic`` is loaded only
     when needed.
     """
-    if not config.stage1.revise and config.stage1.reference_answers is None:
+    if not config.stage1.meta_critique and config.stage1.reference_answers is None:
         return None
     same = config.models.critic is None or config.models.critic == config.models.verifier
     critic = (

@@ -79,7 +79,7 @@ def _train(config: SparkConfig, folder: Path, verifier: ServedModel | None) -> b
         config.megatron,
         config.run.seed,
         rl.optimizer,
-        rl.steps * rl.updates_per_step,
+        rl.steps * rl.num_minibatches,
     )
     sync = WeightSync.build(
         config.weight_sync,

@@ -24,11 +24,11 @@ def group_advantages(
     groups: Sequence[int],
     valid_N: torch.Tensor,
     *,
-    std_normalise: bool,
+    std_normalize: bool,
     eps: float = STD_EPS,
 ) -> torch.Tensor:
     """``A_i = (r_i - mean_g) / (std_g + eps)`` over the valid members of sample i's group g
-    (without the division when ``std_normalise`` is off). Source: DeepSeekMath, arXiv 2402.03300,
+    (without the division when ``std_normalize`` is off). Source: DeepSeekMath, arXiv 2402.03300,
     section 4.1.2.
 
     ``std_g`` is the unbiased one (n - 1). A sample that is not valid gets exactly 0 and does not
@@ -44,7 +44,7 @@ def group_advantages(
     group_N, count_G = _group_counts(groups, valid_N)
     mean_G = _group_sum(rewards_N, group_N, count_G) / count_G.clamp(min=1)
     centred_N = (rewards_N - mean_G[group_N]) * valid_N
-    if std_normalise:
+    if std_normalize:
         std_G = (
             _group_sum(centred_N.square(), group_N, count_G) / (count_G - 1).clamp(min=1)
         ).sqrt()
@@ -80,7 +80,7 @@ def global_advantages(
     KL penalty inside the reward is not here: KL is a loss.
     """
     rewards_N, valid_N = _checked(rewards_N, groups, valid_N)
-    return group_advantages(rewards_N, [0] * len(groups), valid_N, std_normalise=True, eps=eps)
+    return group_advantages(rewards_N, [0] * len(groups), valid_N, std_normalize=True, eps=eps)
 
 
 def estimate_advantages(
@@ -89,9 +89,9 @@ def estimate_advantages(
     groups: Sequence[int],
     valid_N: torch.Tensor,
     *,
-    std_normalise: bool = True,
+    std_normalize: bool = True,
 ) -> torch.Tensor:
-    """The advantages of ``rl.estimator``; ``std_normalise`` is read by grpo only.
+    """The advantages of ``rl.estimator``; ``std_normalize`` is read by grpo only.
 
     * grpo: ``group_advantages``.
     * dr_grpo: ``r_i - mean_g``, no std, for that weighs a prompt by how easy it is. Source: arXiv 2503.20783, whose
@@ -100,9 +100,9 @@ def estimate_advantages(
     """
     match estimator:
         case "grpo":
-            return group_advantages(rewards_N, groups, valid_N, std_normalise=std_normalise)
+            return group_advantages(rewards_N, groups, valid_N, std_normalize=std_normalize)
         case "dr_grpo":
-            return group_advantages(rewards_N, groups, valid_N, std_normalise=False)
+            return group_advantages(rewards_N, groups, valid_N, std_normalize=False)
         case "rloo":
             return rloo_advantages(rewards_N, groups, valid_N)
         case "reinforce_pp":

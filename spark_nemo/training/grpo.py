@@ -40,7 +40,7 @@ def train_on_rollouts(
     reference: Mapping[str, Tensor] | None = None,
     gate: FirstStepGate | None = None,
 ) -> dict[str, float]:
-    """Make ``config.updates_per_step`` optimizer steps on one batch of rollouts and return the
+    """Make ``config.num_minibatches`` optimizer steps on one batch of rollouts and return the
     step's metrics.
 
     ``advantages`` has one element per rollout: a scalar (so a tensor of shape (N,) will do), which
@@ -133,7 +133,7 @@ def _sequences_of_updates(
 ) -> list[list[TrainSequence]]:
     """The sequences to compute of each optimizer step."""
     updates = []
-    for part in split_by_groups([rollout.group for rollout in rollouts], config.updates_per_step):
+    for part in split_by_groups([rollout.group for rollout in rollouts], config.num_minibatches):
         sequences = build_sequences(
             [rollouts[k] for k in part],
             [advantages[k] for k in part],

@@ -148,7 +148,7 @@ def make_grpo_loss(config: RLConfig, maxima: dict[str, Tensor] | None = None) ->
 
     Metrics are sums over the loss tokens; ``engine_kl`` estimates KL(engine, trainer) from the
     engine's samples (k3). The largest ratio and the largest |trainer - engine| difference seen
-    since are left in ``maxima`` when given, for they are no sums. ``config.ratio`` says whether the
+    since are left in ``maxima`` when given, for they are no sums. ``config.importance_sampling_level`` says whether the
     ratio that is clipped is each token's or its sequence's (``sequence_log_ratio``); the metrics
     are of the one used.
     """
@@ -169,7 +169,7 @@ def make_grpo_loss(config: RLConfig, maxima: dict[str, Tensor] | None = None) ->
         logprobs_T = masked(logprobs_T)
         old_T = extras.get(OLD_LOGPROBS, logprobs_T.detach())
         log_ratio_T = logprobs_T - old_T
-        if config.ratio == "sequence":
+        if config.importance_sampling_level == "sequence":
             log_ratio_T = masked(sequence_log_ratio(log_ratio_T, inside_T, batch.cu_seqlens_N))
         log_ratio_T = log_ratio_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         ratio_T = log_ratio_T.exp()
@@ -185,11 +185,11 @@ def make_grpo_loss(config: RLConfig, maxima: dict[str, Tensor] | None = None) ->
             "engine_logprob_diff_mean": mismatch_T,
             "engine_kl": kl_estimate(extras[ENGINE_LOGPROBS], old_T, "k3"),
         }
-        if config.importance_cap is not None:
-            importance_T = importance_weights(old_T, extras[ENGINE_LOGPROBS], config.importance_cap)
+        if config.tis_clip is not None:
+            importance_T = importance_weights(old_T, extras[ENGINE_LOGPROBS], config.tis_clip)
             loss_T = importance_T * loss_T
             metrics_T["importance_mean"] = importance_T
-            metrics_T["importance_capped"] = importance_T >= config.importance_cap
+            metrics_T["importance_capped"] = importance_T >= config.tis_clip
         if config.kl_estimator != "none":
             kl_T = kl_estimate(logprobs_T, extras[REFERENCE_LOGPROBS], config.kl_estimator)
             loss_T = loss_T + config.kl_coef * kl_T

@@ -51,7 +51,7 @@ def read_policy_examples(
         else:
             raise DataFileError(
                 f"{path}:{number}: 'response' breaks the format rule {violation.rule}"
-                f"{_detail(example.response)}: mend it, or set sft.invalid=drop"
+                f"{_detail(example.response)}: mend it, or set sft.on_invalid=drop"
             )
     if not examples:
         raise DataFileError(f"{path}: no response keeps the format ({dict(dropped)})")
@@ -75,7 +75,7 @@ def split_held_out(
     count = round(share * len(ids))
     if share > 0 and not 0 < count < len(ids):
         raise ConfigError(
-            f"sft.held_out={share}: holds out {count} of {len(ids)} problems; choose another share, 0 "
+            f"sft.val_fraction={share}: holds out {count} of {len(ids)} problems; choose another share, 0 "
             "for none"
         )
     chosen = frozenset(ids[:count])

@@ -232,7 +232,7 @@ def capo_advantages(
     steps above a wrong one without. That the statistics are over the group's tokens is this
     package's reading.
 
-    Without usable labels no token is penalised. A group with fewer than two valid members, or without contrast, gives
+    Without usable labels no token is penalized. A group with fewer than two valid members, or without contrast, gives
     0. Resists inflation: splitting a correct step changes no response's total advantage.
     """
     if not whole > wrong_step >= 0:

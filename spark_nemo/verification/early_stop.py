@@ -58,9 +58,9 @@ class StoppingRule:
     """How many votes to ask for next. ``num_votes`` is N; ``error`` is the sequential test's, None
     for the exact rule.
 
-    ``wave_size`` is the least number of votes asked for at once. More than 1 spares rounds and
+    ``vote_batch_size`` is the least number of votes asked for at once. More than 1 spares rounds and
     costs votes: those in a wave behind the one that decided. A wave is longer than that wherever
-    fewer votes cannot decide whatever they say, so even ``wave_size=1`` takes no more rounds than
+    fewer votes cannot decide whatever they say, so even ``vote_batch_size=1`` takes no more rounds than
     it must.
 
     ``with_verdict``: the majority of the final Yes/No must be settled too, on which outcome
@@ -69,13 +69,13 @@ class StoppingRule:
 
     num_votes: int
     error: float | None = None
-    wave_size: int = 1
+    vote_batch_size: int = 1
     with_verdict: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_votes < 1 or self.wave_size < 1:
+        if self.num_votes < 1 or self.vote_batch_size < 1:
             raise ValueError(
-                f"StoppingRule num_votes={self.num_votes}, wave_size={self.wave_size}: at least 1 each"
+                f"StoppingRule num_votes={self.num_votes}, vote_batch_size={self.vote_batch_size}: at least 1 each"
             )
         if self.error is not None and not 0 < self.error < 0.5:
             raise ValueError(f"StoppingRule.error={self.error}: must lie between 0 and 0.5")
@@ -96,7 +96,7 @@ class StoppingRule:
                 for question in questions
             )
         )
-        return min(remaining, max(needed, self.wave_size)) if needed else 0
+        return min(remaining, max(needed, self.vote_batch_size)) if needed else 0
 
     def _questions(self, outcomes: Sequence[Outcome]) -> list[tuple[int, int]]:
         """Votes (for, against) of every majority that has to be settled, each once."""
@@ -120,7 +120,7 @@ def stopping_rule(config: Stage1Config) -> StoppingRule | None:
     return StoppingRule(
         config.verifications_per_solution,
         config.early_stop_error,
-        config.wave_size or 1,
+        config.vote_batch_size or 1,
         config.early_stop_verdict,
     )
 

@@ -154,7 +154,7 @@ def _label_by_merge(
         return Dropped(f"merge_{outcome_kind(outcome)}")
     if len(outcome.step_labels) != len(picked.verification.outcome.step_labels):
         return Dropped("merge_step_count")
-    if options.final_verdict == "agreed" and not is_coherent(outcome):
+    if options.require_consistent_verdict and not is_coherent(outcome):
         return Dropped("merge_incoherent")
     return _labelled(method, solution, picked, revision)
 

@@ -91,11 +91,11 @@ class Reviser:
     async def revise(
         self, solution: Solution, parsed: ParsedResponse, votes: Sequence[Verification]
     ) -> None:
-        """Critique and merge of every verification that ``stage1.revise`` picks among ``votes``,
+        """Critique and merge of every verification that ``stage1.meta_critique`` picks among ``votes``,
         each only once.
         """
         picked: dict[str, Verification] = {}
-        for pick in self.config.revise:
+        for pick in self.config.meta_critique:
             chosen = pick_verification(pick, solution, votes, self.seed, self.options)
             if isinstance(chosen, Dropped):
                 self.counts.nothing_picked += 1

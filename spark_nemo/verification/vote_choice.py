@@ -30,14 +30,14 @@ class LabelOptions:
     take the one closest to the majority in ``hamming`` distance; the label is then that
     verification's and not the majority's.
 
-    ``final_verdict`` of a step-consistent target. ``agreed``: Yes is accepted only when every step
+    ``require_consistent_verdict`` of a step-consistent target: Yes is accepted only when every step
     is correct, and of the verifications that match the steps the target is one with the final
     verdict most of them have. Stage III's reward is that last line, so a target that marks an error
     and still says Yes would teach the reward model the loophole a policy looks for. The converse is
     accepted: steps can all be right and the answer wrong, as when a solution stops early. (A vote
     on the last line over *all* verifications would be worse: of verifiers that are right on each of
     four steps with probability 0.8 most report some error, and No would win on right solutions.
-    That is the weakness of outcome consistency.) ``any``: the last line is not looked at. A merged
+    That is the weakness of outcome consistency.) False: the last line is not looked at. A merged
     text is held to the same rule, whatever verification it is made of: the merge is told to make
     its last line agree.
 
@@ -49,7 +49,7 @@ class LabelOptions:
 
     ties: str = "drop"
     no_match: str = "drop"
-    final_verdict: str = "agreed"
+    require_consistent_verdict: bool = True
     reference_pick: str = "step_consistency"
 
     def __post_init__(self) -> None:
@@ -57,10 +57,6 @@ class LabelOptions:
             raise ValueError(f"LabelOptions.ties={self.ties!r}: choose drop or incorrect")
         if self.no_match not in ("drop", "hamming"):
             raise ValueError(f"LabelOptions.no_match={self.no_match!r}: choose drop or hamming")
-        if self.final_verdict not in ("agreed", "any"):
-            raise ValueError(
-                f"LabelOptions.final_verdict={self.final_verdict!r}: choose agreed or any"
-            )
         if self.reference_pick not in PICKS:
             raise ValueError(
                 f"LabelOptions.reference_pick={self.reference_pick!r}: choose one of {', '.join(PICKS)}"
@@ -72,7 +68,7 @@ class LabelOptions:
         return cls(
             labels.ties,
             labels.no_match,
-            labels.final_verdict,
+            labels.require_consistent_verdict,
             labels.reference_pick or "step_consistency",
         )
 
@@ -154,7 +150,7 @@ def pick_step_consistency(
     single step.
 
     The paper does not say whether the final verdict must agree with the steps;
-    ``LabelOptions.final_verdict`` does. ``matching`` counts the verifications chosen from, 0 when
+    ``LabelOptions.require_consistent_verdict`` does. ``matching`` counts the verifications chosen from, 0 when
     ``no_match=hamming`` had to step in.
     """
     count = count_votes(v.outcome for v in verifications)
@@ -170,7 +166,7 @@ def pick_step_consistency(
     if closest > 0 and options.no_match == "drop":
         return Dropped("no_match")
     candidates = [v for v in voters if _distance(v, target) == closest]
-    if options.final_verdict == "agreed":
+    if options.require_consistent_verdict:
         candidates = [v for v in candidates if is_coherent(v.outcome)]
         if not candidates:
             return Dropped("incoherent")

@@ -47,11 +47,11 @@ def test_stage_one_stops_when_its_last_server_dies(
             f"run.dir={tmp_path}",
             *SERVED,
             "data.stage1_problems=toy:stage1:200",
-            "engine.policy.lost_timeout_s=1",
+            "engine.policy.pool_down_timeout_s=1",
             "engine.max_batch_size=4",
             f"engine.policy.urls=[http://127.0.0.1:{port}]",
             f"engine.verifier.urls=[http://127.0.0.1:{port}]",
-            "engine.verifier.lost_timeout_s=1",
+            "engine.verifier.pool_down_timeout_s=1",
         )
         timer.join()
     assert (
@@ -80,7 +80,7 @@ def test_the_evaluation_of_a_policy_stops_without_a_server(
         *SERVED,
         "data.eval_problems=toy:eval:4",
         f"engine.policy.urls=[http://127.0.0.1:{free_port()}]",
-        "engine.policy.lost_timeout_s=1",
+        "engine.policy.pool_down_timeout_s=1",
     )
     assert (
         "no server of the policy pool is left" in message

@@ -20,7 +20,7 @@ TWO = ["engine.kind=sglang", "engine.policy.servers=2", "pipeline.parallel_jobs=
         ),
         (
             ["engine.verifier.router=true"],
-            "engine.verifier.router=True has no effect with engine.kind=local",
+            "engine.verifier.router=true has no effect with engine.kind=local",
         ),
         ([*TWO, "engine.policy.urls=[http://a:1]"], "set either engine.policy.servers"),
         (["engine.kind=sglang", "engine.policy.router=true"], "set either engine.policy.servers"),
@@ -57,7 +57,7 @@ TWO = ["engine.kind=sglang", "engine.policy.servers=2", "pipeline.parallel_jobs=
                 "engine.policy.router=true",
                 "pipeline.parallel_jobs=1",
             ],
-            "engine.policy.router=True has no effect with engine.kind=vllm",
+            "engine.policy.router=true has no effect with engine.kind=vllm",
         ),
         (["engine.kind=slang"], "engine.kind='slang': choose one of local, sglang, vllm"),
     ],

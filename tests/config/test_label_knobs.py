@@ -12,8 +12,8 @@ from spark_nemo.verification import LabelOptions
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stage1.revise=[best]", "stage1.revise='best': choose one of"),
-        ("stage1.revise=[single,single]", "name each only once"),
+        ("stage1.meta_critique=[best]", "stage1.meta_critique='best': choose one of"),
+        ("stage1.meta_critique=[single,single]", "name each only once"),
         (
             "stage1.revision_sampling.temperature=0.5",
             "stage1.revision_sampling.temperature=0.5 has no effect",
@@ -24,8 +24,8 @@ from spark_nemo.verification import LabelOptions
             "pipeline.label_methods has reference_guided: remove it",
         ),
         ("labels.reference_pick=single", "pipeline.label_methods has reference_guided: remove it"),
-        ("pipeline.label_methods=[meta_critique]", "add single to stage1.revise"),
-        ("pipeline.label_methods=[hybrid_step]", "add step_consistency to stage1.revise"),
+        ("pipeline.label_methods=[meta_critique]", "add single to stage1.meta_critique"),
+        ("pipeline.label_methods=[hybrid_step]", "add step_consistency to stage1.meta_critique"),
         ("pipeline.label_methods=[reference_guided]", "set stage1.reference_answers"),
         ("labels.balance=ground_truth", "needs labels.reference_answers"),
         ("labels.reference_answers=toy:stage1:240", "with labels.balance=none"),
@@ -50,11 +50,14 @@ ONLY = "stage2.method={0} pipeline.label_methods=[{0}] ".format
     [
         (ONLY("single"), "labels.ties=incorrect"),
         (ONLY("single"), "labels.no_match=hamming"),
-        (ONLY("single"), "labels.final_verdict=any"),
+        (ONLY("single"), "labels.require_consistent_verdict=false"),
         (ONLY("outcome_consistency"), "labels.no_match=hamming"),
-        (ONLY("outcome_consistency"), "labels.final_verdict=any"),
-        (ONLY("meta_critique") + "stage1.revise=[single]", "labels.ties=incorrect"),
-        (ONLY("hybrid_outcome") + "stage1.revise=[outcome_consistency]", "labels.no_match=hamming"),
+        (ONLY("outcome_consistency"), "labels.require_consistent_verdict=false"),
+        (ONLY("meta_critique") + "stage1.meta_critique=[single]", "labels.ties=incorrect"),
+        (
+            ONLY("hybrid_outcome") + "stage1.meta_critique=[outcome_consistency]",
+            "labels.no_match=hamming",
+        ),
     ],
 )
 def test_a_rule_that_no_method_reads_is_refused(methods: str, override: str) -> None:
@@ -68,9 +71,12 @@ def test_a_rule_that_no_method_reads_is_refused(methods: str, override: str) -> 
     [
         (ONLY("outcome_consistency"), "labels.ties=incorrect"),
         (ONLY("step_consistency"), "labels.no_match=hamming"),
-        (ONLY("step_consistency"), "labels.final_verdict=any"),
-        (ONLY("meta_critique") + "stage1.revise=[single]", "labels.final_verdict=any"),
-        (ONLY("single") + "stage1.revise=[step_consistency]", "labels.no_match=hamming"),
+        (ONLY("step_consistency"), "labels.require_consistent_verdict=false"),
+        (
+            ONLY("meta_critique") + "stage1.meta_critique=[single]",
+            "labels.require_consistent_verdict=false",
+        ),
+        (ONLY("single") + "stage1.meta_critique=[step_consistency]", "labels.no_match=hamming"),
         (ONLY("reference_guided") + "stage1.reference_answers=a.jsonl", "labels.ties=incorrect"),
         ("stage2.method=single", "labels.no_match=hamming"),
     ],
@@ -80,7 +86,8 @@ def test_a_rule_that_some_method_reads_is_accepted(methods: str, override: str) 
     several.
     """
     name, _, value = override.removeprefix("labels.").partition("=")
-    assert getattr(compose_config([*methods.split(), override]).labels, name) == value
+    accepted = getattr(compose_config([*methods.split(), override]).labels, name)
+    assert str(accepted).lower() == value
 
 
 def test_a_limit_per_problem_would_break_the_balance() -> None:
@@ -95,7 +102,11 @@ def test_the_defaults_are_the_arguments_of_the_docstrings() -> None:
     reference verifications.
     """
     config = compose_config([])
-    assert (config.labels.balance, config.labels.reference_answers, config.stage1.revise) == (
+    assert (
+        config.labels.balance,
+        config.labels.reference_answers,
+        config.stage1.meta_critique,
+    ) == (
         "consensus",
         None,
         [],
@@ -112,4 +123,4 @@ def test_the_defaults_are_the_arguments_of_the_docstrings() -> None:
 def test_every_method_together_is_one_experiment() -> None:
     """Proves conf/experiment/toy_labels.yaml is legal as it stands."""
     config = compose_config(["+experiment=toy_labels"])
-    assert len(config.pipeline.label_methods) == 7 and len(config.stage1.revise) == 3
+    assert len(config.pipeline.label_methods) == 7 and len(config.stage1.meta_critique) == 3

@@ -27,7 +27,7 @@ def test_a_pool_launched_by_somebody_else_keeps_what_its_clients_read() -> None:
         urls=["http://a:1", "http://b:1"],
         tensor_parallel=4,
         request_timeout_s=7,
-        lost_timeout_s=120,
+        pool_down_timeout_s=120,
     )
     assert EngineConfig(kind="sglang", policy=found).num_engines("policy") == 2
 
@@ -37,7 +37,7 @@ def test_a_pool_launched_by_somebody_else_keeps_what_its_clients_read() -> None:
     [
         ({}, 900),
         ({"start_timeout_s": 1800}, 1800),
-        ({"start_timeout_s": 1800, "lost_timeout_s": 60}, 60),
+        ({"start_timeout_s": 1800, "pool_down_timeout_s": 60}, 60),
     ],
 )
 def test_a_pool_that_is_down_has_the_time_of_a_start_to_come_back(
@@ -47,7 +47,7 @@ def test_a_pool_that_is_down_has_the_time_of_a_start_to_come_back(
     two minutes, enough for servers that nobody restarts, would end every run whose only server died
     once. Who sets a time has it.
     """
-    assert PoolConfig(servers=1, **times).found_at(["http://a:1"]).lost_timeout_s == lost
+    assert PoolConfig(servers=1, **times).found_at(["http://a:1"]).pool_down_timeout_s == lost
 
 
 def test_addresses_are_checked() -> None:

@@ -23,12 +23,12 @@ SAMPLED = SamplingConfig(temperature=0.8)
 @pytest.mark.parametrize(
     ("named", "settings"),
     [
-        ("rl.std_normalise", {"estimator": "rloo", "std_normalise": True}),
-        ("rl.std_normalise", {"estimator": "dr_grpo", "std_normalise": False}),
-        ("rl.std_normalise", {"advantage": "capo", "std_normalise": True}),
+        ("rl.std_normalize", {"estimator": "rloo", "std_normalize": True}),
+        ("rl.std_normalize", {"estimator": "dr_grpo", "std_normalize": False}),
+        ("rl.std_normalize", {"advantage": "capo", "std_normalize": True}),
         ("rl.estimator", {"advantage": "min_form", "estimator": "rloo"}),
         ("rl.loss_aggregation", {"estimator": "dr_grpo", "loss_aggregation": "token_mean"}),
-        ("rl.ratio", {"ratio": "sequence"}),
+        ("rl.importance_sampling_level", {"importance_sampling_level": "sequence"}),
         ("rl.clip_low", {"clip_low": 0.1}),
         ("rl.clip_high", {"clip_high": 0.28}),
         ("rl.advantage", {"advantage": "selective", "reward": "rlvr"}),
@@ -86,8 +86,8 @@ def test_a_knob_without_effect_is_named(named: str, settings: dict[str, object])
         {"estimator": "rloo", "loss_aggregation": "sequence_mean"},
         {"advantage": "selective", "estimator": "reinforce_pp"},
         {"advantage": "capo", "loss_aggregation": "length_constant"},
-        {"ratio": "sequence", "updates_per_step": 2, "clip_high": 3e-4},
-        {"reward": "step_augmented", "std_normalise": False},
+        {"importance_sampling_level": "sequence", "num_minibatches": 2, "clip_high": 3e-4},
+        {"reward": "step_augmented", "std_normalize": False},
         {"verifier_votes": 4, "verifier_min_votes": 2, "verifier_sampling": SAMPLED},
         {"verifier_queue": 1, "verifier_deadline": 0.5, "verifier_cache": 0},
         {"reward_variant": "orm"},
@@ -95,7 +95,7 @@ def test_a_knob_without_effect_is_named(named: str, settings: dict[str, object])
         {"advantage": "selective_half", "selective_min_steps": 4, "selective_max_steps": 20},
         {"advantage": "global_step_penalty", "step_penalty_min": 2},
         {"reward": "rlvr", "overlong_buffer": 2048},
-        {"reward": "rlvr", "failures": FailurePolicy("penalise", 0.0, max_rate=1.0)},
+        {"reward": "rlvr", "failures": FailurePolicy("penalize", 0.0, max_rate=1.0)},
     ],
 )
 def test_what_has_an_effect_is_accepted(settings: dict[str, object]) -> None:
@@ -141,11 +141,11 @@ NAN = float("nan")
 @pytest.mark.parametrize(
     ("named", "make"),
     [
-        ("rl.importance_cap", lambda: RLConfig(importance_cap=NAN)),
+        ("rl.tis_clip", lambda: RLConfig(tis_clip=NAN)),
         ("rl.kl_coef", lambda: RLConfig(kl_estimator="k3", kl_coef=NAN)),
-        ("rl.clip_high", lambda: RLConfig(updates_per_step=2, clip_high=NAN)),
-        ("failures.penalty", lambda: FailurePolicy(action="penalise", penalty=NAN)),
-        ("failures.penalty", lambda: FailurePolicy(action="penalise", penalty=float("-inf"))),
+        ("rl.clip_high", lambda: RLConfig(num_minibatches=2, clip_high=NAN)),
+        ("failures.penalty", lambda: FailurePolicy(action="penalize", penalty=NAN)),
+        ("failures.penalty", lambda: FailurePolicy(action="penalize", penalty=float("-inf"))),
         ("optimizer.lr", lambda: OptimizerConfig(lr=NAN)),
         ("rl.hacking.detectors.inflation", lambda: DetectorsConfig(inflation=NAN)),
     ],

@@ -29,7 +29,7 @@ QUICK = FleetLimits(
     max_backoff_s=0.02,
     probe_every_s=0.05,
     probe_timeout_s=0.1,
-    lost_timeout_s=0.4,
+    pool_down_timeout_s=0.4,
     control_timeout_s=0.2,
     update_timeout_s=0.5,
 )

@@ -328,7 +328,7 @@ def test_random_failures_never_lose_or_double_a_request(seed: int) -> None:
             max_backoff_s=0.05,
             probe_every_s=0.02,
             probe_timeout_s=0.05,
-            lost_timeout_s=10,
+            pool_down_timeout_s=10,
         )
         async with running(engines, limits) as fleet:
             chaos = asyncio.create_task(trouble(engines, draw, stop))
@@ -374,7 +374,7 @@ def test_random_failures_of_kept_servers_under_updates_keep_versions_straight(se
             max_backoff_s=0.02,
             probe_every_s=0.02,
             probe_timeout_s=0.2,
-            lost_timeout_s=5,
+            pool_down_timeout_s=5,
             control_timeout_s=1,
         )
         async with running(keepers, limits, on_return=hook) as fleet:

@@ -382,7 +382,7 @@ def test_a_server_that_is_out_when_an_update_ends_has_not_got_it() -> None:
 
     async def scenario():
         keeper = FakeLauncher(0)
-        limits = dataclasses.replace(QUICK, backoff_s=0.2, max_backoff_s=0.2, lost_timeout_s=3)
+        limits = dataclasses.replace(QUICK, backoff_s=0.2, max_backoff_s=0.2, pool_down_timeout_s=3)
         async with running([keeper], limits) as fleet:
             await fleet.update_weights(WEIGHTS, 4)
             with pytest.raises(
@@ -406,7 +406,7 @@ def test_a_server_that_is_being_given_weights_is_not_lost() -> None:
         engine = FakeEngine(0)
 
         async def slow(engine, version):
-            await asyncio.sleep(3 * QUICK.lost_timeout_s)
+            await asyncio.sleep(3 * QUICK.pool_down_timeout_s)
             engine.version = version
 
         async with running(

@@ -37,7 +37,7 @@ LIMITS = FleetLimits(
     backoff_s=0.02,
     probe_every_s=0.3,
     probe_timeout_s=0.6,
-    lost_timeout_s=2,
+    pool_down_timeout_s=2,
     control_timeout_s=5,
 )
 REQUESTS = [

@@ -137,7 +137,7 @@ def test_a_given_server_with_a_shorter_context_is_not_used() -> None:
     """SGLang would cut samples short without a word."""
 
     async def scenario(url):
-        fleet = build_engine(sglang(urls=[url], lost_timeout_s=0.5), TOY, "policy")
+        fleet = build_engine(sglang(urls=[url], pool_down_timeout_s=0.5), TOY, "policy")
         try:
             await fleet.generate(REQUEST)
         finally:

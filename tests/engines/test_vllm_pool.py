@@ -36,7 +36,9 @@ def served_by(fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> Generation:
 
     async def scenario() -> Generation:
         async with fake.serve() as url:
-            fleet = build_engine(vllm(urls=[url], lost_timeout_s=0.5), ASSETS / "verifier", NAME)
+            fleet = build_engine(
+                vllm(urls=[url], pool_down_timeout_s=0.5), ASSETS / "verifier", NAME
+            )
             try:
                 return await fleet.generate(REQUEST)
             finally:

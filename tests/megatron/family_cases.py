@@ -248,10 +248,10 @@ def family_ranks(folders, store):
         )
     for family in ("qwen3", "qwen3_moe"):
         results[f"{family}_full"] = compare(
-            folders[family], layout(4, 2, split_rows=True, recompute="full")
+            folders[family], layout(4, 2, split_rows=True, recompute_granularity="full")
         )
     results["qwen3_moe_selective"] = compare(
-        folders["qwen3_moe"], layout(2, 2, 2, split_rows=True, recompute="selective")
+        folders["qwen3_moe"], layout(2, 2, 2, split_rows=True, recompute_granularity="selective")
     )
     _write(results, store, "families.json")
 

@@ -373,10 +373,12 @@ def four_ranks(tied_folder, untied_folder, store):
             tied_folder, layout(1, 2, 2, distributed_optimizer=True)
         ),
         "tp2_pp2_sp_full_recompute": compare(
-            tied_folder, layout(2, 2, 1, sequence_parallel=True, recompute="full"), per_batch=2
+            tied_folder,
+            layout(2, 2, 1, sequence_parallel=True, recompute_granularity="full"),
+            per_batch=2,
         ),
         "pp4_selective_recompute": compare(
-            untied_folder, layout(1, 4, 1, recompute="selective"), per_batch=1
+            untied_folder, layout(1, 4, 1, recompute_granularity="selective"), per_batch=1
         ),
         "tp4": compare(tied_folder, layout(4, 1, 1), per_batch=10),
         "dp4_one_rank_idle": compare(tied_folder, layout(1, 1, 4)),

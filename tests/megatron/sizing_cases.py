@@ -64,9 +64,9 @@ def layouts(world_size, model="qwen2_tied"):
             data_parallel=world_size // (tp * pp),
             dtype=dtype,
             distributed_optimizer=distributed,
-            recompute=recompute,
+            recompute_granularity=recompute,
             sequence_parallel=tp > 1 and sp,
-            gradients=gradients,
+            grad_reduce_dtype=gradients,
         )
         for tp, pp in sizes
         for dtype, distributed, recompute, sp, gradients in numerics + reduced

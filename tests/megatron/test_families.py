@@ -95,7 +95,7 @@ def test_equals_transformers(folders, family):
     nothing. Norms, biases and routers are random: at their initial values they hide mistakes.
     """
     check(folders[family])
-    check(folders[family], dataclasses.replace(ONE, recompute="selective"))
+    check(folders[family], dataclasses.replace(ONE, recompute_granularity="selective"))
     assert cases.export_bfloat16(folders[family], MegatronConfig())[0] == 0
 
 

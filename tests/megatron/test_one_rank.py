@@ -248,7 +248,7 @@ def test_gradients_summed_in_bfloat16(folders, distributed):
     """
 
     def run(gradients):
-        layout = MegatronConfig(gradients=gradients, distributed_optimizer=distributed)
+        layout = MegatronConfig(grad_reduce_dtype=gradients, distributed_optimizer=distributed)
         worker = MegatronWorker.from_hf(folders[True], layout, seed=0, optimizer=cases.NO_CLIP)
         batches = [cases.pack([sequence]) for sequence in cases.make_sequences()]
         losses = [worker.train_step(batches, cases.loss_fn).loss]

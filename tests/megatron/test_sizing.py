@@ -71,7 +71,7 @@ def test_peak_of_a_step(dtype, recompute, vocabulary, width):
         "intermediate_size": width,
         "hidden_size": 128,
     }
-    layout = MegatronConfig(dtype=dtype, recompute=recompute)
+    layout = MegatronConfig(dtype=dtype, recompute_granularity=recompute)
     (plan,) = rank_memory(
         ModelShape.from_hf(config), layout, TrainBatch(256, 1), transformer_engine=False
     )
@@ -99,7 +99,7 @@ def test_every_rank_holds_what_is_planned(tmp_path):
             layout.tensor_parallel,
             layout.pipeline_parallel,
             layout.dtype,
-            layout.gradients,
+            layout.grad_reduce_dtype,
         ] = result["ranks"][0]["grad_norm"]
     reduced = {key: norm for key, norm in norms.items() if key[-1] == "bfloat16"}
     assert len(reduced) == 8

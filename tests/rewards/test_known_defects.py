@@ -160,7 +160,7 @@ def test_labels_of_another_number_of_steps_touch_no_token(
     response is, bit for bit, one whose verification could not be read, also where that has a
     declared price instead of being masked.
     """
-    config = config_of(design, "rl.failures.action=penalise", "rl.failures.penalty=0.0")
+    config = config_of(design, "rl.failures.action=penalize", "rl.failures.penalty=0.0")
     good = f"{analyses(True, False)}\n\n{YES}"
     rows = [
         compute_advantages(batch(config, (RESPONSE,), (good, said))[0], config.rl)

@@ -70,9 +70,9 @@ def test_mask_leaves_failures_out_and_reports_their_rates():
     assert batch.failure_rate == pytest.approx(0.4)
 
 
-def test_penalise_gives_the_declared_number():
+def test_penalize_gives_the_declared_number():
     """Only the configuration can turn a failure into a reward."""
-    policy = FailurePolicy(action="penalise", penalty=-0.25, max_rate=1.0)
+    policy = FailurePolicy(action="penalize", penalty=-0.25, max_rate=1.0)
     batch = apply_failure_policy([Truncated(9), 1.0], policy)
     assert batch.rewards == (-0.25, 1.0)
     assert batch.valid == (True, True)

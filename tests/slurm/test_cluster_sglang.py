@@ -55,7 +55,7 @@ def test_chain_with_servers_on_nodes_of_their_own_and_one_killed(
         # A busy machine needs more than the two minutes that requests wait for a pool without
         # servers.
         "--stage3-override",
-        "engine.policy.lost_timeout_s=500",
+        "engine.policy.pool_down_timeout_s=500",
         "--",
         *overrides,
         env={**site(tmp_path), "SBATCH_EXCLUSIVE": "exclusive", "SBATCH_TIMELIMIT": "15"},

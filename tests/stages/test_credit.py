@@ -80,7 +80,7 @@ def test_the_default_is_the_groups_advantage_as_ever() -> None:
         torch.tensor(BATCH.rewards.rewards),
         [r.group for r in BATCH.rollouts],
         torch.tensor(BATCH.rewards.valid),
-        std_normalise=True,
+        std_normalize=True,
     )
     assert torch.equal(compute_advantages(BATCH, RLConfig()), expected)
 

@@ -74,13 +74,13 @@ class SlowPolicy:
 
 
 def session(
-    policy, wanted: int, oversample: float, rounds: int | None = None, **knobs
+    policy, wanted: int, over_sampling_ratio: float, rounds: int | None = None, **knobs
 ) -> RolloutGenerator:
     config = RLConfig(
         reward="rlvr",
         group_size=2,
         prompts_per_step=wanted,
-        rollout=RolloutConfig(oversample=oversample, max_rounds=rounds),
+        rollout=RolloutConfig(over_sampling_ratio=over_sampling_ratio, max_rounds=rounds),
         **knobs,
     )
     return RolloutGenerator(
@@ -94,10 +94,14 @@ def problems(*names: str) -> list[Problem]:
 
 
 def sampled(
-    delays: dict[str, int], names: tuple[str, ...], wanted: int, oversample: float, rounds=None
+    delays: dict[str, int],
+    names: tuple[str, ...],
+    wanted: int,
+    over_sampling_ratio: float,
+    rounds=None,
 ):
     policy = SlowPolicy(delays)
-    made = session(policy, wanted, oversample, rounds)
+    made = session(policy, wanted, over_sampling_ratio, rounds)
     return asyncio.run(dynamic_batch(made, problems(*names), 0)), policy
 
 
@@ -133,7 +137,7 @@ def test_what_is_not_needed_any_more_is_aborted() -> None:
 
 
 def test_missing_groups_are_replaced_round_by_round() -> None:
-    """The first round finds one of two, the second starts what is missing times oversample, and so
+    """The first round finds one of two, the second starts what is missing times over_sampling_ratio, and so
     on.
     """
     names = ("a-equal", "b-mixed", "c-equal", "d-mixed", "e-mixed")
@@ -189,7 +193,9 @@ def test_the_data_cursor_takes_every_problem_once_per_epoch() -> None:
     ] == order
     assert (
         prompts_at_most(
-            RLConfig(prompts_per_step=3, rollout=RolloutConfig(oversample=1.5, max_rounds=2))
+            RLConfig(
+                prompts_per_step=3, rollout=RolloutConfig(over_sampling_ratio=1.5, max_rounds=2)
+            )
         )
         == 10
     )

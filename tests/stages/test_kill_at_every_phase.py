@@ -22,7 +22,7 @@ MODES = {
     "default": [],
     "ahead": [
         "rl.rollout.one_step_off=true",
-        "rl.rollout.oversample=1.4",
+        "rl.rollout.over_sampling_ratio=1.4",
         "rl.rollout.max_rounds=2",
     ],
 }

@@ -35,7 +35,7 @@ def test_an_orm_is_trained_scored_and_asked(tmp_path: Path, collected: Path) -> 
         "rl.steps=1",
         "rl.eval_every=1",
         "rl.failures.max_rate=1.0",
-        "rl.failures.action=penalise",
+        "rl.failures.action=penalize",
         "rl.failures.penalty=0.0",
     )
     assert done.returncode == 0, done.stderr[-2000:]

@@ -121,14 +121,14 @@ def test_a_method_whose_texts_are_missing_says_what_to_run(tmp_path: Path) -> No
         tmp_path,
         "null",
         "stage1.reference_verifications=null",
-        "stage1.revise=[]",
+        "stage1.meta_critique=[]",
         "stage1.revision_sampling.temperature=null",
         "stage1.revision_sampling.max_new_tokens=null",
         "pipeline.label_methods=[single]",
     )
     run_stage1(config)
     for method, fix in (
-        ("meta_critique", r"stage1\.revise=\[single\]"),
+        ("meta_critique", r"stage1\.meta_critique=\[single\]"),
         ("hybrid_step", r"=\[step_consistency\]"),
         (REFERENCE_GUIDED, r"stage1\.reference_answers"),
     ):

@@ -88,7 +88,7 @@ def test_a_step_ahead_with_dynamic_sampling_does_not_depend_on_the_layout(tmp_pa
         f"rl.reward_model={VERIFIER}",
         "rl.steps=2",
         "rl.rollout.one_step_off=true",
-        "rl.rollout.oversample=1.5",
+        "rl.rollout.over_sampling_ratio=1.5",
     ]
     steps = {}
     for layout in ("one", "dp2"):

@@ -44,8 +44,8 @@ def layout(published, gpus, **changed):
             "data_parallel": max(1, gpus // ranks),
             "tokens_per_micro_batch": published.tokens,
             "sequence_parallel": published.sequence_parallel and published.tensor_parallel > 1,
-            "recompute": published.recompute,
-            "gradients": published.gradients,
+            "recompute_granularity": published.recompute,
+            "grad_reduce_dtype": published.gradients,
             **changed,
         }
     )
@@ -92,7 +92,7 @@ def test_rl_on_a_quarter_lacks_gpus_for_its_servers(published, tmp_path):
         reward="majority",
         prompts_per_step=64,
         group_size=32,
-        updates_per_step=4,
+        num_minibatches=4,
         sampling=SamplingConfig(max_new_tokens=3072),
     )
     for data_parallel in (
@@ -113,8 +113,10 @@ def test_gradients_in_bfloat16_are_why_they_fit(source, tmp_path):
     fit.
     """
     (published,) = [each for each in ACCEPTED if source in each.source]
-    with pytest.raises(ConfigError, match=r"megatron\.gradients=bfloat16 saves [0-9.]+ GB: fits"):
-        check(published, Cluster(published.nodes), tmp_path, gradients="float32")
+    with pytest.raises(
+        ConfigError, match=r"megatron\.grad_reduce_dtype=bfloat16 saves [0-9.]+ GB: fits"
+    ):
+        check(published, Cluster(published.nodes), tmp_path, grad_reduce_dtype="float32")
 
 
 def test_longest_sequence_decides(tmp_path):

@@ -48,7 +48,7 @@ def test_a_step_needs_as_many_problems_as_it_has_prompts(tmp_path: Path) -> None
     check_stage3(small(tmp_path, "rl.prompts_per_step=40"))
     with pytest.raises(ConfigError, match=r"rl\.prompts_per_step=41.*40 problems"):
         check_stage3(small(tmp_path, "rl.prompts_per_step=41"))
-    check_stage3(small(tmp_path, "rl.prompts_per_step=41", "rl.rollout.oversample=1"))
+    check_stage3(small(tmp_path, "rl.prompts_per_step=41", "rl.rollout.over_sampling_ratio=1"))
 
 
 def test_held_out_problems_may_be_a_benchmark_as_it_is_distributed(tmp_path: Path) -> None:

@@ -134,13 +134,13 @@ def test_a_published_size_is_one_that_was_looked_up(name: str) -> None:
 
 
 STATED = {
-    "sft": "epochs batch_size max_length held_out eval_every save_every optimizer.lr",
-    "stage1": "solutions_per_problem verifications_per_solution prompt_set generator_sampling verifier_sampling revise "
-    "revision_sampling reference_verifications",
+    "sft": "epochs batch_size max_length val_fraction eval_every save_every optimizer.lr",
+    "stage1": "solutions_per_problem verifications_per_solution prompt_set generator_sampling verifier_sampling "
+    "meta_critique revision_sampling reference_verifications",
     "labels": "max_per_verdict",
     "stage2": "method variant",
-    "rl": "prompts_per_step group_size updates_per_step reward advantage reward_variant prompt_set sampling "
-    "verifier_sampling failures.action failures.penalty failures.retries std_normalise loss_aggregation "
+    "rl": "prompts_per_step group_size num_minibatches reward advantage reward_variant prompt_set sampling "
+    "verifier_sampling failures.action failures.penalty failures.retries std_normalize loss_aggregation "
     "kl_estimator kl_coef optimizer.lr optimizer.weight_decay optimizer.beta2 optimizer.clip_grad eval_every "
     "save_every selective_min_steps selective_max_steps step_penalty_min step_penalty_max",
     "evaluation": "max_new_tokens",
@@ -212,7 +212,7 @@ def test_the_papers_numbers_are_in_the_base_recipe() -> None:
         8,
         16,
     )
-    assert (config.rl.prompts_per_step, config.rl.group_size, config.rl.updates_per_step) == (
+    assert (config.rl.prompts_per_step, config.rl.group_size, config.rl.num_minibatches) == (
         256,
         16,
         1,

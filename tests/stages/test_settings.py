@@ -14,11 +14,11 @@ from spark_nemo.run.run_folder import comparable_rl
 
 
 def test_unset_is_the_same_run_as_the_default_written_out() -> None:
-    """A folder whose config.yaml or checkpoint says std_normalise=true and token_mean can be
+    """A folder whose config.yaml or checkpoint says std_normalize=true and token_mean can be
     resumed by default.
     """
-    unset, written = RLConfig(), RLConfig(std_normalise=True, loss_aggregation="token_mean")
-    other = RLConfig(std_normalise=False)
+    unset, written = RLConfig(), RLConfig(std_normalize=True, loss_aggregation="token_mean")
+    other = RLConfig(std_normalize=False)
     assert (
         comparable_rl(asdict(unset))
         == comparable_rl(asdict(written))

@@ -80,7 +80,7 @@ def grpo_step(trained: MegatronWorker) -> dict[str, float]:
     The engine's log-probabilities are the trainer's own, so that the reported mismatch must vanish.
     """
     config = RLConfig(
-        updates_per_step=2,
+        num_minibatches=2,
         kl_estimator="k3",
         kl_coef=0.1,
         loss_aggregation="sequence_mean",

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from spark_nemo.training.advantages import STD_EPS, estimate_advantages, group_advantages
 
 
-def advantages(rewards, groups, valid=None, std_normalise=True):
+def advantages(rewards, groups, valid=None, std_normalize=True):
     valid = [True] * len(rewards) if valid is None else valid
     return group_advantages(
-        torch.tensor(rewards), groups, torch.tensor(valid), std_normalise=std_normalise
+        torch.tensor(rewards), groups, torch.tensor(valid), std_normalize=std_normalize
     ).tolist()
 
 
@@ -23,7 +23,7 @@ def advantages(rewards, groups, valid=None, std_normalise=True):
     ),
     st.booleans(),
 )
-def test_equals_a_loop_over_groups(samples, std_normalise):
+def test_equals_a_loop_over_groups(samples, std_normalize):
     """Unequal, interleaved groups with masked members: the same as statistics' mean and stdev group
     by group.
     """
@@ -36,13 +36,13 @@ def test_equals_a_loop_over_groups(samples, std_normalise):
         if not is_valid or len(members) < 2:
             expected.append(0.0)
             continue
-        scale = statistics.stdev(members) + STD_EPS if std_normalise else 1.0
+        scale = statistics.stdev(members) + STD_EPS if std_normalize else 1.0
         expected.append((reward - statistics.mean(members)) / scale)
     got = group_advantages(
         torch.tensor(rewards),
         groups,
         torch.tensor(valid, dtype=torch.bool),
-        std_normalise=std_normalise,
+        std_normalize=std_normalize,
     )
     assert got.tolist() == pytest.approx(expected, abs=1e-6)
 
@@ -59,7 +59,7 @@ def test_groups_go_by_id_not_by_position():
     """The trap of reshaping by a group size: with a filtered group the whole batch would become one
     group.
     """
-    assert advantages([1.0, 5.0, 0.0, 7.0, 6.0], [0, 1, 0, 1, 1], std_normalise=False) == [
+    assert advantages([1.0, 5.0, 0.0, 7.0, 6.0], [0, 1, 0, 1, 1], std_normalize=False) == [
         0.5,
         -1.0,
         -0.5,

@@ -36,7 +36,7 @@ def batch(seed=0):
 
 
 def step(worker, rollouts, advantages_N, valid_N, config=None, **kwargs):
-    config = config or RLConfig(importance_cap=None)
+    config = config or RLConfig(tis_clip=None)
     return train_on_rollouts(
         worker, rollouts, advantages_N, valid_N, config, tokens_per_micro_batch=8, **kwargs
     )
@@ -81,7 +81,7 @@ def test_ranks_together_make_the_gradient_of_one_process(aggregation, dp_size, s
     """
     rollouts, advantages, valid_N = batch()
     advantages = per_token(advantages) if stepwise else advantages
-    config = RLConfig(importance_cap=None, loss_aggregation=aggregation)
+    config = RLConfig(tis_clip=None, loss_aggregation=aggregation)
     alone, together = BigramWorker(), BigramWorker()
     step(alone, rollouts, advantages, valid_N, config)
     sequences = build_sequences(rollouts, advantages, aggregation, config.sampling.max_new_tokens)
@@ -122,7 +122,7 @@ def test_an_advantage_of_zero_on_the_first_token_alone_does_not_leave_a_rollout_
     metrics = step(short, rollouts, rows, valid_N)
     full.train_step(
         pack(build_sequences(rollouts, rows, "token_mean"), 8).micro_batches,
-        make_grpo_loss(RLConfig(importance_cap=None)),
+        make_grpo_loss(RLConfig(tis_clip=None)),
     )
     torch.testing.assert_close(short.grads[0], full.grads[0])
     assert metrics["computed_fraction"] == 5 / 7
@@ -159,13 +159,13 @@ def test_one_update_needs_no_extra_pass_and_kl_only_the_reference():
     for config, passes in [
         (RLConfig(), 0),
         (RLConfig(kl_estimator="k1", kl_coef=0.1), 1),
-        (RLConfig(updates_per_step=3), 3),
-        (RLConfig(updates_per_step=3, kl_estimator="k2", kl_coef=0.1), 6),
+        (RLConfig(num_minibatches=3), 3),
+        (RLConfig(num_minibatches=3, kl_estimator="k2", kl_coef=0.1), 6),
     ]:
         worker = BigramWorker()
         step(worker, *batch(), config, reference=worker.snapshot())
         assert worker.logprob_passes == passes
-        assert len(worker.grads) == config.updates_per_step
+        assert len(worker.grads) == config.num_minibatches
 
 
 def test_several_updates_share_the_old_policy():
@@ -173,7 +173,7 @@ def test_several_updates_share_the_old_policy():
     are not.
     """
     rollouts, advantages_N, valid_N = batch()
-    config = RLConfig(updates_per_step=3, clip_low=0.01, clip_high=0.01, importance_cap=None)
+    config = RLConfig(num_minibatches=3, clip_low=0.01, clip_high=0.01, tis_clip=None)
     metrics = step(BigramWorker(lr=0.5), rollouts, advantages_N, valid_N, config)
     assert metrics["ratio_max"] > 1.01
     assert metrics["clip_fraction_low"] + metrics["clip_fraction_high"] > 0
@@ -200,7 +200,7 @@ def test_the_loop_learns_what_is_rewarded():
         draws = torch.multinomial(probs_V, 8, replacement=True, generator=generator).tolist()
         rollouts = [rollout(0, [token], [math.log(probs_V[token])]) for token in draws]
         rewards_N = torch.tensor([float(token == 3) for token in draws])
-        advantages_N = group_advantages(rewards_N, [0] * 8, torch.ones(8), std_normalise=True)
+        advantages_N = group_advantages(rewards_N, [0] * 8, torch.ones(8), std_normalize=True)
         metrics = step(worker, rollouts, advantages_N, torch.ones(8), config)
         assert metrics["engine_logprob_diff_max"] < 1e-5
     assert worker.table_VV[2].softmax(-1)[3] > 0.9

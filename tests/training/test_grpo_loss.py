@@ -64,7 +64,7 @@ def loss_and_metrics(sequences, budget, loss_fn):
     }
 
 
-CONFIG = RLConfig(updates_per_step=2, clip_low=0.2, clip_high=0.3, kl_estimator="k3", kl_coef=0.05)
+CONFIG = RLConfig(num_minibatches=2, clip_low=0.2, clip_high=0.3, kl_estimator="k3", kl_coef=0.05)
 
 
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
@@ -73,7 +73,7 @@ def test_the_loss_does_not_depend_on_micro_batching(aggregation, ratio):
     """One pack, a few, or one sequence each: equal loss and metrics up to float rounding. Ranks are
     but another cut.
     """
-    loss_fn = make_grpo_loss(replace(CONFIG, ratio=ratio))
+    loss_fn = make_grpo_loss(replace(CONFIG, importance_sampling_level=ratio))
     sequences = random_sequences(aggregation)
     loss, metrics = loss_and_metrics(sequences, 1000, loss_fn)
     for budget in (1, 7, 12):
@@ -113,8 +113,8 @@ def naive_token_loss(new, old, engine, reference, advantage):
     else:
         surrogate = max(ratio, 1 - CONFIG.clip_low) * advantage
     importance = math.exp(old - engine)
-    if importance > CONFIG.importance_cap:
-        importance = CONFIG.importance_cap
+    if importance > CONFIG.tis_clip:
+        importance = CONFIG.tis_clip
     kl = math.exp(reference - new) - (reference - new) - 1
     return -importance * surrogate + CONFIG.kl_coef * kl
 
@@ -197,7 +197,7 @@ def test_without_old_logprobs_the_ratio_is_one_and_the_gradient_reinforce():
     del batch.extras[OLD_LOGPROBS]
     new_T = batch.extras["new"].clone().requires_grad_()
     maxima = {}
-    loss, metrics = make_grpo_loss(RLConfig(importance_cap=None), maxima)(new_T, None, batch)
+    loss, metrics = make_grpo_loss(RLConfig(tis_clip=None), maxima)(new_T, None, batch)
     loss.backward()
     torch.testing.assert_close(new_T.grad, -batch.extras[ADVANTAGES] * batch.loss_mask_T)
     assert float(metrics["ratio_mean"]) == float(batch.loss_mask_T.sum())

@@ -76,7 +76,7 @@ def test_a_number_identifies_a_problem_here_too(tmp_path: Path) -> None:
 
 
 def test_responses_out_of_format_can_be_dropped_and_are_counted_by_rule(tmp_path: Path) -> None:
-    """Proves sft.invalid=drop forgives the format and nothing else; a file without one good
+    """Proves sft.on_invalid=drop forgives the format and nothing else; a file without one good
     response is refused.
     """
     broken = {**ROW, "response": GOOD + GOOD}

@@ -38,7 +38,7 @@ def outcome(responses):
         torch.tensor([r.reward for r in responses]),
         [r.group for r in responses],
         torch.tensor([r.valid for r in responses]),
-        std_normalise=False,
+        std_normalize=False,
     )
 
 

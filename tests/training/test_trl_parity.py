@@ -89,14 +89,14 @@ def our_loss(mask_NT, advantages_N, rows, aggregation, ratio):
     d new [N, T].
     """
     config = RLConfig(
-        updates_per_step=2,
+        num_minibatches=2,
         clip_low=EPSILON_LOW,
         clip_high=EPSILON_HIGH,
         kl_estimator="k3",
         kl_coef=BETA,
-        importance_cap=CAP,
+        tis_clip=CAP,
         loss_aggregation=aggregation,
-        ratio=ratio,
+        importance_sampling_level=ratio,
     )
     lengths = [int(row_T.sum()) for row_T in mask_NT]
     sequences = [
@@ -313,7 +313,7 @@ def test_group_advantages_equal_trl_itself(scale, seed):
         scale_rewards=scale,
         multi_objective_aggregation="sum_then_normalize",
     )
-    got = group_advantages(rewards_N, groups, valid_N, std_normalise=scale == "group", eps=1e-4)
+    got = group_advantages(rewards_N, groups, valid_N, std_normalize=scale == "group", eps=1e-4)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     if scale == "none":
         torch.testing.assert_close(estimate_advantages("dr_grpo", rewards_N, groups, valid_N), got)
@@ -342,7 +342,7 @@ def test_advantages_equal_trls_formula():
         rewards_N,
         [g for g in range(3) for _ in range(4)],
         torch.ones(12),
-        std_normalise=True,
+        std_normalize=True,
         eps=1e-4,
     )
     torch.testing.assert_close(got, expected.flatten())

@@ -40,7 +40,7 @@ from spark_nemo.verification.sampler import SOLUTION, VERIFICATION, CollectCount
 RULES = [
     {},
     {"early_stop": "exact"},
-    {"early_stop": "exact", "wave_size": 3, "early_stop_verdict": True},
+    {"early_stop": "exact", "vote_batch_size": 3, "early_stop_verdict": True},
     {"early_stop": "sequential", "early_stop_error": 0.05},
 ]
 
@@ -192,7 +192,7 @@ def test_growing_n_asks_only_for_the_new_votes(tmp_path: Path, rule: dict) -> No
     after = records(tmp_path / "grown")
     assert after.keys() >= records(tmp_path / "fresh").keys()
     assert len(engine.requests) == len(after) - len(before)
-    if rule.get("early_stop") != "sequential" and "wave_size" not in rule:
+    if rule.get("early_stop") != "sequential" and "vote_batch_size" not in rule:
         assert after == records(tmp_path / "fresh")
 
 

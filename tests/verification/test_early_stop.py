@@ -83,7 +83,7 @@ def test_a_wave_holds_no_vote_that_asking_one_by_one_would_spare(
 def test_longer_waves_cost_less_than_a_wave_more(
     outcomes: list[Outcome], error: float | None, size: int
 ) -> None:
-    """Proves that ``wave_size`` is a matter of cost: the decision stands, taken at most ``size -
+    """Proves that ``vote_batch_size`` is a matter of cost: the decision stands, taken at most ``size -
     1`` votes later.
 
     For the exact rule only: under the sequential test later votes may open again what was decided.
@@ -145,8 +145,8 @@ def test_knobs_without_effect_are_refused() -> None:
             {"early_stop": "exact", "early_stop_error": 0.1},
             "stage1.early_stop_error=0.1 has no effect",
         ),
-        ({"wave_size": 2}, "stage1.wave_size=2 has no effect"),
-        ({"early_stop_verdict": True}, "stage1.early_stop_verdict=True has no effect"),
+        ({"vote_batch_size": 2}, "stage1.vote_batch_size=2 has no effect"),
+        ({"early_stop_verdict": True}, "stage1.early_stop_verdict=true has no effect"),
         (
             {"early_stop": "exact", "verifications_per_solution": 2},
             "stage1.early_stop=exact has no effect",

@@ -172,7 +172,9 @@ def test_step_consistency_target_must_not_contradict_itself():
     """A target that marks an error and ends in Yes is not chosen, unless asked for."""
     contradictory = (verdict("CI", Y), verdict("CI", Y), verdict("CC"))
     assert label("step_consistency", *contradictory) == Dropped("incoherent")
-    assert label("step_consistency", *contradictory, final_verdict="any").answer_correct
+    assert label(
+        "step_consistency", *contradictory, require_consistent_verdict=False
+    ).answer_correct
     assert label("step_consistency", *contradictory, verdict("CI", N)).evidence.chosen_vote == 3
 
 

@@ -56,7 +56,9 @@ def honest(prompt):
 
 def revise(folder, critic, given_votes, picks=("single",), sampling=RevisionSamplingConfig()):  # noqa: B008
     """One run over one solution; its counts, and the revisions stored so far."""
-    config = Stage1Config(prompt_set="compact", revise=list(picks), revision_sampling=sampling)
+    config = Stage1Config(
+        prompt_set="compact", meta_critique=list(picks), revision_sampling=sampling
+    )
     parsed = split_response(solution().text, StepFormat.PLAIN)
     assert isinstance(parsed, ParsedResponse)
     with RecordStore(folder, "writer") as store:

@@ -89,9 +89,12 @@ def test_a_solution_without_a_pick_keeps_the_reason_of_the_pick():
 
 
 def test_an_incoherent_merge_is_kept_when_the_last_line_is_not_looked_at():
-    """``final_verdict=any`` is the way to train on what the critic wrote, contradiction included."""
+    """``require_consistent_verdict=false`` is the way to train on what the critic wrote, contradiction included."""
     taken = merged(
-        "meta_critique", votes("CC"), verdict("CI", True), LabelOptions(final_verdict="any")
+        "meta_critique",
+        votes("CC"),
+        verdict("CI", True),
+        LabelOptions(require_consistent_verdict=False),
     )
     assert (taken.step_labels, taken.answer_correct) == ((True, False), True)
 

@@ -69,7 +69,7 @@ def sample(engine):
 
 def train(worker, rollouts, gate, updates=1):
     config = RLConfig(
-        updates_per_step=updates,
+        num_minibatches=updates,
         prompts_per_step=4,
         sampling=SamplingConfig(temperature=TEMPERATURE),
     )

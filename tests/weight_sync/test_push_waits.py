@@ -219,7 +219,7 @@ def test_a_server_that_never_returns_ends_the_run_after_lost_timeout(perturbed, 
         "weights version 5: no server of the policy pool is left: 1 of 1 are out"
     )
     assert "m0: engine 0: connection refused" in error and len(waits(caplog)) == 1
-    assert QUICK.lost_timeout_s <= seconds < QUICK.lost_timeout_s + 2
+    assert QUICK.pool_down_timeout_s <= seconds < QUICK.pool_down_timeout_s + 2
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_a_refusal_is_not_waited_for(perturbed, tmp_path, caplog, refusal):
         perturbed,
         tmp_path,
         [Server(refusal=refusal)],
-        limits=dataclasses.replace(QUICK, lost_timeout_s=60),
+        limits=dataclasses.replace(QUICK, pool_down_timeout_s=60),
     )
     assert refusal in error and seconds < 2 and not waits(caplog)
 
@@ -259,7 +259,7 @@ def test_a_pool_that_is_given_up_ends_the_run_at_once(perturbed, tmp_path, caplo
         perturbed,
         tmp_path,
         [ServerKeeper("update_weights_from_disk", max_restarts=0)],
-        limits=dataclasses.replace(QUICK, lost_timeout_s=60),
+        limits=dataclasses.replace(QUICK, pool_down_timeout_s=60),
     )
     assert (
         "no server of the policy pool is left" in error

@@ -253,7 +253,7 @@ class Fleet(Engine):
             return
         self._empty_s += passed
         if self._lost is None and (
-            states == {ReplicaState.FAILED} or self._empty_s >= self.limits.lost_timeout_s
+            states == {ReplicaState.FAILED} or self._empty_s >= self.limits.pool_down_timeout_s
         ):
             why = "; ".join(
                 f"{m.name}: {m.last_error}"
@@ -328,7 +328,7 @@ class Fleet(Engine):
                 log.warning(
                     "%s: new weights wait for the return of a server, up to %g s in which none is starting: %s",
                     self.name,
-                    self.limits.lost_timeout_s,
+                    self.limits.pool_down_timeout_s,
                     outlook(self._members),
                 )
             await self._changed.wait()

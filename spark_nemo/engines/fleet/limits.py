@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from spark_nemo.config.engine import LOST_TIMEOUT_S
+from spark_nemo.config.engine import POOL_DOWN_TIMEOUT_S
 
 TOKEN_TIMEOUT_S = 0.25
 """For each token that may be sampled, when nothing is configured: a full server samples one of a
@@ -36,7 +36,7 @@ class FleetLimits:
     """
     probe_every_s: float = 10.0
     probe_timeout_s: float = 30.0
-    lost_timeout_s: float = LOST_TIMEOUT_S
+    pool_down_timeout_s: float = POOL_DOWN_TIMEOUT_S
     """How long requests and updates wait when no member is up and none is starting; then the fleet
     is lost.
     """
@@ -72,7 +72,7 @@ class FleetLimits:
                 self.request_timeout_s,
                 self.probe_timeout_s,
                 self.probe_every_s,
-                self.lost_timeout_s,
+                self.pool_down_timeout_s,
             ),
         )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from spark_nemo.config import ConfigError, EngineConfig, PoolConfig
-from spark_nemo.config.engine import LOST_TIMEOUT_S, START_TIMEOUT_S
+from spark_nemo.config.engine import POOL_DOWN_TIMEOUT_S, START_TIMEOUT_S
 
 from ..base import Engine
 from .fleet import Fleet
@@ -116,7 +116,7 @@ def pool_limits(pool: PoolConfig) -> FleetLimits:
         total_timeout_s=6 * request,
         probe_timeout_s=probe,
         probe_every_s=min(10.0, probe),
-        lost_timeout_s=or_else(pool.lost_timeout_s, LOST_TIMEOUT_S),
+        pool_down_timeout_s=or_else(pool.pool_down_timeout_s, POOL_DOWN_TIMEOUT_S),
     )
 
 

@@ -16,7 +16,7 @@ query and of all key-value heads, F the MLP's inner size. A layer keeps, in elem
 and in float32 a norm's statistics (2 / s) and the attention's log-sum-exp (heads / t). Differences
 between the two layer specs: ours keeps bfloat16 cosines and sines per layer (Megatron's fused
 rotary keeps one table) and copies sequences of unequal length into padded blocks (``PackedRows``;
-the padding, at most about 15 % of the attention's share, is not counted). ``recompute=selective``
+the padding, at most about 15 % of the attention's share, is not counted). ``recompute_granularity=selective``
 keeps the input of the MLP or of the experts only: the output of the norm before it, or where
 Transformer Engine computes that norm inside its MLP, the norm's input, kept anyway.
 """
@@ -112,7 +112,7 @@ def _layer(
             + feed_forward
         )
     )
-    match layout.recompute:
+    match layout.recompute_granularity:
         case "none":
             return everything, 0
         case "selective":

@@ -49,7 +49,7 @@ def state_bytes(
     bucket of its own. A data-parallel rank whose range ends in padding owns up to 127 elements less
     of each bucket than is counted.
     """
-    item, gradient = ITEM_BYTES[layout.dtype], ITEM_BYTES[layout.gradients]
+    item, gradient = ITEM_BYTES[layout.dtype], ITEM_BYTES[layout.grad_reduce_dtype]
     copied = 4 if gradient != 4 else 0
     per_element = _MOMENTS + (_MAIN if layout.dtype != "float32" else 0)
     if not layout.distributed_optimizer:
