@@ -11,7 +11,7 @@ from spark_nemo.records.store import StoreFull
 from spark_nemo.report import SummaryError
 from spark_nemo.rewards import FailureRateExceeded
 from spark_nemo.run.local_executor import JobFailed
-from spark_nemo.stages.stage1_monitor import TooManyFailures
+from spark_nemo.verification.stage1_monitor import TooManyFailures
 
 USER_ERRORS = (
     ConfigError,

@@ -1,5 +1,8 @@
-"""Stage I: verification data. M solutions per problem, N verifications per solution, nothing asked
-for twice.
+"""Stage I: verification data.
+
+In: problems, a generator, a verifier. The generator writes M solutions per problem, the verifier
+judges each N times. Out: a store of solutions and verifications, which stage II labels; nothing in
+it is sampled twice.
 """
 
 from __future__ import annotations
@@ -22,10 +25,14 @@ from spark_nemo.records.store import RecordStore
 from spark_nemo.run.completion import inputs_to_remember, remember_inputs
 from spark_nemo.run.run_folder import Clock, mark_done, progress, shard_name, stage1_folder
 from spark_nemo.run.run_lock import run_lock
-from spark_nemo.stages.stage1_critique import AfterVotes, after_votes
-from spark_nemo.stages.stage1_monitor import LedgerFile, Stage1Watch, check_failure_rates
 from spark_nemo.utils.files import write_json_atomic
 from spark_nemo.verification.sampler import CollectCounts, Collector
+from spark_nemo.verification.stage1_critique import AfterVotes, after_votes
+from spark_nemo.verification.stage1_monitor import (
+    Stage1Monitor,
+    TokenAccountingFile,
+    check_failure_rates,
+)
 
 log = logging.getLogger(__name__)
 _LAST_PROBE_S = 30.0
@@ -39,60 +46,52 @@ def run_stage1(config: SparkConfig) -> CollectCounts:
     verifications is unusable: as soon as that is clear, and what is stored by then stays.
     """
     check_stage1(config)
-    folder, name, inputs = (
-        stage1_folder(config.run),
-        shard_name(config.stage1),
-        inputs_to_remember(config, "stage1"),
-    )
+    folder = stage1_folder(config.run)
+    name = shard_name(config.stage1)
+    inputs = inputs_to_remember(config, "stage1")
     with run_lock(folder / name):
         counts = _sample(config, folder, name)
-        if (
-            not counts.postponed_verifications and not counts.engine_failures
-        ):  # or the next run asks again
+        # Otherwise the shard is incomplete and the same command has work to do.
+        if not counts.postponed_verifications and not counts.engine_failures:
             remember_inputs(folder / name, inputs)
         return counts
 
 
 def _sample(config: SparkConfig, folder: Path, name: str) -> CollectCounts:
-    stage, problems = config.stage1, _shard(read_problems(config.data.stage1_problems), config)
-    generator = ServedModel.load(
-        config.engine, config.models.generator, "policy", folder / "servers" / name
-    )
-    verifier = ServedModel.load(
-        config.engine, config.models.verifier, "verifier", folder / "servers" / name
-    )
-    clock, total = (
-        Clock(folder / name),
-        len(problems) * stage.solutions_per_problem * stage.verifications_per_solution,
-    )
+    stage = config.stage1
+    problems = _shard(read_problems(config.data.stage1_problems), config)
+    total = len(problems) * stage.solutions_per_problem * stage.verifications_per_solution
+    log_dir = folder / "servers" / name
+    generator = ServedModel.load(config.engine, config.models.generator, "policy", log_dir)
+    verifier = ServedModel.load(config.engine, config.models.verifier, "verifier", log_dir)
+    clock = Clock(folder / name)
 
     with (
         RecordStore(folder / "store", writer_name=name, fsync_every=256) as store,
         progress(folder / name, total, "verification", clock) as bar,
     ):
-        watch = Stage1Watch(stage, bar, total)
-        earlier = (
-            RecordStore(stage.reuse_solutions_from)
-            if stage.reuse_solutions_from is not None
-            else None
-        )
-        after = after_votes(config, verifier, store, folder / "servers" / name)
+        monitor = Stage1Monitor(stage, total, bar.update)
+        reused = stage.reuse_solutions_from
+        earlier = RecordStore(reused) if reused is not None else None
+        after = after_votes(config, verifier, store, log_dir)
         collector = Collector(
-            stage, config.run.seed, generator, verifier, store, watch, after, earlier
+            stage, config.run.seed, generator, verifier, store, monitor, after, earlier
         )
         _claim_store(
             folder / "made_by.json", {**collector.made_by(), **(after.made_by() if after else {})}
         )
         freeze_heap()
-        ledger = watch.ledger = LedgerFile(folder / f"ledger-{name}.json", collector.ledger)
+        accounting = TokenAccountingFile(folder / f"ledger-{name}.json", collector.ledger)
+        monitor.accounting_file = accounting
         try:
             counts = asyncio.run(_collect(collector, after, problems, config))
         finally:
-            ledger.save()
-            watch.show(collector.counts)
+            accounting.save()
+            monitor.show(collector.counts)
     if counts.postponed_verifications:
         log.warning(
-            "%d verifications were put off because an engine failed: the same command asks for them",
+            "%d verifications were skipped because an engine failed; "
+            "rerun the same command to collect them",
             counts.postponed_verifications,
         )
     clock.save()

@@ -21,13 +21,19 @@ from spark_nemo.planning.preflight import check_stage2
 from spark_nemo.records import LabelledSolution
 from spark_nemo.records.fingerprint import model_fingerprint
 from spark_nemo.run.completion import inputs_to_remember, remember_inputs
-from spark_nemo.run.run_folder import PROCESSBENCH, WHOLE_SOLUTION, Clock, mark_done, stage2_folder
+from spark_nemo.run.run_folder import (
+    PROCESSBENCH,
+    WHOLE_SOLUTION,
+    Clock,
+    mark_done,
+    stage1_folder,
+    stage2_folder,
+)
 from spark_nemo.run.run_lock import run_lock
-from spark_nemo.stages.labels import make_labels
 from spark_nemo.training.fine_tuning import num_sft_steps, train_sft
 from spark_nemo.training.packing import TrainSequence, drop_longer_than
 from spark_nemo.training.stop import StopFlag
-from spark_nemo.verification.sft_examples import sft_example
+from spark_nemo.verification.training_labels import make_labels, sft_example
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +58,7 @@ def run_stage2(config: SparkConfig) -> bool:
 def _train(config: SparkConfig, folder: Path) -> bool:
     stage = config.stage2
     base = Path(config.models.reward_base)
-    labelled = make_labels(config)
+    labelled = make_labels(config, stage1_folder(config.run) / "store", folder)
     sequences = _sequences(config, labelled, Tokenizer.load(base))
     total_steps = num_sft_steps(len(sequences), stage.epochs, stage.batch_size)
     worker = MegatronWorker.from_hf(

@@ -42,7 +42,7 @@ from spark_nemo.rollout import manager as rl_session
 from spark_nemo.rollout.advantage_estimator import compute_advantages
 from spark_nemo.rollout.generator import ScoredBatch
 from spark_nemo.training.step_advantages import ScoredResponse, global_step_advantages
-from spark_nemo.verification.sft_examples import sft_example
+from spark_nemo.verification.training_labels import sft_example
 
 QUESTION = "3 + 4, doubled?"
 RESPONSE = r"<think><step>3+4=7</step><step>7*2=14</step></think><answer>\boxed{14}</answer>"

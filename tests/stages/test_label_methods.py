@@ -13,14 +13,16 @@ import pytest
 
 from spark_nemo.config import LABEL_METHODS, REFERENCE_GUIDED, ConfigError, SparkConfig
 from spark_nemo.config.compose import compose_config
+from spark_nemo.records import LabelledSolution
 from spark_nemo.records.store import RecordStore
 from spark_nemo.report.label_scores import label_scores
-from spark_nemo.stages.labels import make_labels
+from spark_nemo.run.run_folder import stage1_folder, stage2_folder
 from spark_nemo.stages.stage1 import run_stage1
-from spark_nemo.stages.stage1_critique import after_votes
 from spark_nemo.toy.problem_files import write_answers
 from spark_nemo.toy.resolve import oracle_for, resolve_toy
 from spark_nemo.utils.files import write_text_atomic
+from spark_nemo.verification.stage1_critique import after_votes
+from spark_nemo.verification.training_labels import make_labels
 
 SMALL = [
     "data.stage1_problems=toy:stage1:5",
@@ -45,7 +47,12 @@ def configured(folder: Path, answers: Path | str = "toy:stage1:5", *more: str) -
 
 
 def labels(config: SparkConfig, method: str) -> list[dict]:
-    return [label.to_json() for label in make_labels(with_method(config, method))]
+    return [label.to_json() for label in labels_of(with_method(config, method))]
+
+
+def labels_of(config: SparkConfig) -> list[LabelledSolution]:
+    folder = stage2_folder(config.run, config.stage2.method, config.stage2.variant)
+    return make_labels(config, stage1_folder(config.run) / "store", folder)
 
 
 def with_method(config: SparkConfig, method: str) -> SparkConfig:
@@ -133,7 +140,7 @@ def test_a_method_whose_texts_are_missing_says_what_to_run(tmp_path: Path) -> No
         (REFERENCE_GUIDED, r"stage1\.reference_answers"),
     ):
         with pytest.raises(ConfigError, match=fix):
-            make_labels(with_method(config, method))
+            labels_of(with_method(config, method))
 
 
 @pytest.mark.slow

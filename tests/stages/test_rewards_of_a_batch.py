@@ -36,7 +36,7 @@ from spark_nemo.rollout import manager as rl_session
 from spark_nemo.rollout.advantage_estimator import compute_advantages
 from spark_nemo.rollout.generator import RolloutGenerator
 from spark_nemo.rollout.manager import sample_rows
-from spark_nemo.verification.sft_examples import sft_example
+from spark_nemo.verification.training_labels import sft_example
 
 PROMPTS = prompt_set("compact")
 

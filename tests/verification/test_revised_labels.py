@@ -18,7 +18,7 @@ from spark_nemo.grammar.variants import AnswerVerdict
 from spark_nemo.records import EngineError, ParseFailure, Truncated, Verdict
 from spark_nemo.verification import LABEL_METHODS, Dropped, LabelOptions, label_all
 from spark_nemo.verification.cost import method_tokens
-from spark_nemo.verification.sft_examples import sft_example
+from spark_nemo.verification.training_labels import sft_example
 
 REFERENCE_FREE = [method for method in CONFIGURED if method != REFERENCE_GUIDED]
 

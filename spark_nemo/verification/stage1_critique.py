@@ -9,22 +9,20 @@ What comes of it is stored under a kind that no reference-free method reads.
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from spark_nemo.config import ConfigError, SparkConfig
+from spark_nemo.config import SparkConfig
 from spark_nemo.engines.served_model import ServedModel
-from spark_nemo.evaluation.answers import read_answer_keys
-from spark_nemo.grammar import ChatMessages, ParsedResponse, revision_prompts
+from spark_nemo.grammar import ParsedResponse, revision_prompts
 from spark_nemo.records import Solution, Verification
 from spark_nemo.records.store import RecordStore
-from spark_nemo.verification import LabelOptions
-from spark_nemo.verification.meta_critique import Reviser
-from spark_nemo.verification.reference import AskWithAnswer, ReferenceVerifier
 
-log = logging.getLogger(__name__)
+from .answer_key_baselines import reference_guided_prompt
+from .meta_critique import Reviser
+from .reference import ReferenceVerifier
+from .vote_choice import LabelOptions
 
 
 class AfterVotes:
@@ -42,12 +40,8 @@ class AfterVotes:
         )
         self.reference: ReferenceVerifier | None = None
         if stage.reference_answers is not None:
-            log.warning(
-                "reference-guided baseline: the answers of %s are shown to the verifier; every other label "
-                "method stays without them",
-                stage.reference_answers,
-            )
-            self.reference = ReferenceVerifier(stage, seed, critic, ask_with_answer(config), store)
+            ask = reference_guided_prompt(stage.reference_answers, stage.prompt_set)
+            self.reference = ReferenceVerifier(stage, seed, critic, ask, store)
 
     async def __call__(
         self, solution: Solution, parsed: ParsedResponse, votes: Sequence[Verification]
@@ -123,24 +117,3 @@ def after_votes(
         else ServedModel.load(config.engine, config.models.critic, "verifier", log_dir / "critic")
     )
     return AfterVotes(config, critic, store)
-
-
-def ask_with_answer(config: SparkConfig) -> AskWithAnswer:
-    """The reference-guided prompt of a solution. The answers stay in this closure."""
-    path = config.stage1.reference_answers
-    assert path is not None, "only called where it is set"
-    keys, prompts = read_answer_keys(path), revision_prompts(config.stage1.prompt_set)
-
-    def ask(solution: Solution, parsed: ParsedResponse) -> ChatMessages:
-        if solution.problem_id not in keys:
-            raise ConfigError(
-                f"stage1.reference_answers={path}: no answer for problem {solution.problem_id}"
-            )
-        return prompts.verify_with_reference(
-            solution.question,
-            parsed.canonical(),
-            keys[solution.problem_id].answer,
-            len(parsed.steps),
-        )
-
-    return ask

@@ -9,14 +9,14 @@ import pytest
 
 from spark_nemo.config import Stage1Config
 from spark_nemo.run.run_folder import progress
-from spark_nemo.stages.stage1_monitor import (
-    LedgerFile,
-    Rates,
-    Stage1Watch,
+from spark_nemo.verification.sampler import CollectCounts
+from spark_nemo.verification.stage1_monitor import (
+    SamplingSpeed,
+    Stage1Monitor,
+    TokenAccountingFile,
     TooManyFailures,
     check_failure_rates,
 )
-from spark_nemo.verification.sampler import CollectCounts
 from spark_nemo.verification.token_accounting import Distribution, Ledger
 
 
@@ -26,15 +26,15 @@ def test_a_run_that_mostly_fails_is_stopped_once_enough_was_seen(tmp_path: Path)
     """
     stage = Stage1Config(max_failure_rate=0.5)
     with progress(tmp_path, 10_000, "verification") as bar:
-        watch = Stage1Watch(stage, bar, 10_000)
-        watch(CollectCounts(verifications=199, failed_verifications=199))
-        watch(CollectCounts(verifications=200, failed_verifications=100))
+        monitor = Stage1Monitor(stage, 10_000, bar.update)
+        monitor(CollectCounts(verifications=199, failed_verifications=199))
+        monitor(CollectCounts(verifications=200, failed_verifications=100))
         with pytest.raises(
-            TooManyFailures, match=r"101 of 200 verifications .* stage1.max_failure_rate=0.5"
+            TooManyFailures, match=r"stage1.max_failure_rate=0.5: 101 of 200 verifications"
         ):
-            watch(CollectCounts(verifications=200, failed_verifications=101))
+            monitor(CollectCounts(verifications=200, failed_verifications=101))
         with pytest.raises(TooManyFailures, match="200 of 300 solutions"):
-            watch(CollectCounts(solutions=300, unusable_solutions=200))
+            monitor(CollectCounts(solutions=300, unusable_solutions=200))
     with pytest.raises(TooManyFailures, match="3 of 4 solutions"):
         check_failure_rates(CollectCounts(solutions=4, unusable_solutions=3), 0.5)
 
@@ -43,7 +43,7 @@ def test_speed_and_time_left_are_those_of_sampling() -> None:
     """Proves the figures of the progress line; results found in the store count as done and not as
     sampled.
     """
-    rates = Rates(total=10_000)
+    rates = SamplingSpeed(total=10_000)
     assert (
         rates.note(4000, CollectCounts(verifications=4000, reused_verifications=4000), now=0.0)
         == ""
@@ -62,8 +62,8 @@ def test_the_progress_file_keeps_its_three_fields(tmp_path: Path) -> None:
     """Proves what the pipeline's own bar reads: done counts votes that will never be asked for."""
     stage = Stage1Config(verifications_per_solution=4)
     with progress(tmp_path, 100, "verification") as bar:
-        watch = Stage1Watch(stage, bar, 100)
-        watch.show(
+        monitor = Stage1Monitor(stage, 100, bar.update)
+        monitor.show(
             CollectCounts(
                 solutions=5,
                 unusable_solutions=2,
@@ -82,7 +82,7 @@ def test_the_ledger_file_goes_on_counting_over_runs(tmp_path: Path) -> None:
     path = tmp_path / "ledger.json"
     for run, expected in ((1, 1), (2, 2)):
         ledger = Ledger(1)
-        file = LedgerFile(path, ledger)
+        file = TokenAccountingFile(path, ledger)
         file.save()
         ledger.parts["solve"].add_sampled(10, 20, 0.5)
         file.save()
