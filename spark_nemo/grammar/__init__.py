@@ -1,15 +1,16 @@
 """The one text grammar of generator, verifier, reward model, format gate and evaluation. No torch."""
 
+from spark_nemo.records import ParsedResponse, Step
+
 from .boxed import Box, extract_boxed, find_boxes
 from .format_gate import RULES, FormatRule, check_format
 from .prompts import PROMPT_SETS, ChatMessages, PromptSet, prompt_set
 from .revision_prompts import REVISION_PROMPTS, RevisionPrompts, revision_prompts
 from .steps import (
-    ParsedResponse,
     Region,
     RegionKind,
-    Step,
     StepFormat,
+    canonical_solution,
     decode_tokens,
     legal_step_text,
     regions,
@@ -56,6 +57,7 @@ __all__ = [
     "StepJudgement",
     "Variant",
     "VariantOutcome",
+    "canonical_solution",
     "canonical_verification",
     "check_format",
     "decode_tokens",

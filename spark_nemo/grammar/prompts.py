@@ -26,7 +26,7 @@ class PromptSet:
     """Templates with ``{{question}}``, ``{{solution}}`` and ``{{step_count}}`` in them; each makes
     one user message.
 
-    ``solution`` is always the text of ``ParsedResponse.canonical`` (or ``render_solution``),
+    ``solution`` is always the text of ``canonical_solution`` (or ``render_solution``),
     whatever format the response had. ``step_count_line`` is what ``{{step_count}}`` becomes when
     the number of steps is known.
     """

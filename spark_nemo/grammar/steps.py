@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate
 
-from spark_nemo.records import ParseFailure, TokenSpan
+from spark_nemo.records import ParsedResponse, ParseFailure, Step, TokenSpan
 
 from .boxed import find_boxes
 from .headers import ANSWER_HEADER, ANY_HEADER, STEP_HEADER, after_header
@@ -28,44 +28,6 @@ class StepFormat(StrEnum):
 
     TAGGED = "tagged"
     PLAIN = "plain"
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A step's content (stripped, without its header or tags) and the character range ``[start,
-    end)`` it occupies.
-
-    The range runs from the step's header or opening tag to the next step's, or to what closes the
-    steps.
-    """
-
-    text: str
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class ParsedResponse:
-    r"""A response in the grammar. Steps touch: ``steps[k].end == steps[k + 1].start``.
-
-    ``answer`` is one line without its ``\boxed{}``; ``[answer_start, answer_end)`` covers tag or
-    header too.
-    """
-
-    text: str
-    steps: tuple[Step, ...]
-    answer: str
-    answer_start: int
-    answer_end: int
-
-    @property
-    def step_texts(self) -> tuple[str, ...]:
-        """The steps' contents, in order."""
-        return tuple(step.text for step in self.steps)
-
-    def canonical(self) -> str:
-        """The plain text that verifier and reward model see; never raises."""
-        return render_solution(self.step_texts, self.answer)
 
 
 class RegionKind(StrEnum):
@@ -135,6 +97,11 @@ def render_solution(steps: Sequence[str], answer: str | None) -> str:
             )
         lines.append(f"Answer: {answer}")
     return "\n".join(lines)
+
+
+def canonical_solution(parsed: ParsedResponse) -> str:
+    """Return the plain text that verifier and reward model see; never raises after `split_response`."""
+    return render_solution(parsed.step_texts, parsed.answer)
 
 
 def legal_step_text(text: str) -> str:

@@ -1,5 +1,6 @@
 """Typed records that pass between the rooms, and the store that keeps them. No torch, no answers."""
 
+from .rollout import ParsedResponse, Rollout, RolloutVerdict, Step, TokenSpan
 from .types import (
     Critique,
     LabelEvidence,
@@ -9,9 +10,7 @@ from .types import (
     Problem,
     ReferenceVerification,
     Revision,
-    Rollout,
     Solution,
-    TokenSpan,
     Verification,
     content_key,
     derive_seed,
@@ -43,12 +42,15 @@ __all__ = [
     "Merge",
     "Outcome",
     "ParseFailure",
+    "ParsedResponse",
     "PolicyExample",
     "Problem",
     "ReferenceVerification",
     "Revision",
     "Rollout",
+    "RolloutVerdict",
     "Solution",
+    "Step",
     "TokenSpan",
     "Truncated",
     "VariantOutcome",

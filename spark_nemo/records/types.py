@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from math import log2
 
 from .verdict import Outcome, outcome_from_json, outcome_to_json
@@ -236,46 +236,3 @@ class LabelledSolution:
 
 def _entropy(share: float) -> float:
     return 0.0 - sum(p * log2(p) for p in (share, 1 - share) if p > 0)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenSpan:
-    """Half-open range ``[start, end)`` of token positions in a response."""
-
-    start: int
-    end: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.start <= self.end:
-            raise ValueError(f"TokenSpan[{self.start}, {self.end}) is not a range")
-
-
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    """One sampled response of the policy, in token ids, with the engine's own log-probabilities.
-
-    ``logprobs[t]`` belongs to ``response_ids[t]`` after temperature; ``weight_versions[t]`` is the
-    version of the policy weights that sampled it. The closing end-of-sequence token, when there is
-    one, is part of ``response_ids``.
-    """
-
-    problem: Problem
-    group: int
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    weight_versions: tuple[int, ...]
-    text: str
-    finish_reason: str
-    step_spans: tuple[TokenSpan, ...] = field(default=())
-
-    def __post_init__(self) -> None:
-        lengths = (len(self.response_ids), len(self.logprobs), len(self.weight_versions))
-        if len(set(lengths)) != 1:
-            raise ValueError(
-                f"rollout of {self.problem.problem_id}: ids, logprobs, versions have lengths {lengths}"
-            )
-        if any(span.end > lengths[0] for span in self.step_spans):
-            raise ValueError(
-                f"rollout of {self.problem.problem_id}: a step span ends after token {lengths[0]}"
-            )

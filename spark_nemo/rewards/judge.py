@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 
 from spark_nemo.config.hacking import ConstraintsConfig
 from spark_nemo.engines.async_utils import all_or_none
+from spark_nemo.grammar import canonical_solution
 from spark_nemo.records import (
     EngineError,
     Failure,
     FormatViolation,
     Rollout,
+    RolloutVerdict,
     VariantOutcome,
     derive_seed,
 )
@@ -20,17 +22,6 @@ from spark_nemo.records import (
 from .hacking.constraints import read_response
 from .prm_service import Answer, Case, PRMService
 from .votes import aggregate_votes
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutVerdict:
-    """What became of one rollout. ``outcome`` is None exactly when the format gate kept it from the
-    verifier.
-    """
-
-    violation: FormatViolation | None
-    outcome: VariantOutcome | None
-    num_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +45,9 @@ class RewardJudge:
         parsed = read_response(rollout, self.constraints)
         if isinstance(parsed, FormatViolation):
             return RolloutVerdict(parsed, None)
-        case = self.service.case(rollout.problem.question, parsed.canonical(), len(parsed.steps))
+        case = self.service.case(
+            rollout.problem.question, canonical_solution(parsed), len(parsed.steps)
+        )
         answers = await all_or_none(self._vote(rollout, case, vote) for vote in range(self.votes))
         outcome = aggregate_votes([answer.outcome for answer in answers], self.min_votes)
         return RolloutVerdict(None, outcome, sum(answer.num_tokens for answer in answers))

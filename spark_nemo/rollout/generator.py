@@ -21,7 +21,15 @@ from spark_nemo.grammar import (
     split_response,
     token_spans,
 )
-from spark_nemo.records import Failure, Problem, Rollout, TokenSpan, Verdict, derive_seed
+from spark_nemo.records import (
+    Failure,
+    Problem,
+    Rollout,
+    RolloutVerdict,
+    TokenSpan,
+    Verdict,
+    derive_seed,
+)
 from spark_nemo.rewards import (
     FailureCount,
     RewardBatch,
@@ -34,7 +42,7 @@ from spark_nemo.rewards import (
     step_average_reward,
 )
 from spark_nemo.rewards.hacking.constraints import read_response
-from spark_nemo.rewards.judge import RewardJudge, RolloutVerdict
+from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.rlvr import Checker
 from spark_nemo.rewards.shaping import overlong_penalty
 from spark_nemo.rollout.timeline import GENERATE, VERIFY, Timeline

@@ -21,12 +21,12 @@ from spark_nemo.records import (
     ParseFailure,
     Problem,
     Rollout,
+    RolloutVerdict,
     TokenSpan,
     Truncated,
     Verdict,
 )
 from spark_nemo.rewards import RewardBatch
-from spark_nemo.rewards.judge import RolloutVerdict
 from spark_nemo.rollout.generator import ScoredBatch
 
 IN_FLIGHT = "in_flight.bin"

@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spark_nemo.config import SparkConfig
-from spark_nemo.records import Failure, Problem, Rollout, derive_seed
+from spark_nemo.records import Failure, Problem, Rollout, RolloutVerdict, derive_seed
 from spark_nemo.rewards.hacking.detectors import baseline, detector_rates, flags, new_alarms
 from spark_nemo.rewards.hacking.divergence import ALARM, SAMPLES, compared, gap_growth, reward_gap
 from spark_nemo.rewards.hacking.probes import build_probes, score_probes
-from spark_nemo.rewards.judge import RewardJudge, RolloutVerdict
+from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService
 from spark_nemo.rollout.generator import ScoredBatch
 from spark_nemo.training.metrics_writer import METRICS_FILE, read_metrics

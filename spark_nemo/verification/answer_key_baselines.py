@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from spark_nemo.config import ConfigError
 from spark_nemo.evaluation.answers import answer_matches, read_answer_keys
-from spark_nemo.grammar import ChatMessages, ParsedResponse, revision_prompts
+from spark_nemo.grammar import ChatMessages, ParsedResponse, canonical_solution, revision_prompts
 from spark_nemo.records import LabelledSolution, Solution
 
 from .sampler import parse_solution
@@ -43,7 +43,7 @@ def reference_guided_prompt(answers: str, prompt_set: str) -> AskWithAnswer:
             )
         return prompts.verify_with_reference(
             solution.question,
-            parsed.canonical(),
+            canonical_solution(parsed),
             keys[solution.problem_id].answer,
             len(parsed.steps),
         )

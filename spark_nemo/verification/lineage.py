@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spark_nemo.config import ConfigError
-from spark_nemo.grammar import ParsedResponse, PromptSet, prompt_set
+from spark_nemo.grammar import ParsedResponse, PromptSet, canonical_solution, prompt_set
 from spark_nemo.grammar.prompts import ChatMessages
 from spark_nemo.records import Solution
 from spark_nemo.records.store import RecordStore
@@ -109,7 +109,7 @@ def trace(store: RecordStore, name: str, label_files: Sequence[Path], made_by: P
         list(_descendants(store, solution_key)),
         made_by,
         prompts.solve(solution.question) if prompts else None,
-        prompts.verify(solution.question, parsed.canonical(), len(parsed.steps))
+        prompts.verify(solution.question, canonical_solution(parsed), len(parsed.steps))
         if prompts and usable
         else None,
         notes,

@@ -18,6 +18,7 @@ from spark_nemo.grammar import (
     GRAMMAR_VERSION,
     ChatMessages,
     ParsedResponse,
+    canonical_solution,
     parse_verifier_output,
     revision_prompts,
 )
@@ -133,7 +134,7 @@ class Reviser:
             self.counts.reused += 1
             return Critique.from_json(stored)
         done = await self._ask(
-            key, self.prompts.critique(solution.question, parsed.canonical(), original)
+            key, self.prompts.critique(solution.question, canonical_solution(parsed), original)
         )
         if done is None:
             return None
@@ -164,7 +165,9 @@ class Reviser:
         num_steps = len(parsed.steps)
         done = await self._ask(
             key,
-            self.prompts.merge(solution.question, parsed.canonical(), original, said, num_steps),
+            self.prompts.merge(
+                solution.question, canonical_solution(parsed), original, said, num_steps
+            ),
         )
         if done is None:
             return None

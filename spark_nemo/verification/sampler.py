@@ -23,6 +23,7 @@ from spark_nemo.grammar import (
     ParsedResponse,
     StepFormat,
     Variant,
+    canonical_solution,
     parse_verifier_output,
     prompt_set,
     split_response,
@@ -306,9 +307,11 @@ class Collector:
 
     def _verify_messages(self, at: _OpenSolution) -> ChatMessages:
         if self.config.verifier_prompt == "reward_model":
-            return self.prompts.reward(Variant.PRM_COT, at.solution.question, at.parsed.canonical())
+            return self.prompts.reward(
+                Variant.PRM_COT, at.solution.question, canonical_solution(at.parsed)
+            )
         return self.prompts.verify(
-            at.solution.question, at.parsed.canonical(), len(at.parsed.steps)
+            at.solution.question, canonical_solution(at.parsed), len(at.parsed.steps)
         )
 
     def _count_vote(self, vote: Verification | EngineError) -> None:

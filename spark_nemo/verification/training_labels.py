@@ -17,6 +17,7 @@ from spark_nemo.grammar import (
     PromptSet,
     StepFormat,
     Variant,
+    canonical_solution,
     parse_judgements,
     render_target,
     split_response,
@@ -90,7 +91,7 @@ def sft_example(
         raise ValueError(
             f"solution {label.solution.key}: solution or chosen verification is not in the grammar"
         )
-    messages = prompts.reward(variant, label.solution.question, parsed.canonical())
+    messages = prompts.reward(variant, label.solution.question, canonical_solution(parsed))
     return messages, render_target(variant, judged.judgements, judged.answer_correct)
 
 

@@ -12,7 +12,13 @@ from studies.exploits import EXPLOITS, write_honest
 
 from spark_nemo.config import ConfigError, RLConfig
 from spark_nemo.config.hacking import ConstraintsConfig, HackingConfig
-from spark_nemo.grammar import ParsedResponse, check_format, prompt_set, verdict_line
+from spark_nemo.grammar import (
+    ParsedResponse,
+    canonical_solution,
+    check_format,
+    prompt_set,
+    verdict_line,
+)
 from spark_nemo.records import FormatViolation, Problem, Rollout
 from spark_nemo.rewards.hacking import CONSTRAINTS, read_response
 from spark_nemo.rewards.hacking.text_patterns import judge_directed
@@ -108,7 +114,8 @@ def test_without_the_gate_the_verifier_sees_all_steps_and_the_last_answer() -> N
     )
     assert isinstance(read, ParsedResponse)
     assert (
-        read.canonical() == "Step 1: 7+5=12\nStep 2: 12*2=24 \\boxed{23}\nStep 3: 2+3=5\nAnswer: 5"
+        canonical_solution(read)
+        == "Step 1: 7+5=12\nStep 2: 12*2=24 \\boxed{23}\nStep 3: 2+3=5\nAnswer: 5"
     )
 
 

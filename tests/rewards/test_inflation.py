@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from spark_nemo.config import RLConfig
 from spark_nemo.config.designs import DESIGNS, OWN_BASELINE, reward_and_advantage
 from spark_nemo.grammar import ParsedResponse
-from spark_nemo.records import ParseFailure, Problem, Rollout, TokenSpan, Verdict
+from spark_nemo.records import ParseFailure, Problem, Rollout, RolloutVerdict, TokenSpan, Verdict
 from spark_nemo.rewards import (
     RewardBatch,
     majority_rewards,
@@ -30,7 +30,6 @@ from spark_nemo.rewards import (
     step_augmented_reward,
     step_average_reward,
 )
-from spark_nemo.rewards.judge import RolloutVerdict
 from spark_nemo.rollout.advantage_estimator import compute_advantages
 from spark_nemo.rollout.generator import MODEL_REWARDS, ScoredBatch
 from spark_nemo.training.step_advantages import (

@@ -32,12 +32,12 @@ from spark_nemo.records import (
     LabelledSolution,
     Problem,
     Rollout,
+    RolloutVerdict,
     Solution,
     TokenSpan,
     Verdict,
 )
 from spark_nemo.rewards import FailureRateExceeded, RewardBatch
-from spark_nemo.rewards.judge import RolloutVerdict
 from spark_nemo.rollout import manager as rl_session
 from spark_nemo.rollout.advantage_estimator import compute_advantages
 from spark_nemo.rollout.generator import ScoredBatch

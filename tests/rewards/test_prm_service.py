@@ -15,6 +15,7 @@ from spark_nemo.grammar import (
     StepFormat,
     StepJudgement,
     Variant,
+    canonical_solution,
     prompt_set,
     render_verification,
     split_response,
@@ -423,7 +424,7 @@ def test_votes_share_one_encoded_prompt_and_are_retried_alone() -> None:
         judgement = await RewardJudge(await service_of(prm), 1, 5, 3).judge(rollout(RESPONSE))
         assert isinstance(judgement.outcome, Verdict)
         assert len(prm.asked) == 6 and prm.encoded == 1 and len(set(prm.prompts)) == 1
-        canonical = split_response(RESPONSE, StepFormat.TAGGED).canonical()
+        canonical = canonical_solution(split_response(RESPONSE, StepFormat.TAGGED))
         assert canonical in bytes(prm.prompts[0]).decode()
 
     asyncio.run(scenario())

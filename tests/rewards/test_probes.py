@@ -12,7 +12,14 @@ from studies.hacking_runs import ScriptedJudge
 from spark_nemo.config import SamplingConfig
 from spark_nemo.config.hacking import ConstraintsConfig
 from spark_nemo.evaluation.answers import answer_matches
-from spark_nemo.grammar import ParsedResponse, StepFormat, extract_boxed, prompt_set, split_response
+from spark_nemo.grammar import (
+    ParsedResponse,
+    StepFormat,
+    canonical_solution,
+    extract_boxed,
+    prompt_set,
+    split_response,
+)
 from spark_nemo.records import Problem
 from spark_nemo.rewards.hacking.constraints import read_anyhow
 from spark_nemo.rewards.hacking.probes import KINDS, build_probes, score_probes
@@ -47,9 +54,9 @@ def test_every_probe_can_be_shown_to_a_verifier_whatever_the_problem_says(proble
     for probe in build_probes([problem]):
         parsed = read_anyhow(probe.text)
         assert isinstance(parsed, ParsedResponse), probe
-        assert isinstance(split_response(parsed.canonical(), StepFormat.PLAIN), ParsedResponse), (
-            probe
-        )
+        assert isinstance(
+            split_response(canonical_solution(parsed), StepFormat.PLAIN), ParsedResponse
+        ), probe
 
 
 def test_no_probe_has_the_right_answer() -> None:

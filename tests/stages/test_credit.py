@@ -15,11 +15,11 @@ from spark_nemo.records import (
     ParseFailure,
     Problem,
     Rollout,
+    RolloutVerdict,
     TokenSpan,
     Verdict,
 )
 from spark_nemo.rewards import RewardBatch
-from spark_nemo.rewards.judge import RolloutVerdict
 from spark_nemo.rollout.advantage_estimator import compute_advantages, scored_responses
 from spark_nemo.rollout.generator import ScoredBatch
 from spark_nemo.training.advantages import group_advantages

@@ -19,8 +19,7 @@ from spark_nemo.engines.fleet import Fleet
 from spark_nemo.engines.served_model import Completion, ServedModel
 from spark_nemo.engines.sglang import SglangServer
 from spark_nemo.grammar import prompt_set
-from spark_nemo.records import Problem
-from spark_nemo.rewards.judge import RolloutVerdict
+from spark_nemo.records import Problem, RolloutVerdict
 from spark_nemo.rollout.dynamic_sampling import dynamic_batch, first_useful, prompts_at_most
 from spark_nemo.rollout.generator import RolloutGenerator
 from spark_nemo.rollout.prefetch import prompt_indices

@@ -15,9 +15,9 @@ from studies.hacking_runs import ScriptedJudge
 from spark_nemo.config import RLConfig, RunConfig, SamplingConfig, SparkConfig
 from spark_nemo.config.hacking import HackingConfig
 from spark_nemo.grammar import prompt_set, verdict_line
-from spark_nemo.records import Failure, Problem, Rollout, Verdict
+from spark_nemo.records import Failure, Problem, Rollout, RolloutVerdict, Verdict
 from spark_nemo.rewards import RewardBatch, process_aware_reward
-from spark_nemo.rewards.judge import RewardJudge, RolloutVerdict
+from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService
 from spark_nemo.rollout.generator import ScoredBatch
 from spark_nemo.rollout.reward_hacking_monitor import RewardHackingMonitor

@@ -16,9 +16,16 @@ import pytest
 from spark_nemo.config import ConfigError, RLConfig
 from spark_nemo.config.rollout import RolloutConfig
 from spark_nemo.engines.async_utils import BackgroundWork, run_async
-from spark_nemo.records import EngineError, FormatViolation, Problem, Rollout, TokenSpan, Verdict
+from spark_nemo.records import (
+    EngineError,
+    FormatViolation,
+    Problem,
+    Rollout,
+    RolloutVerdict,
+    TokenSpan,
+    Verdict,
+)
 from spark_nemo.rewards import RewardBatch
-from spark_nemo.rewards.judge import RolloutVerdict
 from spark_nemo.rollout.generator import ScoredBatch
 from spark_nemo.rollout.prefetch import RolloutPrefetcher
 from spark_nemo.rollout.prefetched_batch import batch_from_bytes, batch_to_bytes

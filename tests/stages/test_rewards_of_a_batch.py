@@ -19,7 +19,14 @@ from spark_nemo.config.designs import MODEL_REWARDS, unread_failures
 from spark_nemo.engines.base import EngineLost, FinishReason, Generation
 from spark_nemo.engines.served_model import Completion
 from spark_nemo.evaluation.checker import AnswerGrade
-from spark_nemo.grammar import PROMPT_SETS, StepFormat, Variant, prompt_set, split_response
+from spark_nemo.grammar import (
+    PROMPT_SETS,
+    StepFormat,
+    Variant,
+    canonical_solution,
+    prompt_set,
+    split_response,
+)
 from spark_nemo.records import (
     AnswerVerdict,
     LabelEvidence,
@@ -188,7 +195,7 @@ def test_every_reward_from_the_model_sends_the_step_wise_prompt(reward: str) -> 
     the format is not sent at all.
     """
     _, model, _ = scored(reward)
-    canonical = [split_response(text, StepFormat.TAGGED).canonical() for text in POLICY[:3]]
+    canonical = [canonical_solution(split_response(text, StepFormat.TAGGED)) for text in POLICY[:3]]
     assert model.messages == [PROMPTS.reward(Variant.PRM_COT, "3 + 4?", text) for text in canonical]
 
 

@@ -17,9 +17,16 @@ from spark_nemo.config import MegatronConfig, OptimizerConfig, RLConfig
 from spark_nemo.config.designs import ADVANTAGES
 from spark_nemo.megatron import process_groups
 from spark_nemo.megatron.worker import MegatronWorker
-from spark_nemo.records import FormatViolation, ParseFailure, Problem, Rollout, TokenSpan, Verdict
+from spark_nemo.records import (
+    FormatViolation,
+    ParseFailure,
+    Problem,
+    Rollout,
+    RolloutVerdict,
+    TokenSpan,
+    Verdict,
+)
 from spark_nemo.rewards import RewardBatch
-from spark_nemo.rewards.judge import RolloutVerdict
 from spark_nemo.rollout.advantage_estimator import compute_advantages
 from spark_nemo.rollout.generator import ScoredBatch
 from spark_nemo.training.grpo import train_on_rollouts

@@ -29,6 +29,7 @@ from spark_nemo.grammar import (
     GRAMMAR_VERSION,
     ParsedResponse,
     StepFormat,
+    canonical_solution,
     prompt_set,
     split_response,
 )
@@ -117,7 +118,9 @@ def test_without_early_stopping_every_vote_has_the_key_and_seed_it_always_had(
             wanted[key] = text
             parsed = split_response(text, StepFormat.PLAIN)
             if isinstance(parsed, ParsedResponse):
-                content = prompts.verify(problem.question, parsed.canonical(), 3)[0]["content"]
+                content = prompts.verify(problem.question, canonical_solution(parsed), 3)[0][
+                    "content"
+                ]
                 for vote in range(8):
                     vote_key = content_key("verification", key, made_by["verification"], 3, vote)
                     wanted[vote_key] = verification_of(

@@ -17,6 +17,7 @@ from spark_nemo.grammar import (
     ParsedResponse,
     Step,
     StepFormat,
+    canonical_solution,
     check_format,
     extract_boxed,
     split_response,
@@ -131,7 +132,7 @@ def read_anyhow(text: str) -> ParsedResponse | None:
     steps = tuple(Step(body, match.start(), stop) for body, match, stop in zip(bodies, found, ends))
     parsed = ParsedResponse(text, steps, answer, end, len(text))
     try:
-        shown = parsed.canonical()
+        shown = canonical_solution(parsed)
     except ValueError:
         return None
     return parsed if isinstance(split_response(shown, StepFormat.PLAIN), ParsedResponse) else None

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from spark_nemo.config.hacking import ConstraintsConfig
-from spark_nemo.grammar import check_format, legal_step_text, verdict_line
+from spark_nemo.grammar import canonical_solution, check_format, legal_step_text, verdict_line
 from spark_nemo.records import Failure, FormatViolation, Problem, derive_seed
 from spark_nemo.rewards.prm_service import PRMService
 
@@ -123,7 +123,7 @@ async def score_probes(
         parsed = read_anyhow(probe.text)
         if parsed is None:
             return None
-        case = service.case(probe.problem.question, parsed.canonical(), len(parsed.steps))
+        case = service.case(probe.problem.question, canonical_solution(parsed), len(parsed.steps))
         answer = await service.verify(
             case, derive_seed("probe", probe.kind, probe.problem.problem_id)
         )
