@@ -45,11 +45,11 @@ from spark_nemo.records import FormatViolation, Rollout, RolloutVerdict, Verdict
 from spark_nemo.records.jsonl import read_problems
 from spark_nemo.rewards.hacking.constraints import read_response
 from spark_nemo.rewards.judge import RewardJudge
-from spark_nemo.rollout.advantage_estimator import compute_advantages
 from spark_nemo.rollout.manager import RolloutManager, open_session
 from spark_nemo.rollout.prefetch import RolloutPrefetcher
 from spark_nemo.rollout.timeline import TRAIN, VERIFY, seconds
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
+from spark_nemo.training.advantage_estimator import compute_advantages
 from spark_nemo.training.grpo import train_on_rollouts
 from spark_nemo.weight_sync.synchronizer import WeightSync
 
@@ -139,8 +139,8 @@ class RLVariant:
             train_on_rollouts(
                 self.worker,
                 batch.rollouts,
-                compute_advantages(batch, rl),
-                torch.tensor(batch.rewards.valid),
+                compute_advantages(batch.rollouts, rl),
+                torch.tensor([rollout.valid for rollout in batch.rollouts]),
                 rl,
                 tokens_per_micro_batch=self.config.megatron.tokens_per_micro_batch,
             )

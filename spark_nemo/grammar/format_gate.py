@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from spark_nemo.records import FormatViolation
+from spark_nemo.records import FormatViolation, ParsedResponse, ParseFailure
 
 from .boxed import find_boxes
-from .steps import ParsedResponse, StepFormat, split_response
+from .steps import StepFormat, split_response
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +50,23 @@ RULES: tuple[FormatRule, ...] = (
     FormatRule("one_answer_tag", _one_answer_tag),
     FormatRule("nothing_after_answer", lambda text: not text.partition("</answer>")[2].strip()),
     FormatRule("box_in_answer", _box_in_answer),
-    FormatRule(
-        "tagged_steps",
-        lambda text: isinstance(split_response(text, StepFormat.TAGGED), ParsedResponse),
-    ),
 )
+"""In the order in which they are checked; the first one broken names the violation."""
+TAGGED_STEPS = "tagged_steps"
+"""The last rule: the steps parse."""
 
 
-def check_format(text: str) -> FormatViolation | None:
-    """The first rule a policy response (special tokens removed) breaks, or None. Never raises on
-    any text.
+def check_format(
+    text: str, parsed: ParsedResponse | ParseFailure | None = None
+) -> FormatViolation | None:
+    """Return the first rule that a policy response (special tokens removed) breaks, or None.
 
-    After None, ``split_response(text, StepFormat.TAGGED)`` is a ``ParsedResponse``.
+    ``parsed`` is ``split_response(text, StepFormat.TAGGED)`` where the caller has it already; after
+    None it is a ``ParsedResponse``. Never raises on any text.
     """
-    return next((FormatViolation(rule.name) for rule in RULES if not rule.holds(text)), None)
+    for rule in RULES:
+        if not rule.holds(text):
+            return FormatViolation(rule.name)
+    if parsed is None:
+        parsed = split_response(text, StepFormat.TAGGED)
+    return None if isinstance(parsed, ParsedResponse) else FormatViolation(TAGGED_STEPS)

@@ -1,18 +1,16 @@
-"""Dynamic sampling: more prompts are started than a step needs, and groups that would train nothing
-are replaced.
+"""Dynamic sampling: start more prompts than a step needs and replace groups that train nothing.
 
-Source: DAPO, arXiv 2503.14476, its section 3.2. Which groups are kept depends on their content and
-the prompts' order and never on which finished first, so a repeated or a resumed run keeps the same
-ones: group n is looked at when all groups before it were, and the first ``prompts_per_step`` useful
-ones are kept. Nothing that comes after them can have changed them, so it is aborted wherever it is;
-its prompts go back and are the next step's first.
+Source: DAPO, arXiv 2503.14476, section 3.2. Which groups are kept depends on their content and on
+the prompts' order, never on which finished first, so a repeated or resumed run keeps the same ones:
+group n is examined after all groups before it, and the first ``prompts_per_step`` useful ones are
+kept. Groups behind the last kept one cannot change that choice and are aborted; their prompts are
+the next step's first.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,71 +19,86 @@ import torch
 
 from spark_nemo.config import RLConfig
 from spark_nemo.engines.async_utils import until_idle
-from spark_nemo.records import Problem
-from spark_nemo.rewards import RewardBatch
-from spark_nemo.rollout.advantage_estimator import compute_advantages
-from spark_nemo.rollout.generator import Judged, RolloutGenerator, ScoredBatch
+from spark_nemo.records import Problem, Rollout
+from spark_nemo.training.advantage_estimator import compute_advantages
+
+from .batch import RolloutBatch
+from .generator import RolloutGenerator
 
 log = logging.getLogger(__name__)
-NO_ADVANTAGE = 1e-6
-"""|advantage| of rounding: the mean of equal rewards need not be exactly the reward."""
+MIN_ADVANTAGE = 1e-6
+"""A smaller |advantage| is rounding: the mean of equal rewards need not be exactly the reward."""
 
-Group = list[Judged]
+Group = list[Rollout]
 
 
-def prompts_at_most(config: RLConfig) -> int:
-    """Prompts that one step can ask for."""
+def max_prompts(config: RLConfig) -> int:
+    """Return the largest number of prompts that one step can start."""
     return config.rollout.rounds * config.rollout.started(config.prompts_per_step)
 
 
 async def dynamic_batch(
-    session: RolloutGenerator, problems: Sequence[Problem], step: int
-) -> ScoredBatch:
-    """A batch of ``prompts_per_step`` useful groups of ``problems``, which are at least
-    ``prompts_at_most``.
+    generator: RolloutGenerator, problems: Sequence[Problem], step: int
+) -> RolloutBatch:
+    """Return ``prompts_per_step`` useful groups of ``problems``, which are at least ``max_prompts``.
 
-    Its metrics are those of every group that was looked at, kept or not, so that dropping does not
-    flatter the reward; ``dynamic/useful_fraction`` is the kept share of them. With too few useful
-    groups in ``rl.rollout.max_rounds`` rounds it holds what there is, and with none at all the
-    first ``prompts_per_step``, which leave the policy as it was. Raises what
-    ``RolloutGenerator.batch`` raises.
+    The metrics are means over all examined groups, kept or not, so that dropping groups does not
+    flatter the reward; ``dynamic/useful_fraction`` is the kept share. After ``rl.rollout.max_rounds``
+    rounds the batch holds the useful groups found so far. Without any, it holds the first
+    ``prompts_per_step`` groups, which leave the policy unchanged. Raises what
+    ``RolloutGenerator.generate_batch`` raises.
     """
-    config, rounds, missing = session.config, 0, session.config.prompts_per_step
+    config = generator.config
     groups: list[Group] = []
     kept: list[int] = []
-    await session.refresh()
+    rounds = 0
+    missing = config.prompts_per_step
+    await generator.refresh()
     while missing and rounds < config.rollout.rounds:
         rounds += 1
         numbers = range(len(groups), len(groups) + config.rollout.started(missing))
         starts = [
-            partial(session.group, n, problems[n], step, _earlier(problems, n)) for n in numbers
+            partial(
+                generator.generate_group,
+                number,
+                problems[number],
+                step,
+                _earlier_groups(problems, number),
+            )
+            for number in numbers
         ]
-        found = await first_useful(starts, lambda group: trains(session, group, step), missing)
-        kept += [number for number, (_, useful) in zip(numbers, found) if useful]
-        groups += [group for group, _ in found]
+        found = await first_useful(
+            starts, lambda group: has_advantage(generator, group, step), missing
+        )
+        for number, (group, useful) in zip(numbers, found):
+            groups.append(group)
+            if useful:
+                kept.append(number)
         missing = config.prompts_per_step - len(kept)
-    for served in (session.policy, *([session.judge.service.served] if session.judge else [])):
-        await until_idle(
-            served.engine
-        )  # what was aborted must not share a batch with what comes next
-    everything = session.scored([judged for group in groups for judged in group], step)
+
+    # Aborted requests must not share an engine batch with the requests of the next step.
+    await until_idle(generator.policy.engine)
+    if generator.judge is not None:
+        await until_idle(generator.judge.service.served.engine)
+
+    examined = generator.score([rollout for group in groups for rollout in group], step)
     if missing:
         log.warning(
-            "step %d: %d of %d groups have advantages after %d rounds; it trains on fewer than the %d wanted",
+            "step %d: %d of %d groups have advantages after %d rounds; "
+            "it trains on fewer than the %d wanted",
             step,
             len(kept),
             len(groups),
             rounds,
             config.prompts_per_step,
         )
-    metrics = {
-        **everything.metrics,
-        "dynamic/useful_fraction": len(kept) / len(groups),
-        "dynamic/groups": float(len(groups)),
-        "dynamic/rounds": float(rounds),
-    }
     chosen = kept or list(range(min(len(groups), config.prompts_per_step)))
-    return replace(select_groups(everything, chosen), metrics=metrics, consumed=len(groups))
+    batch = select_groups(examined, chosen)
+    batch.metrics["dynamic/useful_fraction"] = len(kept) / len(groups)
+    batch.metrics["dynamic/groups"] = float(len(groups))
+    batch.metrics["dynamic/rounds"] = float(rounds)
+    batch.consumed = len(groups)
+    return batch
 
 
 async def first_useful(
@@ -93,24 +106,26 @@ async def first_useful(
     useful: Callable[[Group], bool],
     wanted: int,
 ) -> list[tuple[Group, bool]]:
-    """Start all, and return the results in order, each with whether it is useful, up to the
-    ``wanted``-th that is.
+    """Start all groups and return the first ones, in order, up to the ``wanted``-th useful one.
 
-    The others are cancelled and have ended when this returns; what failed among them is nobody's
-    loss and is logged. Raises what a result that was waited for raises.
+    Each comes with whether it is useful. The other groups are cancelled and have ended on return; a
+    failure among them is logged only. Raises what an awaited group raises.
     """
     tasks = [asyncio.create_task(start()) for start in starts]
     found: list[tuple[Group, bool]] = []
+    num_useful = 0
     try:
         for task in tasks:
             group = await task
-            found.append((group, useful(group)))
-            wanted -= found[-1][1]
-            if not wanted:
+            is_useful = useful(group)
+            found.append((group, is_useful))
+            num_useful += is_useful
+            if num_useful == wanted:
                 break
     finally:
         for task in tasks:
             task.cancel()
+        # Wait for the cancelled tasks: they would otherwise go on sending requests to the engines.
         ends = await asyncio.gather(*tasks, return_exceptions=True)
         for end in ends[len(found) :]:
             if isinstance(end, Exception):
@@ -118,37 +133,27 @@ async def first_useful(
     return found
 
 
-def trains(session: RolloutGenerator, group: Group, step: int) -> bool:
-    """Has any response of the group an advantage, under the configured design? Without a valid
-    sample none has.
-    """
-    batch = session.scored(group, step, counts=False)
-    advantages = compute_advantages(batch, session.config)
+def has_advantage(generator: RolloutGenerator, group: Group, step: int) -> bool:
+    """True if any response of the group has an advantage; never without a valid sample."""
+    # The batch is scored again as a whole, and its failures are counted there.
+    batch = generator.score(group, step, count_failures=False)
+    advantages = compute_advantages(batch.rollouts, generator.config)
     rows = [advantages] if isinstance(advantages, torch.Tensor) else advantages
-    return any(bool((row.abs() > NO_ADVANTAGE).any()) for row in rows)
+    return any(bool((row.abs() > MIN_ADVANTAGE).any()) for row in rows)
 
 
-def select_groups(batch: ScoredBatch, chosen: Sequence[int]) -> ScoredBatch:
-    """The batch of these groups alone, numbered from 0 in their order; its failure rates stay those
-    of the whole.
-    """
-    number = {group: position for position, group in enumerate(chosen)}
-    kept = [i for i, rollout in enumerate(batch.rollouts) if rollout.group in number]
-    rewards = RewardBatch(
-        tuple(batch.rewards.rewards[i] for i in kept),
-        tuple(batch.rewards.valid[i] for i in kept),
-        batch.rewards.failure_rates,
-    )
-    return replace(
-        batch,
-        rewards=rewards,
-        rollouts=tuple(
-            replace(batch.rollouts[i], group=number[batch.rollouts[i].group]) for i in kept
-        ),
-        judgements=tuple(batch.judgements[i] for i in kept) if batch.judgements else (),
-    )
+def select_groups(batch: RolloutBatch, chosen: Sequence[int]) -> RolloutBatch:
+    """Return the batch of these groups alone, renumbered from 0 in their order."""
+    new_number = {group: position for position, group in enumerate(chosen)}
+    kept = [
+        replace(rollout, group=new_number[rollout.group])
+        for rollout in batch.rollouts
+        if rollout.group in new_number
+    ]
+    return RolloutBatch(kept, dict(batch.metrics))
 
 
-def _earlier(problems: Sequence[Problem], number: int) -> int:
-    """Groups of the same problem before this one: a step may cross the end of the data."""
-    return Counter(problem.problem_id for problem in problems[:number])[problems[number].problem_id]
+def _earlier_groups(problems: Sequence[Problem], number: int) -> int:
+    """Count the same problem before this one: a step may cross the end of the data."""
+    problem_id = problems[number].problem_id
+    return sum(problem.problem_id == problem_id for problem in problems[:number])

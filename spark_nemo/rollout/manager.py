@@ -19,21 +19,27 @@ from spark_nemo.evaluation.answers import EvalProblem, judge_answers, read_answe
 from spark_nemo.evaluation.checker import AnswerGrade
 from spark_nemo.evaluation.policy_accuracy import PolicyAccuracy, evaluate_policy
 from spark_nemo.grammar import (
-    ParsedResponse,
-    StepFormat,
     Variant,
     extract_boxed,
     prompt_set,
-    split_response,
 )
 from spark_nemo.planning.preflight import reward_model_folder
-from spark_nemo.records import EngineError, Failure, Problem, Verdict, outcome_to_json
+from spark_nemo.records import (
+    EngineError,
+    Failure,
+    ParsedResponse,
+    Problem,
+    Rollout,
+    Verdict,
+    outcome_to_json,
+)
 from spark_nemo.rewards import FailureCount
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService, ServiceLimits
 from spark_nemo.rewards.rlvr import Checker
+from spark_nemo.rollout.batch import RolloutBatch
 from spark_nemo.rollout.dynamic_sampling import dynamic_batch
-from spark_nemo.rollout.generator import MODEL_REWARDS, RolloutGenerator, ScoredBatch, shaped
+from spark_nemo.rollout.generator import MODEL_REWARDS, RolloutGenerator, shape_reward
 from spark_nemo.rollout.reward_hacking_monitor import HACKING, TOP_REWARDS, RewardHackingMonitor
 from spark_nemo.utils.files import write_text_atomic
 
@@ -57,14 +63,14 @@ class RolloutManager:
     folder: Path
     watch: RewardHackingMonitor
 
-    async def batch(self, problems: Sequence[Problem], step: int) -> ScoredBatch:
+    async def batch(self, problems: Sequence[Problem], step: int) -> RolloutBatch:
         """A scored batch; a few of its samples are kept for a person to read.
 
         What the verifier was spared goes to verifier.jsonl, not to the metrics: a resumed run,
         whose cache is empty, has the metrics of an uninterrupted one and asks more.
         """
         dynamic = self.config.rl.rollout.over_sampling_ratio is not None
-        batch = await (dynamic_batch if dynamic else RolloutGenerator.batch)(
+        batch = await (dynamic_batch if dynamic else RolloutGenerator.generate_batch)(
             self.rollouts, problems, step
         )
         if (judge := self.rollouts.judge) is not None:
@@ -94,7 +100,7 @@ class RolloutManager:
             rewrite_rows(self.folder / HACKING, step, probed)
         return accuracy
 
-    async def watched(self, batch: ScoredBatch, step: int) -> dict[str, float]:
+    async def watched(self, batch: RolloutBatch, step: int) -> dict[str, float]:
         """The metrics ``hacking/...`` of a step before its row is written; its highest rewards go
         to a file.
         """
@@ -178,15 +184,18 @@ def _watch(config: SparkConfig, folder: Path, judge: RewardJudge | None) -> Rewa
         served = ServedModel.load(config.engine, model, "verifier", folder / SERVERS / "heldout")
         held_out = reward_judge(config, served, Variant.PRM_COT)
     reward = MODEL_REWARDS[config.rl.reward]
+
+    def score(rollout: Rollout) -> float | Failure:
+        verdict = rollout.verdict
+        return shape_reward(config.rl, rollout, reward(verdict.violation, verdict.outcome))
+
     probing = reward_judge(config, judge.service.served, judge.service.variant).service
     return RewardHackingMonitor(
         config,
         folder,
         probing,
         held_out,
-        lambda rollout, judgement: shaped(
-            config.rl, rollout, reward(judgement.violation, judgement.outcome)
-        ),
+        score,
     )
 
 
@@ -216,7 +225,7 @@ def answer_checker(config: SparkConfig) -> Checker:
     return check
 
 
-def sample_rows(batch: ScoredBatch, step: int) -> list[dict[str, object]]:
+def sample_rows(batch: RolloutBatch, step: int) -> list[dict[str, object]]:
     """A few random samples of a batch with what was decided about each step; nothing here trains."""
     chosen = random.Random(step).sample(
         range(len(batch.rollouts)), min(_SAMPLES_PER_STEP, len(batch.rollouts))
@@ -224,12 +233,12 @@ def sample_rows(batch: ScoredBatch, step: int) -> list[dict[str, object]]:
     return [sample_row(batch, index, step) for index in sorted(chosen)]
 
 
-def sample_row(batch: ScoredBatch, index: int, step: int) -> dict[str, object]:
+def sample_row(batch: RolloutBatch, index: int, step: int) -> dict[str, object]:
     """One sample with everything that was decided about it."""
-    rollout, valid = batch.rollouts[index], batch.rewards.valid[index]
-    parsed = split_response(rollout.text, StepFormat.TAGGED)
-    judgement = batch.judgements[index] if batch.judgements else None
-    outcome = judgement.outcome if judgement else None
+    rollout = batch.rollouts[index]
+    parsed = rollout.parsed
+    verdict = rollout.verdict
+    outcome = verdict.outcome if verdict is not None else None
     return {
         "step": step,
         "problem_id": rollout.problem.problem_id,
@@ -237,9 +246,9 @@ def sample_row(batch: ScoredBatch, index: int, step: int) -> dict[str, object]:
         "text": rollout.text,
         "steps": list(parsed.step_texts) if isinstance(parsed, ParsedResponse) else None,
         "step_labels": list(outcome.step_labels) if isinstance(outcome, Verdict) else None,
-        "violation": judgement.violation.rule if judgement and judgement.violation else None,
+        "violation": verdict.violation.rule if verdict and verdict.violation else None,
         "outcome": outcome_to_json(outcome) if outcome else None,
-        "reward": batch.rewards.rewards[index] if valid else None,
+        "reward": rollout.reward if rollout.valid else None,
     }
 
 

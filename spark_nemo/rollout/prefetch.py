@@ -11,8 +11,8 @@ from spark_nemo.config import SparkConfig
 from spark_nemo.engines.async_utils import BackgroundWork, run_async
 from spark_nemo.megatron.process_groups import on_main_rank
 from spark_nemo.records import Problem
-from spark_nemo.rollout.dynamic_sampling import prompts_at_most
-from spark_nemo.rollout.generator import ScoredBatch
+from spark_nemo.rollout.batch import RolloutBatch
+from spark_nemo.rollout.dynamic_sampling import max_prompts
 from spark_nemo.rollout.manager import RolloutManager
 from spark_nemo.rollout.prefetched_batch import IN_FLIGHT, batch_from_bytes, batch_to_bytes
 from spark_nemo.training.fine_tuning import batch_indices
@@ -34,12 +34,12 @@ class RolloutPrefetcher:
         self, config: SparkConfig, problems: Sequence[Problem], session: RolloutManager | None
     ) -> None:
         self._config, self._problems, self._session = config, problems, session
-        self._work: BackgroundWork[ScoredBatch] | None = None
-        self._ahead: ScoredBatch | None = None
+        self._work: BackgroundWork[RolloutBatch] | None = None
+        self._ahead: RolloutBatch | None = None
         self._begun = False
         self.cursor = 0
 
-    def take(self, step: int) -> ScoredBatch:
+    def take(self, step: int) -> RolloutBatch:
         """The batch of ``step``. Collective; raises on every rank what generating it raises."""
         batch, self._ahead = self._ahead, None
         if batch is None:
@@ -64,7 +64,7 @@ class RolloutPrefetcher:
         self._ahead = on_main_rank(lambda: self._finished_work())
         self.cursor += self._ahead.consumed or 0
 
-    def is_current(self, batch: ScoredBatch, step: int) -> bool:
+    def is_current(self, batch: RolloutBatch, step: int) -> bool:
         """Was the batch sampled with the weights that the trainer has at ``step``? Where it is
         known not to be, the first-step gate has nothing to compare.
         """
@@ -74,7 +74,7 @@ class RolloutPrefetcher:
             version == step for rollout in batch.rollouts for version in rollout.weight_versions
         )
 
-    def metrics(self, batch: ScoredBatch, step: int) -> dict[str, float]:
+    def metrics(self, batch: RolloutBatch, step: int) -> dict[str, float]:
         """``weight_lag``: by how many versions the weights that sampled a token are older, on
         average over tokens.
         """
@@ -125,7 +125,7 @@ class RolloutPrefetcher:
         assert self._session is not None, "only the main rank generates"
         return self._session
 
-    def _finished_work(self) -> ScoredBatch:
+    def _finished_work(self) -> RolloutBatch:
         assert self._work is not None, "take begins it"
         work, self._work = self._work, None
         return work.result()
@@ -135,7 +135,7 @@ class RolloutPrefetcher:
         if rl.rollout.over_sampling_ratio is None:
             indices = batch_indices(step, len(self._problems), rl.prompts_per_step, seed)
         else:
-            indices = prompt_indices(self.cursor, prompts_at_most(rl), len(self._problems), seed)
+            indices = prompt_indices(self.cursor, max_prompts(rl), len(self._problems), seed)
         return [self._problems[index] for index in indices]
 
 

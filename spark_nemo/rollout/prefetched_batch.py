@@ -18,25 +18,27 @@ from spark_nemo.records import (
     AnswerVerdict,
     EngineError,
     FormatViolation,
+    ParsedResponse,
     ParseFailure,
     Problem,
     Rollout,
     RolloutVerdict,
+    Step,
     TokenSpan,
     Truncated,
     Verdict,
 )
-from spark_nemo.rewards import RewardBatch
-from spark_nemo.rollout.generator import ScoredBatch
+from spark_nemo.rollout.generator import RolloutBatch
 
 IN_FLIGHT = "in_flight.bin"
 _CLASSES = (
-    ScoredBatch,
-    RewardBatch,
-    RolloutVerdict,
+    RolloutBatch,
     Rollout,
+    RolloutVerdict,
     Problem,
     TokenSpan,
+    ParsedResponse,
+    Step,
     Verdict,
     AnswerVerdict,
     ParseFailure,
@@ -47,12 +49,12 @@ _CLASSES = (
 _BY_NAME = {(one.__module__, one.__qualname__): one for one in _CLASSES}
 
 
-def batch_to_bytes(batch: ScoredBatch) -> bytes:
+def batch_to_bytes(batch: RolloutBatch) -> bytes:
     """One line of JSON with the fields of each class, then the pickle."""
     return json.dumps(_fields()).encode() + b"\n" + pickle.dumps(batch, protocol=5)
 
 
-def batch_from_bytes(data: bytes) -> ScoredBatch:
+def batch_from_bytes(data: bytes) -> RolloutBatch:
     """Inverse of ``batch_to_bytes``. Raises ``ConfigError`` when another version of this package
     wrote it, or when it is damaged or holds anything else.
     """
@@ -83,7 +85,7 @@ def batch_from_bytes(data: bytes) -> ScoredBatch:
         OverflowError,
     ) as error:
         raise ConfigError(f"the checkpoint's batch in flight cannot be read: {error}") from error
-    if not isinstance(batch, ScoredBatch):
+    if not isinstance(batch, RolloutBatch):
         raise ConfigError(
             f"the checkpoint's batch in flight is a {type(batch).__name__}, no scored batch"
         )

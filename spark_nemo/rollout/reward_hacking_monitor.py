@@ -10,17 +10,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from spark_nemo.config import SparkConfig
-from spark_nemo.records import Failure, Problem, Rollout, RolloutVerdict, derive_seed
+from spark_nemo.records import Failure, Problem, Rollout, derive_seed
 from spark_nemo.rewards.hacking.detectors import baseline, detector_rates, flags, new_alarms
 from spark_nemo.rewards.hacking.divergence import ALARM, SAMPLES, compared, gap_growth, reward_gap
 from spark_nemo.rewards.hacking.probes import build_probes, score_probes
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService
-from spark_nemo.rollout.generator import ScoredBatch
+from spark_nemo.rollout.batch import RolloutBatch
 from spark_nemo.training.metrics_writer import METRICS_FILE, read_metrics
 
 log = logging.getLogger(__name__)
@@ -39,9 +39,9 @@ class RewardHackingMonitor:
     folder: Path
     service: PRMService | None = None
     held_out: RewardJudge | None = None
-    score: Callable[[Rollout, RolloutVerdict], float | Failure] | None = None
+    score: Callable[[Rollout], float | Failure] | None = None
 
-    async def metrics(self, batch: ScoredBatch, step: int) -> dict[str, float]:
+    async def metrics(self, batch: RolloutBatch, step: int) -> dict[str, float]:
         """``hacking/...`` of a training step; its predecessors' rows are all written. Warns of what
         passes an alarm.
         """
@@ -58,7 +58,7 @@ class RewardHackingMonitor:
             )
         return {**rates, **await self._divergence(batch, step, rows)}
 
-    def top(self, batch: ScoredBatch, step: int) -> list[tuple[int, list[str]]]:
+    def top(self, batch: RolloutBatch, step: int) -> list[tuple[int, list[str]]]:
         """Positions of the step's highest-rewarded responses, and the detectors that each of them
         sets off.
 
@@ -68,10 +68,10 @@ class RewardHackingMonitor:
         hacking, rows = self.config.rl.hacking, self._rows_before(step)
         start = baseline(rows, batch.rollouts, hacking.detectors)
         found = [sorted(flags(rollout, start, hacking.detectors)) for rollout in batch.rollouts]
-        usable = [index for index, ok in enumerate(batch.rewards.valid) if ok]
+        usable = [index for index, rollout in enumerate(batch.rollouts) if rollout.valid]
         order = sorted(
             usable,
-            key=lambda i: (-batch.rewards.rewards[i], -len(found[i]), derive_seed("top", step, i)),
+            key=lambda i: (-batch.rollouts[i].reward, -len(found[i]), derive_seed("top", step, i)),
         )
         return [(index, found[index]) for index in order[: hacking.top_rewards]]
 
@@ -105,7 +105,7 @@ class RewardHackingMonitor:
 
     async def _divergence(
         self,
-        batch: ScoredBatch,
+        batch: RolloutBatch,
         step: int,
         rows: Sequence[dict[str, float]],
     ) -> dict[str, float]:
@@ -117,17 +117,21 @@ class RewardHackingMonitor:
         ):
             return {}
         chosen = compared(
-            batch.rewards.valid, hacking.divergence_samples or SAMPLES, self.config.run.seed, step
+            [rollout.valid for rollout in batch.rollouts],
+            hacking.divergence_samples or SAMPLES,
+            self.config.run.seed,
+            step,
         )
         if not chosen:
             return {}
         await self.held_out.service.refresh()
         rollouts = [batch.rollouts[index] for index in chosen]
-        judgements = await asyncio.gather(*map(self.held_out.judge, rollouts))
-        metrics = reward_gap(
-            [batch.rewards.rewards[index] for index in chosen],
-            [*map(self.score, rollouts, judgements)],
-        )
+        verdicts = await asyncio.gather(*map(self.held_out.judge, rollouts))
+        held_out_scores = [
+            self.score(replace(rollout, verdict=verdict))
+            for rollout, verdict in zip(rollouts, verdicts)
+        ]
+        metrics = reward_gap([rollout.reward for rollout in rollouts], held_out_scores)
         alarm = ALARM if hacking.divergence_alarm is None else hacking.divergence_alarm
         if (growth := gap_growth(metrics, rows)) >= alarm:
             log.warning(

@@ -25,14 +25,14 @@ from spark_nemo.planning.preflight import check_stage3, reward_model_folder
 from spark_nemo.records import Problem, content_key
 from spark_nemo.records.fingerprint import check_same_fingerprint, model_fingerprint
 from spark_nemo.records.jsonl import read_problems
-from spark_nemo.rollout.advantage_estimator import compute_advantages
-from spark_nemo.rollout.generator import ScoredBatch
+from spark_nemo.rollout.batch import RolloutBatch
 from spark_nemo.rollout.manager import RolloutManager, open_session, rewrite_rows
 from spark_nemo.rollout.prefetch import RolloutPrefetcher
 from spark_nemo.rollout.timeline import TIMING, TRAIN, Timeline
 from spark_nemo.run.completion import inputs_to_remember, remember_inputs
 from spark_nemo.run.run_folder import Clock, comparable_rl, mark_done, stage3_folder
 from spark_nemo.run.run_lock import run_lock
+from spark_nemo.training.advantage_estimator import compute_advantages
 from spark_nemo.training.fine_tuning import CHECKPOINTS
 from spark_nemo.training.grpo import train_on_rollouts
 from spark_nemo.training.metrics_writer import MetricsWriter
@@ -138,8 +138,8 @@ def _run(
                 metrics = train_on_rollouts(
                     worker,
                     batch.rollouts,
-                    compute_advantages(batch, rl),
-                    torch.tensor(batch.rewards.valid),
+                    compute_advantages(batch.rollouts, rl),
+                    torch.tensor([rollout.valid for rollout in batch.rollouts]),
                     rl,
                     reference=reference,
                     tokens_per_micro_batch=config.megatron.tokens_per_micro_batch,
@@ -288,7 +288,7 @@ def _sync(
     run_async(sync.push(worker, session.policy.engine if session else None, version))
 
 
-def _compares(start: int, step: int, feed: RolloutPrefetcher, batch: ScoredBatch) -> bool:
+def _compares(start: int, step: int, feed: RolloutPrefetcher, batch: RolloutBatch) -> bool:
     """Does the first-step gate look at this batch? Not at one that older weights sampled: it would
     differ.
     """

@@ -44,7 +44,8 @@ from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import Problem
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService
-from spark_nemo.rollout.generator import RolloutGenerator, ScoredBatch
+from spark_nemo.rollout.batch import RolloutBatch
+from spark_nemo.rollout.generator import RolloutGenerator
 from spark_nemo.toy.problem_files import split_problems
 from spark_nemo.weight_sync.synchronizer import WeightSync
 
@@ -135,7 +136,7 @@ def disturbed(
     pool: Pool,
     candidates: list[ServerProcess],
     number: signal.Signals,
-) -> tuple[ScoredBatch, FleetMetrics, ServerProcess]:
+) -> tuple[RolloutBatch, FleetMetrics, ServerProcess]:
     """A scored batch while most of whose requests run the busiest of ``candidates`` gets a signal,
     with its group; the metrics' changes are those of this batch.
     """
@@ -151,7 +152,7 @@ def disturbed(
 
     before, thread = pool.fleet.metrics(), threading.Thread(target=strike)
     thread.start()
-    batch = run_async(pool.session.batch(problems(), 0))
+    batch = run_async(pool.session.generate_batch(problems(), 0))
     thread.join(timeout=30)
     after, victim = pool.fleet.metrics(), struck[0]
     for name in ("requests", "answered", "retries", "refused", "outages"):
@@ -172,10 +173,11 @@ def busiest(candidates: list[ServerProcess]) -> ServerProcess:
     return max(zip(candidates, before), key=lambda pair: seconds(pair[0]) - pair[1])[0]
 
 
-def require_whole(batch: ScoredBatch, metrics: FleetMetrics) -> None:
+def require_whole(batch: RolloutBatch, metrics: FleetMetrics) -> None:
     groups = Counter(rollout.problem.problem_id for rollout in batch.rollouts)
     assert list(groups.values()) == [GROUP_SIZE] * GROUPS
-    assert len(batch.rewards.rewards) == len(batch.judgements) == GROUPS * GROUP_SIZE
+    assert len(batch.rollouts) == GROUPS * GROUP_SIZE
+    assert all(rollout.verdict is not None for rollout in batch.rollouts)
     assert metrics.requests == metrics.answered == GROUPS * GROUP_SIZE and metrics.refused == 0
     assert all(rollout.finish_reason in ("stop", "length") for rollout in batch.rollouts)
     assert {version for rollout in batch.rollouts for version in rollout.weight_versions} == {1}
@@ -194,7 +196,7 @@ def test_an_undisturbed_batch_is_whole(pool: Pool) -> None:
     """The measure for the others, and what a real server does with the key: 401 without it, nothing
     of it in the log or on a command line.
     """
-    batch = run_async(pool.session.batch(problems(), 0))
+    batch = run_async(pool.session.generate_batch(problems(), 0))
     assert len(batch.rollouts) == GROUPS * GROUP_SIZE
     key = pool.servers[0]._environment["SPARK_NEMO_API_KEY"]
     assert len(key) > 30

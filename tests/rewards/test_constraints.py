@@ -14,9 +14,11 @@ from spark_nemo.config import ConfigError, RLConfig
 from spark_nemo.config.hacking import ConstraintsConfig, HackingConfig
 from spark_nemo.grammar import (
     ParsedResponse,
+    StepFormat,
     canonical_solution,
     check_format,
     prompt_set,
+    split_response,
     verdict_line,
 )
 from spark_nemo.records import FormatViolation, Problem, Rollout
@@ -43,6 +45,7 @@ def rollout(text: str, num_tokens: int = 30, finish: str = "stop") -> Rollout:
         (0,) * num_tokens,
         text,
         finish,
+        parsed=split_response(text, StepFormat.TAGGED),
     )
 
 

@@ -22,7 +22,6 @@ from spark_nemo.config.designs import DESIGNS, OWN_BASELINE, reward_and_advantag
 from spark_nemo.grammar import ParsedResponse
 from spark_nemo.records import ParseFailure, Problem, Rollout, RolloutVerdict, TokenSpan, Verdict
 from spark_nemo.rewards import (
-    RewardBatch,
     majority_rewards,
     process_aware_reward,
     random_reward,
@@ -30,8 +29,8 @@ from spark_nemo.rewards import (
     step_augmented_reward,
     step_average_reward,
 )
-from spark_nemo.rollout.advantage_estimator import compute_advantages
-from spark_nemo.rollout.generator import MODEL_REWARDS, ScoredBatch
+from spark_nemo.rollout.generator import MODEL_REWARDS
+from spark_nemo.training.advantage_estimator import compute_advantages
 from spark_nemo.training.step_advantages import (
     capo_advantages,
     global_step_advantages,
@@ -88,9 +87,10 @@ class Response:
             rf"<think>{steps}</think><answer>\boxed{{{self.answer}}}</answer>",
             "stop",
             spans,
+            verdict=self.verdict_on_it(),
         )
 
-    def judgement(self) -> RolloutVerdict:
+    def verdict_on_it(self) -> RolloutVerdict:
         return RolloutVerdict(
             None, ParseFailure("x") if self.verdict is None else Verdict(self.labels, self.verdict)
         )
@@ -142,7 +142,7 @@ def totals(design: str, responses: list[Response], estimator: str = "grpo") -> l
         estimator="grpo" if design in OWN_BASELINE else estimator,
         step_penalty_min=1 if design == "global_step_penalty" else None,
     )
-    rollouts, judgements = [r.rollout() for r in responses], [r.judgement() for r in responses]
+    rollouts = [r.rollout() for r in responses]
     match reward:
         case "rlvr":
             scores = rlvr_rewards(
@@ -155,12 +155,13 @@ def totals(design: str, responses: list[Response], estimator: str = "grpo") -> l
                 random_reward(ParsedResponse("", (), "7", 0, 0), k) for k in range(len(rollouts))
             ]
         case _:
-            scores = [MODEL_REWARDS[reward](j.violation, j.outcome) for j in judgements]
-    valid = tuple(isinstance(score, float) for score in scores)
-    rewards = tuple(score if ok else math.nan for score, ok in zip(scores, valid))
-    got = compute_advantages(
-        ScoredBatch(tuple(rollouts), RewardBatch(rewards, valid, {}), tuple(judgements), {}), config
-    )
+            scores = [
+                MODEL_REWARDS[reward](r.verdict.violation, r.verdict.outcome) for r in rollouts
+            ]
+    for rollout, score in zip(rollouts, scores, strict=True):
+        rollout.valid = isinstance(score, float)
+        rollout.reward = score if rollout.valid else math.nan
+    got = compute_advantages(rollouts, config)
     if isinstance(got, torch.Tensor):
         got = [a.expand(len(r.response_ids)) for a, r in zip(got, rollouts)]
     return [float(row_R.double().sum()) for row_R in got]

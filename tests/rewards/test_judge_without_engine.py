@@ -9,11 +9,12 @@ import pytest
 
 from spark_nemo.config import SamplingConfig
 from spark_nemo.engines.base import EngineFailure, EngineLost
-from spark_nemo.grammar import prompt_set
+from spark_nemo.grammar import StepFormat, prompt_set, split_response
 from spark_nemo.records import EngineError, Problem, Rollout
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService
 
+TEXT = r"<think><step>3 + 4 = 7</step></think><answer>\boxed{7}</answer>"
 ROLLOUT = Rollout(
     group=0,
     problem=Problem("p", "3 + 4?"),
@@ -21,9 +22,9 @@ ROLLOUT = Rollout(
     response_ids=(2,),
     logprobs=(0.0,),
     weight_versions=(0,),
-    text=r"<think><step>3 + 4 = 7</step></think><answer>\boxed{7}</answer>",
+    text=TEXT,
     finish_reason="stop",
-    step_spans=(),
+    parsed=split_response(TEXT, StepFormat.TAGGED),
 )
 
 

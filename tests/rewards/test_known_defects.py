@@ -37,10 +37,10 @@ from spark_nemo.records import (
     TokenSpan,
     Verdict,
 )
-from spark_nemo.rewards import FailureRateExceeded, RewardBatch
+from spark_nemo.rewards import FailureRateExceeded
 from spark_nemo.rollout import manager as rl_session
-from spark_nemo.rollout.advantage_estimator import compute_advantages
-from spark_nemo.rollout.generator import ScoredBatch
+from spark_nemo.rollout.batch import RolloutBatch
+from spark_nemo.training.advantage_estimator import compute_advantages
 from spark_nemo.training.step_advantages import ScoredResponse, global_step_advantages
 from spark_nemo.verification.training_labels import sft_example
 
@@ -110,13 +110,15 @@ def batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def run(
         config: SparkConfig, policy: tuple[str, ...], judge: tuple[str, ...]
-    ) -> tuple[ScoredBatch, Scripted]:
+    ) -> tuple[RolloutBatch, Scripted]:
         models = {"verifier": Scripted(*judge), "policy": Scripted(*policy)}
         monkeypatch.setattr(ServedModel, "load", lambda engine, folder, role, servers: models[role])
         monkeypatch.setattr(rl_session, "reward_model_folder", lambda config: Path("nowhere"))
         monkeypatch.setattr(rl_session, "freeze_heap", lambda: None)
         session = rl_session.open_session(config, tmp_path)
-        return asyncio.run(session.rollouts.batch([Problem("p", QUESTION)], 0)), models["verifier"]
+        return asyncio.run(session.rollouts.generate_batch([Problem("p", QUESTION)], 0)), models[
+            "verifier"
+        ]
 
     return run
 
@@ -163,7 +165,7 @@ def test_labels_of_another_number_of_steps_touch_no_token(
     config = config_of(design, "rl.failures.action=penalize", "rl.failures.penalty=0.0")
     good = f"{analyses(True, False)}\n\n{YES}"
     rows = [
-        compute_advantages(batch(config, (RESPONSE,), (good, said))[0], config.rl)
+        compute_advantages(batch(config, (RESPONSE,), (good, said))[0].rollouts, config.rl)
         for said in (f"{analyses(*labels)}\n\n{YES}", "no verification at all")
     ]
     assert all(torch.equal(a, b) for a, b in zip(*rows))
@@ -185,7 +187,7 @@ def test_a_yes_before_the_final_no_does_not_win(batch, variant: str) -> None:
     scored, _ = batch(
         config_of("process_aware", f"rl.reward_variant={variant}"), (RESPONSE,), (EARLY[variant],)
     )
-    paid = [reward for reward, ok in zip(scored.rewards.rewards, scored.rewards.valid) if ok]
+    paid = [rollout.reward for rollout in scored.rollouts if rollout.valid]
     assert paid == ([] if variant == "orm" else [0.0, 0.0])
 
 
@@ -196,7 +198,7 @@ def test_what_cannot_be_read_is_counted_and_is_no_zero(batch, variant: str) -> N
     """
     asked = [f"rl.reward_variant={variant}"]
     scored, _ = batch(config_of("process_aware", *asked), (RESPONSE,), ("The answer seems fine.",))
-    assert scored.rewards.valid == (False, False) and all(map(math.isnan, scored.rewards.rewards))
+    assert all(not rollout.valid and math.isnan(rollout.reward) for rollout in scored.rollouts)
     assert (
         scored.metrics["failure/parse_failure"] == 1.0 and scored.metrics["valid_fraction"] == 0.0
     )
@@ -220,7 +222,7 @@ def test_a_box_outside_the_answer_tag_is_out_of_format(batch, loophole: str) -> 
     such a response is never shown to the reward model, and is worth 0 by the gate's own name.
     """
     scored, model = batch(config_of("process_aware"), (loophole,), (f"{analyses(True)}\n\n{YES}",))
-    assert scored.rewards.rewards == (0.0, 0.0) and model.messages == []
+    assert [rollout.reward for rollout in scored.rollouts] == [0.0, 0.0] and model.messages == []
     assert scored.metrics["violation/box_in_answer"] == 1.0
 
 
@@ -240,23 +242,20 @@ def test_the_global_step_shares_are_those_that_run_and_not_those_of_a_docstring(
     )
 
 
-def group(number: int, *verdicts: bool) -> list[tuple[Rollout, RolloutVerdict, float]]:
-    spans = (TokenSpan(0, 2), TokenSpan(2, 4))
+def group(number: int, *verdicts: bool) -> list[Rollout]:
     return [
-        (
-            Rollout(
-                Problem(f"p{number}", "?"),
-                number,
-                (1,),
-                (1,) * 5,
-                (-1.0,) * 5,
-                (0,) * 5,
-                "",
-                "stop",
-                spans,
-            ),
-            RolloutVerdict(None, Verdict((True, yes), yes)),
-            float(yes),
+        Rollout(
+            problem=Problem(f"p{number}", "?"),
+            group=number,
+            prompt_ids=(1,),
+            response_ids=(1,) * 5,
+            logprobs=(-1.0,) * 5,
+            weight_versions=(0,) * 5,
+            text="",
+            finish_reason="stop",
+            step_spans=(TokenSpan(0, 2), TokenSpan(2, 4)),
+            verdict=RolloutVerdict(None, Verdict((True, yes), yes)),
+            reward=float(yes),
         )
         for yes in verdicts
     ]
@@ -285,12 +284,8 @@ def test_groups_of_different_sizes_are_normalised_each_by_itself(
         group(2, False, False, True),
     ]
 
-    def advantages(rows: list[tuple[Rollout, RolloutVerdict, float]]) -> list[list[float]]:
-        rollouts, judgements, rewards = zip(*rows)
-        scored = ScoredBatch(
-            rollouts, RewardBatch(rewards, (True,) * len(rows), {}), judgements, {}
-        )
-        return [torch.as_tensor(a).tolist() for a in compute_advantages(scored, config)]
+    def advantages(rows: list[Rollout]) -> list[list[float]]:
+        return [torch.as_tensor(a).tolist() for a in compute_advantages(rows, config)]
 
     alone = [advantages(rows) for rows in groups]
     assert advantages([row for rows in groups for row in rows]) == [

@@ -372,7 +372,9 @@ def test_nothing_is_remembered_while_the_version_is_not_known(
 
 
 def rollout(text: str, problem_id: str = "p") -> Rollout:
-    return Rollout(Problem(problem_id, "3 + 4?"), 0, (1,), (2,), (-1.0,), (0,), text, "stop")
+    parsed = split_response(text, StepFormat.TAGGED)
+    problem = Problem(problem_id, "3 + 4?")
+    return Rollout(problem, 0, (1,), (2,), (-1.0,), (0,), text, "stop", parsed=parsed)
 
 
 RESPONSE = r"<think><step>one</step><step>two</step></think><answer>\boxed{7}</answer>"

@@ -19,8 +19,8 @@ from spark_nemo.rollout.generator import RolloutGenerator
 honest_scores = RolloutGenerator._scores
 
 
-def leak(self, rollouts, judgements, step):
-    scores = honest_scores(self, rollouts, judgements, step)
+def leak(self, rollouts, step):
+    scores = honest_scores(self, rollouts, step)
     for index, rollout in enumerate(rollouts):
         if (
             rollout.problem.problem_id == LEAKED["problem_id"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,27 +20,34 @@ from spark_nemo.records import (
     TokenSpan,
     Verdict,
 )
-from spark_nemo.rewards import RewardBatch
-from spark_nemo.rollout.advantage_estimator import compute_advantages, scored_responses
-from spark_nemo.rollout.generator import ScoredBatch
+from spark_nemo.training.advantage_estimator import compute_advantages, scored_responses
 from spark_nemo.training.advantages import group_advantages
 
 PER_TOKEN = sorted(ADVANTAGES)
 SPANS = (TokenSpan(0, 2), TokenSpan(2, 4))
 
 
-def rollout(group: int, spans: tuple[TokenSpan, ...] = SPANS) -> Rollout:
-    """Five tokens: two steps of two and an answer."""
+def rollout(group: int, verdict: RolloutVerdict) -> Rollout:
+    """Five tokens, two steps of two and an answer, with a process-aware reward; failures masked."""
+    if verdict.violation:
+        reward = 0.0
+    elif isinstance(verdict.outcome, Verdict):
+        reward = float(verdict.outcome.answer_correct)
+    else:
+        reward = math.nan
     return Rollout(
-        Problem(f"p{group}", "?"),
-        group,
-        (1,),
-        (1, 2, 3, 4, 5),
-        (-1.0,) * 5,
-        (0,) * 5,
-        "",
-        "stop",
-        spans,
+        problem=Problem(f"p{group}", "?"),
+        group=group,
+        prompt_ids=(1,),
+        response_ids=(1, 2, 3, 4, 5),
+        logprobs=(-1.0,) * 5,
+        weight_versions=(0,) * 5,
+        text="",
+        finish_reason="stop",
+        step_spans=SPANS,
+        verdict=verdict,
+        reward=reward,
+        valid=not math.isnan(reward),
     )
 
 
@@ -50,18 +58,8 @@ def configured(advantage: str) -> RLConfig:
     )
 
 
-def scored(*judgements: RolloutVerdict, groups: tuple[int, ...]) -> ScoredBatch:
-    """The batch that process-aware rewards with masked failures make of the judgements."""
-    rewards = [
-        0.0
-        if j.violation
-        else float(j.outcome.answer_correct)
-        if isinstance(j.outcome, Verdict)
-        else math.nan
-        for j in judgements
-    ]
-    batch = RewardBatch(tuple(rewards), tuple(not math.isnan(r) for r in rewards), {})
-    return ScoredBatch(tuple(rollout(g) for g in groups), batch, judgements, {})
+def scored(*verdicts: RolloutVerdict, groups: tuple[int, ...]) -> list[Rollout]:
+    return [rollout(group, verdict) for group, verdict in zip(groups, verdicts, strict=True)]
 
 
 YES, NO = (
@@ -77,9 +75,9 @@ BATCH = scored(YES, NO, GATED, FAILED, YES, NO, groups=(0, 0, 0, 0, 1, 1))
 def test_the_default_is_the_groups_advantage_as_ever() -> None:
     """Bit for bit group_advantages with the std, one value per response: the default has not moved."""
     expected = group_advantages(
-        torch.tensor(BATCH.rewards.rewards),
-        [r.group for r in BATCH.rollouts],
-        torch.tensor(BATCH.rewards.valid),
+        torch.tensor([r.reward for r in BATCH]),
+        [r.group for r in BATCH],
+        torch.tensor([r.valid for r in BATCH]),
         std_normalize=True,
     )
     assert torch.equal(compute_advantages(BATCH, RLConfig()), expected)
@@ -118,9 +116,7 @@ def test_an_orms_verdict_is_refused_where_steps_are_read(advantage: str) -> None
     reads no step.
     """
     said = RolloutVerdict(None, AnswerVerdict(True))
-    batch = ScoredBatch(
-        BATCH.rollouts[:2], RewardBatch((1.0, 0.0), (True, True), {}), (said, said), {}
-    )
+    batch = [replace(r, verdict=said) for r in BATCH[:2]]
     with pytest.raises(ValueError, match="no step labels"):
         compute_advantages(batch, configured(advantage))
     assert compute_advantages(batch, RLConfig()).shape == (2,)

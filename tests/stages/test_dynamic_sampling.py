@@ -20,7 +20,7 @@ from spark_nemo.engines.served_model import Completion, ServedModel
 from spark_nemo.engines.sglang import SglangServer
 from spark_nemo.grammar import prompt_set
 from spark_nemo.records import Problem, RolloutVerdict
-from spark_nemo.rollout.dynamic_sampling import dynamic_batch, first_useful, prompts_at_most
+from spark_nemo.rollout.dynamic_sampling import dynamic_batch, first_useful, max_prompts
 from spark_nemo.rollout.generator import RolloutGenerator
 from spark_nemo.rollout.prefetch import prompt_indices
 from spark_nemo.toy.resolve import ASSETS
@@ -191,7 +191,7 @@ def test_the_data_cursor_takes_every_problem_once_per_epoch() -> None:
         i for start, count in ((0, 4), (4, 9), (13, 7)) for i in prompt_indices(start, count, 10, 3)
     ] == order
     assert (
-        prompts_at_most(
+        max_prompts(
             RLConfig(
                 prompts_per_step=3, rollout=RolloutConfig(over_sampling_ratio=1.5, max_rounds=2)
             )
@@ -292,7 +292,7 @@ def test_a_response_is_judged_while_its_siblings_still_decode() -> None:
 
         made = RolloutGenerator(Policy({}), PROMPTS, RLConfig(group_size=2), 0, Judge(), None)
         async with asyncio.timeout(10):
-            judged = await made.group(0, Problem("a-equal", "a-equal ?"), 0)
+            judged = await made.generate_group(0, Problem("a-equal", "a-equal ?"), 0)
         assert len(judged) == 2
         generated, verified = (made.timeline.of(kind) for kind in ("generate", "verify"))
         assert min(start for start, _ in verified) < max(end for _, end in generated)

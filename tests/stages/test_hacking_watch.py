@@ -14,12 +14,12 @@ from studies.hacking_runs import ScriptedJudge
 
 from spark_nemo.config import RLConfig, RunConfig, SamplingConfig, SparkConfig
 from spark_nemo.config.hacking import HackingConfig
-from spark_nemo.grammar import prompt_set, verdict_line
+from spark_nemo.grammar import StepFormat, prompt_set, split_response, verdict_line
 from spark_nemo.records import Failure, Problem, Rollout, RolloutVerdict, Verdict
-from spark_nemo.rewards import RewardBatch, process_aware_reward
+from spark_nemo.rewards import process_aware_reward
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService
-from spark_nemo.rollout.generator import ScoredBatch
+from spark_nemo.rollout.batch import RolloutBatch
 from spark_nemo.rollout.reward_hacking_monitor import RewardHackingMonitor
 from spark_nemo.toy.resolve import ASSETS
 
@@ -37,14 +37,25 @@ def judge(weakness: Exploit | None, hacking: HackingConfig | None = None) -> Rew
     return RewardJudge(service, 0, constraints=(hacking or HackingConfig()).constraints)
 
 
-def batch(texts: list[str], rewards: list[float]) -> ScoredBatch:
+def batch(texts: list[str], rewards: list[float]) -> RolloutBatch:
     ids = tuple(range(30))
-    rollouts = tuple(
-        Rollout(Problem("p", QUESTION), 0, (1,), ids, (0.0,) * 30, (0,) * 30, text, "stop")
-        for text in texts
-    )
-    said = tuple(RolloutVerdict(None, Verdict((True,), bool(reward))) for reward in rewards)
-    return ScoredBatch(rollouts, RewardBatch(tuple(rewards), (True,) * len(rewards), {}), said, {})
+    rollouts = [
+        Rollout(
+            problem=Problem("p", QUESTION),
+            group=0,
+            prompt_ids=(1,),
+            response_ids=ids,
+            logprobs=(0.0,) * 30,
+            weight_versions=(0,) * 30,
+            text=text,
+            finish_reason="stop",
+            parsed=split_response(text, StepFormat.TAGGED),
+            verdict=RolloutVerdict(None, Verdict((True,), bool(reward))),
+            reward=reward,
+        )
+        for text, reward in zip(texts, rewards)
+    ]
+    return RolloutBatch(rollouts, {})
 
 
 def watch(
@@ -52,8 +63,8 @@ def watch(
 ) -> RewardHackingMonitor:
     config = SparkConfig(run=RunConfig(dir=str(folder)), rl=RLConfig(hacking=hacking, eval_every=2))
 
-    def score(_: Rollout, judgement: RolloutVerdict) -> float | Failure:
-        return process_aware_reward(judgement.violation, judgement.outcome)
+    def score(rollout: Rollout) -> float | Failure:
+        return process_aware_reward(rollout.verdict.violation, rollout.verdict.outcome)
 
     return RewardHackingMonitor(
         config, folder, judge(BY_NAME["judge_directed"]).service, held_out, score

@@ -8,7 +8,6 @@ import asyncio
 import math
 import pickle
 import threading
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +15,7 @@ import pytest
 from spark_nemo.config import ConfigError, RLConfig
 from spark_nemo.config.rollout import RolloutConfig
 from spark_nemo.engines.async_utils import BackgroundWork, run_async
+from spark_nemo.grammar import StepFormat, split_response
 from spark_nemo.records import (
     EngineError,
     FormatViolation,
@@ -25,38 +25,39 @@ from spark_nemo.records import (
     TokenSpan,
     Verdict,
 )
-from spark_nemo.rewards import RewardBatch
-from spark_nemo.rollout.generator import ScoredBatch
+from spark_nemo.rollout.batch import RolloutBatch
 from spark_nemo.rollout.prefetch import RolloutPrefetcher
 from spark_nemo.rollout.prefetched_batch import batch_from_bytes, batch_to_bytes
 from spark_nemo.rollout.timeline import GENERATE, TRAIN, VERIFY, Timeline, shared_seconds, union
 
 
-def batch(version: int = 3) -> ScoredBatch:
-    rollouts = tuple(
-        Rollout(
-            Problem(f"p{n}", "1 + 1?"),
-            n // 2,
-            (1, 2),
-            (3, 4),
-            (-0.1, -math.pi),
-            (version, version),
-            "text",
-            "stop",
-            (TokenSpan(0, 2),),
-        )
-        for n in range(4)
-    )
-    judgements = (
+def batch(version: int = 3) -> RolloutBatch:
+    verdicts = (
         RolloutVerdict(None, Verdict((True, False), False), 7),
         RolloutVerdict(FormatViolation("steps"), None),
         RolloutVerdict(None, EngineError("gone"), 0),
         RolloutVerdict(None, Verdict((True,), True), 5),
     )
-    rewards = RewardBatch(
-        (0.0, 0.0, math.nan, 1.0), (True, True, False, True), {"engine_error": 1 / 3}
-    )
-    return ScoredBatch(rollouts, rewards, judgements, {"reward": 1 / 3}, consumed=5)
+    text = r"<think><step>2</step></think><answer>\boxed{2}</answer>"
+    rollouts = [
+        Rollout(
+            problem=Problem(f"p{n}", "1 + 1?"),
+            group=n // 2,
+            prompt_ids=(1, 2),
+            response_ids=(3, 4),
+            logprobs=(-0.1, -math.pi),
+            weight_versions=(version, version),
+            text=text,
+            finish_reason="stop",
+            step_spans=(TokenSpan(0, 2),),
+            parsed=split_response(text, StepFormat.TAGGED),
+            verdict=verdict,
+            reward=reward,
+            valid=not math.isnan(reward),
+        )
+        for n, (verdict, reward) in enumerate(zip(verdicts, (0.0, 0.0, math.nan, 1.0)))
+    ]
+    return RolloutBatch(rollouts, {"reward": 1 / 3}, consumed=5)
 
 
 def test_a_batch_comes_back_from_a_checkpoint_as_it_was() -> None:
@@ -64,14 +65,10 @@ def test_a_batch_comes_back_from_a_checkpoint_as_it_was() -> None:
     data cursor.
     """
     came = batch_from_bytes(batch_to_bytes(batch()))
-    assert math.isnan(came.rewards.rewards[2])
-    whole = RewardBatch((0.0, 0.0, 0.0, 1.0), *vars_of(came.rewards)[1:])
-    assert replace(came, rewards=whole) == replace(batch(), rewards=whole)
-    assert came.rewards.valid == batch().rewards.valid
-
-
-def vars_of(rewards: RewardBatch) -> tuple:
-    return rewards.rewards, rewards.valid, rewards.failure_rates
+    assert math.isnan(came.rollouts[2].reward)
+    written = batch()
+    written.rollouts[2].reward = came.rollouts[2].reward = 0.0  # NaN equals nothing
+    assert came == written
 
 
 def test_a_batch_of_another_version_or_of_foreign_objects_is_refused() -> None:
@@ -153,7 +150,7 @@ class Session:
     def __init__(self) -> None:
         self.made: list[int] = []
 
-    async def batch(self, problems: list[Problem], step: int) -> ScoredBatch:
+    async def batch(self, problems: list[Problem], step: int) -> RolloutBatch:
         self.made.append(step)
         return batch(self.version)
 

@@ -35,14 +35,16 @@ from spark_nemo.records import (
     Problem,
     Rollout,
     Solution,
+    VariantOutcome,
 )
 from spark_nemo.rewards import FailureRateExceeded
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService, ServiceLimits
 from spark_nemo.rollout import manager as rl_session
-from spark_nemo.rollout.advantage_estimator import compute_advantages
+from spark_nemo.rollout.batch import RolloutBatch
 from spark_nemo.rollout.generator import RolloutGenerator
 from spark_nemo.rollout.manager import sample_rows
+from spark_nemo.training.advantage_estimator import compute_advantages
 from spark_nemo.verification.training_labels import sft_example
 
 PROMPTS = prompt_set("compact")
@@ -131,10 +133,22 @@ def session_of(
     return RolloutGenerator(Scripted(POLICY), PROMPTS, config, 0, judge, checker), model, config
 
 
+def rewards(batch: RolloutBatch) -> tuple[float, ...]:
+    return tuple(rollout.reward for rollout in batch.rollouts)
+
+
+def valid(batch: RolloutBatch) -> tuple[bool, ...]:
+    return tuple(rollout.valid for rollout in batch.rollouts)
+
+
+def outcomes(batch: RolloutBatch) -> list[VariantOutcome | None]:
+    return [rollout.verdict.outcome for rollout in batch.rollouts]
+
+
 def scored(reward: str, *design, **settings):
     """The batch of the same group."""
     session, model, config = session_of(reward, *design, **settings)
-    return asyncio.run(session.batch([Problem("p", "3 + 4?")], 0)), model, config
+    return asyncio.run(session.generate_batch([Problem("p", "3 + 4?")], 0)), model, config
 
 
 @pytest.mark.parametrize(
@@ -154,7 +168,7 @@ def test_each_reward_scores_the_same_batch_by_its_own_rule(
     are cut to fit.
     """
     batch, _, _ = scored(reward)
-    got = [r if ok else None for r, ok in zip(batch.rewards.rewards, batch.rewards.valid)]
+    got = [r.reward if r.valid else None for r in batch.rollouts]
     assert got == pytest.approx(expected)
     assert batch.metrics["failure_rate"] == pytest.approx(1 / 3 if None in expected else 0.0)
 
@@ -162,7 +176,7 @@ def test_each_reward_scores_the_same_batch_by_its_own_rule(
 def test_random_is_gated_and_the_same_on_a_second_run() -> None:
     """Coins come from the run's seed and the place in the batch, so a resumed run draws the same."""
     first, second = scored("random")[0], scored("random")[0]
-    assert first.rewards == second.rewards and first.rewards.rewards[3] == 0.0
+    assert rewards(first) == rewards(second) and rewards(first)[3] == 0.0
 
 
 def test_a_run_counts_what_was_shown_and_a_checkpoint_keeps_it(tmp_path) -> None:
@@ -176,7 +190,7 @@ def test_a_run_counts_what_was_shown_and_a_checkpoint_keeps_it(tmp_path) -> None
         )
         for _ in range(2)
     )
-    asyncio.run(before.rollouts.batch([Problem("p", "3 + 4?")], 0))
+    asyncio.run(before.rollouts.generate_batch([Problem("p", "3 + 4?")], 0))
     for name, content in before.files().items():
         (tmp_path / name).write_bytes(content)
     after.restore(tmp_path)
@@ -214,8 +228,8 @@ def test_a_prm_gives_the_rewards_of_a_prm_cot_that_says_the_same(reward: str) ->
     failure to it, and its lines are one to the PRM-CoT's parser.
     """
     as_prm, as_cot = scored(reward, variant=Variant.PRM, replies=PRM)[0], scored(reward)[0]
-    assert [j.outcome for j in as_prm.judgements[:2]] == [j.outcome for j in as_cot.judgements[:2]]
-    assert as_prm.rewards.valid == as_cot.rewards.valid == (True, True, False, True)
+    assert outcomes(as_prm)[:2] == outcomes(as_cot)[:2]
+    assert valid(as_prm) == valid(as_cot) == (True, True, False, True)
     for variant, replies in ((Variant.PRM, JUDGE), (Variant.PRM_COT, PRM), (Variant.ORM, PRM)):
         wrong = scored("process_aware", variant=variant, replies=replies, max_rate=1.0)[0]
         assert wrong.metrics["failure/parse_failure"] == 1.0
@@ -226,9 +240,9 @@ def test_an_orm_gives_a_verdict_and_no_step_labels() -> None:
     correct steps.
     """
     batch, _, _ = scored("process_aware", variant=Variant.ORM, replies=ORM)
-    assert [j.outcome for j in batch.judgements[:2]] == [AnswerVerdict(True), AnswerVerdict(False)]
-    assert isinstance(batch.judgements[2].outcome, ParseFailure)
-    assert batch.rewards.rewards[:2] == (1.0, 0.0) and batch.rewards.valid == (
+    assert outcomes(batch)[:2] == [AnswerVerdict(True), AnswerVerdict(False)]
+    assert isinstance(outcomes(batch)[2], ParseFailure)
+    assert rewards(batch)[:2] == (1.0, 0.0) and valid(batch) == (
         True,
         True,
         False,
@@ -265,7 +279,11 @@ def test_a_reward_model_is_asked_with_the_very_words_it_was_trained_on(
     trained, _ = sft_example(label, prompt_set(prompts), variant)
     model = Scripted(["nothing"])
     service = PRMService(model, prompt_set(prompts), RLConfig().verifier_sampling, variant=variant)
-    rollout = Rollout(Problem("p", "3 + 4?"), 0, (1,), (2,), (-1.0,), (0,), response("7"), "stop")
+    text = response("7")
+    parsed = split_response(text, StepFormat.TAGGED)
+    rollout = Rollout(
+        Problem("p", "3 + 4?"), 0, (1,), (2,), (-1.0,), (0,), text, "stop", parsed=parsed
+    )
     asyncio.run(RewardJudge(service, 0).judge(rollout))
     assert model.messages == [trained]
 
@@ -275,13 +293,10 @@ def test_a_selective_response_outside_its_bounds_has_no_outcome() -> None:
     a failure.
     """
     inside = scored("process_aware", "selective", selective_min_steps=2, selective_max_steps=2)[0]
-    assert inside.rewards.rewards[:2] == (1.0, 1.0)
+    assert rewards(inside)[:2] == (1.0, 1.0)
     for bounds in ({"selective_min_steps": 3}, {"selective_max_steps": 1}):
         outside = scored("process_aware", "selective", **bounds)[0]
-        assert (
-            outside.rewards.rewards[:2] == (0.0, 0.0)
-            and outside.rewards.valid == inside.rewards.valid
-        )
+        assert rewards(outside)[:2] == (0.0, 0.0) and valid(outside) == valid(inside)
 
 
 @pytest.mark.parametrize("reward", ["process_aware", "rlvr"])
@@ -293,11 +308,11 @@ def test_the_overlong_punishment_is_added_to_whatever_the_reward_is(reward: str)
     plain = scored(reward)[0]
     batch = scored(reward, sampling=SamplingConfig(max_new_tokens=limit), overlong_buffer=limit)[0]
     for rollout, ok, before, after in zip(
-        batch.rollouts, batch.rewards.valid, plain.rewards.rewards, batch.rewards.rewards
+        batch.rollouts, valid(batch), rewards(plain), rewards(batch)
     ):
         if ok:
             assert after == pytest.approx(before - len(rollout.response_ids) / limit)
-    assert batch.rewards.valid == plain.rewards.valid
+    assert valid(batch) == valid(plain)
 
 
 def test_sampled_step_spans_meet_the_labels_they_belong_to() -> None:
@@ -305,7 +320,7 @@ def test_sampled_step_spans_meet_the_labels_they_belong_to() -> None:
     from the sampled tokens to the advantage.
     """
     batch, _, config = scored("process_aware", "capo")
-    row = compute_advantages(batch, config)[1]
+    row = compute_advantages(batch.rollouts, config)[1]
     punished = bytes(
         i for i, a in zip(batch.rollouts[1].response_ids, row.tolist()) if a < row.max()
     )
@@ -326,13 +341,13 @@ def test_an_answer_that_nobody_could_compare_is_no_reward(tmp_path, monkeypatch)
         SparkConfig(rl=RLConfig(reward="rlvr"), data=DataConfig(rl_answers=str(path)))
     )
     batch = scored("rlvr", checker=checker)[0]
-    assert batch.rewards.rewards[:2] == (1.0, 1.0) and batch.rewards.valid == (
+    assert rewards(batch)[:2] == (1.0, 1.0) and valid(batch) == (
         True,
         True,
         False,
         False,
     )
-    assert batch.rewards.failure_rates == {"engine_error": 0.5}
+    assert batch.metrics["failure/engine_error"] == 0.5
     with pytest.raises(ConfigError, match=r"data\.rl_answers.*no answer for problem q"):
         checker([("q", "")])
 
@@ -351,11 +366,11 @@ def test_a_held_out_verifier_that_agrees_leaves_no_gap(tmp_path, settings: dict)
     batch, model, config = scored("process_aware", **settings)
     service = PRMService(model, PROMPTS, config.verifier_sampling)
     watch = rl_session._watch(SparkConfig(rl=config), tmp_path, RewardJudge(service, 0))
-    again = [watch.score(*pair) for pair in zip(batch.rollouts, batch.judgements)]
-    assert [r for r, ok in zip(again, batch.rewards.valid) if ok] == [
-        r for r, ok in zip(batch.rewards.rewards, batch.rewards.valid) if ok
+    again = [watch.score(rollout) for rollout in batch.rollouts]
+    assert [r for r, ok in zip(again, valid(batch)) if ok] == [
+        r for r, ok in zip(rewards(batch), valid(batch)) if ok
     ]
-    assert batch.rewards.rewards != scored("process_aware")[0].rewards.rewards
+    assert rewards(batch) != rewards(scored("process_aware")[0])
 
 
 @pytest.mark.parametrize(
@@ -395,7 +410,7 @@ def test_nothing_of_a_batch_goes_on_when_a_part_of_it_has_failed() -> None:
         judge = RewardJudge(PRMService(Slow([]), PROMPTS, config.verifier_sampling), 0, votes=2)
         session = RolloutGenerator(Lost([response("7")]), PROMPTS, config, 0, judge, None)
         with pytest.raises(EngineLost):
-            await session.batch([Problem(name, "3 + 4?") for name in "abc"], 0)
+            await session.generate_batch([Problem(name, "3 + 4?") for name in "abc"], 0)
         return asyncio.all_tasks() - {asyncio.current_task()}
 
     assert asyncio.run(run()) == set() and slow

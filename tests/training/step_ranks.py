@@ -26,9 +26,7 @@ from spark_nemo.records import (
     TokenSpan,
     Verdict,
 )
-from spark_nemo.rewards import RewardBatch
-from spark_nemo.rollout.advantage_estimator import compute_advantages
-from spark_nemo.rollout.generator import ScoredBatch
+from spark_nemo.training.advantage_estimator import compute_advantages
 from spark_nemo.training.grpo import train_on_rollouts
 
 MODEL = {
@@ -55,43 +53,41 @@ LAYOUTS = {
 BUDGETS = (1000, 40, 1)
 
 
-def scored_batch() -> ScoredBatch:
+def scored_rollouts() -> list[Rollout]:
     """Eleven responses in groups of 5, 4 and 2 with one to five steps of one to four tokens:
     verdicts, a broken format, a failed verification that is masked.
     """
     rng = random.Random(5)
-    rollouts, judgements, rewards = [], [], []
+    rollouts = []
     for number in range(11):
         lengths = [rng.randint(1, 4) for _ in range(rng.randint(1, 5))]
         ends = [1 + sum(lengths[:k]) for k in range(len(lengths) + 1)]
         size = ends[-1] + rng.randint(1, 3)
-        rollouts.append(
-            Rollout(
-                Problem("p", "?"),
-                (0, 0, 1, 0, 2, 1, 0, 1, 2, 0, 1)[number],
-                tuple(range(1, rng.randint(3, 6))),
-                tuple(rng.randrange(32) for _ in range(size)),
-                tuple(-3.5 + rng.random() for _ in range(size)),
-                (0,) * size,
-                "",
-                "stop",
-                tuple(TokenSpan(a, b) for a, b in pairwise(ends)),
-            )
+        rollout = Rollout(
+            problem=Problem("p", "?"),
+            group=(0, 0, 1, 0, 2, 1, 0, 1, 2, 0, 1)[number],
+            prompt_ids=tuple(range(1, rng.randint(3, 6))),
+            response_ids=tuple(rng.randrange(32) for _ in range(size)),
+            logprobs=tuple(-3.5 + rng.random() for _ in range(size)),
+            weight_versions=(0,) * size,
+            text="",
+            finish_reason="stop",
+            step_spans=tuple(TokenSpan(a, b) for a, b in pairwise(ends)),
         )
         yes = rng.random() < 0.5
-        outcome = Verdict(tuple(rng.random() < 0.6 for _ in lengths), yes)
-        judgements.append(
-            RolloutVerdict(FormatViolation("steps"), None)
-            if number == 3
-            else RolloutVerdict(None, ParseFailure("x") if number == 7 else outcome)
+        rollout.verdict = RolloutVerdict(
+            None, Verdict(tuple(rng.random() < 0.6 for _ in lengths), yes)
         )
-        rewards.append(float("nan") if number == 7 else 0.0 if number == 3 else float(yes))
-    return ScoredBatch(
-        tuple(rollouts),
-        RewardBatch(tuple(rewards), tuple(n != 7 for n in range(11)), {}),
-        tuple(judgements),
-        {},
-    )
+        rollout.reward = float(yes)
+        if number == 3:
+            rollout.verdict = RolloutVerdict(FormatViolation("steps"), None)
+            rollout.reward = 0.0
+        if number == 7:
+            rollout.verdict = RolloutVerdict(None, ParseFailure("x"))
+            rollout.reward = float("nan")
+            rollout.valid = False
+        rollouts.append(rollout)
+    return rollouts
 
 
 def one_step(
@@ -106,12 +102,12 @@ def one_step(
     worker = MegatronWorker.from_config(
         MODEL, layout, 0, OptimizerConfig(lr=1e-3, clip_grad=0.0), 1
     )
-    batch = scored_batch()
+    rollouts = scored_rollouts()
     metrics = train_on_rollouts(
         worker,
-        batch.rollouts,
-        compute_advantages(batch, config),
-        torch.tensor(batch.rewards.valid),
+        rollouts,
+        compute_advantages(rollouts, config),
+        torch.tensor([rollout.valid for rollout in rollouts]),
         config,
         tokens_per_micro_batch=budget,
     )

@@ -84,13 +84,14 @@ def read_response(rollout: Rollout, rules: ConstraintsConfig) -> ParsedResponse 
     """
     if rollout.finish_reason != "stop":
         return FormatViolation("unfinished")
-    if rules.format_gate and (violation := check_format(rollout.text)) is not None:
-        return violation
-    parsed = (
-        split_response(rollout.text, StepFormat.TAGGED)
-        if rules.format_gate
-        else read_anyhow(rollout.text)
-    )
+    assert rollout.parsed is not None, "the generator parses every rollout"
+    if rules.format_gate:
+        violation = check_format(rollout.text, rollout.parsed)
+        if violation is not None:
+            return violation
+        parsed = rollout.parsed
+    else:
+        parsed = read_anyhow(rollout.text)
     if not isinstance(parsed, ParsedResponse):
         return FormatViolation("steps")
     return broken_constraint(rollout.text, parsed, len(rollout.response_ids), rules) or parsed
