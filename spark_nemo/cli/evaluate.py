@@ -276,7 +276,7 @@ def _model_processbench(
         RewardModelJudge,
         check_names_steps,
         check_votes,
-        judge_processbench,
+        evaluate_processbench,
     )
     from spark_nemo.evaluation.saved_predictions import read_splits
     from spark_nemo.grammar import prompt_set
@@ -292,7 +292,7 @@ def _model_processbench(
     check_votes(arguments.votes, sampling)
     splits = read_splits(data)
     served = ServedModel.load(config.engine, arguments.model, "verifier", output.parent / "servers")
-    score = judge_processbench(
+    score = evaluate_processbench(
         served,
         judge,
         splits,
@@ -333,8 +333,8 @@ def _math_table(scores: Mapping[str, MathScore]) -> str:
     parts = []
     for name, score in scores.items():
         late = (
-            f", {score.unjudged} answers not judged within the limits: wrong"
-            if score.unjudged
+            f", {score.ungraded} answers not graded within the limits: wrong"
+            if score.ungraded
             else ""
         )
         parts += [f"{name}: {score.problems} problems{late}", *_rows(score.estimates)]
@@ -361,10 +361,10 @@ def _comparison_table(comparison: MathComparison) -> str:
     for which, names in (("first", comparison.only_first), ("second", comparison.only_second)):
         if names:
             lines.append(f"only the {which} run has {', '.join(names)}")
-    if any(comparison.unjudged):
-        first, second = comparison.unjudged
+    if any(comparison.ungraded):
+        first, second = comparison.ungraded
         lines.append(
-            f"answers not judged within the limits, which count as wrong: {first} and {second}"
+            f"answers not graded within the limits, which count as wrong: {first} and {second}"
         )
     return "\n".join(lines)
 

@@ -1,15 +1,9 @@
-"""Held-out evaluation: the only room that knows answers, true step labels and ProcessBench labels.
-No torch.
+"""Held-out evaluation: the only package that reads answers, true step labels and ProcessBench labels.
+
+Imports no torch.
 """
 
-from .accuracy import (
-    GradedSample,
-    accuracy_difference,
-    greedy_accuracy,
-    majority_at_k,
-    mean_accuracy,
-    pass_at_k,
-)
+from .accuracy import GradedSample, mean_accuracy
 from .answers import (
     AnswerKey,
     EvalProblem,
@@ -34,8 +28,6 @@ from .processbench import (
     ProcessBenchCase,
     ProcessBenchScore,
     average_f1,
-    majority_prediction,
-    parse_critic_box,
     predict_first_error,
     read_processbench,
     score_processbench,
@@ -53,22 +45,16 @@ __all__ = [
     "MathChecker",
     "ProcessBenchCase",
     "ProcessBenchScore",
-    "accuracy_difference",
     "answer_matches",
     "average_f1",
     "f1_difference",
     "f1_estimate",
     "grade_answers",
-    "greedy_accuracy",
     "label_quality",
-    "majority_at_k",
-    "majority_prediction",
     "mean_accuracy",
     "mean_difference",
     "mean_estimate",
     "normalise_answer",
-    "parse_critic_box",
-    "pass_at_k",
     "predict_first_error",
     "ratio_estimate",
     "read_answer_keys",

@@ -1,8 +1,8 @@
-"""Answer keys and how a predicted answer is compared with one.
+"""Answer keys, and the comparison of a predicted answer with a key.
 
 ``AnswerKey`` and ``EvalProblem`` are the only types in the package that hold a reference answer.
-Stages I and II never see them; stage III sees them at evaluation steps, and in training only in the
-declared RLVR baseline.
+Stages I and II never see them. Stage III sees them at evaluation steps, and in training only in
+the declared RLVR baseline.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .checker import AnswerGrade, shared_checker
 from .reading import DataFileError, read_rows, required_id, required_text
 
 MAX_ANSWER_CHARS = 1000
-"""A longer prediction is wrong unless it equals the key literally: no final answer is that long."""
+"""Longest prediction that is compared; a longer one is wrong unless it equals the key literally."""
 
 _INTEGER = re.compile(r"[+-]?\d{1,100}", re.ASCII)
 _DECIMAL = re.compile(r"[+-]?(\d{1,100}\.\d{0,100}|\.\d{1,100})", re.ASCII)
@@ -51,11 +51,10 @@ class EvalProblem:
 
 
 def read_eval_problems(path: str | Path) -> list[EvalProblem]:
-    """Read JSONL (or a .json list) with ``problem_id``, ``question``, ``answer`` and optionally
-    ``source``.
+    """Read rows of ``problem_id``, ``question``, ``answer`` and optionally ``source``.
 
-    An answer may be a number in the file; it is kept as text. Raises ``DataFileError`` that names
-    the file, line and field of the first row that is malformed or repeats a ``problem_id``.
+    An answer that is a number in the file is kept as text. Raises ``DataFileError`` that names the
+    file, line and field of the first row that is malformed or repeats a ``problem_id``.
     """
     problems: dict[str, EvalProblem] = {}
     for place, row in read_rows(path):
@@ -71,9 +70,7 @@ def read_eval_problems(path: str | Path) -> list[EvalProblem]:
 
 
 def read_answer_keys(path: str | Path) -> dict[str, AnswerKey]:
-    """Read ``problem_id`` and ``answer`` rows by problem id: the keys of the RLVR baseline
-    (``data.rl_answers``).
-    """
+    """Read rows of ``problem_id`` and ``answer``, such as ``data.rl_answers``, by problem id."""
     keys: dict[str, AnswerKey] = {}
     for place, row in read_rows(path):
         key = _read_key(place, row, keys)
@@ -82,20 +79,19 @@ def read_answer_keys(path: str | Path) -> dict[str, AnswerKey]:
 
 
 def answer_matches(predicted: str | None, gold: str) -> bool:
-    """Whether ``judge_answer`` finds the two equal."""
-    return judge_answer(predicted, gold) is AnswerGrade.EQUAL
+    """Return True if ``grade_answer`` finds the two equal."""
+    return grade_answer(predicted, gold) is AnswerGrade.EQUAL
 
 
-def judge_answer(predicted: str | None, gold: str) -> AnswerGrade:
-    """Whether a final answer equals the reference answer. No prediction (None, blank) is wrong.
+def grade_answer(predicted: str | None, gold: str) -> AnswerGrade:
+    """Compare a final answer with the reference answer; no prediction (None, blank) is wrong.
 
-    In this order: equal after ``normalise_answer``; both plain numbers, compared exactly (``27.0``
-    = ``27``, ``0.5`` = ``\\frac{1}{2}``); otherwise math-verify 0.8+, ``verify(gold, answer)``, in
-    a worker process with limits of time and memory (``checker``). A string that math-verify cannot
-    judge within them is ``LATE`` or ``DIED``. Results of the slow path are remembered, so a hostile
-    string costs its time limit once.
+    In this order: text after ``normalise_answer``; plain numbers, compared exactly (``27.0`` =
+    ``27``, ``0.5`` = ``\\frac{1}{2}``); otherwise math-verify 0.8+, ``verify(gold, answer)``, in a
+    worker process with limits of time and memory (see ``checker``). Results of math-verify are
+    cached, so a hostile string costs its time limit once.
 
-    Two things that math-verify accepts are refused here because a policy could learn them: an
+    Two forms that math-verify accepts are rejected here because a policy could learn them: an
     equation whose left side is not one symbol (``6 = 5`` for 5), and unbalanced braces or a second
     box inside the answer.
     """
@@ -105,40 +101,36 @@ def judge_answer(predicted: str | None, gold: str) -> AnswerGrade:
         return AnswerGrade.EQUAL
     if len(predicted) > MAX_ANSWER_CHARS:
         return AnswerGrade.DIFFERENT
-    left, right = normalise_answer(predicted), normalise_answer(gold)
-    if left == right:
-        return AnswerGrade.EQUAL if left else AnswerGrade.DIFFERENT
-    number, gold_number = _number(left), _number(right)
-    if number is not None and number == gold_number:
+    answer = normalise_answer(predicted)
+    key = normalise_answer(gold)
+    if answer == key:
+        return AnswerGrade.EQUAL if answer else AnswerGrade.DIFFERENT
+    number = _number(answer)
+    if number is not None and number == _number(key):
         return AnswerGrade.EQUAL
-    if _INTEGER.fullmatch(left) and _INTEGER.fullmatch(right):
+    if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(key):
         return AnswerGrade.DIFFERENT
-    if not left or ("=" in left and "=" not in right) or "\\boxed" in left or not _balanced(left):
+    if not answer or ("=" in answer and "=" not in key):
         return AnswerGrade.DIFFERENT
-    return _checked(left, right)
+    if "\\boxed" in answer or not _balanced(answer):
+        return AnswerGrade.DIFFERENT
+    return _math_verify_grade(answer, key)
 
 
-def grade_answers(pairs: Sequence[tuple[str | None, str]]) -> list[bool]:
-    """``answer_matches`` of every ``(predicted, gold)``, the slow ones at the same time in the
-    checker's workers.
-    """
-    return [judgement is AnswerGrade.EQUAL for judgement in judge_answers(pairs)]
-
-
-def judge_answers(pairs: Sequence[tuple[str | None, str]]) -> list[AnswerGrade]:
-    """``judge_answer`` of every ``(predicted, gold)``, the slow ones at the same time in the
-    checker's workers.
-    """
+def grade_answers(pairs: Sequence[tuple[str | None, str]]) -> list[AnswerGrade]:
+    """Grade every ``(predicted, gold)`` pair, using the checker's workers in parallel."""
+    predictions = [predicted for predicted, _ in pairs]
+    keys = [gold for _, gold in pairs]
     with ThreadPoolExecutor(shared_checker().workers) as threads:
-        return list(threads.map(lambda pair: judge_answer(*pair), pairs))
+        return list(threads.map(grade_answer, predictions, keys))
 
 
 def normalise_answer(text: str) -> str:
-    """Remove what never changes an answer's value: dollar signs, spacing, thousands commas, ``x
-    =``, a final full stop.
+    """Remove notation that never changes an answer's value.
 
-    ``\\dfrac`` and ``\\tfrac`` become ``\\frac``, ``\\text{...}`` its content, and a percent or
-    degree sign is dropped as a unit. Also the key by which majority voting groups answers.
+    This drops dollar signs, spacing, thousands commas, ``x =`` and a final full stop, and percent
+    and degree signs as units. ``\\dfrac`` and ``\\tfrac`` become ``\\frac``, ``\\text{...}`` its
+    content. Majority voting groups answers by the result.
     """
     text = text.strip().strip("$").strip()
     text = re.sub(r"\\(?:left|right|quad|qquad)(?![A-Za-z])|\\[!,;: ]", "", text)
@@ -147,7 +139,9 @@ def normalise_answer(text: str) -> str:
     text = re.sub(r"\^\{?\\circ\}?|\\degree|\\%|%|\\\$", "", text)
     text = re.sub(r"\\frac(\d)(\d)(?!\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"(?<![A-Za-z\\])\s+|\s+(?![A-Za-z])", "", text).removesuffix(".")
-    text = text[len(match.group()) :] if (match := _ASSIGNMENT.match(text)) else text
+    assignment = _ASSIGNMENT.match(text)
+    if assignment:
+        text = text[assignment.end() :]
     return text.replace(",", "") if _THOUSANDS.fullmatch(text) else text
 
 
@@ -160,12 +154,13 @@ def _read_key(place: str, row: dict[str, object], seen: dict[str, object]) -> An
             f"{place}: field 'problem_id' repeats {problem_id!r}: ids must be unique"
             + id_hint(problem_id)
         )
-    if type(row.get("answer")) in (int, float):
-        if type(row["answer"]) is float and not isfinite(row["answer"]):
-            raise DataFileError(
-                f"{place}: field 'answer' is {row['answer']}, but must be a finite number or a string"
-            )
-        row = {**row, "answer": str(row["answer"])}
+    answer = row.get("answer")
+    if type(answer) is float and not isfinite(answer):
+        raise DataFileError(
+            f"{place}: field 'answer' is {answer}, but must be a finite number or a string"
+        )
+    if type(answer) in (int, float):
+        return AnswerKey(problem_id, str(answer))
     return AnswerKey(
         problem_id,
         required_text(place, row, "answer", "the reference answer, a string or a number"),
@@ -173,9 +168,7 @@ def _read_key(place: str, row: dict[str, object], seen: dict[str, object]) -> An
 
 
 def _number(text: str) -> Fraction | None:
-    """The exact value of an integer, a decimal or a simple fraction; None for anything else (or
-    division by 0).
-    """
+    """Return the exact value of an integer, decimal or simple fraction; None for anything else."""
     if _INTEGER.fullmatch(text) or _DECIMAL.fullmatch(text):
         return Fraction(text)
     match = _FRACTION.fullmatch(text)
@@ -183,11 +176,10 @@ def _number(text: str) -> Fraction | None:
         return None
     sign, top, bottom, plain_top, plain_bottom = match.groups()
     denominator = int(bottom or plain_bottom)
-    return (
-        None
-        if denominator == 0
-        else (-1 if sign == "-" else 1) * Fraction(int(top or plain_top), denominator)
-    )
+    if denominator == 0:
+        return None
+    value = Fraction(int(top or plain_top), denominator)
+    return -value if sign == "-" else value
 
 
 def _balanced(text: str) -> bool:
@@ -200,5 +192,5 @@ def _balanced(text: str) -> bool:
 
 
 @lru_cache(maxsize=65536)
-def _checked(predicted: str, gold: str) -> AnswerGrade:
-    return shared_checker().judge(gold, predicted)
+def _math_verify_grade(predicted: str, gold: str) -> AnswerGrade:
+    return shared_checker().grade(gold, predicted)

@@ -1,7 +1,7 @@
 """Percentile bootstrap intervals (Efron 1979), vectorised and seeded.
 
-An interval here says how far a number might have moved had other problems or cases been drawn from
-the same source. It says nothing about training again with another seed.
+An interval shows how far a number might have moved with other problems or cases from the same
+source. It does not cover training again with another seed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CHUNK_ELEMENTS = 4_000_000
 
 
 class Estimate(NamedTuple):
-    """A value and the ends of its interval (95% unless asked otherwise)."""
+    """A value and the ends of its interval (95% by default)."""
 
     value: float
     low: float
@@ -29,9 +29,7 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Hits:
-    """Which cases of a ProcessBench split were predicted exactly: ``error`` of label >= 0,
-    ``correct`` of label -1.
-    """
+    """Exact predictions on a split: one flag per case with an error, one per case without."""
 
     error: NDArray[np.bool_]
     correct: NDArray[np.bool_]
@@ -43,7 +41,7 @@ def mean_estimate(
     seed: int = 0,
     level: float = 0.95,
 ) -> Estimate:
-    """The mean of ``values`` with its bootstrap interval. Raises ``ValueError`` without values."""
+    """Return the mean of ``values`` with its interval; raises ``ValueError`` without values."""
     values = _checked(values, "values")
     return ratio_estimate(values, np.ones_like(values), samples, seed, level)
 
@@ -55,10 +53,12 @@ def mean_difference(
     seed: int = 0,
     level: float = 0.95,
 ) -> Estimate:
-    """mean(first) - mean(second) of values paired by position: a resample takes both values of a
-    pair or neither.
+    """Return mean(first) - mean(second) with its interval.
+
+    The values are paired by position: a resample takes both values of a pair or neither.
     """
-    first, second = _checked(first, "first"), _checked(second, "second")
+    first = _checked(first, "first")
+    second = _checked(second, "second")
     if first.shape != second.shape:
         raise ValueError(
             f"paired bootstrap of {len(first)} and {len(second)} values: the cases must be the same"
@@ -72,22 +72,18 @@ def grouped_mean_estimate(
     seed: int = 0,
     level: float = 0.95,
 ) -> Estimate:
-    """The plain mean of the groups' means, as of benchmarks of different sizes; units are resampled
-    within groups.
-    """
+    """Return the plain mean of the groups' means, whatever their sizes; resamples within groups."""
     if not groups:
         raise ValueError("bootstrap: mean of no groups")
-    arrays, rng = [_checked(group, "group") for group in groups], np.random.default_rng(seed)
-    replicates = np.mean(
-        [
-            np.array(
-                [array[rng.integers(len(array), size=len(array))].mean() for _ in range(samples)]
-            )
-            for array in arrays
-        ],
-        axis=0,
-    )
-    return _estimate(float(np.mean([array.mean() for array in arrays])), replicates, level)
+    rng = np.random.default_rng(seed)
+    means = []
+    replicates = []
+    for group in groups:
+        array = _checked(group, "group")
+        count = len(array)
+        means.append(array.mean())
+        replicates.append([array[rng.integers(count, size=count)].mean() for _ in range(samples)])
+    return _estimate(float(np.mean(means)), np.mean(replicates, axis=0), level)
 
 
 def ratio_estimate(
@@ -97,20 +93,20 @@ def ratio_estimate(
     seed: int = 0,
     level: float = 0.95,
 ) -> Estimate:
-    """sum(numerators) / sum(denominators) over resampled units, e.g. right steps per step,
-    resampling solutions.
+    """Return sum(numerators) / sum(denominators), resampling units with their two numbers.
 
-    Raises ``ValueError`` without units or with a denominator that is not positive.
+    An example is the share of correct steps, resampling solutions. Raises ``ValueError`` without
+    units or for a denominator that is not positive.
     """
-    numerators, denominators = (
-        _checked(numerators, "numerators"),
-        _checked(denominators, "denominators"),
-    )
+    numerators = _checked(numerators, "numerators")
+    denominators = _checked(denominators, "denominators")
     if numerators.shape != denominators.shape or not np.all(denominators > 0):
         raise ValueError("every unit needs one numerator and one positive denominator")
-    count, rng = len(numerators), np.random.default_rng(seed)
+    count = len(numerators)
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK_ELEMENTS // count)
     replicates = []
-    for start in range(0, samples, chunk := max(1, _CHUNK_ELEMENTS // count)):
+    for start in range(0, samples, chunk):
         drawn = rng.integers(count, size=(min(chunk, samples - start), count))
         replicates.append(numerators[drawn].sum(axis=1) / denominators[drawn].sum(axis=1))
     value = numerators.sum() / denominators.sum()
@@ -123,22 +119,16 @@ def f1_estimate(
     seed: int = 0,
     level: float = 0.95,
 ) -> Estimate:
-    """Mean F1 over splits. Cases are resampled within split and kind, so both accuracies stay
-    defined.
-    """
+    """Return the mean F1 over splits, resampling cases within each split and kind of case."""
+    # Within the kind, so that both accuracies stay defined in every resample.
     _check_splits(splits)
     rng = np.random.default_rng(seed)
-    replicates = np.mean(
-        [
-            _f1(
-                _resampled_rates(rng, split.error, samples),
-                _resampled_rates(rng, split.correct, samples),
-            )
-            for split in splits
-        ],
-        axis=0,
-    )
-    return _estimate(_average(splits), replicates, level)
+    replicates = []
+    for split in splits:
+        error_rates = _resampled_rates(rng, split.error, samples)
+        correct_rates = _resampled_rates(rng, split.correct, samples)
+        replicates.append(_f1(error_rates, correct_rates))
+    return _estimate(_mean_f1(splits), np.mean(replicates, axis=0), level)
 
 
 def f1_difference(
@@ -148,16 +138,15 @@ def f1_difference(
     seed: int = 0,
     level: float = 0.95,
 ) -> Estimate:
-    """Mean F1 of ``first`` minus that of ``second`` over the same cases in the same order.
+    """Return mean F1 of ``first`` minus mean F1 of ``second`` over the same cases in one order.
 
-    Paired: a resample draws cases, and a case counts with what both models made of it. For hits and
-    misses this is a multinomial draw over the four pairs of outcomes, which is how it is computed.
+    Paired: a resample draws cases together with both models' results.
     """
     _check_splits(first)
     _check_splits(second)
     if [_sizes(split) for split in first] != [_sizes(split) for split in second]:
         raise ValueError(
-            "paired bootstrap of two F1s: both models must have predicted the same cases of every split"
+            "paired bootstrap of two F1s: both models must have predicted the same cases"
         )
     rng = np.random.default_rng(seed)
     differences = []
@@ -165,7 +154,7 @@ def f1_difference(
         error_a, error_b = _resampled_pairs(rng, a.error, b.error, samples)
         correct_a, correct_b = _resampled_pairs(rng, a.correct, b.correct, samples)
         differences.append(_f1(error_a, correct_a) - _f1(error_b, correct_b))
-    return _estimate(_average(first) - _average(second), np.mean(differences, axis=0), level)
+    return _estimate(_mean_f1(first) - _mean_f1(second), np.mean(differences, axis=0), level)
 
 
 def _resampled_rates(
@@ -180,6 +169,7 @@ def _resampled_pairs(
     b: NDArray[np.bool_],
     samples: int,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    # Hits and misses of two models: drawing cases is a multinomial draw over the four outcomes.
     cells = np.bincount(2 * a.astype(int) + b.astype(int), minlength=4)
     drawn = rng.multinomial(len(a), cells / len(a), size=samples)
     return (drawn[:, 2] + drawn[:, 3]) / len(a), (drawn[:, 1] + drawn[:, 3]) / len(a)
@@ -190,15 +180,11 @@ def _f1(acc_error: NDArray[np.float64], acc_correct: NDArray[np.float64]) -> NDA
     return np.divide(2 * acc_error * acc_correct, total, out=np.zeros_like(total), where=total > 0)
 
 
-def _average(splits: Sequence[Hits]) -> float:
-    return float(
-        np.mean(
-            [
-                _f1(split.error.mean(keepdims=True), split.correct.mean(keepdims=True))
-                for split in splits
-            ]
-        )
-    )
+def _mean_f1(splits: Sequence[Hits]) -> float:
+    scores = [
+        _f1(split.error.mean(keepdims=True), split.correct.mean(keepdims=True)) for split in splits
+    ]
+    return float(np.mean(scores))
 
 
 def _sizes(split: Hits) -> tuple[int, int]:
@@ -221,6 +207,6 @@ def _checked(values: ArrayLike, name: str) -> NDArray[np.float64]:
 
 def _estimate(value: float, replicates: NDArray[np.float64], level: float) -> Estimate:
     if not 0 < level < 1:
-        raise ValueError(f"level={level}: must lie strictly between 0 and 1")
+        raise ValueError(f"level={level}: must be strictly between 0 and 1")
     low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(value, float(low), float(high))

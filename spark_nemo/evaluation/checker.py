@@ -1,9 +1,9 @@
-"""math-verify in a worker process, so that no answer string can hang, exhaust or crash the caller.
+"""math-verify in worker processes, so that no answer can hang, exhaust or crash the caller.
 
-Symbolic comparison may run forever or fill the memory (``9^{9^{9^9}}``). math-verify's own limits
-are signals, which do not interrupt a long C computation and work in the main thread only. The
-worker is another Python process, started when first needed, that answers JSON lines through a child
-of its own; a child that is late is killed and replaced.
+Symbolic comparison may run indefinitely or fill the memory (``9^{9^{9^9}}``). math-verify's own
+limits are signals, which do not interrupt a long C computation and work in the main thread only.
+A worker is a separate Python process (``checker_worker``), started on first use, that exchanges
+JSON lines and replies through a forked child. A child that exceeds its limit is killed and replaced.
 """
 
 from __future__ import annotations
@@ -25,32 +25,29 @@ from functools import cache
 logger = logging.getLogger(__name__)
 
 START_LIMIT_S = 120.0
-"""How long the worker may take to import sympy and math-verify."""
+"""Time limit for a worker to import sympy and math-verify."""
 MEMORY_LIMIT_BYTES = 2 << 30
-"""Address space of one worker's child; an answer that needs more is not judged."""
+"""Address space of a worker's child; a comparison that needs more is ``CRASHED``."""
 GRACE_S = 2.0
-"""How much later than its limit a worker may report a late answer, before it is taken for hanging
-itself.
-"""
+"""Time after its limit in which a worker may still report a timeout; then the worker itself hangs."""
 
 
 class AnswerGrade(StrEnum):
-    """What came of comparing an answer with its key. ``TIMEOUT`` and ``CRASHED`` say nothing about the
-    answer: nobody could tell within the limits of time and memory; a score counts them as wrong and
-    says how many there were.
+    """Result of comparing an answer with its key.
+
+    ``TIMEOUT`` and ``CRASHED`` mean that the comparison did not finish within its limits of time
+    and memory. Scores count both as wrong and report their number.
     """
 
     EQUAL = "equal"
     DIFFERENT = "different"
-    TIMEOUT = "late"
-    CRASHED = "died"
+    TIMEOUT = "timeout"
+    CRASHED = "crashed"
 
 
 @dataclass
 class CheckerStats:
-    """What the worker was asked and how often it gave no answer. Each timeout and crash was
-    reported as "not equal".
-    """
+    """Number of comparisons of a checker, and of those without a result."""
 
     questions: int = 0
     timeouts: int = 0
@@ -58,9 +55,7 @@ class CheckerStats:
 
 
 class MathChecker:
-    """Asks math-verify whether two answers are equal, with a time limit. Safe to share between
-    threads.
-    """
+    """math-verify in one worker process, with a time limit per comparison; thread-safe."""
 
     def __init__(self, limit_s: float = 5.0) -> None:
         self.limit_s = limit_s
@@ -69,34 +64,31 @@ class MathChecker:
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = os.getpid()
 
-    def equivalent(self, gold: str, answer: str) -> bool:
-        """``math_verify.verify(gold, answer)``; the order matters. False when the worker is late or
-        dies (counted).
-        """
-        return self.judge(gold, answer) is AnswerGrade.EQUAL
+    def grade(self, gold: str, answer: str) -> AnswerGrade:
+        """Run ``math_verify.verify(gold, answer)``; the order matters.
 
-    def judge(self, gold: str, answer: str) -> AnswerGrade:
-        """``equivalent`` with the reason. Raises ``RuntimeError`` when the worker cannot be started
-        at all.
+        Raises ``RuntimeError`` when the worker cannot be started.
         """
-        question = (
-            json.dumps({"gold": gold, "answer": answer, "limit_s": self.limit_s}).encode() + b"\n"
-        )
+        question = json.dumps({"gold": gold, "answer": answer, "limit_s": self.limit_s})
         with self._lock:
             self.stats.questions += 1
-            if os.getpid() != self._owner:  # after a fork the pipe belongs to the parent
-                self._process, self._owner = None, os.getpid()
+            if os.getpid() != self._owner:
+                # After a fork the pipe belongs to the parent process.
+                self._process = None
+                self._owner = os.getpid()
             try:
                 if self._process is None or self._process.poll() is not None:
                     self._start()
-                return self._ask(question)
-            except BaseException:  # Ctrl-C too: the reply that still comes would be taken for that of the next question
+                return self._ask(question.encode() + b"\n")
+            except BaseException:
+                # After Ctrl-C, too: the pending reply would be read as the reply to the next question.
                 self.close()
                 raise
 
     def close(self) -> None:
-        """Stop the worker; the next question starts another."""
-        process, self._process = self._process, None
+        """Stop the worker; the next comparison starts another."""
+        process = self._process
+        self._process = None
         if process is not None and os.getpid() == self._owner:
             process.kill()
             process.wait()
@@ -105,18 +97,18 @@ class MathChecker:
 
     def _start(self) -> None:
         self.close()
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "spark_nemo.evaluation.checker_worker", str(MEMORY_LIMIT_BYTES)],
             bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "OPENBLAS_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            },
+            env=environment,
         )
         if self._read_line(START_LIMIT_S) != "ready":
             self.close()
@@ -130,31 +122,27 @@ class MathChecker:
             reply = self._read_line(self.limit_s + GRACE_S)
         except BrokenPipeError:
             reply = ""
-        if not reply:
-            self.close()  # the worker itself hangs or has died, not its child
-        judgement = (
-            AnswerGrade(reply)
-            if reply
-            else AnswerGrade.TIMEOUT
-            if reply is None
-            else AnswerGrade.CRASHED
-        )
-        if judgement is AnswerGrade.TIMEOUT:
+        if reply:
+            grade = AnswerGrade(reply)
+        else:
+            # The worker itself hangs or died, not its child.
+            self.close()
+            grade = AnswerGrade.TIMEOUT if reply is None else AnswerGrade.CRASHED
+        if grade is AnswerGrade.TIMEOUT:
             self.stats.timeouts += 1
             logger.warning(
                 "answer checker: no result within %.1f s, counted as not equal", self.limit_s
             )
-        elif judgement is AnswerGrade.CRASHED:
+        elif grade is AnswerGrade.CRASHED:
             self.stats.crashes += 1
             logger.warning("answer checker: the worker died, counted as not equal")
-        return judgement
+        return grade
 
     def _read_line(self, limit_s: float) -> str | None:
-        """One line without its newline; None when it does not come in time, an empty string at end
-        of file.
-        """
+        """Read one line; None after ``limit_s`` seconds, an empty string at end of file."""
         deadline = time.monotonic() + limit_s
-        descriptor, line = self._process.stdout.fileno(), b""
+        descriptor = self._process.stdout.fileno()
+        line = b""
         while not line.endswith(b"\n"):
             ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
@@ -167,11 +155,9 @@ class MathChecker:
 
 
 class CheckerPool:
-    """Several checkers behind one ``equivalent``: as many threads as there are workers ask at the
-    same time.
+    """Several checkers for threads that compare answers in parallel.
 
-    A worker starts when its checker is first needed, so a caller with one thread pays for one
-    worker.
+    A checker's worker starts on first use, so a single-threaded caller runs one worker.
     """
 
     def __init__(self, workers: int, limit_s: float = 5.0) -> None:
@@ -183,23 +169,19 @@ class CheckerPool:
 
     @property
     def stats(self) -> CheckerStats:
-        """The sums over the workers."""
-        every = [checker.stats for checker in self._checkers]
-        return CheckerStats(
-            *(sum(getattr(s, name) for s in every) for name in ("questions", "timeouts", "crashes"))
-        )
+        """Sums over the workers."""
+        total = CheckerStats()
+        for checker in self._checkers:
+            total.questions += checker.stats.questions
+            total.timeouts += checker.stats.timeouts
+            total.crashes += checker.stats.crashes
+        return total
 
-    def equivalent(self, gold: str, answer: str) -> bool:
-        """As ``MathChecker.equivalent``; waits for a free worker, which does not count against the
-        time limit.
-        """
-        return self.judge(gold, answer) is AnswerGrade.EQUAL
-
-    def judge(self, gold: str, answer: str) -> AnswerGrade:
-        """As ``MathChecker.judge``, by a free worker."""
+    def grade(self, gold: str, answer: str) -> AnswerGrade:
+        """Grade like ``MathChecker.grade``; waiting for a free worker does not count as its time."""
         checker = self._free.get()
         try:
-            return checker.judge(gold, answer)
+            return checker.grade(gold, answer)
         finally:
             self._free.put(checker)
 
@@ -211,7 +193,7 @@ class CheckerPool:
 
 @cache
 def shared_checker() -> CheckerPool:
-    """The process-wide checkers, one per core up to eight, stopped at exit."""
+    """Return the process-wide checkers: one per core, at most eight; stopped at exit."""
     pool = CheckerPool(min(8, len(os.sched_getaffinity(0))))
     atexit.register(pool.close)
     return pool

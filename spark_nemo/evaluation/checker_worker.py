@@ -1,12 +1,11 @@
-"""The processes behind ``checker.MathChecker``: ``python -m spark_nemo.evaluation.checker_worker
-MEMORY_BYTES``.
+"""Processes of ``checker.MathChecker``.
 
-A supervisor imports math-verify once and reads questions, ``{"gold": ..., "answer": ..., "limit_s":
-...}`` lines. A child forked from it answers them. A child that is late or dies is replaced by
-another fork, which costs milliseconds where a new process would pay two seconds of imports for
-every hostile answer. The supervisor itself never looks at an answer. Two guards of the child work
-even when everybody else has gone: an address-space limit, and an alarm whose default action ends
-the process.
+Started as ``python -m spark_nemo.evaluation.checker_worker MEMORY_BYTES``. A supervisor imports
+math-verify once and reads lines ``{"gold": ..., "answer": ..., "limit_s": ...}``; a child forked
+from it compares. A child that times out or dies is replaced by another fork, which takes
+milliseconds; a new process would spend two seconds on imports for every hostile answer. The
+supervisor itself never parses an answer. Two limits of the child hold even when the supervisor is
+gone: its address space, and an alarm whose default action ends the process.
 """
 
 from __future__ import annotations
@@ -20,29 +19,28 @@ import select
 import signal
 import sys
 import time
+from typing import NoReturn
 
 from math_verify import parse, verify
 
 
 def serve(memory_limit: int) -> None:
-    """Answer every question with a line, ``equal``, ``different``, ``late`` or ``died``, until
-    standard input ends.
-    """
+    """Reply to every line of standard input with an ``AnswerGrade``, until it ends."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints must not be taken for a reply
-    logging.disable(
-        logging.WARNING
-    )  # math-verify warns at every call that its own limits are off; ours replace them
-    equivalent(
-        "1+x", "x+1"
-    )  # the first comparison builds parsers; no question should pay for that out of its limit
+    # What a library prints must not be read as a reply.
+    os.dup2(2, 1)
+    # math-verify warns at every call that its own limits are off; the limits here replace them.
+    logging.disable(logging.WARNING)
+    # The first comparison builds parsers; no question should spend its time limit on that.
+    equivalent("1+x", "x+1")
     gc.freeze()
     child = None
     replies.write("ready\n")
     for line in sys.stdin.buffer:
-        child = child or Child(memory_limit)
+        if child is None:
+            child = Child(memory_limit)
         reply = child.ask(line, json.loads(line)["limit_s"])
-        if reply in ("late", "died"):
+        if reply in ("timeout", "crashed"):
             child.end()
             child = None
         replies.write(f"{reply}\n")
@@ -51,7 +49,7 @@ def serve(memory_limit: int) -> None:
 
 
 class Child:
-    """A forked process that answers questions until it is ended."""
+    """A forked process that compares answers until it is killed."""
 
     def __init__(self, memory_limit: int) -> None:
         questions, self._questions = os.pipe()
@@ -60,39 +58,40 @@ class Child:
         if self.pid == 0:
             os.close(self._questions)
             os.close(self._replies)
-            _answer(questions, replies, memory_limit)
+            _run_child(questions, replies, memory_limit)
         os.close(questions)
         os.close(replies)
 
     def ask(self, line: bytes, limit_s: float) -> str:
-        """``late`` after ``limit_s`` seconds, ``died`` when the process ended before it answered."""
+        """Return ``timeout`` after ``limit_s`` seconds, ``crashed`` when the process has ended."""
         deadline = time.monotonic() + limit_s
         waiting = memoryview(line)
         os.set_blocking(self._questions, False)
         while time.monotonic() < deadline:
-            left = max(0.0, deadline - time.monotonic())
+            remaining = max(0.0, deadline - time.monotonic())
             readable, writable, _ = select.select(
-                [self._replies], [self._questions] if waiting else [], [], left
+                [self._replies], [self._questions] if waiting else [], [], remaining
             )
             if readable:
-                return {b"=": "equal", b"#": "different"}.get(os.read(self._replies, 1), "died")
+                # At end of file the read is empty.
+                return {b"=": "equal", b"#": "different"}.get(os.read(self._replies, 1), "crashed")
             if writable:
                 try:
                     waiting = waiting[os.write(self._questions, waiting) :]
                 except BrokenPipeError:
-                    return "died"
-        return "late"
+                    return "crashed"
+        return "timeout"
 
     def end(self) -> None:
-        """Kill it, whatever it is doing."""
+        """Kill the process."""
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
         os.close(self._questions)
         os.close(self._replies)
 
 
-def _answer(questions: int, replies: int, memory_limit: int) -> None:
-    """What the child does; never returns."""
+def _run_child(questions: int, replies: int, memory_limit: int) -> NoReturn:
+    """Compare answers until the pipe closes, then exit the process."""
     status = 1
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -104,21 +103,18 @@ def _answer(questions: int, replies: int, memory_limit: int) -> None:
             for line in lines:
                 question = json.loads(line)
                 signal.alarm(int(question["limit_s"]) + 5)
-                os.write(
-                    replies, b"=" if equivalent(question["gold"], question["answer"]) else b"#"
-                )
+                equal = equivalent(question["gold"], question["answer"])
+                os.write(replies, b"=" if equal else b"#")
                 signal.alarm(0)
         status = 0
     except MemoryError:
-        pass  # the parent sees that the process ended without an answer
+        pass  # the parent process sees end of file in place of a reply
     finally:
         os._exit(status)
 
 
 def equivalent(gold: str, answer: str) -> bool:
-    """math-verify's answer, its time limits off. What it cannot parse or compare it reports as not
-    equal.
-    """
+    """Compare with math-verify, its own time limits off; False for what it cannot parse."""
     parsed = [parse("\\boxed{" + text + "}", parsing_timeout=None) for text in (gold, answer)]
     return bool(verify(*parsed, timeout_seconds=None))
 

@@ -1,6 +1,4 @@
-"""How good labels are, measured against true step labels that the labelling never saw (evaluation
-only).
-"""
+"""Accuracy of labels against true step labels, which the labelling itself never sees."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from .bootstrap import DEFAULT_SAMPLES, Estimate, mean_estimate, ratio_estimate
 
 @dataclass(frozen=True, slots=True)
 class LabelQuality:
-    """The accuracies are over the solutions that were *kept*, and None when none was.
+    """Accuracies over the solutions that a method *kept*, None when it kept none.
 
     A method that drops hard solutions looks better by them, so read them together with
     ``share_kept``.
@@ -33,30 +31,39 @@ def label_quality(
     samples: int = DEFAULT_SAMPLES,
     seed: int = 0,
 ) -> LabelQuality:
-    """Compare labels with ``truths``: solution key to whether each step is truly correct.
+    """Compare labels with ``truths``: by solution key, whether each step is truly correct.
 
-    ``truths`` must cover every solution that was given to the labelling, the dropped ones too:
-    their number is the denominator of ``share_kept``. First-error accuracy asks for the exact first
-    wrong step, or for "none". Intervals resample solutions. Raises ``ValueError`` for a label
-    without a truth, a step count that differs, and no truths.
+    ``truths`` must cover every solution that the labelling was given, dropped ones included: their
+    number is the denominator of ``share_kept``. First-error accuracy counts exact matches of the
+    first wrong step, or of "none". Intervals resample solutions. Raises ``ValueError`` for a label
+    without a truth, a different number of steps, or no truths.
     """
     if not truths:
         raise ValueError("label quality needs the true step labels of at least one solution")
-    right_steps, num_steps, right_first = [], [], []
+    correct_steps = []
+    num_steps = []
+    correct_first_errors = []
     for label in labelled:
         truth = truths.get(label.solution.key)
         if truth is None:
             raise ValueError(f"no true step labels for solution {label.solution.key}")
         if len(truth) != len(label.step_labels):
             raise ValueError(
-                f"solution {label.solution.key}: {len(label.step_labels)} labelled steps, {len(truth)} true ones"
+                f"solution {label.solution.key}: {len(label.step_labels)} labelled steps, "
+                f"{len(truth)} true ones"
             )
-        right_steps.append(sum(said == true for said, true in zip(label.step_labels, truth)))
+        matches = [given == true for given, true in zip(label.step_labels, truth)]
+        correct_steps.append(sum(matches))
         num_steps.append(len(truth))
-        right_first.append(_first_error(label.step_labels) == _first_error(truth))
+        correct_first_errors.append(_first_error(label.step_labels) == _first_error(truth))
+    step_accuracy = None
+    first_error_accuracy = None
+    if labelled:
+        step_accuracy = ratio_estimate(correct_steps, num_steps, samples, seed)
+        first_error_accuracy = mean_estimate(correct_first_errors, samples, seed)
     return LabelQuality(
-        step_accuracy=ratio_estimate(right_steps, num_steps, samples, seed) if labelled else None,
-        first_error_accuracy=mean_estimate(right_first, samples, seed) if labelled else None,
+        step_accuracy=step_accuracy,
+        first_error_accuracy=first_error_accuracy,
         share_kept=len(labelled) / len(truths),
         num_labelled=len(labelled),
         num_solutions=len(truths),

@@ -1,6 +1,4 @@
-"""Two runs on the same mathematics problems: differences with paired bootstrap intervals over
-problems.
-"""
+"""Compare two runs on the same mathematics problems, with paired bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -13,12 +11,15 @@ from .bootstrap import DEFAULT_SAMPLES, Estimate, grouped_mean_estimate, mean_di
 from .reading import DataFileError
 from .saved_completions import MathScore, SavedCompletion, read_completions, score_sets
 
+Values = dict[str, float]
+"""One metric's value by problem."""
+Metrics = dict[str, tuple[str, Values]]
+"""A benchmark's metrics by the kind that decides what they are compared with: name and values."""
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """``first`` minus ``second`` of one number on one benchmark (``average`` is the mean over
-    benchmarks).
-    """
+    """One metric of ``first`` minus ``second``; benchmark ``average`` is the mean over benchmarks."""
 
     benchmark: str
     name: str
@@ -28,20 +29,18 @@ class Difference:
 
     @property
     def differs(self) -> bool:
-        """Whether the interval excludes 0."""
+        """True if the interval excludes 0."""
         return self.difference.low > 0 or self.difference.high < 0
 
 
 @dataclass(frozen=True, slots=True)
 class MathComparison:
-    """The differences, the numbers that only one of the runs has, and how many answers of each
-    nobody could judge.
-    """
+    """Differences, metrics that only one of the runs has, and each run's number of ungraded answers."""
 
     differences: list[Difference]
     only_first: list[str]
     only_second: list[str]
-    unjudged: tuple[int, int]
+    ungraded: tuple[int, int]
 
 
 def compare_completions(
@@ -51,96 +50,110 @@ def compare_completions(
     ks: Sequence[int] = (),
     samples: int = DEFAULT_SAMPLES,
 ) -> MathComparison:
-    """Grade both files of completions and compare them problem by problem.
+    """Grade two files of completions and compare them problem by problem.
 
-    A resample draws problems and takes what both runs made of them. avg@k estimates the same mean
-    whatever k is, so avg@4 is compared with avg@32; every other number only with its equal. Raises
-    ``DataFileError`` naming the first problem that only one file has, ``ValueError`` as
-    ``score_sets`` does or when the files have no number in common.
+    A resample draws problems together with both runs' results. avg@k estimates the same mean
+    whatever k is, so avg@4 is compared with avg@32; every other metric only with its equal. Raises
+    ``DataFileError`` naming the first problem that only one file has, and ``ValueError`` as
+    ``score_sets`` does or when the files have no metric in common.
     """
-    runs = [read_completions(path) for path in (first, second)]
-    _check_same_problems(first, second, *runs)
-    scores = [score_sets(run, sets, ks, samples) for run in runs]
-    tables = [{name: _by_kind(score) for name, score in each.items()} for each in scores]
+    first_rows = read_completions(first)
+    second_rows = read_completions(second)
+    _check_same_problems(first, second, first_rows, second_rows)
+    first_scores = score_sets(first_rows, sets, ks, samples)
+    second_scores = score_sets(second_rows, sets, ks, samples)
+    first_metrics = [_by_kind(first_scores[benchmark]) for benchmark in sets]
+    second_metrics = [_by_kind(second_scores[benchmark]) for benchmark in sets]
+
     differences = []
-    for benchmark in sets:
-        a, b = (table[benchmark] for table in tables)
-        differences += [
-            _difference(benchmark, _label(kind, a, b), [a[kind][1]], [b[kind][1]], samples)
-            for kind in a
-            if kind in b
-        ]
-    kinds = [set.intersection(*(set(each) for each in table.values())) for table in tables]
+    for benchmark, a, b in zip(sets, first_metrics, second_metrics):
+        differences += _differences(benchmark, [a], [b], samples)
     if not differences:
         raise ValueError(
-            f"{first} and {second}: no number in common; one is greedy only, the other sampled only?"
+            f"{first} and {second} have no metric in common; is one greedy only, the other sampled?"
         )
     if len(sets) > 1:
-        every = [list(table.values()) for table in tables]
-        differences += [
-            _difference(
-                "average",
-                _label(kind, every[0][0], every[1][0]),
-                [part[kind][1] for part in every[0]],
-                [part[kind][1] for part in every[1]],
-                samples,
-            )
-            for kind in every[0][0]
-            if kind in kinds[0] & kinds[1]
-        ]
-    unjudged = tuple(sum(score.unjudged for score in each.values()) for each in scores)
+        differences += _differences("average", first_metrics, second_metrics, samples)
+    first_kinds = _common_kinds(first_metrics)
+    second_kinds = _common_kinds(second_metrics)
     return MathComparison(
-        differences, sorted(kinds[0] - kinds[1]), sorted(kinds[1] - kinds[0]), unjudged
+        differences=differences,
+        only_first=sorted(first_kinds - second_kinds),
+        only_second=sorted(second_kinds - first_kinds),
+        ungraded=(_num_ungraded(first_scores), _num_ungraded(second_scores)),
     )
 
 
-Values = dict[str, float]
+def _by_kind(score: MathScore) -> Metrics:
+    metrics = {}
+    for name, values in score.values.items():
+        kind = "avg" if name.startswith("avg@") else name
+        metrics[kind] = (name, values)
+    return metrics
 
 
-def _by_kind(score: MathScore) -> dict[str, tuple[str, Values]]:
-    """Name and values of each number by what it may be compared with."""
-    return {
-        "avg" if name.startswith("avg@") else name: (name, values)
-        for name, values in score.values.items()
-    }
+def _common_kinds(tables: Sequence[Metrics]) -> set[str]:
+    """Return the kinds of metrics that all benchmarks of a run have."""
+    return set.intersection(*(set(table) for table in tables))
 
 
-def _label(kind: str, a: dict[str, tuple[str, Values]], b: dict[str, tuple[str, Values]]) -> str:
-    return a[kind][0] if a[kind][0] == b[kind][0] else f"{a[kind][0]} / {b[kind][0]}"
+def _num_ungraded(scores: Mapping[str, MathScore]) -> int:
+    return sum(score.ungraded for score in scores.values())
+
+
+def _differences(
+    benchmark: str, first: Sequence[Metrics], second: Sequence[Metrics], samples: int
+) -> list[Difference]:
+    """Compare the metrics that all given benchmarks of both runs have; means weigh them alike."""
+    common = _common_kinds(first) & _common_kinds(second)
+    differences = []
+    for kind in first[0]:
+        if kind not in common:
+            continue
+        name = first[0][kind][0]
+        other_name = second[0][kind][0]
+        differences.append(
+            _difference(
+                benchmark,
+                name if name == other_name else f"{name} / {other_name}",
+                [metrics[kind][1] for metrics in first],
+                [metrics[kind][1] for metrics in second],
+                samples,
+            )
+        )
+    return differences
 
 
 def _difference(
-    benchmark: str,
-    name: str,
-    first: Sequence[Values],
-    second: Sequence[Values],
-    samples: int,
+    benchmark: str, name: str, first: Sequence[Values], second: Sequence[Values], samples: int
 ) -> Difference:
-    pairs = [
-        ([a[problem_id] for problem_id in a], [b[problem_id] for problem_id in a])
-        for a, b in zip(first, second)
-    ]
-    means = [
-        sum(sum(pair[side]) / len(pair[side]) for pair in pairs) / len(pairs) for side in (0, 1)
-    ]
-    if len(pairs) == 1:
-        estimate = mean_difference(*pairs[0], samples)
+    # Rows of the second run in the order of the first, so that values are paired by problem.
+    firsts = [list(values.values()) for values in first]
+    seconds = [[b[problem_id] for problem_id in a] for a, b in zip(first, second)]
+    if len(firsts) == 1:
+        estimate = mean_difference(firsts[0], seconds[0], samples)
     else:
-        estimate = grouped_mean_estimate(
-            [[x - y for x, y in zip(*pair)] for pair in pairs], samples
-        )
-    return Difference(benchmark, name, *means, estimate)
+        gaps = [[x - y for x, y in zip(a, b)] for a, b in zip(firsts, seconds)]
+        estimate = grouped_mean_estimate(gaps, samples)
+    return Difference(benchmark, name, _mean_of_means(firsts), _mean_of_means(seconds), estimate)
+
+
+def _mean_of_means(groups: Sequence[Sequence[float]]) -> float:
+    return sum(sum(group) / len(group) for group in groups) / len(groups)
 
 
 def _check_same_problems(
     first: str | Path,
     second: str | Path,
-    a: Sequence[SavedCompletion],
-    b: Sequence[SavedCompletion],
+    first_rows: Sequence[SavedCompletion],
+    second_rows: Sequence[SavedCompletion],
 ) -> None:
-    known = [{row.problem_id for row in rows} for rows in (a, b)]
-    for path, rows, other in ((first, a, known[1]), (second, b, known[0])):
-        if missing := next((row.problem_id for row in rows if row.problem_id not in other), None):
-            raise DataFileError(
-                f"{first} and {second} are about different problems: {missing!r} is only in {path}"
-            )
+    first_ids = dict.fromkeys(row.problem_id for row in first_rows)
+    second_ids = dict.fromkeys(row.problem_id for row in second_rows)
+    for path, ids, others in ((first, first_ids, second_ids), (second, second_ids, first_ids)):
+        for problem_id in ids:
+            if problem_id not in others:
+                raise DataFileError(
+                    f"{first} and {second} are about different problems: {problem_id!r} is only "
+                    f"in {path}"
+                )

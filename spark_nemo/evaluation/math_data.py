@@ -1,8 +1,8 @@
-"""The mathematics benchmarks as they are distributed, and the Skywork prompts without answers.
+"""Read the mathematics benchmarks as they are distributed.
 
-Files and Hugging Face datasets of one benchmark name their columns differently, so each part of a
-problem is looked for under the names that are in use. Every ``DataFileError`` names the file, the
-line (or row) and the field.
+Files and Hugging Face datasets of one benchmark name their columns differently, so each field is
+looked up under all names in use. Every ``DataFileError`` names the file, the line (or row) and the
+field.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ BENCHMARKS: dict[str, int] = {
     "minerva_math": 272,
     "olympiadbench": 675,
 }
-"""Benchmarks and how many problems published figures are over (QwenLM/Qwen2.5-Math; AIME has two
-papers of 15).
+"""Number of problems behind published figures, by benchmark (QwenLM/Qwen2.5-Math).
+
+AIME has two papers of 15 problems a year.
 """
 
-_SPELLINGS = {
+_SPELLINGS = {re.sub("[^a-z0-9]", "", name): name for name in BENCHMARKS}
+_SPELLINGS |= {
     "aime2024": "aime24",
     "aime2025": "aime25",
     "amc2023": "amc23",
     "minerva": "minerva_math",
-} | {re.sub("[^a-z0-9]", "", name): name for name in BENCHMARKS}
+}
 _IDS = ("unique_id", "problem_id", "id", "idx", "ID", "problem_idx")
 _QUESTIONS = ("problem", "question", "Problem", "Question")
 _ANSWERS = ("answer", "final_answer", "Answer", "expected_answer")
 _SOLUTIONS = ("solution", "Solution")
 _MAX_EXACT = 2**53
-"""Beyond it a JSON float no longer says which integer was meant."""
+"""Largest integer that a JSON float holds exactly."""
 
 Row = dict[str, object]
 
 
 def benchmark_of(source: str | Path) -> str | None:
-    """The benchmark that a file's or dataset's name says (``MATH-500.parquet``,
-    ``hf:math-ai/aime25``), else None.
-    """
+    """Return the benchmark in a source's name (``MATH-500.parquet``, ``hf:math-ai/aime25``), or None."""
     return _SPELLINGS.get(re.sub("[^a-z0-9]", "", source_name(source).lower()))
 
 
@@ -64,10 +64,10 @@ def read_math(source: str | Path, benchmark: str | None = None) -> list[EvalProb
     """Read a benchmark from JSONL, JSON, Parquet or ``hf:owner/name[:config][:split]``.
 
     ``benchmark`` is a key of ``BENCHMARKS``; None takes it from the source's name. A ``problem_id``
-    is the benchmark's name and the row's own identifier, or 12 digits of a hash of the question
-    where rows have none. A source of no known benchmark must have our own fields (``problem_id``,
-    ``question``, ``answer``). Raises ``DataFileError`` for a malformed row or a repeated
-    identifier, ``ValueError`` for an unknown ``benchmark``.
+    joins the benchmark's name and the row's own identifier, or 12 digits of a hash of the question
+    for rows without one. A source of no known benchmark must have the fields ``problem_id``,
+    ``question`` and ``answer``. Raises ``DataFileError`` for a malformed row or a repeated
+    identifier, and ``ValueError`` for an unknown ``benchmark``.
     """
     if benchmark is not None and benchmark not in BENCHMARKS:
         raise ValueError(f"benchmark {benchmark!r}: known are {', '.join(BENCHMARKS)}")
@@ -91,33 +91,33 @@ def read_math(source: str | Path, benchmark: str | None = None) -> list[EvalProb
 def read_math_sets(
     sources: Sequence[str | Path], benchmark: str | None = None
 ) -> dict[str, list[EvalProblem]]:
-    """``read_math`` of several sources by benchmark (or by the source's name); two of one benchmark
-    are joined.
+    """Read several sources by benchmark (or by the source's name), joining those of one benchmark.
 
-    A set of another size than published figures are over is said in the log. Raises
+    Logs a warning for a set of another size than the published figures are over. Raises
     ``DataFileError`` as ``read_math`` does, and for a problem that two sources have.
     """
     sets: dict[str, list[EvalProblem]] = {}
     seen: set[str] = set()
     for source in sources:
         problems = read_math(source, benchmark)
-        if repeated := seen & {problem.problem.problem_id for problem in problems}:
+        ids = {problem.problem.problem_id for problem in problems}
+        repeated = seen & ids
+        if repeated:
             raise DataFileError(
                 f"{source}: problem {min(repeated)!r} is in another file of --data too"
             )
-        seen |= {problem.problem.problem_id for problem in problems}
-        sets.setdefault(benchmark or benchmark_of(source) or source_name(source), []).extend(
-            problems
-        )
+        seen |= ids
+        name = benchmark or benchmark_of(source) or source_name(source)
+        sets.setdefault(name, []).extend(problems)
     for name, problems in sets.items():
-        _warn_of_size(name, len(problems))
+        _warn_about_size(name, len(problems))
     return sets
 
 
-def _warn_of_size(name: str, count: int) -> None:
+def _warn_about_size(name: str, count: int) -> None:
     if name == "amc23" and count == 83:
         logger.warning(
-            "amc23: these 83 problems are those of AMC 2022 and 2023 together (AI-MO), not the 40 that "
+            "amc23: these 83 problems are AMC 2022 and 2023 together (AI-MO), not the 40 that "
             "published figures are over: do not compare with those"
         )
     elif count != BENCHMARKS.get(name, count):
@@ -136,31 +136,27 @@ def _field(place: str, row: Row, names: Sequence[str], meaning: str) -> str:
 
 
 def _identifier(place: str, row: Row, question: str, question_field: str) -> tuple[str, str]:
-    """The field that identifies a row, and what it says. A hash of the question does not change
-    with the order.
-    """
-    field = next((name for name in _IDS if name in row), None)
-    if field is None:
-        return question_field, content_key(question)[:12]
-    return field, required_id(place, row, field, "a number or string that identifies the problem")
+    """Return the field that identifies a row, and its value."""
+    for field in _IDS:
+        if field in row:
+            meaning = "a number or string that identifies the problem"
+            return field, required_id(place, row, field, meaning)
+    # A hash, because a row's number would change with the order of the rows.
+    return question_field, content_key(question)[:12]
 
 
 def _answer(place: str, row: Row) -> str:
-    """A field of its own, or the last box of the worked solution (Minerva Math has nothing else)."""
-    if not any(name in row for name in _ANSWERS) and (
-        name := next((n for n in _SOLUTIONS if n in row), None)
-    ):
-        answer = extract_boxed(required_text(place, row, name, "the worked solution"))
-        if not answer:
-            raise DataFileError(
-                f"{place}: field {name!r} has no \\boxed{{...}} with the reference answer"
-            )
-        return answer
+    """Return the answer field, or the last box of the worked solution when there is no such field."""
+    if not any(name in row for name in _ANSWERS):
+        # Minerva Math has its answers in solutions only.
+        for name in _SOLUTIONS:
+            if name in row:
+                return _boxed_answer(place, row, name)
     field = _field(place, row, _ANSWERS, "the reference answer")
     value = row[field]
     if isinstance(value, list):
-        # OlympiadBench's open-ended text problems hold one string, several answers separated by
-        # commas inside it.
+        # OlympiadBench's open-ended text problems have a list with one string; several answers are
+        # separated by commas inside it.
         if len(value) != 1:
             raise DataFileError(
                 f"{place}: field {field!r} must be one reference answer or a list with one"
@@ -172,13 +168,17 @@ def _answer(place: str, row: Row) -> str:
                 f"{place}: field {field!r} is {str(value)[:40]!r}, but must be a finite number up to "
                 "2^53"
             )
-        return (
-            str(int(value)) if value == int(value) else str(value)
-        )  # AMC 2023 keeps whole numbers as 27.0
-    return (
-        str(value)
-        if type(value) is int
-        else required_text(
-            place, {field: value}, field, "the reference answer, a string or a number"
+        # AMC 2023 writes whole numbers as 27.0.
+        return str(int(value)) if value == int(value) else str(value)
+    if type(value) is int:
+        return str(value)
+    return required_text(place, {field: value}, field, "the reference answer, a string or a number")
+
+
+def _boxed_answer(place: str, row: Row, field: str) -> str:
+    answer = extract_boxed(required_text(place, row, field, "the worked solution"))
+    if not answer:
+        raise DataFileError(
+            f"{place}: field {field!r} has no \\boxed{{...}} with the reference answer"
         )
-    )
+    return answer

@@ -1,6 +1,4 @@
-"""True accuracy of a policy on held-out problems: sampled at the evaluation temperature, and
-greedy.
-"""
+"""True accuracy of a policy on held-out problems: sampled and greedy."""
 
 from __future__ import annotations
 
@@ -16,16 +14,16 @@ from spark_nemo.records import Problem, derive_seed
 from .accuracy import GradedSample, mean_accuracy
 from .answers import EvalProblem, grade_answers
 from .bootstrap import Estimate
+from .checker import AnswerGrade
 from .saved_completions import SavedCompletion
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyAccuracy:
-    """Fractions with their bootstrap intervals over problems; ``samples`` are the graded sampled
-    completions.
+    """Fractions with their bootstrap intervals over problems.
 
-    ``completions`` are the texts of all, greedy ones too, from which everything else can be
-    computed again.
+    ``samples`` are the graded sampled completions; ``completions`` are the texts of all, greedy
+    ones too, from which everything else can be computed again.
     """
 
     sampled: Estimate
@@ -41,44 +39,42 @@ async def evaluate_policy(
     prompts: PromptSet,
     config: EvaluationConfig,
 ) -> PolicyAccuracy:
-    """``samples_per_problem`` samples at ``temperature`` and one greedy completion of each problem,
-    graded.
+    """Sample and grade completions of every problem, and one greedy completion each.
 
     The last ``\\boxed{}`` is the prediction; a completion without one is wrong. Raises
-    ``EngineFailure`` when the engine cannot serve a problem: that says nothing about the policy.
+    ``EngineFailure`` when the engine cannot serve a problem: a failed engine is not a score.
     """
     completions, num_tokens = await sample_policy(
         served, [p.problem for p in problems], prompts, config
     )
-    # Graded when every completion is there: a symbolic answer can take its checker seconds, and
-    # decoding would wait.
+    # Grading starts after the last completion: a symbolic answer can take the checker seconds, and
+    # decoding would wait for it.
     keys = {p.problem.problem_id: p.answer for p in problems}
     answers = [extract_boxed(row.text) for row in completions]
-    right = grade_answers(
+    grades = grade_answers(
         [(answer, keys[row.problem_id]) for row, answer in zip(completions, answers)]
     )
     rows = [
-        GradedSample(row.problem_id, row.sample, correct, answer)
-        for row, correct, answer in zip(completions, right, answers)
+        GradedSample(row.problem_id, row.sample, grade is AnswerGrade.EQUAL, answer)
+        for row, grade, answer in zip(completions, grades, answers)
     ]
     num_sampled = len(problems) * config.samples_per_problem
     return PolicyAccuracy(
-        mean_accuracy(rows[:num_sampled], config.bootstrap_samples),
-        mean_accuracy(rows[num_sampled:], config.bootstrap_samples),
-        rows[:num_sampled],
-        num_tokens,
-        completions,
+        sampled=mean_accuracy(rows[:num_sampled], config.bootstrap_samples),
+        greedy=mean_accuracy(rows[num_sampled:], config.bootstrap_samples),
+        samples=rows[:num_sampled],
+        num_tokens=num_tokens,
+        completions=completions,
     )
 
 
 async def sample_policy(
     served: ServedModel, problems: Sequence[Problem], prompts: PromptSet, config: EvaluationConfig
 ) -> tuple[list[SavedCompletion], int]:
-    """The sampled completions of all problems, then the greedy ones, and the number of tokens they
-    have together.
+    """Return the sampled completions of all problems, then the greedy ones, and their total tokens.
 
-    Seeds depend on the problem alone, so two policies are compared on the same draws. Raises
-    ``EngineFailure``.
+    Seeds depend on problem and sample number alone, so two policies are compared on the same
+    draws. Raises ``EngineFailure``.
     """
     sampled = SamplingConfig(
         temperature=config.temperature,
@@ -88,16 +84,19 @@ async def sample_policy(
     )
     greedy = SamplingConfig(temperature=0.0, max_new_tokens=config.max_new_tokens)
 
-    async def ask(question: Problem, index: int, sampling: SamplingConfig) -> tuple[str, int]:
-        seed = derive_seed("eval", question.problem_id, index)
-        done = await served.complete(prompts.policy(question.question), sampling, seed)
-        return done.text, len(done.generation.token_ids)
+    async def complete(
+        problem: Problem, index: int, sampling: SamplingConfig
+    ) -> tuple[SavedCompletion, int]:
+        seed = derive_seed("eval", problem.problem_id, index)
+        done = await served.complete(prompts.policy(problem.question), sampling, seed)
+        row = SavedCompletion(problem.problem_id, index, sampling is greedy, done.text)
+        return row, len(done.generation.token_ids)
 
-    jobs = [(p, index, sampled) for p in problems for index in range(config.samples_per_problem)]
-    jobs += [(p, 0, greedy) for p in problems]
-    replies = await asyncio.gather(*(ask(*job) for job in jobs))
-    completions = [
-        SavedCompletion(p.problem_id, index, sampling is greedy, text)
-        for (p, index, sampling), (text, _) in zip(jobs, replies)
+    jobs = [
+        complete(problem, index, sampled)
+        for problem in problems
+        for index in range(config.samples_per_problem)
     ]
-    return completions, sum(tokens for _, tokens in replies)
+    jobs += [complete(problem, 0, greedy) for problem in problems]
+    replies = await asyncio.gather(*jobs)
+    return [row for row, _ in replies], sum(tokens for _, tokens in replies)

@@ -1,8 +1,7 @@
-"""A model on ProcessBench: it is asked about every case, once or several times, and what it said
-becomes votes.
+"""Ask a model about ProcessBench cases, once or several times, and score the majority of its votes.
 
-Two kinds of judge: our reward models in the format they were trained on, and any chat model as the
-benchmark's critic.
+Two kinds of judge: this project's reward models in the format they were trained on, and any chat
+model as the benchmark's critic.
 """
 
 from __future__ import annotations
@@ -36,9 +35,7 @@ from .saved_predictions import SavedScore, score_votes
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What the model said to one question. ``finish_reason`` is None when the engine refused it, as
-    ``error`` says.
-    """
+    """A model's reply; ``finish_reason`` is None when the engine failed with ``error``."""
 
     text: str
     num_tokens: int
@@ -47,26 +44,25 @@ class Reply:
 
 
 class Judge(ABC):
-    """How a model is asked about a case, and which step its reply votes for."""
+    """Prompt format for a case, and the reading of the step that a reply votes for."""
 
     name: str
     version: str
 
     @abstractmethod
     def messages(self, case: ProcessBenchCase) -> ChatMessages:
-        """The question."""
+        """Return the prompt about a case."""
 
     @abstractmethod
     def vote(self, reply: Reply, case: ProcessBenchCase) -> tuple[str | None, str]:
-        """The string voted for (None does not vote) and the kind of outcome, for counting."""
+        """Return the string voted for, None for no vote, and the kind of outcome for counting."""
 
 
 class Critic(Judge):
-    """Any chat model. Its last box votes, whatever is in it, also when the reply was cut off: the
-    official rule.
-    """
+    """Any chat model; its last box votes, also in a truncated reply (the official rule)."""
 
-    name, version = "critic", CRITIC_VERSION
+    name = "critic"
+    version = CRITIC_VERSION
 
     def messages(self, case: ProcessBenchCase) -> ChatMessages:
         return critic_messages(case.problem, case.steps)
@@ -79,15 +75,16 @@ class Critic(Judge):
 
 
 class RewardModelJudge(Judge):
-    """A PRM or PRM-CoT: its verdict's first wrong step votes; what is no verdict does not.
+    """A PRM or PRM-CoT; its verdict's first wrong step votes, and a failure does not vote.
 
-    An ORM can be asked the same way, but ``vote`` raises ``ValueError`` for its verdict (see
-    ``check_names_steps``).
+    An ORM can be prompted the same way, but ``vote`` raises ``ValueError`` for its verdict.
     """
 
     def __init__(self, variant: Variant | str, prompts: PromptSet) -> None:
-        self.variant, self.prompts = Variant(variant), prompts
-        self.name, self.version = str(self.variant), prompts.version
+        self.variant = Variant(variant)
+        self.prompts = prompts
+        self.name = str(self.variant)
+        self.version = prompts.version
 
     def messages(self, case: ProcessBenchCase) -> ChatMessages:
         steps = []
@@ -96,8 +93,8 @@ class RewardModelJudge(Judge):
                 steps.append(legal_step_text(step))
             except ValueError:
                 raise DataFileError(
-                    f"case {case.case_id!r}: step {index} of 'steps', {step!r}, has no content, so a "
-                    "reward model cannot be shown it: leave the case out"
+                    f"case {case.case_id!r}: step {index} of 'steps', {step!r}, has no content, and the "
+                    "reward model's prompt cannot show it; leave the case out"
                 ) from None
         solution = render_solution(steps, None)
         return self.prompts.reward(self.variant, case.problem, solution)
@@ -108,11 +105,12 @@ class RewardModelJudge(Judge):
         outcome = parse_verifier_output(
             reply.text, reply.finish_reason, reply.num_tokens, len(case.steps), self.variant
         )
-        first = predict_first_error(outcome)
-        return None if first is None else str(first), outcome_kind(outcome)
+        first_error = predict_first_error(outcome)
+        vote = None if first_error is None else str(first_error)
+        return vote, outcome_kind(outcome)
 
 
-def judge_processbench(
+def evaluate_processbench(
     served: ServedModel,
     judge: Judge,
     splits: Mapping[str, Sequence[ProcessBenchCase]],
@@ -121,42 +119,23 @@ def judge_processbench(
     in_flight: int,
     output: Path,
 ) -> SavedScore:
-    """Ask ``votes`` times about every case, save what was said to ``output``, and score the
-    majority by split.
+    """Collect ``votes`` replies about every case, save them to ``output`` and score the majority.
 
-    The file holds every text and can be scored again (``score_saved_predictions``). A question that
-    the engine refuses, too long a prompt for example, is a vote missing, counted by kind. Closes
-    the engine. Raises ``ConfigError`` for several votes without randomness, ``EngineFailure`` when
-    the engine stopped on the way.
+    The file has every text and can be scored again (``score_saved_predictions``). A request that
+    fails, for example for a prompt that is too long, is a missing vote, counted by kind. Closes the
+    engine. Raises ``ConfigError`` for several votes without randomness, and ``EngineFailure`` when
+    the engine stops on the way.
     """
     check_votes(votes, sampling)
     cases = [case for split in splits.values() for case in split]
     replies = asyncio.run(_ask_and_close(served, cases, judge.messages, sampling, votes, in_flight))
-    rows, cast = [], {}
-    for case, said in zip(cases, replies):
-        votes_and_kinds = [judge.vote(reply, case) for reply in said]
-        cast[case.case_id] = [vote for vote, _ in votes_and_kinds]
-        texts = [reply.text for reply in said]
-        rows.append(
-            {
-                "id": case.case_id,
-                "label": case.label,
-                "prediction": majority_vote(cast[case.case_id]),
-                **(
-                    {"generated_critique": texts}
-                    if judge.name == Critic.name
-                    else {"votes": cast[case.case_id], "texts": texts}
-                ),
-                "kinds": [kind for _, kind in votes_and_kinds],
-                "num_tokens": sum(reply.num_tokens for reply in said),
-                **(
-                    {"errors": errors}
-                    if (errors := [reply.error for reply in said if reply.error])
-                    else {}
-                ),
-            }
-        )
-    score = score_votes(splits, cast)
+    rows = []
+    votes_by_case = {}
+    for case, case_replies in zip(cases, replies):
+        row, case_votes = _case_row(judge, case, case_replies)
+        rows.append(row)
+        votes_by_case[case.case_id] = case_votes
+    score = score_votes(splits, votes_by_case)
     write_json_atomic(
         output,
         {
@@ -166,17 +145,7 @@ def judge_processbench(
             "votes": votes,
             "sampling": vars(sampling),
             "average_f1": score.average,
-            "splits": {
-                name: {
-                    "acc_error": split.acc_error,
-                    "acc_correct": split.acc_correct,
-                    "f1": split.f1,
-                    "num_error": split.num_error,
-                    "num_correct": split.num_correct,
-                    "num_unparsed": split.num_unparsed,
-                }
-                for name, split in score.splits.items()
-            },
+            "splits": {name: split.as_json() for name, split in score.splits.items()},
             "kinds": dict(Counter(kind for row in rows for kind in row["kinds"])),
             "num_tokens": sum(row["num_tokens"] for row in rows),
             "cases": rows,
@@ -185,23 +154,50 @@ def judge_processbench(
     return score
 
 
+def _case_row(
+    judge: Judge, case: ProcessBenchCase, replies: Sequence[Reply]
+) -> tuple[dict, list[str | None]]:
+    """Return a case's row of the output file, and its votes."""
+    votes = []
+    kinds = []
+    for reply in replies:
+        vote, kind = judge.vote(reply, case)
+        votes.append(vote)
+        kinds.append(kind)
+    texts = [reply.text for reply in replies]
+    row = {"id": case.case_id, "label": case.label, "prediction": majority_vote(votes)}
+    if judge.name == Critic.name:
+        # The official code's name, so that its own scorer reads the file, too.
+        row["generated_critique"] = texts
+    else:
+        row["votes"] = votes
+        row["texts"] = texts
+    row["kinds"] = kinds
+    row["num_tokens"] = sum(reply.num_tokens for reply in replies)
+    errors = [reply.error for reply in replies if reply.error]
+    if errors:
+        row["errors"] = errors
+    return row, votes
+
+
 def check_names_steps(variant: str) -> None:
-    """Raise ``ConfigError`` for a kind of reward model that has no ProcessBench score."""
+    """Raise ``ConfigError`` for a kind of reward model without a ProcessBench score."""
     if variant == Variant.ORM:
         raise ConfigError(
-            "stage2.variant=orm: an ORM names no step and has no ProcessBench score; `spark-nemo stage2` "
-            "scores its verdicts on whole solutions"
+            "stage2.variant=orm: an ORM names no step and has no ProcessBench score; "
+            "`spark-nemo stage2` scores its verdicts on whole solutions"
         )
 
 
 def check_votes(votes: int, sampling: SamplingConfig) -> None:
-    """Raise ``ConfigError`` for a number of votes that makes no sense under this sampling."""
+    """Raise ``ConfigError`` for a number of votes that this sampling cannot vary."""
     if votes < 1:
         raise ConfigError(f"--votes={votes}: must be at least 1")
     if votes > 1 and sampling.temperature == 0:
         raise ConfigError(
-            f"--votes={votes} with stage2.eval_sampling.temperature=0: every vote would be the same; the "
-            "benchmark's authors use stage2.eval_sampling.temperature=1.0 stage2.eval_sampling.top_p=0.9"
+            f"--votes={votes}: with stage2.eval_sampling.temperature=0 every vote would be the "
+            "same; the benchmark's authors use stage2.eval_sampling.temperature=1.0 "
+            "stage2.eval_sampling.top_p=0.9"
         )
 
 
@@ -213,12 +209,11 @@ async def ask_all(
     votes: int,
     in_flight: int,
 ) -> list[list[Reply]]:
-    """``votes`` replies to the question about each case; at most ``in_flight`` are under way at
-    once.
+    """Return ``votes`` replies about each case, with at most ``in_flight`` concurrent requests.
 
-    Seeds depend on case and vote alone. Raises ``EngineFailure`` when the engine stopped on the
-    way: there is no score; before anything is asked, ``DataFileError`` for a case that ``messages``
-    cannot show.
+    Seeds depend on case and vote alone. Raises ``EngineFailure`` when the engine stops on the way,
+    because a partial result is not a score, and, before the first request, ``DataFileError`` for a
+    case that ``messages`` cannot show.
     """
     for case in cases:
         messages(case)
@@ -236,12 +231,12 @@ async def ask_all(
                 return Reply("", 0, None, str(failure))
         return Reply(done.text, len(done.generation.token_ids), str(done.generation.finish_reason))
 
-    flat = await asyncio.gather(*(ask(case, vote) for case in cases for vote in range(votes)))
+    replies = await asyncio.gather(*(ask(case, vote) for case in cases for vote in range(votes)))
     if not (await served.engine.health()).alive:
         raise EngineFailure(
-            "the engine stopped during the evaluation on ProcessBench: there is no score, run again"
+            "the engine stopped during the evaluation on ProcessBench, so it has no score; run it again"
         )
-    return [flat[start : start + votes] for start in range(0, len(flat), votes)]
+    return [replies[start : start + votes] for start in range(0, len(replies), votes)]
 
 
 async def _ask_and_close(served: ServedModel, *arguments: object) -> list[list[Reply]]:

@@ -1,7 +1,7 @@
-"""A generative reward model on ProcessBench-format cases: prompts, generations, predictions, score;
-texts are saved.
+"""Score a generative reward model on ProcessBench-format cases, and save its texts.
 
-A PRM or PRM-CoT is a ProcessBench critic. An ORM is not, and has a score and a file of its own.
+A PRM or PRM-CoT gets the ProcessBench score. An ORM names no step and has a score and a file of
+its own.
 """
 
 from __future__ import annotations
@@ -27,63 +27,35 @@ from .whole_solution_score import WholeSolutionScore, final_verdict, score_whole
 
 
 def score_prm(model: Path, config: SparkConfig, output: Path) -> ProcessBenchScore:
-    """Judge every case of ``data.processbench`` with the PRM or PRM-CoT in ``model``; predictions
-    go to ``output``.
+    """Predict the first error of every case of ``data.processbench`` with a PRM or PRM-CoT.
 
-    A generation that is no verdict counts as a wrong prediction, as the benchmark's rule is, and is
-    counted by kind. Raises ``EngineFailure`` when the engine stopped on the way, ``ConfigError``
-    for an ORM.
+    Writes the predictions to ``output``. A generation without a verdict is a wrong prediction, as
+    in the benchmark, and is counted by kind. Raises ``EngineFailure`` when the engine stops on the
+    way, and ``ConfigError`` for an ORM.
     """
     check_names_steps(config.stage2.variant)
-    cases, rows = _judged(model, config, output)
+    cases, rows = _judged_cases(model, config, output)
     for row in rows:
         row["prediction"] = predict_first_error(outcome_from_json(row["outcome"]))
     score = score_processbench([case.label for case in cases], [row["prediction"] for row in rows])
-    write_json_atomic(
-        output,
-        {
-            "f1": score.f1,
-            "acc_error": score.acc_error,
-            "acc_correct": score.acc_correct,
-            "num_error": score.num_error,
-            "num_correct": score.num_correct,
-            "num_unparsed": score.num_unparsed,
-            "num_tokens": sum(row["num_tokens"] for row in rows),
-            "cases": rows,
-        },
-    )
+    _write_scores(output, score.as_json(), rows)
     return score
 
 
 def score_orm(model: Path, config: SparkConfig, output: Path) -> WholeSolutionScore:
-    """Ask the ORM in ``model`` about every case of ``data.processbench``; what it said goes to
-    ``output``.
+    """Ask an ORM about every case of ``data.processbench``, and write its verdicts to ``output``.
 
-    A generation that is no verdict counts as wrong and is counted. Raises ``EngineFailure`` like
-    the other.
+    A generation without a verdict counts as wrong, and is counted by kind. Raises
+    ``EngineFailure`` when the engine stops on the way.
     """
-    cases, rows = _judged(model, config, output)
-    score = score_whole_solutions(
-        [case.label for case in cases],
-        [final_verdict(outcome_from_json(row["outcome"])) for row in rows],
-    )
-    write_json_atomic(
-        output,
-        {
-            "verdict_harmonic_mean": score.verdict_harmonic_mean,
-            "verdict_acc_error": score.verdict_acc_error,
-            "verdict_acc_correct": score.verdict_acc_correct,
-            "num_error": score.num_error,
-            "num_correct": score.num_correct,
-            "num_unparsed": score.num_unparsed,
-            "num_tokens": sum(row["num_tokens"] for row in rows),
-            "cases": rows,
-        },
-    )
+    cases, rows = _judged_cases(model, config, output)
+    verdicts = [final_verdict(outcome_from_json(row["outcome"])) for row in rows]
+    score = score_whole_solutions([case.label for case in cases], verdicts)
+    _write_scores(output, score.as_json(), rows)
     return score
 
 
-def _judged(
+def _judged_cases(
     model: Path, config: SparkConfig, output: Path
 ) -> tuple[list[ProcessBenchCase], list[dict]]:
     cases = read_processbench(config.data.processbench)
@@ -102,8 +74,8 @@ async def _judge_all(
             cases,
             judge.messages,
             config.stage2.eval_sampling,
-            1,
-            2 * config.engine.slots("verifier"),
+            votes=1,
+            in_flight=2 * config.engine.slots("verifier"),
         )
     finally:
         await served.engine.close()
@@ -126,3 +98,8 @@ async def _judge_all(
             }
         )
     return rows
+
+
+def _write_scores(output: Path, figures: dict[str, float], rows: list[dict]) -> None:
+    num_tokens = sum(row["num_tokens"] for row in rows)
+    write_json_atomic(output, figures | {"num_tokens": num_tokens, "cases": rows})

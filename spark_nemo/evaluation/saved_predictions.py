@@ -1,5 +1,6 @@
-"""Scores saved ProcessBench outputs without a model, by the official rules (QwenLM/ProcessBench,
-commit e802463).
+"""Score saved ProcessBench outputs without a model, by the official rules.
+
+The official rules are those of QwenLM/ProcessBench, commit e802463.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 
 from .bootstrap import Estimate, f1_estimate
 from .processbench import (
@@ -26,10 +28,9 @@ from .tables import source_name
 
 @dataclass(frozen=True, slots=True)
 class SavedScore:
-    """Scores by split (the data file's stem), the official average of their F1 and its interval
-    over cases.
+    """Scores by split (the data file's stem), and the official average of their F1.
 
-    ``votes`` is the number of predictions per case; above 1 the majority of them was scored.
+    ``votes`` is the number of predictions per case; with more than one the majority is scored.
     """
 
     splits: dict[str, ProcessBenchScore]
@@ -39,8 +40,7 @@ class SavedScore:
 
 
 def read_splits(data: Sequence[str | Path]) -> dict[str, list[ProcessBenchCase]]:
-    """The cases of all files (or ``hf:Qwen/ProcessBench::gsm8k``) by split, which is what a file is
-    called.
+    """Read the cases of all files (or ``hf:Qwen/ProcessBench::gsm8k``) by split, the file's name.
 
     Raises ``DataFileError`` for a malformed row, two files of one name, or an identifier that two
     splits have.
@@ -51,7 +51,8 @@ def read_splits(data: Sequence[str | Path]) -> dict[str, list[ProcessBenchCase]]
             f"{data[-1]}: two data files have the same name; the name is the split's"
         )
     counts = Counter(case.case_id for cases in splits.values() for case in cases)
-    if repeated := [case_id for case_id, count in counts.items() if count > 1]:
+    repeated = [case_id for case_id, count in counts.items() if count > 1]
+    if repeated:
         raise DataFileError(f"{data[-1]}: field 'id' repeats {repeated[0]!r} of another split")
     return splits
 
@@ -59,19 +60,17 @@ def read_splits(data: Sequence[str | Path]) -> dict[str, list[ProcessBenchCase]]
 def score_saved_predictions(
     predictions: Sequence[str | Path], data: Sequence[str | Path]
 ) -> SavedScore:
-    """Score the rows of all ``predictions`` files against all ``data`` splits; several files vote
-    on their cases.
+    """Score all ``predictions`` files against all ``data`` splits; several files vote together.
 
     Raises ``DataFileError`` that names file, row and field for a malformed row, an unknown or
-    repeated identifier, a case without a prediction, or cases with different numbers of votes: such
-    a score would compare unlike things.
+    repeated identifier, a case without a prediction, or cases with different numbers of votes,
+    whose score would not be comparable.
     """
     splits = read_splits(data)
-    votes: dict[str, list[str | None]] = {
-        case.case_id: [] for cases in splits.values() for case in cases
-    }
+    cases = [case for split in splits.values() for case in split]
+    votes: dict[str, list[str | None]] = {case.case_id: [] for case in cases}
     for path in predictions:
-        _collect(path, votes)
+        _add_votes(path, votes)
     first = next(iter(votes))
     for case_id, found in votes.items():
         if not found or len(found) != len(votes[first]):
@@ -86,24 +85,22 @@ def score_votes(
     splits: Mapping[str, Sequence[ProcessBenchCase]],
     votes: Mapping[str, Sequence[str | None]],
 ) -> SavedScore:
-    """Score the majority of each case's votes; every case must have the same number of them, None
-    for no vote.
-    """
-    scores = {
-        name: score_processbench(
-            [case.label for case in cases], [majority_vote(votes[case.case_id]) for case in cases]
+    """Score the majority of each case's votes; cases have equally many votes, None for no vote."""
+    scores = {}
+    for name, cases in splits.items():
+        labels = [case.label for case in cases]
+        scores[name] = score_processbench(
+            labels, [majority_vote(votes[case.case_id]) for case in cases]
         )
-        for name, cases in splits.items()
-    }
     return SavedScore(
-        scores,
-        average_f1(scores.values()),
-        f1_estimate([score.hits for score in scores.values()]),
-        len(next(iter(votes.values()))),
+        splits=scores,
+        average=average_f1(scores.values()),
+        interval=f1_estimate([score.hits for score in scores.values()]),
+        votes=len(next(iter(votes.values()))),
     )
 
 
-def _collect(path: str | Path, votes: dict[str, list[str | None]]) -> None:
+def _add_votes(path: str | Path, votes: dict[str, list[str | None]]) -> None:
     seen: set[str] = set()
     for place, row in _prediction_rows(Path(path)):
         case_id = required_text(place, row, "id", "the case's identifier, such as gsm8k-0")
@@ -119,47 +116,37 @@ def _collect(path: str | Path, votes: dict[str, list[str | None]]) -> None:
 
 
 def _prediction_rows(path: Path) -> list[tuple[str, dict[str, object]]]:
-    """Rows of a JSONL file or JSON list, or the ``cases`` of a file that ``score_prm``
-    wrote.
-    """
+    """Return the rows of a JSONL file or JSON list, or the ``cases`` of a file of results."""
     if path.suffix == ".json":
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
-            saved = None  # read_rows says what is wrong, in one line
+            saved = None  # read_rows reports the problem in one line
         if isinstance(saved, dict) and isinstance(saved.get("cases"), list):
-            rows = [
-                (f"{path}:case {number}", row) for number, row in enumerate(saved["cases"], start=1)
-            ]
-            if bad := [place for place, row in rows if not isinstance(row, dict)]:
-                raise DataFileError(f"{bad[0]}: must be a JSON object")
+            rows = []
+            for number, row in enumerate(saved["cases"], start=1):
+                place = f"{path}:case {number}"
+                if not isinstance(row, dict):
+                    raise DataFileError(f"{place}: must be a JSON object")
+                rows.append((place, row))
             return rows
     return list(read_rows(path))
 
 
 def _votes(place: str, row: dict[str, object]) -> list[str | None]:
-    """The strings a row votes for. A critic's text is read anew; a reward model's ``votes`` are
-    indices as text or null; ``prediction`` is a whole number or null.
-    """
+    """Return the strings that a row votes for; a critic's saved text is parsed again."""
     if "generated_critique" in row:
         texts = row["generated_critique"]
-        texts = [texts] if isinstance(texts, str) else texts
-        if (
-            not isinstance(texts, list)
-            or not texts
-            or not all(isinstance(text, str) for text in texts)
-        ):
+        if isinstance(texts, str):
+            texts = [texts]
+        if not _is_list_of(str, texts):
             raise DataFileError(
                 f"{place}: field 'generated_critique' must be a text or a non-empty list of texts"
             )
         return [boxed_vote(text) for text in texts]
     if "votes" in row:
         votes = row["votes"]
-        if (
-            not isinstance(votes, list)
-            or not votes
-            or not all(vote is None or isinstance(vote, str) for vote in votes)
-        ):
+        if not _is_list_of(str | None, votes):
             raise DataFileError(
                 f"{place}: field 'votes' must be a non-empty list of strings or nulls"
             )
@@ -171,6 +158,10 @@ def _votes(place: str, row: dict[str, object]) -> list[str | None]:
     value = row["prediction"]
     if value is not None and type(value) is not int:
         raise DataFileError(
-            f"{place}: field 'prediction' is {str(value)[:40]!r}, but must be a whole number or null"
+            f"{place}: field 'prediction' is {str(value)[:40]!r}, but must be an integer or null"
         )
     return [None if value is None else str(value)]
+
+
+def _is_list_of(kind: type | UnionType, value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, kind) for v in value)

@@ -1,6 +1,4 @@
-"""Rows of Parquet files and of Hugging Face datasets, beside the JSON that ``reading`` reads
-itself.
-"""
+"""Rows of Parquet files and of Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -15,11 +13,9 @@ HF_PREFIX = "hf:"
 
 @dataclass(frozen=True, slots=True)
 class HubName:
-    """``hf:NAME[:CONFIG][:SPLIT]``; an empty CONFIG is the dataset's default, as in
-    ``hf:Qwen/ProcessBench::math``.
+    """A dataset named ``hf:NAME[:CONFIG][:SPLIT]``, such as ``hf:Qwen/ProcessBench::math``.
 
-    NAME is ``owner/name`` on the hub, or a folder. Raises ``DataFileError`` for an empty name or
-    too many parts.
+    NAME is ``owner/name`` on the hub, or a folder; an empty CONFIG is the dataset's default.
     """
 
     text: str
@@ -29,7 +25,10 @@ class HubName:
 
     @classmethod
     def parse(cls, source: str | Path) -> HubName | None:
-        """None for what does not begin with ``hf:``."""
+        """Parse a name; None for a source that does not begin with ``hf:``.
+
+        Raises ``DataFileError`` for an empty name or too many parts.
+        """
         text = str(source)
         if not text.startswith(HF_PREFIX):
             return None
@@ -38,24 +37,26 @@ class HubName:
             raise DataFileError(
                 f"{text}: write hf:owner/name, hf:owner/name:config or hf:owner/name:config:split"
             )
-        config, split = (*rest, "", "")[:2]
+        config = rest[0] if rest else ""
+        split = rest[1] if len(rest) > 1 else ""
         return cls(text, name, config or None, split or None)
 
 
 def source_name(source: str | Path) -> str:
-    """What names the data: a file's stem; of a Hugging Face dataset its split when given, else the
-    dataset's name.
+    """Return a file's stem, or a Hugging Face dataset's split or name.
+
+    The splits ``test`` and ``train`` say nothing about the data, so the dataset's name is used.
     """
     hub = HubName.parse(source)
     if hub is None:
         return Path(source).stem
-    return hub.split if hub.split not in (None, "test", "train") else Path(hub.name).name
+    if hub.split in (None, "test", "train"):
+        return Path(hub.name).name
+    return hub.split
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """``(file:row 3, row)`` of a Parquet file. Raises ``DataFileError`` without pyarrow or for
-    another kind of file.
-    """
+    """Yield ``(file:row 3, row)`` of a Parquet file; raises ``DataFileError``."""
     try:
         import pyarrow
         import pyarrow.parquet as parquet
@@ -72,12 +73,11 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def hub_rows(hub: HubName) -> Iterator[tuple[str, object]]:
-    """``(hf:...:row 3, row)`` of a dataset, downloaded or from the cache of the ``datasets``
-    library.
+    """Yield ``(hf:...:row 3, row)`` of a dataset, from the hub or the ``datasets`` cache.
 
-    Without a split the dataset must have one called ``test``, or one only. Raises ``DataFileError``
-    when the library is missing, or when the dataset, its configuration, its split or the network
-    is.
+    Without a split in the name, the dataset must have a split called ``test``, or only one. Raises
+    ``DataFileError`` when the library, the dataset, its configuration, its split or the network is
+    missing.
     """
     try:
         import datasets
@@ -88,23 +88,28 @@ def hub_rows(hub: HubName) -> Iterator[tuple[str, object]]:
         ) from error
     try:
         loaded = datasets.load_dataset(hub.name, hub.config, split=hub.split)
-    # Its own errors share no base class; a missing repository or network is an OSError, a wrong
-    # name a ValueError.
+    # The library's errors do not share a base class: a missing repository or network is an OSError,
+    # a wrong name a ValueError.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataFileError(
-            f"{hub.text}: cannot be loaded ({_one_line(error)}); without a network name a local JSONL "
-            "or Parquet file"
+            f"{hub.text}: cannot be loaded ({_one_line(error)}); without a network name a local "
+            "JSONL or Parquet file"
         ) from error
     if isinstance(loaded, dict):
-        name = "test" if "test" in loaded else next(iter(loaded)) if len(loaded) == 1 else None
-        if name is None:
-            raise DataFileError(
-                f"{hub.text}: has the splits {', '.join(loaded)}: name one, as in "
-                f"hf:{hub.name}:{hub.config or ''}:{next(iter(loaded))}"
-            )
-        loaded = loaded[name]
+        loaded = loaded[_only_split(hub, list(loaded))]
     for number, row in enumerate(loaded, start=1):
         yield f"{hub.text}:row {number}", row
+
+
+def _only_split(hub: HubName, splits: list[str]) -> str:
+    if "test" in splits:
+        return "test"
+    if len(splits) == 1:
+        return splits[0]
+    raise DataFileError(
+        f"{hub.text}: has the splits {', '.join(splits)}: name one, as in "
+        f"hf:{hub.name}:{hub.config or ''}:{splits[0]}"
+    )
 
 
 def _one_line(error: Exception) -> str:

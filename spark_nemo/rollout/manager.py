@@ -15,7 +15,7 @@ from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.engines.async_utils import freeze_heap, run_async
 from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.evaluation.accuracy import problem_rates
-from spark_nemo.evaluation.answers import EvalProblem, judge_answers, read_answer_keys
+from spark_nemo.evaluation.answers import EvalProblem, grade_answers, read_answer_keys
 from spark_nemo.evaluation.checker import AnswerGrade
 from spark_nemo.evaluation.policy_accuracy import PolicyAccuracy, evaluate_policy
 from spark_nemo.grammar import (
@@ -212,7 +212,7 @@ def answer_checker(config: SparkConfig) -> Checker:
         for problem_id, _ in responses:
             if problem_id not in keys:
                 raise ConfigError(f"data.rl_answers={path}: no answer for problem {problem_id}")
-        said = judge_answers(
+        said = grade_answers(
             [(extract_boxed(text), keys[problem_id].answer) for problem_id, text in responses]
         )
         return [

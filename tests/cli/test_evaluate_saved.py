@@ -169,7 +169,7 @@ def test_a_problem_without_completions_is_no_silent_zero(tmp_path: Path) -> None
     )
     with pytest.raises(ValueError, match="'amc23-1' has no sampled completion"):
         score_completions([SavedCompletion("amc23-0", 0, False, "")], problems)
-    with pytest.raises(ValueError, match="'x', which the data does not have"):
+    with pytest.raises(ValueError, match="'x', which is not in the data"):
         score_completions([SavedCompletion("x", 0, False, "")], problems)
 
 

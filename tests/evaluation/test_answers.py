@@ -20,12 +20,18 @@ from spark_nemo.evaluation import (
     read_eval_problems,
     shared_checker,
 )
+from spark_nemo.evaluation.checker import AnswerGrade
 from spark_nemo.evaluation.saved_completions import read_completions
 
 DATA = (
     Path(os.environ.get("SPARK_NEMO_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
     / "math"
 )
+
+
+def equal(checker, gold, answer):
+    """Compare two answers with math-verify in the checker's worker."""
+    return checker.grade(gold, answer) is AnswerGrade.EQUAL
 
 
 @pytest.mark.parametrize(
@@ -50,7 +56,7 @@ DATA = (
     ],
 )
 def test_equal_answers_are_recognised_without_the_checker(predicted, gold):
-    """The common notations of one value; the worker process is not asked."""
+    """The common notations of one value are equal without a question to the worker process."""
     before = shared_checker().stats.questions
     assert answer_matches(predicted, gold)
     assert shared_checker().stats.questions == before
@@ -72,10 +78,8 @@ def test_equal_answers_are_recognised_without_the_checker(predicted, gold):
         ("\\boxed{5}", "5"),
     ],
 )
-def test_wrong_and_tricky_answers_are_refused_without_the_checker(predicted, gold):
-    """``6 = 5`` and two boxes are what a policy might learn: math-verify 0.9 accepts the first for
-    5.
-    """
+def test_wrong_and_tricky_answers_are_rejected_without_the_checker(predicted, gold):
+    """A policy might learn ``6 = 5``, which math-verify 0.9 accepts for 5, and two boxes."""
     before = shared_checker().stats.questions
     assert not answer_matches(predicted, gold)
     assert shared_checker().stats.questions == before
@@ -118,10 +122,10 @@ def test_integers_are_compared_exactly(left, right):
 
 
 @pytest.fixture(scope="module")
-def impatient_checker():
-    """One whose worker has started and has answered its first, slow question."""
+def started_checker():
+    """Checker whose worker has started and replied to its first, slow question."""
     checker = MathChecker()
-    assert checker.equivalent("x^2+1", "1+x^2")
+    assert equal(checker, "x^2+1", "1+x^2")
     yield checker
     checker.close()
 
@@ -137,42 +141,40 @@ def impatient_checker():
         "\x00\ud800",
     ],
 )
-def test_a_hostile_answer_costs_at_most_its_time_limit(hostile, impatient_checker):
-    """Within the limit it is judged wrong, and the checker answers the next question."""
-    checker = impatient_checker
+def test_a_hostile_answer_costs_at_most_its_time_limit(hostile, started_checker):
+    """It is not equal within the limit, and the checker answers the next question."""
+    checker = started_checker
     checker.limit_s = 1.0
     started = time.monotonic()
-    assert not checker.equivalent("123456", hostile)
+    assert not equal(checker, "123456", hostile)
     assert time.monotonic() - started < 5
     checker.limit_s = 20.0
-    assert checker.equivalent("x^2+1", "1+x^2")
+    assert equal(checker, "x^2+1", "1+x^2")
 
 
-def test_a_late_answer_is_counted():
-    """A worker that stands still costs a timeout, "not equal" is reported, and a new worker takes
-    over.
-    """
+def test_a_timeout_is_counted():
+    """A stopped worker is a timeout and "not equal", and a new worker replaces it."""
     checker = MathChecker(limit_s=20.0)
-    assert checker.equivalent("1+x", "x+1")
+    assert equal(checker, "1+x", "x+1")
     checker._process.send_signal(signal.SIGSTOP)
     checker.limit_s = 0.5
-    assert not checker.equivalent("1+x", "x+1")
+    assert not equal(checker, "1+x", "x+1")
     checker.limit_s = 20.0
-    assert checker.equivalent("1+x", "x+1")
+    assert equal(checker, "1+x", "x+1")
     assert (checker.stats.questions, checker.stats.timeouts, checker.stats.crashes) == (3, 1, 0)
     checker.close()
 
 
 def test_a_worker_that_dies_is_counted_and_replaced():
-    """Killed from outside, as the kernel does when memory runs out, while it is being asked."""
+    """The worker is killed from outside during a question, as the kernel does when memory runs out."""
     checker = MathChecker()
-    assert checker.equivalent("1", "1.0")
+    assert equal(checker, "1", "1.0")
     checker._process.poll = lambda: None
     checker._process.kill()
     checker._process.wait()
-    assert not checker.equivalent("1", "1.0")
+    assert not equal(checker, "1", "1.0")
     assert checker.stats.crashes == 1
-    assert checker.equivalent("1", "1.0")
+    assert equal(checker, "1", "1.0")
     checker.close()
 
 
@@ -191,8 +193,9 @@ def test_eval_problems_are_read(tmp_path):
 
 
 def test_a_number_identifies_a_problem_in_every_file(tmp_path):
-    """Held-out problems, answer keys, and completions that were saved meet under one name however
-    each file writes it; two ways of writing it in one file are one problem twice.
+    """Problems, answer keys and saved completions share one id, written as a number or a string.
+
+    Both spellings in one file repeat the problem.
     """
     path, saved = tmp_path / "eval.jsonl", tmp_path / "completions.jsonl"
     path.write_text('{"problem_id": 60, "question": "1+1?", "answer": 2}\n')
@@ -240,9 +243,7 @@ def test_a_malformed_line_is_named(tmp_path, row, message):
     [("math500", "answer", 500), ("aime24", "answer", 30), ("amc23", "answer", 40)],
 )
 def test_every_real_key_matches_itself_and_not_the_next(name, field, count):
-    """On public evaluation sets a key equals itself in another writing, and neighbouring keys that
-    differ as text do not all match; the latter would show a matcher that says yes to everything.
-    """
+    """On public sets a key equals itself in another notation, and neighbouring keys do not match."""
     path = DATA / f"{name}.jsonl"
     if not path.exists():
         pytest.skip(f"{path} is not here: set SPARK_NEMO_DATA")
@@ -255,7 +256,7 @@ def test_every_real_key_matches_itself_and_not_the_next(name, field, count):
 
 
 @pytest.mark.parametrize("answer", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_a_key_that_is_no_number_is_refused(tmp_path, answer):
+def test_a_key_that_is_not_a_finite_number_is_rejected(tmp_path, answer):
     """Python reads these from JSON; as the key "nan" it would have made every answer wrong."""
     (tmp_path / "keys.jsonl").write_text(f'{{"problem_id": "p", "answer": {answer}}}\n')
     with pytest.raises(DataFileError, match=r"keys\.jsonl:line 1: field 'answer' .* finite"):
@@ -263,6 +264,6 @@ def test_a_key_that_is_no_number_is_refused(tmp_path, answer):
 
 
 def test_a_key_of_400_digits_is_kept(tmp_path):
-    """A whole number has no largest."""
+    """Integers are not limited to the range of floats."""
     (tmp_path / "keys.jsonl").write_text(f'{{"problem_id": "p", "answer": {10**400}}}\n')
     assert read_answer_keys(tmp_path / "keys.jsonl")["p"].answer == str(10**400)

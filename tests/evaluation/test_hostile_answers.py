@@ -1,6 +1,4 @@
-"""A thousand answers that were made to hang, exhaust or crash a checker, and the limits of the
-processes that judge.
-"""
+"""A thousand answers made to hang, exhaust or crash a checker, and the limits of its processes."""
 
 from __future__ import annotations
 
@@ -25,12 +23,17 @@ LIMIT_S, WORKERS, COUNT = 0.3, 3, 1000
 MEGABYTE = 1_000_000
 
 
+def equal(checker, gold, answer):
+    """Compare two answers with math-verify in the checker's worker."""
+    return checker.grade(gold, answer) is AnswerGrade.EQUAL
+
+
 def tower(base: int, height: int) -> str:
     return f"{base}^{{" * height + "9" + "}" * height
 
 
 def hostile_answers() -> list[str]:
-    """Exactly COUNT, the same ones every time."""
+    """Return exactly COUNT answers, the same ones every time."""
     rng = random.Random(0)
     digits = "".join(rng.choices("123456789", k=400))
     made = [tower(base, height) for base in (2, 3, 9, 10) for height in (2, 3, 4, 9, 60)]
@@ -143,70 +146,66 @@ def hostile_answers() -> list[str]:
 
 @pytest.fixture(scope="module")
 def workers():
-    """Three that have started."""
+    """Three checkers whose workers have started."""
     started = CheckerPool(WORKERS, 60.0)
     with ThreadPoolExecutor(WORKERS) as threads:
-        assert all(threads.map(lambda k: started.equivalent("1+x", f"x+1+{k}-{k}"), range(WORKERS)))
+        assert all(threads.map(lambda k: equal(started, "1+x", f"x+1+{k}-{k}"), range(WORKERS)))
     yield started
     started.close()
 
 
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch, workers: CheckerPool):
-    """The workers behind every comparison, each answer with 0.3 seconds."""
+    """The workers as the shared checker, with 0.3 seconds for each answer."""
     for each in workers._checkers:
         each.limit_s = LIMIT_S
     monkeypatch.setattr(answers, "shared_checker", lambda: workers)
-    answers._checked.cache_clear()
+    answers._math_verify_grade.cache_clear()
     logging.getLogger("spark_nemo.evaluation.checker").setLevel(logging.ERROR)
     yield workers
     logging.getLogger("spark_nemo.evaluation.checker").setLevel(logging.NOTSET)
-    answers._checked.cache_clear()
+    answers._math_verify_grade.cache_clear()
 
 
 @pytest.mark.timeout(300)
-def test_a_thousand_hostile_answers_each_get_a_judgement_within_the_limit(
+def test_a_thousand_hostile_answers_are_each_graded_within_the_limit(
     pool: CheckerPool,
 ) -> None:
-    """Proves none hangs or raises, each costs at most its limit, all are judged not equal but for
-    real equalities, and the pool still judges rightly afterwards: every child that was killed has
-    been replaced.
+    """None hangs or raises, each costs at most its limit, and only real equalities are equal.
+
+    The pool still works afterwards: every child that was killed has been replaced.
     """
     made, spent, stats = hostile_answers(), [], pool.stats
     assert len(made) == COUNT and sum(len(answer) >= MEGABYTE - 10 for answer in made) >= 10
     golds = ("123456", "\\frac{x^2+1}{7}", "(3, \\frac{\\pi}{2})", "5")
 
-    def judge(place: int) -> AnswerGrade:
+    def grade(place: int) -> AnswerGrade:
         begin = time.monotonic()
-        judgement = answers.judge_answer(made[place], golds[place % len(golds)])
+        grade = answers.grade_answer(made[place], golds[place % len(golds)])
         spent.append(time.monotonic() - begin)
-        return judgement
+        return grade
 
     begin = time.monotonic()
     with ThreadPoolExecutor(WORKERS) as threads:
-        judged = list(threads.map(judge, range(COUNT)))
+        grades = list(threads.map(grade, range(COUNT)))
     seconds = time.monotonic() - begin
-    assert all(isinstance(judgement, AnswerGrade) for judgement in judged)
-    # The two seconds are what a worker may need for replacing a child on a busy machine.
+    assert all(isinstance(grade, AnswerGrade) for grade in grades)
+    # The two seconds allow a worker to replace a child on a busy machine.
     assert max(spent) < LIMIT_S + GRACE_S + 2 and seconds < COUNT * LIMIT_S / WORKERS, (
         max(spent),
         seconds,
     )
-    assert judged.count(AnswerGrade.EQUAL) <= 5 and judged.count(AnswerGrade.TIMEOUT) >= 20
-    late, died = pool.stats.timeouts - stats.timeouts, pool.stats.crashes - stats.crashes
-    assert (late, died) == (judged.count(AnswerGrade.TIMEOUT), judged.count(AnswerGrade.CRASHED))
+    assert grades.count(AnswerGrade.EQUAL) <= 5 and grades.count(AnswerGrade.TIMEOUT) >= 20
+    assert pool.stats.timeouts - stats.timeouts == grades.count(AnswerGrade.TIMEOUT)
+    assert pool.stats.crashes - stats.crashes == grades.count(AnswerGrade.CRASHED)
     for each in pool._checkers:
         each.limit_s = 60.0
     with ThreadPoolExecutor(WORKERS) as threads:
-        assert all(
-            threads.map(lambda k: pool.equivalent(f"x^2+{k}", f"{k}+x^2"), range(2 * WORKERS))
-        )
+        assert all(threads.map(lambda k: equal(pool, f"x^2+{k}", f"{k}+x^2"), range(2 * WORKERS)))
 
 
-def test_a_score_says_how_many_answers_nobody_could_judge(pool: CheckerPool) -> None:
-    """Proves they count as wrong and are counted, and that megabytes of nested boxes are read at
-    once.
-    """
+def test_a_score_counts_the_answers_that_could_not_be_graded(pool: CheckerPool) -> None:
+    """They count as wrong and are counted; megabytes of nested boxes are parsed at once."""
     problems = [answers.EvalProblem(Problem(f"p{i}", "?"), "\\sqrt{2}") for i in range(3)]
     nested = "\\boxed{" * 140_000 + "1" + "}" * 140_000
     texts = ["\\boxed{" + tower(9, 5) + "}", nested, "\\boxed{2^{1/2}}"]
@@ -217,7 +216,7 @@ def test_a_score_says_how_many_answers_nobody_could_judge(pool: CheckerPool) -> 
     score = score_completions(
         [SavedCompletion(f"p{i}", 0, True, text) for i, text in enumerate(texts)], problems
     )
-    assert score.unjudged == 1 and score.values["greedy pass@1"] == {
+    assert score.ungraded == 1 and score.values["greedy pass@1"] == {
         "p0": False,
         "p1": False,
         "p2": True,
@@ -235,8 +234,9 @@ for function in (lambda gold, answer: {harm}, real):
     print(child.ask(b'{{"gold": "1+x", "answer": "x+1", "limit_s": 60}}\\n', 60.0))
     child.end()
 """
-"""A child that does harm, and then one that judges, forked from a process of the size that the
-supervisor has: this one's address space, after other tests, is beyond the child's limit.
+"""Run a child that does harm and then one that compares, in a process of the supervisor's size.
+
+The test process would not do: after other tests its address space is beyond the child's limit.
 """
 
 
@@ -249,22 +249,18 @@ supervisor has: this one's address space, after other tests, is beyond the child
     ],
     ids=["killed", "exit", "too much memory"],
 )
-def test_a_child_that_ends_is_an_answer_not_judged_and_is_replaced(harm: str) -> None:
-    """Proves a kill, an exit and an allocation beyond the limit are no answer, and that the next
-    one is judged.
-    """
+def test_a_child_that_ends_is_a_crash_and_is_replaced(harm: str) -> None:
+    """A kill, an exit and an allocation beyond the limit are crashes; the next question is graded."""
     done = subprocess.run(
         [sys.executable, "-c", ASK_TWICE.format(harm=harm)], capture_output=True, text=True
     )
-    assert done.stdout.split() == ["died", "equal"], done.stderr
+    assert done.stdout.split() == ["crashed", "equal"], done.stderr
 
 
-def test_the_memory_of_a_judging_process_is_bounded() -> None:
-    """Proves the kernel knows the limit of the process that looks at answers; what it then does is
-    another's test.
-    """
+def test_the_memory_of_a_comparing_process_is_limited() -> None:
+    """The kernel has the memory limit of the process that parses answers."""
     checker = MathChecker(60.0)
-    assert checker.equivalent("1+x", "x+1")
+    assert equal(checker, "1+x", "x+1")
     worker = checker._process.pid
     [child] = Path(f"/proc/{worker}/task/{worker}/children").read_text().split()
     assert resource.prlimit(int(child), resource.RLIMIT_AS)[0] == MEMORY_LIMIT_BYTES
@@ -280,19 +276,17 @@ def test_the_memory_of_a_judging_process_is_bounded() -> None:
 
 
 def test_an_interrupted_question_leaves_no_answer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C between question and reply: the reply that still comes must not be taken for that of
-    the next question.
-    """
+    """After Ctrl-C, the pending reply is not read as the reply to the next question."""
     checker = MathChecker()
     try:
-        assert not checker.equivalent("1+x", "x+2")
+        assert not equal(checker, "1+x", "x+2")
 
         def interrupted(limit_s: float) -> str:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(checker, "_read_line", interrupted)
-            checker.judge("2y", "y+y")  # equal
-        assert [checker.equivalent("1+x", "x+2"), checker.equivalent("1+x", "x+1")] == [False, True]
+            checker.grade("2y", "y+y")  # equal
+        assert [equal(checker, "1+x", "x+2"), equal(checker, "1+x", "x+1")] == [False, True]
     finally:
         checker.close()

@@ -132,7 +132,7 @@ def test_avg_is_compared_whatever_its_k_and_other_numbers_with_their_equals(
         "pass@4",
     ]
     third = saved(tmp_path / "greedy.jsonl", right)
-    with pytest.raises(ValueError, match="no number in common"):
+    with pytest.raises(ValueError, match="no metric in common"):
         compare_completions(second, third, read_math_sets(data))
 
 

@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 from spark_nemo.evaluation import (
     DataFileError,
     average_f1,
-    majority_prediction,
-    parse_critic_box,
     predict_first_error,
     read_processbench,
     score_processbench,
 )
+from spark_nemo.evaluation.processbench import boxed_vote, majority_vote
 from spark_nemo.records import ParseFailure, Truncated, Verdict
 
 DATA = (
@@ -61,7 +60,7 @@ def naive_score(labels, predictions):
 )
 @settings(max_examples=300, deadline=None)
 def test_scoring_agrees_with_a_naive_scorer(pairs):
-    """Random labels and predictions, among them failures and indices that no solution has."""
+    """Random labels and predictions, with failures and indices out of range among them."""
     labels, predictions = [a for a, _ in pairs] + [-1, 0], [b for _, b in pairs] + [None, 3]
     score = score_processbench(labels, predictions)
     assert (score.acc_error, score.acc_correct, score.f1) == pytest.approx(
@@ -82,9 +81,7 @@ def test_scoring_agrees_with_a_naive_scorer(pairs):
     ],
 )
 def test_predictors_that_do_not_look_get_nothing(predict, expected):
-    """Always "no error", always step 0, nothing at all, one step late, or a string for an index: F1
-    is 0.
-    """
+    """Constant predictions, one step late, or a string for an index: F1 is 0."""
     labels = [-1] * 5 + [0, 1, 2, 3, 0]
     predictions = [predict(label) for label in labels]
     if expected == 0 and predictions[5] == 0 and predictions[0] == 0:
@@ -131,18 +128,16 @@ def test_predictions_of_a_generative_prm():
 )
 def test_the_last_box_of_a_critic_wins_and_must_hold_an_integer(text, expected):
     """As in the official code."""
-    assert parse_critic_box(text) == expected
+    assert majority_vote([boxed_vote(text)]) == expected
 
 
 def test_majority_over_critics():
-    """Strings vote, texts without a box do not, the first seen wins a tie, a word can win and is
-    then no prediction.
-    """
-    assert majority_prediction([r"\boxed{2}", "nothing", r"\boxed{0}", r"\boxed{0}"]) == 0
-    assert majority_prediction([r"\boxed{2}", r"\boxed{0}"]) == 2
-    assert majority_prediction([r"\boxed{01}", r"\boxed{1}", r"\boxed{01}"]) == 1
-    assert majority_prediction([r"\boxed{x}", r"\boxed{x}", r"\boxed{1}"]) is None
-    assert majority_prediction(["nothing"]) is None
+    """Strings vote, None does not, the first seen wins a tie; a word that wins is not a prediction."""
+    assert majority_vote(["2", None, "0", "0"]) == 0
+    assert majority_vote(["2", "0"]) == 2
+    assert majority_vote(["01", "1", "01"]) == 1
+    assert majority_vote(["x", "x", "1"]) is None
+    assert majority_vote([None]) is None
 
 
 @pytest.mark.parametrize(
@@ -150,7 +145,7 @@ def test_majority_over_critics():
     [
         ({"label": None}, "'label' is None"),
         ({"label": True}, "'label' is True"),
-        ({"label": 2}, "'label' is 2, but must lie in -1..1"),
+        ({"label": 2}, "'label' is 2, but must be in -1..1"),
         ({"label": -2}, "'label' is -2"),
         ({"steps": []}, "'steps' must be a non-empty list"),
         ({"steps": ["a", 3]}, "'steps' must be a non-empty list of strings"),
@@ -194,7 +189,7 @@ def test_a_missing_field_is_named(tmp_path, field):
         ("[1" + "0" * 5000 + "]", "not valid JSON"),
     ],
 )
-def test_a_file_that_is_no_split_is_refused(tmp_path, text, message):
+def test_a_file_that_is_not_a_split_is_rejected(tmp_path, text, message):
     """Broken, empty, of another shape, or with a case twice (which would count twice)."""
     path = tmp_path / "split.json"
     path.write_text(text)
@@ -210,9 +205,7 @@ def test_a_file_that_is_no_split_is_refused(tmp_path, text, message):
 
 @pytest.mark.parametrize("split, num_error, num_correct", [("gsm8k", 207, 193), ("math", 594, 406)])
 def test_the_official_splits_load_and_score(split, num_error, num_correct):
-    """The published numbers of cases come out, a perfect predictor gets 1, guesses score as
-    naively.
-    """
+    """Case counts are the published ones, a perfect predictor gets 1, guesses score as naively."""
     path = DATA / f"{split}.json"
     if not path.exists():
         pytest.skip(f"{path} is not here: set SPARK_NEMO_DATA")
@@ -228,10 +221,8 @@ def test_the_official_splits_load_and_score(split, num_error, num_correct):
 
 
 @pytest.mark.parametrize("field", ["id", "problem"])
-def test_half_a_surrogate_pair_is_refused_where_it_is_read(tmp_path, field):
-    """No tokenizer can encode it: a model would have been asked about every case before this one
-    for nothing.
-    """
+def test_half_a_surrogate_pair_is_rejected_when_the_file_is_read(tmp_path, field):
+    """No tokenizer can encode it: an evaluation would fail after all cases before this one."""
     path = tmp_path / "split.json"
     path.write_text(json.dumps([{**ROW, field: "a \ud800"}]))
     with pytest.raises(

@@ -17,7 +17,11 @@ from spark_nemo.config import ConfigError, SamplingConfig
 from spark_nemo.engines.base import Engine, EngineFailure, EngineLost
 from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.evaluation import DataFileError, ProcessBenchCase
-from spark_nemo.evaluation.processbench_judges import Critic, RewardModelJudge, judge_processbench
+from spark_nemo.evaluation.processbench_judges import (
+    Critic,
+    RewardModelJudge,
+    evaluate_processbench,
+)
 from spark_nemo.evaluation.saved_predictions import score_saved_predictions
 from spark_nemo.grammar import prompt_set
 from spark_nemo.grammar.critic_prompt import critic_messages
@@ -58,7 +62,7 @@ def data_file(folder: Path, cases: dict[str, list[ProcessBenchCase]]) -> Path:
 
 
 def ask(engine: Engine, judge, cases, votes: int, output: Path, sampling: SamplingConfig = SAMPLED):
-    return judge_processbench(
+    return evaluate_processbench(
         ServedModel(engine, Bytes(), "id"), judge, cases, sampling, votes, 3, output
     )
 
@@ -152,7 +156,7 @@ def test_a_lost_engine_gives_no_score(tmp_path: Path) -> None:
         )
     dead = Scripted(lambda prompt, count: EngineFailure("gone"))
     dead.alive = False
-    with pytest.raises(EngineFailure, match="there is no score"):
+    with pytest.raises(EngineFailure, match="engine stopped"):
         ask(dead, Critic(), splits(0, -1), 1, tmp_path / "o.json")
     assert dead.closed and not (tmp_path / "o.json").exists()
 

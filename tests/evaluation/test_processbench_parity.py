@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spark_nemo.evaluation import ProcessBenchCase, read_processbench
-from spark_nemo.evaluation.processbench import boxed_vote, majority_prediction
+from spark_nemo.evaluation.processbench import boxed_vote, majority_vote
 from spark_nemo.evaluation.saved_predictions import score_saved_predictions, score_votes
 
 DATA = (
@@ -225,7 +225,7 @@ def test_a_tie_goes_to_the_string_seen_first(votes: list[str], winner: int | Non
     one that a word wins, which is then no prediction. The independent scorer must say so too.
     """
     texts = [f"\\boxed{{{vote}}}" for vote in votes]
-    assert majority_prediction(texts) == winner
+    assert majority_vote(map(boxed_vote, texts)) == winner
     assert all(
         independent_scorer.is_hit(texts, label) == (label == winner) for label in range(-2, 5)
     )

@@ -7,45 +7,35 @@ import pytest
 
 from spark_nemo.evaluation import (
     GradedSample,
-    accuracy_difference,
     f1_difference,
     f1_estimate,
-    greedy_accuracy,
     label_quality,
-    majority_at_k,
     mean_accuracy,
     mean_difference,
     mean_estimate,
-    pass_at_k,
     ratio_estimate,
     score_processbench,
 )
+from spark_nemo.evaluation.accuracy import greedy_values, majority_values, pass_at_k_values
 from spark_nemo.records import LabelEvidence, LabelledSolution, Solution
 
 
 def graded(table):
-    """{"p": "10"} becomes two samples of problem p, the first right; letters after a slash are
-    their answers.
+    """Make samples from marks: {"p": "10/xy"} is two samples of problem p, the first correct.
+
+    The letters after the slash are their answers, a dash is a missing answer.
     """
     rows = []
     for problem, spec in table.items():
         marks, _, answers = spec.partition("/")
-        rows += [
-            GradedSample(
-                problem,
-                k,
-                mark == "1",
-                (answers[k] if answers[k] != "-" else None) if answers else None,
-            )
-            for k, mark in enumerate(marks)
-        ]
+        for k, mark in enumerate(marks):
+            answer = answers[k : k + 1].strip("-") or None
+            rows.append(GradedSample(problem, k, mark == "1", answer))
     return rows
 
 
 def test_the_interval_of_a_mean_is_close_to_the_textbook_one():
-    """For 400 fair coins: half a standard normal width of 1.96 * 0.5 / 20. It does not test small
-    samples.
-    """
+    """400 fair coins have a half-width of 1.96 * 0.5 / 20."""
     values = np.arange(400) % 2
     estimate = mean_estimate(values, samples=4000)
     assert estimate.value == 0.5
@@ -58,9 +48,7 @@ def test_the_interval_of_a_mean_is_close_to_the_textbook_one():
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says():
-    """200 experiments of 100 draws with a known mean: a 95% interval holds it in 88% to 99% of
-    them.
-    """
+    """A 95% interval contains the known mean in 88% to 99% of 200 experiments."""
     rng = np.random.default_rng(1)
     covered = sum(
         e.low <= 0.3 <= e.high
@@ -70,9 +58,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 
 
 def test_pairing_narrows_the_interval_of_a_difference():
-    """Two models that err on the same cases: the paired interval excludes 0 where the separate ones
-    overlap.
-    """
+    """Two models that err on the same cases: paired, the interval excludes 0; separate ones overlap."""
     rng = np.random.default_rng(0)
     worse = rng.random(300) < 0.6
     better = worse | (rng.random(300) < 0.1)
@@ -84,9 +70,7 @@ def test_pairing_narrows_the_interval_of_a_difference():
 
 
 def test_a_ratio_resamples_whole_units():
-    """Steps of one solution stand or fall together, so the interval is wider than for independent
-    steps.
-    """
+    """Steps of one solution are correlated, so the interval is wider than for independent steps."""
     steps, right = np.full(50, 10), np.array([10, 0] * 25)
     clustered = ratio_estimate(right, steps)
     independent = mean_estimate(np.repeat([1, 0], 250))
@@ -125,9 +109,7 @@ def test_the_paired_f1_bootstrap_equals_one_that_draws_cases():
 
 
 def test_f1_estimate_averages_splits():
-    """The value is the mean of the splits' F1 and lies inside its interval; both models must know
-    the same cases.
-    """
+    """The value is the mean of the splits' F1 and is inside its interval."""
     one = score_processbench([-1, -1, 0, 0], [-1, 0, 0, None])
     two = score_processbench([-1, 2], [-1, 2])
     estimate = f1_estimate([one.hits, two.hits])
@@ -138,25 +120,15 @@ def test_f1_estimate_averages_splits():
 
 
 def test_avg_at_k_is_the_mean_of_the_problems():
-    """Two problems with 1 of 2 and 2 of 2; an uneven table is refused, greedy takes one sample
-    each.
-    """
+    """Two problems with 1 of 2 and 2 of 2; an uneven table is an error, greedy takes one sample."""
     assert mean_accuracy(graded({"a": "10", "b": "11"})).value == 0.75
-    assert greedy_accuracy(graded({"a": "1", "b": "0"})).value == 0.5
+    assert greedy_values(graded({"a": "1", "b": "0"})) == {"a": True, "b": False}
     with pytest.raises(ValueError, match="same number of samples"):
         mean_accuracy(graded({"a": "10", "b": "1"}))
     with pytest.raises(ValueError, match="takes one"):
-        greedy_accuracy(graded({"a": "10"}))
+        greedy_values(graded({"a": "10"}))
     with pytest.raises(ValueError, match="same number"):
         mean_accuracy(graded({"a": "1"}) + graded({"a": "0"}))
-
-
-def test_accuracy_difference_is_paired_by_problem():
-    """The order of the rows does not matter, the set of problems does."""
-    first, second = {"a": "11", "b": "10"}, {"b": "10", "a": "10"}
-    assert accuracy_difference(graded(first), graded(second)).value == 0.25
-    with pytest.raises(ValueError, match="different problems"):
-        accuracy_difference(graded(first), graded({"a": "11", "c": "00"}))
 
 
 @pytest.mark.parametrize("marks", ["00000", "10000", "11000", "11110", "11111"])
@@ -165,19 +137,20 @@ def test_pass_at_k_counts_all_subsets(marks, k):
     """Equal to drawing every subset of k samples and asking whether one is right."""
     subsets = list(combinations(marks, k))
     expected = sum("1" in subset for subset in subsets) / len(subsets)
-    assert pass_at_k(graded({"p": marks}), k).value == pytest.approx(expected)
+    assert pass_at_k_values(graded({"p": marks}), k)["p"] == pytest.approx(expected)
 
 
 def test_majority_at_k():
-    """Most frequent answer of the first k; no-answers do not vote; first seen wins ties; nobody
-    voting is wrong.
+    """The most frequent answer of the first k decides.
+
+    Samples without an answer do not vote, the first seen wins a tie, and no votes is wrong.
     """
-    assert majority_at_k(graded({"p": "011/xyy"}), 3).value == 1
-    assert majority_at_k(graded({"p": "011/xyy"}), 2).value == 0
-    assert majority_at_k(graded({"p": "0001/---y"}), 4).value == 1
-    assert majority_at_k(graded({"p": "00/--"}), 2).value == 0
+    assert majority_values(graded({"p": "011/xyy"}), 3) == {"p": True}
+    assert majority_values(graded({"p": "011/xyy"}), 2) == {"p": False}
+    assert majority_values(graded({"p": "0001/---y"}), 4) == {"p": True}
+    assert majority_values(graded({"p": "00/--"}), 2) == {"p": False}
     with pytest.raises(ValueError, match="maj@3"):
-        majority_at_k(graded({"p": "00/--"}), 3)
+        majority_values(graded({"p": "00/--"}), 3)
 
 
 def labelled(key, labels):
@@ -188,9 +161,7 @@ def labelled(key, labels):
 
 
 def test_label_quality_counts_steps_first_errors_and_what_was_kept():
-    """Three of four solutions kept: 6 of 7 steps right, every first error right. Then one wrong
-    label.
-    """
+    """Three of four solutions kept: 6 of 7 steps correct, every first error. Then one wrong label."""
     truths = {"a": [1, 0, 0], "b": [1, 1], "c": [0, 0], "d": [1]}
     quality = label_quality(
         [labelled("a", [1, 0, 1]), labelled("b", [1, 1]), labelled("c", [0, 0])], truths
@@ -202,10 +173,8 @@ def test_label_quality_counts_steps_first_errors_and_what_was_kept():
     assert (quality.step_accuracy.value, quality.first_error_accuracy.value) == (0.5, 0)
 
 
-def test_label_quality_refuses_what_it_cannot_compare():
-    """A label without a truth or with another number of steps; nothing kept has no accuracy rather
-    than 0.
-    """
+def test_label_quality_rejects_labels_that_do_not_match_their_truth():
+    """A label without a truth, or with another number of steps, is an error; none kept is not 0."""
     with pytest.raises(ValueError, match="no true step labels"):
         label_quality([labelled("x", [1])], {"a": [1]})
     with pytest.raises(ValueError, match="1 labelled steps, 2 true"):

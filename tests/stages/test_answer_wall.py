@@ -93,8 +93,7 @@ KEY_NAMES = {
     "read_math_sets",
     "answer_matches",
     "grade_answers",
-    "judge_answer",
-    "judge_answers",
+    "grade_answer",
 }
 KEY_FIELDS = {
     "answer",

@@ -335,7 +335,7 @@ def test_an_answer_that_nobody_could_compare_is_no_reward(tmp_path, monkeypatch)
     path.write_text('{"problem_id": "p", "answer": "7"}\n')
     says = {"7": AnswerGrade.EQUAL, "8": AnswerGrade.TIMEOUT, None: AnswerGrade.CRASHED}
     monkeypatch.setattr(
-        rl_session, "judge_answers", lambda pairs: [says[answer] for answer, _ in pairs]
+        rl_session, "grade_answers", lambda pairs: [says[answer] for answer, _ in pairs]
     )
     checker = rl_session.answer_checker(
         SparkConfig(rl=RLConfig(reward="rlvr"), data=DataConfig(rl_answers=str(path)))
