@@ -1,16 +1,22 @@
-"""The losses of stages II and III: sums over positions, so that micro-batching and data parallelism
-cannot change them.
+"""The GRPO loss. ``grpo_loss`` is the entry; every term of it is a pure function of this file.
 
-The trainer divides the sum over all micro-batches and ranks of one optimizer step by N, the step's
-number of loss tokens. Each loss here is ``sum_t w_t * loss_t`` with weights chosen so that this
-quotient is the mean that was meant:
+Each response token t of sequence s contributes
 
-* token_mean    ``1/N sum_s sum_t loss_st``            -> w_st = 1
-* sequence_mean ``1/S sum_s 1/R_s sum_t loss_st``      -> w_st = N / (S * R_s), since (1/N) * w_st = 1 / (S * R_s)
-* length_constant ``1/S sum_s 1/L sum_t loss_st``       -> w_st = N / (S * L), L the longest response allowed (Dr.GRPO)
+    w_s * (rho_st * -min(r_st A_st, clip(r_st, 1 - clip_low, 1 + clip_high) A_st) + kl_coef * KL_st)
 
-The weights come from the lengths R_s of *all* S sequences of the step (``aggregation_weights``),
-never from those of one micro-batch; hence any split gives the same number.
+* A: advantage (``training/advantages.py``, ``training/step_advantages.py``)
+* r: ratio of current to old policy, per token or per sequence (``sequence_log_ratio``, GSPO)
+* min, clip: PPO's clipped surrogate (``clipped_surrogate``)
+* rho: truncated importance weight between trainer and engine (``importance_weights``)
+* KL: estimate of KL(policy, reference) (``kl_estimate``)
+* w: makes the result a mean over tokens, sequences or a constant length (``aggregation_weights``)
+
+``training/grpo.py`` computes the inputs and makes the optimizer steps.
+
+The loss is a sum over positions, and the trainer divides the sum over all micro-batches and ranks
+of one optimizer step by N, the step's number of loss tokens. The weights w make this quotient the
+intended mean; they come from all sequences of the step, so no split into micro-batches or ranks
+changes the result.
 """
 
 from __future__ import annotations
@@ -22,14 +28,12 @@ from torch import Tensor
 
 from spark_nemo.config import RLConfig
 from spark_nemo.megatron.packed_batch import PackedBatch
-from spark_nemo.megatron.worker import LossFn
 
 DEFAULT_CLIP = 0.2
 MAX_LOG_RATIO = 20.0
-"""Bound on |log ratio| before exp, as in verl: one freak token must give a large loss, not an
-infinite one.
-"""
+"""Bound on |log ratio| before exp, as in verl: an outlier token gives a large loss, not inf."""
 
+# Keys of ``PackedBatch.extras``.
 ADVANTAGES = "advantages"
 WEIGHTS = "weights"
 ENGINE_LOGPROBS = "engine_logprobs"
@@ -37,47 +41,90 @@ OLD_LOGPROBS = "old_logprobs"
 REFERENCE_LOGPROBS = "reference_logprobs"
 
 
-def aggregation_weights(
-    aggregation: str,
-    response_lengths: Sequence[int],
-    max_length: int | None = None,
-) -> list[float]:
-    """Per-sequence weight of every token of that sequence (see the module's docstring).
+def grpo_loss(
+    logprobs_T: Tensor,
+    entropy_T: Tensor | None,
+    batch: PackedBatch,
+    *,
+    config: RLConfig,
+    running_max: dict[str, Tensor] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss of one micro-batch and its metrics, both summed over the loss tokens.
 
-    ``max_length`` is L, read by length_constant only, which has no length bias (arXiv 2503.20783,
-    its section 3.1): under it alone the weights' mean over tokens is not 1. Raises ``ValueError``
-    when it is missing there.
+    A ``megatron.worker.LossFn`` once ``config`` is bound with ``functools.partial``. Source:
+    DeepSeekMath, arXiv 2402.03300, equation 3; the module's docstring lists the terms.
+
+    ``batch.extras`` holds ADVANTAGES, WEIGHTS and ENGINE_LOGPROBS; REFERENCE_LOGPROBS when there is
+    a KL term; OLD_LOGPROBS when the policy has changed since the rollout. Without OLD_LOGPROBS the
+    old policy is the current one: the ratio is exactly 1 and only its gradient matters. Positions
+    outside the loss mask contribute nothing, whatever values (NaN included) they hold.
+
+    The metric ``engine_kl`` estimates KL(engine, trainer) from the engine's samples (k3). Metrics
+    are sums, so maxima go into ``running_max``, which keeps the largest value over all calls.
     """
-    tokens, sequences = sum(response_lengths), len(response_lengths)
-    match aggregation:
-        case "token_mean":
-            return [1.0] * sequences
-        case "sequence_mean":
-            return [tokens / (sequences * length) for length in response_lengths]
-        case "length_constant":
-            if max_length is None:
-                raise ValueError(
-                    "loss_aggregation=length_constant needs max_length, the longest response allowed"
-                )
-            return [tokens / (sequences * max_length)] * sequences
-    raise ValueError(
-        f"loss_aggregation={aggregation!r}: choose token_mean, sequence_mean or length_constant"
+    inside_T = batch.loss_mask_T > 0
+
+    def masked(values_T: Tensor) -> Tensor:
+        return torch.where(inside_T, values_T, 0.0)
+
+    extras = {name: masked(values_T) for name, values_T in batch.extras.items()}
+    logprobs_T = masked(logprobs_T)
+    old_T = extras.get(OLD_LOGPROBS, logprobs_T.detach())
+    engine_T = extras[ENGINE_LOGPROBS]
+
+    log_ratio_T = logprobs_T - old_T
+    if config.importance_sampling_level == "sequence":
+        log_ratio_T = masked(sequence_log_ratio(log_ratio_T, inside_T, batch.cu_seqlens_N))
+    log_ratio_T = log_ratio_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio_T = log_ratio_T.exp()
+    loss_T, at_low_T, at_high_T = clipped_surrogate(
+        ratio_T,
+        extras[ADVANTAGES],
+        clip_low=DEFAULT_CLIP if config.clip_low is None else config.clip_low,
+        clip_high=DEFAULT_CLIP if config.clip_high is None else config.clip_high,
     )
+    mismatch_T = (old_T - engine_T).abs()
+    metrics_T = {
+        "clip_fraction_low": at_low_T,
+        "clip_fraction_high": at_high_T,
+        "approx_kl": ratio_T - 1 - log_ratio_T,
+        "ratio_mean": ratio_T,
+        "engine_logprob_diff_mean": mismatch_T,
+        "engine_kl": kl_estimate(engine_T, old_T, "k3"),
+    }
+    if config.tis_clip is not None:
+        importance_T = importance_weights(old_T, engine_T, config.tis_clip)
+        loss_T = importance_T * loss_T
+        metrics_T["importance_mean"] = importance_T
+        metrics_T["importance_capped"] = importance_T >= config.tis_clip
+    if config.kl_estimator != "none":
+        kl_T = kl_estimate(logprobs_T, extras[REFERENCE_LOGPROBS], config.kl_estimator)
+        loss_T = loss_T + config.kl_coef * kl_T
+        metrics_T["reference_kl"] = kl_T
+    if entropy_T is not None:
+        metrics_T["entropy"] = entropy_T
+    if running_max is not None:
+        _update_max(running_max, "ratio_max", masked(ratio_T))
+        _update_max(running_max, "engine_logprob_diff_max", mismatch_T)
+
+    loss_sum = (extras[WEIGHTS] * loss_T).sum()
+    metric_sums = {
+        name: masked(values_T.detach().float()).sum() for name, values_T in metrics_T.items()
+    }
+    return loss_sum, metric_sums
 
 
 def sequence_log_ratio(log_ratio_T: Tensor, inside_T: Tensor, cu_seqlens_N: Tensor) -> Tensor:
-    """``log s_i = 1/R_i sum_t log ratio_t`` of every sequence, at each of its positions, with the
-    token's own gradient.
+    """Return GSPO's length-normalised log ratio ``1/R_s sum_t log r_st`` at each position.
 
-    GSPO's length-normalised ratio in its token form ``sg[s_i] pi_t / sg[pi_t]``. Source: arXiv
-    2507.18071, equations 7 and 14. The value is s_i on every token. Where advantage, weight and
-    importance are the same on all tokens of a sequence, the gradient is that of the sequence form
-    too; otherwise each token keeps its own. ``log_ratio_T`` is 0 outside the loss (``inside_T``).
+    Source: arXiv 2507.18071, equations 7 and 14, in the token form ``sg[s] pi_t / sg[pi_t]``: the
+    value is the same on every token of a sequence, the gradient is the token's own. Where
+    advantage, weight and importance are constant over a sequence, this is also the gradient of the
+    sequence form. ``log_ratio_T`` must be 0 outside the loss (``inside_T``).
     """
     ends_N = cu_seqlens_N[1:].to(torch.int64)
-    sequence_T = torch.bucketize(
-        torch.arange(log_ratio_T.numel(), device=log_ratio_T.device), ends_N, right=True
-    )
+    positions_T = torch.arange(log_ratio_T.numel(), device=log_ratio_T.device)
+    sequence_T = torch.bucketize(positions_T, ends_N, right=True)
     detached_T = log_ratio_T.detach()
     zeros_N = detached_T.new_zeros(ends_N.numel())
     sum_N = zeros_N.index_add(0, sequence_T, detached_T)
@@ -91,12 +138,10 @@ def clipped_surrogate(
     clip_low: float,
     clip_high: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """PPO's pessimistic loss ``-min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)`` per
-    position.
+    """Return PPO's loss ``-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)`` per position.
 
-    Source: arXiv 1707.06347, equation 7; two separate bounds as in DAPO, arXiv 2503.14476, equation
-    10. Also returns two boolean masks: where the lower and where the upper bound switches the
-    gradient off.
+    Source: arXiv 1707.06347, equation 7; separate bounds as in DAPO, arXiv 2503.14476, equation 10.
+    Also returns two boolean masks: where the lower and where the upper bound zeroes the gradient.
     """
     clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high)
     loss_T = -torch.minimum(ratio_T * advantages_T, clipped_T * advantages_T)
@@ -105,16 +150,28 @@ def clipped_surrogate(
     return loss_T, at_low_T, at_high_T
 
 
+def importance_weights(trainer_T: Tensor, engine_T: Tensor, cap: float) -> Tensor:
+    """Return truncated importance weights ``min(exp(log trainer - log engine), cap)``, detached.
+
+    They correct for the engine, whose kernels and precision differ from the trainer's, having
+    sampled from a slightly different policy. Source: Yao et al. 2025, "Your Efficient RL Framework
+    Secretly Brings You Off-Policy RL Training".
+    """
+    return (trainer_T - engine_T).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap)
+
+
 def kl_estimate(logprobs_T: Tensor, reference_T: Tensor, estimator: str) -> Tensor:
-    """Per-token estimate of KL(policy, reference) from tokens the policy sampled. Source: Schulman
-    2020, http://joschu.net/blog/kl-approx.html. With ``d = log policy - log reference``:
+    """Return a per-token estimate of KL(policy, reference) on tokens sampled from the policy.
 
-    * k1 = d: unbiased, may be negative. In a loss its expected gradient is 0: a metric, or a control experiment.
-    * k2 = d^2 / 2: biased value, but its gradient is an unbiased estimate of the KL's gradient.
-    * k3 = exp(-d) - 1 + d: unbiased and never negative (verl's ``low_var_kl``, the paper's choice). As a loss term its
-      expected gradient is that of KL(reference, policy), the other direction.
+    Source: Schulman 2020, http://joschu.net/blog/kl-approx.html. With ``d = log policy - log
+    reference``:
 
-    |d| is bounded by ``MAX_LOG_RATIO`` inside k3's exp only.
+    * k1 = d: unbiased, may be negative. As a loss its expected gradient is 0: a control experiment.
+    * k2 = d^2 / 2: biased, but its gradient is an unbiased estimate of the KL's gradient.
+    * k3 = exp(-d) - 1 + d: unbiased, never negative (verl's ``low_var_kl``, the paper's choice). As
+      a loss its expected gradient is that of the other direction, KL(reference, policy).
+
+    k3 bounds |d| by ``MAX_LOG_RATIO`` inside the exp.
     """
     difference_T = logprobs_T - reference_T
     match estimator:
@@ -127,86 +184,43 @@ def kl_estimate(logprobs_T: Tensor, reference_T: Tensor, estimator: str) -> Tens
     raise ValueError(f"kl_estimator={estimator!r}: choose k1, k2 or k3")
 
 
-def importance_weights(trainer_T: Tensor, engine_T: Tensor, cap: float) -> Tensor:
-    """Truncated importance sampling: ``min(exp(trainer logprob - engine logprob), cap)``, detached.
+def aggregation_weights(
+    aggregation: str,
+    response_lengths: Sequence[int],
+    max_length: int | None = None,
+) -> list[float]:
+    """Return one weight per sequence, which makes the trainer's ``sum / N`` the intended mean.
 
-    Corrects that the engine, whose kernels and precision differ, sampled from a slightly different
-    policy. Source: Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL
-    Training".
+    With S sequences of R_s response tokens and N = sum of R_s:
+
+    * token_mean       ``1/N sum_s sum_t loss_st``        -> w_s = 1
+    * sequence_mean    ``1/S sum_s 1/R_s sum_t loss_st``  -> w_s = N / (S * R_s)
+    * length_constant  ``1/S sum_s 1/L sum_t loss_st``    -> w_s = N / (S * L)
+
+    ``max_length`` is L, the longest response allowed; only length_constant reads it and raises
+    ``ValueError`` without it. Source: Dr. GRPO, arXiv 2503.20783, section 3.1: a constant divisor
+    removes the bias towards long wrong responses. Only its weights do not average to 1 over tokens.
     """
-    return (trainer_T - engine_T).detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().clamp(max=cap)
+    num_tokens = sum(response_lengths)
+    num_sequences = len(response_lengths)
+    match aggregation:
+        case "token_mean":
+            return [1.0] * num_sequences
+        case "sequence_mean":
+            return [num_tokens / (num_sequences * length) for length in response_lengths]
+        case "length_constant":
+            if max_length is None:
+                raise ValueError(
+                    "loss_aggregation=length_constant needs max_length, the longest response allowed"
+                )
+            return [num_tokens / (num_sequences * max_length)] * num_sequences
+    raise ValueError(
+        f"loss_aggregation={aggregation!r}: choose token_mean, sequence_mean or length_constant"
+    )
 
 
-def make_grpo_loss(config: RLConfig, maxima: dict[str, Tensor] | None = None) -> LossFn:
-    """The GRPO loss of ``config`` over packed responses; its advantages come with the batch.
-
-    Per position: ``weight * (importance * surrogate + kl_coef * kl)``, with ``extras`` ADVANTAGES
-    and WEIGHTS always, ENGINE_LOGPROBS always, OLD_LOGPROBS when given (else the current
-    log-probabilities, detached: the ratio is then exactly 1 and only its gradient matters),
-    REFERENCE_LOGPROBS when ``config.kl_estimator`` is not none. Positions outside the loss mask
-    contribute nothing, whatever values they hold.
-
-    Metrics are sums over the loss tokens; ``engine_kl`` estimates KL(engine, trainer) from the
-    engine's samples (k3). The largest ratio and the largest |trainer - engine| difference seen
-    since are left in ``maxima`` when given, for they are no sums. ``config.importance_sampling_level`` says whether the
-    ratio that is clipped is each token's or its sequence's (``sequence_log_ratio``); the metrics
-    are of the one used.
-    """
-    clip_low = DEFAULT_CLIP if config.clip_low is None else config.clip_low
-    clip_high = DEFAULT_CLIP if config.clip_high is None else config.clip_high
-
-    def grpo_loss(
-        logprobs_T: Tensor,
-        entropy_T: Tensor | None,
-        batch: PackedBatch,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        inside_T = batch.loss_mask_T > 0
-
-        def masked(values_T: Tensor) -> Tensor:
-            return torch.where(inside_T, values_T, 0.0)
-
-        extras = {name: masked(values_T) for name, values_T in batch.extras.items()}
-        logprobs_T = masked(logprobs_T)
-        old_T = extras.get(OLD_LOGPROBS, logprobs_T.detach())
-        log_ratio_T = logprobs_T - old_T
-        if config.importance_sampling_level == "sequence":
-            log_ratio_T = masked(sequence_log_ratio(log_ratio_T, inside_T, batch.cu_seqlens_N))
-        log_ratio_T = log_ratio_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
-        ratio_T = log_ratio_T.exp()
-        loss_T, at_low_T, at_high_T = clipped_surrogate(
-            ratio_T, extras[ADVANTAGES], clip_low, clip_high
-        )
-        mismatch_T = (old_T - extras[ENGINE_LOGPROBS]).abs()
-        metrics_T = {
-            "clip_fraction_low": at_low_T,
-            "clip_fraction_high": at_high_T,
-            "approx_kl": ratio_T - 1 - log_ratio_T,
-            "ratio_mean": ratio_T,
-            "engine_logprob_diff_mean": mismatch_T,
-            "engine_kl": kl_estimate(extras[ENGINE_LOGPROBS], old_T, "k3"),
-        }
-        if config.tis_clip is not None:
-            importance_T = importance_weights(old_T, extras[ENGINE_LOGPROBS], config.tis_clip)
-            loss_T = importance_T * loss_T
-            metrics_T["importance_mean"] = importance_T
-            metrics_T["importance_capped"] = importance_T >= config.tis_clip
-        if config.kl_estimator != "none":
-            kl_T = kl_estimate(logprobs_T, extras[REFERENCE_LOGPROBS], config.kl_estimator)
-            loss_T = loss_T + config.kl_coef * kl_T
-            metrics_T["reference_kl"] = kl_T
-        if entropy_T is not None:
-            metrics_T["entropy"] = entropy_T
-        if maxima is not None:
-            _keep_max(maxima, ratio_max=masked(ratio_T), engine_logprob_diff_max=mismatch_T)
-        loss_sum = (extras[WEIGHTS] * loss_T).sum()
-        return loss_sum, {
-            name: masked(values_T.detach().float()).sum() for name, values_T in metrics_T.items()
-        }
-
-    return grpo_loss
-
-
-def _keep_max(maxima: dict[str, Tensor], **values: Tensor) -> None:
-    for name, values_T in values.items():
-        largest = values_T.detach().max()
-        maxima[name] = torch.maximum(maxima[name], largest) if name in maxima else largest
+def _update_max(running_max: dict[str, Tensor], name: str, values_T: Tensor) -> None:
+    largest = values_T.detach().max()
+    if name in running_max:
+        largest = torch.maximum(running_max[name], largest)
+    running_max[name] = largest

@@ -1,6 +1,7 @@
 """From rollouts to optimizer steps, on a bigram model."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from spark_nemo.config import RLConfig, SamplingConfig
 from spark_nemo.records import Problem, Rollout
 from spark_nemo.training.advantages import group_advantages
 from spark_nemo.training.grpo import build_sequences, split_by_groups, train_on_rollouts
-from spark_nemo.training.grpo_loss import make_grpo_loss
+from spark_nemo.training.grpo_loss import grpo_loss
 from spark_nemo.training.packing import pack, pack_for_rank
 
 GROUPS = (0, 0, 1, 1, 1, 2, 2)
@@ -90,7 +91,7 @@ def test_ranks_together_make_the_gradient_of_one_process(aggregation, dp_size, s
         for rank in range(dp_size)
         for b in pack_for_rank(sequences, 8, rank, dp_size).micro_batches
     ]
-    together.train_step(micro_batches, make_grpo_loss(config))
+    together.train_step(micro_batches, partial(grpo_loss, config=config))
     torch.testing.assert_close(together.grads[0], alone.grads[0])
 
 
@@ -106,7 +107,7 @@ def test_leaving_out_zero_advantages_does_not_change_the_gradient(aggregation):
     metrics = step(short, rollouts, advantages_N, valid_N, config)
     full.train_step(
         pack(build_sequences(rollouts, advantages_N, aggregation), 8).micro_batches,
-        make_grpo_loss(config),
+        partial(grpo_loss, config=config),
     )
     torch.testing.assert_close(short.grads[0], full.grads[0])
     assert metrics["computed_fraction"] == 2 / 7
@@ -122,7 +123,7 @@ def test_an_advantage_of_zero_on_the_first_token_alone_does_not_leave_a_rollout_
     metrics = step(short, rollouts, rows, valid_N)
     full.train_step(
         pack(build_sequences(rollouts, rows, "token_mean"), 8).micro_batches,
-        make_grpo_loss(RLConfig(tis_clip=None)),
+        partial(grpo_loss, config=RLConfig(tis_clip=None)),
     )
     torch.testing.assert_close(short.grads[0], full.grads[0])
     assert metrics["computed_fraction"] == 5 / 7

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ from spark_nemo.training.grpo_loss import (
     WEIGHTS,
     aggregation_weights,
     clipped_surrogate,
+    grpo_loss,
     importance_weights,
     kl_estimate,
-    make_grpo_loss,
 )
 from spark_nemo.training.packing import TrainSequence, pack
 
@@ -73,7 +74,7 @@ def test_the_loss_does_not_depend_on_micro_batching(aggregation, ratio):
     """One pack, a few, or one sequence each: equal loss and metrics up to float rounding. Ranks are
     but another cut.
     """
-    loss_fn = make_grpo_loss(replace(CONFIG, importance_sampling_level=ratio))
+    loss_fn = partial(grpo_loss, config=replace(CONFIG, importance_sampling_level=ratio))
     sequences = random_sequences(aggregation)
     loss, metrics = loss_and_metrics(sequences, 1000, loss_fn)
     for budget in (1, 7, 12):
@@ -101,7 +102,7 @@ def test_the_aggregations_are_the_means_they_are_called(aggregation):
         expected = sum(map(sum, per_sequence)) / sum(map(len, per_sequence))
     else:
         expected = sum(sum(tokens) / len(tokens) for tokens in per_sequence) / len(per_sequence)
-    loss, _ = loss_and_metrics(sequences, 9, make_grpo_loss(CONFIG))
+    loss, _ = loss_and_metrics(sequences, 9, partial(grpo_loss, config=CONFIG))
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
@@ -182,7 +183,7 @@ def test_zero_advantage_and_positions_outside_the_mask_move_nothing():
     outside_T = batch.loss_mask_T == 0
     new_T = batch.extras["new"].masked_fill(outside_T, math.nan).requires_grad_()
     batch.extras[ENGINE_LOGPROBS][outside_T] = math.nan
-    loss, metrics = make_grpo_loss(RLConfig())(new_T, None, batch)
+    loss, metrics = grpo_loss(new_T, None, batch, config=RLConfig())
     loss.backward()
     assert torch.equal(new_T.grad != 0, ~first_T & ~outside_T)
     assert math.isfinite(float(loss))
@@ -197,7 +198,9 @@ def test_without_old_logprobs_the_ratio_is_one_and_the_gradient_reinforce():
     del batch.extras[OLD_LOGPROBS]
     new_T = batch.extras["new"].clone().requires_grad_()
     maxima = {}
-    loss, metrics = make_grpo_loss(RLConfig(tis_clip=None), maxima)(new_T, None, batch)
+    loss, metrics = grpo_loss(
+        new_T, None, batch, config=RLConfig(tis_clip=None), running_max=maxima
+    )
     loss.backward()
     torch.testing.assert_close(new_T.grad, -batch.extras[ADVANTAGES] * batch.loss_mask_T)
     assert float(metrics["ratio_mean"]) == float(batch.loss_mask_T.sum())

@@ -12,6 +12,7 @@ import ast
 import inspect
 import sys
 import textwrap
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -26,7 +27,7 @@ from spark_nemo.training.grpo_loss import (
     REFERENCE_LOGPROBS,
     WEIGHTS,
     aggregation_weights,
-    make_grpo_loss,
+    grpo_loss,
 )
 from spark_nemo.training.packing import TrainSequence, pack
 
@@ -115,7 +116,7 @@ def our_loss(mask_NT, advantages_N, rows, aggregation, ratio):
     ]
     packed = pack(sequences, 12)
     new = [batch.extras["new"].clone().requires_grad_() for batch in packed.micro_batches]
-    loss_fn = make_grpo_loss(config)
+    loss_fn = partial(grpo_loss, config=config)
     loss = sum(
         loss_fn(row_T, None, batch)[0] for row_T, batch in zip(new, packed.micro_batches)
     ) / sum(lengths)
