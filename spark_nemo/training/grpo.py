@@ -66,12 +66,13 @@ def train_on_rollouts(
     has_kl = config.kl_estimator != "none"
     if has_kl and reference is None:
         raise ValueError(
-            f"rl.kl_estimator={config.kl_estimator} needs a reference snapshot: pass worker.snapshot()"
+            f"rl.kl_estimator={config.kl_estimator}: the reference weights are missing; pass "
+            "reference=worker.snapshot()"
         )
     kept = [i for i, rollout in enumerate(rollouts) if bool(valid_N[i]) and rollout.response_ids]
     if not kept:
         raise ValueError(
-            f"none of the {len(rollouts)} rollouts is valid and has tokens: nothing to train on"
+            f"none of the {len(rollouts)} rollouts is valid and has tokens; nothing to train on"
         )
     minibatches = _minibatches([rollouts[i] for i in kept], [advantages[i] for i in kept], config)
     packed = [

@@ -211,7 +211,8 @@ def aggregation_weights(
         case "length_constant":
             if max_length is None:
                 raise ValueError(
-                    "loss_aggregation=length_constant needs max_length, the longest response allowed"
+                    "loss_aggregation=length_constant: max_length, the longest response allowed, "
+                    "is missing"
                 )
             return [num_tokens / (num_sequences * max_length)] * num_sequences
     raise ValueError(
