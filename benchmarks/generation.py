@@ -26,9 +26,10 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
+from serve_batch import generate_all
 from transformers import Qwen2Config, Qwen2ForCausalLM, logging
 
-from spark_nemo.engines import GenerationRequest, SamplingParams, generate_all, run_async
+from spark_nemo.engines import GenerationRequest, SamplingParams, run_async
 from spark_nemo.engines.local import LocalEngine
 
 

@@ -30,9 +30,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from serve_batch import generate_all
 
 from spark_nemo.config import MegatronConfig, OptimizerConfig, RLConfig
-from spark_nemo.engines.async_utils import generate_all, run_async
+from spark_nemo.engines.async_utils import run_async
 from spark_nemo.engines.base import GenerationRequest, SamplingParams
 from spark_nemo.engines.local import LocalEngine
 from spark_nemo.megatron.worker import MegatronWorker

@@ -47,8 +47,9 @@ from typing import NamedTuple
 
 import aiohttp
 from aiohttp import web
+from serve_batch import generate_all
 
-from spark_nemo.engines import Generation, GenerationRequest, SamplingParams, generate_all
+from spark_nemo.engines import Generation, GenerationRequest, SamplingParams
 from spark_nemo.engines.async_utils import freeze_heap
 from spark_nemo.engines.sglang import SglangServer
 from spark_nemo.toy.resolve import ASSETS

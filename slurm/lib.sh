@@ -94,7 +94,7 @@ load_site() {
     # Stage I, stage II's score and evaluations start their servers themselves, from the same environment.
     if [[ -n ${ROLLOUT_PYTHON:-} ]]; then export SPARK_SGLANG_PYTHON=${SPARK_SGLANG_PYTHON:-$ROLLOUT_PYTHON}; fi
     : "${ROLLOUT_PYTHON:=$PYTHON}"
-    : "${SERVER_PROGRAM:=$ROOT/spark_nemo/engines/sglang/serve.py}"
+    : "${SERVER_PROGRAM:=$ROOT/spark_nemo/engines/server_wrapper.py}"
     # Of the shell that sbatch was typed in, when that was a step of another job: this job has other CPUs.
     unset "${!SLURM_CPU_BIND@}"
     # Slurm 22.05 and later do not hand the allocation's cpus-per-task to srun.

@@ -1,6 +1,6 @@
-"""Engines: one interface, the embedded engine behind it, and the helpers every caller uses."""
+"""Engines: one interface, the engines behind it, and the helpers that every caller uses."""
 
-from .async_utils import generate_all, run_async
+from .async_utils import run_async
 from .base import (
     Engine,
     EngineFailure,
@@ -28,6 +28,5 @@ __all__ = [
     "Tokenizer",
     "TokenizerError",
     "build_engine",
-    "generate_all",
     "run_async",
 ]

@@ -1,8 +1,8 @@
-"""The one interface every engine has: embedded here, SGLang and vLLM over HTTP later.
+"""The interface of every engine: embedded, an SGLang or vLLM server, or a fleet of servers.
 
-Token ids go in and come out; an engine never sees text. Log-probabilities are those of the
-distribution the token was drawn from *after* temperature and before top-p/top-k cutting (SGLang's
-meaning), so trainer and engine can be compared.
+Token ids go in and come out; an engine never sees text. A log-probability is that of the
+distribution the token was drawn from, after temperature and before top-p and top-k. This is
+SGLang's meaning, so that log-probabilities of trainer and engine can be compared.
 """
 
 from __future__ import annotations
@@ -24,30 +24,26 @@ class FinishReason(StrEnum):
 
 
 class EngineFailure(RuntimeError):
-    """A request the engine could not serve (bad ids, too long, engine closed). Callers turn it into
-    EngineError.
+    """A request that the engine failed to serve: invalid ids, too long, or the engine was closed.
+
+    Callers record it as an ``EngineError``, never as a score.
     """
 
 
 class EngineUnavailable(EngineFailure):
-    """This engine cannot serve just now (died, hung, unreachable, shut down), but another one
-    could: safe to redo.
-    """
+    """A failure of this engine, not of the request: another engine could serve it."""
 
 
 class EngineLost(EngineFailure):
-    """Nothing is left that could serve any request: a run must stop on it and not count it as one
-    failed request.
-    """
+    """No engine is left: a run must stop on it and not count it as one failed request."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to draw tokens. ``temperature=0`` is greedy; ``top_p=1`` and ``top_k=0`` switch those
-    cuts off.
+    """How to draw tokens.
 
-    ``seed`` makes a request's draws independent of what else is in the batch; None draws fresh
-    randomness.
+    ``temperature=0`` is greedy; ``top_p=1`` and ``top_k=0`` switch those cuts off. A ``seed`` makes
+    a request's draws independent of what else is in the batch; None draws fresh randomness.
     """
 
     max_new_tokens: int
@@ -78,22 +74,19 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What was sampled. The terminating stop token, when there is one, is the last of
-    ``token_ids``.
-
-    ``logprobs`` are in nats; ``weight_versions`` holds the version of the weights that sampled each
-    token.
-    """
+    """The sampled tokens. A stop token that ended the generation is the last of ``token_ids``."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
+    """Nats."""
     weight_versions: tuple[int, ...]
+    """Version of the weights that sampled each token."""
     finish_reason: FinishReason
 
 
 @dataclass(frozen=True, slots=True)
 class EngineHealth:
-    """A snapshot: is it alive, is it paused, what is in flight, and which weights does it serve."""
+    """A snapshot of an engine's state."""
 
     alive: bool
     paused: bool
@@ -103,15 +96,56 @@ class EngineHealth:
     tokens_generated: int
 
 
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """Bounds of the requests that an engine can serve without harm.
+
+    Ids outside the vocabulary would spoil a whole batch. SGLang dies of them or, if they are in the
+    padding of its embedding, serves them.
+    """
+
+    vocab_size: int
+    max_context: int
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 1:
+            raise ValueError(f"vocab_size={self.vocab_size}: must be at least 1")
+        if self.max_context < 2:
+            raise ValueError(
+                f"max_context={self.max_context}: must hold a prompt token and a new one"
+            )
+
+    def check(self, request: GenerationRequest) -> None:
+        """Raise ``EngineFailure`` for a request that a server would reject, cut short or die of."""
+        prompt = request.prompt_ids
+        new_tokens = request.sampling.max_new_tokens
+        if not prompt:
+            raise EngineFailure("the prompt is empty: give at least one token id")
+        if len(prompt) + new_tokens > self.max_context:
+            raise EngineFailure(
+                f"prompt of {len(prompt)} tokens + max_new_tokens={new_tokens} is "
+                f"{len(prompt) + new_tokens}, over the context of {self.max_context}: shorten one "
+                "or raise engine.max_context"
+            )
+        self._check_ids("prompt", prompt)
+        self._check_ids("stop", request.sampling.stop_token_ids)
+
+    def _check_ids(self, what: str, token_ids: tuple[int, ...]) -> None:
+        for token in token_ids:
+            if not 0 <= token < self.vocab_size:
+                raise EngineFailure(
+                    f"{what} token id {token} is outside the vocabulary of {self.vocab_size}"
+                )
+
+
 class Engine(abc.ABC):
-    """A served causal language model. One event loop owns an engine; ``generate`` may be awaited
-    many times at once.
+    """A served causal language model.
+
+    One event loop owns an engine; ``generate`` may be awaited many times at once.
     """
 
     max_in_flight: int | None = None
-    """So many requests are sent at once, the others wait in ``generate``; None when there is no
-    such bound.
-    """
+    """Maximum concurrent requests; a fleet queues further ones. None means unbounded."""
 
     @abc.abstractmethod
     async def generate(self, request: GenerationRequest) -> Generation:
@@ -129,13 +163,12 @@ class Engine(abc.ABC):
         """
 
     async def weights_checksum(self) -> list[dict[str, str]]:
-        """A hash of every tensor as it is served now, by the engine's name of it; one dictionary
-        per engine rank.
+        """Return a hash of every served tensor by the engine's name of it, one dict per engine rank.
 
-        Raises ``EngineFailure`` when the engine cannot tell. See ``weight_sync.checksum`` for what
-        is compared with it.
+        Raises ``EngineFailure`` when the engine cannot tell. ``weight_sync.checksum`` has what is
+        compared with it.
         """
-        raise EngineFailure(f"{type(self).__name__} gives no checksums of its weights")
+        raise EngineFailure(f"{type(self).__name__} does not report checksums of its weights")
 
     @abc.abstractmethod
     async def pause(self) -> None:
@@ -150,9 +183,10 @@ class Engine(abc.ABC):
         """Report state without waiting for a generation."""
 
     async def probe(self, timeout_s: float) -> None:
-        """Raise ``EngineUnavailable`` unless the engine could serve a request now, as far as it can
-        tell within ``timeout_s``. Overridden where a real generation is a better answer than
-        ``health``; not asked while paused.
+        """Raise ``EngineUnavailable`` unless the engine could serve a request now.
+
+        Overridden where a real generation is a better answer than ``health``. Not called while
+        paused.
         """
         if not (await self.health()).alive:
             raise EngineUnavailable("the engine reports that it is not alive")

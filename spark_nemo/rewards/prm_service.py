@@ -18,7 +18,7 @@ from functools import cached_property
 
 from spark_nemo.config import RLConfig, SamplingConfig
 from spark_nemo.engines.base import EngineFailure, EngineLost
-from spark_nemo.engines.fleet.limits import TOKEN_TIMEOUT_S
+from spark_nemo.engines.fleet import TOKEN_TIMEOUT_S
 from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.grammar import GRAMMAR_VERSION, PromptSet, Variant, parse_verifier_output
 from spark_nemo.records import EngineError, VariantOutcome, content_key

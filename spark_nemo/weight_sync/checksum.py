@@ -1,7 +1,7 @@
 """A hash of every tensor on both sides of a sync, so that what an engine serves is what the trainer
 has.
 
-The hash is SGLang's own (``engines.tensor_hash``), which is another one on a GPU than on a CPU:
+The hash is SGLang's own (``tensor_digest``), which is another one on a GPU than on a CPU:
 trainer and server must both be on the one or on the other. The trainer's side never builds an
 engine tensor: its pieces are hashed as the export brings them. That the GPU's hash is the server's
 was checked with SGLang's kernel in Triton's interpreter only.
@@ -14,10 +14,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from spark_nemo.engines.tensor_hash import TensorDigest, digest_for
-
 from .engine_view import EngineTensor, Piece, Slice
 from .sync_plan import SyncPlan
+from .tensor_digest import TensorDigest, digest_for
 
 _BLOCK_BYTES = 16 << 20
 Checksums = list[dict[str, str]]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from spark_nemo.engines.base import Engine, EngineFailure
-from spark_nemo.engines.tensor_hash import raw_bytes
+from spark_nemo.engines.local.checksum import raw_bytes
 from spark_nemo.megatron.hf_files import INDEX, atomic_folder, write_model_files
 
 from .sync_plan import SyncPlan, TensorPlan

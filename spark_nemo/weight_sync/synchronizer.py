@@ -134,7 +134,7 @@ class WeightSync:
         try:
             while True:
                 if isinstance(engine, Fleet):
-                    await engine.until_updatable()
+                    await engine.wait_updatable()
                 try:
                     await self._push_once(worker, engine, version)
                     return None
@@ -263,7 +263,7 @@ class WeightSync:
     async def differing_tensors(
         self, worker: MegatronWorker, engine: Engine | None
     ) -> list[str] | None:
-        """Names of the tensors that ``engine`` (of a fleet: any member) serves differently from
+        """Names of the tensors that ``engine`` (of a fleet: any replica) serves differently from
         what the trainer has.
 
         None if no engine can tell. Collective.
@@ -275,10 +275,10 @@ class WeightSync:
             for _ in export:
                 pass
             trained = expected.result()
-            members = list(engine.members().values()) if hasattr(engine, "members") else [engine]
-            for member in members:
+            replicas = list(engine.replicas().values()) if isinstance(engine, Fleet) else [engine]
+            for replica in replicas:
                 try:
-                    served = await member.weights_checksum()
+                    served = await replica.weights_checksum()
                 except EngineFailure:
                     continue
                 wrong = [*(wrong or []), *differing(trained, served)]

@@ -2,10 +2,12 @@
 template.
 """
 
+import asyncio
+
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from spark_nemo.engines import GenerationRequest, SamplingParams
+from spark_nemo.engines import EngineFailure, GenerationRequest, SamplingParams
 
 VOCAB = 61
 CONTEXT = 128
@@ -50,3 +52,15 @@ def named(model):
         for name, tensor in model.state_dict().items()
         if not (name == "lm_head.weight" and model.config.tie_word_embeddings)
     ]
+
+
+async def generate_all(engine, requests):
+    """All results in the order of ``requests``; a failure takes its request's place."""
+
+    async def generate(request):
+        try:
+            return await engine.generate(request)
+        except EngineFailure as failure:
+            return failure
+
+    return await asyncio.gather(*(generate(request) for request in requests))

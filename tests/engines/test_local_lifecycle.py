@@ -10,10 +10,10 @@ import sys
 
 import pytest
 import torch
-from engine_cases import CONTEXT, VOCAB, ask, named
+from engine_cases import CONTEXT, VOCAB, ask, generate_all, named
 
 from spark_nemo.config import EngineConfig
-from spark_nemo.engines import EngineFailure, build_engine, generate_all, run_async
+from spark_nemo.engines import EngineFailure, build_engine, run_async
 from spark_nemo.engines.local import LocalEngine, Qwen2Shape
 from spark_nemo.records.fingerprint import model_fingerprint
 

@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 import torch
-from engine_cases import CONTEXT, VOCAB, ask, make_model, named
+from engine_cases import CONTEXT, VOCAB, ask, generate_all, make_model, named
 from transformers import Qwen2ForCausalLM
 
-from spark_nemo.engines import FinishReason, generate_all
+from spark_nemo.engines import FinishReason
 from spark_nemo.engines.local import LocalEngine, Qwen2Shape
 
 

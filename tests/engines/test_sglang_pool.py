@@ -22,11 +22,11 @@ from spark_nemo.engines import (
     GenerationRequest,
     SamplingParams,
     build_engine,
+    server_wrapper,
 )
 from spark_nemo.engines.fleet import Fleet
 from spark_nemo.engines.fleet.pool import allow_open_files
 from spark_nemo.engines.fleet.server_launcher import ServerProcess
-from spark_nemo.engines.sglang import serve
 from spark_nemo.engines.sglang.launch import CheckedServer
 from spark_nemo.toy.resolve import ASSETS
 
@@ -62,9 +62,9 @@ def test_given_servers_serve_as_one_engine() -> None:
         try:
             assert isinstance(fleet, Fleet)
             await fleet.generate(REQUEST)
-            await until(lambda: fleet.metrics().members_up == 2, 20)
+            await until(lambda: fleet.metrics().replicas_up == 2, 20)
             answers = await asyncio.gather(*(fleet.generate(REQUEST) for _ in range(4)))
-            return answers, sorted(fleet.members())
+            return answers, sorted(fleet.replicas())
         finally:
             await fleet.close()
 
@@ -199,10 +199,10 @@ def test_a_launched_server_is_told_its_part_of_the_machine(
         "server_env": {"A": "b"},
     }
     first, second = (build_engine(sglang(**pool), TOY, "policy", tmp_path) for _ in range(2))
-    keeper = first._members[1].keeper
-    words = keeper._command("127.0.0.1", 1234)
+    launcher = first._replicas[1].launcher
+    words = launcher.command("127.0.0.1", 1234)
     text = " ".join(words)
-    assert words[:3] == ["/env/bin/python", serve.__file__, "server"] and words[-2:] == [
+    assert words[:3] == ["/env/bin/python", server_wrapper.__file__, "server"] and words[-2:] == [
         "--dtype",
         "float32",
     ]
@@ -216,14 +216,14 @@ def test_a_launched_server_is_told_its_part_of_the_machine(
         "--host 127.0.0.1 --port 1234",
     ):
         assert said in text
-    key = keeper._environment[serve.KEY_VARIABLE]
+    key = launcher.environment[server_wrapper.KEY_VARIABLE]
     assert (
         len(key) > 30
         and key not in text
-        and key != second._members[1].keeper._environment[serve.KEY_VARIABLE]
+        and key != second._replicas[1].launcher.environment[server_wrapper.KEY_VARIABLE]
     )
-    assert keeper._environment["PYTHONPATH"] == "" and keeper._environment["A"] == "b"
-    assert keeper.log_path == tmp_path / "policy-1.log"
+    assert launcher.environment["PYTHONPATH"] == "" and launcher.environment["A"] == "b"
+    assert launcher.log_path == tmp_path / "policy-1.log"
 
 
 def test_a_router_waits_as_long_as_the_longest_request_may_take(
@@ -237,7 +237,7 @@ def test_a_router_waits_as_long_as_the_longest_request_may_take(
     for more, seconds in (({}, 600 + 0.25 * 320), ({"request_timeout_s": 7200.0}, 7200)):
         words = build_engine(
             sglang(**pool, **more), TOY, "policy", tmp_path
-        )._front.keeper._command("127.0.0.1", 1234)
+        )._router.launcher.command("127.0.0.1", 1234)
         assert int(words[words.index("--request-timeout-secs") + 1]) >= seconds
 
 
@@ -250,7 +250,7 @@ def test_a_context_beyond_the_models_is_cut_to_what_sglang_can_serve(
         "spark_nemo.engines.fleet.pool.find_spec", lambda name: name
     )  # as if SGLang were here
     fleet = build_engine(sglang(max_context=4096, servers=1), TOY, "policy", tmp_path)
-    words = fleet._members[0].keeper._command("h", 1)
+    words = fleet._replicas[0].launcher.command("h", 1)
     assert words[words.index("--context-length") + 1] == "512" and words[0] == sys.executable
 
 
@@ -280,7 +280,7 @@ def test_a_server_reaches_itself_past_the_clusters_proxy(monkeypatch: pytest.Mon
     """
     for name, value in PROXIES.items():
         monkeypatch.setenv(name, value)
-    serve._past_proxies("server", ["--host", "10.0.0.4", "--port", "30000"])
+    server_wrapper._bypass_proxies("server", ["--host", "10.0.0.4", "--port", "30000"])
     for host in ("10.0.0.4:30000", "127.0.0.1:30000", "localhost", "10.9.9.9", "10.8.8.8"):
         assert urllib.request.proxy_bypass_environment(host)
     assert not urllib.request.proxy_bypass_environment("10.0.0.5")
@@ -293,5 +293,5 @@ def test_a_router_knows_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whom it will talk to is not known when it starts, and they are all of this cluster."""
     for name, value in PROXIES.items():
         monkeypatch.setenv(name, value)
-    serve._past_proxies("router", ["--host", "127.0.0.1"])
+    server_wrapper._bypass_proxies("router", ["--host", "127.0.0.1"])
     assert set(urllib.request.getproxies_environment()) <= {"no"}

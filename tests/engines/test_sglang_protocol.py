@@ -6,7 +6,7 @@ import pytest
 from engine_cases import ask
 
 from spark_nemo.engines import EngineFailure, EngineUnavailable, FinishReason
-from spark_nemo.engines.limits import RequestLimits
+from spark_nemo.engines.base import RequestLimits
 from spark_nemo.engines.sglang.protocol import (
     generate_json,
     parse_generate_reply,
@@ -202,8 +202,8 @@ def test_without_stop_tokens_nothing_stops():
 def test_limits_refuse_before_anything_is_sent(request_, message):
     """What SGLang would refuse, cut short or die of."""
     with pytest.raises(EngineFailure, match=message):
-        RequestLimits(61, 128).refuse_bad(request_)
-    RequestLimits(61, 128).refuse_bad(ask((60,) * 100, max_new_tokens=28))
+        RequestLimits(61, 128).check(request_)
+    RequestLimits(61, 128).check(ask((60,) * 100, max_new_tokens=28))
 
 
 def test_versions_are_numbers_in_strings():

@@ -13,11 +13,11 @@ import time
 
 import numpy as np
 import pytest
-from engine_cases import ask
+from engine_cases import ask, generate_all
 from fake_sglang import FakeSglang
 from fake_sglang_process import fake_process, free_port
 
-from spark_nemo.engines import EngineFailure, EngineUnavailable, FinishReason, generate_all
+from spark_nemo.engines import EngineFailure, EngineUnavailable, FinishReason
 from spark_nemo.engines.sglang import SglangServer
 
 KEY = "key-that-nobody-may-see"

@@ -16,9 +16,9 @@ from spark_nemo.engines import (
     GenerationRequest,
     SamplingParams,
     build_engine,
+    server_wrapper,
 )
 from spark_nemo.engines.fleet.server_launcher import ServerProcess
-from spark_nemo.engines.sglang import serve
 from spark_nemo.planning.preflight import check_stage3
 from spark_nemo.toy.resolve import ASSETS
 
@@ -32,7 +32,7 @@ def vllm(max_context: int = 60, **pool) -> EngineConfig:
 
 
 def served_by(fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> Generation:
-    monkeypatch.setenv(serve.KEY_VARIABLE, KEY)
+    monkeypatch.setenv(server_wrapper.KEY_VARIABLE, KEY)
 
     async def scenario() -> Generation:
         async with fake.serve() as url:
@@ -71,9 +71,11 @@ def test_a_launched_server_is_guarded_and_named_by_its_role(
         "python": "/env/bin/python",
         "server_args": ["--enforce-eager"],
     }
-    keeper = build_engine(vllm(**pool), ASSETS / "verifier", "policy", tmp_path)._members[0].keeper
-    words = keeper._command("127.0.0.1", 1234)
-    assert words[:4] == ["/env/bin/python", serve.__file__, "exec", "/env/bin/python"]
+    launcher = (
+        build_engine(vllm(**pool), ASSETS / "verifier", "policy", tmp_path)._replicas[0].launcher
+    )
+    words = launcher.command("127.0.0.1", 1234)
+    assert words[:4] == ["/env/bin/python", server_wrapper.__file__, "exec", "/env/bin/python"]
     for said in (
         "--served-model-name policy",
         "--tensor-parallel-size 2",
@@ -82,7 +84,7 @@ def test_a_launched_server_is_guarded_and_named_by_its_role(
     ):
         assert said in " ".join(words)
     assert (
-        keeper._environment["VLLM_API_KEY"] not in " ".join(words)
+        launcher.environment["VLLM_API_KEY"] not in " ".join(words)
         and words[-1] == "--enforce-eager"
     )
 

@@ -117,11 +117,16 @@ def pool(
     prompts = prompt_set("compact")
     service = PRMService(judge, prompts, rl.verifier_sampling)
     session = RolloutGenerator(policy, prompts, rl, 0, RewardJudge(service, retries=0), None)
-    keepers = [member.keeper for member in fleet._members]
+    launchers = [member.launcher for member in fleet._replicas]
     try:
         run_async(prepare())
         yield Pool(
-            fleet, session, keepers, fleet._front.keeper if fleet._front else None, pushed, logs
+            fleet,
+            session,
+            launchers,
+            fleet._router.launcher if fleet._router else None,
+            pushed,
+            logs,
         )
     finally:
         run_async(fleet.close())
@@ -178,7 +183,7 @@ def require_whole(batch: RolloutBatch, metrics: FleetMetrics) -> None:
     assert list(groups.values()) == [GROUP_SIZE] * GROUPS
     assert len(batch.rollouts) == GROUPS * GROUP_SIZE
     assert all(rollout.verdict is not None for rollout in batch.rollouts)
-    assert metrics.requests == metrics.answered == GROUPS * GROUP_SIZE and metrics.refused == 0
+    assert metrics.requests == metrics.answered == GROUPS * GROUP_SIZE and metrics.failed == 0
     assert all(rollout.finish_reason in ("stop", "length") for rollout in batch.rollouts)
     assert {version for rollout in batch.rollouts for version in rollout.weight_versions} == {1}
 
@@ -186,7 +191,7 @@ def require_whole(batch: RolloutBatch, metrics: FleetMetrics) -> None:
 def wait_until_all_up(pool: Pool) -> None:
     async def wait() -> None:
         async with asyncio.timeout(RETURN_S):
-            while pool.fleet.metrics().members_up < 2:
+            while pool.fleet.metrics().replicas_up < 2:
                 await asyncio.sleep(0.2)
 
     run_async(wait())
@@ -198,7 +203,7 @@ def test_an_undisturbed_batch_is_whole(pool: Pool) -> None:
     """
     batch = run_async(pool.session.generate_batch(problems(), 0))
     assert len(batch.rollouts) == GROUPS * GROUP_SIZE
-    key = pool.servers[0]._environment["SPARK_NEMO_API_KEY"]
+    key = pool.servers[0].environment["SPARK_NEMO_API_KEY"]
     assert len(key) > 30
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(pool.servers[0].url + "/model_info", timeout=10)
@@ -214,17 +219,20 @@ def test_the_router_is_killed_in_a_batch(pool: Pool) -> None:
 
     async def until_fed() -> None:
         async with asyncio.timeout(90):
-            while pool.fleet._fed is None or pool.fleet._fed is not pool.fleet._front.engine:
+            while (
+                pool.fleet._router_engine is None
+                or pool.fleet._router_engine is not pool.fleet._router.engine
+            ):
                 await asyncio.sleep(0.1)
 
     run_async(until_fed())
     batch, metrics, _ = disturbed(pool, [pool.router], signal.SIGKILL)
     require_whole(batch, metrics)
-    assert metrics.retries > 0 and metrics.outages == 1 and metrics.members_up == 2
+    assert metrics.retries > 0 and metrics.outages == 1 and metrics.replicas_up == 2
     run_async(until_fed())
-    answered = pool.fleet._front.answered
+    answered = pool.fleet._router.answered
     run_async(pool.fleet.generate(GREEDY))
-    assert pool.fleet._front.answered == answered + 1
+    assert pool.fleet._router.answered == answered + 1
 
 
 def test_a_server_is_killed_in_a_batch_and_returns_with_the_current_weights(pool: Pool) -> None:
@@ -233,13 +241,13 @@ def test_a_server_is_killed_in_a_batch_and_returns_with_the_current_weights(pool
     """
     batch, metrics, victim = disturbed(pool, pool.servers, signal.SIGKILL)
     require_whole(batch, metrics)
-    assert metrics.retries > 0 and metrics.members_up == 1
+    assert metrics.retries > 0 and metrics.replicas_up == 1
     wait_until_all_up(pool)
     assert pool.pushed == [(victim.url, 1)]
 
     async def ask_each() -> list[Any]:
         return await asyncio.gather(
-            *(engine.generate(GREEDY) for engine in pool.fleet.members().values())
+            *(engine.generate(GREEDY) for engine in pool.fleet.replicas().values())
         )
 
     first, second = run_async(ask_each())

@@ -8,6 +8,7 @@ import asyncio
 
 import pytest
 import torch
+from engine_cases import generate_all
 from transformers import AutoModelForCausalLM
 
 from spark_nemo.engines import (
@@ -17,7 +18,6 @@ from spark_nemo.engines import (
     GenerationRequest,
     SamplingParams,
     Tokenizer,
-    generate_all,
 )
 from spark_nemo.engines.local import LocalEngine
 from spark_nemo.engines.sglang import PauseMode, SglangServer

@@ -13,6 +13,7 @@ import subprocess
 
 import pytest
 import torch
+from engine_cases import generate_all
 from real_server import real_server
 
 from spark_nemo.config import MegatronConfig, WeightSyncConfig
@@ -22,7 +23,6 @@ from spark_nemo.engines import (
     GenerationRequest,
     SamplingParams,
     Tokenizer,
-    generate_all,
 )
 from spark_nemo.engines.async_utils import run_async
 from spark_nemo.engines.local import LocalEngine

@@ -68,7 +68,9 @@ def test_chain_with_servers_on_nodes_of_their_own_and_one_killed(
         500,
     )
     processes = slurm.run("ps", "-eo", "pid,args").stdout.splitlines()
-    served = [line for line in processes if "serve.py server" in line and "srun" not in line]
+    served = [
+        line for line in processes if "server_wrapper.py server" in line and "srun" not in line
+    ]
     policy = [line for line in served if "assets/generator" in line]
     slurm.run("kill", "-KILL", policy[0].split()[0])
     ended = [slurm.wait_state(job, timeout=400)["JobState"] for job in jobs]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spark_nemo.engines.tensor_hash import WordDigest
 from spark_nemo.weight_sync.checksum import ExpectedChecksums, differing
 from spark_nemo.weight_sync.numbers import ModelNumbers, checkpoint_tensors
 from spark_nemo.weight_sync.sync_plan import plan_sync
+from spark_nemo.weight_sync.tensor_digest import WordDigest
 
 CONFIG = {
     "model_type": "qwen2",

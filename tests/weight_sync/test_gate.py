@@ -8,9 +8,10 @@ import dataclasses
 
 import pytest
 import torch
+from engine_cases import generate_all
 
 from spark_nemo.config import RLConfig, SamplingConfig, WeightSyncConfig
-from spark_nemo.engines.async_utils import generate_all, run_async
+from spark_nemo.engines.async_utils import run_async
 from spark_nemo.engines.base import EngineFailure, GenerationRequest, SamplingParams
 from spark_nemo.engines.local import LocalEngine
 from spark_nemo.records import Problem, Rollout

@@ -142,7 +142,7 @@ def test_a_server_lost_half_way_costs_the_others_a_second_push(perturbed, tmp_pa
         fleet = Fleet({"first": first.engine, "second": second.engine})
         try:
             push(sync_for(perturbed, tmp_path, "distributed", timeout_s=5), perturbed, fleet, 4)
-            assert list(fleet.members()) == ["first"] and second.process.poll() is not None
+            assert list(fleet.replicas()) == ["first"] and second.process.poll() is not None
             assert fleet.version == run_async(first.engine.weight_version()) == 4
             params = SamplingParams(max_new_tokens=3, temperature=0.0)
             assert set(
@@ -199,7 +199,7 @@ def test_the_only_server_is_killed_in_a_broadcast_and_started_again_at_its_addre
             restart()
             one.until_ready()
             assert (
-                list(fleet.members()) == [one.url] and run_async(one.engine.weight_version()) == 0
+                list(fleet.replicas()) == [one.url] and run_async(one.engine.weight_version()) == 0
             )
             run_async(sync.push(perturbed, fleet, 5))
             assert run_async(one.engine.weight_version()) == fleet.version == 5
@@ -217,7 +217,7 @@ def test_a_server_of_a_fleet_with_wrong_weights_is_taken_out(perturbed, tmp_path
         fleet = Fleet({"first": first.engine, "second": second.engine})
         try:
             push(sync_for(perturbed, tmp_path, "disk"), perturbed, fleet, 4)
-            assert list(fleet.members()) == ["second"] and fleet.version == 4
+            assert list(fleet.replicas()) == ["second"] and fleet.version == 4
         finally:
             run_async(fleet.close())
 
@@ -231,7 +231,7 @@ def test_shared_memory_lasts_for_every_server(perturbed, tmp_path):
         fleet = Fleet({"first": first.engine, "second": second.engine})
         try:
             push(sync_for(perturbed, tmp_path, "tensor"), perturbed, fleet, 4)
-            assert list(fleet.members()) == ["first", "second"] and fleet.version == 4
+            assert list(fleet.replicas()) == ["first", "second"] and fleet.version == 4
         finally:
             run_async(fleet.close())
 

@@ -60,7 +60,7 @@ class Server(FakeEngine):
         raise EngineFailure("this fake hashes nothing")
 
 
-class ServerKeeper(FakeLauncher):
+class DyingLauncher(FakeLauncher):
     """Its first life dies in the call of that name, the others do not, unless ``cursed``."""
 
     def __init__(self, dies_in, cursed=False, **more):
@@ -130,14 +130,16 @@ def test_the_only_server_dies_in_a_push_and_gets_the_version_when_it_is_back(
     next request is served with it by a fleet that is not paused. The log has one warning that says
     who is waited for, and how long.
     """
-    keeper = ServerKeeper(step)
-    assert run_push(perturbed, tmp_path, [keeper]) == ({5}, 5, False)
-    assert len(keeper.engines) == 2 and keeper.engine.loaded == [5] and not keeper.engine.paused
+    launcher = DyingLauncher(step)
+    assert run_push(perturbed, tmp_path, [launcher]) == ({5}, 5, False)
+    assert (
+        len(launcher.engines) == 2 and launcher.engine.loaded == [5] and not launcher.engine.paused
+    )
     (told,) = waits(caplog)
     assert (
         "policy pool" in told
         and "up to 0.4 s" in told
-        and "m0 is started again (0 of 3 restarts used)" in told
+        and "0 of 3 restarts used" in told
     )
 
 
@@ -157,7 +159,7 @@ def test_a_server_that_somebody_else_runs_returns_with_its_folders_weights(
     assert run_push(perturbed, tmp_path, [server], meanwhile=owner) == ({5}, 5, False)
     assert (
         server.loaded == [5]
-        and "m0 returns when whoever runs it starts it again" in waits(caplog)[0]
+        and "m0 rejoins when its owner restarts it" in waits(caplog)[0]
     )
 
 
@@ -165,49 +167,49 @@ def test_a_version_before_is_restored_while_the_next_one_waits(perturbed, tmp_pa
     """The pool dies in the second push: who returns is given the first version at once, which is
     still on disk, then the second; and only the second is kept.
     """
-    keeper = ServerKeeper(None)
+    launcher = DyingLauncher(None)
 
     async def scenario():
         sync = sync_for(perturbed, tmp_path)
-        async with running([keeper], on_return=sync.restore) as fleet:
+        async with running([launcher], on_return=sync.restore) as fleet:
             await sync.push(perturbed, fleet, 1)
-            keeper.engine.dies_in = "update_weights_from_disk"
+            launcher.engine.dies_in = "update_weights_from_disk"
             await sync.push(perturbed, fleet, 2)
             return (await fleet.generate(ask(1))).weight_versions
 
-    assert set(asyncio.run(scenario())) == {2} and keeper.engine.loaded == [1, 2]
+    assert set(asyncio.run(scenario())) == {2} and launcher.engine.loaded == [1, 2]
     assert [path.name for path in (tmp_path / "weights").iterdir()] == ["version-2"]
 
 
 def test_a_pool_that_is_out_when_a_push_begins_is_waited_for(perturbed, tmp_path):
     """The death came a moment before, in the training step."""
-    keeper = ServerKeeper(None, start_s=0.05)
+    launcher = DyingLauncher(None, start_s=0.05)
 
     async def scenario():
         sync = sync_for(perturbed, tmp_path)
-        async with running([keeper], on_return=sync.restore) as fleet:
+        async with running([launcher], on_return=sync.restore) as fleet:
             await fleet.generate(ask(1))
-            keeper.engine.dead = True
-            await until(lambda: not fleet.members())
+            launcher.engine.dead = True
+            await until(lambda: not fleet.replicas())
             await sync.push(perturbed, fleet, 3)
-            return keeper.engine.version
+            return launcher.engine.version
 
-    assert asyncio.run(scenario()) == 3 and len(keeper.engines) == 2
+    assert asyncio.run(scenario()) == 3 and len(launcher.engines) == 2
 
 
 def test_without_a_restore_who_returns_gets_the_push_itself(perturbed, tmp_path):
     """By broadcast or handle nobody can be caught up alone: a server that waits for the next update
     is a target.
     """
-    keeper = ServerKeeper(None)
+    launcher = DyingLauncher(None)
 
     class DiesOnce(NoRestore):
         async def send(self, export, targets, version):
-            keeper.engine.dead = len(keeper.engines) == 1
+            launcher.engine.dead = len(launcher.engines) == 1
             await super().send(export, targets, version)
 
-    assert run_push(perturbed, tmp_path, [keeper], transport=DiesOnce()) == ({5}, 5, False)
-    assert len(keeper.engines) == 2
+    assert run_push(perturbed, tmp_path, [launcher], transport=DiesOnce()) == ({5}, 5, False)
+    assert len(launcher.engines) == 2
 
 
 def test_a_server_that_never_returns_ends_the_run_after_lost_timeout(perturbed, tmp_path, caplog):
@@ -258,7 +260,7 @@ def test_a_pool_that_is_given_up_ends_the_run_at_once(perturbed, tmp_path, caplo
     error, seconds = run_push(
         perturbed,
         tmp_path,
-        [ServerKeeper("update_weights_from_disk", max_restarts=0)],
+        [DyingLauncher("update_weights_from_disk", max_restarts=0)],
         limits=dataclasses.replace(QUICK, pool_down_timeout_s=60),
     )
     assert (
@@ -270,26 +272,26 @@ def test_a_pool_that_is_given_up_ends_the_run_at_once(perturbed, tmp_path, caplo
 
 def test_a_pool_that_dies_of_every_push_is_given_up(perturbed, tmp_path):
     """It comes back each time and could for ever: the weights may be what kills it."""
-    keeper = ServerKeeper("flush_cache", cursed=True, max_restarts=99)
-    error, _ = run_push(perturbed, tmp_path, [keeper], transport=NoRestore())
+    launcher = DyingLauncher("flush_cache", cursed=True, max_restarts=99)
+    error, _ = run_push(perturbed, tmp_path, [launcher], transport=NoRestore())
     assert "reached no server of the policy pool" in error
-    assert sum(engine.version == 5 for engine in keeper.engines) == push_module.RETURNS + 1
+    assert sum(engine.version == 5 for engine in launcher.engines) == push_module.RETURNS + 1
 
 
 def test_a_server_that_dies_after_its_checksum_has_not_got_the_version(perturbed, tmp_path):
     """It took everything and died before the update ended: the push is repeated with its successor,
     and not counted as done with nobody left.
     """
-    keeper = ServerKeeper(None)
+    launcher = DyingLauncher(None)
 
     class DiesAtTheEnd(NoRestore):
         async def confirmed(self, version):
-            if len(keeper.engines) == 1:
-                keeper.engine.dead = True
-                await until(lambda: len(keeper.engines) == 2)
+            if len(launcher.engines) == 1:
+                launcher.engine.dead = True
+                await until(lambda: len(launcher.engines) == 2)
 
-    assert run_push(perturbed, tmp_path, [keeper], transport=DiesAtTheEnd()) == ({5}, 5, False)
-    assert len(keeper.engines) == 2 and keeper.engine.version == 5
+    assert run_push(perturbed, tmp_path, [launcher], transport=DiesAtTheEnd()) == ({5}, 5, False)
+    assert len(launcher.engines) == 2 and launcher.engine.version == 5
 
 
 def test_a_server_without_a_fleet_is_not_waited_for(perturbed, tmp_path):

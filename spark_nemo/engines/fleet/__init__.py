@@ -1,12 +1,10 @@
-"""Many engines as one that survives the death of any of them."""
+"""A fleet of engines behind the ``Engine`` interface that survives the death of any of them."""
 
-from .fleet import Fleet
-from .limits import FleetLimits
-from .metrics import FleetMetrics
-from .replica import ReplicaState, RouterHandle, ServerLauncher
-from .weights import WeightUpdate
+from .fleet import Fleet, FleetMetrics, WeightUpdate
+from .replica import TOKEN_TIMEOUT_S, FleetLimits, ReplicaState, RouterHandle, ServerLauncher
 
 __all__ = [
+    "TOKEN_TIMEOUT_S",
     "Fleet",
     "FleetLimits",
     "FleetMetrics",

@@ -1,9 +1,12 @@
-"""Many engines as one that survives the death of any of them.
+"""Serve requests on several replicas and survive the death of any of them.
 
-A request goes to one member at a time and is answered once: when its member dies, hangs or cannot
-serve it, the attempt is abandoned (a late answer is dropped) and the request is redone elsewhere.
-Members are watched one task each (``health_monitor.py``). With a front (a router), first attempts go
-through it and later ones directly to a member.
+A request goes to one replica at a time and is answered once. When its replica dies, hangs or fails
+to serve it, the attempt is abandoned (a late answer is dropped) and the request is retried on
+another replica. One supervisor task watches each replica (``health_monitor.py``). With a router,
+first attempts go through it and retries go directly to a replica.
+
+The fleet is the only layer that bounds, times and retries a served request: ``Replica.slot`` is the
+bound, ``FleetLimits`` has the deadlines and the number of attempts.
 
 One event loop owns a fleet; its tasks start with the first call that is awaited.
 """
@@ -13,11 +16,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from dataclasses import replace
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from ..async_utils import call_each
 from ..base import (
     Engine,
     EngineFailure,
@@ -28,73 +32,126 @@ from ..base import (
     Generation,
     GenerationRequest,
 )
-from .calls import call_each
-from .health_monitor import ServerSupervisor
-from .limits import FleetLimits
-from .metrics import FleetMetrics
+from .health_monitor import OnReturn, ServerSupervisor
 from .pausable_clock import PausableClock
-from .replica import Replica, ReplicaState, RouterHandle, ServerLauncher
+from .replica import FleetLimits, Replica, ReplicaState, RouterHandle, ServerLauncher
 from .routing import PrefixRouting
-from .weights import WeightUpdate, outlook, settle, spoil
 
 log = logging.getLogger(__name__)
-OnReturn = Callable[[Engine, int], Awaitable[None]]
 _LOG_EVERY_S = 30.0
 
 
-class Fleet(Engine):
-    """``members`` by name: engines that run already, or keepers that start (and restart) them.
+@dataclass(slots=True)
+class FleetMetrics:
+    """Totals since the start, and the present load.
 
-    ``version`` is that of the weights every member has from its own folder. ``on_return(engine,
+    Tokens that a dead server had sampled are not known.
+    """
+
+    requests: int = 0
+    answered: int = 0
+    failed: int = 0
+    """Requests that ended with an ``EngineFailure``: invalid ones, and those out of attempts."""
+    cancelled: int = 0
+    retries: int = 0
+    retried_prompt_tokens: int = 0
+    """Prompt tokens sent once more because an attempt failed."""
+    lost_response_tokens: int = 0
+    """Sampled tokens that were discarded, where known: aborted and late answers."""
+    late_answers: int = 0
+    """Answers that came after their attempt was abandoned; dropped."""
+    outages: int = 0
+    restarts: int = 0
+    replicas: int = 0
+    replicas_up: int = 0
+    load: dict[str, int] = field(default_factory=dict)
+    """Requests in flight by replica."""
+    states: dict[str, ReplicaState] = field(default_factory=dict)
+    """State by replica."""
+
+    def line(self) -> str:
+        """Format the metrics for the log."""
+        return (
+            f"{self.replicas_up} of {self.replicas} replicas up, {self.requests} requests, "
+            f"{self.answered} answered, {self.retries} retries "
+            f"({self.retried_prompt_tokens} prompt tokens again), {self.outages} outages, "
+            f"{self.restarts} restarts, in flight {self.load}"
+        )
+
+
+@dataclass(slots=True)
+class WeightUpdate:
+    """One update of a fleet: its targets, and the failures that the caller reports."""
+
+    version: int
+    targets: dict[Engine, str]
+    """Engine -> name of its replica."""
+    errors: dict[Engine, EngineFailure] = field(default_factory=dict)
+
+    def failed(self, engine: Engine, error: EngineFailure) -> None:
+        """Record that ``engine`` did not take the weights."""
+        self.errors[engine] = error
+
+
+class Fleet(Engine):
+    """An engine over ``replicas``: name -> a running engine, or the launcher of its server.
+
+    ``version`` names the weights that every replica loads from its own folder. ``on_return(engine,
     version)`` must bring a returning engine to ``version`` and raise ``EngineFailure`` when it
-    cannot; without it, or when it fails, a member that missed an update waits for the next one.
+    cannot. Without it, or when it fails, a replica that missed an update waits for the next one.
     """
 
     def __init__(
         self,
-        members: dict[str, Engine | ServerLauncher],
+        replicas: dict[str, Engine | ServerLauncher],
         limits: FleetLimits | None = None,
         *,
         name: str = "fleet",
         version: int = 0,
-        front: RouterHandle | None = None,
+        router: RouterHandle | None = None,
         on_return: OnReturn | None = None,
     ) -> None:
-        if not members:
-            raise ValueError("a fleet needs at least one member")
-        self.name, self.limits, self.version, self.on_return = (
-            name,
-            limits or FleetLimits(),
-            version,
-            on_return,
-        )
-        self._members = [Replica.of(label, source, version) for label, source in members.items()]
-        self._front = Replica("router", None, front, version) if front else None
-        self._metrics = FleetMetrics(members=len(members))
-        self._patience = PausableClock(self.limits.tick_s, self._tick)
+        if not replicas:
+            raise ValueError("replicas={}: a fleet needs at least one replica")
+        self.name = name
+        self.limits = limits or FleetLimits()
+        self.version = version
+        self.on_return = on_return
+        self._replicas = [Replica(label, source, version) for label, source in replicas.items()]
+        self._router = None if router is None else Replica("router", router, version)
+        self._router_engine: Engine | None = None
+        """The router that knows its replicas; another one after a restart."""
+        self._routing = PrefixRouting(self.limits.affinity_slack)
+        self._clock = PausableClock(self.limits.tick_s, self._on_tick)
+        # Held by an update and by a replica that joins: neither may miss the other.
         self._weights_lock = asyncio.Lock()
         self._changed = asyncio.Event()
-        self._membership = asyncio.Event()
-        self._routing = PrefixRouting(self.limits.affinity_slack)
+        self._routes_changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._abandoned: set[asyncio.Task[Generation]] = set()
         self._paused = False
         self._closed = False
         self._lost: str | None = None
-        self._empty_s, self._logged_s, self._logged_retries = 0.0, 0.0, 0
+        """Why no request can be served any more."""
         self._broken = False
-        self._fed: Engine | None = None
+        """True if a background task of the fleet failed: no replica can end ``_lost``."""
+        self._down_s = 0.0
+        self._metrics = FleetMetrics(replicas=len(replicas))
+        self._logged_at = 0.0
+        self._logged_retries = 0
 
     async def generate(self, request: GenerationRequest) -> Generation:
-        """See ``Engine.generate``. Raises ``EngineLost`` when no member is left, ``EngineFailure``
-        for a bad request (at once) and for one that no member could serve within the limits.
+        """See ``Engine.generate``.
+
+        Raises ``EngineLost`` when no replica is left, and ``EngineFailure`` for an invalid request
+        (at once) or one that no replica served within the limits.
         """
-        self._begin()
+        self._ensure_started()
         self._metrics.requests += 1
         try:
-            generation = await self._served(request)
+            generation = await self._serve(request)
         except EngineFailure:
-            self._metrics.refused += 1
+            self._metrics.failed += 1
             raise
         except asyncio.CancelledError:
             self._metrics.cancelled += 1
@@ -102,247 +159,273 @@ class Fleet(Engine):
         self._metrics.answered += 1
         return generation
 
-    async def _served(self, request: GenerationRequest) -> Generation:
-        limits, started, errors, avoid = self.limits, self._patience.now, [], None
-        seconds, total = limits.deadlines(request.sampling.max_new_tokens)
+    async def _serve(self, request: GenerationRequest) -> Generation:
+        """Try replicas one after another until one answers or the limits are reached."""
+        attempt_s, total_s = self.limits.deadlines(request.sampling.max_new_tokens)
+        started = self._clock.now
+        errors: list[str] = []
+        avoid: Replica | None = None
         while True:
-            member = await self._choose(request, avoid, direct=bool(errors))
-            asked = self._patience.now
-            member.load += 1
+            replica = await self._choose(request, avoid, direct=bool(errors))
+            queued_at = self._clock.now
+            replica.load += 1
             try:
-                async with member.place(self._patience) as taken:
-                    started += self._patience.now - asked
-                    if not taken:
+                async with replica.slot(self._clock) as acquired:
+                    # Time in the queue of a healthy replica counts towards no deadline.
+                    started += self._clock.now - queued_at
+                    if not acquired:
                         continue
-                    return await self._attempt(
-                        member, request, min(seconds, started + total - self._patience.now)
-                    )
-            except EngineLost:
-                raise
+                    remaining_s = started + total_s - self._clock.now
+                    return await self._attempt(replica, request, min(attempt_s, remaining_s))
             except EngineUnavailable as error:
-                errors.append(f"{member.name}: {error}")
+                errors.append(f"{replica.name}: {error}")
             finally:
-                member.load -= 1
-            avoid, waited = member, self._patience.now - started
-            pause = limits.backoff(len(errors))
-            if len(errors) >= limits.max_attempts or waited + pause >= total:
+                replica.load -= 1
+            avoid = replica
+            elapsed_s = self._clock.now - started
+            pause_s = self.limits.backoff(len(errors))
+            if len(errors) >= self.limits.max_attempts or elapsed_s + pause_s >= total_s:
                 raise EngineFailure(
-                    f"the {self.name} gave a request up after {len(errors)} attempts in "
-                    f"{waited:.1f} s: {'; '.join(errors)}"
+                    f"request failed on the {self.name} after {len(errors)} attempts in "
+                    f"{elapsed_s:.1f} s: {'; '.join(errors)}"
                 )
             self._metrics.retries += 1
-            self._metrics.redone_prompt_tokens += len(request.prompt_ids)
-            await asyncio.sleep(pause)
+            self._metrics.retried_prompt_tokens += len(request.prompt_ids)
+            await asyncio.sleep(pause_s)
 
     async def _choose(
         self, request: GenerationRequest, avoid: Replica | None, direct: bool
     ) -> Replica:
-        """The member for the next attempt; waits while paused and while nobody is up. Raises
-        ``EngineLost``.
+        """Return the replica for the next attempt; waits while paused or while none is up.
+
+        ``direct`` bypasses the router. Raises ``EngineLost``.
         """
-        started = self._patience.now
+        started = self._clock.now
         while True:
-            self._refuse_closed()
-            up = [] if self._paused else [member for member in self._members if member.up]
-            if self._lost is not None and (self._broken or not up):
-                raise EngineLost(
-                    f"{self._lost}; this request waited {self._patience.now - started:.1f} s"
-                )
-            if up:
-                front = self._front
-                if front is not None and front.up and front.engine is self._fed and not direct:
-                    return front
-                return self._routing.choose(request.prompt_ids, up, avoid)
+            self._require_open()
+            serving: list[Replica] = []
+            if not self._paused:
+                serving = [replica for replica in self._replicas if replica.serving]
+            if self._lost is not None and (self._broken or not serving):
+                waited_s = self._clock.now - started
+                raise EngineLost(f"{self._lost}; this request waited {waited_s:.1f} s")
+            if serving:
+                if self._router_usable() and not direct:
+                    assert self._router is not None
+                    return self._router
+                return self._routing.choose(request.prompt_ids, serving, avoid)
             await self._changed.wait()
 
+    def _router_usable(self) -> bool:
+        router = self._router
+        return router is not None and router.serving and router.engine is self._router_engine
+
     async def _attempt(
-        self, member: Replica, request: GenerationRequest, seconds: float
+        self, replica: Replica, request: GenerationRequest, seconds: float
     ) -> Generation:
-        """One try on one member; raises ``EngineUnavailable`` when it is to be redone."""
-        assert member.engine is not None
-        task = asyncio.ensure_future(member.engine.generate(request))
-        failures = member.failures
+        """Send the request to one replica; raises ``EngineUnavailable`` if it should be retried."""
+        assert replica.engine is not None
+        task = asyncio.ensure_future(replica.engine.generate(request))
+        failures_before = replica.failures
         try:
-            if await self._patience.wait(task, seconds, member.interrupts):
-                return self._answer(member, task, failures)
-            if member.up:
-                member.suspect(f"no answer within {seconds:.1f} s (request_timeout_s)")
-            raise EngineUnavailable(f"{member.last_error} (while it served this request)")
+            if await self._clock.wait(task, seconds, replica.interrupts):
+                return self._result(replica, task, failures_before)
+            if replica.serving:
+                replica.mark_suspect(f"no answer within {seconds:.1f} s (request_timeout_s)")
+            raise EngineUnavailable(f"{replica.last_error} (while it served this request)")
         finally:
             if not task.done():
                 self._abandon(task)
 
-    def _answer(self, member: Replica, task: asyncio.Task[Generation], failures: int) -> Generation:
+    def _result(
+        self, replica: Replica, task: asyncio.Task[Generation], failures_before: int
+    ) -> Generation:
+        """Return the answer of a finished attempt and update the replica's health."""
         try:
             generation = task.result()
         except asyncio.CancelledError:
             raise EngineUnavailable("the engine cancelled the request") from None
-        except EngineLost as error:  # a member that is a fleet itself
-            member.condemn(str(error))
+        except EngineLost as error:  # the replica is a fleet itself
+            replica.evict(str(error))
             raise EngineUnavailable(str(error)) from error
         except EngineUnavailable as error:
-            if member is not self._front:  # it passes on what its members say
-                member.failures = max(
-                    member.failures, failures + 1
-                )  # a burst that fails together counts once
-            member.suspect(error)
+            # A failure behind the router is a failure of one of its servers, not of the router.
+            if replica is not self._router:
+                # Requests that were in flight together and fail together count as one failure.
+                replica.failures = max(replica.failures, failures_before + 1)
+            replica.mark_suspect(error)
             raise
         if generation.finish_reason is FinishReason.ABORT:
-            # Nobody here aborts a request and still waits for it: the server is stopping or was
-            # told to by another.
+            # This fleet did not abort the request: the server is shutting down, or another client
+            # aborted it. A shortened sample must not pass for a complete one.
             self._metrics.lost_response_tokens += len(generation.token_ids)
             raise EngineUnavailable(f"aborted after {len(generation.token_ids)} tokens")
-        member.failures = member.outages = 0
-        member.answered += 1
-        member.last_answer = self._patience.now
+        replica.failures = 0
+        replica.outages = 0
+        replica.last_answer = self._clock.now
         return generation
 
     def _abandon(self, task: asyncio.Task[Generation]) -> None:
-        """Nobody waits for ``task`` any more: it may not delay us, and what it still brings is
-        dropped.
-        """
+        """Cancel an attempt without waiting for its end; a late answer is dropped and counted."""
         task.cancel()
+        # asyncio keeps weak references only: without this set the task could be collected.
         self._abandoned.add(task)
-        task.add_done_callback(self._late)
+        task.add_done_callback(self._on_late_answer)
 
-    def _late(self, task: asyncio.Task[Generation]) -> None:
+    def _on_late_answer(self, task: asyncio.Task[Generation]) -> None:
         self._abandoned.discard(task)
         if not task.cancelled() and task.exception() is None:
             self._metrics.late_answers += 1
             self._metrics.lost_response_tokens += len(task.result().token_ids)
 
-    def members(self) -> dict[str, Engine]:
-        """The engines that serve now, by name; control calls go to each of them."""
-        return {m.name: m.engine for m in self._members if m.up and m.engine is not None}
+    def replicas(self) -> dict[str, Engine]:
+        """Return the engines that serve now, by name; control calls go to each of them."""
+        return {
+            replica.name: replica.engine
+            for replica in self._replicas
+            if replica.serving and replica.engine is not None
+        }
 
     def metrics(self) -> FleetMetrics:
-        """A snapshot."""
-        load = {m.name: m.load for m in [*self._members, *([self._front] if self._front else [])]}
-        return replace(self._metrics, members_up=sum(m.up for m in self._members), load=load)
+        """Return a snapshot of the metrics."""
+        return replace(
+            self._metrics,
+            replicas_up=sum(replica.serving for replica in self._replicas),
+            load={replica.name: replica.load for replica in self._all_replicas()},
+            states={replica.name: replica.state for replica in self._all_replicas()},
+        )
 
-    def changed(self) -> None:
-        """Wake whoever waits for another state of a member (called by the minders)."""
-        self._changed.set()
-        self._changed = asyncio.Event()
-        self._membership.set()
-
-    def count(self, *, outages: int = 0, restarts: int = 0) -> None:
-        """Called by the minders."""
-        self._metrics.outages += outages
-        self._metrics.restarts += restarts
-        self.log_metrics()
-
-    def log_metrics(self) -> None:
-        """One line."""
-        self._logged_retries, self._logged_s = self._metrics.retries, self._patience.now
-        log.info("%s: %s", self.name, self.metrics().line())
-
-    def _tick(self, passed: float) -> None:
-        if (
-            self._metrics.retries != self._logged_retries
-            and self._patience.now - self._logged_s >= _LOG_EVERY_S
-        ):
-            self.log_metrics()
-        if self._broken:
-            return
-        states = {member.state for member in self._members}
-        if states & {ReplicaState.HEALTHY, ReplicaState.STARTING}:
-            self._empty_s = 0.0
-            if ReplicaState.HEALTHY in states:
-                self._lost = None
-            return
-        self._empty_s += passed
-        if self._lost is None and (
-            states == {ReplicaState.FAILED} or self._empty_s >= self.limits.pool_down_timeout_s
-        ):
-            why = "; ".join(
-                f"{m.name}: {m.last_error}"
-                + (
-                    " (alive, but without the current weights)"
-                    if m.state is ReplicaState.OUTDATED
-                    else ""
-                )
-                for m in self._members
-            )
-            self._lost = (
-                f"no server of the {self.name} is left: {len(self._members)} of {len(self._members)} are out "
-                f"and none came back within {self._empty_s:.1f} s ({why})"
-            )
-            log.error("%s", self._lost)
-            self.changed()
+    def _all_replicas(self) -> list[Replica]:
+        """Return the replicas and the router, if there is one."""
+        return self._replicas if self._router is None else [*self._replicas, self._router]
 
     @contextlib.asynccontextmanager
     async def updating(self, version: int) -> AsyncIterator[WeightUpdate]:
-        """New weights for every engine in ``update.targets`` (living ones, also those that missed
-        an update).
+        """Bring every replica that is alive to ``version``; the caller sends the weights inside.
 
-        Inside, say ``update.failed(engine, error)`` for each that did not take them: it is taken
-        out. At the end the others serve ``version``. Nobody joins in between. Raises
-        ``EngineUnavailable`` without a target and when all were lost, which ``until_updatable`` and
-        another update may mend; ``EngineFailure`` when some refused.
+        The caller reports each engine that did not take the weights by ``update.failed(engine,
+        error)``. No replica joins while the update runs. What becomes of each target at the end is
+        in ``_finalize_update``. Raises ``EngineUnavailable`` without a target and when all targets
+        died: after ``wait_updatable`` the update can be repeated. Raises ``EngineFailure`` when no
+        target took the weights and some rejected them.
         """
-        self._begin()
-        while self._first_start:
+        self._ensure_started()
+        while self._first_start_pending:
             await self._changed.wait()
         async with self._weights_lock:
-            targets = [m for m in self._members if m.takes_weights]
+            targets = [replica for replica in self._replicas if replica.updatable]
             if not targets:
                 raise EngineUnavailable(
-                    f"weights version {version}: the {self.name} is out: {outlook(self._members)}"
+                    f"weights version {version}: no replica of the {self.name} is up: "
+                    f"{self._recovery_status()}"
                 )
             update = WeightUpdate(
-                version, {m.engine: m.name for m in targets if m.engine is not None}
+                version,
+                {replica.engine: replica.name for replica in targets if replica.engine is not None},
             )
             try:
                 yield update
             except BaseException as error:
-                for member in targets:
-                    spoil(member, f"the update to weights version {version} broke off: {error}")
+                for replica in targets:
+                    replica.invalidate_weights(
+                        f"the update to weights version {version} was interrupted: {error}"
+                    )
                 raise
-            settle(update, targets, self.name)
+            self._finalize_update(update, targets)
             self.version = version
 
-    @property
-    def _first_start(self) -> bool:
-        """Some server has not been up yet: an update waits for it."""
-        return any(m.state is ReplicaState.STARTING and not m.was_up for m in self._members)
+    def _finalize_update(self, update: WeightUpdate, targets: list[Replica]) -> None:
+        """Record which weights each target serves now; raises when no target took the update.
 
-    async def until_updatable(self) -> None:
-        """Wait until an update has a target: for the first start of every server, and for a return
-        when all are out.
+        A server that dies in a push ends here in one of three ways:
 
-        Not while paused, when no time passes. Raises ``EngineLost`` when requests would.
+        * it is still down: it counts as failed, even if it had taken the weights before it died;
+        * it was restarted meanwhile: the new process has its folder's weights. It is neither
+          credited with the update nor evicted, and joins with ``on_return`` or the next update;
+        * every target died: ``EngineUnavailable``, and ``weight_sync`` repeats the push after
+          ``wait_updatable``.
         """
-        self._begin()
-        told = False
-        while self._broken or self._first_start or not any(m.takes_weights for m in self._members):
-            self._refuse_closed()
+        # A restarted server has another engine object, which was not a target.
+        targets = [replica for replica in targets if replica.engine in update.targets]
+        failed: dict[Replica, EngineFailure] = {}
+        for replica in targets:
+            assert replica.engine is not None
+            if replica.engine in update.errors:
+                failed[replica] = update.errors[replica.engine]
+            elif not replica.updatable:
+                failed[replica] = EngineUnavailable(replica.last_error)
+        any_died = any(isinstance(error, EngineUnavailable) for error in failed.values())
+        all_died = all(isinstance(error, EngineUnavailable) for error in failed.values())
+        none_updated = len(failed) == len(targets)
+        # Weights that every replica rejects (wrong names or shapes) changed nothing anywhere: the
+        # replicas keep serving the old ones.
+        all_rejected = none_updated and not any_died
+        for replica in targets:
+            if replica not in failed:
+                replica.version = update.version
+                replica.wake.set()
+            elif not all_rejected:
+                replica.invalidate_weights(f"weights version {update.version}: {failed[replica]}")
+        if none_updated:
+            reasons = [f"{replica.name}: {error}" for replica, error in failed.items()]
+            message = (
+                f"weights version {update.version} reached no server of the {self.name}: "
+                f"{'; '.join(reasons) or 'all died and were restarted'}"
+            )
+            raise EngineUnavailable(message) if all_died else EngineFailure(message)
+
+    async def wait_updatable(self) -> None:
+        """Wait until an update has a target.
+
+        Waits for the first start of every server and, when all replicas are out, for one to return.
+        Do not call it while paused, when no time passes. Raises ``EngineLost`` when requests would.
+        """
+        self._ensure_started()
+        warned = False
+        while not self._update_possible():
+            self._require_open()
             if self._lost is not None:
                 raise EngineLost(self._lost)
-            if not (
-                told
-                or self._first_start
-                or all(m.state is ReplicaState.FAILED for m in self._members)
-            ):
-                told = True
+            all_failed = all(replica.state is ReplicaState.FAILED for replica in self._replicas)
+            if not warned and not self._first_start_pending and not all_failed:
+                warned = True
                 log.warning(
-                    "%s: new weights wait for the return of a server, up to %g s in which none is starting: %s",
+                    "%s: new weights wait for the return of a server, up to %g s in which none is "
+                    "starting: %s",
                     self.name,
                     self.limits.pool_down_timeout_s,
-                    outlook(self._members),
+                    self._recovery_status(),
                 )
             await self._changed.wait()
+
+    def _update_possible(self) -> bool:
+        if self._broken or self._first_start_pending:
+            return False
+        return any(replica.updatable for replica in self._replicas)
+
+    @property
+    def _first_start_pending(self) -> bool:
+        """True if some server has never been up yet: an update waits for it."""
+        return any(
+            replica.state is ReplicaState.STARTING and not replica.was_healthy
+            for replica in self._replicas
+        )
+
+    def _recovery_status(self) -> str:
+        return "; ".join(replica.recovery_status() for replica in self._replicas)
 
     async def update_weights(
         self, tensors: Iterable[tuple[str, torch.Tensor]], version: int
     ) -> None:
-        """See ``Engine.update_weights``. With several members the tensors are held in memory until
-        all have them: large models go through a transport of ``weight_sync`` and ``updating``.
+        """See ``Engine.update_weights``.
+
+        With several replicas the tensors are held in memory until all have them: large models go
+        through a transport of ``weight_sync`` and ``updating``.
         """
         async with self.updating(version) as update:
             shared = tensors if len(update.targets) == 1 else list(tensors)
             errors = await call_each(
-                list(update.targets),
+                update.targets,
                 lambda engine: engine.update_weights(shared, version),
                 self.limits.update_timeout_s,
             )
@@ -350,147 +433,202 @@ class Fleet(Engine):
                 update.failed(engine, error)
 
     async def pause(self) -> None:
-        """See ``Engine.pause``. New requests wait here; a member that does not pause is taken out."""
-        self._begin()
-        self._paused = self._patience.stopped = True
-        await self._control("pause")
+        """See ``Engine.pause``. New requests wait here; a replica that does not pause is evicted."""
+        self._ensure_started()
+        self._paused = True
+        self._clock.stopped = True
+        await self._pause_replicas(True)
 
     async def resume(self) -> None:
         """See ``Engine.resume``."""
-        self._begin()
-        self._paused = False  # first, so that a member that joins meanwhile does not stay paused
-        await self._control("resume")
-        self._patience.stopped = False
-        self.changed()
+        self._ensure_started()
+        # Before the calls, so that a replica that joins meanwhile does not stay paused.
+        self._paused = False
+        await self._pause_replicas(False)
+        self._clock.stopped = False
+        self.notify_changed()
 
     @property
     def paused(self) -> bool:
-        """Between ``pause`` and ``resume``."""
+        """True between ``pause`` and ``resume``."""
         return self._paused
 
-    async def _control(self, what: str) -> None:
+    async def _pause_replicas(self, pausing: bool) -> None:
         living = {
-            m.engine: m
-            for m in self._members
-            if m.engine is not None and m.state in (ReplicaState.HEALTHY, ReplicaState.OUTDATED)
+            replica.engine: replica
+            for replica in self._replicas
+            if replica.engine is not None
+            and replica.state in (ReplicaState.HEALTHY, ReplicaState.OUTDATED)
         }
-        for member in living.values():
-            member.paused = True
+        for replica in living.values():
+            replica.paused = True  # possibly, until the call below has succeeded
         errors = await call_each(
-            list(living), lambda engine: getattr(engine, what)(), self.limits.control_timeout_s
+            living,
+            lambda engine: engine.pause() if pausing else engine.resume(),
+            self.limits.control_timeout_s,
         )
-        for engine, member in living.items():
+        for engine, replica in living.items():
             if engine in errors:
-                member.condemn(f"{what}: {errors[engine]}")
+                what = "pause" if pausing else "resume"
+                replica.evict(f"{what}: {errors[engine]}")
             else:
-                member.paused = what == "pause"
+                replica.paused = pausing
 
     async def health(self) -> EngineHealth:
-        """The sum over members; ``alive`` until closed or lost. Those that do not answer count as
-        idle.
+        """Return the sum over the replicas; ``alive`` until the fleet is closed or lost.
+
+        A replica that does not answer counts as idle.
         """
         found: list[EngineHealth] = []
 
-        async def ask(engine: Engine) -> None:
+        async def collect(engine: Engine) -> None:
             found.append(await engine.health())
 
         if not self._closed:
-            self._begin()
-            await call_each(list(self.members().values()), ask, self.limits.control_timeout_s)
+            self._ensure_started()
+            await call_each(self.replicas().values(), collect, self.limits.control_timeout_s)
         return EngineHealth(
             alive=not self._closed and self._lost is None,
             paused=self._paused,
-            running=sum(h.running for h in found),
-            waiting=sum(h.waiting for h in found),
+            running=sum(health.running for health in found),
+            waiting=sum(health.waiting for health in found),
             weight_version=self.version,
-            tokens_generated=sum(h.tokens_generated for h in found),
+            tokens_generated=sum(health.tokens_generated for health in found),
         )
 
     async def probe(self, timeout_s: float) -> None:
-        """See ``Engine.probe``; the members are probed all the time."""
+        """See ``Engine.probe``. The supervisors probe the replicas; this reports their result."""
         if self._lost is not None:
             raise EngineUnavailable(self._lost)
 
     async def close(self) -> None:
-        """Idempotent. Requests in flight end with ``EngineFailure``; every server that we started
-        is killed.
-        """
+        """End requests in flight with ``EngineFailure`` and kill every launched server; idempotent."""
         if self._closed:
             return
         self._closed = True
-        self.changed()
-        everyone = [*self._members, *([self._front] if self._front else [])]
+        self.notify_changed()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for member in everyone:
-            member.last_error = f"the {self.name} was closed"
-            member.interrupt()
-        await asyncio.sleep(0)
+        replicas = self._all_replicas()
+        for replica in replicas:
+            replica.last_error = f"the {self.name} was closed"
+            replica.interrupt()
+        await asyncio.sleep(0)  # let the interrupted requests raise before their engines close
         await call_each(
-            [m.engine for m in everyone if m.engine is not None],
+            [replica.engine for replica in replicas if replica.engine is not None],
             lambda engine: engine.close(),
             self.limits.control_timeout_s,
         )
-        await asyncio.gather(*(m.keeper.stop() for m in everyone if m.keeper is not None))
+        launchers = [replica.launcher for replica in replicas if replica.launcher is not None]
+        await asyncio.gather(*(launcher.stop() for launcher in launchers))
         log.info("%s closed: %s", self.name, self._metrics.line())
 
-    def _refuse_closed(self) -> None:
+    # What the supervisors call (``health_monitor.SupervisedFleet``).
+
+    def notify_changed(self) -> None:
+        """Wake every wait for a change of some replica's state."""
+        # A new event for later waits: clearing the old one could lose the wake-up.
+        self._changed.set()
+        self._changed = asyncio.Event()
+        self._routes_changed.set()
+
+    def count(self, *, outages: int = 0, restarts: int = 0) -> None:
+        """Add to the metrics and log them."""
+        self._metrics.outages += outages
+        self._metrics.restarts += restarts
+        self.log_metrics()
+
+    def log_metrics(self) -> None:
+        """Log the metrics in one line."""
+        self._logged_retries = self._metrics.retries
+        self._logged_at = self._clock.now
+        log.info("%s: %s", self.name, self.metrics().line())
+
+    # Background tasks.
+
+    def _ensure_started(self) -> None:
+        """Start the clock and the supervisors in the running event loop, once."""
+        self._require_open()
+        if self._tasks:
+            return
+        work = {"clock": self._clock.run()}
+        for replica in self._all_replicas():
+            supervisor = ServerSupervisor(
+                self,
+                self._clock,
+                replica,
+                self._weights_lock,
+                is_router=replica is self._router,
+            )
+            work[replica.name] = supervisor.run()
+        if self._router is not None:
+            work["router routes"] = self._keep_routes(self._router)
+        for name, coroutine in work.items():
+            task = asyncio.create_task(coroutine, name=f"{self.name} {name}")
+            task.add_done_callback(self._on_task_end)
+            self._tasks.append(task)
+
+    def _require_open(self) -> None:
         if self._closed:
             raise EngineFailure(f"the {self.name} was closed")
 
-    def _begin(self) -> None:
-        """Start the clock and the minders in the event loop that is running."""
-        self._refuse_closed()
-        if self._tasks:
-            return
-        minders = [
-            ServerSupervisor(self, self._patience, member, self._weights_lock)
-            for member in self._members
-        ]
-        if self._front is not None:
-            minders.append(
-                ServerSupervisor(
-                    self, self._patience, self._front, self._weights_lock, is_front=True
-                )
-            )
-            self._tasks.append(
-                asyncio.create_task(self._feed_front(), name=f"{self.name} router members")
-            )
-        self._tasks.append(asyncio.create_task(self._patience.run(), name=f"{self.name} clock"))
-        self._tasks += [
-            asyncio.create_task(minder.run(), name=f"{self.name} {minder.member.name}")
-            for minder in minders
-        ]
-        for task in self._tasks:
-            task.add_done_callback(self._ended)
-
-    async def _feed_front(self) -> None:
-        """Tell the router who is up, whenever that changes."""
-        front, told = self._front, None
-        assert front is not None and isinstance(front.keeper, RouterHandle)
+    async def _keep_routes(self, router: Replica) -> None:
+        """Send the router the list of serving replicas whenever it changes."""
+        assert isinstance(router.launcher, RouterHandle)
+        known = None
         while True:
-            await self._membership.wait()
-            self._membership.clear()
-            now = (front.engine, tuple(self.members().values()))
-            if not front.up or now == told:
+            await self._routes_changed.wait()
+            # Before the list is read: a change during the call below runs the loop again.
+            self._routes_changed.clear()
+            routes = (router.engine, tuple(self.replicas().values()))
+            if not router.serving or routes == known:
                 continue
             try:
-                await front.keeper.route_to(now[1])
-                told, self._fed = now, front.engine
+                await router.launcher.route_to(routes[1])
+                known = routes
+                self._router_engine = router.engine
             except EngineFailure as error:
-                front.condemn(str(error))
+                router.evict(str(error))
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        """A background task never ends by itself: what broke it must not leave requests waiting for
-        ever.
-        """
+    def _on_tick(self, passed: float) -> None:
+        """Log now and then, and declare the fleet lost when it was down for too long."""
+        new_retries = self._metrics.retries != self._logged_retries
+        if new_retries and self._clock.now - self._logged_at >= _LOG_EVERY_S:
+            self.log_metrics()
+        if self._broken:
+            return
+        states = {replica.state for replica in self._replicas}
+        if states & {ReplicaState.HEALTHY, ReplicaState.STARTING}:
+            self._down_s = 0.0
+            if ReplicaState.HEALTHY in states:
+                self._lost = None
+            return
+        self._down_s += passed
+        timed_out = self._down_s >= self.limits.pool_down_timeout_s
+        if self._lost is None and (timed_out or states == {ReplicaState.FAILED}):
+            reasons = [self._outage_reason(replica) for replica in self._replicas]
+            total = len(self._replicas)
+            self._lost = (
+                f"no server of the {self.name} is left: {total} of {total} are out and none came "
+                f"back within {self._down_s:.1f} s ({'; '.join(reasons)})"
+            )
+            log.error("%s", self._lost)
+            self.notify_changed()
+
+    @staticmethod
+    def _outage_reason(replica: Replica) -> str:
+        reason = f"{replica.name}: {replica.last_error}"
+        if replica.state is ReplicaState.OUTDATED:
+            reason += " (alive, but without the current weights)"
+        return reason
+
+    def _on_task_end(self, task: asyncio.Task[None]) -> None:
+        """Fail every request when a background task ended: it never should, and they would hang."""
         if task.cancelled() or self._closed:
             return
-        log.error("%s: task %s stopped", self.name, task.get_name(), exc_info=task.exception())
         error = task.exception()
-        self._broken, self._lost = (
-            True,
-            f"the {self.name} broke down: {type(error).__name__}: {error}",
-        )
-        self.changed()
+        log.error("%s: task %s ended", self.name, task.get_name(), exc_info=error)
+        self._broken = True
+        self._lost = f"internal error in the {self.name}: {type(error).__name__}: {error}"
+        self.notify_changed()

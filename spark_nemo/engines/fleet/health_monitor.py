@@ -1,113 +1,148 @@
-"""The life of one member: up, watched, taken out, brought back with the current weights."""
+"""The life of one replica: up, watched, evicted, and brought back with the current weights."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable
+from typing import Protocol
 
-from ..base import EngineFailure, EngineUnavailable
+from ..base import Engine, EngineFailure, EngineUnavailable
 from .pausable_clock import PausableClock
-from .replica import Replica, ReplicaState
-
-if TYPE_CHECKING:
-    from .fleet import Fleet
+from .replica import FleetLimits, Replica, ReplicaState
 
 log = logging.getLogger(__name__)
+OnReturn = Callable[[Engine, int], Awaitable[None]]
 _HOUR_S = 3600.0
 _WATCH_S = 0.2
-"""How often a process that we started is looked at."""
-_STALL_TICKS, _ASKED_AGAIN = 6, 2
+"""How often a launched process is checked."""
+_STALL_TICKS = 6
+_STALLED_PROBES = 2
+"""Probes that are repeated because the event loop was blocked meanwhile."""
+
+
+class SupervisedFleet(Protocol):
+    """What a supervisor reads of its fleet, and what it reports back."""
+
+    name: str
+    limits: FleetLimits
+    version: int
+    on_return: OnReturn | None
+
+    @property
+    def paused(self) -> bool:
+        """True between the fleet's ``pause`` and ``resume``."""
+
+    def notify_changed(self) -> None:
+        """Report that the replica's state changed."""
+
+    def count(self, *, outages: int = 0, restarts: int = 0) -> None:
+        """Report an outage or a restart."""
+
+    def log_metrics(self) -> None:
+        """Log the fleet's metrics."""
 
 
 class ServerSupervisor:
-    """Runs as one task per member. ``is_front``: a router, which has no weights of its own."""
+    """Supervise one replica in a task of its own. A router (``is_router``) has no weights."""
 
     def __init__(
         self,
-        fleet: Fleet,
-        patience: PausableClock,
-        member: Replica,
+        fleet: SupervisedFleet,
+        clock: PausableClock,
+        replica: Replica,
         weights_lock: asyncio.Lock,
-        is_front: bool = False,
+        is_router: bool = False,
     ) -> None:
-        self.fleet, self.patience, self.member, self._lock = fleet, patience, member, weights_lock
-        self._is_front = is_front
+        self._fleet = fleet
+        self._limits = fleet.limits
+        self._clock = clock
+        self._replica = replica
+        self._weights_lock = weights_lock
+        self._is_router = is_router
 
     async def run(self) -> None:
-        """Until the member is gone for good."""
+        """Bring the replica up, watch it, evict it, and start over; never returns."""
         while True:
             if await self._bring_up():
-                await self._take_out(await self._watch())
-            elif self.member.state is ReplicaState.FAILED:
-                await asyncio.Event().wait()  # a task that ends means a bug: see Fleet._ended
+                await self._evict(await self._watch())
+            elif self._replica.state is ReplicaState.FAILED:
+                await asyncio.Event().wait()  # the fleet treats a task that ends as a bug
 
     async def _watch(self) -> str:
-        """Returns why the member must be taken out."""
-        member, probed = self.member, self.patience.now
+        """Watch a healthy replica; returns why it must be evicted."""
+        replica = self._replica
+        probed_at = self._clock.now
         while True:
-            await self._doze()
-            if (death := self._death()) is not None:
+            await self._wait_event()
+            death = self._death()
+            if death is not None:
                 return death
-            if member.condemned is not None:
-                return member.condemned
-            if member.failures >= self.fleet.limits.failures_to_remove:
-                return f"{member.failures} requests in a row failed, the last: {member.last_error}"
-            due = self.patience.now - probed >= self.fleet.limits.probe_every_s
-            if (due or member.suspected) and not self.fleet.paused and not self._lock.locked():
-                probed = self.patience.now
-                member.suspected = False
-                if (error := await self._probe()) is not None:
+            if replica.eviction is not None:
+                return replica.eviction
+            if replica.failures >= self._limits.failures_to_evict:
+                return f"{replica.failures} requests failed in a row: {replica.last_error}"
+            due = replica.suspect or self._clock.now - probed_at >= self._limits.probe_every_s
+            # A paused server answers no probe, nor does one that is loading weights.
+            if due and not self._fleet.paused and not self._weights_lock.locked():
+                probed_at = self._clock.now
+                replica.suspect = False
+                error = await self._probe()
+                if error is not None:
                     return error
 
-    async def _doze(self) -> None:
-        """Until woken, or for the time after which a process is looked at again."""
-        member = self.member
-        wake = asyncio.ensure_future(member.wake.wait())
+    async def _wait_event(self) -> None:
+        """Wait until the replica needs attention, at most until its process is checked again."""
+        wake = asyncio.ensure_future(self._replica.wake.wait())
         try:
-            await asyncio.wait({wake}, timeout=min(_WATCH_S, self.fleet.limits.probe_every_s))
+            await asyncio.wait({wake}, timeout=min(_WATCH_S, self._limits.probe_every_s))
         finally:
             wake.cancel()
-        member.wake.clear()
+        self._replica.wake.clear()
 
     def _death(self) -> str | None:
-        return self.member.keeper.death() if self.member.keeper is not None else None
+        launcher = self._replica.launcher
+        return None if launcher is None else launcher.death()
 
     async def _probe(self) -> str | None:
-        """Why the member is not fit, or None. A failure across which the event loop stood still
-        says nothing: the client's own deadline passed before the answer was read. Then it is asked
-        again.
+        """Return why the replica fails its probe, or None.
+
+        A probe that fails while the event loop was blocked proves nothing: the client's own
+        deadline passed before the answer was read. Such a probe is repeated.
         """
-        loop, error = asyncio.get_running_loop(), None
-        for _ in range(
-            _ASKED_AGAIN + 1
-        ):  # bounded: on an overloaded machine the clock always lags a little
-            wall, counted = loop.time(), self.patience.now
+        loop = asyncio.get_running_loop()
+        error = None
+        # Bounded, because on an overloaded machine the clock always lags a little.
+        for _ in range(1 + _STALLED_PROBES):
+            wall_before = loop.time()
+            clock_before = self._clock.now
             error = await self._probe_once()
-            stalled = (loop.time() - wall) - (
-                self.patience.now - counted
-            ) > _STALL_TICKS * self.fleet.limits.tick_s
-            if error is None or self.fleet.paused or not stalled or self._death() is not None:
+            lag_s = (loop.time() - wall_before) - (self._clock.now - clock_before)
+            stalled = lag_s > _STALL_TICKS * self._limits.tick_s
+            if error is None or self._fleet.paused or not stalled or self._death() is not None:
                 break
         return error
 
     async def _probe_once(self) -> str | None:
-        """A busy member is asked for its state only: a generation would queue behind the others,
-        and what answers requests while we wait is alive.
-        """
-        member, asked = self.member, self.patience.now
-        assert member.engine is not None
-        busy = member.up and member.load and not self._is_front
-        probe = asyncio.ensure_future(
-            self._healthy() if busy else member.engine.probe(self.fleet.limits.probe_timeout_s)
-        )
+        replica = self._replica
+        timeout_s = self._limits.probe_timeout_s
+        assert replica.engine is not None
+        # A busy replica is asked for its health only: a generated token would queue behind the
+        # requests of a full server.
+        if replica.serving and replica.load and not self._is_router:
+            probe = asyncio.ensure_future(self._check_health(replica.engine))
+        else:
+            probe = asyncio.ensure_future(replica.engine.probe(timeout_s))
+        started = self._clock.now
         try:
-            while not await self.patience.wait(probe, self.fleet.limits.probe_timeout_s):
-                if (death := self._death()) is not None:
+            while not await self._clock.wait(probe, timeout_s):
+                death = self._death()
+                if death is not None:
                     return death
-                if member.last_answer <= asked:
-                    return f"hangs: no answer to a probe within {self.fleet.limits.probe_timeout_s:.1f} s"
-                asked = self.patience.now
+                # A replica that answered a request meanwhile does not hang.
+                if replica.last_answer <= started:
+                    return f"hangs: no answer to a probe within {timeout_s:.1f} s"
+                started = self._clock.now
             probe.result()
         except EngineFailure as error:
             return self._death() or f"fails a probe: {error}"
@@ -115,164 +150,190 @@ class ServerSupervisor:
             probe.cancel()
         return None
 
-    async def _healthy(self) -> None:
-        assert self.member.engine is not None
-        if not (await self.member.engine.health()).alive:
-            raise EngineUnavailable("it reports that it is not alive")
+    @staticmethod
+    async def _check_health(engine: Engine) -> None:
+        health = await engine.health()
+        if not health.alive:
+            raise EngineUnavailable("the engine reports that it is not alive")
 
-    async def _take_out(self, reason: str) -> None:
-        member = self.member
-        member.last_error, member.condemned, member.suspected, member.failures = (
-            reason,
-            None,
-            False,
-            0,
-        )
-        member.outages += 1
-        member.state = ReplicaState.UNHEALTHY
-        member.interrupt()
-        log.warning("%s: %s is out: %s", self.fleet.name, member.name, reason)
-        self.fleet.count(outages=1)
-        self.fleet.changed()
-        if (
-            member.keeper is not None
-        ):  # a hung process would hold the device that its successor needs
-            await member.keeper.stop()
+    async def _evict(self, reason: str) -> None:
+        """Take the replica out: interrupt its requests and kill its server if we launched it."""
+        replica = self._replica
+        replica.last_error = reason
+        replica.eviction = None
+        replica.suspect = False
+        replica.failures = 0
+        replica.outages += 1
+        replica.state = ReplicaState.UNHEALTHY
+        replica.interrupt()
+        log.warning("%s: %s is out: %s", self._fleet.name, replica.name, reason)
+        self._fleet.count(outages=1)
+        self._fleet.notify_changed()
+        if replica.launcher is not None:
+            # A hung process would hold the device that its successor needs.
+            await replica.launcher.stop()
 
     async def _bring_up(self) -> bool:
-        """One try. True when it serves; after False the member is out (try again) or gone."""
-        member = self.member
+        """Try once to bring the replica up; returns True when it serves.
+
+        After False the replica is UNHEALTHY (try again) or FAILED.
+        """
+        replica = self._replica
         try:
-            if member.was_up or member.outages:
-                self._set(ReplicaState.UNHEALTHY)
-                await asyncio.sleep(self.fleet.limits.backoff(max(1, member.outages)))
-            if member.keeper is not None and not await self._restarted():
+            if replica.was_healthy or replica.outages:
+                self._set_state(ReplicaState.UNHEALTHY)
+                await asyncio.sleep(self._limits.backoff(max(1, replica.outages)))
+            if replica.launcher is not None and not await self._restart():
                 return False
-            assert member.engine is not None
-            if not self.fleet.paused:  # what missed the end of a pause would answer no probe
+            assert replica.engine is not None
+            if not self._fleet.paused:
+                # A server that missed the end of a pause would answer no probe.
                 await self._match_pause()
-            if (error := await self._probe()) is not None:
+            error = await self._probe()
+            if error is not None:
                 raise EngineUnavailable(error)
-            return await self._join_current()
+            return await self._sync_and_admit()
         except (EngineFailure, TimeoutError) as error:
-            self._failed_start(error)
+            self._start_failed(error)
             return False
 
-    async def _restarted(self) -> bool:
-        """Start the server. False when it used up its restarts."""
-        member, now = self.member, asyncio.get_running_loop().time()
-        assert member.keeper is not None
-        if member.was_up:
-            member.restarts = [then for then in member.restarts if now - then < _HOUR_S]
-            if len(member.restarts) >= member.keeper.max_restarts:
-                member.last_error += (
-                    f" (after {member.keeper.max_restarts} restarts within an hour)"
+    async def _restart(self) -> bool:
+        """Start the server; returns False when its restarts are used up."""
+        replica = self._replica
+        launcher = replica.launcher
+        assert launcher is not None
+        if replica.was_healthy:
+            now = asyncio.get_running_loop().time()
+            replica.restarts = [then for then in replica.restarts if now - then < _HOUR_S]
+            if len(replica.restarts) >= launcher.max_restarts:
+                replica.last_error += f" (after {launcher.max_restarts} restarts within an hour)"
+                log.error(
+                    "%s: %s has failed for good: %s",
+                    self._fleet.name,
+                    replica.name,
+                    replica.last_error,
                 )
-                log.error("%s: %s is given up: %s", self.fleet.name, member.name, member.last_error)
-                self._set(ReplicaState.FAILED)
+                self._set_state(ReplicaState.FAILED)
                 return False
-            member.restarts.append(now)
-            self.fleet.count(restarts=1)
-        self._set(ReplicaState.STARTING)
-        old, member.engine = member.engine, None
+            replica.restarts.append(now)
+            self._fleet.count(restarts=1)
+        self._set_state(ReplicaState.STARTING)
+        old = replica.engine
+        replica.engine = None
         if old is not None:
-            await self._closed(old)
-        member.engine = await member.keeper.start()
-        member.version, member.paused = member.folder_version, False
+            await self._close(old)
+        replica.engine = await launcher.start()
+        replica.version = replica.folder_version
+        replica.paused = False
         return True
 
-    async def _closed(self, engine: object) -> None:
+    async def _close(self, engine: Engine) -> None:
         try:
-            async with asyncio.timeout(self.fleet.limits.control_timeout_s):
-                await engine.close()  # type: ignore[attr-defined]
+            async with asyncio.timeout(self._limits.control_timeout_s):
+                await engine.close()
         except (EngineFailure, TimeoutError) as error:
             log.warning(
-                "%s: closing the connection to %s: %s", self.fleet.name, self.member.name, error
+                "%s: closing the connection to %s: %s", self._fleet.name, self._replica.name, error
             )
 
-    def _failed_start(self, error: Exception) -> None:
-        member = self.member
-        member.last_error = str(error) or "no answer in time"
-        member.outages += 1
-        log.warning("%s: %s does not come up: %s", self.fleet.name, member.name, member.last_error)
-        # A server of ours that never ran has wrong settings; trying them again takes minutes and
-        # changes nothing.
-        hopeless = member.keeper is not None and not member.was_up
-        self._set(ReplicaState.FAILED if hopeless else ReplicaState.UNHEALTHY)
-
-    async def _join_current(self) -> bool:
-        """Serve, with the current weights: those it has, those it is given, or those of the next
-        update. False when it died in the meantime.
-        """
-        member, fleet = self.member, self.fleet
-        if member.keeper is None and member.was_up:
-            assert member.engine is not None
-            if (await member.engine.health()).weight_version != member.version:
-                member.version = None  # somebody else restarted it, or gave it weights
-        async with self._lock:  # an update that began now would miss a member that is about to join
-            if (
-                member.version == fleet.version
-                or self._is_front
-                or await self._brought_up_to_date()
-            ):
-                await self._join()
-                return True
-        self._set(ReplicaState.OUTDATED)
+    def _start_failed(self, error: Exception) -> None:
+        replica = self._replica
+        replica.last_error = str(error) or "no answer in time"
+        replica.outages += 1
         log.warning(
-            "%s: %s is alive but has not the weights of version %d: it waits for the next update",
+            "%s: %s does not come up: %s", self._fleet.name, replica.name, replica.last_error
+        )
+        if replica.launcher is not None and not replica.was_healthy:
+            # A launched server that never ran has wrong settings: a retry takes minutes and
+            # changes nothing.
+            self._set_state(ReplicaState.FAILED)
+        else:
+            self._set_state(ReplicaState.UNHEALTHY)
+
+    async def _sync_and_admit(self) -> bool:
+        """Admit the replica once it serves the current weights; returns False if it dies first.
+
+        The weights are those it has, those ``on_return`` gives it, or those of the next update.
+        """
+        replica = self._replica
+        fleet = self._fleet
+        if replica.launcher is None and replica.was_healthy:
+            assert replica.engine is not None
+            if (await replica.engine.health()).weight_version != replica.version:
+                replica.version = None  # its owner restarted it or changed its weights
+        # Under the lock, because an update that began now would miss a replica about to join.
+        async with self._weights_lock:
+            if self._is_current() or await self._update_weights():
+                await self._admit()
+                return True
+        self._set_state(ReplicaState.OUTDATED)
+        log.warning(
+            "%s: %s is alive without weights version %d: it waits for the next update",
             fleet.name,
-            member.name,
+            replica.name,
             fleet.version,
         )
         while True:
-            await self._doze()
-            async with self._lock:
-                if member.version == fleet.version:
-                    await self._join()
+            await self._wait_event()
+            async with self._weights_lock:
+                if self._is_current():
+                    await self._admit()
                     return True
-            if (reason := self._death() or member.condemned) is not None:
-                await self._take_out(reason)
+            reason = self._death() or replica.eviction
+            if reason is not None:
+                await self._evict(reason)
                 return False
 
-    async def _join(self) -> None:
-        member = self.member
-        assert member.engine is not None
-        await self._match_pause()
-        member.condemned, member.suspected, member.failures = None, False, 0
-        if member.was_up or member.outages:
-            log.info("%s: %s is back", self.fleet.name, member.name)
-        member.was_up = True
-        self._set(ReplicaState.HEALTHY)
-        self.fleet.log_metrics()
+    def _is_current(self) -> bool:
+        return self._is_router or self._replica.version == self._fleet.version
 
-    async def _match_pause(self) -> None:
-        """Pause or resume it as the fleet is, which may change while we wait for the server."""
-        member = self.member
-        assert member.engine is not None
-        while member.paused != self.fleet.paused and not self._is_front:
-            pausing, member.paused = self.fleet.paused, True
-            async with asyncio.timeout(self.fleet.limits.control_timeout_s):
-                await (member.engine.pause() if pausing else member.engine.resume())
-            member.paused = pausing
-
-    async def _brought_up_to_date(self) -> bool:
-        member, fleet = self.member, self.fleet
-        assert member.engine is not None
+    async def _update_weights(self) -> bool:
+        """Bring the replica to the fleet's weights by ``on_return``; returns False if it fails."""
+        replica = self._replica
+        fleet = self._fleet
+        assert replica.engine is not None
         if fleet.on_return is None:
             return False
-        self._set(ReplicaState.STARTING)  # it is back: the time in which no server is left is over
-        member.version, wanted = None, fleet.version
+        # STARTING also stops the pool-down timer: a server that loads weights has returned.
+        self._set_state(ReplicaState.STARTING)
+        replica.version = None
+        version = fleet.version
         try:
-            async with asyncio.timeout(fleet.limits.update_timeout_s):
-                await fleet.on_return(member.engine, wanted)
+            async with asyncio.timeout(self._limits.update_timeout_s):
+                await fleet.on_return(replica.engine, version)
         except (EngineFailure, OSError, TimeoutError) as error:
-            member.last_error = f"weights version {wanted} for its return: {error or 'not in time'}"
-            log.warning("%s: %s: %s", fleet.name, member.name, member.last_error)
+            reason = str(error) or "not in time"
+            replica.last_error = f"weights version {version} on its return: {reason}"
+            log.warning("%s: %s: %s", fleet.name, replica.name, replica.last_error)
             return False
-        member.version = wanted
+        replica.version = version
         return True
 
-    def _set(self, state: ReplicaState) -> None:
-        if self.member.state is not state:
-            self.member.state = state
-            self.fleet.changed()
+    async def _admit(self) -> None:
+        replica = self._replica
+        await self._match_pause()
+        replica.eviction = None
+        replica.suspect = False
+        replica.failures = 0
+        if replica.was_healthy or replica.outages:
+            log.info("%s: %s is back", self._fleet.name, replica.name)
+        replica.was_healthy = True
+        self._set_state(ReplicaState.HEALTHY)
+        self._fleet.log_metrics()
+
+    async def _match_pause(self) -> None:
+        """Pause or resume the replica as the fleet is."""
+        replica = self._replica
+        assert replica.engine is not None
+        # A loop, because the fleet may be paused or resumed while the server's reply is awaited.
+        while replica.paused != self._fleet.paused and not self._is_router:
+            pausing = self._fleet.paused
+            replica.paused = True  # possibly, until the call has succeeded
+            async with asyncio.timeout(self._limits.control_timeout_s):
+                await (replica.engine.pause() if pausing else replica.engine.resume())
+            replica.paused = pausing
+
+    def _set_state(self, state: ReplicaState) -> None:
+        if self._replica.state is not state:
+            self._replica.state = state
+            self._fleet.notify_changed()

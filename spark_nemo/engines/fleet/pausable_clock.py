@@ -1,10 +1,9 @@
-"""Deadlines on a clock that stands still while the fleet is paused or its event loop is not
-running.
+"""A clock that stops while the fleet is paused or its event loop does not run.
 
-A training step of minutes blocks the event loop; on the wall clock every deadline would have passed
-when it runs again, before the answers that are waiting in the sockets were read. And a weight
-update pauses every request. So one task ticks, each tick counts for at most twice its length, and a
-paused tick counts for nothing.
+A training step of minutes blocks the event loop. On the wall clock every deadline would have passed
+when the loop runs again, before the answers that wait in the sockets are read. A weight update
+pauses every request as well. So one task ticks, a tick counts for at most twice its length, and a
+tick during a pause counts for nothing.
 """
 
 from __future__ import annotations
@@ -14,16 +13,13 @@ from collections.abc import Callable
 
 
 class PausableClock:
-    """The clock. ``now`` is in seconds since the first tick; ``on_tick(seconds)`` is called after
-    each that counts.
-    """
+    """Seconds of running time. ``on_tick(seconds)`` is called after every tick."""
 
-    def __init__(
-        self, tick_s: float, on_tick: Callable[[float], None] = lambda seconds: None
-    ) -> None:
+    def __init__(self, tick_s: float, on_tick: Callable[[float], None] | None = None) -> None:
         self.now = 0.0
         self.stopped = False
-        self._tick_s, self._on_tick = tick_s, on_tick
+        self._tick_s = tick_s
+        self._on_tick = on_tick
         self._deadlines: dict[asyncio.Future[None], float] = {}
 
     async def run(self) -> None:
@@ -32,13 +28,21 @@ class PausableClock:
         while True:
             before = loop.time()
             await asyncio.sleep(self._tick_s)
-            passed = 0.0 if self.stopped else min(loop.time() - before, 2 * self._tick_s)
+            passed = 0.0
+            if not self.stopped:
+                # The cap is what makes a blocked event loop count as no more than two ticks.
+                passed = min(loop.time() - before, 2 * self._tick_s)
             self.now += passed
-            for future in [f for f, deadline in self._deadlines.items() if deadline <= self.now]:
-                del self._deadlines[future]
-                if not future.done():
-                    future.set_result(None)
-            self._on_tick(passed)
+            self._fire_deadlines()
+            if self._on_tick is not None:
+                self._on_tick(passed)
+
+    def _fire_deadlines(self) -> None:
+        due = [alarm for alarm, deadline in self._deadlines.items() if deadline <= self.now]
+        for alarm in due:
+            del self._deadlines[alarm]
+            if not alarm.done():
+                alarm.set_result(None)
 
     async def wait(
         self,
@@ -46,8 +50,10 @@ class PausableClock:
         seconds: float,
         interrupts: set[asyncio.Future[None]] | None = None,
     ) -> bool:
-        """Until ``task`` is done (True), so much of this clock has passed, or somebody sets the
-        future that waits in ``interrupts`` (False). Does not cancel ``task``.
+        """Wait until ``task`` is done, ``seconds`` have passed or the wait is interrupted.
+
+        Returns True if ``task`` is done. Does not cancel it. While waiting, ``interrupts`` holds a
+        future whose completion ends the wait.
         """
         alarm: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._deadlines[alarm] = self.now + seconds

@@ -1,4 +1,4 @@
-"""Which member serves a prompt."""
+"""Choice of the replica that serves a prompt."""
 
 from __future__ import annotations
 
@@ -11,34 +11,41 @@ _REMEMBERED_PROMPTS = 100_000
 
 
 class PrefixRouting:
-    """The idlest member, except that a prompt seen before goes where it was while that one has at
-    most ``slack`` requests more: the N verifications of a solution find their prompt in the prefix
-    cache.
+    """Route to the least loaded replica, but keep a prompt where its prefix is cached.
+
+    A prompt seen before returns to its last replica while that one has at most ``slack`` more
+    requests than the least loaded: the N verifications of a solution share one prefix cache.
     """
 
     def __init__(self, slack: int) -> None:
         self._slack = slack
-        self._homes: OrderedDict[int, Replica] = OrderedDict()
+        self._last_replica: OrderedDict[int, Replica] = OrderedDict()
         self._turn = 0
 
     def choose(
-        self, prompt_ids: tuple[int, ...], up: Sequence[Replica], avoid: Replica | None
+        self, prompt_ids: tuple[int, ...], serving: Sequence[Replica], avoid: Replica | None
     ) -> Replica:
-        """One of ``up`` (not empty); ``avoid`` and suspected members only when there is no other."""
-        trusted = (
-            [m for m in up if not m.suspected and m is not avoid]
-            or [m for m in up if m is not avoid]
-            or up
-        )
-        idlest = min(trusted, key=lambda member: (member.load, member.last_used))
+        """Return one of ``serving`` (not empty).
+
+        ``avoid`` and suspect replicas are chosen only when there is no other.
+        """
+        others = [replica for replica in serving if replica is not avoid]
+        trusted = [replica for replica in others if not replica.suspect]
+        candidates = trusted or others or serving
+        least_loaded = min(candidates, key=lambda replica: (replica.load, replica.last_used))
         key = hash(prompt_ids)
-        home = self._homes.get(key)
-        if home is None or home not in trusted or home.load > idlest.load + self._slack:
-            home = idlest
-        self._homes[key] = home
-        self._homes.move_to_end(key)
-        if len(self._homes) > _REMEMBERED_PROMPTS:
-            self._homes.popitem(last=False)
+        chosen = self._last_replica.get(key)
+        if (
+            chosen is None
+            or chosen not in candidates
+            or chosen.load > least_loaded.load + self._slack
+        ):
+            chosen = least_loaded
+        self._last_replica[key] = chosen
+        self._last_replica.move_to_end(key)
+        if len(self._last_replica) > _REMEMBERED_PROMPTS:
+            self._last_replica.popitem(last=False)
+        # Replicas of equal load take turns.
         self._turn += 1
-        home.last_used = self._turn
-        return home
+        chosen.last_used = self._turn
+        return chosen

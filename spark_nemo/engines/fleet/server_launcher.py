@@ -1,6 +1,4 @@
-"""A server process of ours: started in a process group of its own, watched, killed with all it
-started.
-"""
+"""A server process of ours: started in its own process group, watched, killed with its children."""
 
 from __future__ import annotations
 
@@ -26,8 +24,9 @@ from .replica import ServerLauncher
 log = logging.getLogger(__name__)
 
 PARENT_VARIABLE = "SPARK_NEMO_PARENT"
-"""Tells the child whose death is to be its own; see ``engines/sglang/serve.py``."""
-_TAIL_BYTES, _TAIL_LINES = 4000, 12
+"""Names the process whose death ends the server; see ``engines/server_wrapper.py``."""
+_TAIL_BYTES = 4000
+_TAIL_LINES = 12
 _PORT_TAKEN = "address already in use"
 _PROGRESS_EVERY_S = 15.0
 _READY_POLL_S = 0.25
@@ -35,8 +34,10 @@ _PROBE_S = 10.0
 
 
 class ServerProcess(ServerLauncher):
-    """``command(host, port)`` runs the server; ``connect(url)`` makes a client, whose ``probe``
-    tells when it serves. stdout and stderr go to the end of ``log_path``.
+    """Launch the server that ``command(host, port)`` runs.
+
+    ``connect(url)`` makes a client, whose ``probe`` tells when the server is ready. stdout and
+    stderr are appended to ``log_path``.
     """
 
     def __init__(
@@ -51,37 +52,38 @@ class ServerProcess(ServerLauncher):
         start_timeout_s: float = START_TIMEOUT_S,
         max_restarts: int = 3,
     ) -> None:
-        self.name, self.log_path, self.max_restarts = name, log_path, max_restarts
-        self._command, self._connect = command, connect
-        self._environment, self._host, self._start_timeout_s = (
-            dict(environment or {}),
-            host,
-            start_timeout_s,
-        )
+        self.name = name
+        self.command = command
+        self.environment = dict(environment or {})
+        self.log_path = log_path
+        self.max_restarts = max_restarts
+        self._connect = connect
+        self._host = host
+        self._start_timeout_s = start_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
         self._port = 0
         self._launched_ahead = False
 
     @property
     def url(self) -> str:
-        """Of the present process; another one after a restart."""
+        """Address of the present process; another one after a restart."""
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"http://{host}:{self._port}"
 
     @property
     def pid(self) -> int | None:
-        """The process, which leads its own group."""
+        """Id of the process, which leads its own group."""
         return self._process.pid if self._process is not None else None
 
     def launch(self) -> None:
-        """Start the process without waiting for it, so that several come up together; ``start``
-        takes it over.
+        """Start the process without waiting for it; ``start`` then takes it over.
 
-        Raises ``EngineFailure`` when there is no such program.
+        Several servers can so start together. Raises ``EngineFailure`` when the program does not
+        exist.
         """
         self._port = free_port(self._host)
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        command = list(self._command(self._host, self._port))
+        command = list(self.command(self._host, self._port))
         try:
             with self.log_path.open("ab") as output:
                 self._process = subprocess.Popen(
@@ -90,7 +92,7 @@ class ServerProcess(ServerLauncher):
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    env={**os.environ, **self._environment, PARENT_VARIABLE: str(os.getpid())},
+                    env={**os.environ, **self.environment, PARENT_VARIABLE: str(os.getpid())},
                 )
         except OSError as error:
             raise EngineFailure(
@@ -107,61 +109,74 @@ class ServerProcess(ServerLauncher):
         )
 
     async def start(self) -> Engine:
-        """See ``ServerLauncher.start``. A port that another program took in the meantime is changed once."""
-        for last_try in (False, True):
-            if not self._launched_ahead:
-                await self.stop()
-                self.launch()
-            self._launched_ahead = False
-            try:
-                return await self._until_ready()
-            except EngineFailure as failure:
-                await self.stop()
-                if last_try or _PORT_TAKEN not in str(failure).lower():
-                    raise
-        raise AssertionError("unreachable")
-
-    async def _until_ready(self) -> Engine:
-        begin = told = last = time.monotonic()
-        waited = 0.0  # as long as the event loop ran: a training step may have held it for longer than a start takes
-        engine, waiting_for = self._connect(self.url), "nothing yet"
+        """See ``ServerLauncher.start``. Retries once if another program took the port meanwhile."""
         try:
-            while waited < self._start_timeout_s:
-                now = time.monotonic()
-                waited, last = waited + min(now - last, _READY_POLL_S + _PROBE_S), now
-                if (death := self.death()) is not None:
-                    raise EngineFailure(f"{self.name}: {death}, before it served")
-                try:
-                    await engine.probe(_PROBE_S)
-                    log.info(
-                        "%s serves at %s after %.1f s",
-                        self.name,
-                        self.url,
-                        time.monotonic() - begin,
-                    )
-                    return engine
-                except EngineFailure as failure:
-                    waiting_for = str(failure)
-                if now - told >= _PROGRESS_EVERY_S:
-                    told = now
-                    log.info(
-                        "%s: starting for %.0f s; %s",
-                        self.name,
-                        now - begin,
-                        self.tail(1) or waiting_for,
-                    )
-                await asyncio.sleep(_READY_POLL_S)
+            return await self._start_once()
+        except EngineFailure as failure:
+            if _PORT_TAKEN not in str(failure).lower():
+                raise
+        return await self._start_once()
+
+    async def _start_once(self) -> Engine:
+        if not self._launched_ahead:
+            await self.stop()
+            self.launch()
+        self._launched_ahead = False
+        try:
+            return await self._wait_ready()
+        except EngineFailure:
+            await self.stop()
+            raise
+
+    async def _wait_ready(self) -> Engine:
+        engine = self._connect(self.url)
+        try:
+            await self._poll_until_ready(engine)
         except BaseException:
             await engine.close()
             raise
-        await engine.close()
+        return engine
+
+    async def _poll_until_ready(self, engine: Engine) -> None:
+        begin = time.monotonic()
+        polled_at = begin
+        reported_at = begin
+        # Counts only while the event loop runs: a training step may block it for longer than a
+        # start takes.
+        waited_s = 0.0
+        last_failure = "nothing yet"
+        while waited_s < self._start_timeout_s:
+            now = time.monotonic()
+            waited_s += min(now - polled_at, _READY_POLL_S + _PROBE_S)
+            polled_at = now
+            death = self.death()
+            if death is not None:
+                raise EngineFailure(f"{self.name}: {death}, before it served")
+            try:
+                await engine.probe(_PROBE_S)
+            except EngineFailure as failure:
+                last_failure = str(failure)
+            else:
+                log.info(
+                    "%s serves at %s after %.1f s", self.name, self.url, time.monotonic() - begin
+                )
+                return
+            if now - reported_at >= _PROGRESS_EVERY_S:
+                reported_at = now
+                log.info(
+                    "%s: starting for %.0f s; %s",
+                    self.name,
+                    now - begin,
+                    self.tail(1) or last_failure,
+                )
+            await asyncio.sleep(_READY_POLL_S)
         raise EngineFailure(
-            f"{self.name}: did not serve within {self._start_timeout_s:.0f} s ({waiting_for}); the end "
-            f"of {self.log_path}: {self.tail()}"
+            f"{self.name}: did not serve within {self._start_timeout_s:.0f} s ({last_failure}); "
+            f"the end of {self.log_path}: {self.tail()}"
         )
 
     def death(self) -> str | None:
-        """See ``ServerLauncher.death``; with the end of the log."""
+        """See ``ServerLauncher.death``; includes the end of the log."""
         if self._process is None:
             return "was not started"
         code = self._process.poll()
@@ -171,50 +186,45 @@ class ServerProcess(ServerLauncher):
         return f"{how}; the end of {self.log_path}: {self.tail()}"
 
     def tail(self, lines: int = _TAIL_LINES) -> str:
-        """The last lines of its log, joined into one."""
+        """Return the last lines of the log, joined into one."""
         try:
             with self.log_path.open("rb") as file:
                 file.seek(max(0, self.log_path.stat().st_size - _TAIL_BYTES))
                 text = file.read().decode(errors="replace")
         except OSError:
             return ""
-        return " | ".join([line.strip() for line in text.splitlines() if line.strip()][-lines:])
+        stripped = [line.strip() for line in text.splitlines()]
+        return " | ".join([line for line in stripped if line][-lines:])
 
     async def stop(self) -> None:
         """See ``ServerLauncher.stop``."""
         self.kill()
+        process = self._process
         deadline = time.monotonic() + 10.0
-        while (
-            self._process is not None
-            and self._process.poll() is None
-            and time.monotonic() < deadline
-        ):
+        while process is not None and process.poll() is None and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
 
     def kill(self) -> None:
-        """SIGKILL the process, its group, and what of its children left the group. Also reaches
-        stopped ones.
-        """
-        process, self._launched_ahead = self._process, False
+        """SIGKILL the process, its group, and children that left the group; also stopped ones."""
+        self._launched_ahead = False
         atexit.unregister(self.kill)
+        process = self._process
         if process is None:
             return
-        family: list[psutil.Process] = []
+        children: list[psutil.Process] = []
+        # Listed first: once their parent is dead, its children can no longer be found.
         with contextlib.suppress(psutil.Error):
-            family = (
-                psutil.Process(process.pid).children(recursive=True)
-                if process.poll() is None
-                else []
-            )
+            if process.poll() is None:
+                children = psutil.Process(process.pid).children(recursive=True)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
-        for child in family:
+        for child in children:
             with contextlib.suppress(psutil.Error):
                 child.kill()
 
 
 def free_port(host: str) -> int:
-    """A port that nobody listens on at ``host`` just now."""
+    """Return a port of ``host`` on which no program listens just now."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         return probe.getsockname()[1]

@@ -22,9 +22,9 @@ from ..base import (
     EngineUnavailable,
     Generation,
     GenerationRequest,
+    RequestLimits,
     SamplingParams,
 )
-from ..limits import RequestLimits
 from .client import ConnectionLost, NotReached, Overloaded, ServerHttp
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class RemoteEngine(Engine):
 
     def _refuse_bad(self, request: GenerationRequest) -> None:
         """Raise ``EngineFailure`` for what must not be sent."""
-        self.limits.refuse_bad(request)
+        self.limits.check(request)
 
     async def _before_attempt(self) -> None:
         """Returns once a request may be sent; within its deadline, by ``_clock``."""

@@ -20,10 +20,9 @@ from pathlib import Path
 
 import torch
 
-from ..base import Engine, EngineFailure, EngineHealth, Generation, GenerationRequest
-from ..limits import RequestLimits
-from ..tensor_hash import tensor_hash
+from ..base import Engine, EngineFailure, EngineHealth, Generation, GenerationRequest, RequestLimits
 from .batch import Batch, Running
+from .checksum import tensor_checksum
 from .decoder import Decoder
 from .weights import Qwen2Shape, checked, fuse, read_folder, served_form, served_tensors
 
@@ -93,7 +92,7 @@ class LocalEngine(Engine):
         """See ``Engine.generate``. A cancelled caller's request leaves the batch before the next
         step.
         """
-        self._refuse_bad(request)
+        self._require_valid(request)
         ticket = _Ticket(request, asyncio.get_running_loop().create_future())
         self._waiting.append(ticket)
         if self._task is None:
@@ -104,12 +103,12 @@ class LocalEngine(Engine):
         finally:
             self._abandoned |= ticket.future.cancelled()
 
-    def _refuse_bad(self, request: GenerationRequest) -> None:
+    def _require_valid(self, request: GenerationRequest) -> None:
         """Raise ``EngineFailure`` for what cannot be served, before it can hurt the batch."""
-        self._refuse_ended()
-        self._limits.refuse_bad(request)
+        self._require_open()
+        self._limits.check(request)
 
-    def _refuse_ended(self) -> None:
+    def _require_open(self) -> None:
         if self._end is not None:
             raise EngineFailure(self._end)
 
@@ -192,7 +191,7 @@ class LocalEngine(Engine):
         pause does too): their later tokens come from new weights on an old cache, which
         ``Generation.weight_versions`` shows.
         """
-        self._refuse_ended()
+        self._require_open()
         with torch.inference_mode():
             self._decoder.weights = fuse(self._shape, checked(self._shape, tensors))
         self._version = version
@@ -209,7 +208,7 @@ class LocalEngine(Engine):
         computed with.
         """
         served = served_tensors(self._shape, self._decoder.weights)
-        return [{name: tensor_hash(tensor) for name, tensor in served}]
+        return [{name: tensor_checksum(tensor) for name, tensor in served}]
 
     async def pause(self) -> None:
         """No further step begins; the one in progress, if any, was complete when this was called."""

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from spark_nemo.config import EngineConfig
 
+from .. import server_wrapper
 from ..fleet import Fleet
 from ..fleet.pool import (
     CLIENT_SLACK,
-    Launch,
+    LaunchSpec,
+    build_fleet,
     connections_per_server,
-    fleet_of,
     host_of,
     log_folder,
     or_else,
@@ -23,7 +24,6 @@ from ..fleet.pool import (
     search_path,
 )
 from ..model_files import model_numbers
-from . import serve
 from .router import RouterProcess
 from .server import SglangServer
 
@@ -63,7 +63,7 @@ def build_pool(
     require_module(pool, role, "sglang", "SPARK_SGLANG_PYTHON")
     max_context = min(config.max_context, numbers.max_positions - CONTEXT_RESERVE)
     limits = pool_limits(pool)
-    key = os.environ.get(serve.KEY_VARIABLE) if pool.urls else secrets.token_urlsafe(32)
+    key = os.environ.get(server_wrapper.KEY_VARIABLE) if pool.urls else secrets.token_urlsafe(32)
 
     def connect(url: str, servers: int = 1) -> CheckedServer:
         return CheckedServer(
@@ -81,7 +81,7 @@ def build_pool(
         parallel = or_else(pool.tensor_parallel, 1)
         words = [
             python_of(pool),
-            serve.__file__,
+            server_wrapper.__file__,
             "server",
             "--model-path",
             str(model_dir.resolve()),
@@ -102,9 +102,9 @@ def build_pool(
             words += ["--base-gpu-id", str(pool.first_gpu + index * parallel)]
         return [*words, *pool.server_args]
 
-    front = None
+    router = None
     if pool.router:
-        front = RouterProcess(
+        router = RouterProcess(
             f"{role} router",
             lambda url: connect(url, config.num_engines(role)),
             python=python_of(pool),
@@ -115,6 +115,11 @@ def build_pool(
             max_restarts=or_else(pool.max_restarts, 3),
             request_timeout_s=CLIENT_SLACK * limits.deadlines(max_context)[0],
         )
-    return fleet_of(
-        config, role, connect, Launch(command, {serve.KEY_VARIABLE: key or ""}), log_dir, front
+    return build_fleet(
+        config,
+        role,
+        connect,
+        LaunchSpec(command, {server_wrapper.KEY_VARIABLE: key or ""}),
+        log_dir,
+        router,
     )

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
+from .. import server_wrapper
 from ..base import Engine, EngineFailure, EngineHealth, Generation, GenerationRequest
 from ..fleet import RouterHandle
 from ..fleet.server_launcher import ServerProcess, free_port
 from ..http.client import ServerHttp
-from . import serve
 from .server import SglangServer
 
 _CALL_S = 10.0
@@ -125,7 +125,7 @@ class RouterProcess(ServerProcess, RouterHandle):
         def command(host: str, port: int) -> list[str]:
             return [
                 python,
-                serve.__file__,
+                server_wrapper.__file__,
                 "router",
                 "--host",
                 host,
@@ -156,7 +156,7 @@ class RouterProcess(ServerProcess, RouterHandle):
             command,
             lambda url: RouterClient(url, key, connect(url)),
             log_path=log_path,
-            environment={**environment, serve.KEY_VARIABLE: key or ""},
+            environment={**environment, server_wrapper.KEY_VARIABLE: key or ""},
             host=host,
             start_timeout_s=60.0,
             max_restarts=max_restarts,

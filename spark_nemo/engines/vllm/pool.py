@@ -8,19 +8,19 @@ from pathlib import Path
 
 from spark_nemo.config import ConfigError, EngineConfig
 
+from .. import server_wrapper
 from ..fleet import Fleet
 from ..fleet.pool import (
     CLIENT_SLACK,
-    Launch,
+    LaunchSpec,
+    build_fleet,
     connections_per_server,
-    fleet_of,
     or_else,
     pool_limits,
     python_of,
     require_module,
 )
 from ..model_files import model_numbers
-from ..sglang import serve
 from .launch import server_command, server_environment
 from .server import VllmServer
 
@@ -53,7 +53,7 @@ def build_pool(
     pool, numbers = config.pool(role), model_numbers(model_dir)
     max_context = min(config.max_context, numbers.max_positions)
     limits = pool_limits(pool)
-    key = os.environ.get(serve.KEY_VARIABLE) if pool.urls else secrets.token_urlsafe(32)
+    key = os.environ.get(server_wrapper.KEY_VARIABLE) if pool.urls else secrets.token_urlsafe(32)
     if pool.first_gpu is not None:
         raise ConfigError(
             f"engine.{role}.first_gpu={pool.first_gpu}: a vLLM server takes its GPUs from "
@@ -76,10 +76,10 @@ def build_pool(
 
     def command(index: int, host: str, port: int) -> list[str]:
         python = python_of(pool)
-        # Through serve.py, which makes the server die with us.
+        # Through server_wrapper.py, which makes the server die with us.
         return [
             python,
-            serve.__file__,
+            server_wrapper.__file__,
             "exec",
             *server_command(
                 python,
@@ -97,4 +97,6 @@ def build_pool(
             ),
         ]
 
-    return fleet_of(config, role, connect, Launch(command, server_environment({}, key)), log_dir)
+    return build_fleet(
+        config, role, connect, LaunchSpec(command, server_environment({}, key)), log_dir
+    )

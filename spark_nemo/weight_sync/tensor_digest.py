@@ -1,20 +1,18 @@
-"""The hash of a tensor that trainer and engines agree on: SGLang's, which depends on where the
-tensor lies.
+"""Hash of a tensor as SGLang computes it, by which trainer and engines compare weights.
 
-In CPU memory it is the first 8 bytes of SHA-256 over the raw bytes in row-major order
-(srt/managers/mm_utils.py, ``tensor_hash``); on a GPU a sum over mixed 32-bit words
-(kernels/ops/memory/gpu_tensor_hash.py). Both are 16 hex digits, and both are made here from blocks
-of rows as they come.
+On a CPU it is ``engines.local.checksum.ByteDigest``; on a GPU a sum over mixed 32-bit words
+(kernels/ops/memory/gpu_tensor_hash.py). Both are 16 hex digits and are computed here from blocks of
+rows as they come.
 """
 
 from __future__ import annotations
 
-import hashlib
 from typing import Protocol
 
 import torch
 
-HEX_DIGITS = 16
+from spark_nemo.engines.local.checksum import ByteDigest
+
 _MASK32, _MASK64 = (1 << 32) - 1, (1 << 64) - 1
 _SEEDS = (0x243F6A88, ((0x243F6A88 * 0x9E3779B1) ^ 0xDEADBEEF) & _MASK32)
 _POSITION = ((0x27D4EB2D, 15), (0x165667B1, 13))
@@ -27,33 +25,18 @@ experts' tensors.
 
 
 class TensorDigest(Protocol):
-    """A hash in the making."""
+    """Hash of a tensor whose rows come block by block."""
 
     def update(self, block: torch.Tensor) -> None:
-        """The next rows."""
+        """Add the next rows."""
 
     def hexdigest(self) -> str:
-        """16 hex digits, once all rows have come."""
+        """Return the 16 hex digits, once all rows have come."""
 
 
 def digest_for(example: torch.Tensor, num_bytes: int) -> TensorDigest:
-    """The digest of a tensor of ``num_bytes`` that lies where ``example`` lies."""
+    """Return the digest for a tensor of ``num_bytes`` on the device of ``example``."""
     return WordDigest(num_bytes, example.device) if example.is_cuda else ByteDigest()
-
-
-class ByteDigest:
-    """SHA-256, cut to 8 bytes."""
-
-    def __init__(self) -> None:
-        self._sha = hashlib.sha256()
-
-    def update(self, block: torch.Tensor) -> None:
-        """See ``TensorDigest``."""
-        self._sha.update(raw_bytes(block))
-
-    def hexdigest(self) -> str:
-        """See ``TensorDigest``."""
-        return self._sha.hexdigest()[:HEX_DIGITS]
 
 
 class WordDigest:
@@ -135,15 +118,3 @@ def _wrapped(sums_K: torch.Tensor) -> torch.Tensor:
     """int64 sums modulo 2^32, as int32."""
     low_K = sums_K & _MASK32
     return torch.where(low_K >= 1 << 31, low_K - (1 << 32), low_K).to(torch.int32)
-
-
-def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of ``tensor`` in row-major order; a view of its memory where it lies so on the CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def tensor_hash(tensor: torch.Tensor) -> str:
-    """The hash of one whole tensor."""
-    digest = digest_for(tensor, tensor.nbytes)
-    digest.update(tensor)
-    return digest.hexdigest()

@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 from fleet_cases import QUICK, FakeEngine, FakeLauncher, ask, running, until
+from virtual_time import run
 
 from spark_nemo.engines import EngineFailure, EngineLost, EngineUnavailable
 from spark_nemo.engines.fleet import Fleet, FleetLimits, RouterHandle
@@ -15,7 +16,7 @@ WEIGHTS = [("w", None)]
 
 
 def up(fleet: Fleet) -> int:
-    return fleet.metrics().members_up
+    return fleet.metrics().replicas_up
 
 
 def test_a_killed_server_is_restarted_and_gets_the_current_weights_before_it_serves() -> None:
@@ -24,25 +25,25 @@ def test_a_killed_server_is_restarted_and_gets_the_current_weights_before_it_ser
     """
 
     async def scenario():
-        keepers, calls = [FakeLauncher(i) for i in range(2)], []
+        launchers, calls = [FakeLauncher(i) for i in range(2)], []
 
         async def hook(engine, version):
             calls.append((engine, version, list(engine.seen)))
             engine.version = version
 
-        async with running(keepers, on_return=hook) as fleet:
+        async with running(launchers, on_return=hook) as fleet:
             await fleet.update_weights(WEIGHTS, 7)
-            keepers[0].engine.dead = True
-            await until(lambda: len(keepers[0].engines) == 2 and up(fleet) == 2)
+            launchers[0].engine.dead = True
+            await until(lambda: len(launchers[0].engines) == 2 and up(fleet) == 2)
             answers = await asyncio.gather(*(fleet.generate(ask(i)) for i in range(20)))
             return (
                 calls,
-                keepers[0].engine,
+                launchers[0].engine,
                 {v for a in answers for v in a.weight_versions},
                 fleet.metrics(),
             )
 
-    calls, engine, versions, metrics = asyncio.run(scenario())
+    calls, engine, versions, metrics = run(scenario())
     assert calls == [(engine, 7, [])] and versions == {7} and engine.seen
     assert metrics.restarts == 1
 
@@ -54,24 +55,24 @@ def test_without_current_weights_a_returning_server_waits_for_the_next_update(
     """No hook, a failing one and a hanging one: it serves nothing until an update includes it."""
 
     async def scenario():
-        keepers = [FakeLauncher(i) for i in range(2)]
+        launchers = [FakeLauncher(i) for i in range(2)]
 
         async def broken(engine, version):
             await asyncio.sleep(60 if hook == "hangs" else 0)
             raise EngineUnavailable("no such folder")
 
-        async with running(keepers, on_return=broken if hook else None) as fleet:
+        async with running(launchers, on_return=broken if hook else None) as fleet:
             await fleet.update_weights(WEIGHTS, 1)
-            keepers[0].engine.dead = True
-            await until(lambda: len(keepers[0].engines) == 2)
+            launchers[0].engine.dead = True
+            await until(lambda: len(launchers[0].engines) == 2)
             await asyncio.gather(*(fleet.generate(ask(i)) for i in range(20)))
-            before = list(keepers[0].engine.seen), up(fleet)
-            await until(lambda: str(fleet._members[0].state) == "stale")
+            before = list(launchers[0].engine.seen), up(fleet)
+            await until(lambda: fleet.metrics().states["m0"] == "outdated")
             await fleet.update_weights(WEIGHTS, 2)
             await until(lambda: up(fleet) == 2)
-            return before, keepers[0].engine.version, list(fleet.members())
+            return before, launchers[0].engine.version, list(fleet.replicas())
 
-    before, version, members = asyncio.run(scenario())
+    before, version, members = run(scenario())
     assert before == ([], 1) and version == 2 and members == ["m0", "m1"]
 
 
@@ -79,14 +80,14 @@ def test_a_server_restarted_under_its_folders_weights_needs_no_hook() -> None:
     """A verifier pool is never updated: what restarts has the right weights."""
 
     async def scenario():
-        keeper = FakeLauncher(0)
-        async with running([keeper]) as fleet:
+        launcher = FakeLauncher(0)
+        async with running([launcher]) as fleet:
             await fleet.generate(ask(1))
-            keeper.engine.dead = True
+            launcher.engine.dead = True
             answer = await fleet.generate(ask(2))
-            return len(keeper.engines), answer
+            return len(launcher.engines), answer
 
-    starts, answer = asyncio.run(scenario())
+    starts, answer = run(scenario())
     assert starts == 2 and answer.token_ids == (2, 0)
 
 
@@ -94,23 +95,23 @@ def test_restarts_are_bounded_and_then_the_fleet_is_lost_with_the_reason() -> No
     """max_restarts=2: two restarts, then EngineLost at once, not after the waiting time."""
 
     async def scenario():
-        keeper = FakeLauncher(0, max_restarts=2)
-        async with running([keeper], name="policy pool") as fleet:
+        launcher = FakeLauncher(0, max_restarts=2)
+        async with running([launcher], name="policy pool") as fleet:
             await fleet.generate(ask(1))
             for _ in range(3):
-                keeper.engine.dead = True
-                with_engines = len(keeper.engines)
+                launcher.engine.dead = True
+                with_engines = len(launcher.engines)
                 await until(
                     lambda: (
-                        (len(keeper.engines) > with_engines and up(fleet) == 1)  # noqa: B023
-                        or str(fleet._members[0].state) == "gone"
+                        (len(launcher.engines) > with_engines and up(fleet) == 1)  # noqa: B023
+                        or fleet.metrics().states["m0"] == "failed"
                     )
                 )
             with pytest.raises(EngineLost, match="after 2 restarts within an hour") as raised:
                 await fleet.generate(ask(2))
-            return str(raised.value), len(keeper.engines)
+            return str(raised.value), len(launcher.engines)
 
-    message, starts = asyncio.run(scenario())
+    message, starts = run(scenario())
     assert starts == 3 and "policy pool" in message and "exit status -9" in message
 
 
@@ -118,31 +119,31 @@ def test_a_server_that_never_comes_up_is_not_tried_again() -> None:
     """Its settings are wrong; the message carries the end of its log."""
 
     async def scenario():
-        keeper = FakeLauncher(0)
-        keeper.fails_with = "exit status 2 before it served: unrecognized arguments: --atention"
-        async with running([keeper]) as fleet:
+        launcher = FakeLauncher(0)
+        launcher.fails_with = "exit status 2 before it served: unrecognized arguments: --atention"
+        async with running([launcher]) as fleet:
             with pytest.raises(EngineLost, match="unrecognized arguments"):
                 await fleet.generate(ask(1))
             with pytest.raises(EngineFailure, match="unrecognized arguments"):
                 await fleet.update_weights(WEIGHTS, 1)
-            return keeper.engines, fleet.metrics().restarts
+            return launcher.engines, fleet.metrics().restarts
 
-    assert asyncio.run(scenario()) == ([], 0)
+    assert run(scenario()) == ([], 0)
 
 
 def test_a_hung_server_of_ours_is_killed_and_restarted() -> None:
-    """SIGSTOP is no death: the probe finds it, the keeper kills it."""
+    """SIGSTOP is no death: the probe finds it, the launcher kills it."""
 
     async def scenario():
-        keepers = [FakeLauncher(i) for i in range(2)]
-        async with running(keepers) as fleet:
+        launchers = [FakeLauncher(i) for i in range(2)]
+        async with running(launchers) as fleet:
             await fleet.generate(ask(1))
             await until(lambda: up(fleet) == 2)
-            keepers[1].engine.hung = True
-            await until(lambda: len(keepers[1].engines) == 2 and up(fleet) == 2)
-            return keepers[1].stopped
+            launchers[1].engine.hung = True
+            await until(lambda: len(launchers[1].engines) == 2 and up(fleet) == 2)
+            return launchers[1].stopped
 
-    assert asyncio.run(scenario()) == 1
+    assert run(scenario()) == 1
 
 
 def test_a_given_server_that_returns_serves_again() -> None:
@@ -160,7 +161,7 @@ def test_a_given_server_that_returns_serves_again() -> None:
             engines[0].hung = False
             await until(lambda: up(fleet) == 2)
 
-    asyncio.run(scenario())
+    run(scenario())
 
 
 def test_a_member_that_fails_an_update_is_taken_out_and_the_run_goes_on() -> None:
@@ -177,7 +178,7 @@ def test_a_member_that_fails_an_update_is_taken_out_and_the_run_goes_on() -> Non
             answers = await asyncio.gather(*(fleet.generate(ask(i)) for i in range(30)))
             return {v for a in answers for v in a.weight_versions}, engines[1].seen, fleet.version
 
-    versions, seen, version = asyncio.run(scenario())
+    versions, seen, version = run(scenario())
     assert versions == {4} and version == 4 and seen == []
 
 
@@ -198,7 +199,7 @@ def test_weights_that_every_member_refuses_change_nothing() -> None:
             await asyncio.sleep(0.05)
             return up(fleet), fleet.version, (await fleet.generate(ask(2))).weight_versions
 
-    members, version, versions = asyncio.run(scenario())
+    members, version, versions = run(scenario())
     assert members == 2 and version == 0 and set(versions) == {0}
 
 
@@ -208,12 +209,12 @@ def test_an_update_waits_until_all_servers_have_started_once() -> None:
     """
 
     async def scenario():
-        keepers = [FakeLauncher(0, start_s=0.01), FakeLauncher(1, start_s=0.15)]
-        async with running(keepers) as fleet:
+        launchers = [FakeLauncher(0, start_s=0.01), FakeLauncher(1, start_s=0.15)]
+        async with running(launchers) as fleet:
             await fleet.update_weights(WEIGHTS, 3)
-            return [keeper.engine.version for keeper in keepers], up(fleet)
+            return [launcher.engine.version for launcher in launchers], up(fleet)
 
-    assert asyncio.run(scenario()) == ([3, 3], 2)
+    assert run(scenario()) == ([3, 3], 2)
 
 
 def test_time_paused_is_no_deadline_and_requests_wait() -> None:
@@ -234,7 +235,7 @@ def test_time_paused_is_no_deadline_and_requests_wait() -> None:
             await asyncio.gather(*work)
             return waiting, fleet.metrics()
 
-    waiting, metrics = asyncio.run(scenario())
+    waiting, metrics = run(scenario())
     assert waiting == 6 and metrics.retries == metrics.outages == 0 and metrics.answered == 12
 
 
@@ -242,41 +243,41 @@ def test_who_returns_during_a_pause_is_paused_and_resumed_with_the_others() -> N
     """And a server that missed the resume is resumed when it comes back."""
 
     async def scenario():
-        keeper, given = FakeLauncher(0), FakeEngine(1)
-        async with running({"kept": keeper, "given": given}) as fleet:
+        launcher, given = FakeLauncher(0), FakeEngine(1)
+        async with running({"kept": launcher, "given": given}) as fleet:
             await fleet.generate(ask(1))
             await until(lambda: up(fleet) == 2)
             await fleet.pause()
-            keeper.engine.dead = True
-            await until(lambda: len(keeper.engines) == 2 and up(fleet) == 2)
-            during = keeper.engine.paused
+            launcher.engine.dead = True
+            await until(lambda: len(launcher.engines) == 2 and up(fleet) == 2)
+            during = launcher.engine.paused
             given.hung = True
             await fleet.resume()
             missed = given.paused
             given.hung = False
             await until(lambda: up(fleet) == 2 and not given.paused)
-            return during, missed, keeper.engine.paused
+            return during, missed, launcher.engine.paused
 
-    assert asyncio.run(scenario()) == (True, True, False)
+    assert run(scenario()) == (True, True, False)
 
 
 def test_closing_ends_what_runs_and_kills_what_was_started() -> None:
     """Requests in flight fail, kept servers stop, a second close does nothing."""
 
     async def scenario():
-        keeper = FakeLauncher(0, delay=10)
-        fleet = Fleet({"m0": keeper}, FleetLimits())
+        launcher = FakeLauncher(0, delay=10)
+        fleet = Fleet({"m0": launcher}, FleetLimits())
         work = asyncio.create_task(fleet.generate(ask(1)))
-        await until(lambda: bool(keeper.engines) and keeper.engine.running == 1)
+        await until(lambda: bool(launcher.engines) and launcher.engine.running == 1)
         await fleet.close()
         await fleet.close()
         with pytest.raises(EngineFailure, match="closed"):
             await work
         with pytest.raises(EngineFailure, match="closed"):
             await fleet.generate(ask(1))
-        return keeper.stopped, keeper.engine.closed, (await fleet.health()).alive
+        return launcher.stopped, launcher.engine.closed, (await fleet.health()).alive
 
-    assert asyncio.run(scenario()) == (1, True, False)
+    assert run(scenario()) == (1, True, False)
 
 
 class FakeRouter(FakeEngine):
@@ -310,18 +311,18 @@ def test_a_router_gets_first_attempts_and_knows_who_is_up() -> None:
     """All requests pass through it while it lives; a member that dies is struck from its list."""
 
     async def scenario():
-        keepers, front = [FakeLauncher(i, max_restarts=0) for i in range(2)], FakeRouterHandle(9)
-        async with running(keepers, front=front) as fleet:
+        launchers, router = [FakeLauncher(i, max_restarts=0) for i in range(2)], FakeRouterHandle(9)
+        async with running(launchers, router=router) as fleet:
             await fleet.generate(ask(0))
-            await until(lambda: bool(front.engines) and len(front.engine.targets) == 2)
+            await until(lambda: bool(router.engines) and len(router.engine.targets) == 2)
             await asyncio.gather(*(fleet.generate(ask(i)) for i in range(1, 21)))
-            through = len(front.engine.seen)
-            keepers[0].engine.dead = True
+            through = len(router.engine.seen)
+            launchers[0].engine.dead = True
             await asyncio.gather(*(fleet.generate(ask(i)) for i in range(21, 41)))
-            await until(lambda: front.engine.targets == [keepers[1].engine])
+            await until(lambda: router.engine.targets == [launchers[1].engine])
             return through, fleet.metrics()
 
-    through, metrics = asyncio.run(scenario())
+    through, metrics = run(scenario())
     assert through >= 20 and metrics.answered == 41
 
 
@@ -330,24 +331,24 @@ def test_a_killed_router_costs_no_request_and_is_started_again(fate: str) -> Non
     """Requests in flight through it are redone directly; the next router is told of all members."""
 
     async def scenario():
-        keepers, front = [FakeLauncher(i, delay=0.03) for i in range(2)], FakeRouter(9)
-        async with running(keepers, front=front) as fleet:
+        launchers, router = [FakeLauncher(i, delay=0.03) for i in range(2)], FakeRouterHandle(9)
+        async with running(launchers, router=router) as fleet:
             await fleet.generate(ask(0))
-            await until(lambda: bool(front.engines) and len(front.engine.targets) == 2)
+            await until(lambda: bool(router.engines) and len(router.engine.targets) == 2)
             work = [asyncio.create_task(fleet.generate(ask(i))) for i in range(40)]
-            await until(lambda: len(front.engine.seen) > 5)
-            setattr(front.engine, fate, True)
+            await until(lambda: len(router.engine.seen) > 5)
+            setattr(router.engine, fate, True)
             answers = await asyncio.gather(*work)
-            await until(lambda: len(front.engines) == 2 and len(front.engine.targets) == 2)
+            await until(lambda: len(router.engines) == 2 and len(router.engine.targets) == 2)
             await fleet.generate(ask(50))
             return (
                 [answer.token_ids[0] for answer in answers],
-                len(front.engine.seen),
+                len(router.engine.seen),
                 fleet.metrics(),
             )
 
-    answers, through, metrics = asyncio.run(scenario())
-    assert answers == list(range(40)) and through >= 1 and metrics.members_up == 2
+    answers, through, metrics = run(scenario())
+    assert answers == list(range(40)) and through >= 1 and metrics.replicas_up == 2
 
 
 def test_a_server_that_dies_after_it_took_an_update_is_not_credited_with_it() -> None:
@@ -356,22 +357,22 @@ def test_a_server_that_dies_after_it_took_an_update_is_not_credited_with_it() ->
     """
 
     async def scenario():
-        keepers = [FakeLauncher(i) for i in range(2)]
-        async with running(keepers) as fleet:
+        launchers = [FakeLauncher(i) for i in range(2)]
+        async with running(launchers) as fleet:
             async with fleet.updating(5) as update:
                 for engine in update.targets:
                     engine.version = 5
-                keepers[0].engine.dead = True
+                launchers[0].engine.dead = True
                 await until(
                     lambda: (
-                        len(keepers[0].engines) == 2
-                        and fleet._members[0].engine is keepers[0].engine
+                        len(launchers[0].engines) == 2
+                        and fleet._replicas[0].engine is launchers[0].engine
                     )
                 )
             await asyncio.gather(*(fleet.generate(ask(i)) for i in range(10)))
-            return keepers[0].engine.seen, list(fleet.members())
+            return launchers[0].engine.seen, list(fleet.replicas())
 
-    assert asyncio.run(scenario()) == ([], ["m1"])
+    assert run(scenario()) == ([], ["m1"])
 
 
 def test_a_server_that_is_out_when_an_update_ends_has_not_got_it() -> None:
@@ -381,9 +382,9 @@ def test_a_server_that_is_out_when_an_update_ends_has_not_got_it() -> None:
     """
 
     async def scenario():
-        keeper = FakeLauncher(0)
+        launcher = FakeLauncher(0)
         limits = dataclasses.replace(QUICK, backoff_s=0.2, max_backoff_s=0.2, pool_down_timeout_s=3)
-        async with running([keeper], limits) as fleet:
+        async with running([launcher], limits) as fleet:
             await fleet.update_weights(WEIGHTS, 4)
             with pytest.raises(
                 EngineUnavailable, match="reached no server of the fleet: m0: exit status -9"
@@ -392,11 +393,11 @@ def test_a_server_that_is_out_when_an_update_ends_has_not_got_it() -> None:
                     (engine,) = update.targets
                     engine.version, engine.dead = 5, True
                     await until(lambda: up(fleet) == 0)
-            await fleet.until_updatable()
+            await fleet.wait_updatable()
             await fleet.update_weights(WEIGHTS, 6)
-            return fleet.version, keeper.engine.version, len(keeper.engines)
+            return fleet.version, launcher.engine.version, len(launcher.engines)
 
-    assert asyncio.run(scenario()) == (6, 6, 2)
+    assert run(scenario()) == (6, 6, 2)
 
 
 def test_a_server_that_is_being_given_weights_is_not_lost() -> None:
@@ -418,7 +419,7 @@ def test_a_server_that_is_being_given_weights_is_not_lost() -> None:
             engine.version, engine.dead = 0, False
             return (await fleet.generate(ask(1))).weight_versions
 
-    assert set(asyncio.run(scenario())) == {1}
+    assert set(run(scenario())) == {1}
 
 
 def test_a_given_server_that_returns_with_other_weights_must_be_updated() -> None:
@@ -439,4 +440,4 @@ def test_a_given_server_that_returns_with_other_weights_must_be_updated() -> Non
             await until(lambda: up(fleet) == 2)
             return calls, engines[0].version
 
-    assert asyncio.run(scenario()) == ([3], 3)
+    assert run(scenario()) == ([3], 3)
