@@ -49,7 +49,7 @@ import aiohttp
 from aiohttp import web
 from serve_batch import generate_all
 
-from spark_nemo.engines import Generation, GenerationRequest, SamplingParams
+from spark_nemo.engines import GenerationRequest, SamplingParams
 from spark_nemo.engines.async_utils import freeze_heap
 from spark_nemo.engines.sglang import SglangServer
 from spark_nemo.toy.resolve import ASSETS
@@ -116,9 +116,6 @@ async def run_ours(args: argparse.Namespace, url: str, vocab: int, seed: int) ->
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     finally:
         await engine.close()
-    failures = [result for result in results if not isinstance(result, Generation)]
-    if failures:
-        raise failures[0]
     return Run(seconds, cpu, len(results), sum(len(result.token_ids) for result in results))
 
 
