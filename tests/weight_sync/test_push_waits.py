@@ -136,11 +136,7 @@ def test_the_only_server_dies_in_a_push_and_gets_the_version_when_it_is_back(
         len(launcher.engines) == 2 and launcher.engine.loaded == [5] and not launcher.engine.paused
     )
     (told,) = waits(caplog)
-    assert (
-        "policy pool" in told
-        and "up to 0.4 s" in told
-        and "0 of 3 restarts used" in told
-    )
+    assert "policy pool" in told and "up to 0.4 s" in told and "0 of 3 restarts used" in told
 
 
 def test_a_server_that_somebody_else_runs_returns_with_its_folders_weights(
@@ -157,10 +153,7 @@ def test_a_server_that_somebody_else_runs_returns_with_its_folders_weights(
         server.version, server.paused, server.dies_in, server.dead = 0, False, None, False
 
     assert run_push(perturbed, tmp_path, [server], meanwhile=owner) == ({5}, 5, False)
-    assert (
-        server.loaded == [5]
-        and "m0 rejoins when its owner restarts it" in waits(caplog)[0]
-    )
+    assert server.loaded == [5] and "m0 rejoins when its owner restarts it" in waits(caplog)[0]
 
 
 def test_a_version_before_is_restored_while_the_next_one_waits(perturbed, tmp_path):
