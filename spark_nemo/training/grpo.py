@@ -66,7 +66,7 @@ def train_on_rollouts(
     has_kl = config.kl_estimator != "none"
     if has_kl and reference is None:
         raise ValueError(
-            f"rl.kl_estimator={config.kl_estimator}: the reference weights are missing; pass "
+            f"rl.kl_estimator={config.kl_estimator}: the reference snapshot is missing; pass "
             "reference=worker.snapshot()"
         )
     kept = [i for i, rollout in enumerate(rollouts) if bool(valid_N[i]) and rollout.response_ids]
