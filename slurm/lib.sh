@@ -136,7 +136,7 @@ read_plan() {
     # On the login node there are no containers: there PYTHON does it (docs/cluster.md, step 2).
     if [[ -z $JOB ]]; then COMMAND=("$PYTHON")
     elif (( ${#IMAGE_OPTIONS[@]} )); then launcher=(srun --nodes=1 --ntasks=1 "${IMAGE_OPTIONS[@]}"); fi
-    text=$("${launcher[@]}" "${COMMAND[@]}" -m spark_nemo.cli.main slurm-plan --stage "$stage" "$@" -- \
+    text=$("${launcher[@]}" "${COMMAND[@]}" -m spark_nemo.cli.main slurm-manifest --stage "$stage" "$@" -- \
         "${OVERRIDES[@]}") || fail "the configuration was refused; the line above says why" 2
     while IFS='=' read -r name value; do
         case $name in

@@ -27,7 +27,7 @@ from spark_nemo.cli.evaluate import (
     score_saved,
 )
 from spark_nemo.cli.explain import add_explain_command
-from spark_nemo.cli.slurm_manifest import add_plan_arguments, slurm_plan
+from spark_nemo.cli.slurm_manifest import add_plan_arguments, slurm_manifest
 from spark_nemo.cli.status import run_status
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.config.compose import compose_config, config_yaml
@@ -154,10 +154,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_compare_arguments(command)
     command.set_defaults(run=_evaluate_compare)
     plan = _config_command(
-        commands, "slurm-plan", "check a configuration and tell the scripts in slurm/ what it needs"
+        commands,
+        "slurm-manifest",
+        "check a configuration and tell the scripts in slurm/ what it needs",
     )
     add_plan_arguments(plan)
-    plan.set_defaults(run=_slurm_plan)
+    plan.set_defaults(run=_slurm_manifest)
     status = commands.add_parser(
         "status", help="how far a run is, here or on a cluster, from its files only"
     )
@@ -288,7 +290,7 @@ def _stage3(arguments: argparse.Namespace) -> int:
     from spark_nemo.planning.preflight import check_stage3
 
     return _on_all_ranks(
-        arguments, lambda config: stage3_folder(config.run, config.arm), check_stage3, run
+        arguments, lambda config: stage3_folder(config.run, config.rl_variant), check_stage3, run
     )
 
 
@@ -398,13 +400,13 @@ def _evaluate_compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _slurm_plan(arguments: argparse.Namespace) -> int:
+def _slurm_manifest(arguments: argparse.Namespace) -> int:
     from spark_nemo.planning.dry_run import check_without_files
 
     if config := _configured(arguments):
         if arguments.stage == "pipeline":
             check_without_files(compose_config(arguments.overrides))
-        print(slurm_plan(config, arguments))
+        print(slurm_manifest(config, arguments))
     return 0
 
 

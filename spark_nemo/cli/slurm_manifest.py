@@ -1,4 +1,4 @@
-"""``spark-nemo slurm-plan --stage STAGE``: what the scripts in ``slurm/`` need to know of a
+"""``spark-nemo slurm-manifest --stage STAGE``: what the scripts in ``slurm/`` need to know of a
 configuration.
 
 One ``NAME=value`` per line. Composing and checking happen here, on one node and without a GPU, so
@@ -34,7 +34,7 @@ def add_plan_arguments(command: argparse.ArgumentParser) -> None:
     add_asking_arguments(command)
 
 
-def slurm_plan(config: SparkConfig, arguments: argparse.Namespace) -> str:
+def slurm_manifest(config: SparkConfig, arguments: argparse.Namespace) -> str:
     """The plan of one job, or of the whole chain for ``pipeline``. Raises ``ConfigError`` for what
     cannot run.
     """
@@ -75,9 +75,9 @@ def _jobs(config: SparkConfig) -> Iterator[tuple[str, str]]:
     """The chain's reward models and arms: its folder's name, for an arm its reward model's (``-``
     for none of this chain), and the overrides that make it, parted by tabs.
     """
-    from spark_nemo.run.job_graph import plan_jobs
+    from spark_nemo.run.job_graph import build_job_graph
 
-    for job in plan_jobs(config, []):
+    for job in build_job_graph(config, []):
         stage, *own = job.arguments
         # Hydra's own reference: the file's name needs no quoting.
         own = [
@@ -113,7 +113,7 @@ def _part(stage: str, config: SparkConfig, arguments: argparse.Namespace) -> dic
         return _described(config, folder, ranks=config.megatron.world_size, total=0)
     if stage == "stage3":
         check_stage3(config)
-        folder = stage3_folder(config.run, config.arm)
+        folder = stage3_folder(config.run, config.rl_variant)
         return _described(config, folder, ranks=config.megatron.world_size, total=config.rl.steps)
     if stage == "report":
         return {"PART": "report", "DONE_FILE": str(Path(config.run.dir).resolve() / "report.html")}

@@ -25,7 +25,7 @@ import yaml
 
 from spark_nemo.config import ConfigError
 from spark_nemo.run.run_folder import DONE, PROGRESS
-from spark_nemo.run.run_lock import LOCK, part_owner
+from spark_nemo.run.run_lock import LOCK, lock_owner
 
 LOGS, STATE, ERROR, CHAIN = "logs", "state", "error.txt", "chain.tsv"
 _SHOWN_ERROR_LINES = 12
@@ -157,7 +157,7 @@ def _part(run_dir: Path, name: str, job: str, config: dict) -> PartStatus:
 def _by_lock(folder: Path) -> dict[str, str]:
     """Of a part that no Slurm job left a word about."""
     try:
-        owner = part_owner(folder)
+        owner = lock_owner(folder)
     except OSError as error:
         return {"STATE": "unknown", "REASON": f"its lock cannot be asked ({error.strerror})"}
     if owner is None:

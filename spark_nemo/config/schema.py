@@ -199,7 +199,7 @@ class SparkConfig:
         return self.rl.reward_variant or self.stage2.variant
 
     @property
-    def arm(self) -> str:
+    def rl_variant(self) -> str:
         """The name of stage III's folder: the design, and the variant where it is not a PRM-CoT."""
         return f"{self.rl.design}{variant_suffix(self.reward_variant)}"
 

@@ -16,7 +16,7 @@ from spark_nemo.megatron.model_shape import ModelShape, read_hf_config
 from spark_nemo.planning.known_models import PUBLISHED
 from spark_nemo.planning.preflight import check_data_here, check_sync
 from spark_nemo.records.jsonl import read_problems
-from spark_nemo.run.rl_variants import RLVariant, arm_config, pipeline_arms
+from spark_nemo.run.rl_variants import RLVariant, pipeline_rl_variants, rl_variant_config
 from spark_nemo.run.run_folder import stage2_folder
 
 PROMPT_ROOM, COMPACT_ROOM = 1024, 16
@@ -58,7 +58,7 @@ class Parts:
             for method in config.pipeline.label_methods
             for variant in (config.reward_models if method == own else [config.stage2.variant])
         )
-        return cls(stage1=True, stage2=models, stage3=tuple(pipeline_arms(config)))
+        return cls(stage1=True, stage2=models, stage3=tuple(pipeline_rl_variants(config)))
 
     @property
     def fields(self) -> list[str]:
@@ -138,7 +138,7 @@ def check_without_files(config: SparkConfig, part: str = "pipeline") -> None:
         _check_sft_length(config)
     if part == "pipeline":
         for arm in parts.stage3:
-            arm_config(config, arm)
+            rl_variant_config(config, arm)
             if (
                 arm.comes_from_stage2(config)
                 and config.stage2.method not in config.pipeline.label_methods

@@ -21,7 +21,7 @@ from spark_nemo.grammar import prompt_set
 from spark_nemo.megatron.model_shape import ModelShape, read_hf_config
 from spark_nemo.records import Problem
 from spark_nemo.records.jsonl import read_problems
-from spark_nemo.run.rl_variants import arm_config, pipeline_arms
+from spark_nemo.run.rl_variants import pipeline_rl_variants, rl_variant_config
 from spark_nemo.run.run_folder import read_done, stage2_folder
 from spark_nemo.training.policy_examples import read_policy_examples
 from spark_nemo.weight_sync.engine_view import check_server_args
@@ -180,10 +180,11 @@ def check_pipeline(config: SparkConfig) -> None:
     check_stage1(config)
     if config.pipeline.label_methods:
         check_stage2(config)
-    for arm in pipeline_arms(config):
+    for arm in pipeline_rl_variants(config):
         try:
             check_stage3(
-                arm_config(config, arm), reward_model_comes_later=arm.comes_from_stage2(config)
+                rl_variant_config(config, arm),
+                reward_model_comes_later=arm.comes_from_stage2(config),
             )
         except ConfigError as error:
             raise ConfigError(f"stage III, arm {arm.name}: {error}") from error

@@ -10,10 +10,10 @@ from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.run.local_executor import Job
 from spark_nemo.run.rl_variants import (
     RLVariant,
-    arm_settings,
     as_overrides,
-    left_out,
-    pipeline_arms,
+    pipeline_rl_variants,
+    rl_variant_settings,
+    unsupported_rl_variants,
 )
 from spark_nemo.run.run_folder import (
     round_run,
@@ -26,16 +26,16 @@ from spark_nemo.run.run_folder import (
 log = logging.getLogger(__name__)
 
 
-def plan_jobs(config: SparkConfig, overrides: Sequence[str]) -> list[Job]:
+def build_job_graph(config: SparkConfig, overrides: Sequence[str]) -> list[Job]:
     """The jobs in the order they should start; a baseline waits for nobody, and no arm for more
     than its own reward model.
     """
-    pipeline, own, arms = config.pipeline, config.stage2.method, pipeline_arms(config)
+    pipeline, own, arms = config.pipeline, config.stage2.method, pipeline_rl_variants(config)
     if any(arm.comes_from_stage2(config) for arm in arms) and own not in pipeline.label_methods:
         raise ConfigError(
             f"stage2.method={own} rewards stage III: add it to pipeline.label_methods"
         )
-    for arm in left_out(config):
+    for arm in unsupported_rl_variants(config):
         log.info(
             "no arm %s: %s is made of step labels, which an ORM does not give", arm.name, arm.design
         )
@@ -135,7 +135,10 @@ def _reward_model_job(config: SparkConfig, number: int, variant: str) -> str:
 
 
 def _stage3_job(config: SparkConfig, overrides: Sequence[str], arm: RLVariant) -> Job:
-    arguments, needs = ["stage3", *overrides, *as_overrides(arm_settings(config, arm))], frozenset()
+    arguments, needs = (
+        ["stage3", *overrides, *as_overrides(rl_variant_settings(config, arm))],
+        frozenset(),
+    )
     if arm.comes_from_stage2(config):
         needs = frozenset({_reward_model_job(config, config.pipeline.rounds, arm.variant)})
         if config.pipeline.rounds > 1:

@@ -42,7 +42,7 @@ class Job:
     after: frozenset[str] = field(default=frozenset())
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int, logs: Path) -> bool:
+def run_job_graph(jobs: Sequence[Job], at_once: int, logs: Path) -> bool:
     """Run the unfinished jobs in order, at most ``at_once`` together. Returns False when stopped by
     a signal.
 

@@ -32,7 +32,7 @@ class RLVariant:
 
     @property
     def name(self) -> str:
-        """Of its folder, job and row in the report: equal to ``SparkConfig.arm`` of its
+        """Of its folder, job and row in the report: equal to ``SparkConfig.rl_variant`` of its
         configuration.
         """
         return f"{self.design}{variant_suffix(self.variant)}"
@@ -47,9 +47,9 @@ class RLVariant:
         return self.variant is not None and config.rl.reward_model is None
 
 
-def pipeline_arms(config: SparkConfig) -> list[RLVariant]:
+def pipeline_rl_variants(config: SparkConfig) -> list[RLVariant]:
     """``pipeline.rewards`` times the kinds of reward model, without what an ORM cannot reward
-    (``left_out``).
+    (``unsupported_rl_variants``).
 
     Raises ``ConfigError`` for a design that is left out with every kind, and for settings that
     would contradict the list.
@@ -84,8 +84,8 @@ def pipeline_arms(config: SparkConfig) -> list[RLVariant]:
     return arms
 
 
-def left_out(config: SparkConfig) -> list[RLVariant]:
-    """The arms that ``pipeline_arms`` has not: designs made of step labels with an ORM, which gives
+def unsupported_rl_variants(config: SparkConfig) -> list[RLVariant]:
+    """The arms that ``pipeline_rl_variants`` has not: designs made of step labels with an ORM, which gives
     none.
     """
     return [
@@ -95,7 +95,7 @@ def left_out(config: SparkConfig) -> list[RLVariant]:
     ]
 
 
-def arm_settings(config: SparkConfig, arm: RLVariant) -> dict[str, object]:
+def rl_variant_settings(config: SparkConfig, arm: RLVariant) -> dict[str, object]:
     """What makes the arm's configuration out of the pipeline's, by dotted name: its design, its
     reward model, and settings taken back that its design does not read.
 
@@ -122,11 +122,12 @@ def arm_settings(config: SparkConfig, arm: RLVariant) -> dict[str, object]:
     return {**settings, **{f"rl.hacking.{name}": unset for name, unset in unread.items()}}
 
 
-def arm_config(config: SparkConfig, arm: RLVariant) -> SparkConfig:
+def rl_variant_config(config: SparkConfig, arm: RLVariant) -> SparkConfig:
     """The configuration that the arm's job will have. Raises ``ConfigError`` like the job would."""
     # All at once and inside out: a setting alone may contradict the others.
     return _with(
-        config, {tuple(name.split(".")): value for name, value in arm_settings(config, arm).items()}
+        config,
+        {tuple(name.split(".")): value for name, value in rl_variant_settings(config, arm).items()},
     )
 
 

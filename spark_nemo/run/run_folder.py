@@ -60,7 +60,7 @@ def stage2_folder(run: RunConfig, method: str, variant: str | None) -> Path:
 
 
 def stage3_folder(run: RunConfig, arm: str) -> Path:
-    """One RL run, by ``SparkConfig.arm``: its reward design and kind of reward model."""
+    """One RL run, by ``SparkConfig.rl_variant``: its reward design and kind of reward model."""
     return Path(run.dir) / "stage3" / arm
 
 

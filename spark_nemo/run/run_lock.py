@@ -71,7 +71,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         os.close(file)
 
 
-def part_owner(folder: Path) -> dict[str, Any] | None:
+def lock_owner(folder: Path) -> dict[str, Any] | None:
     """Who works on the part in ``folder``, as ``run_lock`` wrote it; None for nobody. Writes
     nothing.
 
@@ -124,7 +124,7 @@ def _lock(file: int) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        time.sleep(_GLANCE_S)  # it may only have been part_owner's
+        time.sleep(_GLANCE_S)  # it may only have been lock_owner's
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 

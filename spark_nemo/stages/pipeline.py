@@ -18,8 +18,8 @@ from spark_nemo.planning.memory_check import check_memory
 from spark_nemo.planning.preflight import check_pipeline
 from spark_nemo.report.collect_summary import Oracle, collect_summary
 from spark_nemo.report.page import write_report
-from spark_nemo.run.job_graph import plan_jobs
-from spark_nemo.run.local_executor import run_jobs
+from spark_nemo.run.job_graph import build_job_graph
+from spark_nemo.run.local_executor import run_job_graph
 from spark_nemo.run.run_folder import comparable_rl
 from spark_nemo.run.run_lock import run_lock
 from spark_nemo.utils.files import write_text_atomic
@@ -54,10 +54,10 @@ def run_pipeline(
     trained = [("stage2", config.pipeline.label_methods), ("stage3", config.pipeline.rewards)]
     check_memory(config, *(stage for stage, parts in trained if parts))
     folder = Path(config.run.dir)
-    jobs = plan_jobs(config, overrides)
+    jobs = build_job_graph(config, overrides)
     with run_lock(folder):
         claim_run_folder(config)
-        if not run_jobs(jobs, config.pipeline.parallel_jobs, folder / "logs"):
+        if not run_job_graph(jobs, config.pipeline.parallel_jobs, folder / "logs"):
             log.warning("stopped; run the same command again to go on")
             return None
         command = " ".join(["spark-nemo pipeline", *map(shlex.quote, overrides)])

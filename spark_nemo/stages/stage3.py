@@ -58,7 +58,10 @@ def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool
     """
     check_stage3(config)
     check_memory(config, "stage3")
-    folder, inputs = stage3_folder(config.run, config.arm), inputs_to_remember(config, "stage3")
+    folder, inputs = (
+        stage3_folder(config.run, config.rl_variant),
+        inputs_to_remember(config, "stage3"),
+    )
     with run_lock(folder):
         finished = _train(config, folder, verifier)
         if finished and verifier is None:
@@ -114,7 +117,7 @@ def _run(
     made: dict[str, object],
 ) -> bool:
     """The steps that are missing. Was the last one made?"""
-    rl, folder = config.rl, stage3_folder(config.run, config.arm)
+    rl, folder = config.rl, stage3_folder(config.run, config.rl_variant)
     reference = worker.snapshot() if rl.kl_estimator != "none" else None
     start = _resume(worker, made, folder / CHECKPOINTS, feed, session)
     writer, clock = MetricsWriter(folder, is_main=worker.is_main), Clock(folder)
@@ -124,7 +127,7 @@ def _run(
     bar = progress_bar(
         total=rl.steps,
         initial=start,
-        desc=f"rl {config.arm}",
+        desc=f"rl {config.rl_variant}",
         unit="step",
         disable=not worker.is_main,
     )

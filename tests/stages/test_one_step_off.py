@@ -94,7 +94,7 @@ def test_a_pickle_cannot_reach_a_function_through_a_module_of_this_package() -> 
     head = batch_to_bytes(batch()).partition(b"\n")[0]
     for module, name in (
         ("spark_nemo.run.local_executor", "subprocess.getoutput"),
-        ("spark_nemo.run.local_executor", "run_jobs"),
+        ("spark_nemo.run.local_executor", "run_job_graph"),
     ):
         strings = b"".join(b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name))
         call = (

@@ -16,7 +16,7 @@ from spark_nemo.config.compose import compose_config, config_folder
 from spark_nemo.config.designs import DESIGNS, OWN_BASELINE, VARIANTS
 from spark_nemo.planning.dry_run import dry_run
 from spark_nemo.planning.known_models import BASES, PUBLISHED
-from spark_nemo.run.rl_variants import pipeline_arms
+from spark_nemo.run.rl_variants import pipeline_rl_variants
 
 RECIPES = sorted((config_folder() / "experiment/spark").glob("*.yaml"))
 READ_ANSWER_KEYS = {"rl_rlvr", "rl_rlvr_70b", "designs", "label_reference_guided", "labels"}
@@ -105,7 +105,7 @@ def test_every_experiment_of_the_paper_has_a_recipe() -> None:
     assert {configs[name].stage2.variant for name in configs if name.startswith("variant_")} == set(
         VARIANTS
     )
-    arms = {name: config.arm for name, config in configs.items() if name.startswith("rl_")}
+    arms = {name: config.rl_variant for name, config in configs.items() if name.startswith("rl_")}
     assert arms == {
         name: name.removeprefix("rl_").removesuffix("_70b").replace("aware_", "aware-")
         for name in arms
@@ -118,7 +118,9 @@ def test_every_experiment_of_the_paper_has_a_recipe() -> None:
         "stage2_70b",
         "rl_process_aware_70b",
     } <= configs.keys()
-    assert {arm.design for arm in pipeline_arms(configs["designs"])} == DESIGNS - OWN_BASELINE
+    assert {
+        arm.design for arm in pipeline_rl_variants(configs["designs"])
+    } == DESIGNS - OWN_BASELINE
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))

@@ -11,7 +11,7 @@ from spark_nemo.cli.main import main
 from spark_nemo.config import ConfigError
 from spark_nemo.config.compose import compose_config
 from spark_nemo.records.store import RecordStore
-from spark_nemo.run.job_graph import plan_jobs
+from spark_nemo.run.job_graph import build_job_graph
 
 ROUNDS = (
     "pipeline.rounds=2",
@@ -53,7 +53,7 @@ def test_the_second_round_verifies_the_same_solutions_with_the_first_reward_mode
 def test_stage_three_waits_for_the_last_round_and_is_rewarded_by_it() -> None:
     """The plan alone; nothing runs."""
     overrides = ["+experiment=toy", "run.dir=runs/x", "pipeline.rounds=3"]
-    jobs = {job.name: job for job in plan_jobs(compose_config(overrides), overrides)}
+    jobs = {job.name: job for job in build_job_graph(compose_config(overrides), overrides)}
     rl = jobs["stage3-process_aware"]
     assert rl.after == {"round3-stage2-step_consistency"}
     assert "rl.reward_model=runs/x/round-3/stage2/step_consistency/model" in rl.arguments

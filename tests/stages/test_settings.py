@@ -9,7 +9,7 @@ from spark_nemo.config.compose import compose_config
 from spark_nemo.config.designs import SHAPING_KNOBS, VERIFIER_KNOBS
 from spark_nemo.config.hacking import ConstraintsConfig, DetectorsConfig, HackingConfig
 from spark_nemo.run.job_graph import _stage3_job
-from spark_nemo.run.rl_variants import pipeline_arms
+from spark_nemo.run.rl_variants import pipeline_rl_variants
 from spark_nemo.run.run_folder import comparable_rl
 
 
@@ -55,7 +55,8 @@ def test_a_pipeline_with_votes_can_have_the_baseline_without_a_verifier() -> Non
     ]
     config = compose_config(asked)
     jobs = {
-        arm.name: _stage3_job(config, asked, arm).arguments[1:] for arm in pipeline_arms(config)
+        arm.name: _stage3_job(config, asked, arm).arguments[1:]
+        for arm in pipeline_rl_variants(config)
     }
     votes = {
         reward: compose_config(list(arguments)).rl.verifier_votes

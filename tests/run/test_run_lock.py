@@ -22,7 +22,7 @@ from world import command, environment, run
 
 from spark_nemo.cli.status import run_status
 from spark_nemo.config import ConfigError
-from spark_nemo.run.run_lock import LOCK, part_owner, run_lock
+from spark_nemo.run.run_lock import LOCK, lock_owner, run_lock
 
 HOLDER = """
 import os, sys, time
@@ -131,8 +131,8 @@ def test_a_status_that_looks_at_the_lock_stops_no_run(
         fcntl.flock(glance, fcntl.LOCK_SH)
         monkeypatch.setattr(time, "sleep", lambda seconds: fcntl.flock(glance, fcntl.LOCK_UN))
         with run_lock(tmp_path):
-            assert part_owner(tmp_path)["pid"] == os.getpid()
-    assert part_owner(tmp_path) is None
+            assert lock_owner(tmp_path)["pid"] == os.getpid()
+    assert lock_owner(tmp_path) is None
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from spark_nemo.config.compose import compose_config
 from spark_nemo.config.designs import BASELINES, DESIGNS, NEEDS_STEP_LABELS, VARIANTS
 from spark_nemo.planning.dry_run import dry_run
 from spark_nemo.planning.preflight import check_pipeline, check_stage3
-from spark_nemo.run.job_graph import plan_jobs
-from spark_nemo.run.rl_variants import RLVariant, arm_config, pipeline_arms
+from spark_nemo.run.job_graph import build_job_graph
+from spark_nemo.run.rl_variants import RLVariant, pipeline_rl_variants, rl_variant_config
 from spark_nemo.run.run_folder import mark_done, stage2_folder
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
 
@@ -36,7 +36,7 @@ KNOBS = [
 
 
 def jobs_of(overrides: list[str]) -> dict:
-    return {job.name: job for job in plan_jobs(compose_config(overrides), overrides)}
+    return {job.name: job for job in build_job_graph(compose_config(overrides), overrides)}
 
 
 def test_the_demo_has_the_jobs_folders_and_arguments_it_always_had() -> None:
@@ -72,7 +72,7 @@ def test_designs_times_kinds_of_reward_model_without_what_an_orm_cannot_reward(
     """
     with caplog.at_level(logging.INFO):
         jobs = jobs_of(EVERYTHING)
-    arms = pipeline_arms(compose_config(EVERYTHING))
+    arms = pipeline_rl_variants(compose_config(EVERYTHING))
     by_design = {
         design: [arm.variant for arm in arms if arm.design == design] for design in DESIGNS
     }
@@ -95,8 +95,8 @@ def test_what_failures_cost_is_taken_back_where_nothing_fails() -> None:
     config = compose_config([*EVERYTHING, "rl.failures.max_rate=1.0", "rl.failures.retries=3"])
     read = {
         arm.design: (made.max_rate, made.retries)
-        for arm in pipeline_arms(config)
-        if (made := arm_config(config, arm).rl.failures)
+        for arm in pipeline_rl_variants(config)
+        if (made := rl_variant_config(config, arm).rl.failures)
     }
     assert read.pop("rlvr") == (1.0, None) and read.pop("majority") == read.pop("random") == (
         None,
@@ -137,11 +137,11 @@ def test_every_job_is_configured_as_its_arm_was_checked(more: list[str]) -> None
     """
     overrides = [*EVERYTHING, *more]
     config, jobs = compose_config(overrides), jobs_of(overrides)
-    for arm in pipeline_arms(config):
-        checked = arm_config(config, arm)
+    for arm in pipeline_rl_variants(config):
+        checked = rl_variant_config(config, arm)
         composed = compose_config(list(jobs[f"stage3-{arm.name}"].arguments[1:]))
         assert composed.rl == checked.rl and composed.data == checked.data
-        assert (checked.arm, checked.rl.design, checked.reward_variant) == (
+        assert (checked.rl_variant, checked.rl.design, checked.reward_variant) == (
             arm.name,
             arm.design,
             arm.variant,

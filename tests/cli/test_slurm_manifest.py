@@ -1,4 +1,4 @@
-"""``spark-nemo slurm-plan``, which the scripts in ``slurm/`` read; they themselves are tested in
+"""``spark-nemo slurm-manifest``, which the scripts in ``slurm/`` read; they themselves are tested in
 ``tests/slurm``.
 """
 
@@ -25,7 +25,7 @@ def plan(
     capsys: pytest.CaptureFixture[str], stage: str, *overrides: str, options: tuple[str, ...] = ()
 ) -> dict:
     """Values by name, each a list in the order they were said."""
-    assert main(["slurm-plan", "--stage", stage, *options, "--", *TOY, *overrides]) == 0
+    assert main(["slurm-manifest", "--stage", stage, *options, "--", *TOY, *overrides]) == 0
     values: dict[str, list[str]] = {}
     for line in capsys.readouterr().out.splitlines():
         name, _, value = line.partition("=")
@@ -49,7 +49,9 @@ def test_the_chain_and_its_folder(capsys: pytest.CaptureFixture[str], tmp_path: 
     ]
     assert all(Path(path).exists() for path in said["NEEDS"])
     assert (
-        main(["slurm-plan", "--stage", "pipeline", "--", *TOY, f"run.dir='{run}'", "rl.steps=7"])
+        main(
+            ["slurm-manifest", "--stage", "pipeline", "--", *TOY, f"run.dir='{run}'", "rl.steps=7"]
+        )
         == 2
     )
     assert "was made with" in capsys.readouterr().err
@@ -132,7 +134,7 @@ def test_what_cannot_run_is_one_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], reason: str
 ) -> None:
     """A plan that cannot be made ends with status 2, for the job's script to stop at."""
-    assert main(["slurm-plan", *arguments, f"run.dir={tmp_path}/run"]) == 2
+    assert main(["slurm-manifest", *arguments, f"run.dir={tmp_path}/run"]) == 2
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1 and reason in error[0]
 
@@ -176,7 +178,7 @@ def test_the_format_sft_needs_its_base_and_its_examples(
     examples = Path(said["NEEDS"][1])
     examples.write_text(examples.read_text().replace("</think>", "", 1))
     command = [
-        "slurm-plan",
+        "slurm-manifest",
         "--stage",
         "sft",
         "--",
