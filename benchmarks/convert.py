@@ -48,8 +48,8 @@ def make_model(folder: Path, gigabytes: float) -> None:
     import torch
 
     from spark_nemo.megatron.hf_files import write_tensors
-    from spark_nemo.megatron.hf_weights import hf_tensor_shapes
-    from spark_nemo.megatron.model_shape import ModelShape
+    from spark_nemo.models.param_mapping import hf_tensor_shapes
+    from spark_nemo.models.spec import ModelSpec
 
     config = {
         **QWEN25_7B,
@@ -57,7 +57,7 @@ def make_model(folder: Path, gigabytes: float) -> None:
     }
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    shapes = hf_tensor_shapes(ModelShape.from_hf(config))
+    shapes = hf_tensor_shapes(ModelSpec.from_hf(config))
     noise = torch.randn(64 << 20, generator=torch.Generator().manual_seed(0)).bfloat16()
 
     def tensors():  # noqa: ANN202

@@ -137,7 +137,7 @@ def _servers(config: SparkConfig) -> Iterator[tuple[str, str]]:
     them here.
     """
     from spark_nemo.engines.sglang.launch import CONTEXT_RESERVE
-    from spark_nemo.megatron.model_shape import read_hf_config
+    from spark_nemo.models.hf_config import read_hf_config
     from spark_nemo.planning.preflight import reward_model_folder
 
     if config.engine.kind == "local":

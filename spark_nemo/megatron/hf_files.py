@@ -1,8 +1,7 @@
-"""Hugging Face model folders on disk: tensors read and written one by one, folders written
-atomically.
+"""Read and write the tensors of Hugging Face model folders one by one.
 
-A folder may come from a stranger. Its weights are safetensors, which hold nothing that could run;
-its index may not point out of it; its Python files are neither run nor copied.
+A folder may be untrusted: its weights are safetensors, which cannot hold code, and
+``models/hf_folder.py`` checks the files.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ import contextlib
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,14 +19,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spark_nemo.config.errors import ConfigError
+from spark_nemo.models.hf_folder import (
+    WEIGHT_INDEX,
+    check_weight_file,
+    flush_to_disk,
+    read_weight_index,
+    weight_files,
+)
+from spark_nemo.models.spec import ModelSpec
 from spark_nemo.records import derive_seed
 
-from .model_shape import ModelShape, check_fetched
-
 MAX_SHARD_BYTES = 4 << 30
-COPIED_SUFFIXES = (".json", ".txt", ".jinja", ".model", ".tiktoken")
-TEMPLATES = "additional_chat_templates"
-INDEX = "model.safetensors.index.json"
 _DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -49,29 +49,33 @@ _OTHER_DTYPES = {
 }
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name that config.json and servers use, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 class SafetensorsFolder(Mapping[str, Tensor]):
-    """The tensors of a model folder, read from disk when asked for; sharded or not."""
+    """The tensors of a model folder in one or more files, read from disk on access."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Read the index only. ``ConfigError`` when there are no safetensors, or a file is missing
-        or damaged.
-        """
+        """Read the index only. Raises ``ConfigError`` if a file is missing or damaged."""
         self.folder = Path(folder)
-        if (self.folder / INDEX).is_file():
-            self._file_of = _read_index(self.folder)
+        if (self.folder / WEIGHT_INDEX).is_file():
+            self._file_of = read_weight_index(self.folder)
         else:
-            files = sorted(self.folder.glob("*.safetensors"))
-            if not files:
-                raise ConfigError(f"model folder {self.folder} has no .safetensors files")
-            self._file_of = {}
-            for file in files:
-                with self._open(file.name) as tensors:
-                    for name in tensors.keys():  # noqa: SIM118 (it is no dictionary)
-                        if name in self._file_of:
-                            raise ConfigError(
-                                f"tensor {name} is in {self.folder / self._file_of[name]} and in {file}"
-                            )
-                        self._file_of[name] = file.name
+            self._file_of = self._scan_files()
+
+    def _scan_files(self) -> dict[str, str]:
+        file_of: dict[str, str] = {}
+        for file in weight_files(self.folder):
+            with self._open(file.name) as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    if name in file_of:
+                        raise ConfigError(
+                            f"tensor {name} is in {self.folder / file_of[name]} and in {file}"
+                        )
+                    file_of[name] = file.name
+        return file_of
 
     def __getitem__(self, name: str) -> Tensor:
         with self._open(self._file_of[name]) as tensors:
@@ -93,104 +97,75 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         """Names of the files that hold the tensors."""
         return sorted(set(self._file_of.values()))
 
-    def describe(self, of_any_type: bool = False) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every tensor, from the headers of all files. ``ConfigError`` names a
-        damaged file, or a tensor that is not where the index says, that the index forgot, or,
-        unless ``of_any_type``, that is not a floating-point number of at least 16 bits.
+    def describe(self, any_dtype: bool = False) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return shape and dtype of every tensor, from the files' headers.
+
+        Raises ``ConfigError`` for a damaged file, and for a tensor that is not where the index says,
+        that the index does not list or, unless ``any_dtype``, that is not a floating-point number of
+        at least 16 bits.
         """
-        known = {**_DTYPES, **_OTHER_DTYPES} if of_any_type else _DTYPES
+        known = _DTYPES | _OTHER_DTYPES if any_dtype else _DTYPES
         found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         for file in self.files:
             with self._open(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118
-                    if self._file_of.get(name) != file:
+                    self._check_indexed(name, file)
+                    view = tensors.get_slice(name)
+                    if view.get_dtype() not in known:
                         raise ConfigError(
-                            f"{self.folder / file} has tensor {name}, which {INDEX} "
-                            + (
-                                "does not list"
-                                if name not in self._file_of
-                                else f"puts into {self._file_of[name]}"
-                            )
-                        )
-                    part = tensors.get_slice(name)
-                    if part.get_dtype() not in known:
-                        raise ConfigError(
-                            f"tensor {name} in {self.folder / file} has dtype {part.get_dtype()}, "
+                            f"tensor {name} in {self.folder / file} has dtype {view.get_dtype()}, "
                             f"weights are one of {', '.join(known)}"
                         )
-                    found[name] = (tuple(part.get_shape()), known[part.get_dtype()])
-        if missing := sorted(set(self._file_of) - set(found)):
+                    found[name] = (tuple(view.get_shape()), known[view.get_dtype()])
+        missing = sorted(set(self._file_of) - set(found))
+        if missing:
             raise ConfigError(
-                f"{INDEX} of {self.folder} puts tensor {missing[0]} into {self._file_of[missing[0]]}, "
-                "which does not have it"
+                f"{WEIGHT_INDEX} of {self.folder} puts tensor {missing[0]} into "
+                f"{self._file_of[missing[0]]}, which does not have it"
             )
         return {name: found[name] for name in self._file_of}
 
+    def _check_indexed(self, name: str, file: str) -> None:
+        indexed = self._file_of.get(name)
+        if indexed is None:
+            problem = "does not list"
+        elif indexed != file:
+            problem = f"puts into {indexed}"
+        else:
+            return
+        raise ConfigError(f"{self.folder / file} has tensor {name}, which {WEIGHT_INDEX} {problem}")
+
     @contextlib.contextmanager
     def _open(self, file: str) -> Iterator[Any]:
-        check_inside(self.folder / file, self.folder)
-        if not (self.folder / file).exists():
-            raise ConfigError(
-                f"{self.folder / file} is missing, though {INDEX} names it: fetch or copy it again"
-            )
-        check_fetched(self.folder / file)
+        path = self.folder / file
+        check_weight_file(path)
         try:
-            with safe_open(self.folder / file, framework="pt") as tensors:
+            with safe_open(path, framework="pt") as tensors:
                 yield tensors
         except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{self.folder / file} cannot be read: {error}") from error
-
-
-def _read_index(folder: Path) -> dict[str, str]:
-    path = folder / INDEX
-    try:
-        file_of = json.loads(path.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is damaged: {error!r}") from error
-    if not isinstance(file_of, dict) or not file_of:
-        raise ConfigError(f"{path}: weight_map names no tensors")
-    for name, file in file_of.items():
-        if (
-            not isinstance(file, str)
-            or Path(file).name != file
-            or not file.endswith(".safetensors")
-        ):
-            raise ConfigError(
-                f"{path} puts tensor {name} into {file!r}: only .safetensors files of the same folder "
-                "are read"
-            )
-    return file_of
-
-
-def check_inside(path: Path, folder: Path) -> None:
-    """``ConfigError`` when ``path`` is a link out of ``folder``; those into a Hugging Face cache's
-    blobs are fine.
-    """
-    allowed = (folder.resolve(), (folder / ".." / ".." / "blobs").resolve())
-    if path.is_symlink() and path.resolve().parent not in allowed:
-        raise ConfigError(
-            f"{path} is a link to {path.resolve()}, outside its folder: copy the file there"
-        )
+            raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
 class RandomTensors(Mapping[str, Tensor]):
-    """Initial weights that depend on the seed and the tensor's name only, so not on the parallel
-    layout.
+    """Initial weights that depend on the seed and the tensor's name, not on the parallel layout.
 
-    Matrices are normal with ``initializer_range``, the two projections back into the residual
-    stream divided by sqrt(2 x layers) (GPT-2); norms are 1, biases 0.
+    Matrices are normal with ``initializer_range``; the two projections into the residual stream are
+    divided by sqrt(2 x layers) (GPT-2). Norms are 1, biases 0.
     """
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], shape: ModelShape, seed: int) -> None:
-        self.shapes, self.shape, self.seed = shapes, shape, seed
+    def __init__(self, shapes: dict[str, tuple[int, ...]], spec: ModelSpec, seed: int) -> None:
+        self.shapes = shapes
+        self.spec = spec
+        self.seed = seed
 
     def __getitem__(self, name: str) -> Tensor:
         size = self.shapes[name]
         if len(size) == 1:
             return torch.zeros(size) if name.endswith("bias") else torch.ones(size)
+        std = self.spec.init_std
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= math.sqrt(2 * self.spec.num_layers)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, name))
-        residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-        std = self.shape.init_std / (math.sqrt(2 * self.shape.num_layers) if residual else 1)
         return torch.randn(size, generator=generator) * std
 
     def __iter__(self) -> Iterator[str]:
@@ -200,110 +175,53 @@ class RandomTensors(Mapping[str, Tensor]):
         return len(self.shapes)
 
 
-@contextlib.contextmanager
-def atomic_folder(target: str | Path) -> Iterator[Path]:
-    """A temporary folder that replaces ``target`` on success and disappears on failure."""
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    temporary.chmod(0o755)  # mkdtemp makes it private
-    try:
-        yield temporary
-        replace_folder(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def replace_folder(temporary: Path, target: Path) -> None:
-    """Rename a finished folder into place after flushing its files; a folder already there is moved
-    away first.
-    """
-    for path in temporary.rglob("*"):
-        if path.is_file():
-            _flush(path)
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(temporary, target)
-    _flush(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def write_model_files(
-    folder: Path, hf_config: dict[str, Any], dtype: torch.dtype, source_dir: Path | None
-) -> None:
-    """config.json with the stored dtype, and the tokenizer and generation files of ``source_dir``.
-
-    Python files and what names them (``auto_map``) stay behind: a checkpoint's own code is never
-    run, nor passed on.
-    """
-    if source_dir is not None:
-        copy_companions(Path(source_dir), folder)
-    left_out = ("dtype", "torch_dtype", "auto_map")
-    config = {key: value for key, value in hf_config.items() if key not in left_out}
-    key = "torch_dtype" if "torch_dtype" in hf_config else "dtype"
-    (folder / "config.json").write_text(
-        json.dumps({**config, key: str(dtype).removeprefix("torch.")}, indent=2)
-    )
-
-
-def copy_companions(source: Path, target: Path) -> None:
-    """Copy tokenizer, generation and configuration files, and the templates that transformers keeps
-    in a folder of their own. ``ConfigError`` for a link out of ``source``.
-    """
-    for path in sorted((source / TEMPLATES).glob("*.jinja")):
-        check_inside(path, source)
-        (target / TEMPLATES).mkdir(exist_ok=True)
-        shutil.copyfile(path, target / TEMPLATES / path.name)
-    for path in sorted(source.iterdir()):
-        if (
-            path.is_file()
-            and path.suffix in COPIED_SUFFIXES
-            and not path.name.endswith(".index.json")
-        ):
-            check_inside(path, source)
-            shutil.copyfile(path, target / path.name)
-
-
 class SafetensorsWriter:
-    """One safetensors file, written tensor by tensor in any order; it gets its name when the last
-    one is there.
+    """A safetensors file written tensor by tensor in any order; complete files only get ``path``.
 
     The format is an 8-byte length, a JSON header with the place of every tensor, and their bytes
-    (https://github.com/huggingface/safetensors#format). The library writes whole files from memory
-    only.
+    (https://github.com/huggingface/safetensors#format). The library can only write a whole file from
+    memory.
     """
 
     def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-        self.path, self.dtype, self._left = path, dtype, set(shapes)
+        self.path = path
+        self.dtype = dtype
+        self._missing = set(shapes)
+        self._offset: dict[str, int] = {}
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        self._start, end = {}, 0
+        end = 0
         for name, size in shapes.items():
-            begin, end = end, end + math.prod(size) * dtype.itemsize
+            begin = end
+            end += math.prod(size) * dtype.itemsize
             header[name] = {
                 "dtype": _DTYPE_NAMES[dtype],
                 "shape": list(size),
                 "data_offsets": [begin, end],
             }
-            self._start[name] = begin
+            self._offset[name] = begin
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the bytes of the tensors are aligned
+        text += b" " * (-len(text) % 8)  # the tensors' bytes must be aligned
+        self._data_start = 8 + len(text)
         self._temporary = path.with_name(path.name + ".part")
         self._stream = self._temporary.open("wb")
         self._stream.write(len(text).to_bytes(8, "little") + text)
-        self._data = 8 + len(text)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Copy ``tensor`` into its place."""
         values = tensor.to("cpu", self.dtype).contiguous().view(-1).view(torch.uint8)
-        self._stream.seek(self._data + self._start[name])
+        self._stream.seek(self._data_start + self._offset[name])
         self._stream.write(values.numpy().data)
-        self._left.discard(name)
-        if not self._left:
+        self._missing.discard(name)
+        if not self._missing:
             self._stream.close()
-            _flush(self._temporary)
+            flush_to_disk(self._temporary)
             os.rename(self._temporary, self.path)
+
+    def close(self) -> None:
+        """Close the file; an incomplete one keeps its temporary name."""
+        # After a full disk, closing tries to write the last bytes and fails again.
+        with contextlib.suppress(OSError):
+            self._stream.close()
 
 
 def write_tensors(
@@ -313,46 +231,45 @@ def write_tensors(
     dtype: torch.dtype,
     max_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write safetensors files of at most ``max_bytes`` and their index, holding one tensor in
-    memory at a time.
+    """Write safetensors files of at most ``max_bytes`` and their index, holding one tensor at a time.
 
-    Files that an earlier, interrupted call has finished in ``folder`` are kept.
+    Files that an earlier, interrupted call completed in ``folder`` are kept.
     """
     file_of = plan_files(shapes, dtype.itemsize, max_bytes)
-    files: dict[str, dict[str, tuple[int, ...]]] = {}
+    shapes_of: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, file in file_of.items():
-        files.setdefault(file, {})[name] = shapes[name]
+        shapes_of.setdefault(file, {})[name] = shapes[name]
     writers: dict[str, SafetensorsWriter] = {}
-    for name, tensor in tensors:
-        file = file_of[name]
-        if file not in writers and (folder / file).exists():
-            continue
-        if file not in writers:
-            writers[file] = SafetensorsWriter(folder / file, files[file], dtype)
-        writers[file].write(name, tensor)
-    if len(files) > 1:
+    try:
+        for name, tensor in tensors:
+            file = file_of[name]
+            if file not in writers:
+                if (folder / file).exists():
+                    continue
+                writers[file] = SafetensorsWriter(folder / file, shapes_of[file], dtype)
+            writers[file].write(name, tensor)
+            del tensor  # the next tensor must not be made while this one is alive
+    finally:
+        for writer in writers.values():
+            writer.close()
+    if len(shapes_of) > 1:
         total = sum(math.prod(size) for size in shapes.values()) * dtype.itemsize
-        (folder / INDEX).write_text(
-            json.dumps({"metadata": {"total_size": total}, "weight_map": file_of}, indent=2)
-        )
+        index = {"metadata": {"total_size": total}, "weight_map": file_of}
+        (folder / WEIGHT_INDEX).write_text(json.dumps(index, indent=2))
 
 
 def plan_files(shapes: dict[str, tuple[int, ...]], itemsize: int, max_bytes: int) -> dict[str, str]:
-    """The file of every tensor, by transformers' naming."""
-    numbers, number, used = {}, 1, 0
+    """Return the file of every tensor, named as transformers names them."""
+    number_of: dict[str, int] = {}
+    number = 1
+    used = 0
     for name, size in shapes.items():
         num_bytes = math.prod(size) * itemsize
         if used and used + num_bytes > max_bytes:
-            number, used = number + 1, 0
-        numbers[name], used = number, used + num_bytes
+            number += 1
+            used = 0
+        number_of[name] = number
+        used += num_bytes
     if number == 1:
-        return dict.fromkeys(numbers, "model.safetensors")
-    return {name: f"model-{n:05d}-of-{number:05d}.safetensors" for name, n in numbers.items()}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return dict.fromkeys(number_of, "model.safetensors")
+    return {name: f"model-{n:05d}-of-{number:05d}.safetensors" for name, n in number_of.items()}

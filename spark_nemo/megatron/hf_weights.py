@@ -1,13 +1,11 @@
-"""Hugging Face weights to and from this rank's share of a Megatron model, by the table of its
-family.
+"""Load Hugging Face weights into this rank's shards of a Megatron model, and export them again.
 
-Nothing is defaulted: a tensor that is missing, surplus or misshapen is an error that names it, and
-so is a Megatron parameter that no rule wrote.
+Nothing is filled in by default: a tensor that is missing, surplus or of another shape is an error
+that names it, and so is a Megatron parameter that no tensor was loaded into.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,151 +16,120 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from spark_nemo.config.errors import ConfigError
+from spark_nemo.models.param_mapping import (
+    EMBEDDING,
+    HEAD,
+    MappedParam,
+    hf_tensor_shapes,
+    map_params,
+)
+from spark_nemo.models.spec import ModelSpec
 
-from .families import FAMILIES, Rule
-from .model_shape import ModelShape
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-@dataclass(frozen=True)
-class PlacedRule:
-    """A rule for one layer: the pipeline stage that holds it, and names with layer and expert
-    filled in.
-    """
-
-    stage: int
-    rule: Rule
-    megatron: tuple[str, ...]
-    hf: dict[str, tuple[int, ...]]
-    expert: int | None = None
-    """Which of its layer's experts this is; None for what is no expert."""
-    expert_rank: int | None = None
-    """The expert-parallel rank that holds the expert; None where all do."""
-
-
-def placed_rules(
-    shape: ModelShape, pipeline_parallel: int, expert_parallel: int = 1
-) -> Iterator[PlacedRule]:
-    """Every parameter of the whole model in Hugging Face order, with where it lives. The same on
-    every rank.
-    """
-    table, per_stage = FAMILIES[shape.family].table(shape), shape.num_layers // pipeline_parallel
-    per_rank = shape.experts.count // expert_parallel if shape.experts else 0
-
-    def place(stage: int, rule: Rule, layer: int = 0, expert: int | None = None) -> PlacedRule:
-        inside = {"i": layer % per_stage, "e": expert % per_rank if expert is not None else None}
-        local = tuple(name.format(**inside) for name in rule.megatron)
-        hf = {name.format(i=layer, e=expert): size for name, size in rule.hf.items()}
-        return PlacedRule(
-            stage, rule, local, hf, expert, None if expert is None else expert // per_rank
-        )
-
-    def in_layer(layer: int) -> Iterator[PlacedRule]:
-        for each, rules in itertools.groupby(table.layer, lambda rule: rule.per_expert):
-            rules = list(rules)
-            for expert in range(shape.experts.count) if each else [None]:
-                yield from (place(layer // per_stage, rule, layer, expert) for rule in rules)
-
-    yield from (place(0, rule) for rule in table.first)
-    for layer in range(shape.num_layers):
-        yield from in_layer(layer)
-    for rule in table.last:
-        # Tied embeddings on one stage are one parameter; on several, the last stage has a copy of
-        # its own.
-        if not (
-            "output_layer.weight" in rule.megatron
-            and shape.tied_embeddings
-            and pipeline_parallel == 1
-        ):
-            yield place(pipeline_parallel - 1, rule)
-
-
-def hf_tensor_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the model's Hugging Face tensors, in the order of ``export_tensors``."""
-    return {name: size for placed in placed_rules(shape, 1) for name, size in placed.hf.items()}
+from .param_shards import from_gathered, to_shards
 
 
 def load_tensors(
-    model: torch.nn.Module, shape: ModelShape, source: Mapping[str, Tensor], origin: str
+    model: torch.nn.Module, spec: ModelSpec, source: Mapping[str, Tensor], origin: str
 ) -> None:
-    """Write ``source`` (read tensor by tensor) into this rank's share of ``model``. No
-    communication.
+    """Write ``source`` (read tensor by tensor) into this rank's shards of ``model``.
 
-    Raises ``ConfigError`` naming the tensor that is missing from ``origin``, surplus in it, or of
-    another shape.
+    Needs no communication. Raises ``ConfigError`` naming the tensor that ``origin`` lacks, has too
+    many or has in another shape.
     """
-    check_names(set(source), shape, origin)
-    here = _Place.of_this_rank()
-    if here.stage == 0:
-        check_tied_head(source, shape, origin)
-    parameters, written = dict(model.named_parameters()), set()
-    for placed in placed_rules(shape, here.pp, here.ep):
-        if placed.stage != here.stage or placed.expert_rank not in (None, here.ep_rank):
+    check_names(set(source), spec, origin)
+    ranks = _ParallelRanks.current()
+    if ranks.stage == 0:
+        check_tied_head(source, spec, origin)
+    parameters = dict(model.named_parameters())
+    written: set[str] = set()
+    for param in map_params(spec, ranks.pp, ranks.ep):
+        if not ranks.hold(param):
             continue
-        tensors = [_read(source, name, size, origin) for name, size in placed.hf.items()]
-        name = _find(placed, parameters)
-        tp, tp_rank = here.shards_of(placed)
-        shard = placed.rule.transform.to_shards(tensors, shape, tp)[tp_rank]
+        tensors = [_read(source, name, size, origin) for name, size in param.hf_shapes.items()]
+        tp, tp_rank = ranks.sharding(param)
+        shard = to_shards(param.split, tensors, spec, tp)[tp_rank]
+        name = _find(param, parameters)
         with torch.no_grad():
             parameters[name].copy_(shard)
         written.add(name)
-    if forgotten := sorted(set(parameters) - written):
+    missing = sorted(set(parameters) - written)
+    if missing:
         raise ConfigError(
-            f"parameter {forgotten[0]} has no rule in megatron/families/{shape.family}.py"
+            f"parameter {missing[0]} of model_type={spec.family} has no rule in "
+            "spark_nemo/models/param_mapping.py"
         )
 
 
-def export_tensors(model: torch.nn.Module, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
-    """Full Hugging Face tensors one parameter at a time, on every rank. Collective: all ranks
-    iterate to the end.
+def export_tensors(model: torch.nn.Module, spec: ModelSpec) -> Iterator[tuple[str, Tensor]]:
+    """Yield the full Hugging Face tensors on every rank, one parameter at a time.
 
-    The owning stage gathers over its tensor-parallel group (an expert's owner hands it on over the
-    expert-parallel group), then hands the tensor on over the pipeline group.
+    Collective: all ranks must iterate to the end. The stage that owns a parameter gathers it over
+    its tensor-parallel group and broadcasts it over the pipeline group. An expert's owner broadcasts
+    it over the expert-parallel group first.
     """
-    here = _Place.of_this_rank()
-    parameters, seen = dict(model.named_parameters()), set()
-    for placed in placed_rules(shape, here.pp, here.ep):
-        if seen.issuperset(placed.hf):  # the last stage's copy of tied embeddings
+    ranks = _ParallelRanks.current()
+    parameters = dict(model.named_parameters())
+    exported: set[str] = set()
+    for param in map_params(spec, ranks.pp, ranks.ep):
+        if exported.issuperset(param.hf_shapes):  # the last stage's copy of tied embeddings
             continue
-        seen.update(placed.hf)
-        if placed.stage == here.stage and placed.expert_rank in (None, here.ep_rank):
-            tp, _ = here.shards_of(placed)
-            parameter = parameters[_find(placed, parameters)].detach()
-            gathered = (
-                parameter
-                if tp == 1 or placed.rule.transform.shard_dim is None
-                else _gather(parameter)
-            )
-            tensors = [
-                x.contiguous() for x in placed.rule.transform.from_gathered(gathered, shape, tp)
-            ]
-            del gathered
+        exported.update(param.hf_shapes)
+        if ranks.hold(param):
+            tensors = _gather_tensors(param, parameters, spec, ranks)
         else:
-            some = next(iter(parameters.values()))
+            like = next(iter(parameters.values()))
             tensors = [
-                torch.empty(size, dtype=some.dtype, device=some.device)
-                for size in placed.hf.values()
+                torch.empty(size, dtype=like.dtype, device=like.device)
+                for size in param.hf_shapes.values()
             ]
-        for name, tensor in zip(placed.hf, tensors):
-            if placed.stage == here.stage and placed.expert_rank is not None and here.ep > 1:
-                _broadcast(
-                    tensor, placed.expert_rank, parallel_state.get_expert_model_parallel_group()
-                )
-            if here.pp > 1:
-                _broadcast(tensor, placed.stage, parallel_state.get_pipeline_model_parallel_group())
+        for name, tensor in zip(param.hf_shapes, tensors):
+            if param.stage == ranks.stage and param.expert_rank is not None and ranks.ep > 1:
+                expert_group = parallel_state.get_expert_model_parallel_group()
+                _broadcast(tensor, param.expert_rank, expert_group)
+            if ranks.pp > 1:
+                pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+                _broadcast(tensor, param.stage, pipeline_group)
             yield name, tensor
         if tensor.is_cuda:
-            # NCCL's watchdog counts from when a call is queued. A rank that only takes part would
-            # queue all of them at once, and the whole export, with what the main rank does between
-            # two tensors, had one call's time.
+            # NCCL's watchdog measures from when a call is queued. Without this, a rank that only
+            # takes part would queue all calls at once, and the whole export, with what the main rank
+            # does between two tensors, would have to end within one call's timeout.
             torch.cuda.current_stream(tensor.device).synchronize()
-        del tensors, tensor  # not beside the next parameter's
+        # The next parameter must not be gathered while these tensors are alive.
+        del tensors, tensor
+
+
+def check_tied_head(source: Mapping[str, Tensor], spec: ModelSpec, origin: str) -> None:
+    """Raise ``ConfigError`` if a tied model has an output layer that differs from its embedding."""
+    if not spec.tied_embeddings or HEAD not in source:
+        return
+    if not torch.equal(source[HEAD], source[EMBEDDING]):
+        raise ConfigError(
+            f"tensor {HEAD} in {origin} is not {EMBEDDING}, though config.json has "
+            "tie_word_embeddings=true: set it to false, or remove the tensor"
+        )
+
+
+def check_names(names: set[str], spec: ModelSpec, origin: str) -> None:
+    """Raise ``ConfigError`` naming the first tensor that ``origin`` lacks or has too many."""
+    expected = set(hf_tensor_shapes(spec))
+    # Caches of rotary angles and a stored copy of a tied head carry no information of their own.
+    ignored = {name for name in names if re.search(r"rotary_emb\.inv_freq$", name)}
+    if spec.tied_embeddings:
+        ignored.add(HEAD)
+    missing = sorted(expected - names)
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ConfigError(f"{origin} lacks tensor {missing[0]}{more}")
+    surplus = sorted(names - expected - ignored)
+    if surplus:
+        more = f", and {len(surplus) - 1} more" if len(surplus) > 1 else ""
+        raise ConfigError(f"{origin} has tensor {surplus[0]}, which the model does not have{more}")
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where this rank stands in the groups of the model's parallel layout."""
+class _ParallelRanks:
+    """Sizes of the model-parallel groups, and this process's rank in each."""
 
     tp: int
     tp_rank: int
@@ -172,27 +139,48 @@ class _Place:
     ep_rank: int
 
     @classmethod
-    def of_this_rank(cls) -> _Place:
+    def current(cls) -> _ParallelRanks:
         return cls(
-            parallel_state.get_tensor_model_parallel_world_size(),
-            parallel_state.get_tensor_model_parallel_rank(),
-            parallel_state.get_pipeline_model_parallel_world_size(),
-            parallel_state.get_pipeline_model_parallel_rank(),
-            parallel_state.get_expert_model_parallel_world_size(),
-            parallel_state.get_expert_model_parallel_rank(),
+            tp=parallel_state.get_tensor_model_parallel_world_size(),
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            pp=parallel_state.get_pipeline_model_parallel_world_size(),
+            stage=parallel_state.get_pipeline_model_parallel_rank(),
+            ep=parallel_state.get_expert_model_parallel_world_size(),
+            ep_rank=parallel_state.get_expert_model_parallel_rank(),
         )
 
-    def shards_of(self, placed: PlacedRule) -> tuple[int, int]:
-        """In how many shards the parameter is cut, and which is here. An expert is never cut."""
-        return (self.tp, self.tp_rank) if placed.expert is None else (1, 0)
+    def hold(self, param: MappedParam) -> bool:
+        """Return True if this process holds ``param`` or a shard of it."""
+        return param.stage == self.stage and param.expert_rank in (None, self.ep_rank)
+
+    def sharding(self, param: MappedParam) -> tuple[int, int]:
+        """Return the number of shards of ``param`` and the one held here."""
+        if param.expert is not None:  # an expert is never cut
+            return 1, 0
+        return self.tp, self.tp_rank
 
 
-def _gather(parameter: Tensor) -> Tensor:
-    """The shards of all tensor-parallel ranks below each other."""
+def _gather_tensors(
+    param: MappedParam,
+    parameters: dict[str, torch.nn.Parameter],
+    spec: ModelSpec,
+    ranks: _ParallelRanks,
+) -> list[Tensor]:
+    tp, _ = ranks.sharding(param)
+    shard = parameters[_find(param, parameters)].detach()
+    if tp == 1 or param.split.shard_dim is None:
+        gathered = shard
+    else:
+        gathered = _gather(shard)
+    return [x.contiguous() for x in from_gathered(param.split, gathered, spec, tp)]
+
+
+def _gather(shard: Tensor) -> Tensor:
+    """Return the shards of all tensor-parallel ranks below each other."""
     group = parallel_state.get_tensor_model_parallel_group()
-    gathered = parameter.new_empty(group.size() * parameter.shape[0], *parameter.shape[1:])
-    # Not all_gather: over NCCL that receives into a buffer of its own, as large again, and copies.
-    dist.all_gather_into_tensor(gathered, parameter.contiguous(), group=group)
+    gathered = shard.new_empty(group.size() * shard.shape[0], *shard.shape[1:])
+    # Not all_gather: over NCCL it receives into a second buffer of the same size, and copies.
+    dist.all_gather_into_tensor(gathered, shard.contiguous(), group=group)
     return gathered
 
 
@@ -200,11 +188,11 @@ def _broadcast(tensor: Tensor, group_rank: int, group: dist.ProcessGroup) -> Non
     dist.broadcast(tensor, src=dist.get_global_rank(group, group_rank), group=group)
 
 
-def _find(placed: PlacedRule, parameters: dict[str, torch.nn.Parameter]) -> str:
-    for name in placed.megatron:
+def _find(param: MappedParam, parameters: dict[str, torch.nn.Parameter]) -> str:
+    for name in param.megatron_names:
         if name in parameters:
             return name
-    raise ConfigError(f"the Megatron model has no parameter {' or '.join(placed.megatron)}")
+    raise ConfigError(f"the Megatron model has no parameter {' or '.join(param.megatron_names)}")
 
 
 def _read(source: Mapping[str, Tensor], name: str, size: tuple[int, ...], origin: str) -> Tensor:
@@ -214,37 +202,3 @@ def _read(source: Mapping[str, Tensor], name: str, size: tuple[int, ...], origin
             f"tensor {name} in {origin} has shape {tuple(tensor.shape)}, config.json says {size}"
         )
     return tensor
-
-
-def check_tied_head(source: Mapping[str, Tensor], shape: ModelShape, origin: str) -> None:
-    """Raise ``ConfigError`` when a tied model brings an output layer of its own: it would be lost
-    without a word.
-    """
-    if (
-        shape.tied_embeddings
-        and HEAD in source
-        and not torch.equal(source[HEAD], source[EMBEDDING])
-    ):
-        raise ConfigError(
-            f"tensor {HEAD} in {origin} is not {EMBEDDING}, though config.json has "
-            "tie_word_embeddings=true: set it to false, or remove the tensor"
-        )
-
-
-def check_names(names: set[str], shape: ModelShape, origin: str) -> None:
-    """Raise ``ConfigError`` naming the first tensor that ``origin`` lacks or has too many."""
-    expected = set(hf_tensor_shapes(shape))
-    # Caches of rotary angles, and a stored copy of a tied head, hold nothing of their own.
-    ignored = {name for name in names if re.search(r"rotary_emb\.inv_freq$", name)}
-    if shape.tied_embeddings:
-        ignored.add(HEAD)
-    if missing := sorted(expected - names):
-        raise ConfigError(
-            f"{origin} lacks tensor {missing[0]}"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-        )
-    if surplus := sorted(names - expected - ignored):
-        raise ConfigError(
-            f"{origin} has tensor {surplus[0]}, which the model does not have"
-            + (f", and {len(surplus) - 1} more" if len(surplus) > 1 else "")
-        )

@@ -23,11 +23,11 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from spark_nemo.config import MegatronConfig
+from spark_nemo.models.spec import ModelSpec
 
 from .cpu_compat import cuda_means_cpu, device
 from .layer_spec import layer_spec, packing_arguments, uses_transformer_engine
 from .logprobs import vocab_parallel_logprobs
-from .model_shape import ModelShape
 from .packed_batch import PackedBatch
 from .rope import inverse_frequencies
 
@@ -72,36 +72,36 @@ class PackedGPT(GPTModel):
         )
 
 
-def build_model(shape: ModelShape, layout: MegatronConfig) -> PackedGPT:
+def build_model(spec: ModelSpec, layout: MegatronConfig) -> PackedGPT:
     """This rank's part of the model on its device, with uninitialised weights. Needs the process
     groups.
 
     Raises ``ConfigError`` when the model cannot be split as ``layout`` says.
     """
-    return construct(shape, layout).to(device())
+    return construct(spec, layout).to(device())
 
 
-def construct(shape: ModelShape, layout: MegatronConfig) -> PackedGPT:
+def construct(spec: ModelSpec, layout: MegatronConfig) -> PackedGPT:
     """``build_model`` without moving it to the device: under ``torch.device("meta")`` it takes no
     memory.
     """
-    shape.check_layout(layout)
-    config = transformer_config(shape, layout)
+    spec.check_layout(layout)
+    config = transformer_config(spec, layout)
     with cuda_means_cpu():
         model = PackedGPT(
             config=config,
             transformer_layer_spec=layer_spec(config),
-            vocab_size=shape.padded_vocab_size(layout.tensor_parallel),
-            max_sequence_length=shape.max_positions,
+            vocab_size=spec.padded_vocab_size(layout.tensor_parallel),
+            max_sequence_length=spec.max_positions,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
-            share_embeddings_and_output_weights=shape.tied_embeddings,
+            share_embeddings_and_output_weights=spec.tied_embeddings,
             position_embedding_type="rope",
-            rotary_base=shape.rope_theta,
+            rotary_base=spec.rope_theta,
             parallel_output=True,
         )
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(shape)
-    model.real_vocab_size = shape.vocab_size
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(spec)
+    model.real_vocab_size = spec.vocab_size
     _mark_sharded_weights(model)
     _mark_experts(model)
     return model
@@ -133,7 +133,7 @@ def _mark_experts(model: PackedGPT) -> None:
             parameter.allreduce = False
 
 
-def transformer_config(shape: ModelShape, layout: MegatronConfig) -> TransformerConfig:
+def transformer_config(spec: ModelSpec, layout: MegatronConfig) -> TransformerConfig:
     """Megatron's configuration of a model of any of ``families``."""
     dtype = DTYPES[layout.dtype]
     pipelined = layout.pipeline_parallel > 1
@@ -148,19 +148,19 @@ def transformer_config(shape: ModelShape, layout: MegatronConfig) -> Transformer
         },
     }[layout.recompute_granularity]
     return TransformerConfig(
-        num_layers=shape.num_layers,
-        hidden_size=shape.hidden_size,
-        ffn_hidden_size=shape.ffn_size,
-        num_attention_heads=shape.num_heads,
-        num_query_groups=shape.num_kv_heads,
-        kv_channels=shape.head_dim,
+        num_layers=spec.num_layers,
+        hidden_size=spec.hidden_size,
+        ffn_hidden_size=spec.ffn_size,
+        num_attention_heads=spec.num_heads,
+        num_query_groups=spec.num_kv_heads,
+        kv_channels=spec.head_dim,
         normalization="RMSNorm",
-        layernorm_epsilon=shape.norm_eps,
+        layernorm_epsilon=spec.norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=shape.qkv_bias,
-        qk_layernorm=shape.qk_norm,
+        add_qkv_bias=spec.qkv_bias,
+        qk_layernorm=spec.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=layout.tensor_parallel,
@@ -190,19 +190,19 @@ def transformer_config(shape: ModelShape, layout: MegatronConfig) -> Transformer
         deallocate_pipeline_outputs=pipelined,
         batch_p2p_sync=torch.cuda.is_available(),
         **recompute,
-        **_expert_settings(shape, layout),
+        **_expert_settings(spec, layout),
     )
 
 
-def _expert_settings(shape: ModelShape, layout: MegatronConfig) -> dict[str, Any]:
-    if (experts := shape.experts) is None:
+def _expert_settings(spec: ModelSpec, layout: MegatronConfig) -> dict[str, Any]:
+    if (experts := spec.experts) is None:
         return {}
     return {
         "num_moe_experts": experts.count,
         "moe_ffn_hidden_size": experts.ffn_size,
         "moe_router_topk": experts.per_token,
         # Softmax over the chosen experts equals softmax over all divided by the sum of the chosen.
-        "moe_router_pre_softmax": not experts.normalised,
+        "moe_router_pre_softmax": not experts.normalize_weights,
         "moe_router_load_balancing_type": "none",
         "moe_grouped_gemm": uses_transformer_engine(),
         "expert_model_parallel_size": layout.expert_parallel,

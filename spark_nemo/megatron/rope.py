@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from .model_shape import ModelShape
+from spark_nemo.models.spec import ModelSpec
 
 
-def inverse_frequencies(shape: ModelShape) -> Tensor:
+def inverse_frequencies(spec: ModelSpec) -> Tensor:
     """Radians per position ``[head_dim / 2]``, slowest last.
 
     ``theta^(-2k / head_dim)`` (Su et al., 2021, arXiv:2104.09864). Llama 3's stretch, as in
@@ -19,9 +19,9 @@ def inverse_frequencies(shape: ModelShape) -> Tensor:
     two are mixed linearly in c / wavelength. megatron-core has this too, but with 1, 4 and 8192 for
     the three constants whatever config.json says.
     """
-    exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.int64).float() / shape.head_dim
-    plain = 1.0 / shape.rope_theta**exponents
-    stretch = shape.rope_scaling
+    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).float() / spec.head_dim
+    plain = 1.0 / spec.rope_theta**exponents
+    stretch = spec.rope_scaling
     if stretch is None:
         return plain
     turns = stretch.original_max_positions / (2 * math.pi / plain)

@@ -16,14 +16,17 @@ from torch import Tensor
 
 from spark_nemo.config import MegatronConfig, OptimizerConfig
 from spark_nemo.config.errors import ConfigError
+from spark_nemo.models.hf_config import read_hf_config
+from spark_nemo.models.hf_folder import atomic_folder, write_model_files
+from spark_nemo.models.param_mapping import hf_tensor_shapes
+from spark_nemo.models.spec import ModelSpec
+from spark_nemo.models.tokenizer_check import check_tokenizer
 
 from . import checkpoint, hf_files, hf_weights, process_groups
 from .cpu_compat import device, on_this_device, seed_everything
-from .model_shape import ModelShape, read_hf_config
 from .optimizer import NonFiniteGradient, build_optimizer, clip_and_step, wrap_for_gradients
 from .packed_batch import PackedBatch
 from .packed_gpt import DTYPES, build_model
-from .vocabulary import check_tokenizer
 
 LossFn = Callable[[Tensor, Tensor | None, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
 """``(logprobs_T, entropy_T | None, batch) -> (loss_sum, metric_sums)``.
@@ -66,16 +69,16 @@ class MegatronWorker:
     """
 
     def __init__(
-        self, hf_config: dict[str, Any], shape: ModelShape, layout: MegatronConfig, seed: int
+        self, hf_config: dict[str, Any], spec: ModelSpec, layout: MegatronConfig, seed: int
     ) -> None:
         """Process groups and an unfilled model; for ``from_hf`` and ``from_config``."""
         from megatron.core import parallel_state
 
-        shape.check_layout(layout)
+        spec.check_layout(layout)
         process_groups.initialize(layout)
         seed_everything(seed)
-        self.hf_config, self.shape, self.layout = hf_config, shape, layout
-        self.model = build_model(shape, layout)
+        self.hf_config, self.spec, self.layout = hf_config, spec, layout
+        self.model = build_model(spec, layout)
         self.dp_rank: int = parallel_state.get_data_parallel_rank()
         self.dp_size: int = parallel_state.get_data_parallel_world_size()
         self.is_main: bool = process_groups.rank() == 0
@@ -104,9 +107,9 @@ class MegatronWorker:
         setting that does not fit the model.
         """
         hf_config = read_hf_config(model_dir)
-        shape = ModelShape.from_hf(hf_config, f"{model_dir}/config.json")
-        check_tokenizer(model_dir, shape)
-        worker = cls(hf_config, shape, layout, seed)
+        spec = ModelSpec.from_hf(hf_config, f"{model_dir}/config.json")
+        check_tokenizer(model_dir, spec)
+        worker = cls(hf_config, spec, layout, seed)
         worker.load_hf_weights(model_dir)
         return worker._with_optimizer(optimizer, total_steps)
 
@@ -122,9 +125,9 @@ class MegatronWorker:
         """A new model with random weights (``hf_files.RandomTensors``) that do not depend on
         ``layout``.
         """
-        worker = cls(hf_config, ModelShape.from_hf(hf_config, "hf_config"), layout, seed)
-        shapes = hf_weights.hf_tensor_shapes(worker.shape)
-        worker._fill(hf_files.RandomTensors(shapes, worker.shape, seed), "random initialisation")
+        worker = cls(hf_config, ModelSpec.from_hf(hf_config, "hf_config"), layout, seed)
+        shapes = hf_tensor_shapes(worker.spec)
+        worker._fill(hf_files.RandomTensors(shapes, worker.spec, seed), "random initialisation")
         return worker._with_optimizer(optimizer, total_steps)
 
     @on_this_device
@@ -156,11 +159,11 @@ class MegatronWorker:
         attention (queries by keys, weights by values, over T / 2 positions on average) per
         multiplication with a weight matrix. Of experts those count that see a token.
         """
-        shape, experts = self.shape, self.shape.experts
-        attention = shape.num_layers * shape.num_heads * shape.head_dim
-        width = experts.per_token * experts.ffn_size if experts is not None else shape.ffn_size
-        layer = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim + 3 * width
-        return attention / (shape.hidden_size * (shape.num_layers * layer + shape.vocab_size))
+        spec, experts = self.spec, self.spec.experts
+        attention = spec.num_layers * spec.num_heads * spec.head_dim
+        width = experts.per_token * experts.ffn_size if experts is not None else spec.ffn_size
+        layer = 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim + 3 * width
+        return attention / (spec.hidden_size * (spec.num_layers * layer + spec.vocab_size))
 
     # Forward passes
 
@@ -371,7 +374,7 @@ class MegatronWorker:
         Collective: every rank must iterate to the end. A tensor is only valid until the next one;
         copy it to keep it.
         """
-        return hf_weights.export_tensors(self.model, self.shape)
+        return hf_weights.export_tensors(self.model, self.spec)
 
     def save_hf(self, folder: str | Path, source_dir: str | Path | None) -> None:
         """Write a Hugging Face model folder atomically: config.json, safetensors, and
@@ -379,15 +382,15 @@ class MegatronWorker:
 
         Raises ``OSError`` on every rank when rank 0 cannot write.
         """
-        shapes, error = hf_weights.hf_tensor_shapes(self.shape), None
+        shapes, error = hf_tensor_shapes(self.spec), None
         tensors = self.export_hf()
         if self.is_main:
             try:
-                with hf_files.atomic_folder(folder) as temporary:
-                    hf_files.write_model_files(
+                with atomic_folder(folder) as temporary:
+                    write_model_files(
                         temporary,
                         self.hf_config,
-                        self.dtype,
+                        hf_files.dtype_name(self.dtype),
                         None if source_dir is None else Path(source_dir),
                     )
                     hf_files.write_tensors(temporary, tensors, shapes, self.dtype)
@@ -406,7 +409,7 @@ class MegatronWorker:
 
     @on_this_device
     def _fill(self, tensors: Any, origin: str) -> None:
-        hf_weights.load_tensors(self.model, self.shape, tensors, origin)
+        hf_weights.load_tensors(self.model, self.spec, tensors, origin)
         if self._optimizer is not None:
             self._optimizer.reload_model_params()  # the float32 copies under bfloat16 weights
 

@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 
 from spark_nemo.config import ConfigError, SparkConfig
-from spark_nemo.megatron.hf_weights import hf_tensor_shapes
 from spark_nemo.weight_sync.sync_plan import plan_sync
 
 from .cluster import GB, Cluster, Rates
@@ -195,13 +194,11 @@ def _share(work: Workload, tensor_parallel: int, cluster: Cluster) -> int:
 
 def _sync_bytes(model: Model, bucket_bytes: int) -> tuple[int, int]:
     """The whole model in bfloat16, and the most that a sync holds on the main rank."""
-    tp = 2 if model.shape.num_heads % 2 == 0 else 1
+    tp = 2 if model.spec.num_heads % 2 == 0 else 1
     plan = plan_sync(
-        hf_tensor_shapes(model.shape),
+        model.spec,
         "bfloat16",
-        model.config,
         tensor_parallel=tp,
-        pipeline_parallel=1,
         engine_tensor_parallel=1,
         bucket_bytes=bucket_bytes,
     )
@@ -216,11 +213,11 @@ def _refusal(
     rates: Rates,
     sync_bytes: int,
 ) -> str:
-    name, shape = training.model.name, training.model.shape
+    name, spec = training.model.name, training.model.spec
     if not found:
         return (
-            f"{name} cannot be split over {gpus} GPUs: tensor parallel divides {shape.num_heads} heads, pipeline "
-            f"parallel {shape.num_layers} layers; choose another number of nodes"
+            f"{name} cannot be split over {gpus} GPUs: tensor parallel divides {spec.num_heads} heads, pipeline "
+            f"parallel {spec.num_layers} layers; choose another number of nodes"
         )
     best = min(found, key=lambda each: each.shortage(cluster))
     layout, states = best.layout, best.worst.states

@@ -12,7 +12,8 @@ from typing import Any
 
 from spark_nemo.config import ConfigError, PoolConfig, SparkConfig
 from spark_nemo.config.engine import POOLS
-from spark_nemo.megatron.model_shape import ModelShape, read_hf_config
+from spark_nemo.models.hf_config import read_hf_config
+from spark_nemo.models.spec import ModelSpec
 from spark_nemo.planning.known_models import PUBLISHED
 from spark_nemo.planning.preflight import check_data_here, check_sync
 from spark_nemo.records.jsonl import read_problems
@@ -121,7 +122,7 @@ def check_without_files(config: SparkConfig, part: str = "pipeline") -> None:
             raise ConfigError(f"{field} is not set")
     for field in parts.trained:
         if (shape := _hf_config(config, field)) is not None:
-            ModelShape.from_hf(shape, field).check_layout(config.megatron)
+            ModelSpec.from_hf(shape, field).check_layout(config.megatron)
             if field == "models.policy":
                 check_sync(shape, field)
     room = (

@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass
 
 from spark_nemo.config import ConfigError
-from spark_nemo.megatron.model_shape import ModelShape
+from spark_nemo.models.spec import ModelSpec
 from spark_nemo.weight_sync.engine_view import engine_tensors
-from spark_nemo.weight_sync.numbers import ModelNumbers
 
 from .cluster import GB, Cluster, Rates
 from .workload import Generation, Model
@@ -36,19 +35,18 @@ class EngineMemory:
         return self.kv_tokens >= context
 
 
-def kv_bytes_per_token(shape: ModelShape, tensor_parallel: int) -> int:
+def kv_bytes_per_token(spec: ModelSpec, tensor_parallel: int) -> int:
     """Keys and values of all layers for one token on one GPU. With more GPUs than key-value heads,
     each has one.
     """
-    heads = max(1, shape.num_kv_heads // tensor_parallel)
-    return 2 * shape.num_layers * heads * shape.head_dim * _ITEM
+    heads = max(1, spec.num_kv_heads // tensor_parallel)
+    return 2 * spec.num_layers * heads * spec.head_dim * _ITEM
 
 
 def engine_weight_bytes(model: Model, tensor_parallel: int) -> int:
     """The first rank's parameters, by the weight sync's view of SGLang."""
-    numbers = ModelNumbers.from_config(model.config, model.name)
     return _ITEM * sum(
-        math.prod(tensor.shape) for tensor in engine_tensors(numbers, tensor_parallel, 0)
+        math.prod(tensor.shape) for tensor in engine_tensors(model.spec, tensor_parallel, 0)
     )
 
 
@@ -61,7 +59,7 @@ def engine_memory(
 ) -> EngineMemory:
     """Raises ``ConfigError`` when SGLang cannot split the model over ``tensor_parallel`` GPUs."""
     weights = engine_weight_bytes(generation.model, tensor_parallel)
-    per_token = kv_bytes_per_token(generation.model.shape, tensor_parallel)
+    per_token = kv_bytes_per_token(generation.model.spec, tensor_parallel)
     room = int((cluster.gpu_memory_gb * GB * rates.kv_share - weights) // per_token)
     mean = generation.context * rates.mean_length
     return EngineMemory(

@@ -44,7 +44,7 @@ def evaluate(
 ) -> Candidate:
     """Raises ``ConfigError`` when the model cannot be split so."""
     stages = rank_memory(
-        work.model.shape,
+        work.model.spec,
         layout,
         work.batch(layout.data_parallel, layout.tokens_per_micro_batch),
         transformer_engine=transformer_engine,
@@ -93,10 +93,10 @@ def candidates(
 def _sizes(work: Training, gpus: int, cluster: Cluster) -> Iterator[tuple[int, int, int]]:
     tp = 1
     while tp <= cluster.gpus_per_node:
-        for pp in range(1, min(_MAX_PIPELINE, work.model.shape.num_layers) + 1):
-            if work.model.shape.num_layers % pp or gpus % (tp * pp):
+        for pp in range(1, min(_MAX_PIPELINE, work.model.spec.num_layers) + 1):
+            if work.model.spec.num_layers % pp or gpus % (tp * pp):
                 continue
-            experts = work.model.shape.experts
+            experts = work.model.spec.experts
             ep = 1
             while ep <= (experts.count if experts else 1):
                 yield tp, pp, ep

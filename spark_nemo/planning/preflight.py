@@ -11,21 +11,21 @@ from typing import Any
 from spark_nemo.config import ConfigError, EvaluationConfig, SamplingConfig, SparkConfig
 from spark_nemo.config.rl import check_variant
 from spark_nemo.engines.base import EngineFailure
-from spark_nemo.engines.local import Qwen2Shape
+from spark_nemo.engines.local import read_spec
 from spark_nemo.engines.served_model import GRAMMAR_TEXTS
 from spark_nemo.engines.tokenizer import Tokenizer, TokenizerError
 from spark_nemo.evaluation.answers import read_answer_keys
 from spark_nemo.evaluation.math_data import read_math
 from spark_nemo.evaluation.processbench import read_processbench
 from spark_nemo.grammar import prompt_set
-from spark_nemo.megatron.model_shape import ModelShape, read_hf_config
+from spark_nemo.models.hf_config import read_hf_config
+from spark_nemo.models.spec import ModelSpec
 from spark_nemo.records import Problem
 from spark_nemo.records.jsonl import read_problems
 from spark_nemo.run.rl_variants import pipeline_rl_variants, rl_variant_config
 from spark_nemo.run.run_folder import read_done, stage2_folder
 from spark_nemo.training.policy_examples import read_policy_examples
-from spark_nemo.weight_sync.engine_view import check_server_args
-from spark_nemo.weight_sync.numbers import ModelNumbers
+from spark_nemo.weight_sync.engine_view import check_server_args, check_syncable
 
 _SLACK = 16
 """Tokens by which a template may be cut otherwise around another question."""
@@ -39,12 +39,12 @@ def check_sft(config: SparkConfig) -> None:
         raise ConfigError(
             "models.policy_base is not set: name the model that is to learn the policy's format"
         )
-    shape = _model(Path(config.models.policy_base), "models.policy_base")
-    shape.check_layout(config.megatron)
-    if config.sft.max_length > shape.max_positions:
+    spec = _model(Path(config.models.policy_base), "models.policy_base")
+    spec.check_layout(config.megatron)
+    if config.sft.max_length > spec.max_positions:
         raise ConfigError(
             f"sft.max_length={config.sft.max_length}: models.policy_base={config.models.policy_base} has "
-            f"a context of {shape.max_positions}"
+            f"a context of {spec.max_positions}"
         )
     if not Path(_set(config, "data.sft_examples")).is_file():
         raise ConfigError(
@@ -121,8 +121,8 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
             f"models.policy_base={config.models.policy_base}"
         )
     _trained_model(config, "models.policy")
-    numbers = check_sync(read_hf_config(config.models.policy), "models.policy")
-    check_server_args(numbers, config.engine.policy.server_args, "engine.policy.server_args")
+    spec = check_sync(read_hf_config(config.models.policy), "models.policy")
+    check_server_args(spec, config.engine.policy.server_args, "engine.policy.server_args")
     problems = read_problems(_set(config, "data.rl_problems"))
     held_out = read_math(_set(config, "data.eval_problems"))
     _fits(config, "rl.sampling", rl.sampling)
@@ -247,12 +247,12 @@ def _set(config: SparkConfig, field: str) -> str:
     return value
 
 
-def check_sync(hf_config: Mapping[str, Any], field: str) -> ModelNumbers:
-    """What a sync is planned from. ``ConfigError`` for a model whose weights no plan brings to an
-    engine.
-    """
+def check_sync(hf_config: Mapping[str, Any], field: str) -> ModelSpec:
+    """Read the sizes of a policy. Raises ``ConfigError`` if weight sync does not support it."""
     try:
-        return ModelNumbers.from_config(hf_config)
+        spec = ModelSpec.from_hf(hf_config)
+        check_syncable(spec)
+        return spec
     except ConfigError as error:
         raise ConfigError(
             f"{field}: {error}: stage III cannot train it; name another policy"
@@ -263,30 +263,30 @@ def _served_model(config: SparkConfig, field: str) -> None:
     _served_folder(config, Path(_set(config, field)), field)
 
 
-def _served_folder(config: SparkConfig, folder: Path, field: str) -> ModelShape:
+def _served_folder(config: SparkConfig, folder: Path, field: str) -> ModelSpec:
     """Without this check the run would say so after its first stage, or its queue."""
-    shape = _model(folder, field)
+    spec = _model(folder, field)
     if config.engine.kind == "local":
         try:
-            Qwen2Shape.from_folder(folder)
+            read_spec(folder)
         except EngineFailure as error:
             raise ConfigError(f"{field}: {error} (add +engine=sglang)") from error
-    return shape
+    return spec
 
 
 def _trained_model(config: SparkConfig, field: str) -> None:
     """A model that is trained, and that the stage's engine serves afterwards."""
-    shape = _served_folder(config, Path(_set(config, field)), field)
-    shape.check_layout(config.megatron)
+    spec = _served_folder(config, Path(_set(config, field)), field)
+    spec.check_layout(config.megatron)
 
 
-def _model(folder: Path, field: str) -> ModelShape:
+def _model(folder: Path, field: str) -> ModelSpec:
     try:
-        shape = ModelShape.from_hf(read_hf_config(folder), f"{folder}/config.json")
+        spec = ModelSpec.from_hf(read_hf_config(folder), f"{folder}/config.json")
         Tokenizer.load(folder).require_tokens(GRAMMAR_TEXTS)
     except (ConfigError, TokenizerError) as error:
         raise ConfigError(f"{field}: {error}") from error
-    return shape
+    return spec
 
 
 def _prompts_fit(

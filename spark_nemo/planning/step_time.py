@@ -10,34 +10,34 @@ from __future__ import annotations
 import math
 
 from spark_nemo.config import MegatronConfig
-from spark_nemo.megatron.model_shape import ModelShape
 from spark_nemo.megatron.sizing.rank import RankMemory
 from spark_nemo.megatron.sizing.states import ITEM_BYTES
+from spark_nemo.models.spec import ModelSpec
 
 from .cluster import GB, Cluster, Rates
 from .engine_memory import EngineMemory
 from .workload import Generation, Training
 
 
-def forward_flops_per_token(shape: ModelShape, context: float) -> float:
+def forward_flops_per_token(spec: ModelSpec, context: float) -> float:
     """Two per weight that a token meets, the output layer's included and the embedding's not, and
     the attention's products over half of ``context`` on average (Narayanan et al., 2021,
     arXiv:2104.04473, without their 4 B s h).
     """
     q, k, H = (
-        shape.num_heads * shape.head_dim,
-        shape.num_kv_heads * shape.head_dim,
-        shape.hidden_size,
+        spec.num_heads * spec.head_dim,
+        spec.num_kv_heads * spec.head_dim,
+        spec.hidden_size,
     )
-    layer = 2 * (H * (q + 2 * k) + q * H) + _feed_forward_flops(shape)
-    return shape.num_layers * layer + 2 * shape.vocab_size * H + 2 * shape.num_layers * q * context
+    layer = 2 * (H * (q + 2 * k) + q * H) + _feed_forward_flops(spec)
+    return spec.num_layers * layer + 2 * spec.vocab_size * H + 2 * spec.num_layers * q * context
 
 
-def _feed_forward_flops(shape: ModelShape) -> float:
+def _feed_forward_flops(spec: ModelSpec) -> float:
     """Of one layer's MLP, or of a token's experts, per token."""
-    experts = shape.experts
-    width = shape.ffn_size if experts is None else experts.per_token * experts.ffn_size
-    return 6 * shape.hidden_size * width
+    experts = spec.experts
+    width = spec.ffn_size if experts is None else experts.per_token * experts.ffn_size
+    return 6 * spec.hidden_size * width
 
 
 def training_seconds(
@@ -48,13 +48,13 @@ def training_seconds(
     """
     mean = work.longest * rates.mean_length
     tokens = work.sequences * mean
-    per_token = forward_flops_per_token(work.model.shape, mean)
+    per_token = forward_flops_per_token(work.model.spec, mean)
     # The loss computes logits again in its backward pass; recomputation does so with every layer,
     # or its MLP.
-    again, collectives = 2 * work.model.shape.vocab_size * work.model.shape.hidden_size, 4
+    again, collectives = 2 * work.model.spec.vocab_size * work.model.spec.hidden_size, 4
     if layout.recompute_granularity == "selective":
         again, collectives = (
-            again + work.model.shape.num_layers * _feed_forward_flops(work.model.shape),
+            again + work.model.spec.num_layers * _feed_forward_flops(work.model.spec),
             5,
         )
     elif layout.recompute_granularity == "full":
@@ -89,13 +89,11 @@ def _pass_seconds(
     """One pass over ``tokens``: products, then the tensor ranks' collectives, both stretched by the
     pipeline's bubble (micro-batches + stages - 1) / micro-batches.
     """
-    shape, tp, pp = work.model.shape, layout.tensor_parallel, layout.pipeline_parallel
+    spec, tp, pp = work.model.spec, layout.tensor_parallel, layout.pipeline_parallel
     products = tokens * flops / (layout.world_size * rates.train_tflops * 1e12)
     rows = tokens / layout.data_parallel
     item = 2 if layout.dtype == "bfloat16" else 4
-    moved = (
-        shape.num_layers / pp * collectives * 2 * (tp - 1) / tp * rows * shape.hidden_size * item
-    )
+    moved = spec.num_layers / pp * collectives * 2 * (tp - 1) / tp * rows * spec.hidden_size * item
     bandwidth = rates.nvlink_gbs if tp <= cluster.gpus_per_node else rates.network_gbs
     batches = max(1, math.ceil(rows / work.updates / max(layout.tokens_per_micro_batch, 1)))
     return (products + moved / bandwidth / GB) * (batches + pp - 1) / batches
@@ -109,7 +107,7 @@ def generation_seconds(work: Generation, engine: EngineMemory, engines: int, rat
     """
     mean_new, prompt = work.new_tokens * rates.mean_length, work.prompt_tokens * rates.mean_length
     context = prompt + mean_new / 2
-    flops = forward_flops_per_token(work.model.shape, prompt)
+    flops = forward_flops_per_token(work.model.spec, prompt)
     prefill = (
         work.prompts
         * prompt
@@ -120,7 +118,7 @@ def generation_seconds(work: Generation, engine: EngineMemory, engines: int, rat
 
     def step(texts: float) -> float:
         collectives = (
-            2 * work.model.shape.num_layers * rates.collective_us / 1e6
+            2 * work.model.spec.num_layers * rates.collective_us / 1e6
             if engine.tensor_parallel > 1
             else 0
         )

@@ -4,15 +4,14 @@ are asked for what.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.config.errors import one_of
-from spark_nemo.megatron.model_shape import ModelShape, read_hf_config
 from spark_nemo.megatron.sizing.rank import TrainBatch
+from spark_nemo.models.hf_config import read_hf_config
+from spark_nemo.models.spec import ModelSpec
 from spark_nemo.planning.dry_run import PROMPT_ROOM
 from spark_nemo.planning.known_models import PUBLISHED
 
@@ -26,8 +25,7 @@ class Model:
     """A model by its numbers."""
 
     name: str
-    config: Mapping[str, Any]
-    shape: ModelShape
+    spec: ModelSpec
 
 
 @dataclass(frozen=True)
@@ -103,14 +101,14 @@ def training(config: SparkConfig, stage: str, model: str | None = None) -> Train
         return Training(
             trained,
             config.stage2.batch_size,
-            min(config.stage2.max_length, trained.shape.max_positions),
+            min(config.stage2.max_length, trained.spec.max_positions),
         )
     if stage == "sft":
         trained = find_model(
             model or config.models.policy_base or config.models.policy, "models.policy_base"
         )
         return Training(
-            trained, config.sft.batch_size, min(config.sft.max_length, trained.shape.max_positions)
+            trained, config.sft.batch_size, min(config.sft.max_length, trained.spec.max_positions)
         )
     rl = config.rl
     trained = find_model(model or config.models.policy, "models.policy", config.models.policy_base)
@@ -194,9 +192,9 @@ def find_model(name: str, field: str, made_from: str | None = None) -> Model:
             f"{field}={name}: no config.json there (hf download NAME config.json --local-dir FOLDER "
             f"fetches it alone), and the name is none of {', '.join(PUBLISHED)}"
         )
-    return Model(folder.name, config, ModelShape.from_hf(config, f"{name}/config.json"))
+    return Model(folder.name, ModelSpec.from_hf(config, f"{name}/config.json"))
 
 
 def _prompt_room(model: Model, new_tokens: int) -> int:
     """Tokens that the context leaves for a prompt, if they are fewer than the usual room."""
-    return max(1, min(PROMPT_ROOM, model.shape.max_positions - new_tokens))
+    return max(1, min(PROMPT_ROOM, model.spec.max_positions - new_tokens))

@@ -1,69 +1,58 @@
-"""Weights through a folder that the trainer and all servers see: one complete Hugging Face model
-per version.
-"""
+"""Weights through a folder that the trainer and all servers see: a Hugging Face model per version."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
 import shutil
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from spark_nemo.engines.base import Engine, EngineFailure
-from spark_nemo.engines.local.checksum import raw_bytes
-from spark_nemo.megatron.hf_files import INDEX, atomic_folder, write_model_files
+from spark_nemo.megatron.hf_files import dtype_name, write_tensors
+from spark_nemo.models.hf_folder import atomic_folder, write_model_files
 
-from .sync_plan import SyncPlan, TensorPlan
 from .transport import Targets, Transport, each
 from .weight_stream import Export
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
 
 class DiskTransport(Transport):
-    """``folder/version-N`` appears whole or not at all; older versions go when every server has the
-    new one.
+    """Writes ``folder/version-N`` atomically, and removes older versions once all servers load it.
 
-    ``source_dir`` gives the tokenizer and the other files a server may want beside the tensors.
+    ``source_dir`` holds the tokenizer and the other files that a server needs besides the tensors.
     """
 
     def __init__(
         self, folder: Path, hf_config: dict[str, Any], source_dir: Path | None, timeout_s: float
     ) -> None:
-        self.folder, self.hf_config, self.source_dir, self.timeout_s = (
-            folder,
-            hf_config,
-            source_dir,
-            timeout_s,
-        )
+        self.folder = folder
+        self.hf_config = hf_config
+        self.source_dir = source_dir
+        self.timeout_s = timeout_s
 
     def version_folder(self, version: int) -> Path:
-        """Where ``version`` lies."""
+        """Return the folder of ``version``."""
         return self.folder.resolve() / f"version-{version}"
 
     async def send(self, export: Export, targets: Targets, version: int) -> None:
-        """See ``Transport``. A full disk is one ``EngineFailure``, before any server was asked to
-        load.
-        """
+        """See ``Transport``. A full disk is an ``EngineFailure`` before any server loads."""
         target = self.version_folder(version)
         try:
             with atomic_folder(target) as temporary:
-                write_model_files(temporary, self.hf_config, export.dtype, self.source_dir)
-                write_safetensors(temporary, export)
+                write_model_files(
+                    temporary, self.hf_config, dtype_name(export.dtype), self.source_dir
+                )
+                write_tensors(
+                    temporary, export, export.plan.shapes, export.dtype, export.plan.bucket_bytes
+                )
         except OSError as error:
             free = shutil.disk_usage(self.folder).free >> 20 if self.folder.exists() else 0
             raise EngineFailure(
-                f"cannot write {target}: {error.strerror or error} ({export.plan.total_bytes >> 20} MiB needed beside "
-                f"the version served, {free} MiB free): make room or set weight_sync.folder"
+                f"cannot write {target}: {error.strerror or error} ({export.plan.total_bytes >> 20} "
+                f"MiB needed in addition to the version served, {free} MiB free): free disk space or "
+                "set weight_sync.folder"
             ) from error
         await each(
             targets, lambda engine: self._load(engine, version), self.timeout_s, "loading from disk"
@@ -75,86 +64,31 @@ class DiskTransport(Transport):
         )
 
     async def confirmed(self, version: int) -> None:
-        """Remove the other versions. What cannot be removed is said and left."""
-        self._remove(keep=self.folder / f"version-{version}")
+        """Remove the other versions. Files that cannot be removed are logged and left."""
+        self._remove_versions(keep=self.folder / f"version-{version}")
 
     async def close(self) -> None:
-        """Remove the last version, too: the run's result is saved elsewhere, and a resumed run
-        writes its own.
+        """Remove the last version, too.
+
+        The run saves its result elsewhere, and a resumed run writes a version of its own.
         """
-        self._remove(keep=None)
-        with contextlib.suppress(
-            OSError
-        ):  # not empty, or a mount point: then it is not ours to remove
+        self._remove_versions(keep=None)
+        # It fails if the folder is not empty or a mount point: then it is not ours to remove.
+        with contextlib.suppress(OSError):
             self.folder.rmdir()
 
-    def _remove(self, keep: Path | None) -> None:
-        """Every version but ``keep``; nothing else that may lie in a folder the user named."""
+    def _remove_versions(self, keep: Path | None) -> None:
+        # Other files may be the user's, who named the folder.
         for path in self.folder.glob("version-*"):
             if path != keep:
-                shutil.rmtree(
-                    path,
-                    onerror=lambda _, name, info: log.warning(
-                        "cannot remove %s: %s", name, info[1]
-                    ),
-                )
+                shutil.rmtree(path, onerror=_log_not_removed)
 
     async def restore(self, engine: Engine, version: int) -> None:
-        """See ``Transport``: the version is still there."""
+        """See ``Transport``: the folder of the version still exists."""
         if not self.version_folder(version).is_dir():
             raise EngineFailure(f"{engine}: {self.version_folder(version)} does not exist")
         await self._load(engine, version)
 
 
-def write_safetensors(folder: Path, export: Export) -> None:
-    """Write a file per bucket, tensor by tensor: no more than one tensor is in memory. Raises
-    ``OSError``.
-
-    The format is 8 bytes of header length, a JSON header, the tensors' bytes
-    (github.com/huggingface/safetensors). Its own writer takes a file's tensors all at once, and a
-    full disk may end it with a signal.
-    """
-    tensors = iter(export)
-    files = list(_files(export.plan))
-    for name, planned in files:
-        with (folder / name).open("wb") as file:
-            file.write(_header(planned, export.dtype))
-            for _ in planned:
-                _, tensor = next(tensors)
-                file.write(raw_bytes(tensor))
-                del tensor  # not beside the next one
-            file.flush()
-            os.fsync(file.fileno())
-    next(tensors, None)
-    if len(files) > 1:
-        weight_map = {tensor.name: name for name, planned in files for tensor in planned}
-        total = {"total_size": export.plan.total_bytes}
-        (folder / INDEX).write_text(
-            json.dumps({"metadata": total, "weight_map": weight_map}, indent=2)
-        )
-
-
-def _files(plan: SyncPlan) -> Iterator[tuple[str, list[TensorPlan]]]:
-    """A file per bucket."""
-    count, tensors = len(plan.buckets), {tensor.name: tensor for tensor in plan.tensors}
-    for number, names in enumerate(plan.buckets, start=1):
-        file = (
-            "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-        )
-        yield file, [tensors[name] for name in names]
-
-
-def _header(planned: list[TensorPlan], dtype: torch.dtype) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for tensor in planned:
-        stop = start + tensor.num_bytes
-        entries[tensor.name] = {
-            "dtype": _DTYPES[dtype],
-            "shape": tensor.shape,
-            "data_offsets": [start, stop],
-        }
-        start = stop
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begins aligned
-    return struct.pack("<Q", len(text)) + text
+def _log_not_removed(_function: object, path: str, error_info: tuple[Any, ...]) -> None:
+    log.warning("cannot remove %s: %s", path, error_info[1])

@@ -16,7 +16,7 @@ from pathlib import Path
 from spark_nemo.config import ConfigError, WeightSyncConfig
 from spark_nemo.engines.base import Engine, EngineFailure, EngineUnavailable
 from spark_nemo.engines.fleet import Fleet
-from spark_nemo.megatron.hf_weights import hf_tensor_shapes
+from spark_nemo.megatron.hf_files import dtype_name
 from spark_nemo.megatron.process_groups import broadcast_object
 from spark_nemo.megatron.worker import MegatronWorker
 
@@ -83,14 +83,11 @@ class WeightSync:
                 f"engine.kind={engine_kind} takes no new weights: choose sglang or local for stage III"
             )
         plan = plan_sync(
-            hf_tensor_shapes(worker.shape),
-            str(worker.dtype).removeprefix("torch."),
-            worker.hf_config,
+            worker.spec,
+            dtype_name(worker.dtype),
             tensor_parallel=worker.layout.tensor_parallel,
-            pipeline_parallel=worker.layout.pipeline_parallel,
             engine_tensor_parallel=engine_tensor_parallel,
             bucket_bytes=settings.bucket_bytes,
-            expert_parallel=worker.layout.expert_parallel,
         )
         match settings.transport_for(engine_kind):
             case "disk":
@@ -104,7 +101,7 @@ class WeightSync:
                 transport = TensorTransport(engine_tensor_parallel, settings.timeout_s)
             case _:
                 transport = InProcessTransport()
-        return cls(settings, plan, transport, worker.shape.tied_embeddings)
+        return cls(settings, plan, transport, worker.spec.tied_embeddings)
 
     async def push(self, worker: MegatronWorker, engine: Engine | None, version: int) -> None:
         """Give ``engine`` (one, or a fleet; on the main rank) the worker's weights as ``version``.

@@ -14,7 +14,7 @@ from engine_cases import CONTEXT, VOCAB, ask, generate_all, named
 
 from spark_nemo.config import EngineConfig
 from spark_nemo.engines import EngineFailure, build_engine, run_async
-from spark_nemo.engines.local import LocalEngine, Qwen2Shape
+from spark_nemo.engines.local import LocalEngine, read_spec
 from spark_nemo.records.fingerprint import model_fingerprint
 
 INDEX = "model.safetensors.index.json"
@@ -36,7 +36,7 @@ def test_updated_engine_equals_one_built_from_the_new_weights(folder, other_mode
         await generate_all(engine, requests)
         await engine.update_weights(named(other_model), version=3)
         fresh = LocalEngine(
-            Qwen2Shape.from_folder(folder),
+            read_spec(folder),
             named(other_model),
             max_batch_size=8,
             max_context=CONTEXT,

@@ -8,7 +8,7 @@ from engine_cases import CONTEXT, VOCAB, ask, generate_all, make_model, named
 from transformers import Qwen2ForCausalLM
 
 from spark_nemo.engines import FinishReason
-from spark_nemo.engines.local import LocalEngine, Qwen2Shape
+from spark_nemo.engines.local import LocalEngine, read_spec
 
 
 def serve(engine, requests):
@@ -181,9 +181,7 @@ def test_bfloat16_folder_is_served_in_float32(tmp_path, prompts):
 
 def test_weights_given_as_tensors_equal_a_folder(folder, model, prompts):
     """An engine built from named tensors answers as the one built from the folder."""
-    built = LocalEngine(
-        Qwen2Shape.from_folder(folder), named(model), max_batch_size=4, max_context=CONTEXT
-    )
+    built = LocalEngine(read_spec(folder), named(model), max_batch_size=4, max_context=CONTEXT)
     read = LocalEngine.from_folder(folder, max_batch_size=4, max_context=CONTEXT)
     requests = [ask(prompt, seed=1) for prompt in prompts]
     assert serve(built, requests) == serve(read, requests)

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from spark_nemo.config import ConfigError
 from spark_nemo.engines import Tokenizer, TokenizerError
-from spark_nemo.engines.model_files import model_numbers
+from spark_nemo.models.hf_config import read_token_limits
 
 PIECES = ["<step>", "<|im_end|>", "Step 1:", " café", "数学", "😀", "\n", "x²", " "]
 TEXTS = st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60) | st.lists(
@@ -196,4 +196,4 @@ def test_a_damaged_config_is_named_to_clients_too(tmp_path, content):
     """What a server's client reads of config.json."""
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"config\.json"):
-        model_numbers(tmp_path)
+        read_token_limits(tmp_path)

@@ -16,9 +16,9 @@ from spark_nemo.config import MegatronConfig
 from spark_nemo.megatron.checkpoint.conversion import convert
 from spark_nemo.megatron.cpu_compat import cuda_means_cpu
 from spark_nemo.megatron.hf_files import SafetensorsFolder
-from spark_nemo.megatron.model_shape import read_hf_config
 from spark_nemo.megatron.process_groups import gather_objects, initialize
 from spark_nemo.megatron.worker import MegatronWorker
+from spark_nemo.models.hf_config import read_hf_config
 
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 2))
 METADATA = {

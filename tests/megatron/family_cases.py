@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from spark_nemo.config import MegatronConfig, WeightSyncConfig
 from spark_nemo.engines.async_utils import run_async
 from spark_nemo.engines.sglang import SglangServer
-from spark_nemo.megatron.hf_weights import hf_tensor_shapes, placed_rules
 from spark_nemo.megatron.process_groups import gather_objects
 from spark_nemo.megatron.worker import MegatronWorker
+from spark_nemo.models.param_mapping import map_params
 from spark_nemo.weight_sync.sync_plan import plan_sync
 from spark_nemo.weight_sync.synchronizer import WeightSync
 
@@ -193,14 +193,11 @@ def push(folder, layout, url, run_folder):
             folder=Path(run_folder),
         )
         sync.plan = plan_sync(  # the same in buckets of 16 KiB: this model would fit one of the smallest allowed
-            hf_tensor_shapes(worker.shape),
+            worker.spec,
             "float32",
-            worker.hf_config,
             tensor_parallel=layout.tensor_parallel,
-            pipeline_parallel=layout.pipeline_parallel,
             engine_tensor_parallel=1,
             bucket_bytes=16 << 10,
-            expert_parallel=layout.expert_parallel,
         )
         with torch.no_grad():  # so that every push has something to bring
             for parameter in worker.model.parameters():
@@ -283,21 +280,21 @@ def _write(results, store, name):
         (Path(store) / name).write_text(json.dumps(results))
 
 
-def checkpoint_keys(shape):
+def checkpoint_keys(spec):
     """Keys of a distributed checkpoint by the family's table: stacked axes, and the first layer's
     (expert's) rule.
     """
     keys = {}
-    for placed in placed_rules(shape, 1):
-        name, stacked = placed.megatron[-1], ()
+    for param in map_params(spec):
+        name, stacked = param.megatron_names[-1], ()
         if name.startswith("decoder.layers."):
-            name, stacked = re.sub(r"layers\.\d+\.", "layers.", name), (shape.num_layers,)
-        if placed.expert is not None:
+            name, stacked = re.sub(r"layers\.\d+\.", "layers.", name), (spec.num_layers,)
+        if param.expert is not None:
             name = re.sub(r"weight\d+$", "weight", name).replace(
                 "mlp.experts.", "mlp.experts.experts."
             )
-            stacked += (shape.experts.count,)
-        keys.setdefault(name, (stacked, placed))
+            stacked += (spec.experts.count,)
+        keys.setdefault(name, (stacked, param))
     return keys
 
 

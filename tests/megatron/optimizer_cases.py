@@ -12,9 +12,9 @@ from spark_nemo.config import MegatronConfig
 from spark_nemo.megatron.checkpoint import training_checkpoint
 from spark_nemo.megatron.checkpoint.compare_tensors import compare_stored
 from spark_nemo.megatron.checkpoint.torch_dist_reader import StoredCheckpoint
-from spark_nemo.megatron.model_shape import read_hf_config
 from spark_nemo.megatron.process_groups import gather_objects
 from spark_nemo.megatron.worker import MegatronWorker
+from spark_nemo.models.hf_config import read_hf_config
 
 HOME = (2, 1)
 LAYOUTS = {f"tp{tp}_pp{pp}": (tp, pp) for tp, pp in ((1, 1), (1, 2), (2, 2), (4, 1))}

@@ -33,7 +33,7 @@ from spark_nemo.megatron.checkpoint.global_tensors import GlobalTensors
 from spark_nemo.megatron.checkpoint.resumable import resumable_folder
 from spark_nemo.megatron.checkpoint.torch_dist_reader import StoredCheckpoint
 from spark_nemo.megatron.hf_files import SafetensorsFolder, write_tensors
-from spark_nemo.megatron.model_shape import ModelShape
+from spark_nemo.models.spec import ModelSpec
 
 GENERATION = '{"temperature":   0.7}'
 
@@ -119,7 +119,7 @@ def test_model_yaml_alone_is_enough(folders, tmp_path, family):
     back = convert(nemo, tmp_path / "hf", "hf").folder
     assert same_tensors(folders[family][0], back)
     shapes = [
-        ModelShape.from_hf(json.loads((x / "config.json").read_text()))
+        ModelSpec.from_hf(json.loads((x / "config.json").read_text()))
         for x in (folders[family][0], back)
     ]
     assert shapes[0] == shapes[1]
@@ -206,7 +206,7 @@ def test_a_killed_conversion_goes_on(folders, tmp_path, monkeypatch, to):
         convert(source, tmp_path / "out", to, max_shard_bytes=30_000)
     assert not (tmp_path / "out").exists()
     total = len(
-        GlobalTensors.of(ModelShape.from_hf(json.loads((hf / "config.json").read_text()))).pieces
+        GlobalTensors.of(ModelSpec.from_hf(json.loads((hf / "config.json").read_text()))).pieces
     )
     budget[0], read[:] = 10**9, []
     convert(source, tmp_path / "out", to, max_shard_bytes=30_000)
@@ -497,7 +497,7 @@ def test_seventy_billion_layout_in_small(tmp_path):
     }
     hf = make_folder(tmp_path / "hf", "llama", **sizes)
     current = convert(hf, tmp_path / "megatron", "megatron").folder
-    shape = ModelShape.from_hf(json.loads((hf / "config.json").read_text()))
+    shape = ModelSpec.from_hf(json.loads((hf / "config.json").read_text()))
     for tp, pp in ((8, 4), (2, 2)):
         current = resharded(current, tmp_path / f"tp{tp}pp{pp}", shape, tp, pp)
     assert same_tensors(hf, convert(current, tmp_path / "back", "hf").folder)
@@ -526,7 +526,7 @@ def resharded(source, target, shape, tp, pp):
 
     def read(number):
         piece = tensors.pieces[number]
-        dim = piece.placed.rule.transform.shard_dim
+        dim = piece.param.split.shard_dim
         parts = [shares[number, rank] for rank in range(tp)]
         if dim is None:
             return parts[0]
@@ -546,7 +546,7 @@ def resharded(source, target, shape, tp, pp):
 
 def read_share(stored, piece, tp, rank):
     """One rank's part; of fused gate and up, a part of each."""
-    dim, stacked = piece.placed.rule.transform.shard_dim, sum(s == 1 for s in piece.size[:1])
+    dim, stacked = piece.param.split.shard_dim, sum(s == 1 for s in piece.size[:1])
     if dim is None:
         return stored.read(piece.key, piece.offset, piece.size).reshape(piece.size[stacked:])
     halves = 2 if piece.key.endswith("linear_fc1.weight") else 1

@@ -23,17 +23,19 @@ from spark_nemo.config import MegatronConfig
 from spark_nemo.config.errors import ConfigError
 from spark_nemo.engines.base import EngineFailure
 from spark_nemo.engines.local import LocalEngine
-from spark_nemo.megatron import hf_weights
 from spark_nemo.megatron.checkpoint.conversion import convert
 from spark_nemo.megatron.checkpoint.global_tensors import GlobalTensors, check_stored_shapes
 from spark_nemo.megatron.checkpoint.reshard import reshard
 from spark_nemo.megatron.checkpoint.torch_dist_reader import StoredCheckpoint
 from spark_nemo.megatron.cpu_compat import cuda_means_cpu
-from spark_nemo.megatron.families import FAMILIES
 from spark_nemo.megatron.hf_files import SafetensorsFolder
-from spark_nemo.megatron.model_shape import ModelShape, read_hf_config
+from spark_nemo.megatron.param_shards import from_gathered, to_shards
 from spark_nemo.megatron.rope import inverse_frequencies
 from spark_nemo.megatron.worker import MegatronWorker
+from spark_nemo.models.families import FAMILIES
+from spark_nemo.models.hf_config import read_hf_config
+from spark_nemo.models.param_mapping import hf_tensor_shapes, map_params
+from spark_nemo.models.spec import ModelSpec
 
 ONE = MegatronConfig(dtype="float32", distributed_optimizer=False)
 VARIANTS = {
@@ -117,15 +119,15 @@ def test_checkpoint_names_are_the_rules_last_names(folders, family):
     itself is not here to ask.
     """
     worker = MegatronWorker.from_hf(folders[family], ONE, seed=0)
-    shape, tensors = worker.shape, load_file(folders[family] / "model.safetensors")
+    spec, tensors = worker.spec, load_file(folders[family] / "model.safetensors")
     written = {}
     for entry in worker.model.sharded_state_dict().values():
         for shard in cases.shards_of(entry):
             written.setdefault(shard.key, []).append(shard)
-    assert all("_extra_state" in key or key in cases.checkpoint_keys(shape) for key in written)
-    for key, (stacked, placed) in cases.checkpoint_keys(shape).items():
-        global_tensor = placed.rule.transform.to_shards(
-            [tensors[name] for name in placed.hf], shape, 1
+    assert all("_extra_state" in key or key in cases.checkpoint_keys(spec) for key in written)
+    for key, (stacked, param) in cases.checkpoint_keys(spec).items():
+        global_tensor = to_shards(
+            param.split, [tensors[name] for name in param.hf_shapes], spec, 1
         )[0]
         assert {shard.global_shape for shard in written[key]} == {
             (*stacked, *global_tensor.shape)
@@ -162,7 +164,7 @@ def test_layers_that_are_stored_one_by_one_are_read(folders, tmp_path, family):
     with pytest.raises(ConfigError, match="every layer under keys of its own"):
         reshard(tmp_path / "apart", tmp_path / "out", ONE, folders[family])
     names = {f"{name}_w" if name.endswith("fc1.weight") else name: () for name in stored.tensors}
-    expected = GlobalTensors.like(ModelShape.from_hf(read_hf_config(folders[family])), names)
+    expected = GlobalTensors.like(ModelSpec.from_hf(read_hf_config(folders[family])), names)
     with pytest.raises(
         ConfigError, match=r"lacks tensor .*linear_fc1.weight.* singleton_local_shards"
     ):
@@ -176,19 +178,20 @@ def test_transforms_are_inverses(family, tp):
     cut has equal shards; also with four ranks per key-value head. Every element has a number of its
     own.
     """
-    shape = ModelShape.from_hf({"model_type": family, **NUMBERS})
-    for placed in hf_weights.placed_rules(shape, 1):
-        tp = 1 if placed.expert is not None else tp
+    spec = ModelSpec.from_hf({"model_type": family, **NUMBERS})
+    for param in map_params(spec):
+        tp = 1 if param.expert is not None else tp
         tensors = [
-            torch.arange(torch.Size(size).numel()).view(size) + 1 for size in placed.hf.values()
+            torch.arange(torch.Size(size).numel()).view(size) + 1
+            for size in param.hf_shapes.values()
         ]
-        shards = placed.rule.transform.to_shards(tensors, shape, tp)
+        shards = to_shards(param.split, tensors, spec, tp)
         assert len(shards) == tp and len({shard.shape for shard in shards}) == 1
-        gathered = shards[0] if placed.rule.transform.shard_dim is None else torch.cat(shards)
+        gathered = shards[0] if param.split.shard_dim is None else torch.cat(shards)
         for tensor, back in zip(
-            tensors, placed.rule.transform.from_gathered(gathered, shape, tp), strict=True
+            tensors, from_gathered(param.split, gathered, spec, tp), strict=True
         ):
-            assert torch.equal(tensor, back), placed.hf
+            assert torch.equal(tensor, back), param.hf_shapes
 
 
 @pytest.mark.parametrize("stages", [1, 2])
@@ -197,13 +200,11 @@ def test_every_expert_is_somewhere(stages, ranks):
     """However experts are spread, every Hugging Face tensor has one place, and no rank has two
     under one name.
     """
-    shape = ModelShape.from_hf({"model_type": "qwen3_moe", **NUMBERS})
-    rules = list(hf_weights.placed_rules(shape, stages, ranks))
-    names = [name for placed in rules for name in placed.hf]
-    assert sorted(names) == sorted(hf_weights.hf_tensor_shapes(shape)) and len(names) == len(
-        set(names)
-    )
-    places = [(p.stage, p.expert_rank, name) for p in rules for name in p.megatron]
+    spec = ModelSpec.from_hf({"model_type": "qwen3_moe", **NUMBERS})
+    rules = list(map_params(spec, stages, ranks))
+    names = [name for param in rules for name in param.hf_shapes]
+    assert sorted(names) == sorted(hf_tensor_shapes(spec)) and len(names) == len(set(names))
+    places = [(p.stage, p.expert_rank, name) for p in rules for name in p.megatron_names]
     assert len(places) == len(set(places))
     assert {p.expert_rank for p in rules} == {None, *range(ranks)}
 
@@ -216,7 +217,7 @@ def test_tables_weigh_what_the_published_models_weigh(model):
     config = json.loads(
         (Path(__file__).parents[1] / f"weight_sync/shapes/{model}.json").read_text()
     )
-    shapes = hf_weights.hf_tensor_shapes(ModelShape.from_hf(config))
+    shapes = hf_tensor_shapes(ModelSpec.from_hf(config))
     assert 2 * sum(math.prod(size) for size in shapes.values()) == PUBLISHED[model]
 
 
@@ -264,9 +265,9 @@ def test_frequencies_equal_transformers(stretch, key):
     if key == "rope_scaling":
         rope.pop("rope_theta")
     config = {"model_type": "llama", **NUMBERS, **sizes, "rope_theta": 500000.0, key: rope}
-    ours = inverse_frequencies(ModelShape.from_hf(config))
+    ours = inverse_frequencies(ModelSpec.from_hf(config))
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
-    plain = inverse_frequencies(dataclasses.replace(ModelShape.from_hf(config), rope_scaling=None))
+    plain = inverse_frequencies(dataclasses.replace(ModelSpec.from_hf(config), rope_scaling=None))
     assert (ours < 0.9 * plain).any() and (ours == plain).any()
 
 
@@ -373,7 +374,7 @@ def test_what_we_do_not_compute_is_refused(family, change, message):
     other numbers.
     """
     with pytest.raises(ConfigError, match=f"^some/config.json:? .*{message}"):
-        ModelShape.from_hf({"model_type": family, **NUMBERS, **change}, "some/config.json")
+        ModelSpec.from_hf({"model_type": family, **NUMBERS, **change}, "some/config.json")
 
 
 def test_a_config_for_two_versions_of_transformers_is_read():
@@ -387,9 +388,9 @@ def test_a_config_for_two_versions_of_transformers_is_read():
         "rope_theta": 10000,
         "num_local_experts": None,
     }
-    one = ModelShape.from_hf({"model_type": "llama", **NUMBERS, "rope_parameters": cases.LLAMA3})
-    assert ModelShape.from_hf({"model_type": "llama", **NUMBERS, **both}) == one
-    mixture = ModelShape.from_hf(
+    one = ModelSpec.from_hf({"model_type": "llama", **NUMBERS, "rope_parameters": cases.LLAMA3})
+    assert ModelSpec.from_hf({"model_type": "llama", **NUMBERS, **both}) == one
+    mixture = ModelSpec.from_hf(
         {"model_type": "qwen3_moe", **NUMBERS, "num_local_experts": None, "rope_theta": None}
     )
     assert mixture.experts.count == 4 and mixture.rope_theta == 10000.0
@@ -436,9 +437,9 @@ def test_layouts_that_do_not_fit_are_refused(family, layout, message):
     """A split that the model does not allow names the setting, the tensors behind it and the
     allowed values.
     """
-    shape = ModelShape.from_hf({"model_type": family, **NUMBERS})
+    spec = ModelSpec.from_hf({"model_type": family, **NUMBERS})
     with pytest.raises(ConfigError, match=f"^megatron.{message}"):
-        shape.check_layout(MegatronConfig(**layout))
+        spec.check_layout(MegatronConfig(**layout))
 
 
 @pytest.mark.parametrize(
@@ -517,7 +518,7 @@ def test_the_embedded_engine_says_what_it_serves(folders):
 def test_every_family_knows_its_own_name():
     """A family is found by config.json's model_type, and its table is used."""
     assert all(name == family.model_type for name, family in FAMILIES.items())
-    moe = hf_weights.hf_tensor_shapes(ModelShape.from_hf({"model_type": "qwen3_moe", **NUMBERS}))
+    moe = hf_tensor_shapes(ModelSpec.from_hf({"model_type": "qwen3_moe", **NUMBERS}))
     assert (
         "model.layers.1.mlp.experts.3.down_proj.weight" in moe
         and "model.layers.0.mlp.up_proj.weight" not in moe

@@ -380,9 +380,9 @@ def test_wrong_settings_are_named(folders, tmp_path):
 
 def test_layouts_that_do_not_divide_the_model_are_named():
     """A split that the model does not allow names the setting, its value and the allowed ones."""
-    from spark_nemo.megatron.model_shape import ModelShape
+    from spark_nemo.models.spec import ModelSpec
 
-    shape = ModelShape(
+    shape = ModelSpec(
         num_layers=4,
         hidden_size=64,
         ffn_size=96,

@@ -11,14 +11,14 @@ import sizing_cases as cases
 from megatron_ranks import run_ranks
 
 from spark_nemo.config import MegatronConfig
-from spark_nemo.megatron.model_shape import ModelShape
 from spark_nemo.megatron.sizing.rank import TrainBatch, rank_memory
+from spark_nemo.models.spec import ModelSpec
 
 
 def planned(model, layout):
-    shape = ModelShape.from_hf(cases.hf_config(model))
+    spec = ModelSpec.from_hf(cases.hf_config(model))
     batch = TrainBatch(tokens=sum(cases.LENGTHS), micro_batches=cases.MICRO_BATCHES)
-    return rank_memory(shape, layout, batch, transformer_engine=False)
+    return rank_memory(spec, layout, batch, transformer_engine=False)
 
 
 def compare(model, layout, ranks):
@@ -73,7 +73,7 @@ def test_peak_of_a_step(dtype, recompute, vocabulary, width):
     }
     layout = MegatronConfig(dtype=dtype, recompute_granularity=recompute)
     (plan,) = rank_memory(
-        ModelShape.from_hf(config), layout, TrainBatch(256, 1), transformer_engine=False
+        ModelSpec.from_hf(config), layout, TrainBatch(256, 1), transformer_engine=False
     )
     found = cases.step_peak(config, layout, (128, 128))
     assert plan.peak - plan.states.total == pytest.approx(found, rel=0.15)

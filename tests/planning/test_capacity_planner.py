@@ -18,7 +18,7 @@ from spark_nemo.cli.main import main
 from spark_nemo.config import ConfigError, MegatronConfig, RLConfig, SamplingConfig, SparkConfig
 from spark_nemo.config.compose import compose_config
 from spark_nemo.config.sft import SftConfig
-from spark_nemo.megatron.model_shape import ModelShape
+from spark_nemo.models.spec import ModelSpec
 from spark_nemo.planning import memory_check as layout_check
 from spark_nemo.planning.capacity_planner import make_plan
 from spark_nemo.planning.cluster import Cluster, Rates
@@ -32,7 +32,7 @@ SHAPES = Path(__file__).parents[1] / "weight_sync" / "shapes"
 
 def model(name):
     config = json.loads((SHAPES / f"{name}.json").read_text())
-    return Model(name, config, ModelShape.from_hf(config))
+    return Model(name, ModelSpec.from_hf(config))
 
 
 def layout(published, gpus, **changed):
@@ -158,7 +158,7 @@ def test_cache_is_what_transformers_keeps(tensor_parallel):
     cache = network(torch.zeros(1, 10, dtype=torch.int64), use_cache=True).past_key_values
     kept = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     config = {"model_type": "llama", **sizes}
-    small = Model("small", config, ModelShape.from_hf(config))
+    small = Model("small", ModelSpec.from_hf(config))
     assert kv_bytes_per_token(small.shape, tensor_parallel) * 10 * tensor_parallel == kept
     assert engine_weight_bytes(small, 1) == sum(
         parameter.nbytes for parameter in network.parameters()
@@ -184,7 +184,7 @@ def test_operations_are_what_torch_counts():
     network = Qwen2ForCausalLM(Qwen2Config(**sizes, attn_implementation="eager"))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.zeros(1, 16, dtype=torch.int64))
-    shape = ModelShape.from_hf({"model_type": "qwen2", **sizes})
+    shape = ModelSpec.from_hf({"model_type": "qwen2", **sizes})
     assert 16 * forward_flops_per_token(shape, 2 * 16) == pytest.approx(
         counter.get_total_flops(), rel=0.01
     )

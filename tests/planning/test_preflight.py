@@ -15,7 +15,6 @@ from spark_nemo.config.compose import compose_config
 from spark_nemo.planning.dry_run import dry_run
 from spark_nemo.planning.preflight import check_stage1, check_stage2, check_stage3
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
-from spark_nemo.weight_sync import numbers
 
 SERVERS = (
     "engine.kind=sglang",
@@ -74,15 +73,19 @@ def test_the_embedded_engine_refuses_another_family(tmp_path: Path, check, field
     check(small(tmp_path, f"{field}={other}", *SERVERS))
 
 
-def test_a_policy_that_no_plan_syncs_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By stage III and by its dry run, whatever families have a plan; as stage I's generator or as
-    reward model it is served all the same.
-    """
-    monkeypatch.setattr(numbers, "FAMILIES", ("qwen2",))
-    other = model(tmp_path / "qwen3", model_type="qwen3", head_dim=32)
-    why = "^models.policy: .*'qwen3' has no weight-sync plan, only qwen2: stage III cannot train it"
+def test_a_policy_that_weight_sync_does_not_support_is_rejected(tmp_path: Path) -> None:
+    """By stage III and by its dry run; as stage I's generator or as reward model it is served."""
+    other = model(
+        tmp_path / "moe",
+        model_type="qwen3_moe",
+        head_dim=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        norm_topk_prob=True,
+        tie_word_embeddings=True,
+    )
+    why = "^models.policy: .*does not tie the head.*stage III cannot train it"
     config = small(tmp_path, f"models.policy={other}", *SERVERS)
     with pytest.raises(ConfigError, match=why):
         check_stage3(config)

@@ -21,12 +21,13 @@ from test_weight_sync import client_of, gate_on_samples, greedy, push
 from spark_nemo.config import MegatronConfig, OptimizerConfig, WeightSyncConfig
 from spark_nemo.engines import Tokenizer
 from spark_nemo.engines.async_utils import run_async
-from spark_nemo.megatron.model_shape import read_hf_config
 from spark_nemo.megatron.worker import MegatronWorker
+from spark_nemo.models.hf_config import read_hf_config
+from spark_nemo.models.param_mapping import hf_tensor_shapes
+from spark_nemo.models.spec import ModelSpec
 from spark_nemo.toy.problem_files import split_problems
 from spark_nemo.training.packing import TrainSequence, pack
 from spark_nemo.weight_sync.checksum import ExpectedChecksums, differing
-from spark_nemo.weight_sync.numbers import ModelNumbers, checkpoint_tensors
 from spark_nemo.weight_sync.sync_plan import plan_sync
 from spark_nemo.weight_sync.synchronizer import WeightSync
 
@@ -113,14 +114,11 @@ def test_sglangs_own_module_has_what_the_plan_says(folders, served, tp):
     families and for experts.
     """
     for family, folder in folders.items():
-        config = read_hf_config(folder)
-        names = checkpoint_tensors(ModelNumbers.from_config(config))
+        spec = ModelSpec.from_hf(read_hf_config(folder))
         plan = plan_sync(
-            names,
+            spec,
             "float32",
-            config,
             tensor_parallel=1,
-            pipeline_parallel=1,
             engine_tensor_parallel=tp,
             bucket_bytes=1 << 20,
         )
@@ -128,7 +126,7 @@ def test_sglangs_own_module_has_what_the_plan_says(folders, served, tp):
             ExpectedChecksums(plan.engine_ranks, torch.float32),
             load_file(folder / "model.safetensors"),
         )
-        for name in names:
+        for name in hf_tensor_shapes(spec):
             expected.see(name, tensors[name])
         ranks = served[str(tp)][str(folder)]
         assert [{name: tuple(shape) for name, (shape, _) in rank.items()} for rank in ranks] == [

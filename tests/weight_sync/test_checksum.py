@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spark_nemo.models.param_mapping import hf_tensor_shapes
+from spark_nemo.models.spec import ModelSpec
 from spark_nemo.weight_sync.checksum import ExpectedChecksums, differing
-from spark_nemo.weight_sync.numbers import ModelNumbers, checkpoint_tensors
 from spark_nemo.weight_sync.sync_plan import plan_sync
 from spark_nemo.weight_sync.tensor_digest import WordDigest
 
@@ -24,6 +25,7 @@ CONFIG = {
     "vocab_size": 70,
     "tie_word_embeddings": False,
 }
+SPEC = ModelSpec.from_hf(CONFIG)
 
 
 def sha(tensor):
@@ -40,15 +42,12 @@ def test_fused_sharded_padded(tp):
     q/k/v, gate/up, column slices and zero-padded vocabulary hash as if they had been built.
     """
     tensors = {
-        name: torch.randn(shape).bfloat16()
-        for name, shape in checkpoint_tensors(ModelNumbers.from_config(CONFIG)).items()
+        name: torch.randn(shape).bfloat16() for name, shape in hf_tensor_shapes(SPEC).items()
     }
     plan = plan_sync(
-        {name: tensor.shape for name, tensor in tensors.items()},
+        SPEC,
         "bfloat16",
-        CONFIG,
         tensor_parallel=1,
-        pipeline_parallel=1,
         engine_tensor_parallel=tp,
         bucket_bytes=100,
     )
@@ -86,11 +85,9 @@ def test_fused_sharded_padded(tp):
 def test_an_unfinished_export_has_no_checksum():
     """A tensor that never came is an error that names it, not a hash of the rest."""
     plan = plan_sync(
-        checkpoint_tensors(ModelNumbers.from_config(CONFIG)),
+        SPEC,
         "float32",
-        CONFIG,
         tensor_parallel=1,
-        pipeline_parallel=1,
         engine_tensor_parallel=1,
         bucket_bytes=100,
     )

@@ -49,15 +49,12 @@ def sync_for(worker, folder, transport, **settings):
 
 def small_buckets(sync, worker):
     """The plan with buckets of 8 KiB instead of megabytes: this model would fit one."""
-    from spark_nemo.megatron.hf_weights import hf_tensor_shapes
     from spark_nemo.weight_sync.sync_plan import plan_sync
 
     plan = plan_sync(
-        hf_tensor_shapes(worker.shape),
+        worker.spec,
         "float32",
-        worker.hf_config,
         tensor_parallel=1,
-        pipeline_parallel=1,
         engine_tensor_parallel=1,
         bucket_bytes=8 << 10,
     )

@@ -1,6 +1,6 @@
 """The embedded engine: a Qwen2 decoder with continuous batching in plain torch."""
 
 from .engine import LocalEngine
-from .weights import Qwen2Shape
+from .weights import read_spec
 
-__all__ = ["LocalEngine", "Qwen2Shape"]
+__all__ = ["LocalEngine", "read_spec"]

@@ -11,8 +11,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from spark_nemo.models.spec import ModelSpec
+
 from .kv_cache import KVCache, PrefixKV
-from .weights import FusedWeights, LayerWeights, Qwen2Shape
+from .weights import FusedWeights, LayerWeights
 
 MASKED = -1e30
 """Added to scores of positions a row has not written; finite, so that a fully masked padding row
@@ -23,7 +25,7 @@ gives no NaN.
 class Decoder:
     """Stateless apart from its weights and the rotary table; the cache is the caller's."""
 
-    def __init__(self, shape: Qwen2Shape, weights: FusedWeights, max_context: int) -> None:
+    def __init__(self, shape: ModelSpec, weights: FusedWeights, max_context: int) -> None:
         self.shape = shape
         self.weights = weights
         half = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim

@@ -20,11 +20,13 @@ from pathlib import Path
 
 import torch
 
+from spark_nemo.models.spec import ModelSpec
+
 from ..base import Engine, EngineFailure, EngineHealth, Generation, GenerationRequest, RequestLimits
 from .batch import Batch, Running
 from .checksum import tensor_checksum
 from .decoder import Decoder
-from .weights import Qwen2Shape, checked, fuse, read_folder, served_form, served_tensors
+from .weights import checked, fuse, read_folder, read_spec, served_form, served_tensors
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class LocalEngine(Engine):
 
     def __init__(
         self,
-        shape: Qwen2Shape,
+        shape: ModelSpec,
         tensors: Iterable[tuple[str, torch.Tensor]],
         *,
         max_batch_size: int,
@@ -81,7 +83,7 @@ class LocalEngine(Engine):
         supported.
         """
         return cls(
-            Qwen2Shape.from_folder(folder),
+            read_spec(folder),
             read_folder(folder),
             max_batch_size=max_batch_size,
             max_context=max_context,

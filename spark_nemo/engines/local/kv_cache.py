@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .weights import Qwen2Shape
+from spark_nemo.models.spec import ModelSpec
 
 LENGTH_STEP = 32
 """Attention runs over lengths rounded up to this, and capacities are multiples of it."""
@@ -40,7 +40,7 @@ class KVCache:
     and never shrinks.
     """
 
-    def __init__(self, shape: Qwen2Shape) -> None:
+    def __init__(self, shape: ModelSpec) -> None:
         self._shape = shape
         self._allocate(0, 0)
 

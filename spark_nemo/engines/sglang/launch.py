@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 
 from spark_nemo.config import EngineConfig
+from spark_nemo.models.hf_config import read_token_limits
 
 from .. import server_wrapper
 from ..fleet import Fleet
@@ -23,7 +24,6 @@ from ..fleet.pool import (
     require_module,
     search_path,
 )
-from ..model_files import model_numbers
 from .router import RouterProcess
 from .server import SglangServer
 
@@ -59,9 +59,10 @@ def build_pool(
     ``EngineFailure`` when its interpreter does not exist.
     """
     config.require(role)
-    pool, numbers = config.pool(role), model_numbers(model_dir)
+    pool = config.pool(role)
+    vocab_size, max_positions = read_token_limits(model_dir)
     require_module(pool, role, "sglang", "SPARK_SGLANG_PYTHON")
-    max_context = min(config.max_context, numbers.max_positions - CONTEXT_RESERVE)
+    max_context = min(config.max_context, max_positions - CONTEXT_RESERVE)
     limits = pool_limits(pool)
     key = os.environ.get(server_wrapper.KEY_VARIABLE) if pool.urls else secrets.token_urlsafe(32)
 
@@ -69,7 +70,7 @@ def build_pool(
         return CheckedServer(
             url,
             api_key=key,
-            vocab_size=numbers.vocab_size,
+            vocab_size=vocab_size,
             max_context=max_context,
             max_in_flight=connections_per_server(config) * servers,
             control_timeout_s=limits.control_timeout_s,

@@ -7,6 +7,7 @@ import secrets
 from pathlib import Path
 
 from spark_nemo.config import ConfigError, EngineConfig
+from spark_nemo.models.hf_config import read_token_limits
 
 from .. import server_wrapper
 from ..fleet import Fleet
@@ -20,7 +21,6 @@ from ..fleet.pool import (
     python_of,
     require_module,
 )
-from ..model_files import model_numbers
 from .launch import server_command, server_environment
 from .server import VllmServer
 
@@ -50,8 +50,9 @@ def build_pool(
     does not exist.
     """
     config.require(role)
-    pool, numbers = config.pool(role), model_numbers(model_dir)
-    max_context = min(config.max_context, numbers.max_positions)
+    pool = config.pool(role)
+    vocab_size, max_positions = read_token_limits(model_dir)
+    max_context = min(config.max_context, max_positions)
     limits = pool_limits(pool)
     key = os.environ.get(server_wrapper.KEY_VARIABLE) if pool.urls else secrets.token_urlsafe(32)
     if pool.first_gpu is not None:
@@ -66,7 +67,7 @@ def build_pool(
             url,
             api_key=key,
             served_name=role,
-            vocab_size=numbers.vocab_size,
+            vocab_size=vocab_size,
             max_context=max_context,
             max_in_flight=connections_per_server(config),
             control_timeout_s=limits.control_timeout_s,

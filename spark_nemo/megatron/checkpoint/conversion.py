@@ -19,16 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spark_nemo.config.errors import ConfigError
+from spark_nemo.models.hf_folder import copy_companions, write_model_files
+from spark_nemo.models.param_mapping import hf_tensor_shapes
 from spark_nemo.utils.progress_bar import progress_bar
 
-from ..hf_files import (
-    MAX_SHARD_BYTES,
-    copy_companions,
-    plan_files,
-    write_model_files,
-    write_tensors,
-)
-from ..hf_weights import hf_tensor_shapes
+from ..hf_files import MAX_SHARD_BYTES, dtype_name, plan_files, write_tensors
+from ..param_shards import to_shards
 from . import nemo
 from .global_tensors import GlobalTensors
 from .reader import OpenedCheckpoint, hf_config_text, open_checkpoint
@@ -75,7 +71,7 @@ def convert(
     opened = open_checkpoint(source, hf_config_from, dtype, trust_pickle)
     if dtype is not None:
         opened = replace(opened, tensors=_Cast(opened.tensors, dtype, str(source)))
-    shapes = hf_tensor_shapes(opened.shape)
+    shapes = hf_tensor_shapes(opened.spec)
     num_bytes = sum(map(math.prod, shapes.values())) * opened.dtype.itemsize
     job = {
         "from": opened.kind,
@@ -138,10 +134,10 @@ def write_hf(
     """Fill ``folder`` with the Hugging Face form of a checkpoint; files that are finished there are
     kept.
     """
-    shapes = hf_tensor_shapes(opened.shape)
+    shapes = hf_tensor_shapes(opened.spec)
     for companions in opened.companions:
         copy_companions(companions, folder)
-    write_model_files(folder, opened.hf_config, opened.dtype, None)
+    write_model_files(folder, opened.hf_config, dtype_name(opened.dtype), None)
     file_of = plan_files(shapes, opened.dtype.itemsize, max_shard_bytes)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -167,17 +163,16 @@ def write_hf(
 
 
 def _write_megatron(folder: Path, opened: OpenedCheckpoint, to: str, bar: tqdm) -> None:
-    expected = GlobalTensors.of(opened.shape)
+    expected = GlobalTensors.of(opened.spec)
 
     def read(number: int) -> Tensor:
-        placed = expected.pieces[number].placed
-        return placed.rule.transform.to_shards(
-            [opened.tensors[name] for name in placed.hf], opened.shape, 1
-        )[0]
+        param = expected.pieces[number].param
+        tensors = [opened.tensors[name] for name in param.hf_shapes]
+        return to_shards(param.split, tensors, opened.spec, 1)[0]
 
     if to == "nemo":
         weights, prefix = folder / nemo.WEIGHTS, nemo.PREFIX
-        nemo.write_context(folder, opened.hf_config, opened.shape, opened.dtype, opened.companions)
+        nemo.write_context(folder, opened.hf_config, opened.spec, opened.dtype, opened.companions)
     else:
         weights, prefix, companions = folder, "", folder / HF_FILES
         shutil.rmtree(companions, ignore_errors=True)

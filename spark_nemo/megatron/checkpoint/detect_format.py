@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from spark_nemo.config.errors import ConfigError
+from spark_nemo.models.hf_folder import WEIGHT_INDEX
 
-from ..hf_files import INDEX
 from . import nemo
 from .torch_bin import PICKLES
 from .training_checkpoint import newest
@@ -38,7 +38,9 @@ def recognise(folder: str | Path) -> tuple[str, Path]:
     if _is_megatron(folder):
         return "megatron", folder
     of_model = [
-        path for pattern in ("*.safetensors", INDEX, PICKLES) for path in folder.glob(pattern)
+        path
+        for pattern in ("*.safetensors", WEIGHT_INDEX, PICKLES)
+        for path in folder.glob(pattern)
     ]
     if of_model and (
         (folder / "config.json").is_file() or not (folder / "adapter_config.json").is_file()

@@ -12,12 +12,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
 from spark_nemo.config.errors import ConfigError
-
-from ..hf_weights import PlacedRule, placed_rules
-from ..model_shape import ModelShape
+from spark_nemo.models.param_mapping import MappedParam, map_params
+from spark_nemo.models.spec import ModelSpec
 
 _IN_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 _IN_EXPERT = re.compile(r"^mlp\.experts\.(linear_fc[12]\.weight)(\d+)$")
@@ -32,7 +29,7 @@ class Piece:
     key: str
     offset: tuple[int, ...]
     size: tuple[int, ...]
-    placed: PlacedRule
+    param: MappedParam
 
 
 @dataclass(frozen=True)
@@ -46,25 +43,25 @@ class GlobalTensors:
     extra_states: list[str]
 
     @classmethod
-    def of(cls, shape: ModelShape, layers_apart: bool = False) -> GlobalTensors:
+    def of(cls, spec: ModelSpec, layers_apart: bool = False) -> GlobalTensors:
         """Built from the family's table alone; nothing is allocated. With ``layers_apart`` every
         layer has keys of its own, and only experts are stacked: what megatron-core calls
         non_homogeneous_layers.
         """
-        pieces = [_piece(placed, shape, layers_apart) for placed in placed_rules(shape, 1)]
+        pieces = [_piece(param, spec, layers_apart) for param in map_params(spec)]
         shapes: dict[str, tuple[int, ...]] = {}
         for piece in pieces:
-            leading = len(piece.size) - len(_parameter_shape(piece.placed, shape))
-            stacked = (shape.num_layers, shape.experts.count if shape.experts else 0)[
+            leading = len(piece.size) - len(piece.param.shard_shape(spec, 1))
+            stacked = (spec.num_layers, spec.experts.count if spec.experts else 0)[
                 int(layers_apart) :
             ]
             shapes[piece.key] = (*stacked[:leading], *piece.size[leading:])
-        return cls(shapes, pieces, _extra_states(shape))
+        return cls(shapes, pieces, _extra_states(spec))
 
     @classmethod
-    def like(cls, shape: ModelShape, stored: Iterable[str]) -> GlobalTensors:
+    def like(cls, spec: ModelSpec, stored: Iterable[str]) -> GlobalTensors:
         """As in the checkpoint whose weights have the names ``stored``."""
-        return cls.of(shape, has_layers_apart(stored))
+        return cls.of(spec, has_layers_apart(stored))
 
 
 def has_layers_apart(stored: Iterable[str]) -> bool:
@@ -72,11 +69,11 @@ def has_layers_apart(stored: Iterable[str]) -> bool:
     return any(_IN_LAYER.match(name) for name in stored)
 
 
-def _piece(placed: PlacedRule, shape: ModelShape, layers_apart: bool) -> Piece:
-    name, size = placed.megatron[-1], _parameter_shape(placed, shape)
+def _piece(param: MappedParam, spec: ModelSpec, layers_apart: bool) -> Piece:
+    name, size = param.megatron_names[-1], param.shard_shape(spec, 1)
     in_layer = _IN_LAYER.match(name)
     if in_layer is None:
-        return Piece(name, (0,) * len(size), size, placed)
+        return Piece(name, (0,) * len(size), size, param)
     layer, rest = int(in_layer[1]), in_layer[2]
     if in_expert := _IN_EXPERT.match(rest):
         key, position = f"mlp.experts.experts.{in_expert[1]}", (layer, int(in_expert[2]))
@@ -85,40 +82,35 @@ def _piece(placed: PlacedRule, shape: ModelShape, layers_apart: bool) -> Piece:
     if layers_apart:
         key, position = f"{layer}.{key}", position[1:]
     return Piece(
-        f"decoder.layers.{key}", position + (0,) * len(size), (1,) * len(position) + size, placed
+        f"decoder.layers.{key}", position + (0,) * len(size), (1,) * len(position) + size, param
     )
 
 
-def _parameter_shape(placed: PlacedRule, shape: ModelShape) -> tuple[int, ...]:
-    tensors = [torch.empty(size, device="meta") for size in placed.hf.values()]
-    return tuple(placed.rule.transform.to_shards(tensors, shape, 1)[0].shape)
-
-
-def _extra_states(shape: ModelShape) -> list[str]:
+def _extra_states(spec: ModelSpec) -> list[str]:
     """Unique keys of the objects in which Transformer Engine keeps FP8 scales. Here they hold None.
 
     megatron-core refuses a checkpoint in which an object is missing that the model asks for, so
     every module that has one under Transformer Engine is named; a model without them does not read
     them.
     """
-    experts = shape.experts.count if shape.experts else 0
+    experts = spec.experts.count if spec.experts else 0
     modules = [
         "self_attention.linear_qkv",
         "self_attention.core_attention",
         "self_attention.linear_proj",
     ]
-    if shape.qk_norm:
+    if spec.qk_norm:
         modules += ["self_attention.q_layernorm", "self_attention.k_layernorm"]
     modules += ["pre_mlp_layernorm"] if experts else ["mlp.linear_fc1", "mlp.linear_fc2"]
     names = ["decoder.final_layernorm._extra_state/shard_0_1"]
-    for layer in range(shape.num_layers):
+    for layer in range(spec.num_layers):
         names += [
-            f"decoder.layers.{name}._extra_state/shard_{layer}_{shape.num_layers}"
+            f"decoder.layers.{name}._extra_state/shard_{layer}_{spec.num_layers}"
             for name in modules
         ]
         names += [
             f"decoder.layers.mlp.experts.experts.{linear}._extra_state/"
-            f"shard_{layer}.{expert}_{shape.num_layers}.{experts}"
+            f"shard_{layer}.{expert}_{spec.num_layers}.{experts}"
             for expert in range(experts)
             for linear in ("linear_fc1", "linear_fc2")
         ]

@@ -31,7 +31,7 @@ def describe(folder: str | Path, every_tensor: bool = True) -> Iterator[str]:
         yield from _stored(weights, every_tensor)
         return
     tensors = SafetensorsFolder(folder)
-    found = tensors.describe(of_any_type=True)
+    found = tensors.describe(any_dtype=True)
     yield f"Hugging Face model {folder}"
     sizes = {name: math.prod(size) * dtype.itemsize for name, (size, dtype) in found.items()}
     yield f"{len(found)} tensors, {_bytes(sum(sizes.values()))}, in {len(tensors.files)} files"

@@ -17,9 +17,9 @@ import torch
 import yaml
 
 from spark_nemo.config.errors import ConfigError
+from spark_nemo.models.hf_folder import copy_companions
+from spark_nemo.models.spec import ModelSpec
 
-from ..hf_files import copy_companions
-from ..model_shape import ModelShape
 from .nemo_io import IO_JSON, call, io_json, plain_values, symbol
 from .torch_dist_reader import EMBEDDING, StoredCheckpoint
 
@@ -64,7 +64,7 @@ _FIXED = {
 def write_context(
     folder: Path,
     hf_config: dict[str, Any],
-    shape: ModelShape,
+    spec: ModelSpec,
     dtype: torch.dtype,
     sources: tuple[Path, ...],
 ) -> None:
@@ -83,7 +83,7 @@ def write_context(
                 (context / ARTIFACTS / name).write_bytes((source / name).read_bytes())
     config = {key: value for key, value in hf_config.items() if key != "auto_map"}
     (context / ARTIFACTS / "config.json").write_text(json.dumps(config, indent=2))
-    model = _model_yaml(shape, dtype, context)
+    model = _model_yaml(spec, dtype, context)
     (context / MODEL_YAML).write_text(yaml.safe_dump(model, sort_keys=True))
     (context / IO_JSON).write_text(
         io_json({key: value for key, value in model.items() if value is not None})
@@ -131,8 +131,8 @@ def hf_config(folder: Path, stored: StoredCheckpoint) -> dict[str, Any]:
         config = json.loads(carried.read_text())
     except ValueError as error:
         raise ConfigError(f"{carried} is not JSON: {error}") from error
-    ours, theirs = ModelShape.from_hf(config, str(carried)), ModelShape.from_hf(made, str(path))
-    for field in fields(ModelShape):
+    ours, theirs = ModelSpec.from_hf(config, str(carried)), ModelSpec.from_hf(made, str(path))
+    for field in fields(ModelSpec):
         a, b = getattr(ours, field.name), getattr(theirs, field.name)
         if a != b:
             raise ConfigError(
@@ -141,28 +141,28 @@ def hf_config(folder: Path, stored: StoredCheckpoint) -> dict[str, Any]:
     return config
 
 
-def _model_yaml(shape: ModelShape, dtype: torch.dtype, context: Path) -> dict[str, Any]:
+def _model_yaml(spec: ModelSpec, dtype: torch.dtype, context: Path) -> dict[str, Any]:
     """The tree of model.yaml. Tokenizer and generation settings are named when ``context`` has
     their files.
     """
-    model, config = _CLASSES[shape.family]
+    model, config = _CLASSES[spec.family]
     values: dict[str, Any] = {
         **_FIXED,
-        "num_layers": shape.num_layers,
-        "hidden_size": shape.hidden_size,
-        "ffn_hidden_size": shape.ffn_size,
-        "num_attention_heads": shape.num_heads,
-        "num_query_groups": shape.num_kv_heads,
-        "kv_channels": shape.head_dim,
-        "vocab_size": shape.vocab_size,
+        "num_layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "ffn_hidden_size": spec.ffn_size,
+        "num_attention_heads": spec.num_heads,
+        "num_query_groups": spec.num_kv_heads,
+        "kv_channels": spec.head_dim,
+        "vocab_size": spec.vocab_size,
         "make_vocab_size_divisible_by": 1,
-        "seq_length": shape.max_positions,
-        "layernorm_epsilon": shape.norm_eps,
-        "rotary_base": shape.rope_theta,
-        "init_method_std": shape.init_std,
-        "share_embeddings_and_output_weights": shape.tied_embeddings,
-        "add_qkv_bias": shape.qkv_bias,
-        "qk_layernorm": shape.qk_norm,
+        "seq_length": spec.max_positions,
+        "layernorm_epsilon": spec.norm_eps,
+        "rotary_base": spec.rope_theta,
+        "init_method_std": spec.init_std,
+        "share_embeddings_and_output_weights": spec.tied_embeddings,
+        "add_qkv_bias": spec.qkv_bias,
+        "qk_layernorm": spec.qk_norm,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "bf16": dtype == torch.bfloat16,
@@ -170,11 +170,11 @@ def _model_yaml(shape: ModelShape, dtype: torch.dtype, context: Path) -> dict[st
         "params_dtype": symbol(str(dtype)),
         "activation_func": symbol("torch.nn.functional.silu"),
     }
-    if shape.family.startswith(
+    if spec.family.startswith(
         "qwen3"
     ):  # its class has a default of its own for this second name of seq_length
-        values["max_position_embeddings"] = shape.max_positions
-    if scaling := shape.rope_scaling:
+        values["max_position_embeddings"] = spec.max_positions
+    if scaling := spec.rope_scaling:
         config = _LLAMA31
         values |= {
             "scale_factor": scaling.factor,
@@ -182,12 +182,12 @@ def _model_yaml(shape: ModelShape, dtype: torch.dtype, context: Path) -> dict[st
             "high_freq_factor": scaling.high_freq_factor,
             "old_context_len": scaling.original_max_positions,
         }
-    if experts := shape.experts:
+    if experts := spec.experts:
         values |= {
             "num_moe_experts": experts.count,
             "moe_router_topk": experts.per_token,
             "moe_ffn_hidden_size": experts.ffn_size,
-            "moe_router_pre_softmax": not experts.normalised,
+            "moe_router_pre_softmax": not experts.normalize_weights,
         }
     if (context / ARTIFACTS / "generation_config.json").is_file():
         values["generation_config"] = call(

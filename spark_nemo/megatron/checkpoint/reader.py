@@ -14,11 +14,15 @@ import torch
 from torch import Tensor
 
 from spark_nemo.config.errors import ConfigError, without_effect
+from spark_nemo.models.hf_config import read_hf_config
+from spark_nemo.models.hf_folder import WEIGHT_INDEX
+from spark_nemo.models.param_mapping import hf_tensor_shapes
+from spark_nemo.models.spec import ModelSpec
+from spark_nemo.models.tokenizer_check import check_tokenizer
 
-from ..hf_files import INDEX, SafetensorsFolder
-from ..hf_weights import check_names, check_tied_head, hf_tensor_shapes
-from ..model_shape import ModelShape, read_hf_config
-from ..vocabulary import check_tokenizer
+from ..hf_files import SafetensorsFolder
+from ..hf_weights import check_names, check_tied_head
+from ..param_shards import from_gathered
 from . import nemo
 from .detect_format import recognise
 from .global_tensors import GlobalTensors, check_stored_shapes
@@ -38,7 +42,7 @@ class OpenedCheckpoint:
     folder: Path
     """Where its weights are."""
     hf_config: dict[str, Any]
-    shape: ModelShape
+    spec: ModelSpec
     dtype: torch.dtype
     tensors: Mapping[str, Tensor]
     """By Hugging Face name, in the order of ``hf_tensor_shapes``; read when asked for."""
@@ -75,10 +79,10 @@ def open_checkpoint(
 
 def _open_hf(folder: Path, dtype: torch.dtype | None, trust_pickle: bool) -> OpenedCheckpoint:
     config = read_hf_config(folder)
-    shape = ModelShape.from_hf(config, f"{folder}/config.json")
-    check_tokenizer(folder, shape)
+    spec = ModelSpec.from_hf(config, f"{folder}/config.json")
+    check_tokenizer(folder, spec)
     pickles = sorted(folder.glob(PICKLES))
-    if pickles and not (folder / INDEX).is_file() and not list(folder.glob("*.safetensors")):
+    if pickles and not (folder / WEIGHT_INDEX).is_file() and not list(folder.glob("*.safetensors")):
         if not trust_pickle:
             raise ConfigError(
                 f"{pickles[0]} is a pickle, and {folder} has no safetensors: pass --trust-pickle if you "
@@ -88,18 +92,18 @@ def _open_hf(folder: Path, dtype: torch.dtype | None, trust_pickle: bool) -> Ope
     else:
         tensors = SafetensorsFolder(folder)
     found = tensors.describe()
-    check_names(set(found), shape, str(folder))
-    expected = hf_tensor_shapes(shape)
+    check_names(set(found), spec, str(folder))
+    expected = hf_tensor_shapes(spec)
     for name, size in expected.items():
         if found[name][0] != size:
             raise ConfigError(
                 f"tensor {name} in {folder} has shape {found[name][0]}, config.json says {size}"
             )
-    check_tied_head(tensors, shape, str(folder))
+    check_tied_head(tensors, spec, str(folder))
     types = {name: found[name][1] for name in expected}
     chosen = _one_dtype(types, config, dtype, str(folder))
     return OpenedCheckpoint(
-        "hf", folder, config, shape, chosen, _Ordered(tensors, list(expected)), (folder,), None
+        "hf", folder, config, spec, chosen, _Ordered(tensors, list(expected)), (folder,), None
     )
 
 
@@ -145,9 +149,9 @@ def _of_stored(
     dtype: torch.dtype | None,
     companions: tuple[Path, ...],
 ) -> OpenedCheckpoint:
-    shape = ModelShape.from_hf(config, source)
+    spec = ModelSpec.from_hf(config, source)
     weights = stored.weights()
-    expected = GlobalTensors.like(shape, weights)
+    expected = GlobalTensors.like(spec, weights)
     check_stored_shapes(
         {key: tensor.shape for key, tensor in weights.items()}, expected, str(stored.folder)
     )
@@ -164,9 +168,9 @@ def _of_stored(
         kind,
         stored.folder,
         config,
-        shape,
+        spec,
         chosen,
-        _StoredTensors(stored, expected, shape),
+        _StoredTensors(stored, expected, spec),
         companions,
         stored,
     )
@@ -222,11 +226,9 @@ class _StoredTensors(Mapping[str, Tensor]):
     kept.
     """
 
-    def __init__(
-        self, stored: StoredCheckpoint, expected: GlobalTensors, shape: ModelShape
-    ) -> None:
-        self.stored, self.shape, self.prefix = stored, shape, stored.prefix
-        self.piece_of = {name: piece for piece in expected.pieces for name in piece.placed.hf}
+    def __init__(self, stored: StoredCheckpoint, expected: GlobalTensors, spec: ModelSpec) -> None:
+        self.stored, self.spec, self.prefix = stored, spec, stored.prefix
+        self.piece_of = {name: piece for piece in expected.pieces for name in piece.param.hf_shapes}
         self._last: tuple[object, dict[str, Tensor]] = (None, {})
 
     def __getitem__(self, name: str) -> Tensor:
@@ -235,13 +237,13 @@ class _StoredTensors(Mapping[str, Tensor]):
             self._last = (None, {})  # freed before the next box is read
             box = self.stored.read(self.prefix + piece.key, piece.offset, piece.size)
             parameter = box.reshape(piece.size[len(piece.size) - self._rank(piece) :])
-            parts = piece.placed.rule.transform.from_gathered(parameter, self.shape, 1)
-            self._last = (piece, dict(zip(piece.placed.hf, parts)))
+            parts = from_gathered(piece.param.split, parameter, self.spec, 1)
+            self._last = (piece, dict(zip(piece.param.hf_shapes, parts)))
         return self._last[1][name]
 
     @staticmethod
     def _rank(piece: Any) -> int:
-        return len(next(iter(piece.placed.hf.values())))
+        return len(next(iter(piece.param.hf_shapes.values())))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.piece_of)

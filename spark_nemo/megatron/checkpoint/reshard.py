@@ -16,10 +16,11 @@ from torch import Tensor
 
 from spark_nemo.config import MegatronConfig
 from spark_nemo.config.errors import ConfigError
+from spark_nemo.models.hf_config import read_hf_config
+from spark_nemo.models.hf_folder import copy_companions
+from spark_nemo.models.spec import ModelSpec
 from spark_nemo.utils.progress_bar import progress_bar
 
-from ..hf_files import copy_companions
-from ..model_shape import ModelShape, read_hf_config
 from .compare_tensors import compare_stored
 from .global_tensors import GlobalTensors, Piece, check_stored_shapes, has_layers_apart
 from .resumable import fingerprint, resumable_folder
@@ -62,19 +63,19 @@ def reshard(
     _check_optimizer(stored)
     config_folder = Path(hf_config_from) if hf_config_from else step / HF_FILES
     config = read_hf_config(config_folder)
-    shape = ModelShape.from_hf(config, f"{config_folder}/config.json")
-    shape.check_layout(layout)
+    spec = ModelSpec.from_hf(config, f"{config_folder}/config.json")
+    spec.check_layout(layout)
     if has_layers_apart(stored.weights()):
         raise ConfigError(
             f"{step} has every layer under keys of its own (non_homogeneous_layers), which is "
             "not resharded: the code that wrote it resumes it under any layout, and it can be converted"
         )
-    tensors = GlobalTensors.of(shape)
+    tensors = GlobalTensors.of(spec)
     check_stored_shapes(
         {key: tensor.shape for key, tensor in stored.weights().items()}, tensors, str(step)
     )
     check_states(stored)
-    boxes = _boxes(stored, shape, tensors, layout)
+    boxes = _boxes(stored, tensors, layout)
 
     def read(number: int) -> Tensor:
         return stored.read(boxes[number].key, boxes[number].offset, boxes[number].size)
@@ -142,9 +143,7 @@ def _check_optimizer(stored: StoredCheckpoint) -> None:
         )
 
 
-def _boxes(
-    stored: StoredCheckpoint, shape: ModelShape, tensors: GlobalTensors, layout: MegatronConfig
-) -> list[Box]:
+def _boxes(stored: StoredCheckpoint, tensors: GlobalTensors, layout: MegatronConfig) -> list[Box]:
     prefix = stored.prefix
     cut_at = {
         (prefix + piece.key): piece for piece in tensors.pieces
@@ -157,9 +156,9 @@ def _boxes(
             parts = [(offset, size) for offset, size in tensor.chunks]
         else:
             leading = _stacked(piece)
-            dim = piece.placed.rule.transform.shard_dim
+            dim = piece.param.split.shard_dim
             halves = 2 if weight.endswith("linear_fc1.weight") else 1
-            ranks = 1 if dim is None or piece.placed.expert is not None else layout.tensor_parallel
+            ranks = 1 if dim is None or piece.param.expert is not None else layout.tensor_parallel
             parts = list(
                 _cut(tensor.shape, leading, None if ranks == 1 else leading + dim, halves * ranks)
             )
@@ -170,11 +169,7 @@ def _boxes(
 def _stacked(piece: Piece) -> int:
     """Axes over layers and experts."""
     return (
-        0
-        if not piece.key.startswith("decoder.layers.")
-        else 1
-        if piece.placed.expert is None
-        else 2
+        0 if not piece.key.startswith("decoder.layers.") else 1 if piece.param.expert is None else 2
     )
 
 

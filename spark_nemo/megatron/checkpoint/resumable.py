@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from spark_nemo.config.errors import ConfigError
+from spark_nemo.models.hf_folder import replace_folder
 from spark_nemo.utils.files import write_text_atomic
-
-from ..hf_files import replace_folder
 
 logger = logging.getLogger(__name__)
 

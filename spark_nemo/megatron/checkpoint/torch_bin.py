@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from spark_nemo.config.errors import ConfigError
-
-from ..hf_files import check_inside
+from spark_nemo.models.hf_folder import check_inside
 
 INDEX = "pytorch_model.bin.index.json"
 PICKLES = "pytorch_model*.bin"

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from spark_nemo.config import MegatronConfig
 from spark_nemo.megatron.logprobs import rows_per_chunk
-from spark_nemo.megatron.model_shape import ModelShape
+from spark_nemo.models.spec import ModelSpec
 
 from .states import ITEM_BYTES
 
@@ -65,7 +65,7 @@ class ActivationBytes:
 
 
 def activation_bytes(
-    shape: ModelShape,
+    spec: ModelSpec,
     layout: MegatronConfig,
     tokens: int,
     *,
@@ -74,41 +74,41 @@ def activation_bytes(
     transformer_engine: bool,
 ) -> ActivationBytes:
     """For a micro-batch of ``tokens`` on the ``first``, ``last`` or an inner pipeline stage."""
-    item, layers = ITEM_BYTES[layout.dtype], shape.num_layers // layout.pipeline_parallel
+    item, layers = ITEM_BYTES[layout.dtype], spec.num_layers // layout.pipeline_parallel
     split = layout.tensor_parallel if layout.sequence_parallel else 1
-    hidden = tokens // split * shape.hidden_size * item
-    kept, recomputed = _layer(shape, layout, tokens, transformer_engine)
+    hidden = tokens // split * spec.hidden_size * item
+    kept, recomputed = _layer(spec, layout, tokens, transformer_engine)
     head = tokens * _PER_TOKEN if last else 0
     if last:  # the final norm's input and statistics, and its output gathered for the loss
-        head += hidden + tokens // split * 4 + tokens * shape.hidden_size * item
+        head += hidden + tokens // split * 4 + tokens * spec.hidden_size * item
     total = layers * kept + head + (tokens * _EMBEDDED if first else 0)
     width = (
-        shape.ffn_size // layout.tensor_parallel
-        if shape.experts is None
-        else (shape.experts.per_token * shape.experts.ffn_size // split)
+        spec.ffn_size // layout.tensor_parallel
+        if spec.experts is None
+        else (spec.experts.per_token * spec.experts.ffn_size // split)
     )
     # Gradients of gate, up and their product beside the product; the residual stream's; ours norms
     # in float32.
     norms = 8 if item != 4 and not transformer_engine else 0
-    working = tokens * (4 * width * item + shape.hidden_size * (4 * item + norms))
+    working = tokens * (4 * width * item + spec.hidden_size * (4 * item + norms))
     return ActivationBytes(
-        total, head, recomputed, working, logits_bytes(shape, layout, tokens) if last else 0
+        total, head, recomputed, working, logits_bytes(spec, layout, tokens) if last else 0
     )
 
 
 def _layer(
-    shape: ModelShape, layout: MegatronConfig, tokens: int, transformer_engine: bool
+    spec: ModelSpec, layout: MegatronConfig, tokens: int, transformer_engine: bool
 ) -> tuple[int, int]:
     """What one layer keeps, and what it keeps more while it is recomputed."""
-    tp, item, H = layout.tensor_parallel, ITEM_BYTES[layout.dtype], shape.hidden_size
+    tp, item, H = layout.tensor_parallel, ITEM_BYTES[layout.dtype], spec.hidden_size
     split = tp if layout.sequence_parallel else 1
-    feed_forward = _feed_forward(shape, layout)
+    feed_forward = _feed_forward(spec, layout)
     everything = int(
         tokens
         * (
             4 * H / split * item
             + 8 / split
-            + _attention(shape, layout, transformer_engine)
+            + _attention(spec, layout, transformer_engine)
             + feed_forward
         )
     )
@@ -116,7 +116,7 @@ def _layer(
         case "none":
             return everything, 0
         case "selective":
-            norm_inside = transformer_engine and shape.experts is None
+            norm_inside = transformer_engine and spec.experts is None
             again = int(tokens * (feed_forward + ((H * item + 4) / split if norm_inside else 0)))
             return everything - again, again
         case _:
@@ -124,25 +124,25 @@ def _layer(
             return layer_input, everything - layer_input
 
 
-def _head_rows(shape: ModelShape, tp: int) -> tuple[int, int]:
+def _head_rows(spec: ModelSpec, tp: int) -> tuple[int, int]:
     """Rows of the query and of the key-value heads that one rank works on."""
-    return shape.num_heads // tp * shape.head_dim, max(1, shape.num_kv_heads // tp) * shape.head_dim
+    return spec.num_heads // tp * spec.head_dim, max(1, spec.num_kv_heads // tp) * spec.head_dim
 
 
-def _attention(shape: ModelShape, layout: MegatronConfig, transformer_engine: bool) -> float:
+def _attention(spec: ModelSpec, layout: MegatronConfig, transformer_engine: bool) -> float:
     """Bytes per token. With more ranks than key-value heads Megatron gathers the fused rows of all
     ranks, and what the rank keeps is a view of them.
     """
     tp, item = layout.tensor_parallel, ITEM_BYTES[layout.dtype]
-    q, k = _head_rows(shape, tp)
-    fused = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    fused = fused if tp > shape.num_kv_heads else fused // tp
-    tables = 0 if transformer_engine or item == 4 else shape.head_dim * item
-    attention = (fused + 2 * q + k) * item + shape.num_heads // tp * 4 + tables
+    q, k = _head_rows(spec, tp)
+    fused = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    fused = fused if tp > spec.num_kv_heads else fused // tp
+    tables = 0 if transformer_engine or item == 4 else spec.head_dim * item
+    attention = (fused + 2 * q + k) * item + spec.num_heads // tp * 4 + tables
     if (
-        shape.qk_norm
+        spec.qk_norm
     ):  # the norms' inputs (the key's is a view of the fused rows), and a statistic per head
-        attention += q * item + (q + k) // shape.head_dim * 4
+        attention += q * item + (q + k) // spec.head_dim * 4
         if (
             not transformer_engine
         ):  # blocks of v and of the output beside the rows that they are made from
@@ -150,29 +150,29 @@ def _attention(shape: ModelShape, layout: MegatronConfig, transformer_engine: bo
     return attention
 
 
-def _feed_forward(shape: ModelShape, layout: MegatronConfig) -> float:
+def _feed_forward(spec: ModelSpec, layout: MegatronConfig) -> float:
     """Bytes per token. A token's row is copied for each of its experts, which keep their product
     before and after it is weighted. Counted as if every rank's experts got equally many; the
     router's probabilities are float32.
     """
     item = ITEM_BYTES[layout.dtype]
-    if shape.experts is None:
-        return 4 * (shape.ffn_size // layout.tensor_parallel) * item
-    copies = shape.experts.per_token * (shape.hidden_size + 5 * shape.experts.ffn_size) * item
-    router = 3 * 4 * shape.experts.count
+    if spec.experts is None:
+        return 4 * (spec.ffn_size // layout.tensor_parallel) * item
+    copies = spec.experts.per_token * (spec.hidden_size + 5 * spec.experts.ffn_size) * item
+    router = 3 * 4 * spec.experts.count
     return (copies + router) / (layout.tensor_parallel if layout.sequence_parallel else 1)
 
 
-def logits_bytes(shape: ModelShape, layout: MegatronConfig, tokens: int) -> int:
+def logits_bytes(spec: ModelSpec, layout: MegatronConfig, tokens: int) -> int:
     """The larger of the loss's forward pass (a chunk's logits, in float32 and, for the entropy,
     once more) and its backward pass (a chunk's logits, the float32 gradient of this rank's output
     embedding, and its copies in the weights' type).
     """
     item = ITEM_BYTES[layout.dtype]
-    rows = shape.padded_vocab_size(layout.tensor_parallel) // layout.tensor_parallel
+    rows = spec.padded_vocab_size(layout.tensor_parallel) // layout.tensor_parallel
     chunk = min(tokens, rows_per_chunk(rows)) * rows
     copy = item if item != 4 else 0
-    embedding = rows * shape.hidden_size
+    embedding = rows * spec.hidden_size
     forward = chunk * (4 + max(4, copy))
     backward = max(chunk * (4 + copy), chunk * item + embedding * item) + embedding * 4
-    return max(forward, backward + tokens * shape.hidden_size * item)
+    return max(forward, backward + tokens * spec.hidden_size * item)

@@ -1,18 +1,13 @@
-"""Which parameters every rank holds, from the table that also loads and exports them
-(``hf_weights``).
-"""
+"""Parameters that every rank holds, from the mapping that also loads and exports them."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
 
-import torch
-
 from spark_nemo.config import MegatronConfig
-from spark_nemo.megatron.families import Rule
-from spark_nemo.megatron.hf_weights import placed_rules
-from spark_nemo.megatron.model_shape import ModelShape
+from spark_nemo.models.param_mapping import map_params
+from spark_nemo.models.spec import ModelSpec
 
 Shapes = dict[str, tuple[int, ...]]
 """Megatron's parameter names and the shapes of one rank's shards."""
@@ -20,49 +15,37 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class StageParameters:
-    """One rank of a pipeline stage; its ranks differ in their slices only. Names are the first of a
-    rule's.
+    """Parameters of one rank of a pipeline stage, under the first of their Megatron names.
+
+    The ranks of a stage hold different slices of the same shapes.
     """
 
     dense: Shapes = field(default_factory=dict)
-    """What every data-parallel replica has."""
+    """Parameters that every data-parallel replica has."""
     experts: Shapes = field(default_factory=dict)
-    """What the expert-parallel ranks share out."""
+    """Parameters that the expert-parallel ranks divide."""
 
     @property
     def all(self) -> Shapes:
-        """Both."""
-        return {**self.dense, **self.experts}
+        """Dense parameters and experts."""
+        return self.dense | self.experts
 
     @property
     def num_elements(self) -> int:
-        """Elements of all of them."""
+        """Elements of all parameters."""
         return sum(math.prod(size) for size in self.all.values())
 
 
-def stage_parameters(shape: ModelShape, layout: MegatronConfig) -> list[StageParameters]:
-    """The parameters of a rank of each pipeline stage.
+def stage_parameters(spec: ModelSpec, layout: MegatronConfig) -> list[StageParameters]:
+    """Return the parameters of a rank of each pipeline stage.
 
-    The rules' own transforms are run on the meta device, so fused rows, padded vocabularies and the
-    last stage's copy of tied embeddings are counted as they are made. No weight is allocated.
+    Fused rows, the padded vocabulary and the last stage's copy of tied embeddings are counted.
     """
     stages = [StageParameters() for _ in range(layout.pipeline_parallel)]
-    shards: dict[int, tuple[Rule, tuple[int, ...]]] = {}
-    for placed in placed_rules(shape, layout.pipeline_parallel, layout.expert_parallel):
-        if placed.expert_rank not in (None, 0):
+    for param in map_params(spec, layout.pipeline_parallel, layout.expert_parallel):
+        if param.expert_rank not in (None, 0):  # the other expert-parallel ranks are alike
             continue
-        if id(placed.rule) not in shards:
-            tensors = [torch.empty(size, device="meta") for size in placed.hf.values()]
-            parts = (
-                1 if placed.rule.per_expert else layout.tensor_parallel
-            )  # an expert is never cut
-            cut = placed.rule.transform.to_shards(tensors, shape, parts)
-            shards[id(placed.rule)] = (
-                placed.rule,
-                tuple(cut[0].shape),
-            )  # the rule too: its id must stay taken
-        stage = stages[placed.stage]
-        (stage.experts if placed.rule.per_expert else stage.dense)[placed.megatron[0]] = shards[
-            id(placed.rule)
-        ][1]
+        stage = stages[param.stage]
+        shapes = stage.dense if param.expert is None else stage.experts
+        shapes[param.megatron_names[0]] = param.shard_shape(spec, layout.tensor_parallel)
     return stages

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from spark_nemo.config import MegatronConfig
 from spark_nemo.config.errors import at_least
-from spark_nemo.megatron.model_shape import ModelShape
+from spark_nemo.models.spec import ModelSpec
 
 from .activations import ActivationBytes, activation_bytes
 from .parameters import stage_parameters
@@ -64,7 +64,7 @@ class RankMemory:
 
 
 def rank_memory(
-    shape: ModelShape,
+    spec: ModelSpec,
     layout: MegatronConfig,
     batch: TrainBatch,
     *,
@@ -78,11 +78,11 @@ def rank_memory(
     et al., 2021, arXiv:2104.04473). ``sync_bytes`` is the most a weight sync holds on any rank.
     Raises ``ConfigError`` when the model cannot be split as ``layout`` says.
     """
-    shape.check_layout(layout)
+    spec.check_layout(layout)
     stages, depth = [], layout.pipeline_parallel
-    for stage, parameters in enumerate(stage_parameters(shape, layout)):
+    for stage, parameters in enumerate(stage_parameters(spec, layout)):
         activations = activation_bytes(
-            shape,
+            spec,
             layout,
             batch.tokens,
             first=stage == 0,
@@ -93,7 +93,7 @@ def rank_memory(
             RankMemory(
                 stage,
                 parameters.num_elements,
-                state_bytes(parameters, layout, shape.tied_embeddings and depth > 1),
+                state_bytes(parameters, layout, spec.tied_embeddings and depth > 1),
                 activations,
                 min(depth - stage, batch.micro_batches),
                 sync_bytes,
