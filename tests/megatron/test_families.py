@@ -327,8 +327,8 @@ def test_frequencies_equal_transformers(stretch, key):
             {"rope_parameters": DEFAULT, "rope_theta": 5e5},
             "rope_theta=500000.0, but rope_parameters says 100",
         ),
-        ("qwen2", {"rope_scaling": "linear"}, "rope_scaling='linear' is no set of settings"),
-        ("qwen2", {"rope_parameters": [1]}, r"rope_parameters=\[1\] is no set of settings"),
+        ("qwen2", {"rope_scaling": "linear"}, "rope_scaling='linear' is not a set of settings"),
+        ("qwen2", {"rope_parameters": [1]}, r"rope_parameters=\[1\] is not a set of settings"),
         ("llama", {"rope_theta": [1]}, r"rope_theta=\[1\] must be a positive number"),
         (
             "llama",
@@ -342,7 +342,7 @@ def test_frequencies_equal_transformers(stretch, key):
             {"tie_word_embeddings": "false"},
             "tie_word_embeddings='false' must be true or false",
         ),
-        ("qwen3", {"layer_types": 3}, "layer_types=3 is no list"),
+        ("qwen3", {"layer_types": 3}, "layer_types=3 is not a list"),
         ("qwen3", {"layer_types": [["x"]]}, r"layer_types has \['x'\], which is not supported"),
         ("qwen3_moe", {"num_experts_per_tok": "2"}, "num_experts=4, num_experts_per_tok='2'"),
         ("qwen3_moe", {"norm_topk_prob": "false"}, "norm_topk_prob='false' must be true or false"),
@@ -510,7 +510,7 @@ def test_embedding_head_and_tokenizer_must_agree(folders, tmp_path):
 def test_the_embedded_engine_says_what_it_serves(folders):
     """Other families than Qwen2 are for SGLang; the error says so."""
     with pytest.raises(
-        EngineFailure, match=r"embedded engine serves qwen2 only, .*'qwen3': use engine.kind=sglang"
+        EngineFailure, match="model_type='qwen3': .*serves qwen2 only; use engine.kind=sglang"
     ):
         LocalEngine.from_folder(folders["qwen3"], max_batch_size=1, max_context=8)
 

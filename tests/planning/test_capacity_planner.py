@@ -159,7 +159,7 @@ def test_cache_is_what_transformers_keeps(tensor_parallel):
     kept = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     config = {"model_type": "llama", **sizes}
     small = Model("small", ModelSpec.from_hf(config))
-    assert kv_bytes_per_token(small.shape, tensor_parallel) * 10 * tensor_parallel == kept
+    assert kv_bytes_per_token(small.spec, tensor_parallel) * 10 * tensor_parallel == kept
     assert engine_weight_bytes(small, 1) == sum(
         parameter.nbytes for parameter in network.parameters()
     )
