@@ -510,7 +510,7 @@ def test_embedding_head_and_tokenizer_must_agree(folders, tmp_path):
 def test_the_embedded_engine_says_what_it_serves(folders):
     """Other families than Qwen2 are for SGLang; the error says so."""
     with pytest.raises(
-        EngineFailure, match="model_type='qwen3': .*serves qwen2 only; use engine.kind=sglang"
+        EngineFailure, match=r"model_type='qwen3': .*serves qwen2 only; use engine.kind=sglang"
     ):
         LocalEngine.from_folder(folders["qwen3"], max_batch_size=1, max_context=8)
 
