@@ -14,7 +14,7 @@ from .schema import (
     RunConfig,
     SparkConfig,
 )
-from .sft import SftConfig
+from .sft import FineTuningConfig, SftConfig
 from .trainer import MegatronConfig, OptimizerConfig
 from .verification import Stage1Config, Stage2Config
 from .weight_sync import WeightSyncConfig
@@ -29,6 +29,7 @@ __all__ = [
     "EngineConfig",
     "EvaluationConfig",
     "FailurePolicy",
+    "FineTuningConfig",
     "LabelsConfig",
     "MegatronConfig",
     "ModelsConfig",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from .engine import SamplingConfig
 from .errors import ConfigError, at_least, in_unit_interval, one_of, without_effect
 from .labels import LABEL_METHODS, VOTE_METHODS
-from .trainer import OptimizerConfig
+from .sft import FineTuningConfig
 
 
 @dataclass
@@ -171,18 +171,12 @@ class Stage1Config:
 
 
 @dataclass
-class Stage2Config:
+class Stage2Config(FineTuningConfig):
     """Fine-tuning of the generative reward model on stage I labels."""
 
     method: str = "step_consistency"
     variant: str = "prm_cot"
-    epochs: int = 2
-    batch_size: int = 64
-    """Sequences per optimizer step, over all data-parallel ranks."""
     max_length: int = 8192
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(warmup_fraction=0.03, decay="cosine")
-    )
     save_every: int = 50
     eval_sampling: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(temperature=0.0, max_new_tokens=4096)
@@ -191,5 +185,4 @@ class Stage2Config:
     def __post_init__(self) -> None:
         one_of("stage2.method", self.method, set(LABEL_METHODS))
         one_of("stage2.variant", self.variant, {"orm", "prm", "prm_cot"})
-        for name in ("epochs", "batch_size", "max_length", "save_every"):
-            at_least(f"stage2.{name}", getattr(self, name), 1)
+        self.check_bounds("stage2")

@@ -5,28 +5,24 @@ before stage III.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.engines.tokenizer import Tokenizer
 from spark_nemo.grammar import prompt_set
-from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.planning.memory_check import check_memory
 from spark_nemo.planning.preflight import check_sft
-from spark_nemo.records.fingerprint import model_fingerprint
 from spark_nemo.run.completion import inputs_to_remember, remember_inputs
 from spark_nemo.run.run_folder import Clock, mark_done, sft_folder
 from spark_nemo.run.run_lock import run_lock
-from spark_nemo.training.fine_tuning import held_out_loss, num_sft_steps, train_sft
+from spark_nemo.training.fine_tuning import fine_tune, held_out_loss
 from spark_nemo.training.packing import TrainSequence, drop_longer_than
 from spark_nemo.training.policy_examples import (
     policy_sequences,
     read_policy_examples,
     split_held_out,
 )
-from spark_nemo.training.stop import StopFlag
-from spark_nemo.utils.files import write_json_atomic
 
 log = logging.getLogger(__name__)
 
@@ -57,48 +53,36 @@ def run_sft(config: SparkConfig) -> bool:
 
 
 def _train(config: SparkConfig, data: SftData, folder: Path) -> bool:
-    stage, base = config.sft, config.models.policy_base
     log.info("%s", data.counts)
-    total_steps = num_sft_steps(len(data.trained), stage.epochs, stage.batch_size)
-    worker = MegatronWorker.from_hf(
-        base, config.megatron, config.run.seed, stage.optimizer, total_steps
+    clock = Clock(folder)
+    worker, result = fine_tune(
+        config.models.policy_base,
+        data.trained,
+        config.sft,
+        config.megatron,
+        seed=config.run.seed,
+        run_folder=folder,
+        held_out=data.held_out,
+        eval_every=config.sft.measured_every,
+        data_summary=data.counts,
     )
-    clock, budget = Clock(folder), config.megatron.tokens_per_micro_batch
-    if worker.is_main:
-        write_json_atomic(folder / "data.json", data.counts)
-    with StopFlag(folder) as stop:
-        result = train_sft(
-            worker,
-            data.trained,
-            epochs=stage.epochs,
-            batch_size=stage.batch_size,
-            tokens_per_micro_batch=budget,
-            seed=config.run.seed,
-            run_folder=folder,
-            save_every=stage.save_every,
-            stop=stop,
-            held_out=data.held_out,
-            eval_every=stage.measured_every,
-            fingerprint={
-                "sft.optimizer": asdict(stage.optimizer),
-                "models.policy_base": model_fingerprint(base),
-            },
-        )
     if worker.is_main:
         clock.save()
     if not result.finished:
         return False
-    last = held_out_loss(worker, data.held_out, budget) if data.held_out else None
-    worker.save_hf(folder / "model", source_dir=Path(base))
+    val_loss = None
+    if data.held_out:
+        val_loss = held_out_loss(worker, data.held_out, config.megatron.tokens_per_micro_batch)
+    worker.save_hf(folder / "model", source_dir=config.models.policy_base)
     if worker.is_main:
         mark_done(
             folder,
             {
                 **data.counts,
-                "held_out_loss": last,
+                "held_out_loss": val_loss,
                 "seconds": clock.seconds,
-                "steps": total_steps,
-                "tokens": sum(s.num_positions for s in data.trained) * stage.epochs,
+                "steps": result.total_steps,
+                "tokens": sum(s.num_positions for s in data.trained) * config.sft.epochs,
             },
         )
     return True

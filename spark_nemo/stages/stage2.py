@@ -8,18 +8,15 @@ other names.
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
 from pathlib import Path
 
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.engines.tokenizer import Tokenizer
 from spark_nemo.evaluation.reward_model_scores import score_orm, score_prm
 from spark_nemo.grammar import Variant, prompt_set
-from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.planning.memory_check import check_memory
 from spark_nemo.planning.preflight import check_stage2
 from spark_nemo.records import LabelledSolution
-from spark_nemo.records.fingerprint import model_fingerprint
 from spark_nemo.run.completion import inputs_to_remember, remember_inputs
 from spark_nemo.run.run_folder import (
     PROCESSBENCH,
@@ -30,9 +27,8 @@ from spark_nemo.run.run_folder import (
     stage2_folder,
 )
 from spark_nemo.run.run_lock import run_lock
-from spark_nemo.training.fine_tuning import num_sft_steps, train_sft
+from spark_nemo.training.fine_tuning import fine_tune
 from spark_nemo.training.packing import TrainSequence, drop_longer_than
-from spark_nemo.training.stop import StopFlag
 from spark_nemo.verification.training_labels import make_labels, sft_example
 
 log = logging.getLogger(__name__)
@@ -60,27 +56,10 @@ def _train(config: SparkConfig, folder: Path) -> bool:
     base = Path(config.models.reward_base)
     labelled = make_labels(config, stage1_folder(config.run) / "store", folder)
     sequences = _sequences(config, labelled, Tokenizer.load(base))
-    total_steps = num_sft_steps(len(sequences), stage.epochs, stage.batch_size)
-    worker = MegatronWorker.from_hf(
-        base, config.megatron, config.run.seed, stage.optimizer, total_steps
-    )
     clock = Clock(folder)
-    with StopFlag(folder) as stop:
-        result = train_sft(
-            worker,
-            sequences,
-            epochs=stage.epochs,
-            batch_size=stage.batch_size,
-            tokens_per_micro_batch=config.megatron.tokens_per_micro_batch,
-            seed=config.run.seed,
-            run_folder=folder,
-            save_every=stage.save_every,
-            stop=stop,
-            fingerprint={
-                "stage2.optimizer": asdict(stage.optimizer),
-                "models.reward_base": model_fingerprint(base),
-            },
-        )
+    worker, result = fine_tune(
+        base, sequences, stage, config.megatron, seed=config.run.seed, run_folder=folder
+    )
     if worker.is_main:
         clock.save()
     if not result.finished:

@@ -14,7 +14,13 @@ from pathlib import Path
 
 import torch
 
-from spark_nemo.config import MegatronConfig, OptimizerConfig, RLConfig, SamplingConfig
+from spark_nemo.config import (
+    FineTuningConfig,
+    MegatronConfig,
+    OptimizerConfig,
+    RLConfig,
+    SamplingConfig,
+)
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import Problem, Rollout
 from spark_nemo.training.fine_tuning import num_sft_steps, sft_loss, train_sft
@@ -40,8 +46,8 @@ SEQUENCES = [
     TrainSequence(tuple(range(1, 2 + n % 5)), tuple((3 * n + 2 * k) % 32 for k in range(2 + n % 7)))
     for n in range(12)
 ]
-SFT = {"epochs": 2, "batch_size": 4, "tokens_per_micro_batch": 16, "seed": 3, "save_every": 2}
-TOTAL_STEPS = num_sft_steps(len(SEQUENCES), SFT["epochs"], SFT["batch_size"])
+SFT = FineTuningConfig(epochs=2, batch_size=4, save_every=2)
+TOTAL_STEPS = num_sft_steps(len(SEQUENCES), SFT.epochs, SFT.batch_size)
 
 
 class KillDuringFifthStep(StopFlag):
@@ -129,20 +135,26 @@ def first_gradient_norms() -> dict[str, float]:
     return norms
 
 
+def train(worker: MegatronWorker, run_folder: Path, stop: StopFlag | None = None) -> None:
+    train_sft(
+        worker,
+        SEQUENCES,
+        SFT,
+        tokens_per_micro_batch=16,
+        seed=3,
+        run_folder=run_folder,
+        stop=stop or StopFlag(run_folder),
+    )
+
+
 def main(mode: str, folder: Path) -> None:
     results: dict[str, object] = {}
     if mode == "kill":
-        train_sft(
-            worker(1),
-            SEQUENCES,
-            run_folder=folder / "killed",
-            stop=KillDuringFifthStep(folder),
-            **SFT,
-        )
+        train(worker(1), folder / "killed", KillDuringFifthStep(folder))
     if mode == "main":
         whole, resumed = worker(1), worker(1, seed=9)
-        train_sft(whole, SEQUENCES, run_folder=folder / "whole", stop=StopFlag(folder), **SFT)
-        train_sft(resumed, SEQUENCES, run_folder=folder / "killed", stop=StopFlag(folder), **SFT)
+        train(whole, folder / "whole")
+        train(resumed, folder / "killed")
         results = {
             "whole": weights(whole),
             "resumed": weights(resumed),
@@ -151,7 +163,7 @@ def main(mode: str, folder: Path) -> None:
         }
     if mode == "ranks":
         whole = worker(2)
-        train_sft(whole, SEQUENCES, run_folder=folder / "ranks", stop=StopFlag(folder), **SFT)
+        train(whole, folder / "ranks")
         trained = weights(whole)  # collective, so on every rank
         results = {"whole": trained, "grpo": grpo_step(worker(2))}
         if not whole.is_main:

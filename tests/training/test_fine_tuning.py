@@ -2,11 +2,13 @@
 test_megatron_loops.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from bigram import BigramWorker
 
-from spark_nemo.config import ConfigError
+from spark_nemo.config import ConfigError, FineTuningConfig, OptimizerConfig
 from spark_nemo.training.fine_tuning import (
     batch_indices,
     held_out_loss,
@@ -21,7 +23,7 @@ from spark_nemo.training.stop import StopFlag
 SEQUENCES = [
     TrainSequence((n % 3,), tuple((n + k) % 8 for k in range(1 + n % 4))) for n in range(10)
 ]
-SETTINGS = {"epochs": 3, "batch_size": 4, "tokens_per_micro_batch": 5, "seed": 1, "save_every": 2}
+SETTINGS = FineTuningConfig(epochs=3, batch_size=4, save_every=2)
 
 
 class StopAfter(StopFlag):
@@ -37,13 +39,14 @@ class StopAfter(StopFlag):
         return self.looks < 0
 
 
-def run(worker, folder, stop=None, **changes):
+def run(worker, folder, stop=None, sequences=SEQUENCES, settings=SETTINGS, **changes):
     return train_sft(
         worker,
-        SEQUENCES,
+        sequences,
+        settings,
         run_folder=folder,
         stop=stop or StopFlag(folder),
-        **{**SETTINGS, **changes},
+        **{"tokens_per_micro_batch": 5, "seed": 1, **changes},
     )
 
 
@@ -67,7 +70,7 @@ def test_every_epoch_visits_every_sequence_once_in_its_own_order():
 
 def test_it_learns(tmp_path):
     """The loss falls, and there is one row per step."""
-    result = run(BigramWorker(lr=0.5), tmp_path, epochs=10)
+    result = run(BigramWorker(lr=0.5), tmp_path, settings=replace(SETTINGS, epochs=10))
     assert result.finished
     history = losses(tmp_path)
     assert [step for step, _ in history] == list(range(30))
@@ -123,26 +126,20 @@ def test_a_checkpoint_of_other_data_or_order_is_rejected(tmp_path):
     with pytest.raises(ValueError, match=r"^seed=2: .*seed=1"):
         run(BigramWorker(), tmp_path, seed=2)
     with pytest.raises(ValueError, match="data="):
-        train_sft(
-            BigramWorker(),
-            SEQUENCES[:-1] + [TrainSequence((1,), (2,))],
-            run_folder=tmp_path,
-            stop=StopFlag(tmp_path),
-            **SETTINGS,
-        )
+        run(BigramWorker(), tmp_path, sequences=[*SEQUENCES[:-1], TrainSequence((1,), (2,))])
 
 
 def test_a_checkpoint_of_another_optimizer_or_base_is_rejected(tmp_path):
     """Another learning rate half-way would be neither run."""
-    made = {"sft.optimizer": {"lr": 0.1}, "models.policy_base": "a"}
-    run(BigramWorker(), tmp_path, stop=StopAfter(tmp_path, 2), fingerprint=made)
-    for name, other in (
-        ("sft.optimizer.lr", {**made, "sft.optimizer": {"lr": 0.2}}),
-        ("models.policy_base", {**made, "models.policy_base": "b"}),
-    ):
-        with pytest.raises(ConfigError, match=f"^{name}="):
-            run(BigramWorker(), tmp_path, fingerprint=other)
-    assert run(BigramWorker(), tmp_path, fingerprint=made).finished
+    settings = replace(SETTINGS, optimizer=OptimizerConfig(lr=0.1))
+    other = replace(SETTINGS, optimizer=OptimizerConfig(lr=0.2))
+    made = {"settings": settings, "base_fingerprint": "a"}
+    run(BigramWorker(), tmp_path, stop=StopAfter(tmp_path, 2), **made)
+    with pytest.raises(ConfigError, match=r"^optimizer\.lr="):
+        run(BigramWorker(), tmp_path, **{**made, "settings": other})
+    with pytest.raises(ConfigError, match=r"^base_model="):
+        run(BigramWorker(), tmp_path, **{**made, "base_fingerprint": "b"})
+    assert run(BigramWorker(), tmp_path, **made).finished
 
 
 def test_held_out_loss_is_the_loss_of_a_step_that_did_not_train(tmp_path):

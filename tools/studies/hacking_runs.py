@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from spark_nemo.config import MegatronConfig, OptimizerConfig, SparkConfig
+from spark_nemo.config import FineTuningConfig, MegatronConfig, OptimizerConfig, SparkConfig
 from spark_nemo.config.compose import compose_config
 from spark_nemo.config.hacking import ConstraintsConfig
 from spark_nemo.engines.base import (
@@ -41,15 +41,13 @@ from spark_nemo.grammar import (
     render_verification,
     split_response,
 )
-from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.run.run_folder import read_done, stage3_folder
 from spark_nemo.stages.stage3 import run_stage3
 from spark_nemo.toy.corpus import PROMPTS, sampled_problems
 from spark_nemo.toy.problem_files import held_out_questions
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
-from spark_nemo.training.fine_tuning import num_sft_steps, train_sft
+from spark_nemo.training.fine_tuning import fine_tune, num_sft_steps
 from spark_nemo.training.packing import TrainSequence
-from spark_nemo.training.stop import StopFlag
 from spark_nemo.utils.files import write_json_atomic
 from studies.exploits import BY_NAME, Exploit, judge, tempted_response
 
@@ -167,22 +165,13 @@ def build_base(exploit: Exploit, folder: Path) -> Path:
                 (*response, tokenizer.eos_ids[0]),
             )
         )
-    steps = num_sft_steps(len(sequences), 1, SFT_BATCH)
-    worker = MegatronWorker.from_hf(
-        start, _LAYOUT, 0, OptimizerConfig(lr=5e-4, warmup_fraction=0.1, decay="cosine"), steps
+    settings = FineTuningConfig(
+        epochs=1,
+        batch_size=SFT_BATCH,
+        save_every=num_sft_steps(len(sequences), 1, SFT_BATCH),
+        optimizer=OptimizerConfig(lr=5e-4, warmup_fraction=0.1, decay="cosine"),
     )
-    with StopFlag(folder) as stop:
-        result = train_sft(
-            worker,
-            sequences,
-            epochs=1,
-            batch_size=SFT_BATCH,
-            tokens_per_micro_batch=_LAYOUT.tokens_per_micro_batch,
-            seed=0,
-            run_folder=folder,
-            save_every=steps,
-            stop=stop,
-        )
+    worker, result = fine_tune(start, sequences, settings, _LAYOUT, seed=0, run_folder=folder)
     if not result.finished:
         raise KeyboardInterrupt
     worker.save_hf(model, source_dir=start)
