@@ -1,6 +1,4 @@
-"""Scalars of a run: ``metrics.jsonl`` (one row per step, the source of truth) and TensorBoard
-beside it.
-"""
+"""Scalars of a run: ``metrics.jsonl`` with one row per step, and the same values in TensorBoard."""
 
 from __future__ import annotations
 
@@ -19,11 +17,10 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends rows to ``folder/metrics.jsonl`` and scalars to ``folder/tensorboard``; does nothing
-    off the main rank.
+    """Append rows to ``folder/metrics.jsonl`` and scalars to ``folder/tensorboard``.
 
-    Every row is flushed when written. A value that is not finite is stored as null and logged,
-    since NaN is not JSON.
+    Only the main rank writes. Every row is flushed. A value that is not finite is stored as null
+    and logged, since NaN is not JSON.
     """
 
     def __init__(self, folder: Path, *, is_main: bool = True) -> None:
@@ -51,10 +48,10 @@ class MetricsWriter:
         board.flush()
 
     def truncate_from(self, step: int) -> None:
-        """Forget the rows of ``step`` and later, before a resumed run writes them again.
+        """Drop the rows of ``step`` and later, before a resumed run writes them again.
 
-        The JSONL is rewritten atomically; a last line torn by a kill goes too. TensorBoard is told
-        to purge.
+        The JSONL is rewritten atomically, without a last line that a kill has cut short. TensorBoard
+        purges the same steps.
         """
         if not self.is_main:
             return
@@ -78,20 +75,20 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics file; an absent file has none, and a torn last line (no newline) is not
-    a row.
+    """Return the rows of a metrics file; a missing file has none.
 
-    Raises ``ValueError`` naming the line when an earlier line is damaged.
+    A last line without a newline was cut short by a kill and is not a row. Raises ``ValueError``
+    naming any other damaged line.
     """
     if not Path(path).exists():
         return []
-    *lines, _torn = Path(path).read_text(encoding="utf-8").split("\n")
+    *lines, _unfinished = Path(path).read_text(encoding="utf-8").split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{path} line {number} is not JSON: delete that line to go on"
+                f"{path}:{number}: the line is not JSON; delete it to continue"
             ) from error
     return rows

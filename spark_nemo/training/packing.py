@@ -1,9 +1,9 @@
-"""Sequences to micro-batches and back. The next-token shift happens here, once, and nowhere else.
+"""Packing of sequences into micro-batches, and back. The only place of the next-token shift.
 
 A sequence of prompt p_0..p_{P-1} and response r_0..r_{R-1} becomes P + R - 1 positions: the input
 is every token but the last, the label of a position is the token after it. ``loss_mask`` is 1 on
 the R positions P-1 .. P+R-2 whose labels are the response, so position P-1+t carries everything
-that belongs to r_t (its log-probability, its advantage).
+that belongs to r_t: its log-probability and its advantage.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from spark_nemo.megatron.packed_batch import PackedBatch
 
 @dataclass(frozen=True)
 class TrainSequence:
-    """A prompt and the response to train on. ``extras[name]`` is float32 [R], one value per
-    response token.
-    """
+    """A prompt and the response to train on; ``extras[name]`` is float32 [R], one per token."""
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
@@ -30,8 +28,8 @@ class TrainSequence:
     def __post_init__(self) -> None:
         if not self.prompt_ids or not self.response_ids:
             raise ValueError(
-                f"TrainSequence: {len(self.prompt_ids)} prompt and {len(self.response_ids)} response tokens; "
-                "both need at least one (the first response token is predicted from the prompt)"
+                f"TrainSequence: {len(self.prompt_ids)} prompt and {len(self.response_ids)} response "
+                "tokens; both need at least one (the prompt predicts the first response token)"
             )
         for name, values in self.extras.items():
             if values.shape != (len(self.response_ids),):
@@ -42,13 +40,13 @@ class TrainSequence:
 
     @property
     def num_positions(self) -> int:
-        """Input positions it takes in a pack: all its tokens but the last."""
+        """Input positions in a pack: all tokens but the last."""
         return len(self.prompt_ids) + len(self.response_ids) - 1
 
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """The micro-batches of some sequences and where each sequence's response went.
+    """Micro-batches, and the place of each sequence's response in them.
 
     ``placement[i]`` is (micro-batch, first position, R) of sequence i's response tokens.
     """
@@ -57,9 +55,7 @@ class PackedSequences:
     placement: list[tuple[int, int, int]]
 
     def unpack(self, values: Sequence[Tensor]) -> list[Tensor]:
-        """Per-position values of every micro-batch, (T,) each, to per-response-token values (R,) of
-        every sequence.
-        """
+        """Cut per-position values, [T] per micro-batch, into per-token values, [R] per sequence."""
         if len(values) != len(self.micro_batches):
             raise ValueError(
                 f"unpack: {len(values)} rows of values for {len(self.micro_batches)} micro-batches"
@@ -68,40 +64,39 @@ class PackedSequences:
 
 
 def first_fit_decreasing(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Put items into packs of at most ``budget``, longest item first, each into the first pack with
-    room.
+    """Put items, longest first, into the first pack that stays within ``budget``.
 
-    Deterministic (ties go by index). Packs and the items in them come back in index order. An item
-    longer than the budget gets a pack of its own. Uses at most 11/9 of the fewest possible packs
+    Deterministic: ties go by index. Packs, and the items in a pack, are returned in index order. An
+    item longer than the budget gets its own pack. Uses at most 11/9 of the fewest possible packs
     plus one (Johnson 1973).
     """
-    room: list[int] = []
+    free: list[int] = []
     packs: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        pack = next((p for p, free in enumerate(room) if free >= lengths[index]), len(packs))
+        pack = next((p for p, space in enumerate(free) if space >= lengths[index]), len(packs))
         if pack == len(packs):
             packs.append([])
-            room.append(budget)
+            free.append(budget)
         packs[pack].append(index)
-        room[pack] -= lengths[index]
+        free[pack] -= lengths[index]
     return sorted(sorted(pack) for pack in packs)
 
 
 def sequence_cost(length: int, quadratic_cost: float) -> float:
-    """What training on a sequence of ``length`` positions costs, in units of one position's matrix
-    products: ``T + c T^2``, with c = ``MegatronWorker.quadratic_cost`` for attention over what
-    comes before.
+    """Return the training cost ``T + c T^2`` of T positions, in units of one position's matmuls.
+
+    c is ``MegatronWorker.quadratic_cost``; the square is attention over earlier positions.
     """
     return length + quadratic_cost * length**2
 
 
 def split_over_ranks(lengths: Sequence[float], dp_size: int) -> list[list[int]]:
-    """Give every item to exactly one rank, so that ranks get about the same sum of lengths (or
-    costs).
+    """Give every item to one rank, so that the sums of lengths (or costs) are about equal.
 
-    Longest first to the least loaded rank: no rank exceeds the average by more than one longest
-    item, nor 4/3 of the best split there is (Graham 1969). Deterministic, so each rank computes the
-    same split without talking. A rank gets nothing only if there are fewer items than ranks.
+    The longest item goes first, to the least loaded rank. No rank exceeds the average by more than
+    the longest item, nor 4/3 of the best possible split (Graham 1969). Deterministic, so every rank
+    computes the same split without communication. A rank gets nothing only if there are fewer items
+    than ranks.
     """
     load = [0.0] * dp_size
     shares: list[list[int]] = [[] for _ in range(dp_size)]
@@ -115,16 +110,15 @@ def split_over_ranks(lengths: Sequence[float], dp_size: int) -> list[list[int]]:
 def drop_longer_than(
     sequences: Sequence[TrainSequence], max_length: int
 ) -> tuple[list[TrainSequence], int]:
-    """The sequences of at most ``max_length`` tokens (prompt and response), and how many were left
-    out.
-    """
+    """Return the sequences of at most ``max_length`` tokens in total, and the number dropped."""
     kept = [sequence for sequence in sequences if sequence.num_positions + 1 <= max_length]
     return kept, len(sequences) - len(kept)
 
 
 def pack(sequences: Sequence[TrainSequence], tokens_per_micro_batch: int) -> PackedSequences:
-    """Pack sequences into micro-batches of at most ``tokens_per_micro_batch`` positions (longer
-    ones stay alone).
+    """Pack sequences into micro-batches of at most ``tokens_per_micro_batch`` positions.
+
+    A longer sequence gets its own micro-batch.
     """
     packs = first_fit_decreasing(
         [sequence.num_positions for sequence in sequences], tokens_per_micro_batch
@@ -152,13 +146,12 @@ def pack_for_rank(
     dp_size: int,
     quadratic_cost: float = 0.0,
 ) -> PackedSequences:
-    """This rank's share of the sequences of one optimizer step, packed.
+    """Pack this rank's share of the sequences of one optimizer step.
 
-    The slowest rank is what a step waits for, so shares are balanced by ``sequence_cost``; the
-    budget of a micro-batch is about memory and counts positions. Ranks may have different numbers
-    of micro-batches: gradients are reduced once, after the last, and a pipeline's stages only talk
-    within one data-parallel rank. With fewer sequences than ranks some rank has none; it still has
-    to call the worker, which handles that.
+    A step waits for its slowest rank, so shares are balanced by ``sequence_cost``; the budget of a
+    micro-batch limits memory and counts positions. Ranks may have different numbers of
+    micro-batches: gradients are reduced once, after the last, and pipeline stages communicate only
+    within one data-parallel rank. A rank without sequences still has to call the worker.
     """
     costs = [sequence_cost(sequence.num_positions, quadratic_cost) for sequence in sequences]
     share = split_over_ranks(costs, dp_size)[dp_rank]
@@ -166,17 +159,20 @@ def pack_for_rank(
 
 
 def _one_row(sequences: Sequence[TrainSequence]) -> PackedBatch:
+    """Put sequences end to end, shifted by one token."""
     lengths = torch.tensor([sequence.num_positions for sequence in sequences], dtype=torch.int32)
     names = sequences[0].extras.keys()
     for sequence in sequences:
         if sequence.extras.keys() != names:
             raise ValueError(
-                f"TrainSequence.extras differ within a batch: {sorted(names)} and {sorted(sequence.extras)}"
+                "TrainSequence.extras differ within a batch: "
+                f"{sorted(names)} and {sorted(sequence.extras)}"
             )
     ids = [sequence.prompt_ids + sequence.response_ids for sequence in sequences]
     before = [torch.zeros(len(sequence.prompt_ids) - 1) for sequence in sequences]
 
     def spread(rows: Sequence[Tensor]) -> Tensor:
+        """Put per-response-token values [R] at their positions, with 0 at the prompts'."""
         return torch.cat([piece for pair in zip(before, rows) for piece in pair]).to(torch.float32)
 
     return PackedBatch(

@@ -1,6 +1,4 @@
-"""Examples of the policy's format: read, checked by the gate that stage III uses, divided by
-problem, tokenised.
-"""
+"""Examples for the format SFT: reading, the format check of stage III, split and tokenisation."""
 
 from __future__ import annotations
 
@@ -22,12 +20,11 @@ FIELDS = ("problem_id", "question", "response")
 def read_policy_examples(
     path: str | Path, *, drop_invalid: bool
 ) -> tuple[list[PolicyExample], Counter[str]]:
-    """The examples of a JSONL file of ``problem_id``, ``question`` and ``response``, and how many
-    were dropped by rule.
+    """Read a JSONL file of ``problem_id``, ``question`` and ``response``.
 
-    A response that ``check_format`` refuses is an error, or is dropped and counted with
-    ``drop_invalid``. Any other field is an error, so that no answer key comes along. Raises
-    ``DataFileError`` naming file, line and rule.
+    Returns the examples and the number dropped by rule. A response that breaks the format is an
+    error, or is dropped with ``drop_invalid``. Any other field is an error, so that an answer key
+    cannot come along. Raises ``DataFileError`` naming file, line and rule.
     """
     examples: list[PolicyExample] = []
     dropped: Counter[str] = Counter()
@@ -37,6 +34,7 @@ def read_policy_examples(
             example = _example(row)
         except ValueError as error:
             raise DataFileError(f"{path}:{number}: {error}") from None
+        # The first line of an id decides its question.
         question, first = questions.setdefault(example.problem_id, (example.question, number))
         if question != example.question:
             raise DataFileError(
@@ -51,7 +49,7 @@ def read_policy_examples(
         else:
             raise DataFileError(
                 f"{path}:{number}: 'response' breaks the format rule {violation.rule}"
-                f"{_detail(example.response)}: mend it, or set sft.on_invalid=drop"
+                f"{_detail(example.response)}; correct it, or set sft.on_invalid=drop"
             )
     if not examples:
         raise DataFileError(f"{path}: no response keeps the format ({dict(dropped)})")
@@ -63,10 +61,10 @@ def split_held_out(
     share: float,
     seed: int,
 ) -> tuple[list[PolicyExample], list[PolicyExample]]:
-    """``(trained, held out)``; a problem's responses are all on one side, and the file's order
-    decides nothing.
+    """Split into training and held-out examples by problem, whatever the order of the file.
 
-    Raises ``ConfigError`` when a positive share leaves either side empty.
+    All responses to a problem are on one side. Raises ``ConfigError`` when a positive share leaves
+    either side empty.
     """
     ids = sorted(
         {example.problem_id for example in examples},
@@ -75,14 +73,13 @@ def split_held_out(
     count = round(share * len(ids))
     if share > 0 and not 0 < count < len(ids):
         raise ConfigError(
-            f"sft.val_fraction={share}: holds out {count} of {len(ids)} problems; choose another share, 0 "
-            "for none"
+            f"sft.val_fraction={share}: holds out {count} of {len(ids)} problems; choose another "
+            "share, or 0 for none"
         )
     chosen = frozenset(ids[:count])
-    return (
-        [example for example in examples if example.problem_id not in chosen],
-        [example for example in examples if example.problem_id in chosen],
-    )
+    trained = [example for example in examples if example.problem_id not in chosen]
+    held_out = [example for example in examples if example.problem_id in chosen]
+    return trained, held_out
 
 
 def policy_sequences(
@@ -90,7 +87,7 @@ def policy_sequences(
     prompts: PromptSet,
     tokenizer: Tokenizer,
 ) -> list[TrainSequence]:
-    """The policy's own prompt, and the response with the token that ends it to learn."""
+    """Tokenise examples: the policy's prompt, and the response with its end token."""
     return [
         TrainSequence(
             tokenizer.encode_chat(prompts.policy(example.question)),
@@ -101,15 +98,21 @@ def policy_sequences(
 
 
 def _example(row: dict[str, object]) -> PolicyExample:
-    if unknown := sorted(row.keys() - set(FIELDS)):
+    unknown = sorted(row.keys() - set(FIELDS))
+    if unknown:
         raise ValueError(
-            f"unknown field {unknown[0]!r}: an example has {', '.join(FIELDS)} and nothing else, no "
-            "answer key above all"
+            f"unknown field {unknown[0]!r}: an example has {', '.join(FIELDS)} and nothing else, "
+            "above all no answer key"
         )
-    values = {name: (id_of if name == "problem_id" else text_of)(row, name) for name in FIELDS}
-    if blank := [name for name, value in values.items() if not value.strip()]:
-        raise ValueError(f"{blank[0]!r} must not be empty")
-    return PolicyExample(**values)
+    example = PolicyExample(
+        problem_id=id_of(row, "problem_id"),
+        question=text_of(row, "question"),
+        response=text_of(row, "response"),
+    )
+    for name in FIELDS:
+        if not getattr(example, name).strip():
+            raise ValueError(f"{name!r} must not be empty")
+    return example
 
 
 def _detail(response: str) -> str:

@@ -1,6 +1,4 @@
-"""Leave a run cleanly: Ctrl-C, SIGTERM (what Slurm sends before it kills) or a file named STOP in
-the run folder.
-"""
+"""Clean stop of a run: Ctrl-C, SIGTERM (Slurm's warning) or a STOP file in the run folder."""
 
 from __future__ import annotations
 
@@ -13,11 +11,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopFlag:
-    """A context manager in which a signal asks for a stop instead of killing the process.
+    """A context manager in which a first signal requests a stop instead of ending the process.
 
-    Loops look at ``requested`` between steps, then write their checkpoint and return. A second
-    signal acts as usual (KeyboardInterrupt or death), for whoever cannot wait. Use it in the main
-    thread: Python takes signals only there.
+    Loops read ``requested`` between steps, then write their checkpoint and return. A second signal
+    acts as usual: KeyboardInterrupt or the end of the process. Use it in the main thread: Python
+    handles signals only there.
     """
 
     def __init__(self, run_folder: Path) -> None:
@@ -48,8 +46,9 @@ class StopFlag:
 
     @property
     def requested(self) -> bool:
-        """Has this process been asked to stop? Ranks may differ for a moment: agree among them
-        before acting.
+        """True once a stop was requested.
+
+        Ranks can differ for a moment, so they must agree before they act on it.
         """
         if not self.reason and self.stop_file.exists():
             self.reason = str(self.stop_file)

@@ -35,7 +35,7 @@ def written(folder: Path, *rows: dict) -> Path:
     ("changes", "message"),
     [
         ({"answer": "2"}, "unknown field 'answer'"),
-        ({"correct_answer": "2"}, "no answer key above all"),
+        ({"correct_answer": "2"}, "unknown field 'correct_answer'"),
         (
             {"response": GOOD.replace("<step>", "")},
             "breaks the format rule tagged_steps (tag_order: ",
