@@ -46,7 +46,7 @@ def test_damage_inside_the_file_is_an_error_not_a_gap(tmp_path):
     """Only the last line can be torn by a kill; anything else is named."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 2"):
+    with pytest.raises(ValueError, match="jsonl:2:"):
         read_metrics(path)
 
 
