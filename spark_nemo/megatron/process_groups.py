@@ -6,13 +6,14 @@ import gc
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from spark_nemo.config import MegatronConfig
 from spark_nemo.config.errors import ConfigError
@@ -86,21 +87,51 @@ def gather_objects(value: T) -> list[T]:
     return box
 
 
+def broadcast_tensors(tensors: Mapping[str, Tensor] | None, source: int = 0) -> dict[str, Tensor]:
+    """The named CPU tensors of rank ``source`` on every rank. Collective.
+
+    Token ids of a large batch take seconds to pickle; as tensors they are sent as they are.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return dict(tensors or {})
+    is_source = rank() == source
+    layout = broadcast_object(
+        {name: (tensor.shape, tensor.dtype) for name, tensor in (tensors or {}).items()}, source
+    )
+    received = {}
+    with cuda_means_cpu():
+        for name, (shape, dtype) in layout.items():
+            if is_source:
+                tensor = tensors[name].contiguous()
+            else:
+                tensor = torch.empty(shape, dtype=dtype)
+            if tensor.numel():
+                dist.broadcast(tensor, src=source, group=_control_group())
+            received[name] = tensor
+    return received
+
+
 def on_main_rank(action: Callable[[], T]) -> T:
-    """Run ``action`` on rank 0 and give every rank its result, or its error. Collective.
+    """Run ``action`` on rank 0 and give every rank its result, or its error. Collective."""
+    return broadcast_object(only_on_main_rank(action))  # type: ignore[return-value]
+
+
+def only_on_main_rank(action: Callable[[], T]) -> T | None:
+    """Run ``action`` on rank 0, which alone gets its result; every rank gets its error. Collective.
 
     Without this a full disk on rank 0 would leave the others waiting in their next collective.
     """
-    outcome: tuple[T | None, Exception | None] = (None, None)
+    result: T | None = None
+    error: Exception | None = None
     if rank() == 0:
         try:
-            outcome = (action(), None)
-        except (OSError, ValueError, RuntimeError) as error:
-            outcome = (None, error)
-    result, error = broadcast_object(outcome)
+            result = action()
+        except (OSError, ValueError, RuntimeError) as caught:
+            error = caught
+    error = broadcast_object(error)
     if error is not None:
         raise error
-    return result  # type: ignore[return-value]
+    return result
 
 
 def _rank_and_world_size() -> tuple[int, int]:

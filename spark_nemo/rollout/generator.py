@@ -163,8 +163,14 @@ class RolloutGenerator:
             case "rlvr":
                 assert self.checker is not None
                 return rlvr_rewards(rollouts, self.checker)
-        reward = MODEL_REWARDS[self.config.reward]
-        return [reward(r.verdict.violation, r.verdict.outcome) for r in rollouts]
+        return [model_reward(self.config, rollout) for rollout in rollouts]
+
+
+def model_reward(config: RLConfig, rollout: Rollout) -> float | Failure:
+    """Return ``rl.reward`` of a rollout that has the reward model's verdict, before shaping."""
+    verdict = rollout.verdict
+    assert verdict is not None, "the judge sets it"
+    return MODEL_REWARDS[config.reward](verdict.violation, verdict.outcome)
 
 
 def shape_reward(config: RLConfig, rollout: Rollout, score: float | Failure) -> float | Failure:

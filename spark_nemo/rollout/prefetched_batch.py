@@ -1,9 +1,7 @@
-"""A scored batch as bytes, for the checkpoint of a run whose next batch is made before it is
-needed.
+"""A scored batch as bytes, for the checkpoint of a run that prefetches its batches.
 
-Pickle keeps token ids and log-probabilities exact at a few bytes each. It is read with a reader
-that knows the data classes of a batch by name and nothing else, and only if they still have the
-fields that they had when it was written.
+Pickle keeps token ids and log-probabilities exact at a few bytes each. The reader accepts only the
+data classes of a batch, and only with the fields that they had when the batch was written.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from spark_nemo.records import (
 )
 from spark_nemo.rollout.generator import RolloutBatch
 
-IN_FLIGHT = "in_flight.bin"
+PREFETCHED_BATCH = "prefetched_batch.bin"
 _CLASSES = (
     RolloutBatch,
     Rollout,
@@ -46,32 +44,27 @@ _CLASSES = (
     EngineError,
     FormatViolation,
 )
-_BY_NAME = {(one.__module__, one.__qualname__): one for one in _CLASSES}
+_CLASS_BY_NAME = {(each.__module__, each.__qualname__): each for each in _CLASSES}
 
 
 def batch_to_bytes(batch: RolloutBatch) -> bytes:
-    """One line of JSON with the fields of each class, then the pickle."""
-    return json.dumps(_fields()).encode() + b"\n" + pickle.dumps(batch, protocol=5)
+    """Return one line of JSON with the fields of each class, then the pickle."""
+    return json.dumps(_field_names()).encode() + b"\n" + pickle.dumps(batch, protocol=5)
 
 
 def batch_from_bytes(data: bytes) -> RolloutBatch:
-    """Inverse of ``batch_to_bytes``. Raises ``ConfigError`` when another version of this package
-    wrote it, or when it is damaged or holds anything else.
+    """Return the batch that ``batch_to_bytes`` wrote.
+
+    Raises ``ConfigError`` when another version of this package wrote it, when it is damaged, or
+    when it holds anything else.
     """
-    head, _, body = data.partition(b"\n")
+    header, _, body = data.partition(b"\n")
     try:
-        fields_then = json.loads(head)
-        for name, written in fields_then.items():
-            if (now := _fields().get(name)) != written:
-                raise ConfigError(
-                    f"the checkpoint's batch in flight was written by another version of spark_nemo: "
-                    f"{name} had the fields {written} and has {now}: go on with that version, or start "
-                    "anew"
-                )
-        batch = _Reader(io.BytesIO(body)).load()
+        _check_fields(json.loads(header))
+        batch = _BatchUnpickler(io.BytesIO(body)).load()
     except ConfigError:
         raise
-    # What a damaged pickle raises is not documented; the pickle module names these.
+    # The pickle module does not document what a damaged pickle raises; it names these.
     except (
         pickle.UnpicklingError,
         EOFError,
@@ -84,23 +77,36 @@ def batch_from_bytes(data: bytes) -> RolloutBatch:
         MemoryError,
         OverflowError,
     ) as error:
-        raise ConfigError(f"the checkpoint's batch in flight cannot be read: {error}") from error
+        raise ConfigError(f"{PREFETCHED_BATCH} of the checkpoint is damaged: {error}") from error
     if not isinstance(batch, RolloutBatch):
         raise ConfigError(
-            f"the checkpoint's batch in flight is a {type(batch).__name__}, no scored batch"
+            f"{PREFETCHED_BATCH} of the checkpoint holds {type(batch).__name__}: expected RolloutBatch"
         )
     return batch
 
 
-def _fields() -> dict[str, list[str]]:
-    return {one.__name__: [field.name for field in fields(one)] for one in _CLASSES}
+def _field_names() -> dict[str, list[str]]:
+    return {each.__name__: [field.name for field in fields(each)] for each in _CLASSES}
 
 
-class _Reader(pickle.Unpickler):
+def _check_fields(written: dict[str, list[str]]) -> None:
+    current = _field_names()
+    for name, names in written.items():
+        if current.get(name) != names:
+            raise ConfigError(
+                f"{PREFETCHED_BATCH} of the checkpoint was written by another version of "
+                f"spark_nemo: {name} had the fields {names} and has {current.get(name)}; "
+                "resume with that version, or use another run.dir"
+            )
+
+
+class _BatchUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> object:
-        # From a table: a prefix of the module would let "stages.jobs" + "subprocess.getoutput"
-        # through.
+        # From a table: a check of the module's prefix would let a dotted name walk on into what
+        # that module imported, as in "run.local_executor" + "subprocess.getoutput".
         try:
-            return _BY_NAME[module, name]
+            return _CLASS_BY_NAME[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"{module}.{name} is no part of a scored batch") from None
+            raise pickle.UnpicklingError(
+                f"{module}.{name} is not a data class of a batch"
+            ) from None

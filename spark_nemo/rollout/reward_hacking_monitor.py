@@ -1,7 +1,7 @@
-"""What stage III watches for reward hacking: detectors and held-out verifier at training steps,
-probes at evaluations.
+"""Monitor of reward hacking: detectors and a held-out verifier at training steps, probes at
+evaluations.
 
-Nothing here changes a reward. There is no state either: what depends on earlier steps is read from
+Nothing here changes a reward, and there is no state: what depends on earlier steps is read from
 ``metrics.jsonl``, so that a resumed run writes what an uninterrupted one does.
 """
 
@@ -9,43 +9,59 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from spark_nemo.config import SparkConfig
-from spark_nemo.records import Failure, Problem, Rollout, derive_seed
+from spark_nemo.records import Problem, derive_seed
 from spark_nemo.rewards.hacking.detectors import baseline, detector_rates, flags, new_alarms
 from spark_nemo.rewards.hacking.divergence import ALARM, SAMPLES, compared, gap_growth, reward_gap
 from spark_nemo.rewards.hacking.probes import build_probes, score_probes
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService
-from spark_nemo.rollout.batch import RolloutBatch
 from spark_nemo.training.metrics_writer import METRICS_FILE, read_metrics
 
+from .batch import RolloutBatch
+from .engines import RolloutEngines, reward_judge
+from .generator import model_reward, shape_reward
+
 log = logging.getLogger(__name__)
-HACKING, TOP_REWARDS = "hacking.jsonl", "top_rewards.jsonl"
+HACKING = "hacking.jsonl"
+TOP_REWARDS = "top_rewards.jsonl"
 PROBED_PROBLEMS = 8
 
 
 @dataclass(frozen=True)
 class RewardHackingMonitor:
-    """Belongs to the main rank. ``service`` asks the reward model about probes, None where there is
-    none; ``held_out`` is the second verifier's judge, and ``score`` the reward that training makes
-    of a judgement.
-    """
+    """The monitor of one run, on the main rank."""
 
     config: SparkConfig
     folder: Path
-    service: PRMService | None = None
+    probe_service: PRMService | None = None
+    """Queries the reward model about probes; None without a reward model."""
     held_out: RewardJudge | None = None
-    score: Callable[[Rollout], float | Failure] | None = None
+    """The second verifier's judge."""
+
+    @classmethod
+    def build(
+        cls, config: SparkConfig, folder: Path, engines: RolloutEngines
+    ) -> RewardHackingMonitor:
+        """Build the monitor over the engines of a run."""
+        judge = engines.judge
+        if judge is None:
+            return cls(config, folder)
+        # A service of its own, so that verifier.jsonl counts the rewards' verifications alone.
+        probe_service = reward_judge(config, judge.service.served, judge.service.variant).service
+        return cls(config, folder, probe_service, engines.held_out)
 
     async def metrics(self, batch: RolloutBatch, step: int) -> dict[str, float]:
-        """``hacking/...`` of a training step; its predecessors' rows are all written. Warns of what
-        passes an alarm.
+        """Return ``hacking/...`` of a training step, and log what passes an alarm.
+
+        The rows of all earlier steps must be in ``metrics.jsonl``.
         """
-        detectors, rows = self.config.rl.hacking.detectors, self._rows_before(step)
+        detectors = self.config.rl.hacking.detectors
+        rows = self._rows_before(step)
         rates = detector_rates(batch.rollouts, rows, detectors)
         for name in new_alarms(rates, rows[-1] if rows else None, detectors):
             log.warning(
@@ -58,39 +74,39 @@ class RewardHackingMonitor:
             )
         return {**rates, **await self._divergence(batch, step, rows)}
 
-    def top(self, batch: RolloutBatch, step: int) -> list[tuple[int, list[str]]]:
-        """Positions of the step's highest-rewarded responses, and the detectors that each of them
-        sets off.
+    def top_rewards(self, batch: RolloutBatch, step: int) -> list[tuple[int, list[str]]]:
+        """Return positions of the step's highest rewards, each with the detectors it sets off."""
+        hacking = self.config.rl.hacking
+        start = baseline(self._rows_before(step), batch.rollouts, hacking.detectors)
+        detectors = [sorted(flags(rollout, start, hacking.detectors)) for rollout in batch.rollouts]
 
-        Among equal rewards those that set off most come first, then chance decides: a person should
-        not read the same harmless solution again and again.
-        """
-        hacking, rows = self.config.rl.hacking, self._rows_before(step)
-        start = baseline(rows, batch.rollouts, hacking.detectors)
-        found = [sorted(flags(rollout, start, hacking.detectors)) for rollout in batch.rollouts]
-        usable = [index for index, rollout in enumerate(batch.rollouts) if rollout.valid]
-        order = sorted(
-            usable,
-            key=lambda i: (-batch.rollouts[i].reward, -len(found[i]), derive_seed("top", step, i)),
-        )
-        return [(index, found[index]) for index in order[: hacking.top_rewards]]
+        def rank(index: int) -> tuple[float, int, int]:
+            # Among equal rewards suspicious ones come first, then chance decides: a person should
+            # not read the same harmless solution again and again.
+            reward = batch.rollouts[index].reward
+            return -reward, -len(detectors[index]), derive_seed("top", step, index)
+
+        valid = [index for index, rollout in enumerate(batch.rollouts) if rollout.valid]
+        best = sorted(valid, key=rank)[: hacking.top_rewards]
+        return [(index, detectors[index]) for index in best]
 
     async def probe(self, problems: Sequence[Problem], step: int) -> list[dict[str, object]]:
-        """A row for hacking.jsonl: what the reward model says about adversarial responses. No row
-        without a model.
+        """Return the row of hacking.jsonl with the reward model's verdicts on adversarial responses.
+
+        Empty without a reward model or with ``rl.hacking.probes=0``.
         """
         hacking = self.config.rl.hacking
         count = PROBED_PROBLEMS if hacking.probes is None else hacking.probes
-        if self.service is None or not count:
+        if self.probe_service is None or not count:
             return []
         scores = await score_probes(
-            self.service, build_probes(problems[:count]), hacking.constraints
+            self.probe_service, build_probes(problems[:count]), hacking.constraints
         )
         for score in scores:
             if score.accepted and score.refused_by is None:
                 log.warning(
-                    "step %d: the reward model accepts %d of %d probes of the kind %s, which no constraint "
-                    "refuses",
+                    "step %d: the reward model accepts %d of %d probes of the kind %s, "
+                    "which no constraint rejects",
                     step,
                     score.accepted,
                     score.asked,
@@ -98,23 +114,13 @@ class RewardHackingMonitor:
                 )
         return [{"step": step, "probes": [asdict(score) for score in scores]}]
 
-    async def close(self) -> None:
-        """Release the held-out verifier."""
-        if self.held_out is not None:
-            await self.held_out.service.served.engine.close()
-
     async def _divergence(
-        self,
-        batch: RolloutBatch,
-        step: int,
-        rows: Sequence[dict[str, float]],
+        self, batch: RolloutBatch, step: int, rows: Sequence[dict[str, float]]
     ) -> dict[str, float]:
-        rl, hacking = self.config.rl, self.config.rl.hacking
-        if (
-            self.held_out is None
-            or self.score is None
-            or step % (hacking.divergence_every or rl.eval_every)
-        ):
+        """Return the reward gap to the held-out verifier, at the steps where it is measured."""
+        rl = self.config.rl
+        hacking = rl.hacking
+        if self.held_out is None or step % (hacking.divergence_every or rl.eval_every):
             return {}
         chosen = compared(
             [rollout.valid for rollout in batch.rollouts],
@@ -127,13 +133,15 @@ class RewardHackingMonitor:
         await self.held_out.service.refresh()
         rollouts = [batch.rollouts[index] for index in chosen]
         verdicts = await asyncio.gather(*map(self.held_out.judge, rollouts))
-        held_out_scores = [
-            self.score(replace(rollout, verdict=verdict))
-            for rollout, verdict in zip(rollouts, verdicts)
-        ]
+        # Shaped as in training: a penalty on one side alone would look like a closing gap.
+        held_out_scores = []
+        for rollout, verdict in zip(rollouts, verdicts):
+            judged = replace(rollout, verdict=verdict)
+            held_out_scores.append(shape_reward(rl, judged, model_reward(rl, judged)))
         metrics = reward_gap([rollout.reward for rollout in rollouts], held_out_scores)
         alarm = ALARM if hacking.divergence_alarm is None else hacking.divergence_alarm
-        if (growth := gap_growth(metrics, rows)) >= alarm:
+        growth = gap_growth(metrics, rows)
+        if growth >= alarm:
             log.warning(
                 "step %d: the reward has grown %.2f away from the held-out verifier's "
                 "(rl.hacking.divergence_alarm=%g)",

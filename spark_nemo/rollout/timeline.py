@@ -1,4 +1,4 @@
-"""When each part of a step ran, and how much of the verification was hidden behind other work.
+"""When each phase of a step ran, and how much of the verification was hidden behind other work.
 
 Everything here depends on the clock, so it goes to ``TIMING`` and never to the metrics.
 """
@@ -16,7 +16,7 @@ Interval = tuple[float, float]
 
 
 def union(intervals: Sequence[Interval]) -> list[Interval]:
-    """The same set of moments as disjoint intervals, in order."""
+    """Return the same set of moments as disjoint intervals, in order."""
     merged: list[Interval] = []
     for start, end in sorted(intervals):
         if merged and start <= merged[-1][1]:
@@ -27,46 +27,50 @@ def union(intervals: Sequence[Interval]) -> list[Interval]:
 
 
 def seconds(intervals: Sequence[Interval]) -> float:
-    """Total length of the union."""
+    """Return the total length of the union."""
     return sum(end - start for start, end in union(intervals))
 
 
 def shared_seconds(one: Sequence[Interval], other: Sequence[Interval]) -> float:
-    """Length of the intersection of two unions."""
+    """Return the length of the intersection of two unions."""
     return seconds(one) + seconds(other) - seconds([*one, *other])
 
 
 @dataclass(slots=True)
 class Timeline:
-    """Intervals by kind and step. Several threads may add to it."""
+    """Intervals by phase and step."""
 
+    # Appended by the prefetch thread and by the trainer's thread: readers copy the list first.
     _spans: list[tuple[str, int, float, float]] = field(default_factory=list)
 
     @contextmanager
-    def during(self, kind: str, step: int) -> Iterator[None]:
-        """Note how long the block takes, also when it fails or is cancelled."""
+    def during(self, phase: str, step: int) -> Iterator[None]:
+        """Record how long the block takes, also when it fails or is cancelled."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self._spans.append((kind, step, start, time.perf_counter()))
+            self._spans.append((phase, step, start, time.perf_counter()))
 
-    def of(self, kind: str, step: int | None = None) -> list[Interval]:
-        """The intervals of a kind, of one step or of all that are remembered."""
-        return [(a, b) for k, s, a, b in list(self._spans) if k == kind and step in (None, s)]
+    def of(self, phase: str, step: int | None = None) -> list[Interval]:
+        """Return the intervals of a phase, of one step or of all remembered steps."""
+        return [
+            (start, end)
+            for each_phase, each_step, start, end in list(self._spans)
+            if each_phase == phase and step in (None, each_step)
+        ]
 
     def row(self, step: int) -> dict[str, float]:
-        """Seconds of each kind in ``step`` and ``verify_hidden``; without verifications there is no
-        such share.
+        """Return the seconds of each phase in ``step``, and ``verify_hidden``.
 
-        ``verify_hidden`` is the share of the time in which at least one verification of the step's
-        rollouts was on its way (from the end of its response to its judgement) that lies within a
-        generation, of whatever step, or within training. What is not hidden is time in which the
-        step waited for verifications alone.
+        A verification lasts from the end of its response to its verdict. ``verify_hidden`` is the
+        share of the time with at least one verification of this step that lies within a
+        generation, of whatever step, or within training. The rest is time in which the step waited
+        for verifications alone. Without verifications the share is omitted.
         """
         verified = self.of(VERIFY, step)
         row = {
-            f"{kind}_seconds": seconds(self.of(kind, step)) for kind in (GENERATE, VERIFY, TRAIN)
+            f"{phase}_seconds": seconds(self.of(phase, step)) for phase in (GENERATE, VERIFY, TRAIN)
         }
         if row["verify_seconds"] > 0:
             others = [*self.of(GENERATE), *self.of(TRAIN)]

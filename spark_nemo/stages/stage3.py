@@ -1,20 +1,19 @@
-"""Stage III: GRPO with the reward model's verdict (or, as declared baselines, with answer keys,
-votes or a coin).
+"""Stage III: GRPO with the reward model's verdict as the reward.
+
+Declared baselines take the reward from answer keys, votes or a coin instead.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import torch
+from types import TracebackType
 
 from spark_nemo.config import SparkConfig
 from spark_nemo.engines.async_utils import run_async
-from spark_nemo.engines.fleet import Fleet
+from spark_nemo.engines.base import Engine
 from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.evaluation.math_data import read_math
 from spark_nemo.megatron.checkpoint import has_checkpoint, newest
@@ -25,16 +24,15 @@ from spark_nemo.planning.preflight import check_stage3, reward_model_folder
 from spark_nemo.records import Problem, content_key
 from spark_nemo.records.fingerprint import check_same_fingerprint, model_fingerprint
 from spark_nemo.records.jsonl import read_problems
-from spark_nemo.rollout.batch import RolloutBatch
-from spark_nemo.rollout.manager import RolloutManager, open_session, rewrite_rows
-from spark_nemo.rollout.prefetch import RolloutPrefetcher
+from spark_nemo.rollout.evaluator import Evaluator
+from spark_nemo.rollout.manager import RolloutManager
+from spark_nemo.rollout.samples import rewrite_rows
 from spark_nemo.rollout.timeline import TIMING, TRAIN, Timeline
 from spark_nemo.run.completion import inputs_to_remember, remember_inputs
 from spark_nemo.run.run_folder import Clock, comparable_rl, mark_done, stage3_folder
 from spark_nemo.run.run_lock import run_lock
-from spark_nemo.training.advantage_estimator import compute_advantages
 from spark_nemo.training.fine_tuning import CHECKPOINTS
-from spark_nemo.training.grpo import train_on_rollouts
+from spark_nemo.training.grpo_trainer import GRPOTrainer
 from spark_nemo.training.metrics_writer import MetricsWriter
 from spark_nemo.training.stop import StopFlag
 from spark_nemo.utils.progress_bar import progress_bar
@@ -43,25 +41,22 @@ from spark_nemo.weight_sync.logprob_gate import FirstStepGate
 from spark_nemo.weight_sync.synchronizer import WeightSync
 
 log = logging.getLogger(__name__)
-_OUT_OF_FORMAT = 0.9
-"""Share of a run's first responses above which nearly no group can have two different rewards."""
+OUT_OF_FORMAT = 0.9
+"""Share of a run's first responses above which hardly any group has two different rewards."""
 
 
 def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool:
-    """Generate, verify, train, sync; evaluate and save now and then. Collective over the trainer
-    ranks.
+    """Train the policy; evaluate and save on schedule. Collective over the trainer ranks.
 
-    Returns False when asked to stop before the last step; the same call resumes, and the next
-    losses are those of an uninterrupted run. A ``verifier`` that is served already (the hacking
-    simulator's) is asked instead of the reward model's folder. Raises ``ConfigError`` on bad input,
-    or when another process is at it, before any work.
+    Returns False after a request to stop before the last step; the same call resumes, and the next
+    losses equal those of an uninterrupted run. A ``verifier`` that is given (the hacking
+    simulator's) takes the place of the reward model's folder. Raises ``ConfigError`` before any
+    work on bad input, or when another process runs the same stage.
     """
     check_stage3(config)
     check_memory(config, "stage3")
-    folder, inputs = (
-        stage3_folder(config.run, config.rl_variant),
-        inputs_to_remember(config, "stage3"),
-    )
+    folder = stage3_folder(config.run, config.rl_variant)
+    inputs = inputs_to_remember(config, "stage3")
     with run_lock(folder):
         finished = _train(config, folder, verifier)
         if finished and verifier is None:
@@ -70,11 +65,10 @@ def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool
 
 
 def _train(config: SparkConfig, folder: Path, verifier: ServedModel | None) -> bool:
+    """Build every object of the run, train, and release engines and process groups at its end."""
     rl = config.rl
-    problems, eval_problems = (
-        read_problems(config.data.rl_problems),
-        read_math(config.data.eval_problems),
-    )
+    problems = read_problems(config.data.rl_problems)
+    eval_problems = read_math(config.data.eval_problems)
     if config.weight_sync.transport_for(config.engine.kind) == "distributed":
         same_nccl_as_sglang()
     worker = MegatronWorker.from_hf(
@@ -92,134 +86,205 @@ def _train(config: SparkConfig, folder: Path, verifier: ServedModel | None) -> b
         source_dir=Path(config.models.policy),
         engine_tensor_parallel=config.engine.policy.tensor_parallel or 1,
     )
-    session = _open_on_main_rank(config, folder, sync, verifier)
+    timeline = Timeline()
+    rollouts = RolloutManager(config, problems, folder, timeline, verifier)
+    rollouts.on_server_return(sync.restore)
+    weight_sync = PolicySync(sync, worker, rollouts.policy_engine)
+    evaluator = Evaluator(config, rollouts, eval_problems, folder)
+    fingerprint = run_fingerprint(config, problems, verifier)
     try:
-        return _run(
-            config,
-            worker,
-            sync,
-            session,
-            RolloutPrefetcher(config, problems, session),
-            eval_problems,
-            made_with(config, problems, verifier),
-        )
+        return _train_steps(config, folder, rollouts, weight_sync, evaluator, timeline, fingerprint)
     finally:
-        _release(sync, session)
+        # However the run ends: servers that live on keep neither a process group, nor paused
+        # requests, nor old weights.
+        rollouts.cancel()
+        try:
+            weight_sync.close()
+        finally:
+            rollouts.close()
 
 
-def _run(
+def _train_steps(
     config: SparkConfig,
-    worker: MegatronWorker,
-    sync: WeightSync,
-    session: RolloutManager | None,
-    feed: RolloutPrefetcher,
-    eval_problems: list,
-    made: dict[str, object],
+    folder: Path,
+    rollouts: RolloutManager,
+    weight_sync: PolicySync,
+    evaluator: Evaluator,
+    timeline: Timeline,
+    fingerprint: dict[str, object],
 ) -> bool:
-    """The steps that are missing. Was the last one made?"""
-    rl, folder = config.rl, stage3_folder(config.run, config.rl_variant)
-    reference = worker.snapshot() if rl.kl_estimator != "none" else None
-    start = _resume(worker, made, folder / CHECKPOINTS, feed, session)
-    writer, clock = MetricsWriter(folder, is_main=worker.is_main), Clock(folder)
-    writer.truncate_from(start)
-    timeline = session.rollouts.timeline if session is not None else Timeline()
-
-    bar = progress_bar(
-        total=rl.steps,
-        initial=start,
-        desc=f"rl {config.rl_variant}",
-        unit="step",
-        disable=not worker.is_main,
+    """Make the remaining steps; False if the run was stopped before the last one."""
+    rl = config.rl
+    trainer = GRPOTrainer(
+        weight_sync.worker,
+        rl,
+        config.megatron.tokens_per_micro_batch,
+        _first_step_gate(config, rollouts, weight_sync),
     )
-    with StopFlag(folder) as stop, feed, bar, closing(writer):
+    checkpointer = Checkpointer(config, folder, fingerprint)
+    start = checkpointer.restore(trainer, rollouts)
+
+    with (
+        StopFlag(folder) as stop,
+        StepLogger(config, folder, timeline, start, is_main=trainer.worker.is_main) as logger,
+    ):
         for step in range(start, rl.steps):
-            _sync(sync, worker, session, step)
+            weight_sync.push(step)
             if step % rl.eval_every == 0:
-                on_main_rank(lambda step=step: run_async(session.evaluate(eval_problems, step)))
-            batch = feed.take(step)
+                evaluator.run(step)
+            batch = rollouts.next(step)
             with timeline.during(TRAIN, step):
-                metrics = train_on_rollouts(
-                    worker,
-                    batch.rollouts,
-                    compute_advantages(batch.rollouts, rl),
-                    torch.tensor([rollout.valid for rollout in batch.rollouts]),
-                    rl,
-                    reference=reference,
-                    tokens_per_micro_batch=config.megatron.tokens_per_micro_batch,
-                    gate=_gate(config, sync, worker, session, feed)
-                    if _compares(start, step, feed, batch)
-                    else None,
-                )
-            if step == start and worker.is_main:
-                warn_out_of_format(batch.metrics)
-            feed.settle()
-            watched = on_main_rank(
-                lambda step=step, batch=batch: run_async(session.watched(batch, step))
-            )
-            writer.write(step, {**batch.metrics, **feed.metrics(batch, step), **watched, **metrics})
-            _write_timing(folder, timeline, step, worker.is_main)
-            bar.set_postfix(reward=f"{batch.metrics['reward']:.3f}", refresh=False)
-            bar.update()
+                metrics = trainer.update(step, batch.rollouts)
+            # One step off-policy, the next batch is generated until here: pushing weights and
+            # evaluating need the engines, and the checkpoint holds the batch.
+            rollouts.wait()
+            logger.log(step, batch.metrics, metrics)
+            # Ranks see a signal or the STOP file at different moments: stop if any of them does.
             stopping = any(gather_objects(stop.requested)) and step + 1 < rl.steps
-            if stopping or (step + 1) % rl.save_every == 0 or step + 1 == rl.steps:
-                worker.save_checkpoint(
-                    folder / CHECKPOINTS,
-                    {"step": step + 1, "fingerprint": made, **feed.state()},
-                    files={**feed.files(), **(session.files() if session is not None else {})},
-                )
-                on_main_rank(clock.save)
+            if stopping or checkpointer.due(step):
+                checkpointer.save(step, trainer, rollouts)
             if stopping:
                 log.info(
-                    "stopped after step %d of %d (%s); run again to go on",
+                    "stopped after step %d of %d (%s); run the same command to resume",
                     step + 1,
                     rl.steps,
                     stop.reason,
                 )
                 return False
-    _finish(sync, worker, session, config, folder, clock, eval_problems)
+
+    rollouts.check_failures()
+    weight_sync.push(rl.steps)
+    accuracy = evaluator.run(rl.steps)
+    trainer.worker.save_hf(folder / "model", source_dir=config.models.policy)
+    if accuracy is not None:
+        checkpointer.clock.save()
+        result = {"accuracy": accuracy.sampled.value, "seconds": checkpointer.clock.seconds}
+        mark_done(folder, result)
     return True
 
 
-def _open_on_main_rank(
-    config: SparkConfig,
-    folder: Path,
-    sync: WeightSync,
-    verifier: ServedModel | None,
-) -> RolloutManager | None:
-    """The session on the main rank, None on the others. An error is every rank's, or they would
-    wait for it.
+@dataclass(frozen=True)
+class PolicySync:
+    """Weight sync of one trainer with the engine that samples from its policy."""
 
-    A server of a fleet that returns in the middle of a step gets the current weights from ``sync``
-    before it serves.
-    """
-    opened: list[RolloutManager] = []
-    on_main_rank(lambda: opened.append(open_session(config, folder, verifier)))
-    if opened and isinstance(opened[0].policy.engine, Fleet):
-        opened[0].policy.engine.on_return = sync.restore
-    return opened[0] if opened else None
+    sync: WeightSync
+    worker: MegatronWorker
+    engine: Engine | None
+    """None off the main rank."""
 
+    def push(self, version: int) -> None:
+        """Give the engine the trainer's weights as ``version``. Collective."""
+        run_async(self.sync.push(self.worker, self.engine, version))
 
-def _release(sync: WeightSync, session: RolloutManager | None) -> None:
-    """However the run ends: servers that live on keep neither a process group, nor paused requests,
-    nor old weights.
-    """
-    if session is None:
-        return
-    try:
-        run_async(sync.close())
-    finally:
-        session.close()
+    def differing_tensors(self) -> list[str] | None:
+        """Name the tensors that the engine serves differently from the trainer's. Collective."""
+        return run_async(self.sync.differing_tensors(self.worker, self.engine))
+
+    def close(self) -> None:
+        """Leave process groups and remove files; does nothing off the main rank."""
+        if self.worker.is_main:
+            run_async(self.sync.close())
 
 
-def made_with(
-    config: SparkConfig,
-    problems: Sequence[Problem],
-    verifier: ServedModel | None = None,
+class Checkpointer:
+    """Saves and restores trainer, rollouts and step; remembers the seconds of earlier processes."""
+
+    def __init__(
+        self, config: SparkConfig, folder: Path, fingerprint: Mapping[str, object]
+    ) -> None:
+        self._rl = config.rl
+        self._folder = folder / CHECKPOINTS
+        self._fingerprint = fingerprint
+        self.clock = Clock(folder)
+
+    def due(self, step: int) -> bool:
+        """True if the schedule saves after ``step``; it always saves after the last one."""
+        return (step + 1) % self._rl.save_every == 0 or step + 1 == self._rl.steps
+
+    def save(self, step: int, trainer: GRPOTrainer, rollouts: RolloutManager) -> None:
+        """Write a checkpoint from which a run resumes at ``step + 1``. Collective."""
+        state = {"step": step + 1, "fingerprint": self._fingerprint}
+        trainer.worker.save_checkpoint(self._folder, state, files=rollouts.files())
+        on_main_rank(self.clock.save)
+
+    def restore(self, trainer: GRPOTrainer, rollouts: RolloutManager) -> int:
+        """Load the newest checkpoint, if any, and return the first step to make. Collective.
+
+        Raises ``ConfigError`` when a run with other settings saved it.
+        """
+        if not has_checkpoint(self._folder):
+            return 0
+        state = trainer.worker.load_checkpoint(self._folder)
+        check_same_fingerprint(state["fingerprint"], self._fingerprint, self._folder)
+        rollouts.restore(newest(self._folder))
+        return int(state["step"])
+
+
+class StepLogger:
+    """Writes the rows of finished steps and shows progress; does nothing off the main rank."""
+
+    def __init__(
+        self, config: SparkConfig, folder: Path, timeline: Timeline, start: int, *, is_main: bool
+    ) -> None:
+        self._folder = folder
+        self._timeline = timeline
+        self._start = start
+        self._is_main = is_main
+        self._writer = MetricsWriter(folder, is_main=is_main)
+        self._writer.truncate_from(start)
+        self._bar = progress_bar(
+            total=config.rl.steps,
+            initial=start,
+            desc=f"rl {config.rl_variant}",
+            unit="step",
+            disable=not is_main,
+        )
+
+    def log(
+        self, step: int, batch_metrics: Mapping[str, float], train_metrics: Mapping[str, float]
+    ) -> None:
+        """Write one row of metrics.jsonl and one of timing.jsonl."""
+        if not self._is_main:
+            return
+        if step == self._start:
+            warn_out_of_format(batch_metrics)
+        self._writer.write(step, {**batch_metrics, **train_metrics})
+        timing = {"step": step, **self._timeline.row(step)}
+        rewrite_rows(self._folder / TIMING, step, [timing])
+        self._timeline.forget_before(step)
+        self._bar.set_postfix(reward=f"{batch_metrics['reward']:.3f}", refresh=False)
+        self._bar.update()
+
+    def __enter__(self) -> StepLogger:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.close()
+        self._writer.close()
+
+
+def warn_out_of_format(metrics: Mapping[str, float]) -> None:
+    """Warn at once that a policy without the format learns nothing, not after a night."""
+    share = metrics.get("format_violations", 0.0)
+    if share > OUT_OF_FORMAT:
+        log.warning(
+            "%.0f %% of the responses break the format and get no reward, and groups of equal "
+            "rewards teach nothing: teach the format first (`spark-nemo sft`); violation/* in "
+            "metrics.jsonl names the rules",
+            100 * share,
+        )
+
+
+def run_fingerprint(
+    config: SparkConfig, problems: Sequence[Problem], verifier: ServedModel | None = None
 ) -> dict[str, object]:
-    """What the steps depend on, by name: settings, and of the problems and the models their
-    content.
-    """
-    free = {
+    """Return what the steps depend on: settings, and the content of problems and models."""
+    without_effect = {
         "eval_every",
         "save_every",
         "failures",
@@ -228,116 +293,28 @@ def made_with(
         "verifier_cache",
     }
     rl = comparable_rl(asdict(config.rl))
-    rl |= {
-        "sampling": config.rl.sampling.fingerprint(),
-        "verifier_sampling": config.rl.verifier_sampling.fingerprint(),
-    }
-    judge = {}
+    rl["sampling"] = config.rl.sampling.fingerprint()
+    rl["verifier_sampling"] = config.rl.verifier_sampling.fingerprint()
+    fingerprint = {f"rl.{name}": rl[name] for name in rl if name not in without_effect}
     if config.rl.asks_reward_model:
-        judge["the reward model"] = (
-            verifier.fingerprint if verifier else model_fingerprint(reward_model_folder(config))
-        )
-    return {
-        **{f"rl.{name}": value for name, value in rl.items() if name not in free},
-        **judge,
-        "run.seed": config.run.seed,
-        "models.policy": model_fingerprint(config.models.policy),
-        "data.rl_problems": content_key(
-            [(problem.problem_id, problem.question) for problem in problems]
-        ),
-    }
-
-
-def _resume(
-    worker: MegatronWorker,
-    made: dict[str, object],
-    checkpoints: Path,
-    feed: RolloutPrefetcher,
-    session: RolloutManager | None,
-) -> int:
-    """The step to go on from. Raises ``ConfigError`` when the checkpoint is of a run with other
-    settings.
-    """
-    if not has_checkpoint(checkpoints):
-        return 0
-    state = worker.load_checkpoint(checkpoints)
-    check_same_fingerprint(state["fingerprint"], made, checkpoints)
-    feed.restore(state, newest(checkpoints))
-    on_main_rank(lambda: session.restore(newest(checkpoints)))
-    return int(state["step"])
-
-
-def _finish(
-    sync: WeightSync,
-    worker: MegatronWorker,
-    session: RolloutManager | None,
-    config: SparkConfig,
-    folder: Path,
-    clock: Clock,
-    eval_problems: list,
-) -> None:
-    on_main_rank(lambda: session.rollouts.failures.finish(config.rl.failures.bound))
-    _sync(sync, worker, session, config.rl.steps)
-    accuracy = on_main_rank(lambda: run_async(session.evaluate(eval_problems, config.rl.steps)))
-    worker.save_hf(folder / "model", source_dir=config.models.policy)
-    if session is not None:
-        clock.save()
-        mark_done(folder, {"accuracy": accuracy.sampled.value, "seconds": clock.seconds})
-
-
-def _sync(
-    sync: WeightSync, worker: MegatronWorker, session: RolloutManager | None, version: int
-) -> None:
-    run_async(sync.push(worker, session.policy.engine if session else None, version))
-
-
-def _compares(start: int, step: int, feed: RolloutPrefetcher, batch: RolloutBatch) -> bool:
-    """Does the first-step gate look at this batch? Not at one that older weights sampled: it would
-    differ.
-    """
-    if step == start and not feed.is_current(batch, step):
-        log.info(
-            "first-step gate: the batch of step %d was sampled with older weights and is not compared",
-            step,
-        )
-    return step == start and feed.is_current(batch, step)
-
-
-def _gate(
-    config: SparkConfig,
-    sync: WeightSync,
-    worker: MegatronWorker,
-    session: RolloutManager | None,
-    feed: RolloutPrefetcher,
-) -> FirstStepGate:
-    engine = session.policy.engine if session else None
-    show = session.policy.tokenizer.decode_response if session else None
-
-    def differing_tensors() -> list[str] | None:
-        feed.abandon()  # the run ends here, and the engine can only be asked when nobody else talks to it
-        return run_async(sync.differing_tensors(worker, engine))
-
-    return FirstStepGate(
-        config.weight_sync,
-        differing_tensors,
-        **({"show": lambda token: show((token,))} if show else {}),
+        if verifier is not None:
+            fingerprint["the reward model"] = verifier.fingerprint
+        else:
+            fingerprint["the reward model"] = model_fingerprint(reward_model_folder(config))
+    fingerprint["run.seed"] = config.run.seed
+    fingerprint["models.policy"] = model_fingerprint(config.models.policy)
+    fingerprint["data.rl_problems"] = content_key(
+        [(problem.problem_id, problem.question) for problem in problems]
     )
+    return fingerprint
 
 
-def warn_out_of_format(metrics: Mapping[str, float]) -> None:
-    """Say once, early, that a policy without the format learns nothing, in place of a flat curve
-    after a night.
-    """
-    share = metrics.get("format_violations", 0.0)
-    if share > _OUT_OF_FORMAT:
-        log.warning(
-            "%.0f %% of the responses break the format and are paid nothing, and groups of equal rewards teach "
-            "nothing: teach the format first (`spark-nemo sft`); violation/* in metrics.jsonl says which rules",
-            100 * share,
-        )
+def _first_step_gate(
+    config: SparkConfig, rollouts: RolloutManager, weight_sync: PolicySync
+) -> FirstStepGate:
+    def differing_tensors() -> list[str] | None:
+        # The run ends here, and checksums need the engines to themselves.
+        rollouts.cancel()
+        return weight_sync.differing_tensors()
 
-
-def _write_timing(folder: Path, timeline: Timeline, step: int, is_main: bool) -> None:
-    if is_main:
-        rewrite_rows(folder / TIMING, step, [{"step": step, **timeline.row(step)}])
-        timeline.forget_before(step)
+    return FirstStepGate(config.weight_sync, differing_tensors, rollouts.decode_token)

@@ -1,6 +1,6 @@
 """Defects seen in the published scripts and in slime: one test each that would catch it here.
 
-They go through what stage III really builds (``open_session``, the judge, the batch, the
+They go through what stage III really builds (``RolloutWorker``, the judge, the batch, the
 advantages) with scripted models, since the defects were between functions, not inside one.
 """
 
@@ -38,8 +38,10 @@ from spark_nemo.records import (
     Verdict,
 )
 from spark_nemo.rewards import FailureRateExceeded
-from spark_nemo.rollout import manager as rl_session
+from spark_nemo.rollout import engines
 from spark_nemo.rollout.batch import RolloutBatch
+from spark_nemo.rollout.timeline import Timeline
+from spark_nemo.rollout.worker import RolloutWorker
 from spark_nemo.training.advantage_estimator import compute_advantages
 from spark_nemo.training.step_advantages import ScoredResponse, global_step_advantages
 from spark_nemo.verification.training_labels import sft_example
@@ -113,10 +115,11 @@ def batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ) -> tuple[RolloutBatch, Scripted]:
         models = {"verifier": Scripted(*judge), "policy": Scripted(*policy)}
         monkeypatch.setattr(ServedModel, "load", lambda engine, folder, role, servers: models[role])
-        monkeypatch.setattr(rl_session, "reward_model_folder", lambda config: Path("nowhere"))
-        monkeypatch.setattr(rl_session, "freeze_heap", lambda: None)
-        session = rl_session.open_session(config, tmp_path)
-        return asyncio.run(session.rollouts.generate_batch([Problem("p", QUESTION)], 0)), models[
+        monkeypatch.setattr(engines, "reward_model_folder", lambda config: Path("nowhere"))
+        monkeypatch.setattr(engines, "freeze_heap", lambda: None)
+        loaded = engines.RolloutEngines.load(config, tmp_path)
+        worker = RolloutWorker(config, [], tmp_path, Timeline(), loaded)
+        return asyncio.run(worker.generator.generate_batch([Problem("p", QUESTION)], 0)), models[
             "verifier"
         ]
 

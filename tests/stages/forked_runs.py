@@ -20,13 +20,15 @@ from pathlib import Path
 
 from world import VERIFIER, command
 
-import spark_nemo.stages.stage3 as stage3
 from spark_nemo.cli.main import main
 from spark_nemo.megatron.checkpoint import training_checkpoint as checkpoint
 from spark_nemo.megatron.worker import MegatronWorker
-from spark_nemo.rollout.manager import RolloutManager
+from spark_nemo.rollout.evaluator import Evaluator
 from spark_nemo.rollout.timeline import GENERATE, Timeline
+from spark_nemo.rollout.worker import RolloutWorker
+from spark_nemo.stages.stage3 import PolicySync
 from spark_nemo.toy.problem_files import write_answers, write_problems
+from spark_nemo.training.grpo_trainer import GRPOTrainer
 
 RLVariant = dict[str, object]
 
@@ -90,11 +92,13 @@ def install(phase: str, step: int, responses: int) -> None:
         case "generate":
             generated(step, responses)
         case "verify":
-            after_async(RolloutManager, "batch", lambda session, problems, of_step: of_step == step)
+            after_async(
+                RolloutWorker, "generate_batch", lambda worker, problems, of_step: of_step == step
+            )
         case "train":
-            after(stage3, "train_on_rollouts", counted(step + 1))
+            after(GRPOTrainer, "update", lambda trainer, of_step, rollouts: of_step == step)
         case "sync":
-            after(stage3, "_sync", lambda sync, worker, session, version: version == step)
+            after(PolicySync, "push", lambda sync, version: version == step)
         case "saving":  # everything is written, the folder has not got its name yet
             saves = counted(1 + (step + 1) // 2 - 1)
             original = checkpoint.replace_folder
@@ -106,9 +110,7 @@ def install(phase: str, step: int, responses: int) -> None:
                 lambda worker, folder, state, **more: state["step"] == step + 1,
             )
         case "evaluate":
-            after_async(
-                RolloutManager, "evaluate", lambda session, problems, of_step: of_step == step
-            )
+            after(Evaluator, "run", lambda evaluator, of_step: of_step == step)
         case _:
             raise ValueError(f"unknown phase {phase}")
 

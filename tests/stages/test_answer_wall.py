@@ -57,6 +57,11 @@ CLOSURES = {
         "RolloutGenerator",
         "checker",
     ): "the RLVR baseline's, None with any other reward",
+    (
+        "spark_nemo.rollout.engines",
+        "RolloutEngines",
+        "checker",
+    ): "the same, where it is loaded",
     ("spark_nemo.verification.label_filter", "Selection", "correct"): "balancing by ground truth",
     (
         "spark_nemo.rewards.hacking.constraints",
@@ -72,7 +77,8 @@ READERS = {
         "reference_guided_prompt",
         "ground_truth_check",
     },
-    "spark_nemo.rollout.manager": {"RolloutManager.evaluate", "answer_checker"},
+    "spark_nemo.rollout.engines": {"answer_checker"},
+    "spark_nemo.rollout.evaluator": {"Evaluator.__init__"},
     "spark_nemo.stages.stage3": {"_train"},
     "spark_nemo.planning.preflight": {
         "check_stage3",

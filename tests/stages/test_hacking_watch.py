@@ -15,8 +15,7 @@ from studies.hacking_runs import ScriptedJudge
 from spark_nemo.config import RLConfig, RunConfig, SamplingConfig, SparkConfig
 from spark_nemo.config.hacking import HackingConfig
 from spark_nemo.grammar import StepFormat, prompt_set, split_response, verdict_line
-from spark_nemo.records import Failure, Problem, Rollout, RolloutVerdict, Verdict
-from spark_nemo.rewards import process_aware_reward
+from spark_nemo.records import Problem, Rollout, RolloutVerdict, Verdict
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService
 from spark_nemo.rollout.batch import RolloutBatch
@@ -62,13 +61,8 @@ def watch(
     folder: Path, hacking: HackingConfig, held_out: RewardJudge | None = None
 ) -> RewardHackingMonitor:
     config = SparkConfig(run=RunConfig(dir=str(folder)), rl=RLConfig(hacking=hacking, eval_every=2))
-
-    def score(rollout: Rollout) -> float | Failure:
-        return process_aware_reward(rollout.verdict.violation, rollout.verdict.outcome)
-
-    return RewardHackingMonitor(
-        config, folder, judge(BY_NAME["judge_directed"]).service, held_out, score
-    )
+    service = judge(BY_NAME["judge_directed"]).service
+    return RewardHackingMonitor(config, folder, service, held_out)
 
 
 def remember(folder: Path, step: int, metrics: dict[str, float]) -> None:
@@ -133,11 +127,13 @@ def test_the_highest_rewards_are_kept_and_suspicious_ones_first(tmp_path: Path) 
     """Among equal rewards the flagged response comes first; a low reward never displaces a high
     one.
     """
-    top = watch(tmp_path, HackingConfig(top_rewards=2)).top(
+    top = watch(tmp_path, HackingConfig(top_rewards=2)).top_rewards(
         batch([WRONG, HONEST, HACKED], [0.0, 1.0, 1.0]), 0
     )
     assert top == [(2, ["judge_directed"]), (1, [])]
-    assert watch(tmp_path, HackingConfig(top_rewards=0)).top(batch([HONEST], [1.0]), 0) == []
+    assert (
+        watch(tmp_path, HackingConfig(top_rewards=0)).top_rewards(batch([HONEST], [1.0]), 0) == []
+    )
 
 
 def test_probes_report_the_planted_weakness_and_what_stands_before_it(
@@ -162,5 +158,5 @@ def test_there_are_no_rows_without_probes_or_without_a_reward_model(
 ) -> None:
     """Switched off, or a baseline: an absent file and no zeros."""
     watched = watch(tmp_path, HackingConfig(probes=probes))
-    watched = watched if probes == 0 else replace(watched, service=None)
+    watched = watched if probes == 0 else replace(watched, probe_service=None)
     assert asyncio.run(watched.probe([Problem("p", QUESTION)], 0)) == []

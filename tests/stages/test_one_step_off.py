@@ -8,7 +8,6 @@ import asyncio
 import math
 import pickle
 import threading
-from types import SimpleNamespace
 
 import pytest
 
@@ -29,6 +28,7 @@ from spark_nemo.rollout.batch import RolloutBatch
 from spark_nemo.rollout.prefetch import RolloutPrefetcher
 from spark_nemo.rollout.prefetched_batch import batch_from_bytes, batch_to_bytes
 from spark_nemo.rollout.timeline import GENERATE, TRAIN, VERIFY, Timeline, shared_seconds, union
+from spark_nemo.rollout.worker import weight_lag
 
 
 def batch(version: int = 3) -> RolloutBatch:
@@ -79,11 +79,11 @@ def test_a_batch_of_another_version_or_of_foreign_objects_is_refused() -> None:
     with pytest.raises(ConfigError, match="another version"):
         batch_from_bytes(data.replace(b'"weight_versions"', b'"versions"', 1))
     head = data.partition(b"\n")[0]
-    with pytest.raises(ConfigError, match="no part of a scored batch"):
+    with pytest.raises(ConfigError, match="not a data class of a batch"):
         batch_from_bytes(head + b"\n" + pickle.dumps(threading.get_ident))
-    with pytest.raises(ConfigError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="damaged"):
         batch_from_bytes(data[:-9])
-    with pytest.raises(ConfigError, match="is a int"):
+    with pytest.raises(ConfigError, match="holds int"):
         batch_from_bytes(head + b"\n" + pickle.dumps(3))
 
 
@@ -100,7 +100,7 @@ def test_a_pickle_cannot_reach_a_function_through_a_module_of_this_package() -> 
         call = (
             b"\x80\x04" + strings + b"\x93\x8c\x04true\x85R."
         )  # STACK_GLOBAL, "true", TUPLE1, REDUCE, STOP
-        with pytest.raises(ConfigError, match="no part of a scored batch"):
+        with pytest.raises(ConfigError, match="not a data class of a batch"):
             batch_from_bytes(head + b"\n" + call)
 
 
@@ -140,65 +140,68 @@ def test_cancelled_background_work_has_ended() -> None:
     run_async(asyncio.sleep(0))
 
 
-class Session:
-    """Makes batches that say which weights sampled them: the newest that were synced when it was
-    asked.
-    """
+class Generator:
+    """Makes batches sampled by the newest weights that were synced when it was called."""
 
     version = 0
 
     def __init__(self) -> None:
-        self.made: list[int] = []
+        self.steps: list[int] = []
 
-    async def batch(self, problems: list[Problem], step: int) -> RolloutBatch:
-        self.made.append(step)
+    async def generate(self, problems: list[Problem], step: int) -> RolloutBatch:
+        self.steps.append(step)
         return batch(self.version)
 
 
-def config(one_step_off: bool) -> SimpleNamespace:
-    rollout = RolloutConfig(one_step_off=one_step_off)
-    return SimpleNamespace(
-        rl=RLConfig(steps=3, prompts_per_step=2, rollout=rollout), run=SimpleNamespace(seed=0)
-    )
+PROBLEMS = [Problem(str(n), "?") for n in range(5)]
+CONFIG = RLConfig(steps=3, prompts_per_step=2, rollout=RolloutConfig(one_step_off=True))
 
 
-@pytest.mark.parametrize(("one_step_off", "lags"), [(False, [0, 0, 0]), (True, [0, 1, 1])])
-def test_batches_are_at_most_one_version_behind(one_step_off: bool, lags: list[int]) -> None:
-    """As in the loop of stage III: sync, take, train, settle. Every step's batch is made once, none
-    after the last; only where versions match has the first-step gate something to compare.
+def test_prefetched_batches_are_one_version_behind() -> None:
+    """As in the loop of stage III: sync, next, prefetch, train, wait. Every step's batch is made
+    once, the first one with the current weights and the others with the weights before.
     """
-    session = Session()
-    feed = RolloutPrefetcher(
-        config(one_step_off), [Problem(str(n), "?") for n in range(5)], session
-    )
+    generator = Generator()
+    prefetcher = RolloutPrefetcher(CONFIG, 0, PROBLEMS, generator.generate)
+    lags = []
     for step in range(3):
-        session.version = step
-        taken = feed.take(step)
-        assert step - taken.rollouts[0].weight_versions[0] == lags[step]
-        assert feed.is_current(taken, step) is (lags[step] == 0)
-        feed.settle()
-    assert session.made == [0, 1, 2]
-    assert feed.files() == {}
+        generator.version = step
+        lags.append(weight_lag(prefetcher.next(step), step))
+        if step < 2:
+            prefetcher.prefetch(step + 1)
+        prefetcher.wait()
+    assert lags == [0, 1, 1]
+    assert generator.steps == [0, 1, 2]
+    assert prefetcher.files() == {}
 
 
-def test_the_batch_ahead_is_in_the_checkpoint(tmp_path) -> None:
+def test_a_batch_that_is_not_prefetched_is_made_when_it_is_needed() -> None:
+    """Every step's batch comes from the current weights."""
+    generator = Generator()
+    prefetcher = RolloutPrefetcher(CONFIG, 0, PROBLEMS, generator.generate)
+    for step in range(3):
+        generator.version = step
+        assert weight_lag(prefetcher.next(step), step) == 0
+        prefetcher.wait()
+
+
+def test_the_prefetched_batch_is_in_the_checkpoint(tmp_path) -> None:
     """Resumed after step 0, step 1 trains on the batch that version 0 had made, and does not make
     it again.
     """
-    problems, session = [Problem(str(n), "?") for n in range(5)], Session()
-    feed = RolloutPrefetcher(config(True), problems, session)
-    feed.take(0)
-    feed.settle()
-    for name, content in feed.files().items():
+    prefetcher = RolloutPrefetcher(CONFIG, 0, PROBLEMS, Generator().generate)
+    prefetcher.next(0)
+    prefetcher.prefetch(1)
+    prefetcher.wait()
+    for name, content in prefetcher.files().items():
         (tmp_path / name).write_bytes(content)
-    resumed = Session()
-    resumed.version = 1
-    after = RolloutPrefetcher(config(True), problems, resumed)
-    after.restore(feed.state(), tmp_path)
-    taken = after.take(1)
+    generator = Generator()
+    generator.version = 1
+    resumed = RolloutPrefetcher(CONFIG, 0, PROBLEMS, generator.generate)
+    resumed.restore(tmp_path, prefetcher.cursor)
+    taken = resumed.next(1)
     assert [rollout.weight_versions for rollout in taken.rollouts] == [(0, 0)] * 4
-    after.settle()
-    assert resumed.made == [2]
+    assert generator.steps == []
 
 
 def test_hidden_is_the_share_of_verification_within_generation_or_training() -> None:

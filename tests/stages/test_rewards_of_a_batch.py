@@ -40,10 +40,13 @@ from spark_nemo.records import (
 from spark_nemo.rewards import FailureRateExceeded
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService, ServiceLimits
-from spark_nemo.rollout import manager as rl_session
+from spark_nemo.rollout import engines
 from spark_nemo.rollout.batch import RolloutBatch
 from spark_nemo.rollout.generator import RolloutGenerator
-from spark_nemo.rollout.manager import sample_rows
+from spark_nemo.rollout.reward_hacking_monitor import RewardHackingMonitor
+from spark_nemo.rollout.samples import sample_rows
+from spark_nemo.rollout.timeline import Timeline
+from spark_nemo.rollout.worker import RolloutWorker
 from spark_nemo.training.advantage_estimator import compute_advantages
 from spark_nemo.verification.training_labels import sft_example
 
@@ -184,21 +187,22 @@ def test_a_run_counts_what_was_shown_and_a_checkpoint_keeps_it(tmp_path) -> None
     0.3 is judged by. The step passes, its count is in the checkpoint, and the session that goes on
     from there has it.
     """
-    before, after = (
-        rl_session.RolloutManager(
-            None, session_of("process_aware", max_rate=0.3)[0], SparkConfig(), tmp_path, None
-        )
-        for _ in range(2)
-    )
-    asyncio.run(before.rollouts.generate_batch([Problem("p", "3 + 4?")], 0))
+    problem = Problem("p", "3 + 4?")
+
+    def worker() -> RolloutWorker:
+        generator, _, config = session_of("process_aware", max_rate=0.3)
+        loaded = engines.RolloutEngines(generator.policy, generator.judge, None, None)
+        return RolloutWorker(SparkConfig(rl=config), [problem], tmp_path, Timeline(), loaded)
+
+    before = worker()
+    asyncio.run(before.generate_batch([problem], 0))
     for name, content in before.files().items():
         (tmp_path / name).write_bytes(content)
+    after = worker()
     after.restore(tmp_path)
-    counted = after.rollouts.failures
-    assert counted == before.rollouts.failures and (counted.failed.total(), counted.waiting) == (
-        1,
-        3,
-    )
+    counted = after.generator.failures
+    assert counted == before.generator.failures
+    assert (counted.failed.total(), counted.waiting) == (1, 3)
     with pytest.raises(FailureRateExceeded, match=r"33\.3% of 3"):
         counted.finish(0.3)
 
@@ -335,9 +339,9 @@ def test_an_answer_that_nobody_could_compare_is_no_reward(tmp_path, monkeypatch)
     path.write_text('{"problem_id": "p", "answer": "7"}\n')
     says = {"7": AnswerGrade.EQUAL, "8": AnswerGrade.TIMEOUT, None: AnswerGrade.CRASHED}
     monkeypatch.setattr(
-        rl_session, "grade_answers", lambda pairs: [says[answer] for answer, _ in pairs]
+        engines, "grade_answers", lambda pairs: [says[answer] for answer, _ in pairs]
     )
-    checker = rl_session.answer_checker(
+    checker = engines.answer_checker(
         SparkConfig(rl=RLConfig(reward="rlvr"), data=DataConfig(rl_answers=str(path)))
     )
     batch = scored("rlvr", checker=checker)[0]
@@ -363,13 +367,12 @@ def test_a_held_out_verifier_that_agrees_leaves_no_gap(tmp_path, settings: dict)
     """Its judgements are made into rewards exactly as training makes them, with what length and
     steps do to them; a punishment of length on one side alone would look like a gap that closes.
     """
-    batch, model, config = scored("process_aware", **settings)
-    service = PRMService(model, PROMPTS, config.verifier_sampling)
-    watch = rl_session._watch(SparkConfig(rl=config), tmp_path, RewardJudge(service, 0))
-    again = [watch.score(rollout) for rollout in batch.rollouts]
-    assert [r for r, ok in zip(again, valid(batch)) if ok] == [
-        r for r, ok in zip(rewards(batch), valid(batch)) if ok
-    ]
+    batch, _, config = scored("process_aware", **settings)
+    limits = ServiceLimits(cache_entries=0)
+    service = PRMService(Scripted(JUDGE), PROMPTS, config.verifier_sampling, limits)
+    held_out = RewardJudge(service, 0)
+    monitor = RewardHackingMonitor(SparkConfig(rl=config), tmp_path, held_out=held_out)
+    assert asyncio.run(monitor.metrics(batch, 0))["hacking/reward_gap"] == 0
     assert rewards(batch) != rewards(scored("process_aware")[0])
 
 

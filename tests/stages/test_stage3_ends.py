@@ -17,6 +17,7 @@ from spark_nemo.records.jsonl import read_problems
 from spark_nemo.rollout.manager import RolloutManager
 from spark_nemo.stages import stage3
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
+from spark_nemo.training.grpo_trainer import GRPOTrainer
 from spark_nemo.weight_sync.synchronizer import WeightSync
 
 
@@ -55,7 +56,7 @@ def test_a_run_that_ends_early_lets_go_of_its_engines(
     monkeypatch.setattr(WeightSync, "close", sync_close)
     original = RolloutManager.close
     monkeypatch.setattr(
-        RolloutManager, "close", lambda session: (closed.append("session"), original(session))
+        RolloutManager, "close", lambda rollouts: (closed.append("rollouts"), original(rollouts))
     )
     if end == "stop":
         (tmp_path / "stage3/random").mkdir(parents=True)
@@ -66,10 +67,10 @@ def test_a_run_that_ends_early_lets_go_of_its_engines(
         def fail(*_: object, **__: object) -> None:
             raise NonFiniteGradient("here")
 
-        monkeypatch.setattr(stage3, "train_on_rollouts", fail)
+        monkeypatch.setattr(GRPOTrainer, "update", fail)
         with pytest.raises(NonFiniteGradient):
             stage3.run_stage3(config)
-    assert closed == ["sync", "session"]
+    assert closed == ["sync", "rollouts"]
 
 
 def test_a_run_goes_on_with_the_data_and_models_that_it_began_with(tmp_path: Path) -> None:
@@ -79,18 +80,22 @@ def test_a_run_goes_on_with_the_data_and_models_that_it_began_with(tmp_path: Pat
     """
     config = tiny(tmp_path, "rl.reward=process_aware", f"rl.reward_model={ASSETS / 'verifier'}")
     problems = read_problems(config.data.rl_problems)
-    made = stage3.made_with(config, problems)
-    assert made == stage3.made_with(
+    made = stage3.run_fingerprint(config, problems)
+    assert made == stage3.run_fingerprint(
         replace(config, data=replace(config.data, rl_problems="elsewhere")), problems
     )
-    assert made != stage3.made_with(config, problems[::-1]) and made != stage3.made_with(
-        config, problems[:-1]
-    )
+    assert made != stage3.run_fingerprint(
+        config, problems[::-1]
+    ) and made != stage3.run_fingerprint(config, problems[:-1])
     other = replace(config, models=replace(config.models, policy=str(ASSETS / "critic")))
     assert {
-        name for name, value in stage3.made_with(other, problems).items() if value != made[name]
+        name
+        for name, value in stage3.run_fingerprint(other, problems).items()
+        if value != made[name]
     } == {"models.policy"}
     judged = replace(config, rl=replace(config.rl, reward_model=str(ASSETS / "critic")))
     assert {
-        name for name, value in stage3.made_with(judged, problems).items() if value != made[name]
+        name
+        for name, value in stage3.run_fingerprint(judged, problems).items()
+        if value != made[name]
     } == {"rl.reward_model", "the reward model"}
