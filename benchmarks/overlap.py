@@ -1,25 +1,26 @@
-"""How much of the verification time of an RL step is hidden, and what a step then takes.
+"""Measure how much of an RL step's verification is hidden, and what a step then takes.
 
-    OMP_NUM_THREADS=1 python benchmarks/overlap.py [--steps 6] [--repeats 3] [--rows 64] [--elsewhere SECONDS]
+    OMP_NUM_THREADS=1 python benchmarks/overlap.py [--steps 6] [--repeats 3] [--rows 64] \\
+        [--elsewhere SECONDS]
 
-Three arms make the same steps of stage III on the small world's models (embedded engines, Megatron
+Three schedules make the same steps of stage III on the toy task's models (embedded engines, Megatron
 trainer, in-process weight sync), interleaved, one after the other in this process:
 
 * ``no overlap``    every response is generated first, then all are verified, then the step trains;
 * ``streaming``     a response is verified as soon as it is finished (the default of stage III);
-* ``one step off``  streaming, and the next batch is made while this one trains (``rl.rollout.one_step_off``).
+* ``one step off``  streaming, and the next batch is made while this one trains
+  (``rl.rollout.one_step_off``).
 
-Definition. A verification is *on its way* from the moment its response is finished until its
-judgement is there. V is the set of moments at which at least one verification of the step's batch
-is on its way, G those at which a response of any batch is being generated, T those at which the
-trainer trains. The hidden share is |V and (G or T)| / |V|, summed over the steps but the first
-(``rollout/timeline.py``). What is not hidden is time in which the whole run waits for verifications
-alone. In ``no overlap`` a verification is on its way when it may start, after the last response.
+Definition. A verification lasts from the end of its response to its verdict. V is the set of moments
+with at least one verification of the step's batch, G the moments at which a response of any batch is
+generated, T those at which the trainer trains. The hidden share is |V and (G or T)| / |V|, summed over
+the steps but the first (``rollout/timeline.py``). The rest is time in which the whole run waits for
+verifications alone. In ``no overlap`` a verification starts after the last response.
 
-Being hidden is not being free: with embedded engines verifier, policy and trainer share this
-machine's processors, and the two engines one thread. ``--elsewhere 1.0`` puts the verifier
-elsewhere: a stand-in that takes this long for each verification and no processor time, as a pool of
-servers would look from here. Then the step time shows the gain.
+Hidden is not free: with embedded engines verifier, policy and trainer share this machine's
+processors, and the two engines one thread. ``--elsewhere 1.0`` replaces the verifier by a stand-in
+that takes this long for each verification and no processor time, like a pool of servers. Then the
+step time shows the gain.
 """
 
 from __future__ import annotations
@@ -45,112 +46,108 @@ from spark_nemo.records import FormatViolation, Rollout, RolloutVerdict, Verdict
 from spark_nemo.records.jsonl import read_problems
 from spark_nemo.rewards.hacking.constraints import read_response
 from spark_nemo.rewards.judge import RewardJudge
-from spark_nemo.rollout.manager import RolloutManager, open_session
-from spark_nemo.rollout.prefetch import RolloutPrefetcher
-from spark_nemo.rollout.timeline import TRAIN, VERIFY, seconds
+from spark_nemo.rollout.engines import RolloutEngines
+from spark_nemo.rollout.timeline import TRAIN, VERIFY, Timeline, seconds
+from spark_nemo.rollout.worker import RolloutWorker
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
-from spark_nemo.training.advantage_estimator import compute_advantages
-from spark_nemo.training.grpo import train_on_rollouts
+from spark_nemo.training.grpo_trainer import GRPOTrainer
 from spark_nemo.weight_sync.synchronizer import WeightSync
 
-ARMS = ("no overlap", "streaming", "one step off")
+SCHEDULES = ("no overlap", "streaming", "one step off")
 TARGET = 0.8
 
 
 @dataclass
 class Elsewhere:
-    """A verifier of ``latency`` seconds that needs none of this machine; its verdicts are coins."""
+    """A verifier of ``latency`` seconds that uses none of this machine; its verdicts are coins."""
 
     service: object
     latency: float
 
     async def judge(self, rollout: Rollout) -> RolloutVerdict:
-        """The format gate, then a wait."""
+        """Check the format, then wait."""
         parsed = read_response(rollout, ConstraintsConfig())
         if isinstance(parsed, FormatViolation):
             return RolloutVerdict(parsed, None)
         await asyncio.sleep(self.latency)
-        return RolloutVerdict(
-            None, Verdict((True,) * len(parsed.steps), derive_seed(rollout.text) % 2 == 0), 0
-        )
+        yes = derive_seed(rollout.text) % 2 == 0
+        return RolloutVerdict(None, Verdict((True,) * len(parsed.steps), yes), 0)
 
 
 @dataclass
 class Afterwards:
-    """A judge that begins when all responses of the batch are there, and notes when it was at work."""
+    """A judge that starts when all responses of the batch are finished, and records when it worked."""
 
-    judge_: RewardJudge | Elsewhere
+    inner: RewardJudge | Elsewhere
     responses: int
     waiting: int = 0
     intervals: list[tuple[float, float]] = field(default_factory=list)
-    all_there: asyncio.Event = field(default_factory=asyncio.Event)
+    all_finished: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def service(self) -> object:
-        """The one of the judge behind it."""
-        return self.judge_.service
+        """The inner judge's service."""
+        return self.inner.service
 
     async def judge(self, rollout: Rollout) -> RolloutVerdict:
-        """Wait for the others, then judge."""
+        """Wait for the other responses, then judge."""
         self.waiting += 1
         if self.waiting == self.responses:
             self.waiting = 0
-            self.all_there.set()
-            self.all_there = asyncio.Event()
+            self.all_finished.set()
+            self.all_finished = asyncio.Event()
         else:
-            await self.all_there.wait()
+            await self.all_finished.wait()
         start = time.perf_counter()
         try:
-            return await self.judge_.judge(rollout)
+            return await self.inner.judge(rollout)
         finally:
             self.intervals.append((start, time.perf_counter()))
 
 
-class RLVariant:
-    """One way of scheduling, with engines and a trainer of its own; ``step`` makes a step and notes
-    its seconds.
-    """
+class Schedule:
+    """One way of scheduling, with engines and a trainer of its own."""
 
     def __init__(self, name: str, config: SparkConfig, folder: Path, latency: float | None) -> None:
-        ahead = RolloutConfig(one_step_off=name == "one step off")
-        self.config = config = replace(config, rl=replace(config.rl, rollout=ahead))
-        self.session: RolloutManager = open_session(config, folder)
-        judge = self.session.rollouts.judge
+        rollout = RolloutConfig(one_step_off=name == "one step off")
+        self.config = config = replace(config, rl=replace(config.rl, rollout=rollout))
+        engines = RolloutEngines.load(config, folder)
+        judge = engines.judge
         if latency is not None:
             judge = Elsewhere(judge.service, latency)
         self.afterwards = Afterwards(judge, config.rl.prompts_per_step * config.rl.group_size)
-        judge = self.afterwards if name == "no overlap" else judge
-        self.session.rollouts = replace(self.session.rollouts, judge=judge)
-        self.worker = MegatronWorker.from_hf(
+        if name == "no overlap":
+            judge = self.afterwards
+        self.timeline = Timeline()
+        problems = read_problems(config.data.rl_problems)
+        self.rollouts = RolloutWorker(config, problems, folder, self.timeline, engines)
+        self.rollouts.generator = replace(self.rollouts.generator, judge=judge)
+        worker = MegatronWorker.from_hf(
             config.models.policy, config.megatron, 0, config.rl.optimizer, config.rl.steps
         )
-        self.sync = WeightSync.build(
-            config.weight_sync, self.worker, engine_kind="local", folder=folder
-        )
-        self.feed = RolloutPrefetcher(config, read_problems(config.data.rl_problems), self.session)
-        self.name, self.seconds, self.verified, self.hidden, self.tokens = name, [], 0.0, 0.0, 0
+        self.trainer = GRPOTrainer(worker, config.rl, config.megatron.tokens_per_micro_batch)
+        self.sync = WeightSync.build(config.weight_sync, worker, engine_kind="local", folder=folder)
+        self.name = name
+        self.seconds: list[float] = []
+        self.verified = 0.0
+        self.hidden = 0.0
+        self.tokens = 0
 
     def step(self, step: int) -> None:
-        """What stage III does in a step, without saving and evaluating."""
-        start, timeline, rl = time.perf_counter(), self.session.rollouts.timeline, self.config.rl
-        run_async(self.sync.push(self.worker, self.session.policy.engine, step))
-        batch = self.feed.take(step)
-        with timeline.during(TRAIN, step):
-            train_on_rollouts(
-                self.worker,
-                batch.rollouts,
-                compute_advantages(batch.rollouts, rl),
-                torch.tensor([rollout.valid for rollout in batch.rollouts]),
-                rl,
-                tokens_per_micro_batch=self.config.megatron.tokens_per_micro_batch,
-            )
-        self.feed.settle()
-        if step > 0:  # the first one has no batch ahead
+        """Make a step of stage III, without saving and evaluating, and record its seconds."""
+        start = time.perf_counter()
+        engine = self.rollouts.engines.policy.engine
+        run_async(self.sync.push(self.trainer.worker, engine, step))
+        batch = self.rollouts.next(step)
+        with self.timeline.during(TRAIN, step):
+            self.trainer.update(step, batch.rollouts)
+        self.rollouts.wait()
+        if step > 0:  # the first step does not have a prefetched batch
             self.seconds.append(time.perf_counter() - start)
             self.tokens += sum(len(rollout.response_ids) for rollout in batch.rollouts)
-            self._count(timeline.row(step))
+            self._count(self.timeline.row(step))
         self.afterwards.intervals.clear()
-        timeline.forget_before(step)
+        self.timeline.forget_before(step)
 
     def _count(self, row: dict[str, float]) -> None:
         # Where responses wait for the last one, the timeline counts the wait too.
@@ -162,7 +159,7 @@ class RLVariant:
 
 
 def configured(folder: Path, arguments: argparse.Namespace) -> SparkConfig:
-    """The small world's stage III without a reference model, which is no part of the question."""
+    """Return the toy task's stage III without a reference model, which is not measured here."""
     return resolve_toy(
         compose_config(
             [
@@ -187,19 +184,19 @@ def configured(folder: Path, arguments: argparse.Namespace) -> SparkConfig:
 
 def repeats(
     config: SparkConfig, folder: Path, arguments: argparse.Namespace
-) -> Iterator[list[RLVariant]]:
-    """Every repeat has fresh arms that make the steps in turns."""
+) -> Iterator[list[Schedule]]:
+    """Yield the schedules of each repeat, fresh ones, after they made their steps in turns."""
     for repeat in range(arguments.repeats):
-        arms = [
-            RLVariant(name, config, folder / f"{repeat}-{name}", arguments.elsewhere)
-            for name in ARMS
+        schedules = [
+            Schedule(name, config, folder / f"{repeat}-{name}", arguments.elsewhere)
+            for name in SCHEDULES
         ]
         for step in range(arguments.steps):
-            for arm in arms:
-                arm.step(step)
-        yield arms
-        for arm in arms:
-            arm.session.close()
+            for schedule in schedules:
+                schedule.step(step)
+        yield schedules
+        for schedule in schedules:
+            schedule.rollouts.engines.close()
 
 
 def main() -> None:
@@ -223,28 +220,28 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[str, list[RLVariant]] = {name: [] for name in ARMS}
+    found: dict[str, list[Schedule]] = {name: [] for name in SCHEDULES}
     with tempfile.TemporaryDirectory() as folder:
-        for arms in repeats(configured(Path(folder), arguments), Path(folder), arguments):
-            for arm in arms:
-                found[arm.name].append(arm)
-    base = statistics.median(s for arm in found[ARMS[0]] for s in arm.seconds)
+        for schedules in repeats(configured(Path(folder), arguments), Path(folder), arguments):
+            for schedule in schedules:
+                found[schedule.name].append(schedule)
+    base = statistics.median(s for each in found[SCHEDULES[0]] for s in each.seconds)
     print(
         f"{arguments.prompts * 16} responses per step, {arguments.rows} rows per engine, verifier "
         f"{'embedded' if arguments.elsewhere is None else f'elsewhere, {arguments.elsewhere:g} s each'}"
     )
     print(
-        f"{'arm':14s} {'hidden':>8s} {'verifying s/step':>17s} {'step s':>8s} {'against no overlap':>19s}"
+        f"{'schedule':14s} {'hidden':>8s} {'verifying s/step':>17s} {'step s':>8s} {'against no overlap':>19s}"
     )
-    for name, arms in found.items():
-        step_s = statistics.median(s for arm in arms for s in arm.seconds)
-        verified = sum(arm.verified for arm in arms)
+    for name, schedules in found.items():
+        step_s = statistics.median(s for each in schedules for s in each.seconds)
+        verified = sum(each.verified for each in schedules)
         print(
-            f"{name:14s} {sum(arm.hidden for arm in arms) / verified:8.1%} "
-            f"{verified / sum(len(arm.seconds) for arm in arms):17.2f} {step_s:8.2f} {base / step_s:18.2f}x"
+            f"{name:14s} {sum(each.hidden for each in schedules) / verified:8.1%} "
+            f"{verified / sum(len(each.seconds) for each in schedules):17.2f} {step_s:8.2f} {base / step_s:18.2f}x"
         )
     last = found["one step off"]
-    share = sum(arm.hidden for arm in last) / sum(arm.verified for arm in last)
+    share = sum(each.hidden for each in last) / sum(each.verified for each in last)
     print(
         f"target: at least {TARGET:.0%} hidden one step off: {'met' if share >= TARGET else 'missed'} ({share:.1%})"
     )
