@@ -9,7 +9,6 @@ from .answers import (
     EvalProblem,
     answer_matches,
     grade_answers,
-    normalise_answer,
     read_answer_keys,
     read_eval_problems,
 )
@@ -54,7 +53,6 @@ __all__ = [
     "mean_accuracy",
     "mean_difference",
     "mean_estimate",
-    "normalise_answer",
     "predict_first_error",
     "ratio_estimate",
     "read_answer_keys",

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import comb
 
-from .answers import normalise_answer
+from spark_nemo.grammar import normalize_answer
+
 from .bootstrap import DEFAULT_SAMPLES, Estimate, mean_estimate
 
 
@@ -79,7 +80,7 @@ def pass_at_k_values(rows: Iterable[GradedSample], k: int) -> dict[str, float]:
 def majority_values(rows: Iterable[GradedSample], k: int) -> dict[str, bool]:
     """Return whether the most frequent answer of each problem's first k samples is correct.
 
-    Answers are grouped by ``normalise_answer``, that is by text: ``1/2`` and ``0.5`` are two
+    Answers are grouped by ``normalize_answer``, that is by text: ``1/2`` and ``0.5`` are two
     answers. Samples without an answer do not vote, the answer seen first wins a tie, and a problem
     without votes is wrong.
     """
@@ -91,7 +92,7 @@ def majority_values(rows: Iterable[GradedSample], k: int) -> dict[str, bool]:
         correct_by_answer: dict[str, bool] = {}
         for sample in graded[:k]:
             if sample.answer is not None:
-                answer = normalise_answer(sample.answer)
+                answer = normalize_answer(sample.answer)
                 votes[answer] += 1
                 correct_by_answer.setdefault(answer, sample.correct)
         if votes:

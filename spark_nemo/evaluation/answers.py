@@ -16,6 +16,7 @@ from functools import lru_cache
 from math import isfinite
 from pathlib import Path
 
+from spark_nemo.grammar import normalize_answer
 from spark_nemo.records import Problem
 from spark_nemo.records.jsonl import id_hint
 
@@ -30,8 +31,6 @@ _DECIMAL = re.compile(r"[+-]?(\d{1,100}\.\d{0,100}|\.\d{1,100})", re.ASCII)
 _FRACTION = re.compile(
     r"([+-]?)(?:\\frac\{([+-]?\d{1,100})\}\{(\d{1,100})\}|([+]?\d{1,100})/(\d{1,100}))", re.ASCII
 )
-_THOUSANDS = re.compile(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", re.ASCII)
-_ASSIGNMENT = re.compile(r"[A-Za-z](_\{?\w+\}?)?=", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +85,7 @@ def answer_matches(predicted: str | None, gold: str) -> bool:
 def grade_answer(predicted: str | None, gold: str) -> AnswerGrade:
     """Compare a final answer with the reference answer; no prediction (None, blank) is wrong.
 
-    In this order: text after ``normalise_answer``; plain numbers, compared exactly (``27.0`` =
+    In this order: text after ``normalize_answer``; plain numbers, compared exactly (``27.0`` =
     ``27``, ``0.5`` = ``\\frac{1}{2}``); otherwise math-verify 0.8+, ``verify(gold, answer)``, in a
     worker process with limits of time and memory (see ``checker``). Results of math-verify are
     cached, so a hostile string costs its time limit once.
@@ -101,8 +100,8 @@ def grade_answer(predicted: str | None, gold: str) -> AnswerGrade:
         return AnswerGrade.EQUAL
     if len(predicted) > MAX_ANSWER_CHARS:
         return AnswerGrade.DIFFERENT
-    answer = normalise_answer(predicted)
-    key = normalise_answer(gold)
+    answer = normalize_answer(predicted)
+    key = normalize_answer(gold)
     if answer == key:
         return AnswerGrade.EQUAL if answer else AnswerGrade.DIFFERENT
     number = _number(answer)
@@ -123,26 +122,6 @@ def grade_answers(pairs: Sequence[tuple[str | None, str]]) -> list[AnswerGrade]:
     keys = [gold for _, gold in pairs]
     with ThreadPoolExecutor(shared_checker().workers) as threads:
         return list(threads.map(grade_answer, predictions, keys))
-
-
-def normalise_answer(text: str) -> str:
-    """Remove notation that never changes an answer's value.
-
-    This drops dollar signs, spacing, thousands commas, ``x =`` and a final full stop, and percent
-    and degree signs as units. ``\\dfrac`` and ``\\tfrac`` become ``\\frac``, ``\\text{...}`` its
-    content. Majority voting groups answers by the result.
-    """
-    text = text.strip().strip("$").strip()
-    text = re.sub(r"\\(?:left|right|quad|qquad)(?![A-Za-z])|\\[!,;: ]", "", text)
-    text = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", text)
-    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox)\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\^\{?\\circ\}?|\\degree|\\%|%|\\\$", "", text)
-    text = re.sub(r"\\frac(\d)(\d)(?!\d)", r"\\frac{\1}{\2}", text)
-    text = re.sub(r"(?<![A-Za-z\\])\s+|\s+(?![A-Za-z])", "", text).removesuffix(".")
-    assignment = _ASSIGNMENT.match(text)
-    if assignment:
-        text = text[assignment.end() :]
-    return text.replace(",", "") if _THOUSANDS.fullmatch(text) else text
 
 
 def _read_key(place: str, row: dict[str, object], seen: dict[str, object]) -> AnswerKey:

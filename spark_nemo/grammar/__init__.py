@@ -2,6 +2,7 @@
 
 from spark_nemo.records import ParsedResponse, Step
 
+from .answer_text import normalize_answer
 from .boxed import Box, extract_boxed, find_boxes
 from .format_gate import RULES, FormatRule, check_format
 from .prompts import PROMPT_SETS, ChatMessages, PromptSet, prompt_set
@@ -64,6 +65,7 @@ __all__ = [
     "extract_boxed",
     "find_boxes",
     "legal_step_text",
+    "normalize_answer",
     "parse_judgements",
     "parse_variant",
     "parse_verification",

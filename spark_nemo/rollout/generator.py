@@ -9,8 +9,14 @@ from dataclasses import dataclass, field
 from spark_nemo.config import RLConfig
 from spark_nemo.engines.async_utils import all_or_none
 from spark_nemo.engines.served_model import ServedModel
-from spark_nemo.evaluation.answers import normalise_answer
-from spark_nemo.grammar import PromptSet, StepFormat, decode_tokens, split_response, token_spans
+from spark_nemo.grammar import (
+    PromptSet,
+    StepFormat,
+    decode_tokens,
+    normalize_answer,
+    split_response,
+    token_spans,
+)
 from spark_nemo.records import Failure, ParsedResponse, Problem, Rollout, derive_seed
 from spark_nemo.rewards import (
     FailureCount,
@@ -149,7 +155,7 @@ class RolloutGenerator:
     def _scores(self, rollouts: Sequence[Rollout], step: int) -> list[float | Failure]:
         match self.config.reward:
             case "majority":
-                return list(majority_rewards(rollouts, normalise_answer))
+                return list(majority_rewards(rollouts, normalize_answer))
             case "random":
                 # The place in the step's batch, also for a group that is scored alone.
                 first = rollouts[0].group * self.config.group_size

@@ -15,13 +15,13 @@ from spark_nemo.evaluation import (
     DataFileError,
     MathChecker,
     answer_matches,
-    normalise_answer,
     read_answer_keys,
     read_eval_problems,
     shared_checker,
 )
 from spark_nemo.evaluation.checker import AnswerGrade
 from spark_nemo.evaluation.saved_completions import read_completions
+from spark_nemo.grammar import normalize_answer
 
 DATA = (
     Path(os.environ.get("SPARK_NEMO_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
@@ -108,7 +108,7 @@ def test_symbolic_answers_go_to_math_verify(predicted, gold, equal):
 @settings(max_examples=200, deadline=None)
 def test_normalising_never_fails(text):
     """Any string at all; a string equals itself as an answer unless it is blank."""
-    normalise_answer(text)
+    normalize_answer(text)
     assert answer_matches(text, text) == bool(text.strip())
 
 

@@ -17,13 +17,12 @@ from spark_nemo.evaluation import (
     DataFileError,
     answer_matches,
     grade_answers,
-    normalise_answer,
     read_math,
     read_skywork_prompts,
 )
 from spark_nemo.evaluation.checker import AnswerGrade
 from spark_nemo.evaluation.math_data import BENCHMARKS, benchmark_of, read_math_sets
-from spark_nemo.grammar import extract_boxed
+from spark_nemo.grammar import extract_boxed, normalize_answer
 from spark_nemo.records import Problem
 from spark_nemo.records.jsonl import read_problems
 
@@ -75,7 +74,7 @@ def test_math_verify_itself_finds_gold_answers_equal_to_themselves() -> None:
         if not re.fullmatch(r"-?\d+(\.\d*)?", p.answer)
     ]
     assert len(problems) > 400
-    keys = [normalise_answer(p.answer) for p in problems]
+    keys = [normalize_answer(p.answer) for p in problems]
     pool = CheckerPool(4)
     try:
         with ThreadPoolExecutor(4) as threads:
