@@ -39,7 +39,7 @@ class RolloutEngines:
     ) -> RolloutEngines:
         """Load all engines; a ``verifier`` that is given takes the reward model's place.
 
-        Raises ``ConfigError`` when there is no reward model.
+        Raises ``ConfigError`` when the reward model is missing.
         """
         folder.mkdir(parents=True, exist_ok=True)
         rl = config.rl

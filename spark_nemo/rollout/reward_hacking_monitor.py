@@ -1,7 +1,7 @@
 """Monitor of reward hacking: detectors and a held-out verifier at training steps, probes at
 evaluations.
 
-Nothing here changes a reward, and there is no state: what depends on earlier steps is read from
+Nothing here changes a reward or keeps state: what depends on earlier steps is read from
 ``metrics.jsonl``, so that a resumed run writes what an uninterrupted one does.
 """
 

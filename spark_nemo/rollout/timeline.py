@@ -64,7 +64,7 @@ class Timeline:
         """Return the seconds of each phase in ``step``, and ``verify_hidden``.
 
         A verification lasts from the end of its response to its verdict. ``verify_hidden`` is the
-        share of the time with at least one verification of this step that lies within a
+        share of the time with at least one verification of this step within a
         generation, of whatever step, or within training. The rest is time in which the step waited
         for verifications alone. Without verifications the share is omitted.
         """

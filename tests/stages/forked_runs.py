@@ -1,11 +1,11 @@
-"""Runs of stage III that die by SIGKILL at the end of a phase and are started again:
-``forked_runs.py FOLDER < arms``.
+"""Kill runs of stage III by SIGKILL at the end of a phase and start them again:
+``forked_runs.py FOLDER < runs``.
 
-The imports, most of a small run's time, are made once: every run is a fork of this process and
-calls the command's ``main``. ``arms`` is a JSON list of ``{"name", "overrides", "phase", "step",
-"responses"}``; an arm without a phase runs undisturbed. Two go on at a time. The killing is
+The imports, most of a small run's time, are made once: every run is a fork of this process and calls
+the command's ``main``. ``runs`` is a JSON list of ``{"name", "overrides", "phase", "step",
+"responses"}``; a run without a phase is undisturbed. Two runs are made at a time. The killing is
 installed here, from outside; the package knows nothing of it. Writes ``FOLDER/statuses.json``: for
-every arm, how its processes ended (negative: by that signal).
+every run, the exit status of its processes (negative: by that signal).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from spark_nemo.stages.stage3 import PolicySync
 from spark_nemo.toy.problem_files import write_answers, write_problems
 from spark_nemo.training.grpo_trainer import GRPOTrainer
 
-RLVariant = dict[str, object]
+Run = dict[str, object]
 
 
 def die() -> None:
@@ -71,8 +71,8 @@ def counted(number: int) -> Callable[..., bool]:
 
 
 def generated(step: int, responses: int) -> None:
-    """Die when so many responses of ``step`` have been sampled; none of them has all its siblings
-    judged.
+    """Die when ``responses`` responses of ``step`` have been sampled; none of them has all its
+    siblings judged.
     """
     original, due = Timeline.during, counted(responses)
 
@@ -115,30 +115,30 @@ def install(phase: str, step: int, responses: int) -> None:
             raise ValueError(f"unknown phase {phase}")
 
 
-def launch(folder: Path, common: list[str], arm: RLVariant, *, killed: bool) -> int:
-    """One run in a child process; its exit status."""
+def launch(folder: Path, common: list[str], run: Run, *, killed: bool) -> int:
+    """Make one run in a child process and return its exit status."""
     if (child := os.fork()) == 0:
-        with (folder / f"{arm['name']}.log").open("a") as log:
+        with (folder / f"{run['name']}.log").open("a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         if killed:
-            install(str(arm["phase"]), int(arm["step"]), int(arm["responses"]))  # type: ignore[call-overload]
+            install(str(run["phase"]), int(run["step"]), int(run["responses"]))  # type: ignore[call-overload]
         raise SystemExit(
-            main(command("stage3", folder / str(arm["name"]), *common, *arm["overrides"])[3:])
+            main(command("stage3", folder / str(run["name"]), *common, *run["overrides"])[3:])
         )
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def run_arm(folder: Path, common: list[str], arm: RLVariant) -> None:
-    """The run that dies, if it is to, and the one that goes on."""
-    statuses = [launch(folder, common, arm, killed=True)] if arm["phase"] else []
-    statuses.append(launch(folder, common, arm, killed=False))
-    (folder / f"{arm['name']}.json").write_text(json.dumps(statuses))
+def make_run(folder: Path, common: list[str], run: Run) -> None:
+    """Make the run that dies, if it should, and the one that resumes."""
+    statuses = [launch(folder, common, run, killed=True)] if run["phase"] else []
+    statuses.append(launch(folder, common, run, killed=False))
+    (folder / f"{run['name']}.json").write_text(json.dumps(statuses))
 
 
-def run_all(folder: Path, arms: list[RLVariant]) -> None:
-    """Two processes share the arms, and all arms the problem files, which take longer to make than
-    a run.
+def run_all(folder: Path, runs: list[Run]) -> None:
+    """Two processes share the runs; all runs share the problem files, which take longer to make
+    than a run.
     """
     problems, eval_problems = (
         write_problems("rl", 7, 0, folder),
@@ -156,13 +156,13 @@ def run_all(folder: Path, arms: list[RLVariant]) -> None:
     halves = []
     for half in (0, 1):
         if (child := os.fork()) == 0:
-            for arm in arms[half::2]:
-                run_arm(folder, common, arm)
+            for run in runs[half::2]:
+                make_run(folder, common, run)
             os._exit(0)
         halves.append(child)
     for child in halves:
         os.waitpid(child, 0)
-    found = {arm["name"]: json.loads((folder / f"{arm['name']}.json").read_text()) for arm in arms}
+    found = {run["name"]: json.loads((folder / f"{run['name']}.json").read_text()) for run in runs}
     (folder / "statuses.json").write_text(json.dumps(found))
 
 

@@ -112,13 +112,13 @@ KEY_FIELDS = {
     "ground_truth",
     "reward_model",
 }
-"""What a data file calls a reference answer."""
+"""Names of a reference answer in data files."""
 
 
-def modules(*rooms: str) -> Iterator[types.ModuleType]:
+def modules(*packages: str) -> Iterator[types.ModuleType]:
     """Every module of these folders that can be imported here."""
-    for room in rooms:
-        package = importlib.import_module(f"spark_nemo.{room}")
+    for package_name in packages:
+        package = importlib.import_module(f"spark_nemo.{package_name}")
         for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             # Files that run inside a server's own environment.
             if not found.name.startswith(
@@ -127,11 +127,11 @@ def modules(*rooms: str) -> Iterator[types.ModuleType]:
                 yield importlib.import_module(found.name)
 
 
-def data_types(*rooms: str) -> dict[tuple[str, str], type]:
+def data_types(*packages: str) -> dict[tuple[str, str], type]:
     """Dataclasses that are made there, by module and name."""
     return {
         (t.__module__, t.__qualname__): t
-        for module in modules(*rooms)
+        for module in modules(*packages)
         for t in vars(module).values()
         if isinstance(t, type) and dataclasses.is_dataclass(t) and t.__module__ == module.__name__
     }
@@ -174,10 +174,10 @@ def hints_of(data_type: type) -> dict[str, object]:
             names[error.name] = next(iter(found), object)
 
 
-def trees(*rooms: str) -> Iterator[tuple[str, ast.Module]]:
+def trees(*packages: str) -> Iterator[tuple[str, ast.Module]]:
     """Parsed sources by module name."""
-    for room in rooms:
-        for path in sorted((PACKAGE / room).rglob("*.py")):
+    for package_name in packages:
+        for path in sorted((PACKAGE / package_name).rglob("*.py")):
             name = ".".join(("spark_nemo", *path.relative_to(PACKAGE).with_suffix("").parts))
             yield name, ast.parse(path.read_text())
 
@@ -186,7 +186,7 @@ def test_no_record_has_a_field_for_an_answer_key() -> None:
     """Proves it for every dataclass of ``records`` by field name and type; a verdict's
     ``answer_correct`` is a vote.
 
-    Does not prove that nobody hides an answer in a question's text.
+    Does not prove that a question's text is free of answers.
     """
     types = [
         t for t in vars(records).values() if isinstance(t, type) and dataclasses.is_dataclass(t)
@@ -236,7 +236,7 @@ def test_functions_with_answers_behind_them_are_held_where_declared_and_nowhere_
 
 def test_the_settings_that_name_a_file_with_answers_are_the_declared_ones() -> None:
     """Proves no other setting's name speaks of answers, keys or references. Each declared one is
-    refused where its baseline is not asked for: test_compose, test_label_knobs.
+    rejected where its baseline is not asked for: test_compose, test_label_knobs.
     """
     words, found = (*FORBIDDEN, "answer"), set()
     for section in dataclasses.fields(SparkConfig):
@@ -246,8 +246,8 @@ def test_the_settings_that_name_a_file_with_answers_are_the_declared_ones() -> N
     assert found == (ANSWER_FILES.keys() - {"data.eval_problems"}) | ABOUT_THE_BASELINE
 
 
-def test_no_room_below_the_stages_imports_or_names_an_answer_key() -> None:
-    """Proves the rooms where labels, rewards, losses and samples are made import nothing of
+def test_no_package_below_the_stages_imports_or_names_an_answer_key() -> None:
+    """Proves the packages where labels, rewards, losses and samples are made import nothing of
     evaluation, directly or through one another (import-linter: the layers), and do not even name an
     answer's type or reader: a declared baseline reaches them as a closure.
     """
@@ -278,7 +278,7 @@ def test_the_functions_that_touch_answers_are_the_declared_ones() -> None:
 
 def test_no_training_code_looks_for_an_answer_in_a_row_of_data() -> None:
     """Proves no ``row["answer"]`` or ``row.get("ground_truth")``, by any name that the data files
-    at hand use, in rooms and stages: an answer cannot come in beside the typed readers.
+    at hand use, in any package: an answer cannot come in next to the typed readers.
     """
     for name, tree in trees(*ROOMS, *ABOVE):
         for node in ast.walk(tree):

@@ -1,6 +1,4 @@
-"""Which groups a step trains on when useless ones are replaced, and that judging does not wait for
-siblings.
-"""
+"""Dynamic sampling: the groups a step trains on, and judging while siblings still decode."""
 
 from __future__ import annotations
 
@@ -116,8 +114,8 @@ def test_the_first_useful_groups_in_prompt_order_are_kept_whichever_ends_first(
     order: tuple[int, ...],
 ) -> None:
     """In every order of arrival: a and c, never d, whose prompt goes back. Equal content and
-    counts, so a repeated run trains on the same. Groups are numbered anew, for advantages are made
-    by group.
+    counts, so a repeated run trains on the same. Groups are renumbered, since advantages are
+    computed by group.
     """
     batch, _ = sampled(dict(zip(NAMES, order)), NAMES, 2, 2.0)
     assert kept(batch) == ["a-mixed", "c-mixed"]
@@ -164,8 +162,8 @@ def test_a_problem_that_comes_twice_in_a_step_is_sampled_anew() -> None:
 
 
 def test_a_failure_counts_only_where_its_group_is_needed() -> None:
-    """An engine failure in a group before the last one kept is raised; behind it, it is nobody's
-    loss.
+    """An engine failure in a group before the last one kept is raised; behind it, it does
+    not matter.
     """
 
     async def group(value: int) -> int:

@@ -1,4 +1,4 @@
-"""What stage III writes down about reward hacking, from batches and judges that are given."""
+"""The reward hacking monitor, over batches and judges that are given."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_the_highest_rewards_are_kept_and_suspicious_ones_first(tmp_path: Path) 
 def test_probes_report_the_planted_weakness_and_what_stands_before_it(
     tmp_path: Path, caplog
 ) -> None:
-    """With its constraint on the accepted probe is no warning; with the constraint off it is."""
+    """Acceptance is logged only while the constraint is off."""
     problem = Problem("p", QUESTION)
     with caplog.at_level(logging.WARNING):
         (row,) = asyncio.run(watch(tmp_path, HackingConfig()).probe([problem], 4))

@@ -1,6 +1,4 @@
-"""The parts of working one step ahead: the background call, the batch in a checkpoint, and what was
-hidden.
-"""
+"""Building blocks of working one step ahead: background work, checkpointed batch, timeline."""
 
 from __future__ import annotations
 
@@ -205,8 +203,8 @@ def test_the_prefetched_batch_is_in_the_checkpoint(tmp_path) -> None:
 
 
 def test_hidden_is_the_share_of_verification_within_generation_or_training() -> None:
-    """Of 6 s in which step 1's responses were verified, 1 s lay in a generation and 2 s in another
-    step's training. Overlapping verifications count once.
+    """Step 1's responses were verified for 6 s: 1 s within a generation, 2 s within another step's
+    training. Overlapping verifications count once.
     """
     timeline = Timeline(
         [

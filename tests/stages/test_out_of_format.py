@@ -1,4 +1,4 @@
-"""A policy that does not know its format is said so at the first step."""
+"""A policy that does not know its format causes a warning at the first step."""
 
 import logging
 

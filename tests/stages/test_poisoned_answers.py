@@ -25,8 +25,8 @@ RL = ["rl.steps=2", "rl.save_every=2", "rl.eval_every=2"]
 
 
 def write_world(folder: Path, *, poisoned: bool) -> list[str]:
-    """Every file of a run, with answers wherever one could stand: as keys, in problem files (where
-    nobody may look), and as labels of the evaluation cases. Overrides that name them.
+    """Every file of a run, with answers in every possible place: as keys, in problem files (where no
+    stage may look), and as labels of the evaluation cases. Overrides that name them.
     """
     folder.mkdir()
     for split, count in (("stage1", 8), ("rl", 8), ("eval", 8)):
@@ -120,7 +120,7 @@ def test_poisoned_answers_change_no_label_no_number_and_no_weight(folders: dict[
     labels, every logged number of training, the weights of reward model and policy. Only the
     declared baseline differs.
 
-    Does not prove it for settings that the small world does not use; test_answer_wall looks at the
+    Does not prove it for settings that the toy task does not use; test_answer_wall looks at the
     code.
     """
     names = dict(trained(folders["honest"]))
@@ -141,9 +141,9 @@ def test_the_poison_reached_evaluation_and_the_declared_baseline(folders: dict[s
     answer is right any more), and training that does read answers has other weights.
     """
     honest, poisoned = folders["honest"], folders["poisoned"]
-    for arm in ("process_aware", "rlvr"):
+    for reward in ("process_aware", "rlvr"):
         before, after = (
-            rows(folder / f"stage3/{arm}/evaluations.jsonl") for folder in (honest, poisoned)
+            rows(folder / f"stage3/{reward}/evaluations.jsonl") for folder in (honest, poisoned)
         )
         assert before[0]["sampled"]["value"] > 0 and all(
             row["sampled"]["value"] == 0 for row in after

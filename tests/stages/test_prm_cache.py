@@ -1,4 +1,4 @@
-"""The verification cache under the real policy, reward model and engine of the small world."""
+"""The verification cache under the real policy, reward model and engine of the toy task."""
 
 from __future__ import annotations
 

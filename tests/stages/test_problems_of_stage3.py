@@ -1,4 +1,4 @@
-"""Problem files that stage III could not get through are refused before a model is loaded."""
+"""Problems that stage III cannot work with are rejected by name before any work."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ def small(folder: Path, *overrides: str) -> SparkConfig:
 
 
 @pytest.mark.parametrize("field", ["rl_problems", "eval_problems"])
-def test_a_prompt_that_leaves_no_room_for_the_response_is_named(tmp_path: Path, field: str) -> None:
-    """Engines refuse such a request, which ends the run at the step that draws the problem, and
+def test_a_prompt_that_leaves_no_space_for_the_response_is_named(
+    tmp_path: Path, field: str
+) -> None:
+    """Engines reject such a request, which ends the run at the step that draws the problem, and
     again after every resume. Says nothing about the verifier's prompt, whose length is known when
     the response is there.
     """
@@ -53,7 +55,7 @@ def test_a_step_needs_as_many_problems_as_it_has_prompts(tmp_path: Path) -> None
 
 def test_held_out_problems_may_be_a_benchmark_as_it_is_distributed(tmp_path: Path) -> None:
     """MATH-500's own columns are read because the file's name says what it is; the same rows under
-    another name are refused with the field that is missing, before any work.
+    another name are rejected with the field that is missing, before any work.
     """
     row = {
         "problem": "What is 2 + 3?",

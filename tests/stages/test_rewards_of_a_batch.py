@@ -240,8 +240,8 @@ def test_a_prm_gives_the_rewards_of_a_prm_cot_that_says_the_same(reward: str) ->
 
 
 def test_an_orm_gives_a_verdict_and_no_step_labels() -> None:
-    """Yes is 1, No is 0, anything else is a parse failure that is masked; there is no figure of
-    correct steps.
+    """Yes is 1, No is 0, anything else is a parse failure that is masked; the share of correct
+    steps is omitted.
     """
     batch, _, _ = scored("process_aware", variant=Variant.ORM, replies=ORM)
     assert outcomes(batch)[:2] == [AnswerVerdict(True), AnswerVerdict(False)]

@@ -1,6 +1,4 @@
-"""What a run of stage III leaves behind when it does not reach its end, and what may go on from
-there.
-"""
+"""Runs of stage III that do not reach their end, and runs that must not resume."""
 
 from __future__ import annotations
 
@@ -74,8 +72,8 @@ def test_a_run_that_ends_early_lets_go_of_its_engines(
 
 
 def test_a_run_goes_on_with_the_data_and_models_that_it_began_with(tmp_path: Path) -> None:
-    """What a checkpoint was made with names the content of the problems, of the policy and of the
-    reward model, so that another file under the same name is another run, and the same file in
+    """The fingerprint in a checkpoint has the content of the problems, the policy and the reward
+    model, so that another file under the same name is another run, and the same file in
     another place is not.
     """
     config = tiny(tmp_path, "rl.reward=process_aware", f"rl.reward_model={ASSETS / 'verifier'}")

@@ -1,4 +1,4 @@
-"""Running the real command on the small world, in sizes that take seconds."""
+"""Run the real command on the toy task, in sizes that take seconds."""
 
 from __future__ import annotations
 
