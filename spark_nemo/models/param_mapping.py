@@ -1,4 +1,4 @@
-"""How Megatron's parameters are made of Hugging Face tensors: names, shapes, fusion and sharding.
+"""Mapping of Hugging Face tensors to Megatron parameters: names, shapes, fusion and sharding.
 
 The one description of a model's tensors. Checkpoint conversion, loading, export, memory sizing,
 weight sync and the embedded engine all read it. Names are those of transformers'
@@ -22,7 +22,7 @@ _MEGATRON_LAYER = "decoder.layers.{layer}."
 
 
 class Split(Enum):
-    """How Hugging Face tensors are fused into one parameter and cut over tensor-parallel ranks."""
+    """Fusion of Hugging Face tensors into one parameter, and its cut over tensor-parallel ranks."""
 
     REPLICATED = "replicated"
     """One tensor, whole on every rank."""

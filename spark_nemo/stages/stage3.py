@@ -36,7 +36,7 @@ from spark_nemo.training.grpo_trainer import GRPOTrainer
 from spark_nemo.training.metrics_writer import MetricsWriter
 from spark_nemo.training.stop import StopFlag
 from spark_nemo.utils.progress_bar import progress_bar
-from spark_nemo.weight_sync.distributed import same_nccl_as_sglang
+from spark_nemo.weight_sync.distributed import use_sglang_nccl_settings
 from spark_nemo.weight_sync.logprob_gate import FirstStepGate
 from spark_nemo.weight_sync.synchronizer import WeightSync
 
@@ -70,7 +70,7 @@ def _train(config: SparkConfig, folder: Path, verifier: ServedModel | None) -> b
     problems = read_problems(config.data.rl_problems)
     eval_problems = read_math(config.data.eval_problems)
     if config.weight_sync.transport_for(config.engine.kind) == "distributed":
-        same_nccl_as_sglang()
+        use_sglang_nccl_settings()
     worker = MegatronWorker.from_hf(
         config.models.policy,
         config.megatron,

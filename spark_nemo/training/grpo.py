@@ -215,7 +215,7 @@ def _observed(loss_fn: LossFn, gate: FirstStepGate) -> LossFn:
 
 
 def _observe(gate: FirstStepGate, logprobs_T: Tensor, batch: PackedBatch) -> None:
-    gate.see(logprobs_T, batch.extras[ENGINE_LOGPROBS], batch.labels_T, batch.loss_mask_T > 0)
+    gate.observe(logprobs_T, batch.extras[ENGINE_LOGPROBS], batch.labels_T, batch.loss_mask_T > 0)
 
 
 def _mean_metrics(results: Sequence[StepResult]) -> dict[str, float]:

@@ -1,10 +1,8 @@
-"""A hash of every tensor on both sides of a sync, so that what an engine serves is what the trainer
-has.
+"""Checksums of every tensor on both sides of a sync: proof that an engine serves the trainer's weights.
 
-The hash is SGLang's own (``tensor_digest``), which is another one on a GPU than on a CPU:
-trainer and server must both be on the one or on the other. The trainer's side never builds an
-engine tensor: its pieces are hashed as the export brings them. That the GPU's hash is the server's
-was checked with SGLang's kernel in Triton's interpreter only.
+The hash is SGLang's own (``tensor_digest``). It differs between GPU and CPU, so trainer and server
+must both be on GPUs or both on CPUs. The trainer never builds an engine's fused tensors: their
+pieces are hashed as the export brings them.
 """
 
 from __future__ import annotations
@@ -14,22 +12,21 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from spark_nemo.models.param_mapping import EMBEDDING, HEAD
+
 from .engine_view import EngineTensor, Piece, Slice
 from .sync_plan import SyncPlan
 from .tensor_digest import TensorDigest, digest_for
 
 _BLOCK_BYTES = 16 << 20
 Checksums = list[dict[str, str]]
-"""For each engine rank, hash by the engine's name of the tensor."""
+"""For each engine rank, the hash of every parameter by the engine's name for it."""
 ServedForm = Callable[[str, torch.Tensor], torch.Tensor]
+"""Converts the named Hugging Face tensor to the form in which an engine stores it."""
 
 
 class ExpectedChecksums:
-    """What the engine's ranks should report, made while the trainer's tensors stream past.
-
-    ``served_form(name, tensor)`` is how the engine stores a Hugging Face tensor, when it does not
-    store it as it is.
-    """
+    """Checksums that the engine's ranks should report, computed while the tensors are exported."""
 
     def __init__(
         self,
@@ -37,51 +34,59 @@ class ExpectedChecksums:
         dtype: torch.dtype,
         served_form: ServedForm | None = None,
     ) -> None:
-        self._dtype, self._served_form = dtype, served_form
-        self._open = [{tensor.name: _Running(tensor) for tensor in rank} for rank in ranks]
-        self._readers: dict[str, list[_Running]] = {}
-        for rank in self._open:
-            for running in rank.values():
-                for name in dict.fromkeys(
-                    piece.name for piece in running.left if piece.name is not None
-                ):
-                    self._readers.setdefault(name, []).append(running)
+        self._dtype = dtype
+        self._served_form = served_form
+        self._hashes = [{tensor.name: _TensorHash(tensor) for tensor in rank} for rank in ranks]
+        self._readers: dict[str, list[_TensorHash]] = {}
+        """The engine tensors that contain pieces of a Hugging Face tensor."""
+        for rank_hashes in self._hashes:
+            for tensor_hash in rank_hashes.values():
+                for name in tensor_hash.source_names():
+                    self._readers.setdefault(name, []).append(tensor_hash)
 
-    def see(self, name: str, tensor: torch.Tensor) -> None:
-        """The next tensor of the export, whole. Its pieces must come in the order of the engine's
-        rows.
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Hash the next tensor of the export.
+
+        The pieces of an engine tensor must come in the order of its rows.
         """
         if self._served_form is not None:
             tensor = self._served_form(name, tensor)
-        hashed: dict[Slice, list[_Running]] = {}
-        for running in self._readers.get(name, ()):
-            hashed.setdefault(running.expect(name), []).append(running)
-        for part, readers in hashed.items():
+        # Ranks that share a slice read it once.
+        readers_of: dict[Slice, list[_TensorHash]] = {}
+        for reader in self._readers.get(name, ()):
+            readers_of.setdefault(reader.next_slice(name), []).append(reader)
+        for part, readers in readers_of.items():
             for block in _blocks(tensor, part):
-                for running in readers:
-                    running.update(block)
+                for reader in readers:
+                    reader.update(block)
 
     def result(self) -> Checksums:
-        """All of them. Raises ``ValueError`` when the export ended before a tensor was whole."""
+        """Return all checksums. Raises ``ValueError`` if a tensor is still incomplete."""
         return [
-            {name: running.finish(self._dtype) for name, running in rank.items()}
-            for rank in self._open
+            {name: tensor_hash.finish(self._dtype) for name, tensor_hash in rank_hashes.items()}
+            for rank_hashes in self._hashes
         ]
 
 
-class _Running:
-    """An engine tensor of which some rows are hashed already."""
+class _TensorHash:
+    """Hash of an engine tensor, of which the first rows have been added."""
 
     def __init__(self, tensor: EngineTensor) -> None:
-        self.name, self.left = tensor.name, list(tensor.pieces)
+        self._name = tensor.name
+        self._pending = list(tensor.pieces)
         self._elements = math.prod(tensor.shape)
         self._digest: TensorDigest | None = None
         self._device = torch.device("cpu")
 
-    def expect(self, name: str) -> Slice:
-        piece = self.left.pop(0)
+    def source_names(self) -> list[str]:
+        """Return the Hugging Face tensors of its pieces, each once."""
+        names = (piece.name for piece in self._pending if piece.name is not None)
+        return list(dict.fromkeys(names))
+
+    def next_slice(self, name: str) -> Slice:
+        piece = self._pending.pop(0)
         if piece.name != name:
-            raise ValueError(f"checksum of {self.name}: {name} came before {piece.name}")
+            raise ValueError(f"checksum of {self._name}: {name} came before {piece.name}")
         return piece.slice
 
     def update(self, block: torch.Tensor) -> None:
@@ -91,18 +96,21 @@ class _Running:
         self._digest.update(block)
 
     def finish(self, dtype: torch.dtype) -> str:
-        for piece in self.left:
+        for piece in self._pending:
             if piece.name is not None:
-                raise ValueError(f"checksum of {self.name}: {piece.name} never came")
-            self.update(
-                torch.zeros(piece.slice.height, piece.slice.width, dtype=dtype, device=self._device)
-            )
+                raise ValueError(f"checksum of {self._name}: {piece.name} never came")
+            height = piece.slice.height
+            width = piece.slice.width
+            self.update(torch.zeros(height, width, dtype=dtype, device=self._device))
         assert self._digest is not None
         return self._digest.hexdigest()
 
 
 def _blocks(tensor: torch.Tensor, part: Slice) -> list[torch.Tensor]:
-    """Views of a slice, some rows each; columns are copied block by block when they are hashed."""
+    """Return a slice as views of some rows each.
+
+    Hashing copies columns, so the blocks bound that copy.
+    """
     rows = tensor[part.rows[0] : part.rows[1]]
     if part.columns is not None and part.columns != (0, tensor.shape[1]):
         rows = rows[:, part.columns[0] : part.columns[1]]
@@ -111,28 +119,22 @@ def _blocks(tensor: torch.Tensor, part: Slice) -> list[torch.Tensor]:
 
 
 def by_checkpoint_name(plan: SyncPlan, tied: bool) -> list[list[EngineTensor]]:
-    """The view of an engine that keeps tensors under their Hugging Face names, in one rank.
+    """Return the view of a one-rank engine that keeps tensors under their Hugging Face names.
 
-    A tied model's head counts as a tensor of its own there: such an engine has a copy of the
-    embedding for it.
+    Such an engine copies a tied embedding for its head, so the head is a tensor of its own.
     """
-    tensors = [
-        EngineTensor(t.name, t.shape, (Piece(t.name, _all_of(t.shape)),)) for t in plan.tensors
-    ]
-    if tied:
-        embedding = next(t for t in tensors if t.name == "model.embed_tokens.weight")
-        tensors.append(EngineTensor("lm_head.weight", embedding.shape, embedding.pieces))
+    tensors = []
+    for planned in plan.tensors:
+        columns = (0, planned.shape[1]) if len(planned.shape) == 2 else None
+        piece = Piece(planned.name, Slice((0, planned.shape[0]), columns))
+        tensors.append(EngineTensor(planned.name, planned.shape, (piece,)))
+        if tied and planned.name == EMBEDDING:
+            tensors.append(EngineTensor(HEAD, planned.shape, (piece,)))
     return [tensors]
 
 
-def _all_of(shape: tuple[int, ...]) -> Slice:
-    return Slice((0, shape[0]), (0, shape[1]) if len(shape) == 2 else None)
-
-
 def differing(expected: Checksums, served: Checksums) -> list[str]:
-    """Names of the engine tensors that are not what was sent, with ``(rank r)`` when the engine has
-    several ranks.
-    """
+    """Return the names of engine tensors that differ from the trainer's, with their rank."""
     if len(expected) != len(served):
         return [f"all: the engine has {len(served)} ranks, {len(expected)} were planned"]
     wrong = []

@@ -15,12 +15,13 @@ from spark_nemo.engines.local.checksum import ByteDigest
 
 _MASK32, _MASK64 = (1 << 32) - 1, (1 << 64) - 1
 _SEEDS = (0x243F6A88, ((0x243F6A88 * 0x9E3779B1) ^ 0xDEADBEEF) & _MASK32)
-_POSITION = ((0x27D4EB2D, 15), (0x165667B1, 13))
+_POSITION_MIX = ((0x27D4EB2D, 15), (0x165667B1, 13))
 _TILE = 8192
 """Words that are summed before they are mixed again."""
-_HOLD = 8 << 20
-"""Bytes that are mixed at once. A block costs some 50 small kernels, and a model has 10,000s of
-experts' tensors.
+_MIX_BYTES = 8 << 20
+"""Bytes that are mixed at once.
+
+A mix costs about 50 small kernels, and a model with experts has tens of thousands of tensors.
 """
 
 
@@ -40,16 +41,17 @@ def digest_for(example: torch.Tensor, num_bytes: int) -> TensorDigest:
 
 
 class WordDigest:
-    """SGLang's GPU hash in plain torch: two sums of mixed words per tile of 8192, mixed again and
-    added.
+    """SGLang's GPU hash in plain torch.
 
-    int32 stands for uint32: products and sums wrap alike, only right shifts need a mask. Small
-    blocks are held, as copies, until there are 8 MiB of them. Raises ``ValueError`` for a block
-    that ends inside a word.
+    Per tile of 8192 words it sums mixed words in two ways, mixes the sums again and adds them.
+    Raises ``ValueError`` for a block that ends inside a word.
     """
 
+    # int32 is used for uint32: products and sums wrap alike, only right shifts need a mask.
+
     def __init__(self, num_bytes: int, device: torch.device) -> None:
-        self._words, self._at = num_bytes // 4, 0
+        self._words = num_bytes // 4
+        self._position = 0
         self._held: list[torch.Tensor] = []
         self._held_words = 0
         self._sums_2K = torch.zeros(
@@ -65,23 +67,25 @@ class WordDigest:
             )
         words_N = raw_B.view(torch.int32)
         self._held_words += words_N.numel()
-        enough = self._held_words * 4 >= _HOLD or self._at + self._held_words >= self._words
+        enough = self._held_words * 4 >= _MIX_BYTES or self._position + self._held_words >= self._words
+        # A held block must be copied: the caller overwrites its buffer.
         self._held.append(words_N if enough else words_N.clone())
         if enough:
             self._mix_held()
 
     def _mix_held(self) -> None:
         words_N = self._held[0] if len(self._held) == 1 else torch.cat(self._held)
-        self._held, self._held_words = [], 0
-        index_N = torch.arange(self._at, self._at + words_N.numel(), device=words_N.device)
+        self._held = []
+        self._held_words = 0
+        index_N = torch.arange(self._position, self._position + words_N.numel(), device=words_N.device)
         position_N, tile_N = index_N.to(torch.int32), index_N // _TILE
-        for sums_K, seed, (factor, turn) in zip(self._sums_2K, _SEEDS, _POSITION):
+        for sums_K, seed, (factor, turn) in zip(self._sums_2K, _SEEDS, _POSITION_MIX):
             place_N = (position_N * _signed(factor) + _signed(seed)) ^ (
                 (position_N << turn) | _shifted(position_N, 32 - turn)
             )
             mixed_N = _mix(words_N ^ place_N)
             sums_K.index_add_(0, tile_N, mixed_N.to(torch.int64) & _MASK32)
-        self._at += words_N.numel()
+        self._position += words_N.numel()
 
     def hexdigest(self) -> str:
         """See ``TensorDigest``."""

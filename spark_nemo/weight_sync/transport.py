@@ -1,4 +1,4 @@
-"""The one interface of all ways from the trainer's ranks into servers, and what they share."""
+"""Interface of all transports from the trainer's ranks into servers, and what they share."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ from .weight_stream import Export
 
 
 class TransferBroken(EngineFailure):
-    """A push in which some servers were lost half-way; those that are left need all of it again."""
+    """Some servers failed during a push, and the remaining ones need all tensors again."""
 
 
 @dataclass(slots=True)
 class Targets:
-    """The engines that one push is for. A fleet's ``WeightUpdate`` has the same two members."""
+    """Engines of one push. A fleet's ``WeightUpdate`` has the same ``targets`` and ``failed``."""
 
     targets: dict[Engine, str]
-    """Engine -> its name in messages."""
+    """Each engine's name in messages."""
     errors: dict[Engine, EngineFailure] = field(default_factory=dict)
 
     def failed(self, engine: Engine, error: EngineFailure) -> None:
-        """``engine`` did not take the weights."""
+        """Record that ``engine`` did not load the weights."""
         self.errors[engine] = error
 
     @property
-    def left(self) -> list[Engine]:
-        """Who has not failed yet."""
+    def remaining(self) -> list[Engine]:
+        """Engines that have not failed."""
         return [engine for engine in self.targets if engine not in self.errors]
 
 
 class Transport(abc.ABC):
-    """Sends one export to all targets. Runs on the main rank; the engines are paused meanwhile."""
+    """Sends one export to all targets. Runs on the main rank while the engines are paused."""
 
     needs_pause = True
 
     @abc.abstractmethod
     async def send(self, export: Export, targets: Targets, version: int) -> None:
-        """Bring every target to ``version``, saying ``targets.failed`` for each that did not take
-        it.
+        """Bring every target to ``version``, calling ``targets.failed`` for each that fails.
 
         The caller drops prefix caches afterwards. Raises ``TransferBroken`` when the remaining
-        targets must be sent everything again, and ``EngineFailure`` when no target got anything:
-        all serve what they served before.
+        targets must be sent everything again, and ``EngineFailure`` when no target received
+        anything, so that all serve their previous weights.
         """
 
     async def confirmed(self, version: int) -> None:
-        """All targets that are left serve ``version`` and have been checked."""
+        """Clean up after all remaining targets were verified to serve ``version``."""
         del version
 
     async def restore(self, engine: Engine, version: int) -> None:
-        """Bring one server that returns in the middle of a step to ``version``. Raises
-        ``EngineFailure`` if impossible: the server then waits for the next sync.
+        """Bring one server that returns between two pushes to ``version``.
+
+        Raises ``EngineFailure`` if the transport cannot: the server then waits for the next push.
         """
         raise EngineFailure(
             f"{engine}: this transport cannot send weights version {version} to one server alone; it "
@@ -64,23 +64,22 @@ class Transport(abc.ABC):
         )
 
     async def close(self) -> None:
-        """Leave nothing behind."""
+        """Release everything that the transport holds."""
         return
 
 
 @contextlib.asynccontextmanager
 async def targets_of(engine: Engine, version: int) -> AsyncIterator[Targets]:
-    """The engines behind ``engine``: itself, or a fleet's living members. At the end, a failure of
-    all is raised.
+    """Yield the engines behind ``engine``: itself, or the live replicas of a fleet.
 
-    Of a fleet, who fails is taken out by the fleet itself.
+    Afterwards a fleet evicts the replicas that failed; the failure of a single engine is raised.
     """
     if hasattr(engine, "updating"):
         async with engine.updating(version) as update:
             targets = Targets(dict(update.targets))
             yield targets
-            for member, error in targets.errors.items():
-                update.failed(member, error)
+            for replica, error in targets.errors.items():
+                update.failed(replica, error)
         return
     targets = Targets({engine: str(getattr(engine, "url", type(engine).__name__))})
     yield targets
@@ -89,22 +88,21 @@ async def targets_of(engine: Engine, version: int) -> AsyncIterator[Targets]:
 
 
 async def each(
-    targets: Targets, call: Callable[[Engine], Awaitable[object]], timeout_s: float, what: str
+    targets: Targets, call: Callable[[Engine], Awaitable[object]], timeout_s: float, action: str
 ) -> None:
-    """Await ``call`` for all who are left at once; who fails or takes longer than ``timeout_s`` is
-    marked failed.
+    """Await ``call`` for all remaining targets concurrently, and record the ones that fail.
+
+    A call that takes longer than ``timeout_s`` fails, too; ``action`` names it in messages.
     """
 
-    async def one(engine: Engine) -> None:
+    async def run(engine: Engine) -> None:
         try:
             async with asyncio.timeout(timeout_s):
                 await call(engine)
         except TimeoutError:
-            targets.failed(
-                engine,
-                EngineUnavailable(f"{targets.targets[engine]}: {what} took over {timeout_s:g} s"),
-            )
+            name = targets.targets[engine]
+            targets.failed(engine, EngineUnavailable(f"{name}: {action} took over {timeout_s:g} s"))
         except EngineFailure as error:
             targets.failed(engine, error)
 
-    await asyncio.gather(*(one(engine) for engine in targets.left))
+    await asyncio.gather(*(run(engine) for engine in targets.remaining))

@@ -270,7 +270,7 @@ def push(folder, layout):
     found["refused"] = gather_objects(_error_of(lambda: run_async(sync.push(worker, engine, 2))))
     gate, row = FirstStepGate(settings), torch.zeros(4)
     if torch.distributed.get_rank() == 3:  # one rank alone has seen a token that differs
-        gate.see(row, row - 0.5, row.long(), row == 0)
+        gate.observe(row, row - 0.5, row.long(), row == 0)
     found["gate"] = gather_objects(_error_of(gate.decide))
     return found
 

@@ -127,7 +127,7 @@ def test_sglangs_own_module_has_what_the_plan_says(folders, served, tp):
             load_file(folder / "model.safetensors"),
         )
         for name in hf_tensor_shapes(spec):
-            expected.see(name, tensors[name])
+            expected.add(name, tensors[name])
         ranks = served[str(tp)][str(folder)]
         assert [{name: tuple(shape) for name, (shape, _) in rank.items()} for rank in ranks] == [
             {tensor.name: tensor.shape for tensor in rank} for rank in plan.engine_ranks

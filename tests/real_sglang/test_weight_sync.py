@@ -252,7 +252,7 @@ def gate_on_samples(sync, trainer, server, prompts):
     settings = WeightSyncConfig(max_mean_mismatch=1e-4, max_token_mismatch=1e-3)
     gate = FirstStepGate(settings, lambda: run_async(sync.differing_tensors(trainer, server)))
     for batch, logprobs_T in zip(packed.micro_batches, trainer.logprobs(packed.micro_batches, 0.8)):
-        gate.see(logprobs_T, batch.extras["engine"], batch.labels_T, batch.loss_mask_T > 0)
+        gate.observe(logprobs_T, batch.extras["engine"], batch.labels_T, batch.loss_mask_T > 0)
     return gate
 
 

@@ -53,7 +53,7 @@ def test_fused_sharded_padded(tp):
     )
     expected = ExpectedChecksums(plan.engine_ranks, torch.bfloat16)
     for planned in plan.tensors:
-        expected.see(planned.name, tensors[planned.name])
+        expected.add(planned.name, tensors[planned.name])
     found = expected.result()
     assert [len(rank) for rank in found] == [2 * 7 + 3] * tp
     padded = torch.cat([tensors["lm_head.weight"], torch.zeros(58, 16).bfloat16()])
@@ -93,7 +93,7 @@ def test_an_unfinished_export_has_no_checksum():
     )
     expected = ExpectedChecksums(plan.engine_ranks, torch.float32)
     for planned in plan.tensors[:-1]:
-        expected.see(planned.name, torch.zeros(planned.shape))
+        expected.add(planned.name, torch.zeros(planned.shape))
     with pytest.raises(ValueError, match=r"lm_head\.weight never came"):
         expected.result()
 

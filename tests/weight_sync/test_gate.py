@@ -183,7 +183,7 @@ def test_nan_does_not_pass():
     """
     gate = FirstStepGate(WeightSyncConfig(max_mean_mismatch=1.0))
     row = torch.zeros(3)
-    gate.see(torch.tensor([0.0, float("nan"), 0.0]), row, row.long(), row == 0)
+    gate.observe(torch.tensor([0.0, float("nan"), 0.0]), row, row.long(), row == 0)
     with pytest.raises(WeightMismatch, match="inf nats on average"):
         gate.decide()
 
@@ -203,7 +203,7 @@ def test_bounds_are_each_their_own():
         (WeightSyncConfig(max_mean_mismatch=None), True),
     ):
         gate = FirstStepGate(settings)
-        gate.see(torch.zeros(100), logprobs, tokens, inside)
+        gate.observe(torch.zeros(100), logprobs, tokens, inside)
         if passes:
             found = gate.decide()
             assert (

@@ -12,7 +12,11 @@ import torch.distributed as dist
 
 from spark_nemo.engines.base import EngineFailure
 from spark_nemo.weight_sync import distributed
-from spark_nemo.weight_sync.distributed import DistributedTransport, _Group, same_nccl_as_sglang
+from spark_nemo.weight_sync.distributed import (
+    DistributedTransport,
+    _Group,
+    use_sglang_nccl_settings,
+)
 
 
 class Server:
@@ -94,7 +98,9 @@ def test_the_trainers_address_can_be_reached_by_every_server(urls, own, monkeypa
     own 127.0.0.1, and hang there for half an hour.
     """
     monkeypatch.setattr(
-        distributed, "_own_address", lambda url: "127.0.0.1" if "127" in url else "10.0.0.9"
+        distributed,
+        "local_address_towards",
+        lambda url: "127.0.0.1" if "127" in url else "10.0.0.9",
     )
     monkeypatch.setattr(distributed, "free_port", lambda address: 1234)
     assert _Group([Server(url) for url in urls], 1, 5.0).address == own
@@ -102,7 +108,7 @@ def test_the_trainers_address_can_be_reached_by_every_server(urls, own, monkeypa
 
 def test_a_server_with_an_ipv6_address_has_a_group(monkeypatch):
     """Its address is found, and written with brackets where a URL is wanted."""
-    assert distributed._own_address("http://[::1]:30000") == "::1"
+    assert distributed.local_address_towards("http://[::1]:30000") == "::1"
     group, asked = _Group([Server("http://[::1]:30000")], 1, 5.0), []
 
     def rendezvous(url, *_, **__):
@@ -139,8 +145,8 @@ def test_nccl_allocates_here_as_it_does_in_the_servers(monkeypatch):
     together. Who has set it keeps it.
     """
     monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
-    same_nccl_as_sglang()
+    use_sglang_nccl_settings()
     assert os.environ["NCCL_CUMEM_ENABLE"] == "0"
     monkeypatch.setenv("NCCL_CUMEM_ENABLE", "1")
-    same_nccl_as_sglang()
+    use_sglang_nccl_settings()
     assert os.environ["NCCL_CUMEM_ENABLE"] == "1"

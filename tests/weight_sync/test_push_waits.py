@@ -268,7 +268,9 @@ def test_a_pool_that_dies_of_every_push_is_given_up(perturbed, tmp_path):
     launcher = DyingLauncher("flush_cache", cursed=True, max_restarts=99)
     error, _ = run_push(perturbed, tmp_path, [launcher], transport=NoRestore())
     assert "reached no server of the policy pool" in error
-    assert sum(engine.version == 5 for engine in launcher.engines) == push_module.RETURNS + 1
+    assert (
+        sum(engine.version == 5 for engine in launcher.engines) == push_module.MAX_POOL_RETRIES + 1
+    )
 
 
 def test_a_server_that_dies_after_its_checksum_has_not_got_the_version(perturbed, tmp_path):
