@@ -241,7 +241,7 @@ def test_settings_are_refused_or_taken_as_transformers_does(model, tmp_path, cap
         initializer_range=None,
     )
     assert run("convert_hf_to_megatron", folder, tmp_path / "out") == 0
-    assert open_checkpoint(folder).shape.norm_eps == 1e-6
+    assert open_checkpoint(folder).spec.norm_eps == 1e-6
     for number, (settings, message) in enumerate(
         (
             ({"dtype": None, "torch_dtype": "float32"}, "config.json says torch.float32"),

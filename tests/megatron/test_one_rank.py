@@ -370,7 +370,7 @@ def test_wrong_settings_are_named(folders, tmp_path):
     assert error_of(tmp_path / "none").startswith(
         f"model folder {tmp_path / 'none'} does not exist (hub names"
     )
-    assert error_of(tmp_path) == f"model folder {tmp_path} has no config.json"
+    assert error_of(tmp_path).startswith(f"model folder {tmp_path} has no config.json")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     assert "model_type='gpt2' is not supported" in error_of(tmp_path)
     shutil.copy(folders[True] / "config.json", tmp_path)
