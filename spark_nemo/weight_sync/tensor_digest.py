@@ -67,7 +67,9 @@ class WordDigest:
             )
         words_N = raw_B.view(torch.int32)
         self._held_words += words_N.numel()
-        enough = self._held_words * 4 >= _MIX_BYTES or self._position + self._held_words >= self._words
+        enough = (
+            self._held_words * 4 >= _MIX_BYTES or self._position + self._held_words >= self._words
+        )
         # A held block must be copied: the caller overwrites its buffer.
         self._held.append(words_N if enough else words_N.clone())
         if enough:
@@ -77,7 +79,9 @@ class WordDigest:
         words_N = self._held[0] if len(self._held) == 1 else torch.cat(self._held)
         self._held = []
         self._held_words = 0
-        index_N = torch.arange(self._position, self._position + words_N.numel(), device=words_N.device)
+        index_N = torch.arange(
+            self._position, self._position + words_N.numel(), device=words_N.device
+        )
         position_N, tile_N = index_N.to(torch.int32), index_N // _TILE
         for sums_K, seed, (factor, turn) in zip(self._sums_2K, _SEEDS, _POSITION_MIX):
             place_N = (position_N * _signed(factor) + _signed(seed)) ^ (
