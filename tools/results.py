@@ -1,9 +1,8 @@
-"""Run the small world's pipeline over several seeds and write docs/results.md from what came out.
+"""Run the toy task's pipeline over several seeds and write docs/results.md.
 
     python tools/results.py --seeds 0 1 2
 
-Runs that are finished already are not run again; delete their folder under runs/results to repeat
-them.
+Finished runs are not repeated; delete their folder under runs/results to run them again.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from spark_nemo.utils.files import write_text_atomic
 
 
 def main() -> None:
-    """Run what is missing, then write the document; its sections by other tools stay."""
+    """Run the missing seeds, then write the document; sections of other tools are kept."""
     arguments = seed_arguments(__doc__, [0, 1, 2], "runs/results").parse_args()
     summaries = [
         json.loads((folder / "summary.json").read_text())

@@ -22,7 +22,7 @@ from .bootstrap import (
 )
 from .checker import CheckerPool, MathChecker, shared_checker
 from .label_accuracy import LabelQuality, label_quality
-from .math_data import read_math, read_skywork_prompts
+from .math_data import read_math
 from .processbench import (
     ProcessBenchCase,
     ProcessBenchScore,
@@ -59,7 +59,6 @@ __all__ = [
     "read_eval_problems",
     "read_math",
     "read_processbench",
-    "read_skywork_prompts",
     "score_processbench",
     "shared_checker",
 ]

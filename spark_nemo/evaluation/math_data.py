@@ -15,15 +15,12 @@ from pathlib import Path
 
 from spark_nemo.grammar import extract_boxed
 from spark_nemo.records import Problem, content_key
-from spark_nemo.records.verl_parquet import read_verl_problems
 
 from .answers import EvalProblem, read_eval_problems
 from .reading import DataFileError, read_rows, required_id, required_text
 from .tables import source_name
 
 logger = logging.getLogger(__name__)
-
-read_skywork_prompts = read_verl_problems
 
 BENCHMARKS: dict[str, int] = {
     "math500": 500,

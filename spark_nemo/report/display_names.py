@@ -1,6 +1,8 @@
-"""What methods, reward models and arms are called in front of people."""
+"""Names of label methods, reward models and RL variants as readers of a report see them."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from spark_nemo.config.designs import READS_ANSWER_KEYS, VARIANTS
 
@@ -13,14 +15,12 @@ METHOD_NAMES = {
     "hybrid_step": "Meta-critique of the step pick",
     "reference_guided": "Reference-guided, sees the answer",
 }
-ARM_NAMES = {
+RL_VARIANT_NAMES = {
     "base": "Before RL",
     "spark": "SPARK, no answer keys",
     "rlvr": "RLVR, with answer keys",
 }
-"""Arms whose keys in a summary are not folder names, and the baseline that every run is compared
-with.
-"""
+"""Summary keys that are not folder names, and the baseline that every run is compared with."""
 SHORT_NAMES = {"base": "before RL", "spark": "SPARK", "rlvr": "RLVR"}
 VARIANT_NAMES = {"prm_cot": "PRM-CoT", "prm": "PRM", "orm": "ORM"}
 DESIGN_NAMES = {
@@ -39,53 +39,59 @@ DESIGN_NAMES = {
 }
 
 
-def method_name(name: str) -> str:
-    """Of a reward model by its folder: the labels it was trained on, and its kind where it is no
-    PRM-CoT.
-    """
-    method, variant = _parted(name)
-    return METHOD_NAMES.get(method, _words(method)) + (
-        f", {VARIANT_NAMES[variant]}" if variant else ""
-    )
+def method_name(folder: str) -> str:
+    """Name a reward model by its labels, and by its kind unless it is a PRM-CoT."""
+    method, variant = split_folder(folder)
+    name = METHOD_NAMES.get(method, words(method))
+    return f"{name}, {VARIANT_NAMES[variant]}" if variant else name
 
 
-def arm_name(name: str) -> str:
-    """Of an RL arm by its key in a summary."""
-    if name in ARM_NAMES:
-        return ARM_NAMES[name]
-    design, variant = _parted(name)
-    keys = ", with answer keys" if design in READS_ANSWER_KEYS else ""
-    return (
-        DESIGN_NAMES.get(design, _words(design))
-        + (f", {VARIANT_NAMES[variant]}" if variant else "")
-        + keys
-    )
+def rl_variant_name(key: str) -> str:
+    """Name an RL variant by its key in a summary."""
+    if key in RL_VARIANT_NAMES:
+        return RL_VARIANT_NAMES[key]
+    design, variant = split_folder(key)
+    name = DESIGN_NAMES.get(design, words(design))
+    if variant:
+        name += f", {VARIANT_NAMES[variant]}"
+    if design in READS_ANSWER_KEYS:
+        name += ", with answer keys"
+    return name
 
 
-def difference_name(name: str) -> str:
-    """Of ``FIRST_minus_SECOND``."""
-    first, minus, second = name.partition("_minus_")
-    return (
-        " minus ".join(SHORT_NAMES.get(arm, arm_name(arm)) for arm in (first, second))
-        if minus
-        else _words(name)
-    )
+def difference_name(key: str) -> str:
+    """Name a difference by its key in a summary, ``FIRST_minus_SECOND``."""
+    first, minus, second = key.partition("_minus_")
+    if not minus:
+        return words(key)
+    return f"{_short_name(first)} minus {_short_name(second)}"
 
 
-def arm_order(names: list[str]) -> list[str]:
-    """Before RL, SPARK, the other designs as they come, and what reads answer keys last of all."""
+def ordered_rl_variants(keys: Iterable[str]) -> list[str]:
+    """Sort keys: before RL, SPARK, the other designs in order, last those that read answer keys."""
 
-    def place(name: str) -> int:
-        return {"base": 0, "spark": 1}.get(name, 3 if _parted(name)[0] in READS_ANSWER_KEYS else 2)
+    def rank(key: str) -> int:
+        if key == "base":
+            return 0
+        if key == "spark":
+            return 1
+        return 3 if split_folder(key)[0] in READS_ANSWER_KEYS else 2
 
-    return sorted(dict.fromkeys(names), key=place)
+    return sorted(dict.fromkeys(keys), key=rank)
 
 
-def _parted(name: str) -> tuple[str, str | None]:
-    """A folder's name as design or method, and variant where it says one."""
+def split_folder(name: str) -> tuple[str, str | None]:
+    """Split a folder's name into label method or reward design, and kind of reward model."""
     first, _, variant = name.rpartition("-")
-    return (first, variant) if first and variant in VARIANTS else (name, None)
+    if first and variant in VARIANTS:
+        return first, variant
+    return name, None
 
 
-def _words(name: str) -> str:
+def words(name: str) -> str:
+    """Write an identifier as words."""
     return name.replace("_", " ")
+
+
+def _short_name(key: str) -> str:
+    return SHORT_NAMES.get(key, rl_variant_name(key))

@@ -1,6 +1,4 @@
-"""What the page shows about reward hacking: reward beside true accuracy, detectors by step, probes
-by kind.
-"""
+"""Charts and probe results about reward hacking: one view per RL variant."""
 
 from __future__ import annotations
 
@@ -9,9 +7,11 @@ from dataclasses import dataclass, field
 from markupsafe import Markup
 
 from .charts import WIDTH, Series, Style, legend_mark, line_chart, percent_tick
+from .display_names import words
 from .summary import CurvePoint, ProbeResult, Stage3Summary
 
-REWARD, ACCURACY = Style("#0072B2", "circle"), Style("#009E73", "square", "7 4")
+REWARD = Style("#0072B2", "circle")
+ACCURACY = Style("#009E73", "square", "7 4")
 _DETECTORS = (
     Style("#D55E00", "circle"),
     Style("#0072B2", "square", "7 4"),
@@ -22,16 +22,17 @@ _DETECTORS = (
     Style("#5F6B7A", "circle", "1 3"),
 )
 LEGIBLE = 0.005
-"""Detectors that never reach half a percent are named and not drawn."""
+"""Smallest peak of a detector's line that is drawn; detectors below it are only named."""
 
 
 @dataclass(frozen=True)
-class ArmView:
-    """One arm's charts. ``legend`` has a mark and a name for every detector drawn, ``silent`` the
-    names of the rest.
+class HackingView:
+    """One RL variant's charts.
+
+    ``legend`` has a mark and a name for every detector drawn, ``silent`` the names of the rest.
     """
 
-    arm: str
+    rl_variant: str
     reward: Markup | None
     detectors: Markup | None
     legend: list[tuple[Markup, str]] = field(default_factory=list)
@@ -39,49 +40,49 @@ class ArmView:
     probes: list[ProbeResult] = field(default_factory=list)
 
 
-def hacking_views(stage: Stage3Summary | None) -> list[ArmView]:
-    """One view per arm whose steps were watched; none when nothing was recorded."""
+def hacking_views(stage: Stage3Summary | None) -> list[HackingView]:
+    """Return one view per RL variant with detector metrics."""
+    if stage is None:
+        return []
     views = []
-    for arm, points in stage.curves.items() if stage else ():
+    for rl_variant, points in stage.curves.items():
         names = list(dict.fromkeys(name for point in points for name in point.hacking))
-        if not names:
-            continue
-        shown = [
-            name
-            for name in names
-            if max(point.hacking.get(name, 0.0) for point in points) >= LEGIBLE
-        ]
-        styles = {name: _DETECTORS[names.index(name) % len(_DETECTORS)] for name in shown}
-        series = [
-            Series(
-                name.replace("_", " "),
-                styles[name],
-                [(p.step, p.hacking.get(name)) for p in points],
-            )
-            for name in shown
-        ]
-        label = "responses, out of 100"
-        views.append(
-            ArmView(
-                arm,
-                _reward_and_accuracy(points),
-                line_chart(
-                    series,
-                    "RL step",
-                    label,
-                    f"Detectors by RL step, {label}",
-                    percent_tick,
-                    (0.0, None),
-                    WIDTH,
-                )
-                if series
-                else None,
-                [(legend_mark(styles[name]), name.replace("_", " ")) for name in shown],
-                [name.replace("_", " ") for name in names if name not in shown],
-                stage.probes.get(arm, []),
-            )
-        )
+        if names:
+            views.append(_view(rl_variant, points, names, stage.probes.get(rl_variant, [])))
     return views
+
+
+def _view(
+    rl_variant: str, points: list[CurvePoint], names: list[str], probes: list[ProbeResult]
+) -> HackingView:
+    series = []
+    silent = []
+    for index, name in enumerate(names):
+        line = [(point.step, point.hacking.get(name)) for point in points]
+        if max(value for _, value in line if value is not None) < LEGIBLE:
+            silent.append(words(name))
+        else:
+            series.append(Series(words(name), _DETECTORS[index % len(_DETECTORS)], line))
+    chart = None
+    if series:
+        label = "responses, out of 100"
+        chart = line_chart(
+            series,
+            "RL step",
+            label,
+            f"Detectors by RL step, {label}",
+            show=percent_tick,
+            bounds=(0.0, None),
+            width=WIDTH,
+        )
+    return HackingView(
+        rl_variant=rl_variant,
+        reward=_reward_and_accuracy(points),
+        detectors=chart,
+        legend=[(legend_mark(line.style), line.name) for line in series],
+        silent=silent,
+        probes=probes,
+    )
 
 
 def _reward_and_accuracy(points: list[CurvePoint]) -> Markup | None:
@@ -90,16 +91,14 @@ def _reward_and_accuracy(points: list[CurvePoint]) -> Markup | None:
         Series("True accuracy", ACCURACY, [(point.step, point.true_accuracy) for point in points]),
     ]
     drawn = [line for line in series if any(y is not None for _, y in line.points)]
-    return (
-        line_chart(
-            drawn,
-            "RL step",
-            "out of 100",
-            "Reward and true accuracy by RL step",
-            percent_tick,
-            (0.0, None),
-            WIDTH,
-        )
-        if drawn
-        else None
+    if not drawn:
+        return None
+    return line_chart(
+        drawn,
+        "RL step",
+        "out of 100",
+        "Reward and true accuracy by RL step",
+        show=percent_tick,
+        bounds=(0.0, None),
+        width=WIDTH,
     )

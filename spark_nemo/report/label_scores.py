@@ -1,6 +1,4 @@
-"""Label quality of a run's store against the hidden truth, by method: how right, how many kept, how
-many tokens.
-"""
+"""Score a run's labels against the true step labels: accuracy, share kept and token cost by method."""
 
 from __future__ import annotations
 
@@ -23,14 +21,11 @@ from spark_nemo.verification.store_reader import label_collected, stream_for
 from .summary import Figure, LabelScores
 
 Oracle = Callable[[str, Sequence[str]], tuple[bool, ...]]
-"""``oracle(question, steps)``: which steps are truly right. Only worlds made by a program have one.
-"""
+"""``oracle(question, steps)``: whether each step is truly correct; only the toy task has one."""
 
 
 def label_scores(folder: Path, config: SparkConfig, oracle: Oracle) -> dict[str, LabelScores]:
-    """Scores of every method of ``pipeline.label_methods`` before filters, and what stage II's
-    filters removed.
-    """
+    """Score every method of ``pipeline.label_methods`` before stage II's filters."""
     with RecordStore(folder / "stage1/store") as store:
         return {
             method: _scores(method, store, config, oracle, _removed(folder, method))
@@ -45,19 +40,21 @@ def _scores(
     oracle: Oracle,
     removed: dict[str, int],
 ) -> LabelScores:
-    options, seed = LabelOptions.of(config.labels), config.run.seed
-    truths, tokens = {}, 0
+    options = LabelOptions.of(config.labels)
+    seed = config.run.seed
+    truths = {}
+    tokens = 0
     for solution, votes, revisions in stream_for(method, store):
         truths[solution.key] = oracle(solution.question, _steps(solution))
         tokens += method_tokens(method, solution, votes, seed, options, revisions)
     labelled, dropped = label_collected(method, store, seed, options)
     quality = label_quality(labelled, truths)
     return LabelScores(
-        quality.share_kept,
-        figure(quality.step_accuracy),
-        figure(quality.first_error_accuracy),
-        dropped,
-        removed,
+        share_kept=quality.share_kept,
+        step_accuracy=figure(quality.step_accuracy),
+        first_error_accuracy=figure(quality.first_error_accuracy),
+        dropped=dropped,
+        removed=removed,
         tokens_per_solution=tokens / len(truths),
         tokens_per_label=tokens / len(labelled) if labelled else None,
     )
@@ -70,16 +67,15 @@ def _steps(solution: Solution) -> tuple[str, ...]:
 
 
 def _removed(folder: Path, method: str) -> dict[str, int]:
-    """What stage II's filters removed; nothing where it has not run, or ran before there were any."""
+    """Return the number of labels that stage II's filters removed, by rule; empty before stage II."""
     # Reward models of all kinds have the same labels.
-    paths = [
-        folder / "stage2" / f"{method}{variant_suffix(variant)}" / "labels.json"
-        for variant in VARIANTS
-    ]
-    found = next((path for path in paths if path.exists()), None)
-    return json.loads(found.read_text()).get("removed", {}) if found else {}
+    for variant in VARIANTS:
+        path = folder / "stage2" / f"{method}{variant_suffix(variant)}" / "labels.json"
+        if path.exists():
+            return json.loads(path.read_text())["removed"]
+    return {}
 
 
 def figure(estimate: Estimate | None) -> Figure | None:
-    """For the summary."""
+    """Convert an estimate to the summary's type."""
     return Figure(**estimate._asdict()) if estimate is not None else None

@@ -1,12 +1,13 @@
-"""The report page: one HTML file without script, fonts or images from elsewhere. The text is in the
-template.
+"""Render a run's report: one HTML file without scripts, fonts or images from elsewhere.
+
+The page's text is in the template ``report.html.j2``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
@@ -25,11 +26,19 @@ from .charts import (
     percent,
     percent_tick,
 )
-from .display_names import METHOD_NAMES, arm_name, arm_order, difference_name, method_name
+from .display_names import (
+    METHOD_NAMES,
+    difference_name,
+    method_name,
+    ordered_rl_variants,
+    rl_variant_name,
+    words,
+)
 from .hacking_view import hacking_views
 from .summary import (
     CurvePoint,
     Figure,
+    Stage1Summary,
     Stage2Summary,
     Stage3Summary,
     Summary,
@@ -39,7 +48,6 @@ from .summary import (
 
 SUMMARY_FILE = "summary.json"
 REPORT_FILE = "report.html"
-BLUE, VERMILION, GREY, PURPLE = "#0072B2", "#D55E00", "#5F6B7A", "#AA4499"
 
 FAILURE_NAMES = {
     "parse_failure": "Unreadable verifications",
@@ -47,7 +55,12 @@ FAILURE_NAMES = {
     "engine_error": "Engine errors",
     "format_violation": "Solutions out of format",
 }
-PART_NAMES = {"stage1": "Stage I", "stage2": "Stage II", "stage3": "Stage III"}
+STAGE_NAMES = {"stage1": "Stage I", "stage2": "Stage II", "stage3": "Stage III"}
+
+BLUE = "#0072B2"
+VERMILION = "#D55E00"
+GREY = "#5F6B7A"
+PURPLE = "#AA4499"
 STYLES = {
     "single": Style(GREY, "triangle", "2 3"),
     "outcome_consistency": Style(PURPLE, "square", "7 4"),
@@ -56,57 +69,18 @@ STYLES = {
     "spark": Style(BLUE, "circle"),
     "rlvr": Style(VERMILION, "square", "7 4"),
 }
-SMALL_WIDTH = 330
-_OTHERS = [
+_OTHER_STYLES = [
     Style(colour, shape, dash)
     for shape, dash in (("square", "4 3"), ("triangle", "8 3 2 3"), ("circle", "1 3"))
     for colour in ("#332288", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 ]
-
-
-def report_page(summary: Mapping[str, Any]) -> str:
-    """The page of a summary (a plain dict). Raises ``SummaryError`` when it does not fit
-    ``report.model``.
-    """
-    run = read_summary(summary)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("spark_nemo.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        pct=percent,
-        interval=_interval,
-        signed=_signed,
-        duration=_duration,
-        count=_count,
-        words=_words,
-        difference=difference_name,
-        part=lambda name: PART_NAMES.get(name, _words(name)),
-        failure=lambda kind: FAILURE_NAMES.get(kind, _words(kind)),
-        method=method_name,
-        arm=arm_name,
-    )
-    return environment.get_template("report.html.j2").render(
-        run=run,
-        headlines=_headlines(run),
-        charts=_charts(run),
-        arms=_arms(run),
-        methods=_ordered(run),
-        removals=_removals(run),
-        watched=hacking_views(run.stage3),
-        key=lambda name: legend_mark(_style(name, _arms(run))),
-    )
+SMALL_WIDTH = 330
 
 
 def write_report(folder: str | Path, summary: Mapping[str, Any]) -> Path:
-    """Write ``summary.json`` and ``report.html`` into ``folder`` (made if absent) and return the
-    page's path.
+    """Write ``summary.json`` and ``report.html`` into ``folder``; return the page's path.
 
-    Raises ``SummaryError`` before anything is written when the summary does not fit
-    ``report.model``.
+    Raises ``SummaryError`` for an invalid summary, before anything is written.
     """
     plain = to_plain(read_summary(summary))
     page = report_page(plain)
@@ -117,150 +91,222 @@ def write_report(folder: str | Path, summary: Mapping[str, Any]) -> Path:
     return folder / REPORT_FILE
 
 
-def _headlines(run: Summary) -> list[dict[str, Any]]:
-    """Up to three large figures, one per stage that the run has."""
-    cards = []
-    if run.stage1 and (labels := run.stage1.label_quality):
-        name = _best(labels)
-        if (step := labels[name].step_accuracy) is not None:
-            single = labels.get("single")
-            cards.append(
-                {
-                    "stage": "Stage I",
-                    "what": "Step labels that are right",
-                    "figure": step,
-                    "unit": "%",
-                    "beside": [(METHOD_NAMES["single"], f"{percent(single.step_accuracy.value)}%")]
-                    if name != "single" and single and single.step_accuracy
-                    else [],
-                    "note": f"{method_name(name)}; {percent(labels[name].share_kept)}% of solutions kept",
-                }
-            )
+def report_page(summary: Mapping[str, Any]) -> str:
+    """Render the page of a summary given as a plain dict; raises ``SummaryError``."""
+    run = read_summary(summary)
+    rl_variants = _rl_variants(run)
+
+    def legend_key(name: str) -> Markup:
+        return legend_mark(_style(name, rl_variants))
+
+    environment = template_environment(
+        pct=percent,
+        interval=_interval,
+        signed=_signed,
+        duration=_duration,
+        count=_count,
+        words=words,
+        difference=difference_name,
+        stage=_stage_name,
+        failure=_failure_name,
+        method=method_name,
+        rl_variant=rl_variant_name,
+    )
+    return environment.get_template("report.html.j2").render(
+        run=run,
+        headlines=_headlines(run),
+        charts=_charts(run),
+        rl_variants=rl_variants,
+        removals=_removals(run),
+        hacking_views=hacking_views(run.stage3),
+        key=legend_key,
+    )
+
+
+def template_environment(**filters: Callable[..., str]) -> jinja2.Environment:
+    """Return a Jinja environment for this package's templates with additional filters."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("spark_nemo.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(filters)
+    return environment
+
+
+class Headline(NamedTuple):
+    """A large figure at the top of the page, with smaller ones for comparison below it."""
+
+    stage: str
+    title: str
+    figure: Figure
+    unit: str
+    comparisons: list[tuple[str, str]]
+    note: str
+
+
+def _headlines(run: Summary) -> list[Headline]:
+    """Return at most three headlines, one per stage of the run."""
+    headlines = []
+    if run.stage1 and run.stage1.label_quality:
+        headlines.append(_label_headline(run.stage1))
     if run.stage2 and run.stage2.f1:
-        name = _best(run.stage2.f1)
-        cards.append(
-            {
-                "stage": "Stage II",
-                "what": "First wrong step found, F1",
-                "figure": run.stage2.methods[name].f1,
-                "unit": "",
-                "beside": _gain(run.stage2),
-                "note": f"{method_name(name)}; {_count(run.stage2.cases)} ProcessBench-format cases",
-            }
-        )
+        headlines.append(_f1_headline(run.stage2))
     if run.stage3:
-        arm = next(
-            name
-            for name in ("spark", "rlvr", "base", *run.stage3.accuracy)
-            if name in run.stage3.accuracy
-        )
-        cards.append(
-            {
-                "stage": "Stage III",
-                "what": "Problems solved",
-                "figure": _accuracy(run.stage3, arm),
-                "unit": "%",
-                "beside": [
-                    (arm_name(other), f"{percent(value)}%")
-                    for other, value in run.stage3.accuracy.items()
-                    if other != arm
-                ],
-                "note": f"{arm_name(arm)}; mean of {run.stage3.samples_per_problem} samples on "
-                f"{_count(run.stage3.problems)} held-out problems",
-            }
-        )
-    return cards
+        headlines.append(_accuracy_headline(run.stage3))
+    return [headline for headline in headlines if headline is not None]
 
 
-def _gain(stage: Stage2Summary) -> list[tuple[str, str]]:
-    rows = []
+def _label_headline(stage: Stage1Summary) -> Headline | None:
+    name = _main_method(stage.label_quality)
+    scores = stage.label_quality[name]
+    if scores.step_accuracy is None:
+        return None
+    comparisons = []
+    single = stage.label_quality.get("single")
+    if name != "single" and single and single.step_accuracy:
+        comparisons.append((METHOD_NAMES["single"], f"{percent(single.step_accuracy.value)}%"))
+    return Headline(
+        stage="Stage I",
+        title="Correct step labels",
+        figure=scores.step_accuracy,
+        unit="%",
+        comparisons=comparisons,
+        note=f"{method_name(name)}; {percent(scores.share_kept)}% of solutions kept",
+    )
+
+
+def _f1_headline(stage: Stage2Summary) -> Headline:
+    name = _main_method(stage.f1)
+    comparisons = []
     if "single" in stage.f1 and "step_consistency" in stage.f1:
-        gain = stage.f1["step_consistency"] - stage.f1["single"]
-        interval = (
-            ""
-            if stage.f1_gain_interval is None
-            else " [{}, {}]".format(*map(_signed, stage.f1_gain_interval))
-        )
-        rows = [
-            (METHOD_NAMES["single"], percent(stage.f1["single"])),
-            ("Gain", _signed(gain) + interval),
-        ]
-    return rows
+        gain = _signed(stage.f1["step_consistency"] - stage.f1["single"])
+        if stage.f1_gain_interval is not None:
+            low, high = stage.f1_gain_interval
+            gain += f" [{_signed(low)}, {_signed(high)}]"
+        comparisons.append((METHOD_NAMES["single"], percent(stage.f1["single"])))
+        comparisons.append(("Gain", gain))
+    return Headline(
+        stage="Stage II",
+        title="First wrong step found, F1",
+        figure=stage.methods[name].f1,
+        unit="",
+        comparisons=comparisons,
+        note=f"{method_name(name)}; {_count(stage.cases)} ProcessBench-format cases",
+    )
+
+
+def _accuracy_headline(stage: Stage3Summary) -> Headline:
+    candidates = [name for name in ("spark", "rlvr", "base") if name in stage.accuracy]
+    main = candidates[0] if candidates else next(iter(stage.accuracy))
+    comparisons = []
+    for name, value in stage.accuracy.items():
+        if name != main:
+            comparisons.append((rl_variant_name(name), f"{percent(value)}%"))
+    return Headline(
+        stage="Stage III",
+        title="Problems solved",
+        figure=_accuracy(stage, main),
+        unit="%",
+        comparisons=comparisons,
+        note=f"{rl_variant_name(main)}; mean of {stage.samples_per_problem} samples on "
+        f"{_count(stage.problems)} held-out problems",
+    )
+
+
+def _main_method(by_method: Mapping[str, Any]) -> str:
+    """Return the label method that the headline is about."""
+    # A fixed order: choosing the highest number would be choosing after the fact.
+    for name in ("step_consistency", "outcome_consistency", "single"):
+        if name in by_method:
+            return name
+    return next(iter(by_method))
 
 
 def _charts(run: Summary) -> dict[str, Markup]:
     charts: dict[str, Markup] = {}
     if run.stage1:
         bars = [
-            _bar(method_name(name), name, scores.step_accuracy)
+            _bar(method_name(name), _style(name), scores.step_accuracy)
             for name, scores in run.stage1.label_quality.items()
             if scores.step_accuracy is not None
         ]
         if bars:
             charts["labels"] = interval_chart(
                 bars,
-                "step labels that are right, out of 100",
-                "Step label accuracy by labelling method",
-                (None, 1.0),
+                "correct step labels, out of 100",
+                "Step label accuracy by label method",
+                bounds=(None, 1.0),
             )
     if run.stage2 and run.stage2.methods:
-        charts["f1"] = interval_chart(
-            [
-                _bar(method_name(name), name, run.stage2.methods[name].f1)
-                for name in run.stage2.methods
-            ],
-            "F1 (times 100)",
-            "ProcessBench F1 by labelling method",
-        )
+        bars = [
+            _bar(method_name(name), _style(name), scores.f1)
+            for name, scores in run.stage2.methods.items()
+        ]
+        charts["f1"] = interval_chart(bars, "F1 (times 100)", "ProcessBench F1 by label method")
     if run.stage3:
+        rl_variants = _rl_variants(run)
+        bars = [
+            _bar(rl_variant_name(name), _style(name, rl_variants), _accuracy(run.stage3, name))
+            for name in rl_variants
+            if name in run.stage3.accuracy
+        ]
         charts["accuracy"] = interval_chart(
-            [
-                _bar(arm_name(arm), arm, _accuracy(run.stage3, arm), _arms(run))
-                for arm in _arms(run)
-                if arm in run.stage3.accuracy
-            ],
+            bars,
             "problems solved, out of 100",
-            "Held-out accuracy before RL and after each kind of RL",
+            "Held-out accuracy before RL and after each RL variant",
         )
-        charts.update(_curves(run.stage3, _arms(run)))
+        charts |= _curves(run.stage3, rl_variants)
     return charts
 
 
-def _curves(stage: Stage3Summary, arms: Sequence[str]) -> dict[str, Markup]:
-    """A chart per quantity that any arm recorded; an arm without it has no line."""
+class Quantity(NamedTuple):
+    """A quantity that is drawn over the steps of RL."""
+
+    value: Callable[[CurvePoint], float | None]
+    label: str
+    show: Callable[[float], str]
+    width: int
+
+
+def _curves(stage: Stage3Summary, rl_variants: Sequence[str]) -> dict[str, Markup]:
+    """Draw every quantity that an RL variant recorded; a variant without it does not have a line."""
     quantities = {
-        "reward": (lambda p: p.reward, "mean reward, times 100", percent_tick, (0.0, None)),
-        "true_accuracy": (
-            lambda p: p.true_accuracy,
-            "problems solved, out of 100",
-            percent_tick,
-            (0.0, None),
+        "reward": Quantity(
+            lambda point: point.reward, "mean reward, times 100", percent_tick, WIDTH
         ),
-        "failures": (
-            _total_failures,
-            "failed verifications, out of 100",
-            percent_tick,
-            (0.0, None),
+        "true_accuracy": Quantity(
+            lambda point: point.true_accuracy, "problems solved, out of 100", percent_tick, WIDTH
         ),
-        "entropy": (lambda p: p.entropy, "entropy, nats per token", _short, (0.0, None)),
-        "mismatch": (lambda p: p.mismatch, "difference, nats per token", _short, (0.0, None)),
+        "failures": Quantity(
+            _total_failures, "failed verifications, out of 100", percent_tick, SMALL_WIDTH
+        ),
+        "entropy": Quantity(
+            lambda point: point.entropy, "entropy, nats per token", _short, SMALL_WIDTH
+        ),
+        "mismatch": Quantity(
+            lambda point: point.mismatch, "difference, nats per token", _short, SMALL_WIDTH
+        ),
     }
     charts = {}
-    for name, (value, label, show, bounds) in quantities.items():
-        series = [
-            Series(arm_name(arm), _style(arm, arms), [(p.step, value(p)) for p in points])
-            for arm, points in stage.curves.items()
-        ]
-        series = [line for line in series if any(y is not None for _, y in line.points)]
+    for name, quantity in quantities.items():
+        series = []
+        for rl_variant, points in stage.curves.items():
+            line = [(point.step, quantity.value(point)) for point in points]
+            if any(y is not None for _, y in line):
+                style = _style(rl_variant, rl_variants)
+                series.append(Series(rl_variant_name(rl_variant), style, line))
         if series:
             charts[name] = line_chart(
                 series,
                 "RL step",
-                label,
-                f"{label} by RL step",
-                show,
-                bounds,
-                WIDTH if name in ("reward", "true_accuracy") else SMALL_WIDTH,
+                quantity.label,
+                f"{quantity.label} by RL step",
+                show=quantity.show,
+                bounds=(0.0, None),
+                width=quantity.width,
             )
     return charts
 
@@ -269,56 +315,55 @@ def _total_failures(point: CurvePoint) -> float | None:
     return sum(point.failure_rates.values()) if point.failure_rates else None
 
 
-def _bar(name: str, key: str, figure: Figure, others: Sequence[str] = ()) -> Bar:
-    return Bar(name, _style(key, others), figure.value, figure.low, figure.high)
+def _bar(name: str, style: Style, figure: Figure) -> Bar:
+    return Bar(name, style, figure.value, figure.low, figure.high)
 
 
-def _style(key: str, others: Sequence[str]) -> Style:
-    """The colour of a name; of names without one each has its own by its place among them, as long
-    as there are any.
-    """
+def _style(key: str, others: Sequence[str] = ()) -> Style:
+    """Return a name's own style, or a distinct one by the name's place among ``others``."""
     if key in STYLES:
         return STYLES[key]
-    free = [name for name in others if name not in STYLES]
-    return _OTHERS[free.index(key) % len(_OTHERS)] if key in free else _OTHERS[0]
+    unstyled = [name for name in others if name not in STYLES]
+    place = unstyled.index(key) if key in unstyled else 0
+    return _OTHER_STYLES[place % len(_OTHER_STYLES)]
 
 
-def _accuracy(stage: Stage3Summary, arm: str) -> Figure:
-    return Figure(stage.accuracy[arm], *stage.accuracy_intervals.get(arm, (None, None)))
+def _accuracy(stage: Stage3Summary, rl_variant: str) -> Figure:
+    low, high = stage.accuracy_intervals.get(rl_variant, (None, None))
+    return Figure(stage.accuracy[rl_variant], low, high)
 
 
-def _arms(run: Summary) -> list[str]:
+def _rl_variants(run: Summary) -> list[str]:
     if run.stage3 is None:
         return []
-    names = [*run.stage3.accuracy, *run.stage3.curves, *(s.arm for s in run.stage3.solutions)]
-    return arm_order(names)
+    solved = [solution.rl_variant for solution in run.stage3.solutions]
+    return ordered_rl_variants([*run.stage3.accuracy, *run.stage3.curves, *solved])
 
 
-def _ordered(run: Summary) -> list[str]:
-    names = [
-        *(run.stage1.label_quality if run.stage1 else ()),
-        *(run.stage2.methods if run.stage2 else ()),
-    ]
-    return [n for n in dict.fromkeys([*METHOD_NAMES, *names]) if n in names]
+class Removals(NamedTuple):
+    """Labels that stage II's filters removed: one count per method for each rule."""
+
+    methods: list[str]
+    rows: list[tuple[str, list[int]]]
 
 
-def _removals(run: Summary) -> dict[str, Any] | None:
-    """What the filters removed, by rule and method; None when they removed nothing."""
+def _removals(run: Summary) -> Removals | None:
+    """Return the removed labels, or None if the filters removed nothing."""
     scores = run.stage1.label_quality if run.stage1 else {}
-    rules = [rule for rule in REASONS if any(rule in each.removed for each in scores.values())]
-    rows = [
-        {"why": REASONS[rule], "counts": [each.removed.get(rule, 0) for each in scores.values()]}
-        for rule in rules
-    ]
-    return {"methods": list(scores), "rows": rows} if rows else None
+    rows = []
+    for rule, reason in REASONS.items():
+        counts = [each.removed.get(rule, 0) for each in scores.values()]
+        if any(rule in each.removed for each in scores.values()):
+            rows.append((reason, counts))
+    return Removals(list(scores), rows) if rows else None
 
 
-def _best(by_method: Mapping[str, Any]) -> str:
-    """The method the pipeline goes on with, not the one with the highest number: that would be
-    picking afterwards.
-    """
-    ours = ("step_consistency", "outcome_consistency", "single")
-    return next(name for name in (*ours, *by_method) if name in by_method)
+def _stage_name(name: str) -> str:
+    return STAGE_NAMES.get(name, words(name))
+
+
+def _failure_name(kind: str) -> str:
+    return FAILURE_NAMES.get(kind, words(kind))
 
 
 def _interval(figure: Figure) -> str:
@@ -333,10 +378,6 @@ def _short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
 def _count(value: float) -> str:
     return f"{value:,.0f}".replace(",", "\N{NARROW NO-BREAK SPACE}")
 
@@ -344,4 +385,6 @@ def _count(value: float) -> str:
 def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

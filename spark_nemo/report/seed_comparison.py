@@ -1,5 +1,6 @@
-"""Runs against each other over seeds: means, intervals, and per pair a verdict that needs an
-interval without 0.
+"""Compare runs over seeds: means, intervals, and a verdict for every pair.
+
+A pair differs only when the interval of its difference excludes 0.
 """
 
 from __future__ import annotations
@@ -11,36 +12,40 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from spark_nemo.utils.files import write_text_atomic
 
 from .charts import Series, Style, legend_mark, line_chart, percent
-from .display_names import arm_name, method_name
-from .page import SUMMARY_FILE
+from .display_names import method_name, rl_variant_name
+from .page import SUMMARY_FILE, template_environment
 from .student_interval import mean_and_half_width
 from .summary import CurvePoint, Summary, SummaryError, read_summary
 
 Seed = tuple[int, ...]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#332288", "#000000")
 _MARKERS = ("circle", "square", "triangle")
-_WHOLE_SOLUTIONS = "Reward models: Yes or No about whole solutions, harmonic mean of two accuracies"
 _DASHES = ("", "7 4", "2 3", "10 3 2 3")
 
+F1_FAMILY = "Reward models: ProcessBench F1"
+WHOLE_SOLUTION_FAMILY = (
+    "Reward models: Yes or No about whole solutions, harmonic mean of two accuracies"
+)
+POLICY_FAMILY = "Policies: held-out problems solved"
+
 NOTES = (
-    "Intervals are Student's 95% over seeds; a pair is compared seed by seed, over the seeds that both have.",
-    "“Does not differ” means that these seeds do not show a difference, not that there is none.",
-    "Of twenty pairs without any difference one is expected to be marked “differs” by chance.",
-    "A dash means that there is one seed only, which says nothing about training again.",
+    "Intervals are Student's 95% over seeds. A pair is compared seed by seed, over the seeds that "
+    "both have.",
+    "“Does not differ” means that these seeds do not show a difference. It does not mean that there "
+    "is none.",
+    "Of twenty pairs without any difference, one is expected to be marked “differs” by chance.",
+    "A dash means that there is only one seed, which says nothing about training again.",
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A number that several seeds have: ``family`` is what may be compared, ``values`` are
-    fractions by seed.
-    """
+    """A number that several seeds have, as fractions by seed; compared within its ``family``."""
 
     family: str
     name: str
@@ -49,9 +54,7 @@ class Quantity:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """First minus second over ``seeds`` shared seeds; ``half`` is the half-width of its interval,
-    None below two.
-    """
+    """First minus second over ``seeds`` shared seeds; ``half`` is None with fewer than two."""
 
     family: str
     first: str
@@ -62,7 +65,7 @@ class Pair:
 
     @property
     def verdict(self) -> str:
-        """``differs`` only when the interval excludes 0; a dash where there is no interval."""
+        """``differs`` if the interval excludes 0; a dash if there is no interval."""
         if self.half is None:
             return "–"
         return "differs" if abs(self.mean) > self.half else "does not differ"
@@ -76,17 +79,23 @@ class Comparison:
     quantities: list[Quantity]
     pairs: list[Pair]
 
+    @property
+    def families(self) -> list[str]:
+        """Families in the order of their first quantity."""
+        return list(dict.fromkeys(quantity.family for quantity in self.quantities))
+
 
 def read_runs(arguments: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-    """``(group, summary)`` of run folders, each written ``FOLDER`` or ``GROUP=FOLDER``.
+    """Read ``(group, summary)`` of run folders, each given as ``FOLDER`` or ``GROUP=FOLDER``.
 
-    Raises ``SummaryError`` that names the file which is missing or is no summary.
+    Raises ``SummaryError`` that names a file which is missing or is not JSON.
     """
     runs = []
     for argument in arguments:
         group, equals, folder = argument.partition("=")
         if not equals or Path(argument).exists():
-            group, folder = "", argument
+            group = ""
+            folder = argument
         path = Path(folder) / SUMMARY_FILE
         try:
             runs.append((group, json.loads(path.read_text(encoding="utf-8"))))
@@ -100,11 +109,9 @@ def read_runs(arguments: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def compare_runs(summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> Comparison:
-    """Collect reward models' F1 and policies' accuracy over the seeds of each group, and compare
-    them pairwise.
+    """Compare reward models' F1 and policies' accuracy pairwise over the seeds of each group.
 
-    Raises ``SummaryError`` without runs, or when two runs of one group share a seed: it would count
-    twice.
+    Raises ``SummaryError`` without runs, or when two runs of one group share a seed.
     """
     runs = [(group, read_summary(summary)) for group, summary in summaries]
     if not runs:
@@ -114,163 +121,172 @@ def compare_runs(summaries: Sequence[tuple[str, Mapping[str, Any]]]) -> Comparis
     for group, run in runs:
         seed = tuple(run.seeds)
         if (group, seed) in seen:
+            in_group = f" of {group}" if group else ""
             raise SummaryError(
-                f"two runs{f' of {group}' if group else ''} have the seed {list(seed)}: they would "
-                "count twice; name their groups, as in new=runs/a old=runs/b"
+                f"two runs{in_group} have the seed {list(seed)} and would count twice; "
+                "name their groups, as in new=runs/a old=runs/b"
             )
         seen.add((group, seed))
         for family, name, value in _values(run):
-            found.setdefault((family, _named(group, name)), {})[seed] = value
+            found.setdefault((family, _in_group(group, name)), {})[seed] = value
     quantities = [Quantity(family, name, values) for (family, name), values in found.items()]
-    return Comparison(
-        runs,
-        quantities,
-        [
-            pair
-            for a, b in combinations(quantities, 2)
-            if a.family == b.family and (pair := _pair(a, b))
-        ],
-    )
+    pairs = []
+    for first, second in combinations(quantities, 2):
+        if first.family == second.family:
+            pair = _pair(first, second)
+            if pair is not None:
+                pairs.append(pair)
+    return Comparison(runs, quantities, pairs)
 
 
 def comparison_markdown(comparison: Comparison) -> str:
-    """Two tables per family, times 100."""
+    """Return two tables per family, times 100."""
     parts = ["# Comparison over seeds"]
-    for family in dict.fromkeys(quantity.family for quantity in comparison.quantities):
-        rows = [["", "mean", "95% interval", "seeds"]] + [
-            [
-                q.name,
-                *_mean_cells(*mean_and_half_width(list(q.values.values()))),
-                str(len(q.values)),
-            ]
-            for q in comparison.quantities
-            if q.family == family
-        ]
-        pairs = [["first", "second", "first − second", "95% interval", "seeds", "verdict"]] + [
-            [p.first, p.second, *_mean_cells(p.mean, p.half, signed=True), str(p.seeds), p.verdict]
-            for p in comparison.pairs
-            if p.family == family
-        ]
-        parts += [f"## {family}", _table(rows)] + ([_table(pairs)] if len(pairs) > 1 else [])
-    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in NOTES)]) + "\n"
+    for family in comparison.families:
+        rows = [["", "mean", "95% interval", "seeds"]]
+        for quantity in comparison.quantities:
+            if quantity.family == family:
+                rows.append([quantity.name, *quantity_cells(quantity)])
+        pairs = [["first", "second", "first − second", "95% interval", "seeds", "verdict"]]
+        for pair in comparison.pairs:
+            if pair.family == family:
+                pairs.append([pair.first, pair.second, *pair_cells(pair), pair.verdict])
+        parts += [f"## {family}", _table(rows)]
+        if len(pairs) > 1:
+            parts.append(_table(pairs))
+    parts.append("\n".join(f"- {note}" for note in NOTES))
+    return "\n\n".join(parts) + "\n"
 
 
 def comparison_page(comparison: Comparison) -> str:
-    """The tables and the RL curves with bands as one HTML file that needs nothing else."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("spark_nemo.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(cells=lambda pair: _mean_cells(pair.mean, pair.half, signed=True))
-    means = {
-        id(q): _mean_cells(*mean_and_half_width(list(q.values.values())))
-        for q in comparison.quantities
-    }
-    families = list(dict.fromkeys(q.family for q in comparison.quantities))
+    """Return the tables and the RL curves with bands as one self-contained HTML file."""
+    environment = template_environment(quantity_cells=quantity_cells, pair_cells=pair_cells)
     return environment.get_template("seed_comparison.html.j2").render(
-        comparison=comparison,
-        families=families,
-        means=means,
-        id=id,
-        charts=_charts(comparison),
-        notes=NOTES,
+        comparison=comparison, charts=_charts(comparison), notes=NOTES
     )
 
 
 def write_comparison(folder: str | Path, comparison: Comparison) -> Path:
-    """Write ``compare.md`` and ``compare.html`` into ``folder`` and return the page's path."""
+    """Write ``compare.md`` and ``compare.html`` into ``folder``; return the page's path."""
+    folder = Path(folder)
     page = comparison_page(comparison)
-    write_text_atomic(Path(folder) / "compare.md", comparison_markdown(comparison))
-    write_text_atomic(Path(folder) / "compare.html", page)
-    return Path(folder) / "compare.html"
+    write_text_atomic(folder / "compare.md", comparison_markdown(comparison))
+    write_text_atomic(folder / "compare.html", page)
+    return folder / "compare.html"
+
+
+def quantity_cells(quantity: Quantity) -> list[str]:
+    """Return mean, interval and number of seeds as the cells of a table."""
+    mean, half = mean_and_half_width(list(quantity.values.values()))
+    return [*_mean_cells(mean, half, percent), str(len(quantity.values))]
+
+
+def pair_cells(pair: Pair) -> list[str]:
+    """Return mean difference, interval and number of seeds as the cells of a table."""
+    return [*_mean_cells(pair.mean, pair.half, _signed_percent), str(pair.seeds)]
+
+
+def _mean_cells(mean: float, half: float | None, show: Callable[[float], str]) -> list[str]:
+    interval = "–" if half is None else f"[{show(mean - half)}, {show(mean + half)}]"
+    return [cell.replace("-", "\N{MINUS SIGN}") for cell in (show(mean), interval)]
+
+
+def _signed_percent(value: float) -> str:
+    return f"{100 * value:+.1f}"
 
 
 def _values(run: Summary) -> list[tuple[str, str, float]]:
+    """Return ``(family, name, value)`` of every quantity of a run."""
     values = []
     if run.stage2:
-        values += [
-            ("Reward models: ProcessBench F1", method_name(name), f1)
-            for name, f1 in run.stage2.f1.items()
-        ]
-        values += [
-            (_WHOLE_SOLUTIONS, method_name(name), scores.verdict_harmonic_mean.value)
-            for name, scores in run.stage2.whole_solutions.items()
-        ]
+        for name, f1 in run.stage2.f1.items():
+            values.append((F1_FAMILY, method_name(name), f1))
+        for name, scores in run.stage2.whole_solutions.items():
+            value = scores.verdict_harmonic_mean.value
+            values.append((WHOLE_SOLUTION_FAMILY, method_name(name), value))
     if run.stage3:
-        values += [
-            ("Policies: held-out problems solved", arm_name(name), accuracy)
-            for name, accuracy in run.stage3.accuracy.items()
-        ]
+        for name, accuracy in run.stage3.accuracy.items():
+            values.append((POLICY_FAMILY, rl_variant_name(name), accuracy))
     return values
 
 
 def _pair(first: Quantity, second: Quantity) -> Pair | None:
-    shared = [seed for seed in first.values if seed in second.values]
-    if not shared:
+    differences = [
+        value - second.values[seed] for seed, value in first.values.items() if seed in second.values
+    ]
+    if not differences:
         return None
-    mean, half = mean_and_half_width([first.values[seed] - second.values[seed] for seed in shared])
-    return Pair(first.family, first.name, second.name, len(shared), mean, half)
+    mean, half = mean_and_half_width(differences)
+    return Pair(first.family, first.name, second.name, len(differences), mean, half)
 
 
 def _charts(comparison: Comparison) -> list[tuple[str, Markup, list[tuple[str, Markup]]]]:
-    """``(title, chart, legend)`` of each quantity that some curve has."""
+    """Return ``(title, chart, legend)`` of each quantity that some curve has."""
+
+    def true_accuracy(point: CurvePoint) -> float | None:
+        return point.true_accuracy
+
+    def reward(point: CurvePoint) -> float | None:
+        return point.reward
+
     charts = []
-    chosen: list[tuple[str, str, Callable[[CurvePoint], float | None]]] = [
-        ("Problems solved, out of 100", "problems solved", lambda point: point.true_accuracy),
-        ("Mean reward, times 100", "mean reward", lambda point: point.reward),
-    ]
-    for title, label, value in chosen:
-        curves: dict[str, list[dict[int, float]]] = {}
-        for group, run in comparison.runs:
-            for arm, points in (run.stage3.curves if run.stage3 else {}).items():
-                line = {point.step: y for point in points if (y := value(point)) is not None}
-                if line:
-                    curves.setdefault(_named(group, arm_name(arm)), []).append(line)
+    for title, label, value in (
+        ("Problems solved, out of 100", "problems solved", true_accuracy),
+        ("Mean reward, times 100", "mean reward", reward),
+    ):
+        curves = _curves(comparison, value)
         series = [_banded(name, index, lines) for index, (name, lines) in enumerate(curves.items())]
         series = [line for line in series if line.points]
         if series:
-            charts.append(
-                (
-                    title,
-                    line_chart(series, "RL step", label, f"{label} by RL step, with 95% bands"),
-                    [(line.name, legend_mark(line.style)) for line in series],
-                )
-            )
+            chart = line_chart(series, "RL step", label, f"{label} by RL step, with 95% bands")
+            legend = [(line.name, legend_mark(line.style)) for line in series]
+            charts.append((title, chart, legend))
     return charts
 
 
+def _curves(
+    comparison: Comparison, value: Callable[[CurvePoint], float | None]
+) -> dict[str, list[dict[int, float]]]:
+    """Return every seed's values by step, for each RL variant in each group."""
+    curves: dict[str, list[dict[int, float]]] = {}
+    for group, run in comparison.runs:
+        if run.stage3 is None:
+            continue
+        for rl_variant, points in run.stage3.curves.items():
+            line = {point.step: value(point) for point in points if value(point) is not None}
+            if line:
+                name = _in_group(group, rl_variant_name(rl_variant))
+                curves.setdefault(name, []).append(line)
+    return curves
+
+
 def _banded(name: str, index: int, lines: Sequence[dict[int, float]]) -> Series:
-    """The mean over seeds with its interval, at the steps that every seed has: elsewhere the seeds
-    behind it change.
-    """
+    """Return the mean over seeds with its interval as a band."""
     style = Style(
         _COLOURS[index % len(_COLOURS)],
         _MARKERS[index % len(_MARKERS)],
         _DASHES[index % len(_DASHES)],
     )
-    steps = sorted(set.intersection(*(set(line) for line in lines)))
-    ends = [(step, *mean_and_half_width([line[step] for line in lines])) for step in steps]
-    band = [(step, mean - half, mean + half) for step, mean, half in ends if half is not None]
-    return Series(name, style, [(step, mean) for step, mean, _ in ends], band)
+    # Only steps that every seed has: at others the seeds behind the mean would change.
+    points = []
+    band = []
+    for step in sorted(set.intersection(*(set(line) for line in lines))):
+        mean, half = mean_and_half_width([line[step] for line in lines])
+        points.append((step, mean))
+        if half is not None:
+            band.append((step, mean - half, mean + half))
+    return Series(name, style, points, band)
 
 
-def _named(group: str, name: str) -> str:
+def _in_group(group: str, name: str) -> str:
     return f"{group}: {name}" if group else name
 
 
-def _mean_cells(mean: float, half: float | None, signed: bool = False) -> tuple[str, str]:
-    def show(value: float) -> str:
-        return (f"{100 * value:+.1f}" if signed else percent(value)).replace("-", "\N{MINUS SIGN}")
-
-    return show(mean), "–" if half is None else f"[{show(mean - half)}, {show(mean + half)}]"
-
-
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(
-        "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |"
-        for row in rows
-    )
+    header = rows[0]
+    lines = [header, ["---"] * len(header), *rows[1:]]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

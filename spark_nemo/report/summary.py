@@ -1,9 +1,7 @@
-"""The schema of ``summary.json``: plain dataclasses, and a reader that names what is wrong with a
-summary.
+"""Schema of ``summary.json``: plain dataclasses, and a reader that names an invalid field.
 
-Shares, accuracies and F1 are fractions in [0, 1]; the page shows them times 100. A part of a run
-that did not happen is None or absent, and the page leaves it out: it is never written or shown as
-0.
+Shares, accuracies and F1 are fractions in [0, 1]; the page shows them times 100. A stage that did
+not run is None or absent, and the page leaves it out; it is never written or shown as 0.
 """
 
 from __future__ import annotations
@@ -39,8 +37,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class LabelScores:
-    """Labels of one method against the truth; the accuracies are over the kept solutions, None when
-    none was kept.
+    """Labels of one method against the truth.
+
+    The accuracies are over the kept solutions, None when none was kept.
     """
 
     share_kept: float
@@ -51,10 +50,9 @@ class LabelScores:
     removed: dict[str, int] = field(default_factory=dict)
     """Labels that the filters and the balancing of stage II removed, by rule."""
     tokens_per_solution: float | None = None
-    """Tokens of verifications, critique and merge that the method needs, per solution given to it.
-    """
+    """Tokens of verifications, critiques and merges that the method needs per solution."""
     tokens_per_label: float | None = None
-    """The same per solution that got a label."""
+    """The same tokens per solution that got a label."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Stage1Summary:
     label_quality: dict[str, LabelScores] = field(default_factory=dict)
     """By label method."""
     answers_shown_to_baseline: bool = False
-    """Were answer keys shown to the verifier, for the labels of reference_guided alone?"""
+    """True if answer keys were shown to the verifier, for the labels of reference_guided alone."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +82,7 @@ class MethodScores:
 
 @dataclass(frozen=True)
 class WholeSolutionScores:
-    """Yes or No about whole solutions, over ``cases``: not a ProcessBench score, for no step is
-    named.
-    """
+    """Yes/No verdicts about whole solutions; not a ProcessBench score, since no step is named."""
 
     cases: int
     verdict_acc_error: Figure
@@ -109,7 +105,7 @@ class Stage2Summary:
     f1_gain_interval: tuple[float, float] | None = None
     """95% interval of F1(step_consistency) - F1(single), paired over the cases."""
     whole_solutions: dict[str, WholeSolutionScores] = field(default_factory=dict)
-    """Of every reward model when one of them is an ORM, whose only score this is."""
+    """Scores of every reward model if one of them is an ORM, which has no other score."""
 
     def __post_init__(self) -> None:
         if self.f1 != {name: scores.f1.value for name, scores in self.methods.items()}:
@@ -123,7 +119,7 @@ class Stage2Summary:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One RL step. ``true_accuracy`` is there at evaluation steps only."""
+    """One RL step; only evaluation steps have ``true_accuracy``."""
 
     step: int
     reward: float | None = None
@@ -131,17 +127,16 @@ class CurvePoint:
     failure_rates: dict[str, float] = field(default_factory=dict)
     entropy: float | None = None
     mismatch: float | None = None
-    """Mean absolute difference of the engine's and the trainer's log-probabilities, in nats per
-    token.
-    """
+    """Mean absolute difference of engine and trainer log-probabilities, in nats per token."""
     hacking: dict[str, float] = field(default_factory=dict)
-    """Share of the responses that each detector of reward hacking counts, by its name."""
+    """Share of the responses that each detector of reward hacking counts, by detector."""
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """Adversarial responses of one kind at the last evaluation: how many the reward model accepted,
-    how many got no verdict, and the constraint that refuses the kind (None: nothing does).
+    """Verdicts on adversarial responses of one kind at the last evaluation.
+
+    ``failed`` responses got no verdict; ``refused_by`` is the constraint that rejects the kind.
     """
 
     kind: str
@@ -153,7 +148,7 @@ class ProbeResult:
 
 @dataclass(frozen=True)
 class ScoredStep:
-    """A step, what the reward model said of it and, where known, whether it is right."""
+    """A step, its label by the reward model and, where known, its true label."""
 
     text: str
     correct: bool | None = None
@@ -162,13 +157,11 @@ class ScoredStep:
 
 @dataclass(frozen=True)
 class ScoredSolution:
-    """A sampled solution of an RL arm with the reward it got. ``verdict`` None: no verdict,
-    ``failure`` says why.
-    """
+    """A sampled solution of an RL variant; ``failure`` is the reason for a missing ``verdict``."""
 
     question: str
     steps: list[ScoredStep]
-    arm: str = "spark"
+    rl_variant: str = "spark"
     verdict: bool | None = None
     truly_correct: bool | None = None
     reward: float | None = None
@@ -177,11 +170,13 @@ class ScoredSolution:
 
 @dataclass(frozen=True)
 class Stage3Summary:
-    """Policies by arm: ``base`` (before RL), ``spark`` (reference-free: process-aware with a
-    PRM-CoT), and the other arms by folder: a reward design, with ``-prm`` or ``-orm`` for that kind
-    of reward model. ``rlvr`` read answer keys.
+    """Policies by RL variant.
 
-    ``accuracy`` is the mean over ``samples_per_problem`` samples at temperature; ``greedy`` is one
+    The keys are ``base`` (before RL), ``spark`` (reference-free: process-aware with a PRM-CoT), and
+    for other variants their folder: a reward design, with ``-prm`` or ``-orm`` for that kind of
+    reward model. ``rlvr`` read answer keys.
+
+    ``accuracy`` is the mean over ``samples_per_problem`` samples at temperature, ``greedy`` one
     greedy sample. ``differences`` are paired over problems and named ``spark_minus_base``,
     ``spark_minus_rlvr`` and so on.
     """
@@ -195,23 +190,25 @@ class Stage3Summary:
     curves: dict[str, list[CurvePoint]] = field(default_factory=dict)
     solutions: list[ScoredSolution] = field(default_factory=list)
     probes: dict[str, list[ProbeResult]] = field(default_factory=dict)
-    """By arm; only arms with a reward model have any."""
+    """Probes by RL variant; only variants with a reward model have any."""
 
     def __post_init__(self) -> None:
-        if unknown := self.accuracy_intervals.keys() - self.accuracy.keys():
+        unknown = self.accuracy_intervals.keys() - self.accuracy.keys()
+        if unknown:
             raise SummaryError(
-                f"'accuracy_intervals' names {sorted(unknown)}, which 'accuracy' has not"
+                f"'accuracy_intervals' names {sorted(unknown)}, which 'accuracy' does not have"
             )
-        for arm, points in self.curves.items():
+        for rl_variant, points in self.curves.items():
             steps = [point.step for point in points]
             if steps != sorted(set(steps)):
-                raise SummaryError(f"curves.{arm}: steps must increase")
+                raise SummaryError(f"curves.{rl_variant}: steps must increase")
 
 
 @dataclass(frozen=True)
 class RoundSummary:
-    """One round of labelling with the configured method; from round 2 on the reward model before it
-    verified.
+    """One round of labelling with the configured method.
+
+    From round 2 on, the reward model of the round before verifies.
     """
 
     number: int
@@ -221,15 +218,13 @@ class RoundSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """One run. ``seconds`` and ``tokens`` are by stage (``stage1``, ``stage2``, ``stage3``,
-    ``evaluation``, ...).
-    """
+    """One run; ``seconds`` and ``tokens`` are by stage (``stage1``, ``stage2``, ...)."""
 
     title: str
     seeds: list[int] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     commands: list[str] = field(default_factory=list)
-    """What was run to get here."""
+    """Commands that produced the run."""
     stage1: Stage1Summary | None = None
     stage2: Stage2Summary | None = None
     stage3: Stage3Summary | None = None
@@ -238,31 +233,28 @@ class Summary:
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     reads_answer_keys: dict[str, str] | None = None
-    """Parts of the run that read answer keys to train, and what for; None in summaries made before
-    it was kept.
-    """
+    """Stage runs that read answer keys to train, and the reason; None if this was not recorded."""
 
 
 def read_summary(data: Mapping[str, Any]) -> Summary:
-    """Check a plain dict (as from ``summary.json``). Raises ``SummaryError`` that names the first
-    bad field.
-    """
+    """Check a plain dict (as from ``summary.json``); raises ``SummaryError`` for a bad field."""
     return _read(Summary, data, "summary")
 
 
 def to_plain(summary: Summary) -> dict[str, Any]:
-    """The inverse of ``read_summary``: dicts, lists, strings, numbers and None only."""
+    """Invert ``read_summary``: return dicts, lists, strings, numbers and None only."""
     return json.loads(json.dumps(asdict(summary), allow_nan=False))
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
-    origin, arguments = get_origin(kind), get_args(kind)
+    origin = get_origin(kind)
+    arguments = get_args(kind)
     if origin in (Union, types.UnionType):
-        return (
-            None
-            if value is None
-            else _read(next(a for a in arguments if a is not type(None)), value, where)
-        )
+        # Every union of this file is ``X | None``.
+        if value is None:
+            return None
+        [inner] = [argument for argument in arguments if argument is not type(None)]
+        return _read(inner, value, where)
     if is_dataclass(kind):
         return _read_dataclass(kind, value, where)
     if origin is dict:
@@ -272,31 +264,26 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         }
     if origin in (list, tuple):
         _expect(isinstance(value, (list, tuple)), where, "a list", value)
-        _expect(
-            origin is list or len(value) == len(arguments),
-            where,
-            f"a list of {len(arguments)}",
-            value,
-        )
+        if origin is tuple:
+            length = len(arguments)
+            _expect(len(value) == length, where, f"a list of {length}", value)
         return origin(_read(arguments[0], item, f"{where}[{k}]") for k, item in enumerate(value))
     if kind is float:
         _expect(type(value) in (int, float) and isfinite(value), where, "a finite number", value)
         return float(value)
-    _expect(
-        type(value) is kind,
-        where,
-        {int: "a whole number", bool: "true or false"}.get(kind, "a string"),
-        value,
-    )
+    meaning = {int: "an integer", bool: "true or false", str: "a string"}[kind]
+    _expect(type(value) is kind, where, meaning, value)
     return value
 
 
 def _read_dataclass(kind: type[T], value: Any, where: str) -> T:
     _expect(isinstance(value, Mapping), where, "an object", value)
     known = {item.name: item for item in fields(kind)}
-    if unknown := [name for name in value if name not in known]:
-        raise SummaryError(f"{where}.{unknown[0]}: no such field; known are {', '.join(known)}")
-    hints, arguments = get_type_hints(kind), {}
+    for name in value:
+        if name not in known:
+            raise SummaryError(f"{where}.{name}: no such field; known are {', '.join(known)}")
+    hints = get_type_hints(kind)
+    arguments = {}
     for name, item in known.items():
         if name in value:
             arguments[name] = _read(hints[name], value[name], f"{where}.{name}")
@@ -308,6 +295,6 @@ def _read_dataclass(kind: type[T], value: Any, where: str) -> T:
         raise SummaryError(f"{where}: {error}") from None
 
 
-def _expect(holds: bool, where: str, meaning: str, value: Any) -> None:
-    if not holds:
+def _expect(valid: bool, where: str, meaning: str, value: Any) -> None:
+    if not valid:
         raise SummaryError(f"{where}: must be {meaning}, not {repr(value)[:40]}")

@@ -18,13 +18,13 @@ from spark_nemo.evaluation import (
     answer_matches,
     grade_answers,
     read_math,
-    read_skywork_prompts,
 )
 from spark_nemo.evaluation.checker import AnswerGrade
 from spark_nemo.evaluation.math_data import BENCHMARKS, benchmark_of, read_math_sets
 from spark_nemo.grammar import extract_boxed, normalize_answer
 from spark_nemo.records import Problem
 from spark_nemo.records.jsonl import read_problems
+from spark_nemo.records.verl_parquet import read_verl_problems
 
 DATA = (
     Path(os.environ.get("SPARK_NEMO_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
@@ -91,7 +91,7 @@ def test_math_verify_itself_finds_gold_answers_equal_to_themselves() -> None:
 def test_skywork_prompts_come_without_answers() -> None:
     """8,000 questions load without the answer column; no record has a field for an answer."""
     pytest.importorskip("pyarrow")
-    problems = read_skywork_prompts(DATA / "skywork_math_8k.parquet")
+    problems = read_verl_problems(DATA / "skywork_math_8k.parquet")
     assert len(problems) == len({p.problem_id for p in problems}) == 8000
     assert all(set(p.__slots__) == {"problem_id", "question", "source"} for p in problems[:1])
     assert not any("ground_truth" in p.question for p in problems)
@@ -284,13 +284,13 @@ def test_a_parquet_file_without_prompts_is_named(tmp_path: Path) -> None:
 
     (tmp_path / "text.parquet").write_text("no")
     with pytest.raises(DataFileError, match="cannot be read as parquet"):
-        read_skywork_prompts(tmp_path / "text.parquet")
+        read_verl_problems(tmp_path / "text.parquet")
     parquet.write_table(pyarrow.table({"data_source": ["a"]}), tmp_path / "short.parquet")
     with pytest.raises(DataFileError, match="column 'prompt' is missing"):
-        read_skywork_prompts(tmp_path / "short.parquet")
+        read_verl_problems(tmp_path / "short.parquet")
     rows = [[{"role": "user", "content": "1+1?"}], [{"role": "system", "content": "be brief"}]]
     parquet.write_table(
         pyarrow.table({"data_source": ["a", "b"], "prompt": rows}), tmp_path / "one.parquet"
     )
     with pytest.raises(DataFileError, match="row 2: field 'prompt' has no user message"):
-        read_skywork_prompts(tmp_path / "one.parquet")
+        read_verl_problems(tmp_path / "one.parquet")

@@ -103,7 +103,7 @@ def example_summary(seed=0, shift=0.0):
             "solutions": [
                 {
                     "question": "Start with 7. Add 5, then times 3, then minus 4.",
-                    "arm": "spark",
+                    "rl_variant": "spark",
                     "verdict": True,
                     "truly_correct": True,
                     "reward": 1.0,
@@ -115,7 +115,7 @@ def example_summary(seed=0, shift=0.0):
                 },
                 {
                     "question": "Start with 9. Times 4, then minus 8.",
-                    "arm": "spark",
+                    "rl_variant": "spark",
                     "verdict": False,
                     "truly_correct": False,
                     "reward": 0.0,
@@ -126,7 +126,7 @@ def example_summary(seed=0, shift=0.0):
                 },
                 {
                     "question": "Start with 6. Add 9, then times 2, then add 1.",
-                    "arm": "spark",
+                    "rl_variant": "spark",
                     "verdict": True,
                     "truly_correct": False,
                     "reward": 1.0,
@@ -138,7 +138,7 @@ def example_summary(seed=0, shift=0.0):
                 },
                 {
                     "question": "Start with 2. Add 2.",
-                    "arm": "spark",
+                    "rl_variant": "spark",
                     "failure": "truncated",
                     "truly_correct": True,
                     "steps": [{"text": "2+2=4"}],

@@ -1,4 +1,4 @@
-"""A run's report says which of its parts read answer keys; made-up files."""
+"""A run's report names the stage runs that read answer keys; made-up files."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from spark_nemo.report.collect_summary import answer_key_readers
 from spark_nemo.utils.files import write_json_atomic
 
 
-def run_folder(top: Path, *arms: str, labels: dict[str, bool], shown: bool = False) -> Path:
+def run_folder(top: Path, *designs: str, labels: dict[str, bool], shown: bool = False) -> Path:
     write_json_atomic(
         top / "stage1/stats-shard-all.json", {"reference_guided": {"tokens": 1}} if shown else {}
     )
     for method, reads in labels.items():
         write_json_atomic(top / f"stage2/{method}/labels.json", {"reads_answer_keys": reads})
-    for arm in arms:
-        (top / "stage3" / arm).mkdir(parents=True)
+    for design in designs:
+        (top / "stage3" / design).mkdir(parents=True)
     return top
 
 
@@ -30,7 +30,7 @@ def readers(top: Path, *overrides: str) -> dict[str, str]:
 
 
 def test_every_declared_baseline_is_named_and_nothing_else(tmp_path: Path) -> None:
-    """Proves each of the three ways an answer may reach training is found in the run's own files."""
+    """Each of the three ways in which an answer reaches training is found in the run's own files."""
     top = run_folder(
         tmp_path,
         "process_aware",
@@ -43,9 +43,7 @@ def test_every_declared_baseline_is_named_and_nothing_else(tmp_path: Path) -> No
 
 
 def test_a_policy_whose_reward_model_learned_from_answers_is_named_too(tmp_path: Path) -> None:
-    """Proves the declaration travels: labels balanced by ground truth, the reward model made of
-    them, its policies.
-    """
+    """Labels balanced by ground truth mark their reward model and the policies trained with it."""
     top = run_folder(
         tmp_path,
         "process_aware",
@@ -59,21 +57,18 @@ def test_a_policy_whose_reward_model_learned_from_answers_is_named_too(tmp_path:
     assert "balanced by ground truth" in found["stage2/step_consistency"]
 
 
-def test_the_page_says_so_either_way(tmp_path: Path) -> None:
-    """Proves the words on the page: who read answers, or that nobody did; an old summary cannot
-    know and is silent.
-    """
+def test_the_page_states_which_training_read_answer_keys() -> None:
+    """The page names the readers or states that there are none; without a record it does neither."""
     summary = example_summary()
-    said = "Reads answer keys</b>, as declared baselines do: stage3/rlvr (the reward is the answer key)."
-    page = report_page(
-        {**summary, "reads_answer_keys": {"stage3/rlvr": "the reward is the answer key"}}
-    )
-    assert said in page and "No part of this run read an answer key" not in page
-    assert "No part of this run read an answer key" in report_page(
-        {**summary, "reads_answer_keys": {}}
-    )
-    old = {name: value for name, value in summary.items() if name != "reads_answer_keys"}
-    assert read_summary(old).reads_answer_keys is None
-    assert "Reads answer keys" not in report_page(old) and "No part of this run" not in report_page(
-        old
-    )
+    assert read_summary(summary).reads_answer_keys is None
+    page = report_page(summary)
+    assert "Trained on answer keys" not in page and "No training in this run" not in page
+
+    summary["reads_answer_keys"] = {"stage3/rlvr": "the reward is the answer key"}
+    page = report_page(summary)
+    assert "Trained on answer keys" in page and "No training in this run" not in page
+    assert "stage3/rlvr (the reward is the answer key)." in page
+
+    summary["reads_answer_keys"] = {}
+    page = report_page(summary)
+    assert "Trained on answer keys" not in page and "No training in this run" in page

@@ -1,6 +1,4 @@
-"""Comparing runs over seeds: intervals against scipy's figures worked out by hand, verdicts, and
-the page.
-"""
+"""Comparison of runs over seeds: intervals against figures worked out by hand, verdicts, the page."""
 
 from __future__ import annotations
 
@@ -33,9 +31,9 @@ def pair(comparison, first: str, second: str):
 
 
 def test_a_pair_differs_only_when_the_interval_of_its_paired_difference_excludes_zero() -> None:
-    """Proves pairing by seed: seeds that are far apart but agree on the gain show it, the same
-    gains in both directions do not. Differences of 0.1, 0.2, 0.3 have mean 0.2 and half-width 4.303
-    * 0.1 / sqrt(3) = 0.2484.
+    """Seeds are paired: seeds far apart that agree on a small gain differ, uneven ones do not.
+
+    Differences of 0.1, 0.2, 0.3 have mean 0.2 and half-width 4.303 * 0.1 / sqrt(3) = 0.2484.
     """
     clear = compare_runs(of(with_f1(0, 0.1, 0.2), with_f1(1, 0.5, 0.61), with_f1(2, 0.8, 0.9)))
     assert pair(clear, "Single", "Step").verdict == "differs"
@@ -49,16 +47,16 @@ def test_a_pair_differs_only_when_the_interval_of_its_paired_difference_excludes
 
 
 def test_one_seed_gives_no_verdict() -> None:
-    """Proves no interval is made up, and that reward models are never compared with policies."""
+    """One seed has no interval; reward models are never compared with policies."""
     comparison = compare_runs(of(example_summary(0)))
     assert {p.verdict for p in comparison.pairs} == {"–"} and all(
         p.half is None for p in comparison.pairs
     )
-    assert len(comparison.pairs) == 6  # three methods, three arms
+    assert len(comparison.pairs) == 6  # three methods, three RL variants
 
 
 def test_groups_are_compared_over_the_seeds_they_share() -> None:
-    """Proves a seed that only one group has counts for its mean and not for the pair."""
+    """A seed that only one group has counts for its mean and not for the pair."""
     runs = [("old", with_f1(seed, 0.5, 0.6)) for seed in range(3)]
     runs += [("new", with_f1(seed, 0.5, 0.7 + seed / 100)) for seed in range(2)]
     comparison = compare_runs(runs)
@@ -68,15 +66,13 @@ def test_groups_are_compared_over_the_seeds_they_share() -> None:
 
 
 def test_a_seed_does_not_count_twice() -> None:
-    """Proves two runs of one seed are refused within a group."""
+    """Two runs of one seed in a group are an error."""
     with pytest.raises(SummaryError, match=r"seed \[0\]"):
         compare_runs(of(example_summary(0), example_summary(0)))
 
 
 def test_the_page_is_whole_html_with_a_band_for_every_curve() -> None:
-    """Proves tags close, and two curves in two charts have bands from three seeds, none from one;
-    not how it looks.
-    """
+    """Tags are closed; two curves in two charts have bands from three seeds, none from one seed."""
     page = comparison_page(compare_runs(of(*(example_summary(s, s / 50) for s in range(3)))))
     open_tags: list[str] = []
 
@@ -96,9 +92,7 @@ def test_the_page_is_whole_html_with_a_band_for_every_curve() -> None:
 
 
 def test_the_command_reads_run_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Proves folders with and without a group name, the two files, and one line for a folder
-    without a summary.
-    """
+    """Folders may have a group name; a folder without a summary is a one-line error."""
     for seed in range(3):
         (tmp_path / f"run{seed}").mkdir()
         (tmp_path / f"run{seed}/summary.json").write_text(

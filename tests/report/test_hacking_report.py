@@ -1,4 +1,4 @@
-"""What the report and docs/results.md say about reward hacking, from made-up numbers."""
+"""Reward hacking in the report and in docs/results.md, from made-up numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from spark_nemo.report.collect_summary import _curve
 from spark_nemo.report.hacking_view import hacking_views
 
 
-def watched() -> dict:
+def monitored_run() -> dict:
     summary = example_summary()
     for point in summary["stage3"]["curves"]["spark"]:
         point["hacking"] = {"judge_directed": point["step"] / 200, "empty_text": 0.0}
@@ -27,10 +27,10 @@ def watched() -> dict:
     return summary
 
 
-def test_reward_and_true_accuracy_stand_in_one_chart_and_detectors_in_another() -> None:
-    """Only the arm that was watched has them; a detector that saw nothing is named and has no line."""
-    (view,) = hacking_views(read_summary(watched()).stage3)
-    assert view.arm == "spark" and view.silent == ["empty text"]
+def test_reward_and_true_accuracy_share_a_chart_and_detectors_have_another() -> None:
+    """Only monitored RL variants have a view; a detector that never fired is named, not drawn."""
+    (view,) = hacking_views(read_summary(monitored_run()).stage3)
+    assert view.rl_variant == "spark" and view.silent == ["empty text"]
     assert [name for _, name in view.legend] == ["judge directed"]
     assert (
         "Reward and true accuracy by RL step" in view.reward
@@ -38,23 +38,21 @@ def test_reward_and_true_accuracy_stand_in_one_chart_and_detectors_in_another() 
     )
 
 
-def test_the_page_shows_probes_with_the_constraint_that_refuses_them() -> None:
-    """An accepted probe matters most where no constraint stands before it; both are on the page."""
-    page = report_page(watched())
+def test_the_page_shows_probes_with_the_constraint_that_rejects_them() -> None:
+    """An accepted probe matters most when no constraint rejects it; the page shows both."""
+    page = report_page(monitored_run())
     assert "Is the reward being hacked?" in page and "3 of 8" in page and "empty step" in page
     assert "2 without a verdict" in page
 
 
-def test_a_summary_from_before_the_watch_still_makes_a_page() -> None:
-    """Old run folders have no hacking metrics."""
+def test_a_run_without_detectors_has_no_section_about_hacking() -> None:
+    """Detectors may be switched off."""
     assert hacking_views(read_summary(example_summary()).stage3) == []
     assert "Is the reward being hacked?" not in report_page(example_summary())
 
 
 def test_curves_read_detector_rates_from_metrics_and_nothing_else(tmp_path: Path) -> None:
-    """``hacking/mean_steps`` and the reward gap are no shares of responses and stay out of the
-    detectors' chart.
-    """
+    """``hacking/mean_steps`` is not a share of responses and stays out of the detectors' chart."""
     row = {"step": 0, "reward": 0.5, "hacking/judge_directed": 0.25, "hacking/mean_steps": 2.5}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     (point,) = _curve(tmp_path, [])
@@ -79,15 +77,15 @@ def section(rates: tuple[float, ...]) -> str:
     return hacking_section(rows, "python x", steps=14, responses=144)
 
 
-def test_the_table_says_in_how_many_seeds_an_exploit_was_found() -> None:
-    """An exploit that some seeds did not find is not called found."""
-    text = section((0.9, 0.2, 0.8))
+def test_the_table_counts_the_seeds_in_which_an_exploit_was_found() -> None:
+    """An exploit counts as found in a seed when at least half of the last responses use it."""
+    text = " ".join(section((0.9, 0.2, 0.8)).split())
     assert "| 2 of 3 | 0 of 3 |" in text and "over 3 seeds" in text
     assert "in 8 % of the SFT text" in text and "(20.0 % solved before RL)" in text
 
 
-def test_a_table_with_a_missing_arm_is_refused() -> None:
-    """A mean over other seeds on one side would be no comparison."""
+def test_a_table_with_missing_runs_is_rejected() -> None:
+    """Means over different seeds would not be comparable."""
     row = ExploitRow("x", "y", "z", 0.1, [outcome(1, 0)], [])
-    with pytest.raises(SummaryError, match="seeds per arm"):
+    with pytest.raises(SummaryError, match="number of seeds"):
         hacking_section([row], "c", steps=1, responses=1)

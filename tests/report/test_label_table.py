@@ -32,19 +32,19 @@ def test_the_table_has_means_over_seeds_with_student_intervals():
 
 
 def test_a_method_that_labelled_nothing_has_a_dash():
-    """Nothing kept is no accuracy, and not zero."""
+    """An accuracy over nothing is missing, not zero."""
     section = label_section({0: {"single": LabelScores(0.0, tokens_per_solution=600.0)}}, "x")
     assert "| Single verification | – | – | 0.0 | 600.0 | – |" in section
 
 
 def test_seeds_must_have_the_same_methods():
-    """A mean over different methods would mean nothing."""
+    """A mean over different methods would be meaningless."""
     with pytest.raises(SummaryError, match="different methods"):
         label_section({0: {"single": scores(0.8)}, 1: {"step_consistency": scores(0.8)}}, "x")
 
 
 def test_the_section_is_replaced_in_place_and_survives_a_rewrite_of_the_rest():
-    """Both tools write one file: each leaves the other's part as it was."""
+    """Both tools write one file: each leaves the other's section as it was."""
     first, second = (label_section({0: {"single": scores(right)}}, "x") for right in (0.8, 0.9))
     document = put_section("# Results\n\nfirst run\n", first)
     assert put_section(document, second) == document.replace(first, second)
@@ -54,9 +54,7 @@ def test_the_section_is_replaced_in_place_and_survives_a_rewrite_of_the_rest():
 
 
 def test_sections_of_other_names_are_left_alone():
-    """Three tools write one file: a section is found by its name, also when one name begins like
-    another.
-    """
+    """A section is found by its whole name, also when another name begins like it."""
     first, second = marked("rounds", "one"), marked("rounds of another kind", "two")
     document = put_section(put_section("# Results\n", first), second)
     changed = put_section(document, marked("rounds", "three"))
@@ -67,7 +65,7 @@ def test_sections_of_other_names_are_left_alone():
 
 
 def test_rounds_are_compared_round_by_round():
-    """Means over seeds per round; runs with different numbers of rounds are not put into one table."""
+    """Means over seeds by round; runs with different numbers of rounds are rejected."""
 
     def summary(*f1):
         return {
@@ -87,24 +85,22 @@ def test_rounds_are_compared_round_by_round():
         "| 1 | 60.0 ± 127.1 | – | 90.0 ± 0.0 | 60.0 ± 127.1 |" in section
         and "| 2 | 60.0 ± 0.0 |" in section
     )
-    with pytest.raises(SummaryError, match="equally many rounds"):
+    with pytest.raises(SummaryError, match="same number of rounds"):
         round_section({0: summary(0.5, 0.6), 1: summary(0.7)}, "x")
 
 
-def test_the_page_says_what_filters_removed_and_what_labels_cost():
-    """A rule that removed nothing has no row; without removals there is no table. Answers that the
-    baseline saw are admitted.
-    """
+def test_the_page_shows_what_filters_removed_and_what_labels_cost():
+    """Rules that removed labels have rows, and answers shown to the baseline are stated."""
     summary = example_summary()
     page = report_page(summary)
-    assert "Labels that were not trained on" not in page and "No answer key was read." in page
+    assert "Labels removed before training" not in page and "No answer key was read." in page
     quality = summary["stage1"]["label_quality"]
     quality["single"]["removed"] = {"unbalanced": 1234}
     quality["single"]["tokens_per_label"] = 4321.0
     summary["stage1"]["answers_shown_to_baseline"] = True
     page = report_page(summary).replace("\n", " ")
     assert (
-        "Labels that were not trained on" in page
+        "Labels removed before training" in page
         and "more labels of one verdict than of the other" in page
     )
     assert "1\N{NARROW NO-BREAK SPACE}234" in page and "4\N{NARROW NO-BREAK SPACE}321" in page

@@ -34,9 +34,7 @@ VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 
 class Page(HTMLParser):
-    """Collects the visible text and every attribute, and checks that elements close in the order
-    they open.
-    """
+    """Collect a page's visible text and attributes; check that its elements are closed in order."""
 
     def __init__(self, page):
         super().__init__()
@@ -72,9 +70,7 @@ def without(*parts):
 
 
 def test_the_page_is_readable_offline_and_without_script():
-    """No script, link, image, font or other address; every element is closed. It does not test how
-    it looks.
-    """
+    """The page has no script, link, image, font or other address; every element is closed."""
     page = report_page(example_summary())
     parsed = Page(page)
     assert not parsed.tags & {"script", "link", "img", "iframe", "object", "video"}
@@ -85,9 +81,7 @@ def test_the_page_is_readable_offline_and_without_script():
 
 
 def test_the_headline_figures_are_those_of_the_summary():
-    """Label quality, F1 with the gain over single, and accuracy with both other arms, each with its
-    interval.
-    """
+    """Label quality, F1 with its gain, and accuracy next to both other variants, with intervals."""
     text = Page(report_page(example_summary())).text
     for shown in (
         "96.8 % 95% interval 96.1 to 97.5",
@@ -100,8 +94,8 @@ def test_the_headline_figures_are_those_of_the_summary():
         assert shown in text, shown
 
 
-def test_a_part_that_was_not_run_is_left_out_and_not_zero():
-    """A run with stage I only has one headline and no word about the others; an empty run has none."""
+def test_a_stage_that_was_not_run_is_left_out_and_not_zero():
+    """A run with stage I only has one headline and nothing about other stages."""
     text = Page(report_page(without("stage2", "stage3", "seconds", "tokens"))).text
     assert "Stage I " in text and "Stage II" not in text and "F1" not in text and "RLVR" not in text
     summary = without("stage1", "stage2", "seconds", "tokens")
@@ -130,10 +124,8 @@ def test_missing_curves_and_labels_are_left_out():
     assert "Labels from" not in Page(report_page(summary)).text
 
 
-def test_steps_carry_a_symbol_and_a_label_beside_the_colour():
-    """Judged correct, judged incorrect, not judged, and the warning where the reward model was
-    fooled.
-    """
+def test_steps_have_a_symbol_and_a_label_in_addition_to_the_colour():
+    """Judged correct, judged incorrect, not judged, and a warning where the reward model was wrong."""
     page = report_page(example_summary())
     text = Page(page).text
     assert "✓ 9*4" not in text and "✗ 9*4=35" in text and "– 2+2=4" in text
@@ -143,7 +135,7 @@ def test_steps_carry_a_symbol_and_a_label_beside_the_colour():
 
 
 def test_all_text_is_escaped():
-    """Markup in every string of the summary shows as text and opens no element."""
+    """Markup in any string of the summary is shown as text and does not open an element."""
     evil = "<script>alert('x')</script>\"' onload=\"&amp;"
 
     def poison(value):
@@ -170,7 +162,7 @@ def test_all_text_is_escaped():
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=80))
 @settings(max_examples=30, deadline=None)
 def test_any_solution_text_gives_a_well_formed_page(text):
-    """Whatever a policy writes."""
+    """Any text of a policy is shown as text."""
     summary = without("stage1", "stage2")
     summary["stage3"]["curves"] = {}
     summary["stage3"]["solutions"] = [
@@ -195,7 +187,7 @@ def test_the_written_summary_reads_back_equal(tmp_path):
     "place, value, message",
     [
         (("title",), None, "summary.title: must be a string"),
-        (("stage1", "problems"), 4.5, "summary.stage1.problems: must be a whole number"),
+        (("stage1", "problems"), 4.5, "summary.stage1.problems: must be an integer"),
         (
             ("stage1", "failure_rates", "truncated"),
             float("nan"),
@@ -215,8 +207,8 @@ def test_the_written_summary_reads_back_equal(tmp_path):
         (("stage3", "curves", "spark", 1, "step"), 0, "steps must increase"),
     ],
 )
-def test_a_bad_summary_is_refused_and_nothing_is_written(tmp_path, place, value, message):
-    """The field is named, and no half report appears."""
+def test_an_invalid_summary_is_rejected_and_nothing_is_written(tmp_path, place, value, message):
+    """The field is named, and no partial report appears."""
     summary = example_summary()
     target = summary
     for key in place[:-1]:
@@ -249,9 +241,7 @@ def test_charts_survive_thin_data():
 @given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
 @settings(max_examples=200, deadline=None)
 def test_ticks_span_the_range_with_a_few_round_numbers(low, width):
-    """First tick at or below the lowest value, last at or above the highest, between 2 and 8 of
-    them.
-    """
+    """The first tick is at most the lowest value, the last at least the highest; 2 to 8 ticks."""
     marks = ticks(low, low + width)
     slack = (marks[1] - marks[0]) * 1e-6 + 1e-9
     assert marks[0] <= low + slack and marks[-1] >= low + width - slack
@@ -279,7 +269,7 @@ def test_the_results_table_has_a_row_per_seed_and_the_mean():
         results_markdown([])
 
 
-def test_a_part_that_no_run_has_is_a_dash():
+def test_a_stage_that_no_run_has_is_a_dash():
     """A single run has no interval over seeds; stages that were not run are not numbers."""
     text = results_markdown([without("stage3", "commands")])
     assert "| 0 | – | – | – |" in text and "±" not in text
@@ -287,7 +277,7 @@ def test_a_part_that_no_run_has_is_a_dash():
 
 
 def test_the_interval_over_seeds_is_students():
-    """For 1, 2, 3: mean 2, standard deviation 1, so 4.303 / sqrt(3)."""
+    """The values 1, 2, 3 have mean 2 and standard deviation 1, so 4.303 / sqrt(3)."""
     assert mean_and_half_width([1, 2, 3]) == pytest.approx((2, 4.303 / 3**0.5))
     assert mean_and_half_width([5]) == (5, None)
 

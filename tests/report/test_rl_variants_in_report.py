@@ -1,6 +1,4 @@
-"""Reward designs and kinds of reward models in summary, page and tables; made-up files, no number
-was measured.
-"""
+"""Reward designs and kinds of reward models in summary, page and tables; made-up files."""
 
 from __future__ import annotations
 
@@ -29,11 +27,10 @@ from spark_nemo.records.store import RecordStore
 from spark_nemo.report import (
     compare_runs,
     comparison_markdown,
-    read_summary,
     report_page,
 )
 from spark_nemo.report.collect_summary import collect_summary
-from spark_nemo.report.display_names import DESIGN_NAMES, arm_name, method_name
+from spark_nemo.report.display_names import DESIGN_NAMES, method_name, rl_variant_name
 from spark_nemo.utils.files import write_json_atomic, write_text_atomic
 from spark_nemo.verification.sampler import SOLUTION, VERIFICATION
 
@@ -62,42 +59,38 @@ def evaluation(step: int, value: float) -> dict:
     }
 
 
-def write_arm(folder: Path, value: float) -> None:
+def write_evaluations(folder: Path, value: float) -> None:
     rows = [json.dumps(evaluation(step, v)) + "\n" for step, v in ((0, 0.5), (2, value))]
     write_text_atomic(folder / "evaluations.jsonl", "".join(rows))
 
 
 def write_cases(path: Path, cases: list, predicted: bool) -> None:
-    rows = [
-        {
-            "label": label,
-            "outcome": outcome_to_json(outcome),
-            **({"prediction": outcome.first_error} if predicted else {}),
-        }
-        for label, outcome in cases
-    ]
+    rows = []
+    for label, outcome in cases:
+        row = {"label": label, "outcome": outcome_to_json(outcome)}
+        if predicted:
+            row["prediction"] = outcome.first_error
+        rows.append(row)
     write_json_atomic(path, {"cases": rows})
 
 
 @pytest.fixture
 def summary(tmp_path: Path) -> dict:
-    """Collected from a folder with four arms and two kinds of reward model."""
+    """Summary of a run with four RL variants and two kinds of reward model."""
     for name, value in (
         ("selective-prm", 0.75),
         ("rlvr", 1.0),
         ("process_aware", 0.875),
         ("process_aware-orm", 0.625),
     ):
-        write_arm(tmp_path / "stage3" / name, value)
+        write_evaluations(tmp_path / "stage3" / name, value)
     write_cases(tmp_path / "stage2/step_consistency/processbench.json", CASES, True)
     write_cases(tmp_path / "stage2/step_consistency-orm/whole_solution.json", ORM_CASES, False)
     return collect_summary(compose_config(["+experiment=toy", f"run.dir={tmp_path}"]))
 
 
-def test_every_arm_is_collected_under_its_name(summary: dict) -> None:
-    """Process-aware with a PRM-CoT keeps the key it always had; the others are their folders. Every
-    arm is compared with SPARK; what reads answer keys comes last.
-    """
+def test_every_rl_variant_is_collected_under_its_name(summary: dict) -> None:
+    """Process-aware with a PRM-CoT is ``spark``, the others are their folders; RLVR comes last."""
     stage3 = summary["stage3"]
     assert list(stage3["accuracy"]) == [
         "base",
@@ -116,9 +109,10 @@ def test_every_arm_is_collected_under_its_name(summary: dict) -> None:
 
 
 def test_an_orms_score_is_never_under_f1(summary: dict) -> None:
-    """Two tables: the first wrong step named (one of two errors here, both solutions without), and
-    Yes or No about the whole, in which the PRM-CoT found both errors and doubted one right
-    solution, and the ORM found one error; its unreadable answer is wrong and counted.
+    """First errors and Yes/No verdicts are two tables, and only the second has the ORM.
+
+    Here the PRM-CoT found both errors and rejected one correct solution. The ORM found one error;
+    its unreadable answer is wrong and counted.
     """
     stage2 = summary["stage2"]
     assert set(stage2["methods"]) == {"step_consistency"} and stage2["f1"] == {
@@ -135,8 +129,8 @@ def test_an_orms_score_is_never_under_f1(summary: dict) -> None:
     ) == (0.5, 0.5, 1)
 
 
-def test_page_and_tables_say_which_arm_is_which(summary: dict) -> None:
-    """In words, and only the arm that read answer keys is said to have."""
+def test_page_and_tables_name_rl_variants_in_words(summary: dict) -> None:
+    """A variant's name has its design and its kind of reward model."""
     page = report_page(summary)
     table = results_markdown([summary])
     compared = comparison_markdown(compare_runs([("", summary)]))
@@ -149,17 +143,19 @@ def test_page_and_tables_say_which_arm_is_which(summary: dict) -> None:
     assert "| first | second |" in compared
 
 
-def test_every_design_has_a_name_for_people() -> None:
-    """A new design must be given one; only rlvr's says that it read answer keys."""
+def test_every_design_has_a_display_name() -> None:
+    """Only the name of rlvr mentions answer keys."""
     assert set(DESIGN_NAMES) == DESIGNS - {"rlvr"}
-    assert [name for name in sorted(DESIGNS) if "with answer keys" in arm_name(name)] == ["rlvr"]
-    assert arm_name("min_form-prm") == "Min-form (PURE), PRM"
+    assert [name for name in sorted(DESIGNS) if "with answer keys" in rl_variant_name(name)] == [
+        "rlvr"
+    ]
+    assert rl_variant_name("min_form-prm") == "Min-form (PURE), PRM"
     assert method_name("single-orm") == "Single verification, ORM"
-    assert arm_name("something-else") == "something-else"
+    assert rl_variant_name("something-else") == "something-else"
 
 
 def test_a_run_with_an_orm_alone_has_a_page(tmp_path: Path) -> None:
-    """No F1, no chart of it and no headline of it: not a 0."""
+    """F1 is absent from summary, charts and headlines; it is not 0."""
     write_cases(tmp_path / "stage2/step_consistency-orm/whole_solution.json", ORM_CASES, False)
     summary = collect_summary(compose_config(["+experiment=toy", f"run.dir={tmp_path}"]))
     page = report_page(summary)
@@ -170,19 +166,18 @@ def test_a_run_with_an_orm_alone_has_a_page(tmp_path: Path) -> None:
     )
 
 
-def test_arms_without_a_colour_of_their_own_differ(summary: dict) -> None:
+def test_rl_variants_without_a_fixed_colour_differ() -> None:
     """Two of them with curves have two colours."""
     made = example_summary()
-    for arm in ("selective", "capo"):
-        made["stage3"]["accuracy"][arm], made["stage3"]["curves"][arm] = 0.5, curve(0.6, 3, 0.7)
+    for design in ("selective", "capo"):
+        made["stage3"]["accuracy"][design] = 0.5
+        made["stage3"]["curves"][design] = curve(0.6, 3, 0.7)
     page = report_page(made)
-    assert read_summary(made).stage3 is not None and "#332288" in page and "#009E73" in page
+    assert "#332288" in page and "#009E73" in page
 
 
 def test_a_report_does_not_hold_the_store(tmp_path: Path) -> None:
-    """Peak memory of counting eight times the solutions is the same within a tenth of what they
-    weigh more.
-    """
+    """Peak memory grows by less than a tenth of the size of the additional solutions."""
     peaks, text = [], render_verification([StepJudgement("", "x" * 4000, True)] * 2, True)
     for count in (20, 160):
         folder = tmp_path / str(count)

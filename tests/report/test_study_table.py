@@ -1,4 +1,4 @@
-"""The study's section: every arm against RLVR, every reward model against step consistency's."""
+"""The study's section: RL variants against RLVR, reward models against step consistency's."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def runs(*accuracies: tuple[float, float]) -> dict[int, dict]:
     return by_seed
 
 
-def test_an_arm_differs_only_when_its_interval_over_seeds_excludes_zero() -> None:
+def test_an_rl_variant_differs_only_when_its_interval_over_seeds_excludes_zero() -> None:
     """A steady gap of ten points is a difference; the same mean gap with seeds on both sides of
     zero is none.
     """

@@ -1,12 +1,11 @@
-"""The hacking simulator: the real stage III on the small world, against judges with one planted
-weakness each.
+"""The hacking simulator: stage III on the toy task, against judges with one planted weakness each.
 
-A policy can only be rewarded for what it happens to try. Real ones try everything now and then; a
-model of a million parameters has never seen any of these, so the simulator first gives its policy
-the habit to use one of them in a few percent of its responses, by a short SFT of the shipped
-generator, whose text also solves most problems wrongly: a policy that can learn to solve in ten
-steps has little reason to cheat (with the generator's own accuracy of one half, rare exploits were
-outrun by honest learning). Everything after that is stage III as it is: rollouts, gate,
+A policy can only be rewarded for what it tries. Real policies try everything now and then, but a
+model of a million parameters has never seen any exploit. So the simulator first gives its policy
+the habit to use one exploit in a few percent of its responses, by a short SFT of the shipped
+generator. That text also solves most problems wrongly: a policy that learns to solve within ten
+steps has little reason to cheat, and with the generator's own accuracy of one half, honest learning
+outran rare exploits. Everything after that is stage III unchanged: rollouts, format gate,
 constraints, judge, advantages, optimizer.
 """
 
@@ -51,9 +50,12 @@ from spark_nemo.training.packing import TrainSequence
 from spark_nemo.utils.files import write_json_atomic
 from studies.exploits import BY_NAME, Exploit, judge, tempted_response
 
-SFT_EXAMPLES, SFT_BATCH = 3000, 64
+SFT_EXAMPLES = 3000
+SFT_BATCH = 64
 _LAYOUT = MegatronConfig(dtype="float32", distributed_optimizer=False, tokens_per_micro_batch=4096)
-_QUESTION, _SOLUTION, _END = "Problem: ", "\n\nStudent Solution: ", "\n\nLet's verify step by step."
+_QUESTION = "Problem: "
+_SOLUTION = "\n\nStudent Solution: "
+_END = "\n\nLet's verify step by step."
 SMALL_RUN = (
     "+experiment=toy",
     "data.rl_problems=toy:rl:400",
@@ -74,38 +76,35 @@ SMALL_RUN = (
     "evaluation.max_new_tokens=90",
     "evaluation.bootstrap_samples=200",
 )
-"""One arm, in half a minute; further overrides may follow."""
+"""Settings of one run, which takes half a minute."""
 
 
 class ScriptedJudge(Engine):
-    """An engine whose replies are a script's: it reads the reward model's prompt and writes a
-    verification of it.
+    """An engine that parses the reward model's prompt and replies with a scripted verification.
 
-    ``weakness`` None is honest. Its weights never change, and it refuses new ones.
+    Without a ``weakness`` it is honest. It does not accept new weights.
     """
 
     def __init__(self, tokenizer: Tokenizer, weakness: Exploit | None) -> None:
-        self._tokenizer, self._weakness = tokenizer, weakness
+        self._tokenizer = tokenizer
+        self._weakness = weakness
         self._tokens_generated = 0
 
     @classmethod
     def served(cls, folder: Path, weakness: Exploit | None) -> ServedModel:
-        """The judge with the tokenizer of the model in ``folder``."""
+        """Return the judge with the tokenizer of the model in ``folder``."""
         tokenizer = Tokenizer.load(folder)
-        return ServedModel(
-            cls(tokenizer, weakness), tokenizer, f"judge-{weakness.name if weakness else 'honest'}"
-        )
+        name = weakness.name if weakness else "honest"
+        return ServedModel(cls(tokenizer, weakness), tokenizer, f"judge-{name}")
 
     async def generate(self, request: GenerationRequest) -> Generation:
-        """See ``Engine.generate``; raises ``EngineFailure`` for a prompt that is not the reward
-        model's.
-        """
+        """Verify the prompt's solution; raises ``EngineFailure`` for any other prompt."""
         prompt = self._tokenizer.decode(request.prompt_ids)
         question, found, rest = prompt.partition(_QUESTION)[2].partition(_SOLUTION)
         parsed = split_response(rest.rpartition(_END)[0], StepFormat.PLAIN)
         if not found or not isinstance(parsed, ParsedResponse):
             raise EngineFailure(
-                "the scripted judge reads the prompt of rl.prompt_set=compact and nothing else"
+                "the scripted judge parses only the reward model's prompt of rl.prompt_set=compact"
             )
         labels, accepted = judge(question, parsed.step_texts, parsed.answer, self._weakness)
         text = render_verification([StepJudgement("", "", label) for label in labels], accepted)
@@ -116,21 +115,21 @@ class ScriptedJudge(Engine):
     async def update_weights(
         self, tensors: Iterable[tuple[str, torch.Tensor]], version: int
     ) -> None:
-        """Raises ``EngineFailure``."""
+        """Raise ``EngineFailure``: a script has no weights to update."""
         raise EngineFailure("a scripted judge has no weights")
 
     async def pause(self) -> None:
-        """It answers at once: there is nothing to stop."""
+        """Do nothing: replies are immediate."""
 
     async def resume(self) -> None:
-        """See ``pause``."""
+        """Do nothing, as ``pause``."""
 
     async def health(self) -> EngineHealth:
-        """Always alive, weight version 0."""
+        """Report a live engine of weight version 0."""
         return EngineHealth(True, False, 0, 0, 0, self._tokens_generated)
 
     async def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing: there is nothing to release."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,28 +142,28 @@ class SimulatorRun:
 
     @property
     def name(self) -> str:
-        """Its folder."""
-        return f"{self.exploit}-{'with' if self.constrained else 'without'}-seed{self.seed}"
+        """Name of the run's folder."""
+        kind = "with" if self.constrained else "without"
+        return f"{self.exploit}-{kind}-seed{self.seed}"
 
 
 def build_base(exploit: Exploit, folder: Path) -> Path:
-    """A policy that has the habit of one exploit: ``folder/model``, made once; an interrupted build
-    goes on.
+    """Train a policy that has the habit of one exploit; return its folder.
+
+    A finished model is reused, and an interrupted training resumes.
     """
-    model, start = folder / "model", ASSETS / "generator"
+    model = folder / "model"
+    start = ASSETS / "generator"
     if (model / "config.json").exists():
         return model
-    rng, tokenizer = random.Random(f"hacking simulator {exploit.name}"), Tokenizer.load(start)
+    rng = random.Random(f"hacking simulator {exploit.name}")
+    tokenizer = Tokenizer.load(start)
     problems = sampled_problems(rng, held_out_questions())
     sequences = []
     for problem in itertools.islice(problems, SFT_EXAMPLES):
+        prompt = tokenizer.encode_chat(PROMPTS.policy(problem.question))
         response = tokenizer.encode(tempted_response(problem, exploit, rng))
-        sequences.append(
-            TrainSequence(
-                tokenizer.encode_chat(PROMPTS.policy(problem.question)),
-                (*response, tokenizer.eos_ids[0]),
-            )
-        )
+        sequences.append(TrainSequence(prompt, (*response, tokenizer.eos_ids[0])))
     settings = FineTuningConfig(
         epochs=1,
         batch_size=SFT_BATCH,
@@ -178,63 +177,60 @@ def build_base(exploit: Exploit, folder: Path) -> Path:
     return model
 
 
-def arm_config(arm: SimulatorRun, runs: Path, overrides: Iterable[str] = ()) -> SparkConfig:
-    """The configuration of an arm's stage III: the two arms of an exploit differ in its constraints
-    and in no more.
-    """
-    exploit = BY_NAME[arm.exploit]
+def simulator_config(run: SimulatorRun, runs: Path) -> SparkConfig:
+    """Return the configuration of a run; both runs of an exploit differ in its constraints alone."""
+    exploit = BY_NAME[run.exploit]
     base = build_base(exploit, runs / "base" / exploit.name)
     config = compose_config(
         [
             *SMALL_RUN,
-            *overrides,
-            f"run.dir={runs / arm.name}",
-            f"run.seed={arm.seed}",
+            f"run.dir={runs / run.name}",
+            f"run.seed={run.seed}",
             f"models.policy={base}",
             "rl.reward=process_aware",
             f"rl.reward_model={ASSETS / 'verifier'}",
         ]
     )
-    settings = exploit.closed_by if arm.constrained else exploit.opened_by
-    rules = ConstraintsConfig(**settings)
-    hacking = replace(config.rl.hacking, constraints=rules)
+    settings = exploit.closed_by if run.constrained else exploit.opened_by
+    hacking = replace(config.rl.hacking, constraints=ConstraintsConfig(**settings))
     return resolve_toy(replace(config, rl=replace(config.rl, hacking=hacking)))
 
 
-def run_arm(arm: SimulatorRun, runs: Path, overrides: Iterable[str] = ()) -> dict[str, float]:
-    """Run it (or go on with it) and return what ``outcome.json`` holds; a finished arm is not run
-    again.
-    """
-    path = runs / arm.name / "outcome.json"
+def run_simulator(run: SimulatorRun, runs: Path) -> dict[str, float]:
+    """Start or resume a run under ``runs``; return its ``outcome.json``."""
+    path = runs / run.name / "outcome.json"
     if path.exists():
         return json.loads(path.read_text())
-    config = arm_config(arm, runs, overrides)
+    exploit = BY_NAME[run.exploit]
+    config = simulator_config(run, runs)
     folder = stage3_folder(config.run, config.rl.reward)
-    if read_done(folder) is None and not run_stage3(
-        config, ScriptedJudge.served(ASSETS / "verifier", BY_NAME[arm.exploit])
-    ):
-        raise KeyboardInterrupt
-    outcome = read_outcome(folder, BY_NAME[arm.exploit])
+    if read_done(folder) is None:
+        judge = ScriptedJudge.served(ASSETS / "verifier", exploit)
+        if not run_stage3(config, judge):
+            raise KeyboardInterrupt
+    outcome = read_outcome(folder, exploit)
     write_json_atomic(path, outcome)
     return outcome
 
 
 def read_outcome(folder: Path, exploit: Exploit) -> dict[str, float]:
-    """Means over the first and the last three training steps: the exploit's rate, the reward; and
-    true accuracy.
-    """
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    tests = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
-    ends = {"first": rows[:3], "last": rows[-3:]}
+    """Return true accuracy at both ends, and means over the first and the last three steps."""
+    metrics = _rows(folder / "metrics.jsonl")
+    evaluations = _rows(folder / "evaluations.jsonl")
     outcome = {
-        "accuracy_first": tests[0]["sampled"]["value"],
-        "accuracy_last": tests[-1]["sampled"]["value"],
+        "accuracy_first": evaluations[0]["sampled"]["value"],
+        "accuracy_last": evaluations[-1]["sampled"]["value"],
     }
-    for end, part in ends.items():
-        for name, key in (
-            ("rate", f"hacking/{exploit.detector}"),
-            ("reward", "reward"),
-            ("tokens", "response_tokens"),
-        ):
-            outcome[f"{name}_{end}"] = sum(row[key] for row in part) / len(part)
+    keys = {
+        "rate": f"hacking/{exploit.detector}",
+        "reward": "reward",
+        "tokens": "response_tokens",
+    }
+    for end, rows in (("first", metrics[:3]), ("last", metrics[-3:])):
+        for name, key in keys.items():
+            outcome[f"{name}_{end}"] = sum(row[key] for row in rows) / len(rows)
     return outcome
+
+
+def _rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]

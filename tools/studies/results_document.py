@@ -1,33 +1,49 @@
-"""The results document: one row per seed, and the mean over seeds with an interval that covers the
-seeds.
-"""
+"""docs/results.md: a row per seed of the toy task's pipeline, and the mean over seeds."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from spark_nemo.report.display_names import arm_name, arm_order
+from spark_nemo.report.display_names import (
+    SHORT_NAMES,
+    ordered_rl_variants,
+    rl_variant_name,
+    words,
+)
 from spark_nemo.report.student_interval import mean_and_half_width
 from spark_nemo.report.summary import Summary, SummaryError, read_summary
+from studies.document_sections import markdown_table, produced_by
 
 _NOT_SHOWN = """\
 What this does not show:
 
-- The intervals in the per-seed rows come from resampling the cases of that one run; only the last row covers training
-  again.
-- The gain in F1 is paired over the same cases of one run. With few seeds the interval over seeds is wide, and it is the
-  one to quote.
-- Nothing here says how the method does with other models, on other problems, or for longer training.
-- A dash means that the part was not run. It does not mean zero."""
+- The intervals in the rows of single seeds come from resampling the cases of that run. Only the
+  last row covers training again.
+- The gain in F1 is paired over the same cases of one run. With few seeds the interval over seeds
+  is wide, and it is the one to quote.
+- Nothing here tells how the method does with other models, on other problems, or for longer
+  training.
+- A dash means that the stage was not run. It does not mean zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table over seeds: its value in a run, and the interval of that value."""
+
+    name: str
+    value: Callable[[Summary], float | None]
+    show: Callable[[float], str]
+    interval: Callable[[Summary], tuple[float, float] | None] | None = None
 
 
 def results_markdown(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """Markdown for docs/results.md from the summaries of runs that differ in their seed only.
+    """Return docs/results.md from summaries of runs that differ in their seed only.
 
-    F1 and accuracy are times 100. The last row is the mean and, from two seeds on, the half-width
-    of Student's 95% interval over seeds. Raises ``SummaryError`` without summaries or when two of
-    them share a seed.
+    F1 and accuracy are times 100. The last row of each table is the mean with, from two seeds on,
+    the half-width of Student's 95% interval over seeds. Raises ``SummaryError`` without summaries
+    or when two of them share a seed.
     """
     runs = [read_summary(summary) for summary in summaries]
     if not runs:
@@ -36,133 +52,107 @@ def results_markdown(summaries: Sequence[Mapping[str, Any]]) -> str:
     if len(set(seeds)) != len(seeds):
         raise SummaryError(f"two summaries have the same seeds {seeds}: they would count twice")
     over = f"{len(runs)} seeds" if len(runs) > 1 else "one seed"
-    return (
-        "\n\n".join(
-            [
-                f"# The small world over {over}",
-                _commands(runs),
-                "## Reward models: F1 by labelling method\n\n"
-                + _table(
-                    runs,
-                    [
-                        ("single", lambda r: _f1(r, "single"), _percent),
-                        ("outcome consistency", lambda r: _f1(r, "outcome_consistency"), _percent),
-                        ("step consistency", lambda r: _f1(r, "step_consistency"), _percent),
-                        ("gain of step consistency over single", _gain, _signed),
-                    ],
-                    {"gain of step consistency over single": _gain_interval},
-                ),
-                "## Policies: held-out problems solved\n\n" + _policies(runs),
-                "## Seconds of work by stage (jobs that ran side by side are added up)\n\n"
-                + _table(
-                    runs,
-                    [
-                        *(
-                            (
-                                part.replace("_", " "),
-                                lambda r, part=part: r.seconds.get(part),
-                                _seconds,
-                            )
-                            for part in dict.fromkeys(part for run in runs for part in run.seconds)
-                        ),
-                        ("all", lambda r: sum(r.seconds.values()) if r.seconds else None, _seconds),
-                    ],
-                    {},
-                ),
-                _NOT_SHOWN,
-            ]
-        )
-        + "\n"
-    )
-
-
-def _policies(runs: Sequence[Summary]) -> str:
-    arms = {"base": "before RL", "spark": "SPARK", "rlvr": "RLVR (reads answer keys)"}
-    found = [arm for run in runs if run.stage3 for arm in run.stage3.accuracy]
-    names = {arm: arms.get(arm) or arm_name(arm) for arm in arm_order([*arms, *found])}
-    return _table(
-        runs,
-        [(name, lambda r, arm=arm: _accuracy(r, arm), _percent) for arm, name in names.items()],
-        {name: _accuracy_interval(arm) for arm, name in names.items()},
-    )
-
-
-Column = tuple[str, Callable[[Summary], float | None], Callable[[float], str]]
-Interval = Callable[[Summary], tuple[float, float] | None]
-
-
-def over_seeds(values: Sequence[float | None], factor: float = 1.0) -> str:
-    """``mean ± half-width`` of Student's 95% interval, times ``factor``; says so when some seeds
-    have no value.
-    """
-    known = [factor * value for value in values if value is not None]
-    if not known:
-        return "–"
-    mean, half = mean_and_half_width(known)
-    partial = "" if len(known) == len(values) else f" ({len(known)} seeds)"
-    return f"{mean:.1f}" + ("" if half is None else f" ± {half:.1f}") + partial
-
-
-def _table(
-    runs: Sequence[Summary], columns: Sequence[Column], intervals: Mapping[str, Interval]
-) -> str:
-    rows = [["seed", *(name for name, _, _ in columns)], ["---", *("---:" for _ in columns)]]
-    for run in runs:
-        cells = []
-        for name, value, show in columns:
-            number, interval = value(run), intervals[name](run) if name in intervals else None
-            cells.append(
-                "–"
-                if number is None
-                else show(number)
-                + ("" if interval is None else f" [{show(interval[0])}, {show(interval[1])}]")
-            )
-        rows.append([", ".join(map(str, run.seeds)) or "–", *cells])
-    rows.append(
-        [f"**mean of {len(runs)}**", *(_mean_cell(runs, value, show) for _, value, show in columns)]
-    )
-    return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows)
-
-
-def _mean_cell(
-    runs: Sequence[Summary],
-    value: Callable[[Summary], float | None],
-    show: Callable[[float], str],
-) -> str:
-    numbers = [number for run in runs if (number := value(run)) is not None]
-    if not numbers:
-        return "–"
-    mean, half = mean_and_half_width(numbers)
-    partial = "" if len(numbers) == len(runs) else f" ({len(numbers)} runs)"
-    return show(mean) + ("" if half is None else f" ± {show(half).lstrip('+')}") + partial
+    parts = [
+        f"# The toy task over {over}",
+        _commands(runs),
+        "## Reward models: F1 by label method",
+        _table(runs, _f1_columns()),
+        "## Policies: held-out problems solved",
+        _table(runs, _policy_columns(runs)),
+        "## Seconds of work by stage (parallel jobs are added up)",
+        _table(runs, _seconds_columns(runs)),
+        _NOT_SHOWN,
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def _commands(runs: Sequence[Summary]) -> str:
     commands = list(dict.fromkeys(command for run in runs for command in run.commands))
     if not commands:
         return "The runs did not record the commands that produced them."
-    return "Produced by:\n\n```\n" + "\n".join(commands).replace("```", "` ` `") + "\n```"
+    return produced_by(commands)
 
 
-def _f1(run: Summary, method: str) -> float | None:
-    return run.stage2.f1.get(method) if run.stage2 else None
+def _f1_columns() -> list[Column]:
+    def f1_of(method: str) -> Callable[[Summary], float | None]:
+        return lambda run: run.stage2.f1.get(method) if run.stage2 else None
+
+    def gain(run: Summary) -> float | None:
+        f1 = run.stage2.f1 if run.stage2 else {}
+        if "step_consistency" not in f1 or "single" not in f1:
+            return None
+        return f1["step_consistency"] - f1["single"]
+
+    def gain_interval(run: Summary) -> tuple[float, float] | None:
+        return run.stage2.f1_gain_interval if run.stage2 else None
+
+    methods = ("single", "outcome_consistency", "step_consistency")
+    columns = [Column(words(method), f1_of(method), _percent) for method in methods]
+    columns.append(Column("gain of step consistency over single", gain, _signed, gain_interval))
+    return columns
 
 
-def _gain(run: Summary) -> float | None:
-    step, single = _f1(run, "step_consistency"), _f1(run, "single")
-    return None if step is None or single is None else step - single
+def _policy_columns(runs: Sequence[Summary]) -> list[Column]:
+    def accuracy_of(key: str) -> Callable[[Summary], float | None]:
+        return lambda run: run.stage3.accuracy.get(key) if run.stage3 else None
+
+    def interval_of(key: str) -> Callable[[Summary], tuple[float, float] | None]:
+        return lambda run: run.stage3.accuracy_intervals.get(key) if run.stage3 else None
+
+    found = [key for run in runs if run.stage3 for key in run.stage3.accuracy]
+    columns = []
+    for key in ordered_rl_variants(["base", "spark", "rlvr", *found]):
+        name = SHORT_NAMES.get(key, rl_variant_name(key))
+        if key == "rlvr":
+            name += " (reads answer keys)"
+        columns.append(Column(name, accuracy_of(key), _percent, interval_of(key)))
+    return columns
 
 
-def _gain_interval(run: Summary) -> tuple[float, float] | None:
-    return run.stage2.f1_gain_interval if run.stage2 else None
+def _seconds_columns(runs: Sequence[Summary]) -> list[Column]:
+    def seconds_of(stage: str) -> Callable[[Summary], float | None]:
+        return lambda run: run.seconds.get(stage)
+
+    def total(run: Summary) -> float | None:
+        return sum(run.seconds.values()) if run.seconds else None
+
+    stages = dict.fromkeys(stage for run in runs for stage in run.seconds)
+    columns = [Column(words(stage), seconds_of(stage), _whole) for stage in stages]
+    return [*columns, Column("all", total, _whole)]
 
 
-def _accuracy(run: Summary, arm: str) -> float | None:
-    return run.stage3.accuracy.get(arm) if run.stage3 else None
+def _table(runs: Sequence[Summary], columns: Sequence[Column]) -> str:
+    rows = []
+    for run in runs:
+        seed = ", ".join(map(str, run.seeds)) or "–"
+        rows.append([seed, *(_seed_cell(run, column) for column in columns)])
+    rows.append([f"**mean of {len(runs)}**", *(_mean_cell(runs, column) for column in columns)])
+    return markdown_table(["seed", *(column.name for column in columns)], rows)
 
 
-def _accuracy_interval(arm: str) -> Interval:
-    return lambda run: run.stage3.accuracy_intervals.get(arm) if run.stage3 else None
+def _seed_cell(run: Summary, column: Column) -> str:
+    value = column.value(run)
+    if value is None:
+        return "–"
+    interval = column.interval(run) if column.interval else None
+    if interval is None:
+        return column.show(value)
+    low, high = interval
+    return f"{column.show(value)} [{column.show(low)}, {column.show(high)}]"
+
+
+def _mean_cell(runs: Sequence[Summary], column: Column) -> str:
+    values = [column.value(run) for run in runs]
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    mean, half = mean_and_half_width(known)
+    text = column.show(mean)
+    if half is not None:
+        text += f" ± {column.show(half).lstrip('+')}"
+    if len(known) < len(runs):
+        text += f" ({len(known)} runs)"
+    return text
 
 
 def _percent(value: float) -> str:
@@ -173,9 +163,5 @@ def _signed(value: float) -> str:
     return f"{100 * value:+.1f}"
 
 
-def _seconds(value: float) -> str:
+def _whole(value: float) -> str:
     return f"{value:.0f}"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""What the tools that repeat a run over seeds share: their arguments, and the runs themselves."""
+"""Repeat a ``spark-nemo`` command over seeds, and the arguments of the tools that do so."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def seed_arguments(description: str, seeds: Sequence[int], runs: str) -> argparse.ArgumentParser:
-    """A parser with --seeds, --runs, --out and Hydra overrides."""
+    """Return a parser with --seeds, --runs, --out and Hydra overrides."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -23,16 +23,19 @@ def seed_arguments(description: str, seeds: Sequence[int], runs: str) -> argpars
     return parser
 
 
-def run_seeds(
-    command: str,
-    arguments: argparse.Namespace,
-    overrides: Sequence[str],
-) -> Iterator[tuple[int, Path, list[str]]]:
-    """Run ``spark-nemo COMMAND`` for one seed after the other; yields seed, run folder and the
-    run's overrides.
+def command_line(tool: str, arguments: argparse.Namespace, *options: str) -> str:
+    """Return the command that repeats a tool's call, for the document that it writes."""
+    seeds = [str(seed) for seed in dict.fromkeys(arguments.seeds)]
+    words = ["python", f"tools/{tool}.py", "--seeds", *seeds, *options, *arguments.overrides]
+    return " ".join(words)
 
-    What a run has finished already is not run again. Ends the program with the status of the first
-    run that fails.
+
+def run_seeds(
+    command: str, arguments: argparse.Namespace, overrides: Sequence[str]
+) -> Iterator[tuple[int, Path, list[str]]]:
+    """Run ``spark-nemo COMMAND`` for each seed; yield seed, run folder and the run's overrides.
+
+    Stages that are finished are not run again. Exits with the status of the first run that fails.
     """
     for seed in dict.fromkeys(arguments.seeds):
         folder = arguments.runs / f"seed-{seed}"
