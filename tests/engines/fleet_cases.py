@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from spark_nemo.engines import (
     Engine,
@@ -103,16 +103,20 @@ class FakeLauncher(ServerLauncher):
     """A process whose every start is a new ``FakeEngine`` with the folder's weights, version 0."""
 
     def __init__(
-        self, number: int = 0, max_restarts: int = 3, start_s: float = 0.01, delay: float = 0.001
+        self,
+        number: int = 0,
+        max_restarts: int = 3,
+        start_s: float = 0.01,
+        delay: float = 0.001,
+        engine_of: Callable[[], FakeEngine] | None = None,
     ) -> None:
-        self.number, self.max_restarts, self.start_s, self.delay = (
-            number,
-            max_restarts,
-            start_s,
-            delay,
-        )
+        self.number = number
+        self.max_restarts = max_restarts
+        self.start_s = start_s
+        self.engine_of = engine_of or (lambda: FakeEngine(number, delay))
         self.engines: list[FakeEngine] = []
-        self.stopped, self.fails_with = 0, ""
+        self.stopped = 0
+        self.fails_with = ""
 
     @property
     def engine(self) -> FakeEngine:
@@ -122,7 +126,7 @@ class FakeLauncher(ServerLauncher):
         await asyncio.sleep(self.start_s)
         if self.fails_with:
             raise EngineFailure(self.fails_with)
-        self.engines.append(FakeEngine(self.number, self.delay))
+        self.engines.append(self.engine_of())
         return self.engine
 
     def death(self) -> str | None:

@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 from engine_cases import generate_all
-from fleet_cases import QUICK, FakeEngine, FakeLauncher, ask, running, trouble, until
+from fleet_cases import FakeEngine, FakeLauncher, ask, running, trouble, until
 from virtual_time import block_event_loop, now, run
 
 from spark_nemo.engines import (
@@ -21,6 +21,7 @@ from spark_nemo.engines import (
     FinishReason,
     Generation,
 )
+from spark_nemo.engines.fleet import FleetLimits
 
 
 def test_requests_spread_over_members_and_a_prompt_stays_where_it_was() -> None:
@@ -84,7 +85,7 @@ def test_a_hung_member_is_found_by_a_probe_long_before_the_request_deadline() ->
     """With a request deadline of a minute, hanging requests move within the probe's time."""
 
     async def scenario():
-        limits = QUICK.__class__(
+        limits = FleetLimits(
             request_timeout_s=60, probe_every_s=0.05, probe_timeout_s=0.1, backoff_s=0.01
         )
         engines = [FakeEngine(i, delay=0.01) for i in range(2)]
@@ -104,7 +105,7 @@ def test_a_slow_request_on_a_sound_member_does_not_take_it_out() -> None:
 
     async def scenario():
         engines = [FakeEngine(i, delay=10) for i in range(2)]
-        limits = QUICK.__class__(
+        limits = FleetLimits(
             request_timeout_s=0.05,
             probe_every_s=0.05,
             probe_timeout_s=0.2,
@@ -130,7 +131,7 @@ def test_the_deadline_of_a_request_begins_when_it_has_a_place() -> None:
     """
 
     async def scenario():
-        limits = QUICK.__class__(
+        limits = FleetLimits(
             request_timeout_s=0.15, total_timeout_s=0.3, probe_every_s=0.05, probe_timeout_s=0.1
         )
         async with running([FakeEngine(delay=0.05, max_in_flight=1)], limits) as fleet:
@@ -154,7 +155,7 @@ def test_whoever_waits_for_a_place_at_a_member_that_dies_goes_elsewhere() -> Non
     async def scenario():
         engines = [FakeEngine(i, delay=0.02, max_in_flight=1) for i in range(2)]
         async with running(
-            engines, QUICK.__class__(request_timeout_s=60, probe_every_s=0.05, probe_timeout_s=0.1)
+            engines, FleetLimits(request_timeout_s=60, probe_every_s=0.05, probe_timeout_s=0.1)
         ) as fleet:
             await asyncio.gather(*(fleet.generate(ask(i)) for i in range(2)))
             tasks = [asyncio.ensure_future(fleet.generate(ask(i))) for i in range(20)]
@@ -174,7 +175,7 @@ def test_a_request_for_many_tokens_has_more_time() -> None:
     """A quarter of a second for each token of four: a member that needs half a second is waited
     for, where a deadline without tokens ends the request. One and all attempts grow alike.
     """
-    limits = QUICK.__class__(request_timeout_s=0.1, total_timeout_s=0.6, token_timeout_s=0.25)
+    limits = FleetLimits(request_timeout_s=0.1, total_timeout_s=0.6, token_timeout_s=0.25)
     assert limits.deadlines(4) == pytest.approx((1.1, 6.6)) and limits.deadlines(0) == (0.1, 0.6)
 
     async def scenario(limits):
@@ -183,7 +184,7 @@ def test_a_request_for_many_tokens_has_more_time() -> None:
 
     assert run(scenario(limits)).token_ids[0] == 7
     with pytest.raises(EngineFailure, match=r"no answer within 0.1 s \(request_timeout_s\)"):
-        run(scenario(QUICK.__class__(request_timeout_s=0.1, total_timeout_s=0.6)))
+        run(scenario(FleetLimits(request_timeout_s=0.1, total_timeout_s=0.6)))
 
 
 def test_a_bad_request_passes_at_once_and_blames_nobody() -> None:
@@ -282,7 +283,7 @@ def test_a_cancelled_caller_reaches_the_member() -> None:
 
     async def scenario():
         engine = FakeEngine(0, delay=10)
-        async with running([engine], limits=QUICK.__class__()) as fleet:
+        async with running([engine], limits=FleetLimits()) as fleet:
             work = asyncio.create_task(fleet.generate(ask(1)))
             await until(lambda: engine.running == 1)
             work.cancel()
@@ -322,7 +323,7 @@ def test_random_failures_never_lose_or_double_a_request(seed: int) -> None:
     async def scenario():
         draw, stop = random.Random(seed), asyncio.Event()
         engines = [FakeEngine(i, delay=draw.uniform(0.001, 0.01)) for i in range(4)]
-        limits = QUICK.__class__(
+        limits = FleetLimits(
             request_timeout_s=0.2,
             total_timeout_s=30,
             max_attempts=60,
@@ -366,7 +367,7 @@ def test_random_failures_of_kept_servers_under_updates_keep_versions_straight(se
             engine.version = version
 
         wrong, done = 0, 0
-        limits = QUICK.__class__(
+        limits = FleetLimits(
             max_attempts=60,
             backoff_s=0.002,
             max_backoff_s=0.02,
@@ -464,6 +465,32 @@ def test_a_burst_of_refusals_is_one_failure() -> None:
 
     metrics = run(scenario())
     assert metrics.retries == 30 and metrics.outages == 0
+
+
+def test_a_moment_of_rejections_does_not_evict_the_only_server() -> None:
+    """For half a second a launched server rejects every request and probe, and a queue of requests
+    waits behind them: the server is not restarted, and every request is answered.
+    """
+
+    class Overloaded(FakeEngine):
+        until = 0.0
+
+        async def _alive(self) -> None:
+            if now() < self.until:
+                raise EngineUnavailable("503 for now")
+            await super()._alive()
+
+    async def scenario():
+        engine = Overloaded(0, max_in_flight=4)
+        launcher = FakeLauncher(engine_of=lambda: engine)
+        async with running([launcher], FleetLimits(request_timeout_s=60)) as fleet:
+            await fleet.generate(ask(0))
+            engine.until = now() + 0.5
+            await asyncio.gather(*(fleet.generate(ask(i)) for i in range(40)))
+            return fleet.metrics()
+
+    metrics = run(scenario())
+    assert metrics.outages == 0 and metrics.answered == 41 and metrics.retries >= 40
 
 
 def test_a_server_that_serves_nobody_is_taken_out_though_it_answers_probes() -> None:

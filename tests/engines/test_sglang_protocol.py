@@ -10,7 +10,7 @@ from spark_nemo.engines.base import RequestLimits
 from spark_nemo.engines.sglang.protocol import (
     generate_json,
     parse_generate_reply,
-    refuse_aborted,
+    require_finished,
     sampling_json,
     version_number,
 )
@@ -138,7 +138,7 @@ def test_fewer_tokens_than_asked_is_no_length():
 
 def test_stop_at_a_token_that_was_not_asked_for_is_refused():
     """SGLang also stops at the model's own end tokens; our engines stop at the request's only."""
-    with pytest.raises(EngineFailure, match="matched=9 is not a stop token of the request"):
+    with pytest.raises(EngineFailure, match="matched=9: not a stop token"):
         parse_generate_reply(REPLY, ask((1, 2), max_new_tokens=3, stop_token_ids=(8,)))
 
 
@@ -154,9 +154,9 @@ def test_abort_tells_whose_fault_it_was(status, kind):
         {"type": "abort", "message": "Aborted", "status_code": status},
     )
     with pytest.raises(EngineFailure, match="Aborted") as caught:
-        refuse_aborted(reply)
+        require_finished(reply)
     assert type(caught.value) is kind
-    refuse_aborted(REPLY)
+    require_finished(REPLY)
 
 
 def test_request_says_what_was_asked():

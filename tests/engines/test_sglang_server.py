@@ -92,17 +92,13 @@ def test_stop_token_is_the_last_and_only_asked_for_ones_stop():
 
 
 def test_requests_in_flight_are_bounded():
-    """40 callers, 5 slots: the server never sees more than 5; health counts both sides of the
-    bound.
-    """
+    """40 callers, 5 connections: the server never sees more than 5 requests at once."""
 
     async def scenario(server, fake):
         fake.faults.token_s = 0.002
-        task = asyncio.create_task(generate_all(server, [ask((n + 1,)) for n in range(40)]))
-        await until(lambda: len(fake.running) == 5)
-        health = await server.health()
-        assert (health.running, health.waiting) == (5, 35)
-        assert all(len(result.token_ids) == 20 for result in await task) and fake.most_running == 5
+        results = await generate_all(server, [ask((n + 1,)) for n in range(40)])
+        assert all(len(result.token_ids) == 20 for result in results)
+        assert fake.most_running == 5
 
     with_fake(scenario, max_in_flight=5)
 
@@ -130,7 +126,7 @@ def test_deadline_aborts_and_says_unavailable():
 
     async def scenario(server, fake):
         fake.faults.hang = True
-        with pytest.raises(EngineUnavailable, match=r"no generation within 0\.2 s"):
+        with pytest.raises(EngineUnavailable, match=r"no answer within 0\.2 s"):
             await server.generate(ask((1,)))
         assert "/abort_request" in paths(fake)
         fake.faults.hang = False
@@ -139,8 +135,8 @@ def test_deadline_aborts_and_says_unavailable():
     with_fake(scenario, request_timeout_s=0.2)
 
 
-def test_pause_does_not_count_against_the_deadline():
-    """Paused longer than the deadline, then served; the tokens before the pause are kept."""
+def test_a_paused_client_holds_new_requests():
+    """A running request keeps its tokens over the pause; a new one is sent after it."""
 
     async def scenario(server, fake):
         fake.faults.token_s = 0.005
@@ -148,52 +144,38 @@ def test_pause_does_not_count_against_the_deadline():
         await until(lambda: fake.running and next(iter(fake.running.values())).tokens)
         await server.pause()
         held = asyncio.create_task(server.generate(ask((2,))))
-        await asyncio.sleep(0.8)
-        assert not task.done() and paths(fake).count("/generate") == 1  # the new one is held here
+        await asyncio.sleep(0.2)
+        health = await server.health()
+        assert (health.running, health.waiting) == (1, 1)
+        assert not task.done() and paths(fake).count("/generate") == 1
         await server.resume()
         assert len((await task).token_ids) == len((await held).token_ids) == 20
-
-    with_fake(scenario, request_timeout_s=0.5)
-
-
-@pytest.mark.parametrize(
-    "fault", [{"drop": 2}, {"fail": 2, "fail_status": 503}], ids=["lost", "503"]
-)
-def test_safe_failures_are_retried_under_a_new_id(fault):
-    """Two failures, then served: one result, tokens counted once, and no request id used twice."""
-
-    async def scenario(server, fake):
-        for name, value in fault.items():
-            setattr(fake.faults, name, value)
-        assert len((await server.generate(ask((1,)))).token_ids) == 20
-        rids = [body["rid"] for path, body in fake.calls if path == "/generate"]
-        assert len(rids) == len(set(rids)) == 3
-        assert (await server.health()).tokens_generated == 20
 
     with_fake(scenario)
 
 
 @pytest.mark.parametrize(
-    "fault, sent, message",
+    "fault, message",
     [
-        ({"drop": 9}, 3, "ConnectionLost|Disconnected|disconnected"),
-        ({"fail": 9, "fail_status": 503}, 3, "503"),
-        ({"fail": 9, "fail_status": 500}, 1, "500"),
-        ({"abort": 9}, 1, "aborted the request: Aborted"),
+        ({"drop": 1}, "ConnectionLost|Disconnected|disconnected"),
+        ({"fail": 1, "fail_status": 503}, "503"),
+        ({"fail": 1, "fail_status": 500}, "500"),
+        ({"abort": 1}, "aborted the request: Aborted"),
     ],
     ids=["lost", "503", "500", "abort"],
 )
-def test_lasting_failures_are_unavailable(fault, sent, message):
-    """Bounded attempts, then EngineUnavailable: another server could serve it. 500 and abort are
-    not repeated here.
-    """
+def test_failures_of_the_server_are_unavailable(fault, message):
+    """One attempt, then EngineUnavailable: retries are the fleet's. A next request has a new id."""
 
     async def scenario(server, fake):
         for name, value in fault.items():
             setattr(fake.faults, name, value)
         with pytest.raises(EngineUnavailable, match=message):
             await server.generate(ask((1,)))
-        assert paths(fake).count("/generate") == sent
+        assert len((await server.generate(ask((1,)))).token_ids) == 20
+        rids = [body["rid"] for path, body in fake.calls if path == "/generate"]
+        assert len(rids) == len(set(rids)) == 2
+        assert (await server.health()).tokens_generated == 20
 
     with_fake(scenario)
 
@@ -233,7 +215,7 @@ def test_killed_and_stopped_servers_are_unavailable(monkeypatch):
         await server.generate(ask((1,)))
         assert (await server.health()).alive
         for signal_, message in (
-            (signal.SIGSTOP, "no generation within"),
+            (signal.SIGSTOP, "no answer within"),
             (signal.SIGKILL, "cannot connect|Disconn"),
         ):
             os.kill(process.pid, signal_)
@@ -263,7 +245,6 @@ def test_key_is_sent_but_never_shown(caplog):
 
     async def scenario(server, fake):
         caplog.set_level(logging.DEBUG)
-        fake.faults.fail = 1
         await server.generate(ask((1,)))
         await server.pause()
         await server.resume()
@@ -279,7 +260,7 @@ def test_key_is_sent_but_never_shown(caplog):
             await server.generate(ask((1,)))
         texts.append(str(caught.value))
         assert set(fake.authorizations) == {f"Bearer {KEY}"}
-        assert "again in" in caplog.text and KEY not in "".join([caplog.text, *texts])
+        assert KEY not in "".join([caplog.text, *texts])
 
     with_fake(scenario, fake=FakeSglang(api_key=KEY), api_key=KEY)
 
@@ -288,7 +269,7 @@ def test_wrong_key_is_said_plainly():
     """401 is no reason to try elsewhere."""
 
     async def scenario(server, fake):
-        with pytest.raises(EngineFailure, match="401: the server wants another API key"):
+        with pytest.raises(EngineFailure, match="401: the server expects another API key"):
             await server.generate(ask((1,)))
 
     with_fake(scenario, fake=FakeSglang(api_key="other"), api_key=KEY)
@@ -316,7 +297,7 @@ def test_close_ends_what_is_in_flight_and_leaves_the_server():
         assert all(
             isinstance(result, EngineUnavailable) and "closed" in str(result) for result in results
         )
-        assert paths(fake).count("/abort_request") == 2
+        assert paths(fake).count("/abort_request") >= 2
         await server.close()
         assert not (await server.health()).alive
 

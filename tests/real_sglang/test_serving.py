@@ -225,7 +225,7 @@ def test_cancellation_and_deadline_reach_the_server(real, prompts, tokenizer):
         assert not server.in_flight()
 
     on_server(real, scenario)
-    with pytest.raises(EngineUnavailable, match="no generation within"):
+    with pytest.raises(EngineUnavailable, match="no answer within"):
         on_server(
             real,
             lambda server: server.generate(long_request(tokenizer, prompts)),

@@ -251,8 +251,7 @@ class Fleet(Engine):
         except EngineUnavailable as error:
             # A failure behind the router is a failure of one of its servers, not of the router.
             if replica is not self._router:
-                # Requests that were in flight together and fail together count as one failure.
-                replica.failures = max(replica.failures, failures_before + 1)
+                self._count_failure(replica, failures_before)
             replica.mark_suspect(error)
             raise
         if generation.finish_reason is FinishReason.ABORT:
@@ -264,6 +263,17 @@ class Fleet(Engine):
         replica.outages = 0
         replica.last_answer = self._clock.now
         return generation
+
+    def _count_failure(self, replica: Replica, failures_before: int) -> None:
+        # Requests that were in flight together and fail together count as one failure. So do the
+        # requests that follow them at once from the queue: a server that rejects requests for a
+        # moment (503) must not be restarted, which takes minutes.
+        now = self._clock.now
+        together = replica.failures > failures_before
+        at_once = now - replica.last_failure < self.limits.backoff(max(1, replica.failures))
+        if not together and not at_once:
+            replica.failures += 1
+            replica.last_failure = now
 
     def _abandon(self, task: asyncio.Task[Generation]) -> None:
         """Cancel an attempt without waiting for its end; a late answer is dropped and counted."""

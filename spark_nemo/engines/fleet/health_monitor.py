@@ -17,8 +17,7 @@ _HOUR_S = 3600.0
 _WATCH_S = 0.2
 """How often a launched process is checked."""
 _STALL_TICKS = 6
-_STALLED_PROBES = 2
-"""Probes that are repeated because the event loop was blocked meanwhile."""
+_PROBE_ATTEMPTS = 3
 
 
 class SupervisedFleet(Protocol):
@@ -107,20 +106,29 @@ class ServerSupervisor:
     async def _probe(self) -> str | None:
         """Return why the replica fails its probe, or None.
 
-        A probe that fails while the event loop was blocked proves nothing: the client's own
-        deadline passed before the answer was read. Such a probe is repeated.
+        A failed probe is repeated when the event loop was blocked meanwhile: a deadline then passed
+        before the answer was read. A probe that a launched server rejects at once is repeated after
+        a pause: a moment of 503 must not cost a restart, which takes minutes.
         """
         loop = asyncio.get_running_loop()
         error = None
+        rejections = 0
         # Bounded, because on an overloaded machine the clock always lags a little.
-        for _ in range(1 + _STALLED_PROBES):
+        for _ in range(_PROBE_ATTEMPTS):
             wall_before = loop.time()
             clock_before = self._clock.now
             error = await self._probe_once()
-            lag_s = (loop.time() - wall_before) - (self._clock.now - clock_before)
-            stalled = lag_s > _STALL_TICKS * self._limits.tick_s
-            if error is None or self._fleet.paused or not stalled or self._death() is not None:
+            if error is None or self._fleet.paused or self._death() is not None:
                 break
+            passed_s = self._clock.now - clock_before
+            stalled = loop.time() - wall_before - passed_s > _STALL_TICKS * self._limits.tick_s
+            rejected = passed_s < self._limits.probe_timeout_s / 2
+            if stalled:
+                continue
+            if self._replica.launcher is None or not rejected or rejections:
+                break
+            rejections += 1
+            await asyncio.sleep(self._limits.backoff_s)
         return error
 
     async def _probe_once(self) -> str | None:

@@ -24,8 +24,6 @@ from .server_launcher import ServerProcess
 
 log = logging.getLogger(__name__)
 Number = TypeVar("Number", int, float)
-CLIENT_SLACK = 1.5
-"""A client's deadline over the fleet's, so that the fleet's, which knows of pauses, comes first."""
 _OWN_FILES = 1024
 """Files that this process may open in addition to its connections."""
 

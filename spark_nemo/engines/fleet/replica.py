@@ -42,7 +42,7 @@ class FleetLimits:
     Waiting for a slot of a replica counts towards neither deadline.
     """
     max_attempts: int = 4
-    backoff_s: float = 0.1
+    backoff_s: float = 0.5
     """Pause before the second attempt and before a failed replica is tried again; then doubled."""
     max_backoff_s: float = 30.0
     failures_to_evict: int = 3
@@ -156,7 +156,8 @@ class Replica:
         self.last_used = 0
         self.last_answer = 0.0
         self.failures = 0
-        """Consecutive failed requests."""
+        """Consecutive failed requests; those that fail within one backoff count once."""
+        self.last_failure = -math.inf
         self.outages = 0
         """Consecutive outages without an answer in between."""
         self.last_error = "never started"

@@ -1,6 +1,4 @@
-"""What the clients of SGLang and vLLM share: HTTP, the limits of a server, and a request's way
-there and back.
-"""
+"""The HTTP client that SGLang and vLLM servers share."""
 
 from .engine import RemoteEngine
 

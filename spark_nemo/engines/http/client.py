@@ -1,12 +1,11 @@
-"""HTTP to one server: sessions, the API key, and what an answer or its absence means.
+"""HTTP to one server: sessions, the API key, and the meaning of a reply or its absence.
 
-The key travels in the Authorization header only; texts that come from a server are searched for it
-before they are shown, because SGLang repeats its own arguments in places.
+The key travels in the Authorization header only. It is removed from every text of a server before
+the text is shown, because SGLang repeats its own arguments in places.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 from dataclasses import dataclass
@@ -18,36 +17,37 @@ import yarl
 from ..base import EngineFailure, EngineUnavailable
 
 KEEP_ALIVE_S = 3.0
-"""Below uvicorn's 5 s, so that an idle connection is closed here before the server closes it under
-a new request.
+"""Below uvicorn's 5 s: an idle connection is closed here before the server closes it under a new
+request.
 """
 CONNECT_TIMEOUT_S = 5.0
 _EXCERPT = 300
 
 
 class NotReached(EngineUnavailable):
-    """No connection: the server has seen nothing of the call."""
+    """No connection: the call did not reach the server."""
 
 
 class ConnectionLost(EngineUnavailable):
     """The connection broke after the call was sent: the server may have done it."""
 
 
-class Overloaded(EngineUnavailable):
-    """503: the server has refused the call for now."""
+class TimedOut(EngineUnavailable):
+    """No reply in time: the server may still work on the call."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A complete answer. ``content`` is the JSON of the body, or its text when it is not JSON."""
+    """A complete reply. ``content`` is the JSON of the body, or its text when it is not JSON."""
 
     status: int
     content: Any
 
 
 class ServerHttp:
-    """Calls to one base URL. ``connections`` bounds those kept for generation; control calls open
-    their own.
+    """Calls to one base URL.
+
+    ``connections`` bounds the concurrent calls of generation; control calls open their own.
     """
 
     def __init__(self, url: str, api_key: str | None, connections: int) -> None:
@@ -81,10 +81,10 @@ class ServerHttp:
         timeout_s: float | None,
         pooled: bool = False,
     ) -> Reply:
-        """One exchange, not repeated. ``timeout_s=None`` leaves the deadline to the caller.
+        """Make one exchange, without retries. ``timeout_s=None`` leaves the deadline to the caller.
 
-        Raises ``NotReached``, ``ConnectionLost`` or ``Overloaded``; plain ``EngineUnavailable`` on
-        any other 5xx and on a timeout. Other statuses are returned.
+        Raises ``NotReached``, ``ConnectionLost`` or ``TimedOut``, and ``EngineUnavailable`` on a
+        5xx. Other statuses are returned.
         """
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         where = f"{self.url}{path}"
@@ -96,38 +96,38 @@ class ServerHttp:
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise NotReached(f"{where}: cannot connect: {self._safe(str(error))}") from error
         except TimeoutError as error:
-            raise EngineUnavailable(f"{where}: no answer within {timeout_s:g} s") from error
+            raise TimedOut(f"{where}: no answer within {timeout_s:g} s") from error
         except aiohttp.ClientError as error:
             raise ConnectionLost(
                 f"{where}: {type(error).__name__}: {self._safe(str(error))}"
             ) from error
-        if reply.status == 503:
-            raise Overloaded(f"{where}: 503 {self.excerpt(reply.content)}")
         if reply.status >= 500:
             raise EngineUnavailable(f"{where}: {reply.status} {self.excerpt(reply.content)}")
         return reply
 
-    def refuse_status(self, path: str, reply: Reply) -> None:
-        """Raise ``EngineFailure`` with the server's own words unless ``reply`` is a 200."""
+    def require_ok(self, path: str, reply: Reply) -> None:
+        """Raise ``EngineFailure`` with the server's message unless ``reply`` is a 200."""
         if reply.status == 401:
-            raise EngineFailure(f"{self.url}{path}: 401: the server wants another API key")
+            raise EngineFailure(f"{self.url}{path}: 401: the server expects another API key")
         if reply.status != 200:
             raise EngineFailure(f"{self.url}{path}: {reply.status} {self.excerpt(reply.content)}")
 
     def excerpt(self, content: Any) -> str:
-        """What a server said, short and without the key. SGLang wraps errors in three different
-        ways.
-        """
-        inner = content
+        """Return a server's message, shortened and without the key."""
+        message = content
         if isinstance(content, dict):
+            # SGLang wraps errors in three ways: {error: {message}}, {error}, {message}.
             error = content.get("error")
-            inner = (
-                error.get("message")
-                if isinstance(error, dict)
-                else error or content.get("message") or content
-            )
-        text = " ".join((inner if isinstance(inner, str) else json.dumps(inner)).split())
-        return self._safe(text if len(text) <= _EXCERPT else text[:_EXCERPT] + " ...")
+            if isinstance(error, dict):
+                message = error.get("message")
+            else:
+                message = error or content.get("message") or content
+        if not isinstance(message, str):
+            message = json.dumps(message)
+        text = " ".join(message.split())
+        if len(text) > _EXCERPT:
+            text = text[:_EXCERPT] + " ..."
+        return self._safe(text)
 
     async def close(self) -> None:
         """Close all connections. Idempotent."""
@@ -137,18 +137,17 @@ class ServerHttp:
         self._pooled = self._single = None
 
     def _session(self, pooled: bool) -> aiohttp.ClientSession:
-        """Created on first use: a session belongs to the event loop it is made in."""
+        """Return a session, created on first use: it belongs to the event loop it is made in."""
         if self._pooled is None or self._single is None:
             headers = {} if self._api_key is None else {"Authorization": f"Bearer {self._api_key}"}
-            asyncio.get_running_loop()
             self._pooled = aiohttp.ClientSession(
                 headers=headers,
                 connector=aiohttp.TCPConnector(
                     limit=self._connections, keepalive_timeout=KEEP_ALIVE_S
                 ),
             )
-            # Most control calls must not be sent twice, so they never meet a connection that is
-            # about to be closed.
+            # Most control calls must not be sent twice, so each opens a connection: a kept one
+            # may be closed by the server just as the call is sent.
             self._single = aiohttp.ClientSession(
                 headers=headers, connector=aiohttp.TCPConnector(limit=0, force_close=True)
             )

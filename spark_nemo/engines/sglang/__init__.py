@@ -1,4 +1,4 @@
-"""SGLang over HTTP: one server as an engine, its protocol and its control calls."""
+"""SGLang over HTTP: one server as an engine, its protocol, control calls, pool and router."""
 
 from .protocol import PauseMode
 from .server import SglangServer

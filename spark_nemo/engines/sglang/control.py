@@ -1,8 +1,8 @@
-"""SGLang's control calls as methods with checked replies. sglang-router forwards none of them: one
-object per server.
+"""SGLang's control calls as methods with checked replies.
 
-Every method raises ``EngineUnavailable`` when the server does not answer in time, and
-``EngineFailure`` with the server's own message when it says no.
+sglang-router forwards none of them: there is one object per server. Every method raises
+``EngineUnavailable`` when the server does not answer in time, and ``EngineFailure`` with the
+server's message when the server rejects the call.
 """
 
 from __future__ import annotations
@@ -15,26 +15,28 @@ from typing import Any
 
 from ..base import EngineFailure
 from ..http.client import NotReached
-from ..http.engine import BACK_OFF_S, RemoteEngine
+from ..http.engine import RemoteEngine
 from .protocol import JSON, PauseMode, version_number
 
+_GET_BACKOFF_S = (0.1, 0.5)
 _FLUSHING_UPDATE = "an update with flush_cache=True"
 _SECRET_WORDS = ("api_key", "password", "launch_command")
 
 
 class ServerControl(RemoteEngine):
-    """Control of one server. Remembers what it asked for: SGLang reports nowhere that it is paused."""
+    """Control of one server; remembers the pause mode, which SGLang does not report."""
 
     pause_mode: PauseMode | None = None
-    """How this client has paused the server; None while it generates."""
+    """Mode in which this client has paused the server; None while it generates."""
 
     @abc.abstractmethod
     def in_flight(self) -> int:
-        """Requests of this client that the server is working on."""
+        """Return the number of this client's requests that the server is working on."""
 
     async def _pause(self, mode: PauseMode) -> None:
-        """Stop sampling. While paused ``/health`` is 503, and a new generation waits and cannot be
-        aborted.
+        """Stop sampling.
+
+        While paused ``/health`` is 503, and a new generation waits and cannot be aborted.
         """
         reply = await self._post("/pause_generation", {"mode": str(PauseMode(mode))})
         self._require(reply, "/pause_generation", "status", "ok")
@@ -48,17 +50,18 @@ class ServerControl(RemoteEngine):
         self.pause_mode = None
 
     async def flush_cache(self) -> None:
-        """Drop the prefix cache. The server refuses while requests run, unless paused in mode
-        RETRACT.
+        """Drop the prefix cache.
+
+        The server rejects this while requests run, unless it is paused in mode RETRACT.
         """
         await self._call("POST", "/flush_cache")
 
     async def abort_all(self) -> None:
-        """End every request of this server; each returns with what it has."""
+        """End every request of this server; each returns with the tokens it has."""
         await self._post("/abort_request", {"abort_all": True})
 
     async def begin_weight_update(self) -> None:
-        """Open the session without which tensor and distributed updates are refused."""
+        """Open the session without which tensor and distributed updates are rejected."""
         await self._succeed("/begin_weight_update", {})
 
     async def end_weight_update(self) -> None:
@@ -73,11 +76,12 @@ class ServerControl(RemoteEngine):
         flush_cache: bool = True,
         timeout_s: float | None = None,
     ) -> None:
-        """Load a Hugging Face folder the server can read. No session needed; ``/v1/models`` is
-        renamed to it.
+        """Load a Hugging Face folder that the server can read; needs no session.
+
+        The server then names its model in ``/v1/models`` after the folder.
         """
         if flush_cache:
-            self._refuse_if_running(_FLUSHING_UPDATE)
+            self._require_idle(_FLUSHING_UPDATE)
         await self._succeed(
             "/update_weights_from_disk",
             {"model_path": str(folder), "weight_version": str(version), "flush_cache": flush_cache},
@@ -95,8 +99,9 @@ class ServerControl(RemoteEngine):
         backend: str,
         timeout_s: float | None = None,
     ) -> None:
-        """Join a process group with the trainer. Blocks the server until all ranks are there: run
-        it concurrently.
+        """Join a process group with the trainer; call it while the trainer's ranks join.
+
+        Blocks the server until all ranks have joined.
         """
         await self._succeed(
             "/init_weights_update_group",
@@ -129,15 +134,16 @@ class ServerControl(RemoteEngine):
     ) -> None:
         """Receive one bucket by broadcast from rank 0 of ``group_name``, inside a session.
 
-        Await this beside the broadcast: when the server refuses, it never joins, and the broadcast
-        hangs.
+        Await this while the broadcast runs: a server that rejects the call never joins the
+        broadcast, which then hangs.
         """
         if not len(names) == len(dtypes) == len(shapes):
             raise ValueError(
-                f"{len(names)} names, {len(dtypes)} dtypes, {len(shapes)} shapes: must be as many of each"
+                f"{len(names)} names, {len(dtypes)} dtypes, {len(shapes)} shapes: give as many of "
+                "each"
             )
         if flush_cache:
-            self._refuse_if_running(_FLUSHING_UPDATE)
+            self._require_idle(_FLUSHING_UPDATE)
         await self._succeed(
             "/update_weights_from_distributed",
             _without_none(
@@ -163,11 +169,12 @@ class ServerControl(RemoteEngine):
         load_format: str | None = None,
         timeout_s: float | None = None,
     ) -> None:
-        """Load tensors of the same host by handle, one base64 payload per tensor-parallel rank,
-        inside a session.
+        """Load tensors of the same host by handle, inside a session.
+
+        There is one base64 payload per tensor-parallel rank.
         """
         if flush_cache:
-            self._refuse_if_running(_FLUSHING_UPDATE)
+            self._require_idle(_FLUSHING_UPDATE)
         await self._succeed(
             "/update_weights_from_tensor",
             _without_none(
@@ -182,26 +189,25 @@ class ServerControl(RemoteEngine):
         )
 
     async def update_weight_version(self, version: int) -> None:
-        """Name the present weights. Unlike SGLang's default this aborts nothing."""
+        """Name the present weights without aborting requests, as SGLang would by default."""
         await self._succeed(
             "/update_weight_version", {"new_version": str(version), "abort_all_requests": False}
         )
 
     async def release_memory_occupation(self, tags: Sequence[str] | None = None) -> None:
-        """Give memory back (``kv_cache``, ``weights``, ``cuda_graph``; None = all), idle or paused
-        in retract.
+        """Release memory (``kv_cache``, ``weights``, ``cuda_graph``; None is all).
+
+        The server must be idle or paused in mode RETRACT.
         """
-        self._refuse_if_running("releasing memory")
+        self._require_idle("releasing memory")
         await self._post("/release_memory_occupation", _without_none({"tags": tags and list(tags)}))
 
     async def resume_memory_occupation(self, tags: Sequence[str] | None = None) -> None:
-        """Take memory again."""
+        """Allocate released memory again."""
         await self._post("/resume_memory_occupation", _without_none({"tags": tags and list(tags)}))
 
     async def weights_checksum(self) -> list[dict[str, str]]:
-        """Checksum by the server's parameter name, one dictionary per rank. 0.5.21 can do this on a
-        GPU only.
-        """
+        """See ``Engine.weights_checksum``. SGLang 0.5.21 can do this on a GPU only."""
         path = "/weights_checker"
         reply = await self._succeed(path, {"action": "checksum"})
         ranks = reply.get("ranks")
@@ -212,31 +218,29 @@ class ServerControl(RemoteEngine):
         return [rank["checksums"] for rank in ranks]
 
     async def model_info(self) -> JSON:
-        """``/model_info``: model_path, weight_version and more. Answered by the front process, also
-        when paused.
-        """
+        """Return ``/model_info``: model_path, weight_version and more; answered also when paused."""
         return await self._get("/model_info")
 
     async def weight_version(self) -> int:
-        """The version the server stamps on what it samples now."""
+        """Return the version that the server stamps on the tokens it samples now."""
         return version_number(
             (await self.model_info()).get("weight_version"), "model_info.weight_version"
         )
 
     async def server_info(self) -> JSON:
-        """``/server_info`` without what SGLang shows there of its own secrets."""
+        """Return ``/server_info`` without the fields in which SGLang shows its secrets."""
         return _without_secrets(await self._get("/server_info"))
 
     async def _get(self, path: str) -> JSON:
-        """A GET is safe to repeat while the server cannot be reached."""
-        for wait in (*BACK_OFF_S, None):
+        """Call a GET, which is safe to repeat while the server cannot be reached."""
+        for pause_s in _GET_BACKOFF_S:
             try:
-                content = await self._call("GET", path)
-                break
+                return self._object(path, await self._call("GET", path))
             except NotReached:
-                if wait is None:
-                    raise
-                await asyncio.sleep(wait)
+                await asyncio.sleep(pause_s)
+        return self._object(path, await self._call("GET", path))
+
+    def _object(self, path: str, content: Any) -> JSON:
         if not isinstance(content, dict):
             raise EngineFailure(f"{self.url}{path}: expected a JSON object")
         return content
@@ -245,7 +249,7 @@ class ServerControl(RemoteEngine):
         return await self._call("POST", path, body, timeout_s)
 
     async def _succeed(self, path: str, body: JSON, timeout_s: float | None = None) -> JSON:
-        """A call whose reply carries ``success``."""
+        """Make a call whose reply carries ``success``."""
         content = await self._post(path, body, timeout_s)
         self._require(content, path, "success", True)
         return content
@@ -256,17 +260,16 @@ class ServerControl(RemoteEngine):
                 f"{self.url}{path}: {field} is not {wanted!r}: {self._http.excerpt(content)}"
             )
 
-    def _refuse_if_running(self, action: str) -> None:
-        """Some calls want an idle scheduler, or one paused in mode retract.
+    def _require_idle(self, action: str) -> None:
+        """Raise ``EngineFailure`` while requests run, unless paused in mode RETRACT.
 
-        SGLang 0.5.21 asserts it and dies: updates that flush while paused in place, release of
-        memory. Not paused, an update waits until all running requests have ended, however long they
-        are.
+        SGLang 0.5.21 dies of an assertion when memory is released or when an update flushes while
+        paused in place. Not paused, an update waits until all running requests have ended.
         """
         if self.in_flight() and self.pause_mode in (None, PauseMode.IN_PLACE):
             raise EngineFailure(
-                f"{self.url}: {action} with {self.in_flight()} requests running kills the server or waits for all of "
-                "them: pause in mode retract first"
+                f"{self.url}: {action} with {self.in_flight()} requests running kills the server "
+                "or waits for all of them: pause in mode retract first"
             )
 
 

@@ -1,4 +1,4 @@
-"""SGLang's ``/generate`` as pure functions: requests and replies as JSON, without any HTTP.
+"""SGLang's ``/generate`` as pure functions: requests and replies as JSON, without HTTP.
 
 Observed on 0.5.21 (docs/engines.md). Token ids go in and come out, never text. Log-probabilities
 are after temperature and before top-p/top-k, like the embedded engine's. The terminating stop token
@@ -26,11 +26,11 @@ JSON = dict[str, Any]
 
 
 class PauseMode(StrEnum):
-    """``/pause_generation``: what becomes of running requests.
+    """Effect of ``/pause_generation`` on running requests.
 
-    ``RETRACT`` puts them back into the queue and drops their cache, so they go on under new weights
-    from a fresh prefill and the prefix cache may be flushed. ``IN_PLACE`` keeps their cache, so a
-    flush is refused. ``ABORT`` ends them with what they have.
+    ``RETRACT`` puts them back into the queue and drops their cache: they go on under new weights
+    from a fresh prefill, and the prefix cache may be flushed. ``IN_PLACE`` keeps their cache, so a
+    flush is rejected. ``ABORT`` ends them with the tokens they have.
     """
 
     ABORT = "abort"
@@ -39,7 +39,7 @@ class PauseMode(StrEnum):
 
 
 def sampling_json(sampling: SamplingParams) -> JSON:
-    """``sampling_params`` of a request.
+    """Return the ``sampling_params`` of a request.
 
     SGLang also stops at the model's own end-of-sequence ids; without stop tokens ``ignore_eos``
     switches that off (it would switch ``stop_token_ids`` off too). ``sampling_seed`` has an effect
@@ -62,22 +62,19 @@ def sampling_json(sampling: SamplingParams) -> JSON:
 
 
 def generate_json(request: GenerationRequest, rid: str) -> JSON:
-    """Body of ``POST /generate``: log-probabilities of the new tokens only
-    (``logprob_start_len=-1``).
-    """
+    """Return the body of ``POST /generate``."""
     return {
         "rid": rid,
         "input_ids": list(request.prompt_ids),
         "sampling_params": sampling_json(request.sampling),
         "return_logprob": True,
-        "logprob_start_len": -1,
+        "logprob_start_len": -1,  # of the new tokens only
         "stream": False,
     }
 
 
 def parse_generate_reply(reply: object, request: GenerationRequest) -> Generation:
-    """The ``Generation`` in a 200 reply of ``/generate``; an abort is one too, with the tokens
-    sampled so far.
+    """Return the ``Generation`` in a 200 reply, which may be an abort with the tokens so far.
 
     Raises ``EngineFailure`` naming the field when the reply is malformed or does not answer
     ``request``.
@@ -91,28 +88,27 @@ def parse_generate_reply(reply: object, request: GenerationRequest) -> Generatio
     return Generation(ids, _logprobs(meta, ids), versions, reason)
 
 
-def refuse_aborted(reply: Mapping[str, Any]) -> None:
-    """Raise for an aborted generation (HTTP 200 all the same); one that finished passes.
+def require_finished(reply: Mapping[str, Any]) -> None:
+    """Raise for an aborted generation, which SGLang returns as a 200 too.
 
     ``EngineFailure`` when SGLang blames the request (a 4xx status code inside), else
-    ``EngineUnavailable``: a pause that aborts, a weight update, a shutdown. The request can then be
-    served again, here or elsewhere.
+    ``EngineUnavailable``: after a pause that aborts, a weight update or a shutdown the request can
+    be served again.
     """
     finish = reply["meta_info"]["finish_reason"]
     if finish["type"] != FinishReason.ABORT:
         return
-    status, message = (
-        finish.get("status_code"),
-        f"the server aborted the request: {finish.get('message')}",
-    )
+    status = finish.get("status_code")
+    message = f"the server aborted the request: {finish.get('message')}"
     if isinstance(status, int) and 400 <= status < 500:
         raise EngineFailure(f"{message} ({status})")
     raise EngineUnavailable(message)
 
 
 def version_number(value: object, field: str) -> int:
-    """A weight version as an integer. Raises ``EngineFailure`` for any other string ("default" is
-    SGLang's own).
+    """Return a weight version as an integer.
+
+    Raises ``EngineFailure`` for other values, such as SGLang's own "default".
     """
     if isinstance(value, str) and value.isdecimal():
         return int(value)
@@ -137,21 +133,21 @@ def _finish_reason(
         )
     if reason is FinishReason.LENGTH and len(ids) != sampling.max_new_tokens:
         raise EngineFailure(
-            f"{field}.type='length' after {len(ids)} of max_new_tokens={sampling.max_new_tokens}: the server's context "
-            "is smaller than max_context says"
+            f"{field}.type='length' after {len(ids)} of max_new_tokens={sampling.max_new_tokens}: "
+            "the server's context is smaller than max_context"
         )
     if reason is FinishReason.STOP:
         matched = finish.get("matched")
         if not ids or matched not in sampling.stop_token_ids or matched != ids[-1]:
             raise EngineFailure(
-                f"{field}.matched={matched!r} is not a stop token of the request that ends output_ids: add the model's "
-                "end-of-sequence ids to stop_token_ids"
+                f"{field}.matched={matched!r}: not a stop token of the request that ends "
+                "output_ids; add the model's end-of-sequence ids to stop_token_ids"
             )
     return reason
 
 
 def _logprobs(meta: Mapping[str, Any], ids: Sequence[int]) -> tuple[float, ...]:
-    """Entries are ``[logprob, token_id, text or null]``; nats."""
+    """Return the log-probabilities in nats of entries ``[logprob, token_id, text or null]``."""
     field = "meta_info.output_token_logprobs"
     entries = _field(meta, "output_token_logprobs", "meta_info.") if ids else []
     if not isinstance(entries, list) or len(entries) != len(ids):
@@ -175,25 +171,24 @@ def _logprobs(meta: Mapping[str, Any], ids: Sequence[int]) -> tuple[float, ...]:
 
 
 def _versions_per_token(meta: Mapping[str, Any], count: int) -> tuple[int, ...]:
-    """``weight_versions`` are ranges ``{version, start, end}`` that cover the tokens in order,
-    without gap.
-    """
+    """Expand ``weight_versions``: ranges ``{version, start, end}`` that cover all tokens in order."""
     field = "meta_info.weight_versions"
     if count == 0:
         return ()
-    ranges, versions = _field(meta, "weight_versions", "meta_info."), []
+    ranges = _field(meta, "weight_versions", "meta_info.")
+    versions: list[int] = []
     if not isinstance(ranges, list):
         raise EngineFailure(f"{field}={ranges!r}: expected a list of ranges")
     for position, entry in enumerate(ranges):
         item = _mapping(entry, f"{field}[{position}]")
-        start, end = item.get("start"), item.get("end")
+        start = item.get("start")
+        end = item.get("end")
         if start != len(versions) or not isinstance(end, int) or end < start:
             raise EngineFailure(
                 f"{field}[{position}] covers {start}:{end}, expected to begin at {len(versions)}"
             )
-        versions += [version_number(item.get("version"), f"{field}[{position}].version")] * (
-            end - start
-        )
+        version = version_number(item.get("version"), f"{field}[{position}].version")
+        versions += [version] * (end - start)
     if len(versions) != count:
         raise EngineFailure(f"{field} cover {len(versions)} of {count} tokens")
     return tuple(versions)

@@ -1,10 +1,9 @@
-"""sglang-router as the front of a fleet: cache-aware spreading of generation. It forwards no
-control calls.
+"""sglang-router as the router of a fleet: cache-aware spreading of generation.
 
-The fleet alone decides who serves: the router's own retries and circuit breaker are off, and its
-health checks only let a new server in (without them it never serves) and strike none, or a server
-that is only paused would be struck. A server that came back with old weights gets no request
-through the router, because it is not listed there.
+It forwards no control calls. The fleet alone decides which servers serve: the router's own retries
+and circuit breaker are off. Its health checks admit a new server (without them it never serves) but
+remove none, or a server that is only paused would be removed. A server that came back with old
+weights gets no request through the router, because it is not listed there.
 """
 
 from __future__ import annotations
@@ -24,16 +23,19 @@ from ..http.client import ServerHttp
 from .server import SglangServer
 
 _CALL_S = 10.0
-_LISTED_WITHIN_S, _POLL_S = 30.0, 0.2
+_LISTED_WITHIN_S = 30.0
+_POLL_S = 0.2
 _NEVER = 1_000_000
 _MISSING = "No module named 'sglang_router'"
 
 
 class RouterClient(Engine):
-    """Generation through the router at ``url``; ``client`` is a server's client that points there."""
+    """An engine that generates through the router at ``url``, to which ``client`` is connected."""
 
     def __init__(self, url: str, key: str | None, client: SglangServer) -> None:
-        self._http, self._client, self._key = ServerHttp(url, key, 1), client, key
+        self._http = ServerHttp(url, key, 1)
+        self._client = client
+        self._key = key
         self.max_in_flight = client.max_in_flight
 
     async def generate(self, request: GenerationRequest) -> Generation:
@@ -41,72 +43,82 @@ class RouterClient(Engine):
         return await self._client.generate(request)
 
     async def probe(self, timeout_s: float) -> None:
-        """Whether the router itself answers; its servers are probed directly."""
-        self._http.refuse_status(
-            "/liveness", await self._http.call("GET", "/liveness", timeout_s=timeout_s)
-        )
+        """Raise ``EngineFailure`` unless the router itself answers; servers are probed directly."""
+        reply = await self._http.call("GET", "/liveness", timeout_s=timeout_s)
+        self._http.require_ok("/liveness", reply)
 
     async def route_to(self, urls: Sequence[str]) -> None:
-        """Have exactly these servers behind it. Raises ``EngineFailure`` when they are not within
-        half a minute.
+        """Have the router list exactly these servers.
+
+        Raises ``EngineFailure`` when it does not within half a minute.
         """
-        wanted, listed = set(urls), await self._listed()
+        wanted = set(urls)
+        listed = await self._listed()
         for url in wanted - set(listed):
-            await self._ask("POST", "/workers", {"url": url, "api_key": self._key})
+            await self._call("POST", "/workers", {"url": url, "api_key": self._key})
         for url in set(listed) - wanted:
-            await self._ask("DELETE", f"/workers/{listed[url][0]}")
-        for _ in range(int(_LISTED_WITHIN_S / _POLL_S)):  # it answers before it has done it
+            await self._call("DELETE", f"/workers/{listed[url][0]}")
+        # Polled, because the router replies before it has added or removed a server.
+        for _ in range(int(_LISTED_WITHIN_S / _POLL_S)):
             listed = await self._listed()
             if set(listed) == wanted and all(ready for _, ready in listed.values()):
                 return
             await asyncio.sleep(_POLL_S)
         raise EngineFailure(
-            f"{self._http.url}: the router lists {sorted(listed)} and not {sorted(wanted)} after "
-            f"{_LISTED_WITHIN_S:.0f} s"
+            f"{self._http.url}: the router lists {sorted(listed)} instead of {sorted(wanted)} "
+            f"after {_LISTED_WITHIN_S:.0f} s"
         )
 
     async def _listed(self) -> dict[str, tuple[str, bool]]:
-        """URL -> the router's id of it, and whether it gets requests."""
+        """Return URL -> the router's id of the server, and whether the server gets requests."""
         reply = await self._http.call("GET", "/workers", timeout_s=_CALL_S)
-        self._http.refuse_status("/workers", reply)
+        self._http.require_ok("/workers", reply)
         return {
             worker["url"].rstrip("/"): (worker["id"], worker["is_healthy"])
             for worker in reply.content["workers"]
         }
 
-    async def _ask(self, method: str, path: str, body: object = None) -> None:
+    async def _call(self, method: str, path: str, body: object = None) -> None:
         reply = await self._http.call(method, path, body, timeout_s=_CALL_S)
         if reply.status not in (200, 202, 204):
-            self._http.refuse_status(path, reply)
+            self._http.require_ok(path, reply)
 
     async def update_weights(
         self, tensors: Iterable[tuple[str, torch.Tensor]], version: int
     ) -> None:
-        """Not through a router."""
+        """Raise ``EngineFailure``: a router forwards generation only."""
         raise EngineFailure("a router forwards no weights")
 
     async def pause(self) -> None:
-        """Not through a router."""
+        """Raise ``EngineFailure``: a router forwards generation only."""
         raise EngineFailure("a router forwards no pause")
 
     async def resume(self) -> None:
-        """Not through a router."""
+        """Raise ``EngineFailure``: a router forwards generation only."""
         raise EngineFailure("a router forwards no resume")
 
     async def health(self) -> EngineHealth:
-        """Only that this client is open."""
-        return EngineHealth(True, False, self._client.in_flight(), 0, 0, 0)
+        """Report this client's state; the router has none of its own."""
+        return EngineHealth(
+            alive=True,
+            paused=False,
+            running=self._client.in_flight(),
+            waiting=0,
+            weight_version=0,
+            tokens_generated=0,
+        )
 
     async def close(self) -> None:
-        """Idempotent."""
+        """See ``Engine.close``; idempotent."""
         await self._client.close()
         await self._http.close()
 
 
 class RouterProcess(ServerProcess, RouterHandle):
-    """Keeps a router. ``connect(url)`` makes a server's client for its address.
-    ``request_timeout_s`` is beyond every deadline of the fleet, which then decides alone; the
-    router's own would be 1800 s.
+    """Launch a router. ``connect(url)`` makes a client that generates through it.
+
+    ``request_timeout_s`` must be beyond every deadline of the fleet, which then decides alone. The
+    router's default is 1800 s.
     """
 
     def __init__(
@@ -164,7 +176,7 @@ class RouterProcess(ServerProcess, RouterHandle):
         self._client: RouterClient | None = None
 
     async def start(self) -> Engine:
-        """See ``ServerLauncher.start``. Raises ``EngineFailure`` that says so when the package is missing."""
+        """See ``ServerLauncher.start``; says so when the router's package is missing."""
         try:
             engine = await super().start()
         except EngineFailure as failure:

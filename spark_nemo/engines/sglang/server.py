@@ -1,8 +1,7 @@
 """One SGLang server as an ``Engine``: token ids over HTTP.
 
-Slots, the deadline and what is sent again are ``RemoteEngine``'s; here, time spent paused does not
-count against the deadline, each attempt has a request id of its own, and a caller's cancellation
-and a missed deadline abort the request on the server.
+Requests are held here while this client has paused the server. A caller's cancellation and a missed
+deadline abort the request on the server.
 """
 
 from __future__ import annotations
@@ -14,20 +13,19 @@ from collections.abc import Iterable
 import torch
 
 from ..base import EngineFailure, EngineHealth, Generation, GenerationRequest
-from ..http.client import ConnectionLost
+from ..http.client import ConnectionLost, TimedOut
 from .control import ServerControl
-from .protocol import PauseMode, generate_json, parse_generate_reply, refuse_aborted
+from .protocol import PauseMode, generate_json, parse_generate_reply, require_finished
 
 PATH = "/generate"
 ABORT_TIMEOUT_S = 2.0
 """How long a cancelled caller waits for its abort to reach the server."""
 TOKEN_FIRST_S = 1.0
-"""So long a probe waits for its token alone."""
+"""How long a probe waits for its token before it also asks ``/health``."""
 
 
 class SglangServer(ServerControl):
-    """A client of the server at ``url`` (``http://host:port``), owned by the first event loop that
-    uses it.
+    """A client of the SGLang server at ``url``; see ``RemoteEngine``.
 
     ``vocab_size`` is the model's: SGLang pads its embedding and serves ids of the padding, or dies
     of larger ones. ``max_context`` bounds prompt plus new tokens and may not exceed
@@ -44,9 +42,8 @@ class SglangServer(ServerControl):
         vocab_size: int,
         max_context: int,
         max_in_flight: int,
-        request_timeout_s: float,
+        request_timeout_s: float | None,
         control_timeout_s: float,
-        token_timeout_s: float = 0.0,
     ) -> None:
         super().__init__(
             url,
@@ -56,67 +53,69 @@ class SglangServer(ServerControl):
             max_in_flight=max_in_flight,
             request_timeout_s=request_timeout_s,
             control_timeout_s=control_timeout_s,
-            token_timeout_s=token_timeout_s,
         )
-        self._go = asyncio.Event()
-        self._go.set()
-        self._paused_s, self._paused_at = 0.0, 0.0
-        self._sent = self._last_version = 0
+        self._not_paused = asyncio.Event()
+        self._not_paused.set()
+        self._sent = 0
+        self._last_version = 0
 
     def __repr__(self) -> str:
         return f"SglangServer({self.url})"
 
-    def _clock(self) -> float:
-        """Stands still while paused."""
-        now = super()._clock()
-        return (now if self._go.is_set() else self._paused_at) - self._paused_s
-
-    async def _before_attempt(self) -> None:
-        await self._go.wait()
-
-    async def _send(self, request: GenerationRequest, name: str, pooled: bool = True) -> Generation:
-        """``name`` is the request id."""
+    async def _send(
+        self, request: GenerationRequest, request_id: str, pooled: bool = True
+    ) -> Generation:
+        # A request that reaches a paused server cannot be aborted until the pause ends.
+        await self._not_paused.wait()
         self._sent += 1
         try:
             reply = await self._http.call(
-                "POST", PATH, generate_json(request, name), timeout_s=None, pooled=pooled
+                "POST",
+                PATH,
+                generate_json(request, request_id),
+                timeout_s=self._request_timeout_s,
+                pooled=pooled,
             )
-        except (asyncio.CancelledError, ConnectionLost):
-            await self._abort(name)
+        except (asyncio.CancelledError, ConnectionLost, TimedOut):
+            await self._abort(request_id)
             raise
         finally:
             self._sent -= 1
-        self._http.refuse_status(PATH, reply)
+        self._http.require_ok(PATH, reply)
         with self._naming(PATH):
             generation = parse_generate_reply(reply.content, request)
-            refuse_aborted(reply.content)
+            require_finished(reply.content)
         return generation
 
-    async def _abort(self, rid: str) -> None:
-        """Tell the server to stop; if it cannot be told, the closed connection does, once it looks."""
+    async def _abort(self, request_id: str) -> None:
+        """Tell the server to stop; failing that, it notices the closed connection at some point."""
         with contextlib.suppress(EngineFailure):
-            await self._http.call("POST", "/abort_request", {"rid": rid}, timeout_s=ABORT_TIMEOUT_S)
+            await self._http.call(
+                "POST", "/abort_request", {"rid": request_id}, timeout_s=ABORT_TIMEOUT_S
+            )
 
     async def probe(self, timeout_s: float) -> None:
-        """Sample one token, past every queue of this client, or be told by ``/health`` that the
-        scheduler has sent something since. Raises ``EngineUnavailable`` when neither comes.
+        """Sample one token, or learn from ``/health`` that the scheduler has sent one since.
 
-        This tells a hung scheduler from one that is full, also of requests that are not this
-        client's (a router's, another run's), behind which the token waits. A paused server cannot
-        be probed and is refused as such.
+        This tells a hung scheduler from a full one, also when the requests before the token are
+        another client's. Raises ``EngineUnavailable`` when neither answer comes, and
+        ``EngineFailure`` when this client has paused the server, which then answers no probe.
         """
-        self._refuse_closed()
+        self._require_open()
         if self.pause_mode is not None:
             raise EngineFailure(f"{self.url}: paused: a probe would wait for the end of the pause")
-        tasks = [asyncio.create_task(super().probe(timeout_s))]
+        token = asyncio.create_task(super().probe(timeout_s))
+        tasks = [token]
         try:
-            # What is refused is refused at once, also by a server that is healthy.
+            # The token first: a server that rejects requests (wrong key) may be healthy all the same.
             await asyncio.wait(tasks, timeout=min(TOKEN_FIRST_S, timeout_s / 2))
-            if not tasks[0].done():
-                tasks.append(asyncio.create_task(self._call("GET", "/health", timeout_s=timeout_s)))
+            if not token.done():
+                health = asyncio.create_task(self._call("GET", "/health", timeout_s=timeout_s))
+                tasks.append(health)
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if tasks[0].done() or tasks[1].exception() is not None:
-                await tasks[0]
+                if not token.done() and health.exception() is None:
+                    return
+            await token
         finally:
             for task in tasks:
                 task.cancel()
@@ -129,68 +128,60 @@ class SglangServer(ServerControl):
             raise EngineFailure(f"{self.url}: max_req_input_len is missing from /server_info")
         if self.limits.max_context > longest:
             raise EngineFailure(
-                f"{self.url}: max_context={self.limits.max_context} is over the {longest} tokens this server serves in "
-                "full (its context length less 6): lower engine.max_context or raise --context-length"
+                f"{self.url}: max_context={self.limits.max_context} is over the {longest} tokens "
+                "that this server serves in full (its context length less 6): lower "
+                "engine.max_context or raise --context-length"
             )
 
     def in_flight(self) -> int:
-        """Requests sent and not answered yet."""
+        """Return the number of requests that were sent and not answered yet."""
         return self._sent
 
     async def update_weights(
         self, tensors: Iterable[tuple[str, torch.Tensor]], version: int
     ) -> None:
-        """Not here: how tensors travel to a server (disk, broadcast, handle) is ``weight_sync``'s
-        to choose.
-        """
+        """Raise ``EngineFailure``: tensors travel by a transport of ``weight_sync``."""
         raise EngineFailure(
             f"{self.url}: a server takes no tensors from its client; use a transport of weight_sync"
         )
 
     async def pause(self, mode: PauseMode = PauseMode.RETRACT) -> None:
-        """Stop sampling; new requests are held here. Running ones go on later from a fresh prefill
-        (RETRACT).
+        """Stop sampling and hold new requests here.
+
+        Under RETRACT the running requests later go on from a fresh prefill.
         """
-        self._refuse_closed()
-        was_paused = not self._go.is_set()
-        if not was_paused:
-            self._paused_at = asyncio.get_running_loop().time()
-            self._go.clear()
+        self._require_open()
+        was_paused = not self._not_paused.is_set()
+        self._not_paused.clear()
         try:
             await self._pause(mode)
         except BaseException:
             if not was_paused:
-                self._let_go()
+                self._not_paused.set()
             raise
 
     async def resume(self) -> None:
-        """Go on sampling and send what was held."""
-        self._refuse_closed()
+        """Go on sampling and send the requests that were held."""
+        self._require_open()
         await self._continue()
-        self._let_go()
-
-    def _let_go(self) -> None:
-        if not self._go.is_set():
-            self._paused_s += asyncio.get_running_loop().time() - self._paused_at
-            self._go.set()
+        self._not_paused.set()
 
     async def health(self) -> EngineHealth:
-        """Asks ``/health`` (a server that works on something answers within about a second) and
-        ``/model_info``.
+        """See ``Engine.health``. Never raises: a server that does not answer is not alive.
 
-        During a pause ``/health`` turns 503, so then only the front process is asked. Never raises:
-        a server that does not answer is not alive, and has the version it last told.
+        The version of a server that does not answer is the one it last reported.
         """
         return EngineHealth(
             alive=await self._is_alive(),
             paused=self.pause_mode is not None,
             running=self._sent,
-            waiting=self._waiting + max(0, len(self._tasks) - self._sent),
+            waiting=max(0, len(self._tasks) - self._sent),
             weight_version=self._last_version,
             tokens_generated=self._tokens_generated,
         )
 
-    async def _ask_health(self) -> None:
+    async def _check_alive(self) -> None:
+        # /health is 503 during a pause. Otherwise a busy server answers it within about a second.
         if self.pause_mode is None:
             await self._call("GET", "/health")
         self._last_version = await self.weight_version()

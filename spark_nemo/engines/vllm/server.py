@@ -1,16 +1,16 @@
-"""One vLLM server as an ``Engine``, through its OpenAI-compatible ``/v1/completions`` with token
-ids.
+"""One vLLM server as an ``Engine``, by its OpenAI-compatible ``/v1/completions`` with token ids.
 
-What it serves: stage I (solutions and verifications), the PRM, and evaluation. What it does not:
+It serves stage I (solutions and verifications), the PRM, and evaluation. Unsupported:
 
-* **weight updates**: ``update_weights`` refuses, so stage III's policy cannot be a vLLM server;
-* **log-probabilities under top-p or top-k**: vLLM has them before temperature or after the cut, never in between; they
-  are NaN, which no loss survives unnoticed. Without a cut, ``processed_logprobs`` means what ours means;
-  ``check_logprobs_mode`` asks the server whether it runs in that mode;
-* **pause and resume**: they exist in vLLM's development mode only; refused here;
-* **weight versions**: vLLM stamps none; every token carries the version the client was made with.
+* Weight updates: stage III's policy cannot be a vLLM server.
+* Log-probabilities under top-p or top-k. vLLM reports them before temperature or after the cut,
+  never in between. They are NaN, which no loss survives unnoticed. Without a cut,
+  ``processed_logprobs`` means the same as in this package; ``check_logprobs_mode`` verifies that
+  the server runs in that mode.
+* Pause and resume: they exist in vLLM's development mode only.
+* Weight versions: vLLM stamps none; every token carries the version the client was made with.
 
-Seeds are honoured by vLLM (SGLang ignores them), though not with the embedded engine's draws.
+vLLM honours seeds (SGLang ignores them), though not with the embedded engine's draws.
 """
 
 from __future__ import annotations
@@ -22,22 +22,17 @@ import torch
 from ..base import EngineFailure, EngineHealth, Generation, GenerationRequest
 from ..http import RemoteEngine
 from ..http.engine import PROBE
-from .protocol import completion_json, parse_completion, refuse_too_cold, top_logprob
+from .protocol import completion_json, parse_completion, require_warm_enough, top_logprob
 
 PATH = "/v1/completions"
 _SAME_NATS = 1e-3
 
 
 class VllmServer(RemoteEngine):
-    """A client of the server at ``url`` (``http://host:port``), owned by the first event loop that
-    uses it.
+    """A client of the vLLM server at ``url``; see ``RemoteEngine``.
 
-    ``served_name`` is the server's ``--served-model-name``. At most ``max_in_flight`` requests are
-    sent at once; ``request_timeout_s``, and ``token_timeout_s`` for each token that may be sampled,
-    run from then. A request that is late or whose caller is cancelled ends with its connection,
-    which makes vLLM abort it. What never reached the server, lost its connection or met a 503 is
-    sent again a few times; what fails after that is ``EngineUnavailable``. ``logprobs`` are NaN
-    when top-p or top-k cut the distribution.
+    ``served_name`` is the server's ``--served-model-name``. A late or cancelled request ends with
+    its connection, which makes vLLM abort it.
     """
 
     def __init__(
@@ -49,10 +44,9 @@ class VllmServer(RemoteEngine):
         vocab_size: int,
         max_context: int,
         max_in_flight: int,
-        request_timeout_s: float,
+        request_timeout_s: float | None,
         control_timeout_s: float,
         weight_version: int = 0,
-        token_timeout_s: float = 0.0,
     ) -> None:
         super().__init__(
             url,
@@ -62,94 +56,98 @@ class VllmServer(RemoteEngine):
             max_in_flight=max_in_flight,
             request_timeout_s=request_timeout_s,
             control_timeout_s=control_timeout_s,
-            token_timeout_s=token_timeout_s,
         )
-        self._served_name, self._version = served_name, weight_version
+        self._served_name = served_name
+        self._version = weight_version
 
     def __repr__(self) -> str:
         return f"VllmServer({self.url})"
 
-    def _refuse_bad(self, request: GenerationRequest) -> None:
-        super()._refuse_bad(request)
-        refuse_too_cold(request.sampling)
+    def _check_request(self, request: GenerationRequest) -> None:
+        super()._check_request(request)
+        require_warm_enough(request.sampling)
 
-    async def _send(self, request: GenerationRequest, name: str, pooled: bool = True) -> Generation:
-        """vLLM needs no ``name``: a request ends with its connection."""
-        body = completion_json(request, self._served_name)
-        reply = await self._http.call("POST", PATH, body, timeout_s=None, pooled=pooled)
-        self._http.refuse_status(PATH, reply)
+    async def _send(
+        self, request: GenerationRequest, request_id: str, pooled: bool = True
+    ) -> Generation:
+        del request_id  # vLLM ends a request with its connection
+        reply = await self._http.call(
+            "POST",
+            PATH,
+            completion_json(request, self._served_name),
+            timeout_s=self._request_timeout_s,
+            pooled=pooled,
+        )
+        self._http.require_ok(PATH, reply)
         with self._naming(PATH):
             return parse_completion(reply.content, request, self._version)
 
     async def check_limits(self) -> None:
-        """Raise ``EngineFailure`` when the server does not serve ``served_name`` with
-        ``max_context`` tokens.
-        """
+        """Raise ``EngineFailure`` unless the server serves ``served_name`` with ``max_context``."""
         content = await self._call("GET", "/v1/models")
         models = content.get("data") if isinstance(content, dict) else None
         lengths = {
-            row.get("id"): row.get("max_model_len") for row in models or [] if isinstance(row, dict)
+            model.get("id"): model.get("max_model_len")
+            for model in models or []
+            if isinstance(model, dict)
         }
         if self._served_name not in lengths:
+            served = ", ".join(str(name) for name in lengths) or "nothing"
             raise EngineFailure(
-                f"{self.url} serves {', '.join(map(str, lengths)) or 'nothing'}, not "
-                f"{self._served_name}: check --served-model-name"
+                f"{self.url} serves {served}, not {self._served_name}: check --served-model-name"
             )
-        if (longest := lengths[self._served_name]) is None or longest < self.limits.max_context:
+        longest = lengths[self._served_name]
+        if longest is None or longest < self.limits.max_context:
             raise EngineFailure(
                 f"{self.url}: max_context={self.limits.max_context} is over the server's "
-                f"--max-model-len {longest}: lower engine.max_context or raise that"
+                f"--max-model-len {longest}: lower engine.max_context or raise --max-model-len"
             )
 
     async def check_logprobs_mode(self) -> None:
         """Raise ``EngineFailure`` unless log-probabilities are taken after temperature.
 
-        The likeliest token's is asked for at temperatures 1 and 2 (vLLM's highest); before
-        temperature they are equal.
+        Compares the likeliest token's log-probability at temperatures 1 and 2 (vLLM's highest): if
+        they are taken before temperature, they are equal.
         """
         greedy = completion_json(PROBE, self._served_name)
-        (likeliest,) = parse_completion(
-            await self._call("POST", PATH, greedy), PROBE, self._version
-        ).token_ids
-        warm, hot = [
-            top_logprob(
-                await self._call("POST", PATH, {**greedy, "temperature": warmth, "logprobs": 1}),
-                likeliest,
-            )
-            for warmth in (1.0, 2.0)
-        ]
-        if abs(warm - hot) < _SAME_NATS:
+        reply = await self._call("POST", PATH, greedy)
+        (likeliest,) = parse_completion(reply, PROBE, self._version).token_ids
+        logprobs = []
+        for temperature in (1.0, 2.0):
+            body = {**greedy, "temperature": temperature, "logprobs": 1}
+            logprobs.append(top_logprob(await self._call("POST", PATH, body), likeliest))
+        if abs(logprobs[0] - logprobs[1]) < _SAME_NATS:
             raise EngineFailure(
-                f"{self.url}: log-probabilities are those before temperature; start it with "
+                f"{self.url}: log-probabilities are taken before temperature; start the server with "
                 "--logprobs-mode processed_logprobs"
             )
 
     async def update_weights(
         self, tensors: Iterable[tuple[str, torch.Tensor]], version: int
     ) -> None:
-        """Refused: stage III's policy needs engine.kind=local or sglang."""
+        """Raise ``EngineFailure``: stage III's policy needs engine.kind=local or sglang."""
         raise EngineFailure(
             f"{self.url}: weights of a vLLM server are not updated by this package; a policy in "
             "training needs the embedded engine or SGLang"
         )
 
     async def pause(self) -> None:
-        """Refused: only vLLM's development mode has it."""
-        raise EngineFailure(f"{self.url}: a vLLM server is not paused by this package")
+        """Raise ``EngineFailure``: only vLLM's development mode can pause."""
+        raise EngineFailure(f"{self.url}: a vLLM server cannot be paused by this package")
 
     async def resume(self) -> None:
-        """Nothing is ever paused."""
+        """Do nothing: a vLLM server is never paused."""
 
     async def health(self) -> EngineHealth:
-        """Asks ``/health``. Never raises: a server that does not answer is not alive."""
+        """See ``Engine.health``. Never raises: a server that does not answer is not alive."""
         return EngineHealth(
             alive=await self._is_alive(),
             paused=False,
             running=len(self._tasks),
-            waiting=self._waiting,
+            waiting=0,
             weight_version=self._version,
             tokens_generated=self._tokens_generated,
         )
 
-    async def _ask_health(self) -> None:
+    async def _check_alive(self) -> None:
         await self._call("GET", "/health")
