@@ -31,7 +31,7 @@ from spark_nemo.cli.slurm_manifest import add_plan_arguments, slurm_manifest
 from spark_nemo.cli.status import run_status
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.config.compose import compose_config, config_yaml
-from spark_nemo.run.run_folder import sft_folder, stage1_folder, stage2_folder, stage3_folder
+from spark_nemo.run.stage_spec import STAGES
 from spark_nemo.run.subprocess_utils import die_with_parent
 from spark_nemo.toy.resolve import oracle_for, resolve_toy
 
@@ -234,33 +234,31 @@ def _sft(arguments: argparse.Namespace) -> int:
 
         return run_sft(config)
 
-    return _on_all_ranks(arguments, lambda config: sft_folder(config.run), check, run)
+    return _on_all_ranks(arguments, check, run)
 
 
 def _stage1(arguments: argparse.Namespace) -> int:
-    from spark_nemo.run.run_folder import shard_name
     from spark_nemo.stages.stage1 import run_stage1
 
     if _planned(arguments):
         return 0
     config = _configured(arguments)
-    if config is not None and not _finished(
-        config, "stage1", stage1_folder(config.run) / shard_name(config.stage1)
-    ):
+    if config is not None and not _finished(config, "stage1"):
         run_stage1(config)
     return 0
 
 
-def _finished(config: SparkConfig, part: str, folder: Path) -> bool:
-    """Say so when there is nothing left to do, before anything is loaded."""
-    from spark_nemo.run.completion import is_finished
+def _finished(config: SparkConfig, stage: str) -> bool:
+    """Return whether the stage run is complete, and print it; before any model is loaded."""
+    from spark_nemo.run.completion import is_complete
     from spark_nemo.run.run_lock import is_main_rank
 
-    if not is_finished(config, part, folder):
+    if not is_complete(config, stage):
         return False
     if is_main_rank():
         print(
-            f"{part} is complete in {folder}, there is nothing to do; to run it anew name another run.dir"
+            f"{stage} is already complete in {STAGES[stage].folder(config)}; "
+            "to run it again, use another run.dir"
         )
     return True
 
@@ -273,12 +271,7 @@ def _stage2(arguments: argparse.Namespace) -> int:
 
     from spark_nemo.planning.preflight import check_stage2
 
-    return _on_all_ranks(
-        arguments,
-        lambda config: stage2_folder(config.run, config.stage2.method, config.stage2.variant),
-        check_stage2,
-        run,
-    )
+    return _on_all_ranks(arguments, check_stage2, run)
 
 
 def _stage3(arguments: argparse.Namespace) -> int:
@@ -289,14 +282,11 @@ def _stage3(arguments: argparse.Namespace) -> int:
 
     from spark_nemo.planning.preflight import check_stage3
 
-    return _on_all_ranks(
-        arguments, lambda config: stage3_folder(config.run, config.rl_variant), check_stage3, run
-    )
+    return _on_all_ranks(arguments, check_stage3, run)
 
 
 def _on_all_ranks(
     arguments: argparse.Namespace,
-    folder: Callable[[SparkConfig], Path],
     check: Callable[[SparkConfig], None],
     run: Callable[[SparkConfig], bool],
 ) -> int:
@@ -317,12 +307,12 @@ def _on_all_ranks(
                 config.engine, **{role: config.engine.pool(role).found_at(urls.split(","))}
             ),
         )
-    if _finished(config, arguments.part, folder(config)):
+    if _finished(config, arguments.part):
         return 0
     if must_launch(config.megatron):
         check(config)
         with run_lock(
-            folder(config)
+            STAGES[arguments.part].folder(config)
         ):  # the main rank takes it; here it only refuses before ranks are started
             pass
         return launch_ranks(config.megatron, arguments.command_line)
@@ -358,10 +348,7 @@ def _report(arguments: argparse.Namespace) -> int:
                 f"{word}: name the run as run.dir={word}, with the overrides that its stages had"
             )
     if config := _configured(arguments):
-        if not any(
-            (Path(config.run.dir) / stage).is_dir()
-            for stage in ("sft", "stage1", "stage2", "stage3")
-        ):
+        if not any((Path(config.run.dir) / stage).is_dir() for stage in STAGES):
             raise ConfigError(
                 f"run.dir={config.run.dir}: no stage has been run there, there is nothing to report"
             )

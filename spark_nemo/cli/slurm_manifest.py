@@ -13,24 +13,15 @@ from pathlib import Path
 
 from spark_nemo.cli.evaluate import add_asking_arguments, model_output, refuse_the_others
 from spark_nemo.config import ConfigError, SparkConfig
-from spark_nemo.run.run_folder import DONE, sft_folder, stage1_folder, stage2_folder, stage3_folder
+from spark_nemo.run.run_folder import DONE, reward_model_path
+from spark_nemo.run.stage_spec import PIPELINE_STAGES, STAGES, setting
 
-STAGES = (
-    "sft",
-    "stage1",
-    "stage2",
-    "stage3",
-    "pipeline",
-    "nodes",
-    "report",
-    "evaluate-math",
-    "evaluate-processbench",
-)
+JOBS = (*STAGES, "pipeline", "nodes", "report", "evaluate-math", "evaluate-processbench")
 
 
 def add_plan_arguments(command: argparse.ArgumentParser) -> None:
     """The stage, and for evaluations what ``spark-nemo evaluate`` will be given."""
-    command.add_argument("--stage", choices=STAGES, required=True)
+    command.add_argument("--stage", choices=JOBS, required=True)
     add_asking_arguments(command)
 
 
@@ -94,35 +85,16 @@ def _jobs(config: SparkConfig) -> Iterator[tuple[str, str]]:
 
 
 def _part(stage: str, config: SparkConfig, arguments: argparse.Namespace) -> dict[str, str]:
-    from spark_nemo.planning.preflight import check_stage1, check_stage2, check_stage3
-    from spark_nemo.run.run_folder import shard_name
-
-    if stage == "sft":
-        from spark_nemo.stages.sft import sft_data
-
-        sft_data(config)
-        return _described(config, sft_folder(config.run), ranks=config.megatron.world_size, total=0)
-    if stage == "stage1":
-        check_stage1(config)
-        return _described(
-            config, stage1_folder(config.run) / shard_name(config.stage1), ranks=1, total=0
-        )
-    if stage == "stage2":
-        check_stage2(config)
-        folder = stage2_folder(config.run, config.stage2.method, config.stage2.variant)
-        return _described(config, folder, ranks=config.megatron.world_size, total=0)
-    if stage == "stage3":
-        check_stage3(config)
-        folder = stage3_folder(config.run, config.rl_variant)
-        return _described(config, folder, ranks=config.megatron.world_size, total=config.rl.steps)
     if stage == "report":
         return {"PART": "report", "DONE_FILE": str(Path(config.run.dir).resolve() / "report.html")}
-    result = model_output(stage.removeprefix("evaluate-"), config, arguments)
-    return {"PART": f"evaluate/{result.stem}", "DONE_FILE": str(result.resolve())}
-
-
-def _described(config: SparkConfig, folder: Path, ranks: int, total: int) -> dict[str, str]:
-    """``total`` is the number of steps, 0 where only the running job knows it."""
+    if stage not in STAGES:
+        result = model_output(stage.removeprefix("evaluate-"), config, arguments)
+        return {"PART": f"evaluate/{result.stem}", "DONE_FILE": str(result.resolve())}
+    _check_stage(stage, config)
+    folder = STAGES[stage].folder(config)
+    ranks = config.megatron.world_size if STAGES[stage].trained_model is not None else 1
+    # Only stage III's number of steps is known before the job runs; 0 stands for unknown.
+    total = config.rl.steps if stage == "stage3" else 0
     return {
         "PART": str(folder.relative_to(config.run.dir)),
         "PART_DIR": str(folder.resolve()),
@@ -130,6 +102,19 @@ def _described(config: SparkConfig, folder: Path, ranks: int, total: int) -> dic
         "WORLD_SIZE": str(ranks),
         "TOTAL": str(total),
     }
+
+
+def _check_stage(stage: str, config: SparkConfig) -> None:
+    from spark_nemo.planning.preflight import check_stage1, check_stage2, check_stage3
+    from spark_nemo.stages.sft import sft_data
+
+    checks = {
+        "sft": sft_data,
+        "stage1": check_stage1,
+        "stage2": check_stage2,
+        "stage3": check_stage3,
+    }
+    checks[stage](config)
 
 
 def _servers(config: SparkConfig) -> Iterator[tuple[str, str]]:
@@ -172,28 +157,28 @@ def _servers(config: SparkConfig) -> Iterator[tuple[str, str]]:
 
 
 def _needed_files(stage: str, config: SparkConfig, arguments: argparse.Namespace) -> Iterator[Path]:
-    """Models and data that the nodes of this job read."""
-    names = {
-        "pipeline": (
-            *(f"models.{name}" for name in vars(config.models) if name != "policy_base"),
-            *(f"data.{name}" for name in vars(config.data) if name != "sft_examples"),
-            "pipeline.rl_answers",
-        ),
-        "sft": ("models.policy_base", "data.sft_examples"),
-        "stage1": ("models.generator", "models.verifier", "data.stage1_problems"),
-        "stage2": ("models.reward_base", "data.processbench"),
-        "stage3": ("models.policy", "data.rl_problems", "data.eval_problems", "data.rl_answers"),
-        "evaluate-math": ("data.eval_problems",),
-        "evaluate-processbench": ("data.processbench",),
-    }
-    for field in names.get(stage, ()) if arguments.data is None else ():
-        section, name = field.split(".")
-        if value := getattr(getattr(config, section), name):
-            yield Path(value)
-    yield from (Path(source) for source in arguments.data or () if not source.startswith("hf:"))
+    """Yield the models and data files that the nodes of this job read."""
+    if arguments.data is None:
+        for name in _file_settings(stage):
+            if value := setting(config, name):
+                yield Path(value)
+    else:
+        yield from (Path(source) for source in arguments.data if not source.startswith("hf:"))
     if arguments.model is not None:
         yield Path(arguments.model)
     if stage == "stage3" and config.rl.asks_reward_model:
-        from spark_nemo.planning.preflight import reward_model_folder
+        yield reward_model_path(config)
 
-        yield reward_model_folder(config)
+
+def _file_settings(stage: str) -> Iterator[str]:
+    if stage == "evaluate-math":
+        yield "data.eval_problems"
+    elif stage == "evaluate-processbench":
+        yield "data.processbench"
+    elif stage == "pipeline":
+        for name in PIPELINE_STAGES:
+            yield from _file_settings(name)
+        yield "pipeline.rl_answers"
+    elif stage in STAGES:
+        spec = STAGES[stage]
+        yield from (*spec.models, *spec.optional_models, *spec.data, *spec.answer_keys)

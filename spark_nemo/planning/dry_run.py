@@ -19,6 +19,7 @@ from spark_nemo.planning.preflight import check_data_here, check_sync
 from spark_nemo.records.jsonl import read_problems
 from spark_nemo.run.rl_variants import RLVariant, pipeline_rl_variants, rl_variant_config
 from spark_nemo.run.run_folder import stage2_folder
+from spark_nemo.run.stage_spec import STAGES, StageSpec, required_setting, setting
 
 PROMPT_ROOM, COMPACT_ROOM = 1024, 16
 """Tokens that must be left for a problem: the longest prompt of the paper's policy SFT, and next to
@@ -62,27 +63,25 @@ class Parts:
         return cls(stage1=True, stage2=models, stage3=tuple(pipeline_rl_variants(config)))
 
     @property
+    def specs(self) -> list[StageSpec]:
+        """The table's rows of the stages that run."""
+        runs = {
+            "sft": self.sft,
+            "stage1": self.stage1,
+            "stage2": self.stage2,
+            "stage3": self.stage3,
+        }
+        return [STAGES[name] for name, run in runs.items() if run]
+
+    @property
     def fields(self) -> list[str]:
-        """The models and data that must be named."""
-        return [
-            *(["models.policy_base", "data.sft_examples"] if self.sft else []),
-            *(
-                ["models.generator", "models.verifier", "data.stage1_problems"]
-                if self.stage1
-                else []
-            ),
-            *(["models.reward_base", "data.processbench"] if self.stage2 else []),
-            *(["models.policy", "data.rl_problems", "data.eval_problems"] if self.stage3 else []),
-        ]
+        """Models and data that must be set."""
+        return [name for spec in self.specs for name in (*spec.models, *spec.data)]
 
     @property
     def trained(self) -> list[str]:
-        """The models that the trainer's ranks hold."""
-        return [
-            name
-            for name in ("models.policy_base", "models.reward_base", "models.policy")
-            if name in self.fields
-        ]
+        """Models that the trainer ranks hold."""
+        return [spec.trained_model for spec in self.specs if spec.trained_model is not None]
 
 
 def dry_run(config: SparkConfig, part: str = "pipeline") -> str:
@@ -118,8 +117,7 @@ def check_without_files(config: SparkConfig, part: str = "pipeline") -> None:
     """
     parts = Parts.of(config, part)
     for field in parts.fields:
-        if not _value(config, field):
-            raise ConfigError(f"{field} is not set")
+        required_setting(config, field)
     for field in parts.trained:
         if (shape := _hf_config(config, field)) is not None:
             ModelSpec.from_hf(shape, field).check_layout(config.megatron)
@@ -131,7 +129,8 @@ def check_without_files(config: SparkConfig, part: str = "pipeline") -> None:
     for field, model, tokens, limit in _texts(config, parts):
         if tokens + room > limit:
             raise ConfigError(
-                f"{field}: {tokens + room} tokens with {room} for the problem, but {model}={_value(config, model)} has "
+                f"{field}: {tokens + room} tokens with {room} for the problem, but "
+                f"{model}={setting(config, model)} has "
                 f"a context of {limit} here: lower max_new_tokens"
                 + ("" if limit < config.engine.max_context else " or raise engine.max_context")
             )
@@ -211,7 +210,7 @@ def _models(config: SparkConfig, parts: Parts) -> list[str]:
         used.append("rl.reward_model")
     lines = []
     for field in used:
-        value, shape = _value(config, field), _hf_config(config, field)
+        value, shape = setting(config, field), _hf_config(config, field)
         size = (
             f"{shape['model_type']}, {shape['num_hidden_layers']} layers, context {_context(shape):,}"
             if shape
@@ -340,11 +339,11 @@ def _selection(config: SparkConfig) -> str:
 
 
 def _read_fields(parts: Parts, part: str) -> list[str]:
-    """The fields that name data files; the answers among them may be unset."""
-    read = [field for field in parts.fields if field.startswith("data.")]
-    read += ["stage1.reference_answers"] if parts.stage1 else []
-    read += ["labels.reference_answers"] if parts.stage2 else []
-    if any(arm.reads_answer_keys for arm in parts.stage3):
+    """Settings that name data files; those with answer keys may be unset."""
+    read = [name for spec in parts.specs for name in spec.data]
+    for spec in parts.specs:
+        read += [name for name in spec.answer_keys if name != "data.rl_answers"]
+    if any(variant.reads_answer_keys for variant in parts.stage3):
         read.append("pipeline.rl_answers" if part == "pipeline" else "data.rl_answers")
     return read
 
@@ -352,7 +351,7 @@ def _read_fields(parts: Parts, part: str) -> list[str]:
 def _files(config: SparkConfig, parts: Parts, part: str) -> list[str]:
     lines = []
     for field in _read_fields(parts, part):
-        if value := _value(config, field):
+        if value := setting(config, field):
             state = (
                 "made on the run"
                 if value.startswith("toy:")
@@ -416,23 +415,18 @@ def _count(value: str, unit: str = "problem") -> tuple[int, str]:
     return count, f"{count:,} {unit}s"
 
 
-def _value(config: SparkConfig, field: str) -> str:
-    section, name = field.split(".")
-    return getattr(getattr(config, section), name)
-
-
 def _hf_config(config: SparkConfig, field: str) -> dict[str, Any] | None:
     """config.json of the folder, else the published one for its name, else that of what it is made
     from, else None.
     """
-    folder = Path(_value(config, field))
+    folder = Path(setting(config, field))
     if (folder / "config.json").exists():
         return read_hf_config(folder)
     source = {"models.policy": "models.policy_base", "rl.reward_model": "models.reward_base"}.get(
         field
     )
     if (
-        folder.name == "model" and source is not None and _value(config, source)
+        folder.name == "model" and source is not None and setting(config, source)
     ):  # what sft and stage II write
         return _hf_config(config, source)
     return PUBLISHED.get(folder.name)

@@ -23,7 +23,8 @@ from spark_nemo.models.spec import ModelSpec
 from spark_nemo.records import Problem
 from spark_nemo.records.jsonl import read_problems
 from spark_nemo.run.rl_variants import pipeline_rl_variants, rl_variant_config
-from spark_nemo.run.run_folder import read_done, stage2_folder
+from spark_nemo.run.run_folder import read_done, reward_model_path
+from spark_nemo.run.stage_spec import required_setting, setting
 from spark_nemo.training.policy_examples import read_policy_examples
 from spark_nemo.weight_sync.engine_view import check_server_args, check_syncable
 
@@ -46,7 +47,7 @@ def check_sft(config: SparkConfig) -> None:
             f"sft.max_length={config.sft.max_length}: models.policy_base={config.models.policy_base} has "
             f"a context of {spec.max_positions}"
         )
-    if not Path(_set(config, "data.sft_examples")).is_file():
+    if not Path(required_setting(config, "data.sft_examples")).is_file():
         raise ConfigError(
             f"data.sft_examples={config.data.sft_examples}: no such file (JSONL with problem_id, "
             "question and response)"
@@ -60,7 +61,7 @@ def check_stage1(config: SparkConfig) -> None:
     engine.require("verifier")
     _served_model(config, "models.generator")
     _served_model(config, "models.verifier")
-    read_problems(_set(config, "data.stage1_problems"))
+    read_problems(required_setting(config, "data.stage1_problems"))
     if stage.reuse_solutions_from is not None and not Path(stage.reuse_solutions_from).is_dir():
         raise ConfigError(
             f"stage1.reuse_solutions_from={stage.reuse_solutions_from}: no store there; name the stage1/store of an "
@@ -90,7 +91,9 @@ def check_stage2(config: SparkConfig) -> None:
     _trained_model(config, "models.reward_base")
     if config.labels.balance == "ground_truth":
         _has_answers(config, "labels.reference_answers", "data.stage1_problems")
-    labels = [case.label for case in read_processbench(_set(config, "data.processbench"))]
+    labels = [
+        case.label for case in read_processbench(required_setting(config, "data.processbench"))
+    ]
     config.engine.require("verifier")
     if -1 not in labels or max(labels) == -1:
         raise ConfigError(
@@ -113,7 +116,7 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
         config.engine.require("verifier")
     if (
         config.models.policy_base
-        and Path(_set(config, "models.policy")).parts[-2:] == ("sft", "model")
+        and Path(required_setting(config, "models.policy")).parts[-2:] == ("sft", "model")
         and not (Path(config.models.policy) / "config.json").exists()
     ):
         raise ConfigError(
@@ -123,8 +126,8 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
     _trained_model(config, "models.policy")
     spec = check_sync(read_hf_config(config.models.policy), "models.policy")
     check_server_args(spec, config.engine.policy.server_args, "engine.policy.server_args")
-    problems = read_problems(_set(config, "data.rl_problems"))
-    held_out = read_math(_set(config, "data.eval_problems"))
+    problems = read_problems(required_setting(config, "data.rl_problems"))
+    held_out = read_math(required_setting(config, "data.eval_problems"))
     _fits(config, "rl.sampling", rl.sampling)
     _fits(config, "evaluation", config.evaluation)
     if rl.rollout.over_sampling_ratio is None and rl.prompts_per_step > len(problems):
@@ -197,11 +200,10 @@ def check_data_here(config: SparkConfig, fields: Sequence[str]) -> None:
     job would only say after its wait in the queue. Raises ``DataFileError`` with file and line.
     """
     for field in fields:
-        section, name = field.split(".")
-        path = getattr(getattr(config, section), name)
+        path = setting(config, field)
         if not path or not Path(path).exists():
             continue
-        match name:
+        match field.rpartition(".")[2]:
             case "eval_problems":
                 read_math(path)
             case "processbench":
@@ -215,36 +217,25 @@ def check_data_here(config: SparkConfig, fields: Sequence[str]) -> None:
 
 
 def reward_model_folder(config: SparkConfig) -> Path:
-    """Where the reward model is: named, or stage II's result in this run. Raises ``ConfigError``
-    when there is none.
-    """
-    made = stage2_folder(config.run, config.stage2.method, config.reward_variant) / "model"
-    model = Path(config.rl.reward_model or made)
-    if not (model / "config.json").exists():
+    """Return ``reward_model_path``. Raises ``ConfigError`` if there is no model in it."""
+    folder = reward_model_path(config)
+    if not (folder / "config.json").exists():
         raise ConfigError(
-            f"rl.reward_model={model}: no model there; run `spark-nemo stage2` or name one"
+            f"rl.reward_model={folder}: no model there; run `spark-nemo stage2` or name one"
         )
-    return model
+    return folder
 
 
 def _has_answers(config: SparkConfig, answers: str, problems: str) -> None:
     """Every problem of one file has an answer in the other."""
-    path = _set(config, answers)
+    path = required_setting(config, answers)
     if (
-        missing := {p.problem_id for p in read_problems(_set(config, problems))}
+        missing := {p.problem_id for p in read_problems(required_setting(config, problems))}
         - read_answer_keys(path).keys()
     ):
         raise ConfigError(
             f"{answers}={path}: no answer for {len(missing)} of {problems}, {min(missing)} first"
         )
-
-
-def _set(config: SparkConfig, field: str) -> str:
-    section, name = field.split(".")
-    value = getattr(getattr(config, section), name)
-    if not value:
-        raise ConfigError(f"{field} is not set")
-    return value
 
 
 def check_sync(hf_config: Mapping[str, Any], field: str) -> ModelSpec:
@@ -260,7 +251,7 @@ def check_sync(hf_config: Mapping[str, Any], field: str) -> ModelSpec:
 
 
 def _served_model(config: SparkConfig, field: str) -> None:
-    _served_folder(config, Path(_set(config, field)), field)
+    _served_folder(config, Path(required_setting(config, field)), field)
 
 
 def _served_folder(config: SparkConfig, folder: Path, field: str) -> ModelSpec:
@@ -276,7 +267,7 @@ def _served_folder(config: SparkConfig, folder: Path, field: str) -> ModelSpec:
 
 def _trained_model(config: SparkConfig, field: str) -> None:
     """A model that is trained, and that the stage's engine serves afterwards."""
-    spec = _served_folder(config, Path(_set(config, field)), field)
+    spec = _served_folder(config, Path(required_setting(config, field)), field)
     spec.check_layout(config.megatron)
 
 
@@ -311,7 +302,7 @@ def _prompts_fit(
     if over := {name: length for name, length in lengths.items() if length > room}:
         name, length = next(iter(over.items()))
         raise ConfigError(
-            f"{field}={_set(config, field)}: {len(over)} of {len(problems)} prompts, that of {name} with "
+            f"{field}={required_setting(config, field)}: {len(over)} of {len(problems)} prompts, that of {name} with "
             f"{length} tokens first, have no room for {sampling}.max_new_tokens={max_new_tokens} in "
             f"engine.max_context={config.engine.max_context}: remove them, or change one of the two"
         )

@@ -25,12 +25,11 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-from spark_nemo.config import RunConfig, Stage1Config
-from spark_nemo.config.designs import SHAPING_KNOBS, VERIFIER_KNOBS, variant_suffix
-from spark_nemo.config.hacking import ConstraintsConfig
+from spark_nemo.config import RunConfig, SparkConfig, Stage1Config
+from spark_nemo.config.designs import variant_suffix
 from spark_nemo.utils.files import write_json_atomic
 from spark_nemo.utils.progress_bar import progress_bar
 
@@ -64,28 +63,11 @@ def stage3_folder(run: RunConfig, arm: str) -> Path:
     return Path(run.dir) / "stage3" / arm
 
 
-def comparable_rl(rl: dict[str, object]) -> dict[str, object]:
-    """``asdict`` of an ``RLConfig`` with the two settings that may be unset as what unset means,
-    for comparing runs: a folder made before they could be unset has the values, and is the same
-    run. So is one made before the settings of the verifier and of shaping existed. The kind of
-    reward model is in the folder's name. Of ``hacking`` only the constraints change what is
-    trained.
-    """
-    hacking = rl.get("hacking", {})
-    constraints = {
-        **asdict(ConstraintsConfig()),
-        **hacking.get("constraints", {}),
-        **rl.get("hacking.constraints", {}),
-    }
-    named = {name: value for name, value in rl.items() if name not in ("reward_variant", "hacking")}
-    return {
-        **VERIFIER_KNOBS,
-        **SHAPING_KNOBS,
-        **named,
-        "hacking.constraints": constraints,
-        "std_normalize": rl["std_normalize"] is not False,
-        "loss_aggregation": rl["loss_aggregation"] or "token_mean",
-    }
+def reward_model_path(config: SparkConfig) -> Path:
+    """Folder of stage III's reward model: the configured one, or stage II's result in this run."""
+    if config.rl.reward_model is not None:
+        return Path(config.rl.reward_model)
+    return stage2_folder(config.run, config.stage2.method, config.reward_variant) / "model"
 
 
 def read_done(folder: Path) -> dict[str, object] | None:

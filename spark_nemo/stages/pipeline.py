@@ -6,38 +6,26 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 
-from spark_nemo.config import ConfigError, SparkConfig
+from spark_nemo.config import SparkConfig
 from spark_nemo.config.compose import config_yaml
 from spark_nemo.planning.memory_check import check_memory
 from spark_nemo.planning.preflight import check_pipeline
+from spark_nemo.records.fingerprint import check_same_fingerprint, flatten_settings
 from spark_nemo.report.collect_summary import Oracle, collect_summary
 from spark_nemo.report.page import write_report
 from spark_nemo.run.job_graph import build_job_graph
 from spark_nemo.run.local_executor import run_job_graph
-from spark_nemo.run.run_folder import comparable_rl
 from spark_nemo.run.run_lock import run_lock
+from spark_nemo.run.stage_spec import is_same_in_pipeline
 from spark_nemo.utils.files import write_text_atomic
 
 log = logging.getLogger(__name__)
-_FREE = (
-    "pipeline.",
-    "engine.",
-    "sft.",
-    "data.sft_examples",
-    "models.policy_base",
-    "rl.failures.",
-    "rl.save_every",
-    "stage1.max_failure_rate",
-    "stage2.save_every",
-)
-"""Settings that may change while a run is unfinished: finished parts do not depend on them."""
-_FIXED = ("pipeline.rounds",)  # decides which reward model stage III had
 
 
 def run_pipeline(
@@ -65,44 +53,26 @@ def run_pipeline(
 
 
 def claim_run_folder(config: SparkConfig) -> None:
-    """Write ``config.yaml``. Raises ``ConfigError`` when the folder's finished parts were made with
-    other settings.
+    """Write ``config.yaml`` to the run folder.
+
+    Raises ``ConfigError`` if finished stage runs in the folder were made with other settings: the
+    pipeline does not run them again.
     """
     path = Path(config.run.dir) / "config.yaml"
-    _same_settings(path, config)
+    if path.exists():
+        stored = _comparable_settings(yaml.safe_load(path.read_text()))
+        check_same_fingerprint(stored, _comparable_settings(asdict(config)), path.parent)
     write_text_atomic(path, config_yaml(config))
 
 
-def _same_settings(path: Path, config: SparkConfig) -> None:
-    """Raise ``ConfigError`` when the folder's finished parts, which are not made again, had other
-    settings.
+def _comparable_settings(tree: dict) -> dict[str, object]:
+    """Return the settings that must not change, by dotted name.
+
+    Files in the run folder count by their place in it: the folder may have been moved.
     """
-    if not path.exists():
-        return
-    before = _settings(yaml.safe_load(path.read_text()))
-    for name, value in _settings(asdict(config)).items():
-        free = name.startswith(_FREE) and name not in _FIXED
-        if not free and (old := before.get(name, value)) != value:
-            raise ConfigError(
-                f"{path.parent} was made with {name}={old}, this run has {value}: use another run.dir, "
-                "or the same settings"
-            )
-
-
-def _settings(tree: dict) -> dict[str, object]:
-    """Values by dotted name; files in the run folder by their place in it, for the folder has
-    several names.
-    """
-    folder, tree = tree["run"]["dir"], {**tree, "rl": comparable_rl(tree["rl"])}
-    return {
-        name: value.removeprefix(folder) if isinstance(value, str) else value
-        for name, value in _flat(tree)
-    }
-
-
-def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+    folder = tree["run"]["dir"]
+    settings = {}
+    for name, value in flatten_settings(tree):
+        if is_same_in_pipeline(name):
+            settings[name] = value.removeprefix(folder) if isinstance(value, str) else value
+    return settings

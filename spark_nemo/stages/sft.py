@@ -13,7 +13,7 @@ from spark_nemo.engines.tokenizer import Tokenizer
 from spark_nemo.grammar import prompt_set
 from spark_nemo.planning.memory_check import check_memory
 from spark_nemo.planning.preflight import check_sft
-from spark_nemo.run.completion import inputs_to_remember, remember_inputs
+from spark_nemo.run.completion import fingerprint_before_work, record_fingerprint
 from spark_nemo.run.run_folder import Clock, mark_done, sft_folder
 from spark_nemo.run.run_lock import run_lock
 from spark_nemo.training.fine_tuning import fine_tune, held_out_loss
@@ -45,10 +45,10 @@ def run_sft(config: SparkConfig) -> bool:
     """
     data = sft_data(config)
     check_memory(config, "sft")
-    folder, inputs = sft_folder(config.run), inputs_to_remember(config, "sft")
+    folder, fingerprint = sft_folder(config.run), fingerprint_before_work(config, "sft")
     with run_lock(folder):
         if finished := _train(config, data, folder):
-            remember_inputs(folder, inputs)
+            record_fingerprint(folder, fingerprint)
         return finished
 
 

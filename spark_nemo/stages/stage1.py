@@ -22,7 +22,7 @@ from spark_nemo.records import Problem
 from spark_nemo.records.fingerprint import check_same_fingerprint
 from spark_nemo.records.jsonl import read_problems
 from spark_nemo.records.store import RecordStore
-from spark_nemo.run.completion import inputs_to_remember, remember_inputs
+from spark_nemo.run.completion import fingerprint_before_work, record_fingerprint
 from spark_nemo.run.run_folder import Clock, mark_done, progress, shard_name, stage1_folder
 from spark_nemo.run.run_lock import run_lock
 from spark_nemo.utils.files import write_json_atomic
@@ -48,12 +48,12 @@ def run_stage1(config: SparkConfig) -> CollectCounts:
     check_stage1(config)
     folder = stage1_folder(config.run)
     name = shard_name(config.stage1)
-    inputs = inputs_to_remember(config, "stage1")
+    fingerprint = fingerprint_before_work(config, "stage1")
     with run_lock(folder / name):
         counts = _sample(config, folder, name)
         # Otherwise the shard is incomplete and the same command has work to do.
         if not counts.postponed_verifications and not counts.engine_failures:
-            remember_inputs(folder / name, inputs)
+            record_fingerprint(folder / name, fingerprint)
         return counts
 
 

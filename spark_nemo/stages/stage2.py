@@ -17,7 +17,7 @@ from spark_nemo.grammar import Variant, prompt_set
 from spark_nemo.planning.memory_check import check_memory
 from spark_nemo.planning.preflight import check_stage2
 from spark_nemo.records import LabelledSolution
-from spark_nemo.run.completion import inputs_to_remember, remember_inputs
+from spark_nemo.run.completion import fingerprint_before_work, record_fingerprint
 from spark_nemo.run.run_folder import (
     PROCESSBENCH,
     WHOLE_SOLUTION,
@@ -44,10 +44,10 @@ def run_stage2(config: SparkConfig) -> bool:
     check_stage2(config)
     check_memory(config, "stage2")
     folder = stage2_folder(config.run, config.stage2.method, config.stage2.variant)
-    inputs = inputs_to_remember(config, "stage2")
+    fingerprint = fingerprint_before_work(config, "stage2")
     with run_lock(folder):
         if finished := _train(config, folder):
-            remember_inputs(folder, inputs)
+            record_fingerprint(folder, fingerprint)
         return finished
 
 

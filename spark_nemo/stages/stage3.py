@@ -6,8 +6,8 @@ Declared baselines take the reward from answer keys, votes or a coin instead.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -20,16 +20,19 @@ from spark_nemo.megatron.checkpoint import has_checkpoint, newest
 from spark_nemo.megatron.process_groups import gather_objects, on_main_rank
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.planning.memory_check import check_memory
-from spark_nemo.planning.preflight import check_stage3, reward_model_folder
-from spark_nemo.records import Problem, content_key
-from spark_nemo.records.fingerprint import check_same_fingerprint, model_fingerprint
+from spark_nemo.planning.preflight import check_stage3
+from spark_nemo.records.fingerprint import check_same_fingerprint
 from spark_nemo.records.jsonl import read_problems
 from spark_nemo.rollout.evaluator import Evaluator
 from spark_nemo.rollout.manager import RolloutManager
 from spark_nemo.rollout.samples import rewrite_rows
 from spark_nemo.rollout.timeline import TIMING, TRAIN, Timeline
-from spark_nemo.run.completion import inputs_to_remember, remember_inputs
-from spark_nemo.run.run_folder import Clock, comparable_rl, mark_done, stage3_folder
+from spark_nemo.run.completion import (
+    fingerprint_before_work,
+    record_fingerprint,
+    resume_fingerprint,
+)
+from spark_nemo.run.run_folder import Clock, mark_done, stage3_folder
 from spark_nemo.run.run_lock import run_lock
 from spark_nemo.training.fine_tuning import CHECKPOINTS
 from spark_nemo.training.grpo_trainer import GRPOTrainer
@@ -56,11 +59,11 @@ def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool
     check_stage3(config)
     check_memory(config, "stage3")
     folder = stage3_folder(config.run, config.rl_variant)
-    inputs = inputs_to_remember(config, "stage3")
+    inputs = fingerprint_before_work(config, "stage3")
     with run_lock(folder):
         finished = _train(config, folder, verifier)
         if finished and verifier is None:
-            remember_inputs(folder, inputs)
+            record_fingerprint(folder, inputs)
         return finished
 
 
@@ -91,7 +94,8 @@ def _train(config: SparkConfig, folder: Path, verifier: ServedModel | None) -> b
     rollouts.on_server_return(sync.restore)
     weight_sync = PolicySync(sync, worker, rollouts.policy_engine)
     evaluator = Evaluator(config, rollouts, eval_problems, folder)
-    fingerprint = run_fingerprint(config, problems, verifier)
+    served_reward_model = None if verifier is None else verifier.fingerprint
+    fingerprint = resume_fingerprint(config, "stage3", served_reward_model)
     try:
         return _train_steps(config, folder, rollouts, weight_sync, evaluator, timeline, fingerprint)
     finally:
@@ -278,35 +282,6 @@ def warn_out_of_format(metrics: Mapping[str, float]) -> None:
             "metrics.jsonl names the rules",
             100 * share,
         )
-
-
-def run_fingerprint(
-    config: SparkConfig, problems: Sequence[Problem], verifier: ServedModel | None = None
-) -> dict[str, object]:
-    """Return what the steps depend on: settings, and the content of problems and models."""
-    without_effect = {
-        "eval_every",
-        "save_every",
-        "failures",
-        "verifier_queue",
-        "verifier_deadline",
-        "verifier_cache",
-    }
-    rl = comparable_rl(asdict(config.rl))
-    rl["sampling"] = config.rl.sampling.fingerprint()
-    rl["verifier_sampling"] = config.rl.verifier_sampling.fingerprint()
-    fingerprint = {f"rl.{name}": rl[name] for name in rl if name not in without_effect}
-    if config.rl.asks_reward_model:
-        if verifier is not None:
-            fingerprint["the reward model"] = verifier.fingerprint
-        else:
-            fingerprint["the reward model"] = model_fingerprint(reward_model_folder(config))
-    fingerprint["run.seed"] = config.run.seed
-    fingerprint["models.policy"] = model_fingerprint(config.models.policy)
-    fingerprint["data.rl_problems"] = content_key(
-        [(problem.problem_id, problem.question) for problem in problems]
-    )
-    return fingerprint
 
 
 def _first_step_gate(

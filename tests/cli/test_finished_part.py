@@ -94,12 +94,16 @@ def test_a_finished_part_says_so_and_is_not_done_again(
     engine or layout, which are how a part is worked on. What the marker said stays. Another seed is
     another run.
     """
-    assert work.command() == 0 and work.times == 1 and "is complete" not in capsys.readouterr().out
+    assert (
+        work.command() == 0
+        and work.times == 1
+        and "is already complete" not in capsys.readouterr().out
+    )
     for overrides in ((), ("engine.max_batch_size=7",), ("megatron.data_parallel=2",)):
         assert work.command(*overrides) == 0 and work.times == 1
         assert capsys.readouterr().out == (
-            f"{work.part} is complete in {work.folder}, there is nothing to do; to run "
-            "it anew name another run.dir\n"
+            f"{work.part} is already complete in {work.folder}; "
+            "to run it again, use another run.dir\n"
         )
     assert json.loads((work.folder / "DONE.json").read_text())["f1"] == 0.5
     assert work.command("run.seed=1") == 0 and work.times == 2

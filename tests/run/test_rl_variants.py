@@ -264,3 +264,25 @@ def test_the_plan_names_every_arm_and_marks_the_one_that_reads_answers() -> None
         RLVariant("rlvr", None).reads_answer_keys
         and not RLVariant("majority", None).reads_answer_keys
     )
+
+
+def test_a_pipeline_with_votes_can_have_the_baseline_without_a_verifier() -> None:
+    """Proves that settings which the baseline does not read are unset for its job alone."""
+    asked = [
+        "+experiment=toy",
+        "rl.verifier_votes=3",
+        "rl.verifier_sampling.temperature=1.0",
+        "rl.verifier_deadline=9",
+        "rl.hacking.probes=4",
+        "rl.hacking.constraints.max_steps=9",
+        "rl.hacking.constraints.no_empty_steps=false",
+        "pipeline.rewards=[process_aware,rlvr]",
+        "pipeline.rl_answers=keys.jsonl",
+    ]
+    config = compose_config(asked)
+    votes = {
+        job.name.removeprefix("stage3-"): compose_config(list(job.arguments[1:])).rl.verifier_votes
+        for job in build_job_graph(config, asked)
+        if job.name.startswith("stage3-")
+    }
+    assert votes == {"process_aware": 3, "rlvr": 1}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,9 @@ from world import SMALL
 from spark_nemo.config import SparkConfig
 from spark_nemo.config.compose import compose_config
 from spark_nemo.megatron import NonFiniteGradient
-from spark_nemo.records.jsonl import read_problems
 from spark_nemo.rollout.manager import RolloutManager
 from spark_nemo.stages import stage3
-from spark_nemo.toy.resolve import ASSETS, resolve_toy
+from spark_nemo.toy.resolve import resolve_toy
 from spark_nemo.training.grpo_trainer import GRPOTrainer
 from spark_nemo.weight_sync.synchronizer import WeightSync
 
@@ -69,31 +67,3 @@ def test_a_run_that_ends_early_lets_go_of_its_engines(
         with pytest.raises(NonFiniteGradient):
             stage3.run_stage3(config)
     assert closed == ["sync", "rollouts"]
-
-
-def test_a_run_goes_on_with_the_data_and_models_that_it_began_with(tmp_path: Path) -> None:
-    """The fingerprint in a checkpoint has the content of the problems, the policy and the reward
-    model, so that another file under the same name is another run, and the same file in
-    another place is not.
-    """
-    config = tiny(tmp_path, "rl.reward=process_aware", f"rl.reward_model={ASSETS / 'verifier'}")
-    problems = read_problems(config.data.rl_problems)
-    made = stage3.run_fingerprint(config, problems)
-    assert made == stage3.run_fingerprint(
-        replace(config, data=replace(config.data, rl_problems="elsewhere")), problems
-    )
-    assert made != stage3.run_fingerprint(
-        config, problems[::-1]
-    ) and made != stage3.run_fingerprint(config, problems[:-1])
-    other = replace(config, models=replace(config.models, policy=str(ASSETS / "critic")))
-    assert {
-        name
-        for name, value in stage3.run_fingerprint(other, problems).items()
-        if value != made[name]
-    } == {"models.policy"}
-    judged = replace(config, rl=replace(config.rl, reward_model=str(ASSETS / "critic")))
-    assert {
-        name
-        for name, value in stage3.run_fingerprint(judged, problems).items()
-        if value != made[name]
-    } == {"rl.reward_model", "the reward model"}
