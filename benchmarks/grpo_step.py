@@ -121,7 +121,7 @@ class Ours:
         valid_N = torch.ones(len(rollouts), dtype=torch.bool)
         advantages_N = group_advantages(rewards_N, self.groups, valid_N, std_normalize=True)
         train_on_rollouts(
-            self.worker, rollouts, advantages_N, valid_N, self.config, tokens_per_micro_batch=2048
+            self.worker, rollouts, advantages_N, self.config, tokens_per_micro_batch=2048
         )
         marks.append(time.process_time())
         self.version += 1

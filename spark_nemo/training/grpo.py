@@ -36,7 +36,6 @@ def train_on_rollouts(
     worker: MegatronWorker,
     rollouts: Sequence[Rollout],
     advantages: Tensor | Sequence[Tensor],
-    valid_N: Tensor,
     config: RLConfig,
     *,
     tokens_per_micro_batch: int,
@@ -69,7 +68,7 @@ def train_on_rollouts(
             f"rl.kl_estimator={config.kl_estimator}: the reference snapshot is missing; pass "
             "reference=worker.snapshot()"
         )
-    kept = [i for i, rollout in enumerate(rollouts) if bool(valid_N[i]) and rollout.response_ids]
+    kept = [i for i, rollout in enumerate(rollouts) if rollout.valid and rollout.response_ids]
     if not kept:
         raise ValueError(
             f"none of the {len(rollouts)} rollouts is valid and has tokens; nothing to train on"

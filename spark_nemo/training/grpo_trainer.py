@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-import torch
-
 from spark_nemo.config import RLConfig
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import Rollout
@@ -52,7 +50,6 @@ class GRPOTrainer:
             self.worker,
             rollouts,
             compute_advantages(rollouts, self._config),
-            torch.tensor([rollout.valid for rollout in rollouts]),
             self._config,
             tokens_per_micro_batch=self._tokens_per_micro_batch,
             reference=self._reference,

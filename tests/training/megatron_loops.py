@@ -112,12 +112,11 @@ def grpo_step(trained: MegatronWorker) -> dict[str, float]:
         for n, (s, row_R) in enumerate(zip(bare, logprobs))
     ]
     advantages_N = torch.tensor([1.0, -0.5, -0.5, 0.7, 0.7, -1.4, 0.0, 1.0, -1.0])
-    valid_N = torch.tensor([True] * 4 + [False] + [True] * 4)
+    rollouts[4].valid = False
     return train_on_rollouts(
         trained,
         rollouts,
         advantages_N,
-        valid_N,
         config,
         tokens_per_micro_batch=16,
         reference=trained.snapshot(),

@@ -107,7 +107,6 @@ def one_step(
         worker,
         rollouts,
         compute_advantages(rollouts, config),
-        torch.tensor([rollout.valid for rollout in rollouts]),
         config,
         tokens_per_micro_batch=budget,
     )

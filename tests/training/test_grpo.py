@@ -1,6 +1,7 @@
 """From rollouts to optimizer steps, on a bigram model."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -33,13 +34,13 @@ def batch(seed=0):
         rollout(group, torch.randint(0, 8, (length,), generator=generator).tolist())
         for group, length in zip(GROUPS, LENGTHS)
     ]
-    return rollouts, torch.randn(7, generator=generator), torch.ones(7, dtype=torch.bool)
+    return rollouts, torch.randn(7, generator=generator)
 
 
-def step(worker, rollouts, advantages_N, valid_N, config=None, **kwargs):
+def step(worker, rollouts, advantages_N, config=None, **kwargs):
     config = config or RLConfig(tis_clip=None)
     return train_on_rollouts(
-        worker, rollouts, advantages_N, valid_N, config, tokens_per_micro_batch=8, **kwargs
+        worker, rollouts, advantages_N, config, tokens_per_micro_batch=8, **kwargs
     )
 
 
@@ -47,18 +48,17 @@ def test_masked_rollouts_leave_no_trace():
     """The gradient with two masked rollouts is bit for bit that of the batch without them, KL term
     included.
     """
-    rollouts, advantages_N, valid_N = batch()
-    valid_N[[1, 3]] = False
+    rollouts, advantages_N = batch()
+    rollouts[1].valid = rollouts[3].valid = False
     config = RLConfig(kl_estimator="k3", kl_coef=0.1, loss_aggregation="sequence_mean")
     masked, filtered = BigramWorker(), BigramWorker()
     reference = BigramWorker(seed=5).snapshot()
-    kept = [i for i in range(7) if valid_N[i]]
-    metrics = step(masked, rollouts, advantages_N, valid_N, config, reference=reference)
+    kept = [i for i in range(7) if rollouts[i].valid]
+    metrics = step(masked, rollouts, advantages_N, config, reference=reference)
     step(
         filtered,
         [rollouts[i] for i in kept],
         advantages_N[kept],
-        torch.ones(5),
         config,
         reference=reference,
     )
@@ -80,11 +80,11 @@ def test_ranks_together_make_the_gradient_of_one_process(aggregation, dp_size, s
     """All ranks' micro-batches against one rank's, with more ranks than rollouts too, and with an
     advantage per token. Not Megatron's all-reduce.
     """
-    rollouts, advantages, valid_N = batch()
+    rollouts, advantages = batch()
     advantages = per_token(advantages) if stepwise else advantages
     config = RLConfig(tis_clip=None, loss_aggregation=aggregation)
     alone, together = BigramWorker(), BigramWorker()
-    step(alone, rollouts, advantages, valid_N, config)
+    step(alone, rollouts, advantages, config)
     sequences = build_sequences(rollouts, advantages, aggregation, config.sampling.max_new_tokens)
     micro_batches = [
         b
@@ -100,11 +100,11 @@ def test_leaving_out_zero_advantages_does_not_change_the_gradient(aggregation):
     """Two groups without contrast are not computed, yet the third gets the gradient of the full
     computation.
     """
-    rollouts, advantages_N, valid_N = batch()
+    rollouts, advantages_N = batch()
     advantages_N[:5] = 0.0
     config = RLConfig(loss_aggregation=aggregation)
     short, full = BigramWorker(), BigramWorker()
-    metrics = step(short, rollouts, advantages_N, valid_N, config)
+    metrics = step(short, rollouts, advantages_N, config)
     full.train_step(
         pack(build_sequences(rollouts, advantages_N, aggregation), 8).micro_batches,
         partial(grpo_loss, config=config),
@@ -117,10 +117,10 @@ def test_an_advantage_of_zero_on_the_first_token_alone_does_not_leave_a_rollout_
     """Per-token advantages that start with 0 train as the full computation does; of seven rollouts
     the two of one token have nothing but that 0.
     """
-    rollouts, advantages_N, valid_N = batch()
+    rollouts, advantages_N = batch()
     rows = per_token(advantages_N)
     short, full = BigramWorker(), BigramWorker()
-    metrics = step(short, rollouts, rows, valid_N)
+    metrics = step(short, rollouts, rows)
     full.train_step(
         pack(build_sequences(rollouts, rows, "token_mean"), 8).micro_batches,
         partial(grpo_loss, config=RLConfig(tis_clip=None)),
@@ -131,27 +131,25 @@ def test_an_advantage_of_zero_on_the_first_token_alone_does_not_leave_a_rollout_
 
 def test_an_equal_advantage_on_every_token_is_the_scalar():
     """Bit for bit: the per-token path cannot change what scalars do."""
-    rollouts, advantages_N, valid_N = batch()
+    rollouts, advantages_N = batch()
     scalar, rows = BigramWorker(), BigramWorker()
-    step(scalar, rollouts, advantages_N, valid_N)
-    step(
-        rows, rollouts, [torch.full((n,), float(a)) for n, a in zip(LENGTHS, advantages_N)], valid_N
-    )
+    step(scalar, rollouts, advantages_N)
+    step(rows, rollouts, [torch.full((n,), float(a)) for n, a in zip(LENGTHS, advantages_N)])
     assert torch.equal(scalar.grads[0], rows.grads[0])
 
 
 def test_advantages_of_another_length_are_refused():
     """Misaligned tokens are an error, never cut or padded."""
-    rollouts, _, valid_N = batch()
+    rollouts, _ = batch()
     with pytest.raises(ValueError, match="one value per response token"):
-        step(BigramWorker(), rollouts, [torch.ones(n + 1) for n in LENGTHS], valid_N)
+        step(BigramWorker(), rollouts, [torch.ones(n + 1) for n in LENGTHS])
 
 
 def test_a_batch_without_any_contrast_makes_a_step_with_gradient_zero():
     """The optimizer's state goes on as it would have; nothing divides by zero."""
-    rollouts, _, valid_N = batch()
+    rollouts, _ = batch()
     worker = BigramWorker()
-    assert step(worker, rollouts, torch.zeros(7), valid_N)["loss"] == 0.0
+    assert step(worker, rollouts, torch.zeros(7))["loss"] == 0.0
     assert worker.grads[0].abs().max() == 0.0
 
 
@@ -173,12 +171,12 @@ def test_several_updates_share_the_old_policy():
     """Old log-probabilities are those before the first update: its ratios are 1, the later parts'
     are not.
     """
-    rollouts, advantages_N, valid_N = batch()
+    rollouts, advantages_N = batch()
     config = RLConfig(num_minibatches=3, clip_low=0.01, clip_high=0.01, tis_clip=None)
-    metrics = step(BigramWorker(lr=0.5), rollouts, advantages_N, valid_N, config)
+    metrics = step(BigramWorker(lr=0.5), rollouts, advantages_N, config)
     assert metrics["ratio_max"] > 1.01
     assert metrics["clip_fraction_low"] + metrics["clip_fraction_high"] > 0
-    frozen = step(BigramWorker(lr=0.0), rollouts, advantages_N, valid_N, config)
+    frozen = step(BigramWorker(lr=0.0), rollouts, advantages_N, config)
     assert frozen["ratio_mean"] == pytest.approx(1.0)
     assert frozen["approx_kl"] == pytest.approx(0.0, abs=1e-7)
 
@@ -201,22 +199,23 @@ def test_the_loop_learns_what_is_rewarded():
         draws = torch.multinomial(probs_V, 8, replacement=True, generator=generator).tolist()
         rollouts = [rollout(0, [token], [math.log(probs_V[token])]) for token in draws]
         rewards_N = torch.tensor([float(token == 3) for token in draws])
-        advantages_N = group_advantages(rewards_N, [0] * 8, torch.ones(8), std_normalize=True)
-        metrics = step(worker, rollouts, advantages_N, torch.ones(8), config)
+        advantages_N = group_advantages(
+            rewards_N, [0] * 8, torch.ones(8, dtype=torch.bool), std_normalize=True
+        )
+        metrics = step(worker, rollouts, advantages_N, config)
         assert metrics["engine_logprob_diff_max"] < 1e-5
     assert worker.table_VV[2].softmax(-1)[3] > 0.9
 
 
 def test_what_cannot_be_trained_on_is_named():
     """No silent no-op: an all-masked batch and a KL term without reference are errors."""
-    rollouts, advantages_N, valid_N = batch()
+    rollouts, advantages_N = batch()
     with pytest.raises(ValueError, match="nothing to train on"):
-        step(BigramWorker(), rollouts, advantages_N, ~valid_N)
+        step(BigramWorker(), [replace(r, valid=False) for r in rollouts], advantages_N)
     with pytest.raises(ValueError, match="reference snapshot"):
         step(
             BigramWorker(),
             rollouts,
             advantages_N,
-            valid_N,
             RLConfig(kl_estimator="k3", kl_coef=0.1),
         )

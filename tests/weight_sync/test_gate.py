@@ -74,9 +74,9 @@ def train(worker, rollouts, gate, updates=1):
         prompts_per_step=4,
         sampling=SamplingConfig(temperature=TEMPERATURE),
     )
-    advantages_N, valid_N = torch.tensor([1.0, -1.0] * 4), torch.ones(8, dtype=torch.bool)
+    advantages_N = torch.tensor([1.0, -1.0] * 4)
     return train_on_rollouts(
-        worker, rollouts, advantages_N, valid_N, config, tokens_per_micro_batch=40, gate=gate
+        worker, rollouts, advantages_N, config, tokens_per_micro_batch=40, gate=gate
     )
 
 
