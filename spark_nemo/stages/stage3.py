@@ -6,7 +6,8 @@ Declared baselines take the reward from answer keys, votes or a coin instead.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -68,18 +69,70 @@ def run_stage3(config: SparkConfig, verifier: ServedModel | None = None) -> bool
 
 
 def _train(config: SparkConfig, folder: Path, verifier: ServedModel | None) -> bool:
-    """Build every object of the run, train, and release engines and process groups at its end."""
+    """Make the remaining steps; False if the run was stopped before the last one."""
     rl = config.rl
     problems = read_problems(config.data.rl_problems)
     eval_problems = read_math(config.data.eval_problems)
+    timeline = Timeline()
+    worker, sync = _build_worker(config, folder)
+    rollouts = RolloutManager(config, problems, folder, timeline, verifier)
+    rollouts.on_server_return(sync.restore)
+    weight_sync = PolicySync(sync, worker, rollouts.policy_engine)
+    with _released(rollouts, weight_sync):
+        evaluator = Evaluator(config, rollouts, eval_problems, folder)
+        gate = _first_step_gate(config, rollouts, weight_sync)
+        trainer = GRPOTrainer(worker, rl, config.megatron.tokens_per_micro_batch, gate)
+        served_reward_model = None if verifier is None else verifier.fingerprint
+        fingerprint = resume_fingerprint(config, "stage3", served_reward_model)
+        checkpointer = Checkpointer(config, folder, fingerprint)
+        start = checkpointer.restore(trainer, rollouts)
+        logger = StepLogger(config, folder, timeline, start, is_main=worker.is_main)
+
+        with StopFlag(folder) as stop, logger:
+            for step in range(start, rl.steps):
+                weight_sync.push(step)
+                if step % rl.eval_every == 0:
+                    evaluator.run(step)
+                batch = rollouts.next(step)
+                with timeline.during(TRAIN, step):
+                    metrics = trainer.update(step, batch.rollouts)
+                # One step off-policy, the next batch is generated until here: pushing weights and
+                # evaluating need the engines, and the checkpoint holds the batch.
+                rollouts.wait()
+                logger.log(step, batch.metrics, metrics)
+                # Ranks see a signal or the STOP file at different moments: stop if any does.
+                stopping = any(gather_objects(stop.requested)) and step + 1 < rl.steps
+                if stopping or checkpointer.due(step):
+                    checkpointer.save(step, trainer, rollouts)
+                if stopping:
+                    log.info(
+                        "stopped after step %d of %d (%s); run the same command to resume",
+                        step + 1,
+                        rl.steps,
+                        stop.reason,
+                    )
+                    return False
+
+        rollouts.check_failures()
+        weight_sync.push(rl.steps)
+        accuracy = evaluator.run(rl.steps)
+        worker.save_hf(folder / "model", source_dir=config.models.policy)
+        if accuracy is not None:
+            checkpointer.clock.save()
+            seconds = checkpointer.clock.seconds
+            mark_done(folder, {"accuracy": accuracy.sampled.value, "seconds": seconds})
+        return True
+
+
+def _build_worker(config: SparkConfig, folder: Path) -> tuple[MegatronWorker, WeightSync]:
     if config.weight_sync.transport_for(config.engine.kind) == "distributed":
         use_sglang_nccl_settings()
     worker = MegatronWorker.from_hf(
         config.models.policy,
         config.megatron,
         config.run.seed,
-        rl.optimizer,
-        rl.steps * rl.num_minibatches,
+        config.rl.optimizer,
+        total_steps=config.rl.steps * config.rl.num_minibatches,
     )
     sync = WeightSync.build(
         config.weight_sync,
@@ -89,82 +142,22 @@ def _train(config: SparkConfig, folder: Path, verifier: ServedModel | None) -> b
         source_dir=Path(config.models.policy),
         engine_tensor_parallel=config.engine.policy.tensor_parallel or 1,
     )
-    timeline = Timeline()
-    rollouts = RolloutManager(config, problems, folder, timeline, verifier)
-    rollouts.on_server_return(sync.restore)
-    weight_sync = PolicySync(sync, worker, rollouts.policy_engine)
-    evaluator = Evaluator(config, rollouts, eval_problems, folder)
-    served_reward_model = None if verifier is None else verifier.fingerprint
-    fingerprint = resume_fingerprint(config, "stage3", served_reward_model)
+    return worker, sync
+
+
+@contextmanager
+def _released(rollouts: RolloutManager, weight_sync: PolicySync) -> Iterator[None]:
+    """Release engines and process groups however the block ends."""
     try:
-        return _train_steps(config, folder, rollouts, weight_sync, evaluator, timeline, fingerprint)
+        yield
     finally:
-        # However the run ends: servers that live on keep neither a process group, nor paused
-        # requests, nor old weights.
+        # Servers that live on must keep neither a process group, nor paused requests, nor old
+        # weights. A batch that is still being generated would hold the event loop.
         rollouts.cancel()
         try:
             weight_sync.close()
         finally:
             rollouts.close()
-
-
-def _train_steps(
-    config: SparkConfig,
-    folder: Path,
-    rollouts: RolloutManager,
-    weight_sync: PolicySync,
-    evaluator: Evaluator,
-    timeline: Timeline,
-    fingerprint: dict[str, object],
-) -> bool:
-    """Make the remaining steps; False if the run was stopped before the last one."""
-    rl = config.rl
-    trainer = GRPOTrainer(
-        weight_sync.worker,
-        rl,
-        config.megatron.tokens_per_micro_batch,
-        _first_step_gate(config, rollouts, weight_sync),
-    )
-    checkpointer = Checkpointer(config, folder, fingerprint)
-    start = checkpointer.restore(trainer, rollouts)
-
-    with (
-        StopFlag(folder) as stop,
-        StepLogger(config, folder, timeline, start, is_main=trainer.worker.is_main) as logger,
-    ):
-        for step in range(start, rl.steps):
-            weight_sync.push(step)
-            if step % rl.eval_every == 0:
-                evaluator.run(step)
-            batch = rollouts.next(step)
-            with timeline.during(TRAIN, step):
-                metrics = trainer.update(step, batch.rollouts)
-            # One step off-policy, the next batch is generated until here: pushing weights and
-            # evaluating need the engines, and the checkpoint holds the batch.
-            rollouts.wait()
-            logger.log(step, batch.metrics, metrics)
-            # Ranks see a signal or the STOP file at different moments: stop if any of them does.
-            stopping = any(gather_objects(stop.requested)) and step + 1 < rl.steps
-            if stopping or checkpointer.due(step):
-                checkpointer.save(step, trainer, rollouts)
-            if stopping:
-                log.info(
-                    "stopped after step %d of %d (%s); run the same command to resume",
-                    step + 1,
-                    rl.steps,
-                    stop.reason,
-                )
-                return False
-
-    rollouts.check_failures()
-    weight_sync.push(rl.steps)
-    accuracy = evaluator.run(rl.steps)
-    trainer.worker.save_hf(folder / "model", source_dir=config.models.policy)
-    if accuracy is not None:
-        checkpointer.clock.save()
-        result = {"accuracy": accuracy.sampled.value, "seconds": checkpointer.clock.seconds}
-        mark_done(folder, result)
-    return True
 
 
 @dataclass(frozen=True)
