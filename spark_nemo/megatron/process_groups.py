@@ -67,9 +67,14 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def world_size() -> int:
+    """Number of ranks; 1 before ``initialize``."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def broadcast_object(value: T | None, source: int = 0) -> T:
     """The picklable ``value`` of rank ``source`` on every rank. Collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if world_size() == 1:
         return value  # type: ignore[return-value]
     box = [value]
     with cuda_means_cpu():
@@ -79,9 +84,9 @@ def broadcast_object(value: T | None, source: int = 0) -> T:
 
 def gather_objects(value: T) -> list[T]:
     """Every rank's picklable ``value``, in rank order, on every rank. Collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if world_size() == 1:
         return [value]
-    box: list[Any] = [None] * dist.get_world_size()
+    box: list[Any] = [None] * world_size()
     with cuda_means_cpu():
         dist.all_gather_object(box, value, group=_control_group())
     return box
@@ -92,7 +97,7 @@ def broadcast_tensors(tensors: Mapping[str, Tensor] | None, source: int = 0) -> 
 
     Token ids of a large batch take seconds to pickle; as tensors they are sent as they are.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if world_size() == 1:
         return dict(tensors or {})
     is_source = rank() == source
     layout = broadcast_object(

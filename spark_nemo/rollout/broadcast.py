@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spark_nemo.megatron.process_groups import broadcast_object, broadcast_tensors, rank
+from spark_nemo.megatron.process_groups import broadcast_object, broadcast_tensors, rank, world_size
 from spark_nemo.records import Problem, Rollout, RolloutVerdict, TokenSpan, Verdict
 
 from .batch import RolloutBatch
@@ -22,6 +22,8 @@ def broadcast_batch(batch: RolloutBatch | None, problems: Sequence[Problem]) -> 
     rewards and step labels. Texts, parses and failed verdicts stay on the main rank. ``problems``
     are the run's, the same list on every rank.
     """
+    if world_size() == 1:
+        return batch
     metrics = broadcast_object(batch.metrics if batch is not None else None)
     tensors = broadcast_tensors(to_tensors(batch.rollouts, problems) if batch is not None else None)
     if rank() == 0:
