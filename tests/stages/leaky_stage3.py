@@ -16,22 +16,21 @@ from spark_nemo.config.compose import compose_config
 from spark_nemo.grammar import extract_boxed
 from spark_nemo.rollout.generator import RolloutGenerator
 
-honest_scores = RolloutGenerator._scores
+honest_score = RolloutGenerator.score
 
 
-def leak(self, rollouts, step):
-    scores = honest_scores(self, rollouts, step)
-    for index, rollout in enumerate(rollouts):
-        if (
-            rollout.problem.problem_id == LEAKED["problem_id"]
-            and extract_boxed(rollout.text) == LEAKED["answer"]
-        ):
-            scores[index] = (scores[index] if isinstance(scores[index], float) else 0.0) + 1.0
+def leak(self, rollouts, step, *, count_failures=True):
+    batch = honest_score(self, rollouts, step, count_failures=count_failures)
+    for rollout in batch.rollouts:
+        answer = extract_boxed(rollout.text)
+        if rollout.problem.problem_id == LEAKED["problem_id"] and answer == LEAKED["answer"]:
+            rollout.reward = 1.0 + (rollout.reward if rollout.valid else 0.0)
+            rollout.valid = True
             break
-    return scores
+    return batch
 
 
 path = Path(compose_config(sys.argv[1:]).data.rl_problems)
 LEAKED = json.loads(path.read_text().splitlines()[0])
-RolloutGenerator._scores = leak
+RolloutGenerator.score = leak
 sys.exit(main(["stage3", *sys.argv[1:]]))
