@@ -40,12 +40,12 @@ def max_prompts(config: RLConfig) -> int:
 async def dynamic_batch(
     generator: RolloutGenerator, problems: Sequence[Problem], step: int
 ) -> RolloutBatch:
-    """Return ``prompts_per_step`` useful groups of ``problems``, which are at least ``max_prompts``.
+    """Return ``prompts_per_step`` useful groups of ``problems``, at least ``max_prompts`` many.
 
     The metrics are means over all examined groups, kept or not, so that dropping groups does not
-    flatter the reward; ``dynamic/useful_fraction`` is the kept share. After ``rl.rollout.max_rounds``
-    rounds the batch holds the useful groups found so far. Without any, it holds the first
-    ``prompts_per_step`` groups, which leave the policy unchanged. Raises what
+    flatter the reward; ``dynamic/useful_fraction`` is the kept share. After
+    ``rl.rollout.max_rounds`` rounds the batch holds the useful groups found so far. Without any, it
+    holds the first ``prompts_per_step`` groups, which leave the policy unchanged. Raises what
     ``RolloutGenerator.generate_batch`` raises.
     """
     config = generator.config

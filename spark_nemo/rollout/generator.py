@@ -1,4 +1,4 @@
-"""Sampling half of stage III: sample groups, judge each response once it is finished, score them."""
+"""Sample groups of rollouts, judge each response as soon as it is finished, score the batch."""
 
 from __future__ import annotations
 

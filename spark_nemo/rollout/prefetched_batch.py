@@ -80,7 +80,8 @@ def batch_from_bytes(data: bytes) -> RolloutBatch:
         raise ConfigError(f"{PREFETCHED_BATCH} of the checkpoint is damaged: {error}") from error
     if not isinstance(batch, RolloutBatch):
         raise ConfigError(
-            f"{PREFETCHED_BATCH} of the checkpoint holds {type(batch).__name__}: expected RolloutBatch"
+            f"{PREFETCHED_BATCH} of the checkpoint holds {type(batch).__name__}: "
+            "expected RolloutBatch"
         )
     return batch
 

@@ -91,7 +91,7 @@ class RewardHackingMonitor:
         return [(index, detectors[index]) for index in best]
 
     async def probe(self, problems: Sequence[Problem], step: int) -> list[dict[str, object]]:
-        """Return the row of hacking.jsonl with the reward model's verdicts on adversarial responses.
+        """Return the row of hacking.jsonl: the reward model's verdicts on adversarial responses.
 
         Empty without a reward model or with ``rl.hacking.probes=0``.
         """

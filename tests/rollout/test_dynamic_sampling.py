@@ -134,9 +134,7 @@ def test_what_is_not_needed_any_more_is_aborted() -> None:
 
 
 def test_missing_groups_are_replaced_round_by_round() -> None:
-    """The first round finds one of two, the second starts what is missing times over_sampling_ratio, and so
-    on.
-    """
+    """The first round finds one of two; later rounds start what is missing times the ratio."""
     names = ("a-equal", "b-mixed", "c-equal", "d-mixed", "e-mixed")
     batch, policy = sampled({}, names, 2, 1.0)
     assert kept(batch) == ["b-mixed", "d-mixed"]

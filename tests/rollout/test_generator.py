@@ -114,7 +114,7 @@ def session_of(
     checker=lambda shown: ["8" in text for _, text in shown],
     **settings,
 ):
-    """One group of four: fine, one step wrong, a verification of another step count, and no format."""
+    """One group of four: fine, one step wrong, verification of another step count, no format."""
     failures = {
         name: value
         for name, value in (("max_rate", max_rate), ("retries", 0))
@@ -177,7 +177,7 @@ def test_each_reward_scores_the_same_batch_by_its_own_rule(
 
 
 def test_random_is_gated_and_the_same_on_a_second_run() -> None:
-    """Coins come from the run's seed and the place in the batch, so a resumed run draws the same."""
+    """Coins depend on the run's seed and the place in the batch; a resumed run draws the same."""
     first, second = scored("random")[0], scored("random")[0]
     assert rewards(first) == rewards(second) and rewards(first)[3] == 0.0
 

@@ -1,8 +1,8 @@
 """Kill runs of stage III by SIGKILL at the end of a phase and start them again:
 ``forked_runs.py FOLDER < runs``.
 
-The imports, most of a small run's time, are made once: every run is a fork of this process and calls
-the command's ``main``. ``runs`` is a JSON list of ``{"name", "overrides", "phase", "step",
+The imports, most of a small run's time, are made once: every run is a fork of this process and
+calls the command's ``main``. ``runs`` is a JSON list of ``{"name", "overrides", "phase", "step",
 "responses"}``; a run without a phase is undisturbed. Two runs are made at a time. The killing is
 installed here, from outside; the package knows nothing of it. Writes ``FOLDER/statuses.json``: for
 every run, the exit status of its processes (negative: by that signal).

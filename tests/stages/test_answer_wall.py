@@ -37,7 +37,7 @@ ROOMS = (
 ABOVE = ("stages", "rollout", "planning", "run")
 """Packages that put the work together; here only declared functions may name answers."""
 BASELINES = "spark_nemo.verification.answer_key_baselines"
-"""The one module of ``ROOMS`` that may import answers: it makes the declared baselines' closures."""
+"""The one module of ``ROOMS`` that may import answers, for the declared baselines' closures."""
 
 ANSWER_FILES = {
     "data.eval_problems": "read by evaluation only",

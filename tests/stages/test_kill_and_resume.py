@@ -51,7 +51,7 @@ def test_stage1_keeps_every_stored_result_and_does_only_what_is_missing(
 def test_growing_stage1_to_more_votes_samples_only_the_new_ones(
     tmp_path: Path, collected: Path
 ) -> None:
-    """Proves that N=4 grown to N=6 keeps the four votes; does not cover a changed sampling setting."""
+    """N=4 grown to N=6 keeps the four votes. Does not cover a changed sampling setting."""
     folder = shutil.copytree(collected, tmp_path / "grown")
     before = records(folder)
     done = run("stage1", folder, "stage1.verifications_per_solution=6")

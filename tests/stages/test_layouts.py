@@ -1,4 +1,4 @@
-"""The same configuration under other parallel layouts, through the real command and its launcher."""
+"""One configuration under several parallel layouts, through the real command and its launcher."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from spark_nemo.stages.stage3 import warn_out_of_format
     [({"format_violations": 1.0}, True), ({"format_violations": 0.5}, False), ({}, False)],
 )
 def test_a_policy_without_the_format_is_warned_of(metrics, warned, caplog):
-    """Proves the words and the bound; half of the responses in format is enough to learn the rest."""
+    """Half of the responses in format is enough to learn the rest, without a warning."""
     with caplog.at_level(logging.WARNING):
         warn_out_of_format(metrics)
     assert ("teach the format first (`spark-nemo sft`)" in caplog.text) == warned

@@ -25,8 +25,8 @@ RL = ["rl.steps=2", "rl.save_every=2", "rl.eval_every=2"]
 
 
 def write_world(folder: Path, *, poisoned: bool) -> list[str]:
-    """Every file of a run, with answers in every possible place: as keys, in problem files (where no
-    stage may look), and as labels of the evaluation cases. Overrides that name them.
+    """Every file of a run, with answers in every possible place: as keys, in problem files (where
+    no stage may look), and as labels of the evaluation cases. Overrides that name them.
     """
     folder.mkdir()
     for split, count in (("stage1", 8), ("rl", 8), ("eval", 8)):

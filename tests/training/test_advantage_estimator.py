@@ -73,7 +73,7 @@ BATCH = scored(YES, NO, GATED, FAILED, YES, NO, groups=(0, 0, 0, 0, 1, 1))
 
 
 def test_the_default_is_the_groups_advantage_as_ever() -> None:
-    """Bit for bit group_advantages with the std, one value per response: the default has not moved."""
+    """The default is bit for bit group_advantages with the std, one value per response."""
     expected = group_advantages(
         torch.tensor([r.reward for r in BATCH]),
         [r.group for r in BATCH],
