@@ -77,7 +77,7 @@ def _layout_line(each: Candidate, plan: Plan) -> str:
         f"{layout.tensor_parallel:4d}{layout.pipeline_parallel:4d}{layout.data_parallel:5d}"
         f"{layout.expert_parallel:4d} {layout.recompute_granularity:9s}{rank.states.weights / GB:9.1f}"
         f"{rank.states.gradients / GB:7.1f}{rank.states.optimizer / GB:7.1f}{rank.graphs / GB:7.1f}"
-        f"{rank.passing / GB:12.1f}{rank.sync / GB:6.1f}{rank.peak / GB:7.1f}"
+        f"{rank.transient / GB:12.1f}{rank.sync / GB:6.1f}{rank.peak / GB:7.1f}"
         f"{-each.shortage(plan.cluster) / GB:7.1f}{each.step_seconds:10.1f}"
     )
 
@@ -115,7 +115,7 @@ def _layout_json(each: Candidate, plan: Plan) -> dict[str, Any]:
         "bytes": {
             **asdict(rank.states),
             "activations": rank.graphs,
-            "passing": rank.passing,
+            "passing": rank.transient,
             "sync": rank.sync,
             "peak": rank.peak,
             "free": -each.shortage(plan.cluster),

@@ -48,7 +48,7 @@ class Batch:
         self.decoder = decoder
         self.running: list[Running] = []
         self.max_rows = max_rows
-        self._cache = KVCache(decoder.shape)
+        self._cache = KVCache(decoder.spec)
         self._prefixes = PrefixStore(PREFIX_STORE_TOKENS)
         integers = torch.zeros(5, max_rows, dtype=torch.int64)
         self._input_S, self._position_S, self._emitted_S, self._limit_S, self._top_k_S = integers

@@ -25,12 +25,12 @@ gives no NaN.
 class Decoder:
     """Stateless apart from its weights and the rotary table; the cache is the caller's."""
 
-    def __init__(self, shape: ModelSpec, weights: FusedWeights, max_context: int) -> None:
-        self.shape = shape
+    def __init__(self, spec: ModelSpec, weights: FusedWeights, max_context: int) -> None:
+        self.spec = spec
         self.weights = weights
-        half = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
+        half = torch.arange(0, spec.head_dim, 2, dtype=torch.float32) / spec.head_dim
         angles_TP = torch.arange(max_context, dtype=torch.float32)[:, None] * (
-            1.0 / shape.rope_theta**half
+            1.0 / spec.rope_theta**half
         )
         self._rotary_TP = torch.polar(torch.ones_like(angles_TP), angles_TP)
 
@@ -38,22 +38,22 @@ class Decoder:
         self, layer: LayerWeights, x_NH: torch.Tensor, rotary_N1P: torch.Tensor
     ) -> list[torch.Tensor]:
         """q, k, v of shape (N, heads, D); q and k rotated in place, q already scaled."""
-        shape = self.shape
-        normed_NH = F.rms_norm(x_NH, (shape.hidden_size,), layer.attn_norm_H, shape.norm_eps)
+        spec = self.spec
+        normed_NH = F.rms_norm(x_NH, (spec.hidden_size,), layer.attn_norm_H, spec.norm_eps)
         qkv_NAD = torch.addmm(layer.qkv_bias_Q, normed_NH, layer.qkv_HQ).unflatten(
-            1, (-1, shape.head_dim)
+            1, (-1, spec.head_dim)
         )
-        qk_NAD = qkv_NAD[:, : shape.num_heads + shape.num_kv_heads]
+        qk_NAD = qkv_NAD[:, : spec.num_heads + spec.num_kv_heads]
         torch.view_as_complex(qk_NAD.unflatten(2, (-1, 2))).mul_(rotary_N1P)
-        return list(qkv_NAD.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1))
+        return list(qkv_NAD.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1))
 
     def _finish_layer(
         self, layer: LayerWeights, x_NH: torch.Tensor, attended_NQ: torch.Tensor
     ) -> torch.Tensor:
         """Output projection, residual, SwiGLU, residual."""
-        shape = self.shape
+        spec = self.spec
         x_NH = torch.addmm(x_NH, attended_NQ, layer.out_QH)
-        normed_NH = F.rms_norm(x_NH, (shape.hidden_size,), layer.mlp_norm_H, shape.norm_eps)
+        normed_NH = F.rms_norm(x_NH, (spec.hidden_size,), layer.mlp_norm_H, spec.norm_eps)
         gate_NF, up_NF = torch.mm(normed_NH, layer.gate_up_HF).chunk(2, dim=1)
         return torch.addmm(x_NH, F.silu(gate_NF).mul_(up_NF), layer.down_FH)
 
@@ -66,14 +66,14 @@ class Decoder:
         ``length`` bounds every position (positions < length <= cache.length); attention reads that
         much of the cache.
         """
-        shape, rows = self.shape, tokens_N.shape[0]
-        groups = shape.num_heads // shape.num_kv_heads
+        spec, rows = self.spec, tokens_N.shape[0]
+        groups = spec.num_heads // spec.num_kv_heads
         rotary_N1P = self._rotary_TP[positions_N].unsqueeze(1)
         rows_N = torch.arange(rows)
         bias_NT = torch.where(torch.arange(length) <= positions_N[:, None], 0.0, MASKED)
         bias_CGT = (
             bias_NT[:, None, None]
-            .expand(rows, shape.num_kv_heads, groups, length)
+            .expand(rows, spec.num_kv_heads, groups, length)
             .reshape(-1, groups, length)
         )
         x_NH = self.weights.embed_VH[tokens_N]
@@ -82,11 +82,11 @@ class Decoder:
             keys_NKDT, values_NKTD = cache.k_LSKDT[index, :rows], cache.v_LSKTD[index, :rows]
             keys_NKDT[rows_N, :, :, positions_N] = k_NKD
             values_NKTD[rows_N, :, positions_N] = v_NKD
-            q_CGD = q_NAD.reshape(-1, groups, shape.head_dim)
+            q_CGD = q_NAD.reshape(-1, groups, spec.head_dim)
             scores_CGT = torch.baddbmm(bias_CGT, q_CGD, keys_NKDT.flatten(0, 1)[:, :, :length])
             out_CGD = torch.bmm(scores_CGT.softmax(-1), values_NKTD.flatten(0, 1)[:, :length])
             x_NH = self._finish_layer(layer, x_NH, out_CGD.view(rows, -1))
-        x_NH = F.rms_norm(x_NH, (shape.hidden_size,), self.weights.norm_H, shape.norm_eps)
+        x_NH = F.rms_norm(x_NH, (spec.hidden_size,), self.weights.norm_H, spec.norm_eps)
         return torch.mm(x_NH, self.weights.head_HV)
 
     def prefill(self, prompts: Sequence[tuple[int, ...]]) -> list[PrefixKV]:
@@ -95,7 +95,7 @@ class Decoder:
 
         Causality keeps the padding, which comes last, out of every real position.
         """
-        shape, count, length = self.shape, len(prompts), max(map(len, prompts))
+        spec, count, length = self.spec, len(prompts), max(map(len, prompts))
         tokens_BT = torch.tensor([ids + (0,) * (length - len(ids)) for ids in prompts])
         rotary_N1P = self._rotary_TP[:length].repeat(count, 1).unsqueeze(1)
         x_NH = self.weights.embed_VH[tokens_BT.flatten()]
@@ -107,7 +107,7 @@ class Decoder:
             )
             keys.append(k_BKTD.transpose(2, 3))
             values.append(v_BKTD)
-            if index + 1 < shape.num_layers:  # the last layer's output would be read by nobody
+            if index + 1 < spec.num_layers:  # the last layer's output would be read by nobody
                 out_BATD = F.scaled_dot_product_attention(
                     q_BATD, k_BKTD, v_BKTD, is_causal=True, scale=1.0, enable_gqa=True
                 )

@@ -53,17 +53,17 @@ class LocalEngine(Engine):
 
     def __init__(
         self,
-        shape: ModelSpec,
+        spec: ModelSpec,
         tensors: Iterable[tuple[str, torch.Tensor]],
         *,
         max_batch_size: int,
         max_context: int,
         version: int = 0,
     ) -> None:
-        self.max_context = min(max_context, shape.max_positions)
-        self._limits = RequestLimits(shape.vocab_size, self.max_context)
-        self._shape = shape
-        self._decoder = Decoder(shape, fuse(shape, checked(shape, tensors)), self.max_context)
+        self.max_context = min(max_context, spec.max_positions)
+        self._limits = RequestLimits(spec.vocab_size, self.max_context)
+        self._spec = spec
+        self._decoder = Decoder(spec, fuse(spec, checked(spec, tensors)), self.max_context)
         self._batch = Batch(self._decoder, max_batch_size)
         self._version = version
         self._waiting: deque[_Ticket] = deque()
@@ -195,7 +195,7 @@ class LocalEngine(Engine):
         """
         self._require_open()
         with torch.inference_mode():
-            self._decoder.weights = fuse(self._shape, checked(self._shape, tensors))
+            self._decoder.weights = fuse(self._spec, checked(self._spec, tensors))
         self._version = version
         self._batch.forget_prefixes()
         for running, emitted in zip(self._batch.running, self._batch.emitted()):
@@ -203,13 +203,13 @@ class LocalEngine(Engine):
 
     def served_form(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """How the decoder holds the Hugging Face tensor ``name``; ``weights_checksum`` hashes that."""
-        return served_form(self._shape, name, tensor)
+        return served_form(self._spec, name, tensor)
 
     async def weights_checksum(self) -> list[dict[str, str]]:
         """See ``Engine``. Under Hugging Face names, of the fused tensors that the next token is
         computed with.
         """
-        served = served_tensors(self._shape, self._decoder.weights)
+        served = served_tensors(self._spec, self._decoder.weights)
         return [{name: tensor_checksum(tensor) for name, tensor in served}]
 
     async def pause(self) -> None:

@@ -40,17 +40,17 @@ class KVCache:
     and never shrinks.
     """
 
-    def __init__(self, shape: ModelSpec) -> None:
-        self._shape = shape
+    def __init__(self, spec: ModelSpec) -> None:
+        self._spec = spec
         self._allocate(0, 0)
 
     def _allocate(self, rows: int, length: int) -> None:
-        shape = self._shape
-        lead = (shape.num_layers, rows, shape.num_kv_heads)
+        spec = self._spec
+        lead = (spec.num_layers, rows, spec.num_kv_heads)
         # Zeros, not empty: masked positions are multiplied by probability 0, and 0 * NaN would be
         # NaN.
-        self.k_LSKDT = torch.zeros(*lead, shape.head_dim, length)
-        self.v_LSKTD = torch.zeros(*lead, length, shape.head_dim)
+        self.k_LSKDT = torch.zeros(*lead, spec.head_dim, length)
+        self.v_LSKTD = torch.zeros(*lead, length, spec.head_dim)
 
     @property
     def rows(self) -> int:

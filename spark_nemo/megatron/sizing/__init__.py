@@ -1,3 +1,1 @@
-"""How much memory one rank of a training run needs, as pure functions of the model's shape and the
-layout.
-"""
+"""Memory of one rank of a training run, computed from the model's sizes and the parallel layout."""

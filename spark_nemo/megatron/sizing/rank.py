@@ -1,4 +1,4 @@
-"""The memory of every pipeline stage's ranks, component by component."""
+"""Memory of every pipeline stage's ranks, component by component."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .states import StateBytes, state_bytes, weight_bytes
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """What one optimizer step puts through one data-parallel rank."""
+    """Work of one data-parallel rank in one optimizer step."""
 
     tokens: int
-    """Of the largest micro-batch: ``megatron.tokens_per_micro_batch``, or one sequence that is
-    longer.
+    """Tokens of the largest micro-batch: ``megatron.tokens_per_micro_batch``, or one longer
+    sequence.
     """
     micro_batches: int
 
@@ -30,19 +30,19 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """One rank of a pipeline stage; bytes on its device unless said otherwise."""
+    """Memory of one rank of a pipeline stage, in bytes on its device unless noted."""
 
     stage: int
     num_parameters: int
     states: StateBytes
     activations: ActivationBytes
     in_flight: int
-    """Micro-batches whose activations are alive together."""
+    """Micro-batches whose activations are alive at the same time."""
     sync: int
-    """What a weight sync holds besides the model; nothing of a training step is alive then."""
+    """Held by a weight sync in addition to the model. Nothing of a training step is alive then."""
     snapshot: int
-    """In host memory: the reference weights for a KL term, and the current ones put aside while
-    they are used.
+    """Host memory of the reference weights for a KL term, and of the current ones while the
+    reference is loaded.
     """
 
     @property
@@ -51,13 +51,13 @@ class RankMemory:
         return self.activations.graphs(self.in_flight)
 
     @property
-    def passing(self) -> int:
-        """What comes and goes beside ``graphs``: the loss's logits, or gradients inside a layer."""
+    def transient(self) -> int:
+        """Short-lived memory in addition to ``graphs``: logits, or gradients inside a layer."""
         return self.activations.peak(self.in_flight) - self.graphs
 
     @property
     def peak(self) -> int:
-        """The most this rank allocates at once. Framework and fragmentation are not in it."""
+        """Most that this rank allocates at once, without framework and fragmentation."""
         return self.states.total + max(
             self.activations.peak(self.in_flight), self.sync, self.states.gradient_copies
         )
@@ -72,37 +72,39 @@ def rank_memory(
     sync_bytes: int = 0,
     snapshots: int = 0,
 ) -> list[RankMemory]:
-    """The memory of a rank of each pipeline stage, training with AdamW.
+    """Return the memory of a rank of each pipeline stage, training with AdamW.
 
-    In the 1F1B schedule stage p of P keeps min(P - p, micro-batches) of them in flight (Narayanan
-    et al., 2021, arXiv:2104.04473). ``sync_bytes`` is the most a weight sync holds on any rank.
-    Raises ``ConfigError`` when the model cannot be split as ``layout`` says.
+    ``sync_bytes`` is the most that a weight sync holds on any rank. Raises ``ConfigError`` when the
+    model cannot be split by ``layout``.
     """
     spec.check_layout(layout)
-    stages, depth = [], layout.pipeline_parallel
+    num_stages = layout.pipeline_parallel
+    stages = []
     for stage, parameters in enumerate(stage_parameters(spec, layout)):
         activations = activation_bytes(
             spec,
             layout,
             batch.tokens,
             first=stage == 0,
-            last=stage == depth - 1,
+            last=stage == num_stages - 1,
             transformer_engine=transformer_engine,
         )
+        shares_embeddings = spec.tied_embeddings and num_stages > 1
         stages.append(
             RankMemory(
-                stage,
-                parameters.num_elements,
-                state_bytes(parameters, layout, spec.tied_embeddings and depth > 1),
-                activations,
-                min(depth - stage, batch.micro_batches),
-                sync_bytes,
-                snapshots * weight_bytes(parameters, layout.dtype),
+                stage=stage,
+                num_parameters=parameters.num_elements,
+                states=state_bytes(parameters, layout, shares_embeddings),
+                activations=activations,
+                # 1F1B schedule (Narayanan et al., 2021, arXiv:2104.04473).
+                in_flight=min(num_stages - stage, batch.micro_batches),
+                sync=sync_bytes,
+                snapshot=snapshots * weight_bytes(parameters, layout.dtype),
             )
         )
     return stages
 
 
 def worst_rank(stages: list[RankMemory]) -> RankMemory:
-    """The stage whose ranks need most."""
+    """Return the stage whose ranks have the highest peak."""
     return max(stages, key=lambda rank: rank.peak)
