@@ -1,6 +1,4 @@
-"""One micro-batch for the trainer: several sequences packed in one row, without padding between
-them.
-"""
+"""One micro-batch of the trainer: sequences packed end to end in one row, without padding."""
 
 from __future__ import annotations
 
@@ -13,11 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Several sequences end to end in one row of T tokens (one micro-batch).
+    """Sequences end to end in one row of T tokens (one micro-batch).
 
-    Whoever packs has already shifted: ``labels_T[t]`` is the token that follows ``tokens_T[t]`` in
-    its own sequence, arbitrary where ``loss_mask_T`` is 0. So the log-probability at position t is
-    that of ``labels_T[t]``.
+    Labels are shifted already: ``labels_T[t]`` is the token that follows ``tokens_T[t]`` in its
+    sequence, arbitrary where ``loss_mask_T`` is 0. The log-probability at position t belongs to
+    ``labels_T[t]``.
     """
 
     tokens_T: Tensor
@@ -29,9 +27,9 @@ class PackedBatch:
     cu_seqlens_N: Tensor
     """int32 [N + 1], the boundaries of the N sequences: 0 first, T last."""
     loss_mask_T: Tensor
-    """float32 [T]; its sum over all micro-batches and ranks is what the loss is divided by."""
+    """float32 [T]; the loss is divided by its sum over all micro-batches and ranks."""
     extras: dict[str, Tensor] = field(default_factory=dict)
-    """Anything else per position, each [T]: advantages, old log-probabilities, weights."""
+    """Further values per position, each [T]: advantages, old log-probabilities, weights."""
 
     def __post_init__(self) -> None:
         T = self.tokens_T.numel()
@@ -40,12 +38,12 @@ class PackedBatch:
             "labels_T": self.labels_T,
             "positions_T": self.positions_T,
             "loss_mask_T": self.loss_mask_T,
-            **{f"extras[{k!r}]": v for k, v in self.extras.items()},
         }
+        rows |= {f"extras[{name!r}]": row_T for name, row_T in self.extras.items()}
         for name, row in rows.items():
             if row.shape != (T,):
                 raise ValueError(
-                    f"PackedBatch.{name} has shape {tuple(row.shape)}: expected ({T},) like tokens_T"
+                    f"PackedBatch.{name} has shape {tuple(row.shape)}; expected ({T},) like tokens_T"
                 )
         bounds = self.cu_seqlens_N.tolist()
         if (
@@ -55,7 +53,8 @@ class PackedBatch:
             or any(a >= b for a, b in itertools.pairwise(bounds))
         ):
             raise ValueError(
-                f"PackedBatch.cu_seqlens_N={bounds[:8]}...: must rise strictly from 0 to T={T} (T > 0)"
+                f"PackedBatch.cu_seqlens_N={bounds[:8]}...: must rise strictly from 0 to T={T}, "
+                "which must be positive"
             )
 
     @property
@@ -69,7 +68,7 @@ class PackedBatch:
         return int((self.cu_seqlens_N[1:] - self.cu_seqlens_N[:-1]).max())
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same batch on ``device``."""
+        """Return the same batch on ``device``."""
         return PackedBatch(
             self.tokens_T.to(device),
             self.labels_T.to(device),
@@ -80,8 +79,9 @@ class PackedBatch:
         )
 
     def padded_to_multiple_of(self, multiple: int) -> PackedBatch:
-        """Append one masked dummy sequence so that T divides by ``multiple`` (sequence parallelism
-        splits the row).
+        """Append one masked dummy sequence so that T divides by ``multiple``.
+
+        Sequence parallelism splits the row over that many ranks.
         """
         missing = -self.num_tokens % multiple
         if missing == 0:
@@ -90,13 +90,13 @@ class PackedBatch:
         def grow(row_T: Tensor) -> Tensor:
             return torch.cat([row_T, row_T.new_zeros(missing)])
 
+        dummy_positions = torch.arange(missing, device=self.positions_T.device)
+        end = self.cu_seqlens_N.new_tensor([self.num_tokens + missing])
         return PackedBatch(
-            grow(self.tokens_T),
-            grow(self.labels_T),
-            torch.cat([self.positions_T, torch.arange(missing, device=self.positions_T.device)]),
-            torch.cat(
-                [self.cu_seqlens_N, self.cu_seqlens_N.new_tensor([self.num_tokens + missing])]
-            ),
-            grow(self.loss_mask_T),
-            {k: grow(v) for k, v in self.extras.items()},
+            tokens_T=grow(self.tokens_T),
+            labels_T=grow(self.labels_T),
+            positions_T=torch.cat([self.positions_T, dummy_positions]),
+            cu_seqlens_N=torch.cat([self.cu_seqlens_N, end]),
+            loss_mask_T=grow(self.loss_mask_T),
+            extras={name: grow(row_T) for name, row_T in self.extras.items()},
         )

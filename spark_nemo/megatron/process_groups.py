@@ -1,4 +1,4 @@
-"""Process groups: how many ranks there are, who talks to whom, and which of them is in charge."""
+"""Process groups of the trainer ranks, and the exchange of Python objects between the ranks."""
 
 from __future__ import annotations
 
@@ -25,35 +25,39 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 OBJECT_TIMEOUT = timedelta(days=30)
-"""How long ranks wait for each other's objects. The main rank generates, verifies and evaluates for
-hours, or loads servers, and torch would end what the others wait in after 10 minutes (NCCL) or 30
-(gloo). A rank that dies is noticed at once: its connections close.
+"""Timeout of ``broadcast_object`` and ``gather_objects``.
+
+The other ranks wait there while the main rank generates, verifies, evaluates or starts servers for
+hours; torch's defaults would end their wait after 10 minutes (NCCL) or 30 (gloo). A rank that dies
+still fails the others at once, because its connections close.
 """
 DEFAULT_GROUP_TIMEOUT = timedelta(hours=2)
-"""How long ranks wait in the default group: megatron-core's checkpoints end with a barrier there,
-and the ranks that have nothing to write reach it first. NCCL's watchdog would end the process after
-10 minutes, in which a 70B model's terabyte is not always written.
+"""Timeout of the default group.
+
+megatron-core ends a checkpoint with a barrier there, and ranks with nothing to write reach it
+first. NCCL's watchdog would end their process after 10 minutes, which is not always enough to write
+a 70B model's terabyte.
 """
 _control: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
-"""The default group, and that of all ranks over which objects go."""
+"""The default group, and the gloo group of all ranks that carries Python objects."""
 
 
 def initialize(layout: MegatronConfig) -> None:
-    """Join the other ranks and build Megatron's process groups for ``layout``. Calling it again is
-    harmless.
+    """Join the other ranks and build Megatron's process groups for ``layout``; idempotent.
 
     Ranks come from torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) or are the tasks of one
-    ``srun``; a process started by itself is a world of one. A call with another layout of the same
-    size replaces the groups, and workers built before it must not be used any more. Raises
-    ``ConfigError`` when the number of ranks is not ``layout.world_size``.
+    ``srun``; a process started alone is a world of one. A call with another layout of the same size
+    replaces the groups, and workers built before it must no longer be used. Raises ``ConfigError``
+    when the number of ranks is not ``layout.world_size``.
     """
     rank, world_size = _rank_and_world_size()
     if world_size != layout.world_size:
         raise ConfigError(
-            f"megatron.tensor_parallel={layout.tensor_parallel} x pipeline_parallel={layout.pipeline_parallel} x "
-            f"data_parallel={layout.data_parallel} needs {layout.world_size} processes and {world_size} run: "
-            f"start with srun --ntasks={layout.world_size} or torchrun --nproc-per-node {layout.world_size}, or change "
-            "megatron.data_parallel"
+            f"megatron.tensor_parallel={layout.tensor_parallel} x "
+            f"pipeline_parallel={layout.pipeline_parallel} x data_parallel={layout.data_parallel} "
+            f"needs {layout.world_size} processes and {world_size} run: start with "
+            f"srun --ntasks={layout.world_size} or torchrun --nproc-per-node {layout.world_size}, "
+            "or change megatron.data_parallel"
         )
     if not dist.is_initialized():
         _join(rank, world_size)
@@ -63,7 +67,7 @@ def initialize(layout: MegatronConfig) -> None:
 
 
 def rank() -> int:
-    """Global rank; 0 before ``initialize``."""
+    """Return the global rank; 0 before ``initialize``."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -73,7 +77,7 @@ def world_size() -> int:
 
 
 def broadcast_object(value: T | None, source: int = 0) -> T:
-    """The picklable ``value`` of rank ``source`` on every rank. Collective."""
+    """Return the picklable ``value`` of rank ``source`` on every rank. Collective."""
     if world_size() == 1:
         return value  # type: ignore[return-value]
     box = [value]
@@ -83,7 +87,7 @@ def broadcast_object(value: T | None, source: int = 0) -> T:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every rank's picklable ``value``, in rank order, on every rank. Collective."""
+    """Return every rank's picklable ``value``, in rank order, on every rank. Collective."""
     if world_size() == 1:
         return [value]
     box: list[Any] = [None] * world_size()
@@ -117,14 +121,15 @@ def broadcast_tensors(tensors: Mapping[str, Tensor] | None, source: int = 0) -> 
 
 
 def on_main_rank(action: Callable[[], T]) -> T:
-    """Run ``action`` on rank 0 and give every rank its result, or its error. Collective."""
+    """Run ``action`` on rank 0; return its result, or raise its error, on every rank. Collective."""
     return broadcast_object(only_on_main_rank(action))  # type: ignore[return-value]
 
 
 def only_on_main_rank(action: Callable[[], T]) -> T | None:
-    """Run ``action`` on rank 0, which alone gets its result; every rank gets its error. Collective.
+    """Run ``action`` on rank 0, which alone gets its result; raise its error on every rank.
 
-    Without this a full disk on rank 0 would leave the others waiting in their next collective.
+    Collective. Otherwise an error of rank 0, a full disk for example, would leave the others
+    waiting in their next collective.
     """
     result: T | None = None
     error: Exception | None = None
@@ -171,17 +176,16 @@ def _join(rank: int, world_size: int) -> None:
     else:
         os.environ.setdefault("MASTER_PORT", "29500")
         dist.init_process_group(backend, rank=rank, world_size=world_size)
-    # Not as init_process_group's timeout: that is also how long one waits for a rank that never
-    # starts.
+    # Not as init_process_group's timeout, which also bounds the wait for a rank that never starts.
     dist.distributed_c10d._set_pg_timeout(DEFAULT_GROUP_TIMEOUT, dist.group.WORLD)
     logger.info("rank %d of %d joined over %s", rank, world_size, backend)
 
 
 def _control_group() -> dist.ProcessGroup:
-    """Made at the first call after the ranks have joined. Collective then."""
+    """Return the group for objects. The first call after the ranks have joined is collective."""
     global _control
     everyone = dist.group.WORLD
-    assert everyone is not None, "initialize joins the others"
+    assert everyone is not None, "initialize joins the ranks first"
     if _control is None or _control[0] is not everyone:
         _control = (everyone, dist.new_group(backend="gloo", timeout=OBJECT_TIMEOUT))
     return _control[1]
@@ -209,13 +213,15 @@ def _build_groups(layout: MegatronConfig) -> None:
 
 
 def _leave_groups(parallel_state: ModuleType) -> None:
-    """Megatron forgets its groups and leaves them running: their gloo threads wake a hundred times
-    a second each, and after twenty layouts a rank has a thousand of them.
+    """Destroy Megatron's groups, which ``destroy_model_parallel`` only forgets.
+
+    Their gloo threads would keep running, a hundred wake-ups a second each; after twenty layouts a
+    rank has a thousand of them.
     """
     known = parallel_state._global_process_group_list or ()
     parallel_state.destroy_model_parallel()
-    dist.barrier()  # a rank that leaves first would break what the others still say to it
+    dist.barrier()  # a rank that left first would break the others' pending collectives
     for group in dict.fromkeys(known):  # equal groups are listed under several names
         if isinstance(group, dist.ProcessGroup) and group in dist.distributed_c10d._world.pg_map:
             dist.destroy_process_group(group)
-    gc.collect()  # models that are no longer used, in cycles, still hold their groups
+    gc.collect()  # unused models, in reference cycles, still hold their groups

@@ -1,4 +1,8 @@
-"""One rank's share of a model with its optimizer: what the training rooms see of Megatron."""
+"""One trainer rank: its part of a model, with its optimizer. The trainer's entry to Megatron.
+
+The public methods of ``MegatronWorker`` come first: build, train step, log-probabilities, weights,
+checkpoints, export. Their helpers follow.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +26,17 @@ from spark_nemo.models.param_mapping import hf_tensor_shapes
 from spark_nemo.models.spec import ModelSpec
 from spark_nemo.models.tokenizer_check import check_tokenizer
 
-from . import checkpoint, hf_files, hf_weights, process_groups
+from . import NonFiniteGradient, checkpoint, hf_files, hf_weights, process_groups
 from .cpu_compat import device, on_this_device, seed_everything
-from .optimizer import NonFiniteGradient, build_optimizer, clip_and_step, wrap_for_gradients
+from .optimizer import build_optimizer, clip_and_step, wrap_for_gradients
 from .packed_batch import PackedBatch
 from .packed_gpt import DTYPES, build_model
 
 LossFn = Callable[[Tensor, Tensor | None, PackedBatch], tuple[Tensor, dict[str, Tensor]]]
 """``(logprobs_T, entropy_T | None, batch) -> (loss_sum, metric_sums)``.
 
-``logprobs_T`` (float32, nats, after temperature) carries the gradient; ``entropy_T`` is a detached
-metric and None unless it was asked for. ``loss_sum`` is the sum over the positions of this
+``logprobs_T`` (float32, nats, after temperature) carries the gradient. ``entropy_T`` is a detached
+metric, None unless the caller requested it. ``loss_sum`` is the sum over the positions of this
 micro-batch, not a mean; so is every metric. ``batch`` is the caller's, plus a masked dummy sequence
 under sequence parallelism.
 """
@@ -42,7 +46,7 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did; the same numbers on every rank."""
+    """Loss, gradient norm and metrics of one optimizer step; the same numbers on every rank."""
 
     loss: float
     """Sum of ``loss_sum`` over all micro-batches and data-parallel ranks / ``num_tokens``."""
@@ -57,38 +61,21 @@ class StepResult:
 
 
 class MegatronWorker:
-    """One rank's share of a model, and its optimizer. Every method is collective: call it on all
-    ranks.
+    """One rank's part of a model, with its optimizer.
 
-    Build one with ``from_hf`` or ``from_config``:
+    Every method is collective: all ranks call it, in the same order. Build a worker with
+    ``from_hf`` or ``from_config``:
 
-    >>> worker = MegatronWorker.from_hf(folder, MegatronConfig(dtype="float32"), seed=0, optimizer=OptimizerConfig(),
-    ...                                 total_steps=100)                             # doctest: +SKIP
-    >>> result = worker.train_step(micro_batches, loss_fn)                           # doctest: +SKIP
-    >>> worker.save_hf("out", source_dir=folder)                                     # doctest: +SKIP
+    >>> worker = MegatronWorker.from_hf(                             # doctest: +SKIP
+    ...     folder,
+    ...     MegatronConfig(dtype="float32"),
+    ...     seed=0,
+    ...     optimizer=OptimizerConfig(),
+    ...     total_steps=100,
+    ... )
+    >>> result = worker.train_step(micro_batches, loss_fn)           # doctest: +SKIP
+    >>> worker.save_hf("out", source_dir=folder)                     # doctest: +SKIP
     """
-
-    def __init__(
-        self, hf_config: dict[str, Any], spec: ModelSpec, layout: MegatronConfig, seed: int
-    ) -> None:
-        """Process groups and an unfilled model; for ``from_hf`` and ``from_config``."""
-        from megatron.core import parallel_state
-
-        spec.check_layout(layout)
-        process_groups.initialize(layout)
-        seed_everything(seed)
-        self.hf_config, self.spec, self.layout = hf_config, spec, layout
-        self.model = build_model(spec, layout)
-        self.dp_rank: int = parallel_state.get_data_parallel_rank()
-        self.dp_size: int = parallel_state.get_data_parallel_world_size()
-        self.is_main: bool = process_groups.rank() == 0
-        """True on global rank 0, the rank that writes files and talks to the engine."""
-        self._is_last_stage = parallel_state.is_pipeline_last_stage()
-        self._reports = self._is_last_stage and parallel_state.get_tensor_model_parallel_rank() == 0
-        self._pipeline_group = parallel_state.get_pipeline_model_parallel_group()
-        self._optimizer = self._scheduler = None
-        self._trained: torch.nn.Module = self.model
-        self._borrowed = False
 
     @classmethod
     def from_hf(
@@ -99,19 +86,19 @@ class MegatronWorker:
         optimizer: OptimizerConfig | None = None,
         total_steps: int | None = None,
     ) -> MegatronWorker:
-        """Load a Hugging Face model folder; ``optimizer=None`` gives a worker for forward passes
-        only.
+        """Load a Hugging Face model folder; without ``optimizer``, for forward passes only.
 
         ``total_steps`` (optimizer steps of the whole run) sets warm-up and decay. Raises
-        ``ConfigError`` naming the missing folder, the offending tensor, or the ``megatron.*``
-        setting that does not fit the model.
+        ``ConfigError`` naming the missing folder, the wrong tensor, or the ``megatron.*`` setting
+        that does not fit the model.
         """
         hf_config = read_hf_config(model_dir)
         spec = ModelSpec.from_hf(hf_config, f"{model_dir}/config.json")
         check_tokenizer(model_dir, spec)
         worker = cls(hf_config, spec, layout, seed)
         worker.load_hf_weights(model_dir)
-        return worker._with_optimizer(optimizer, total_steps)
+        worker._add_optimizer(optimizer, total_steps)
+        return worker
 
     @classmethod
     def from_config(
@@ -122,93 +109,67 @@ class MegatronWorker:
         optimizer: OptimizerConfig | None = None,
         total_steps: int | None = None,
     ) -> MegatronWorker:
-        """A new model with random weights (``hf_files.RandomTensors``) that do not depend on
-        ``layout``.
-        """
+        """Build a model with random weights that do not depend on ``layout``."""
         worker = cls(hf_config, ModelSpec.from_hf(hf_config, "hf_config"), layout, seed)
         shapes = hf_tensor_shapes(worker.spec)
         worker._fill(hf_files.RandomTensors(shapes, worker.spec, seed), "random initialisation")
-        return worker._with_optimizer(optimizer, total_steps)
+        worker._add_optimizer(optimizer, total_steps)
+        return worker
 
-    @on_this_device
-    def _with_optimizer(
-        self, settings: OptimizerConfig | None, total_steps: int | None
-    ) -> MegatronWorker:
-        if settings is None:
-            self.model.requires_grad_(False)
-        else:
-            self._trained = wrap_for_gradients(self.model, self.layout)
-            self._optimizer, self._scheduler = build_optimizer(
-                self._trained, settings, self.layout, total_steps
-            )
-        return self
+    def __init__(
+        self, hf_config: dict[str, Any], spec: ModelSpec, layout: MegatronConfig, seed: int
+    ) -> None:
+        """Make process groups and an uninitialised model; for ``from_hf`` and ``from_config``."""
+        from megatron.core import parallel_state
+
+        spec.check_layout(layout)
+        process_groups.initialize(layout)
+        seed_everything(seed)
+        self.hf_config = hf_config
+        self.spec = spec
+        self.layout = layout
+        self.model = build_model(spec, layout)
+        self.dp_rank: int = parallel_state.get_data_parallel_rank()
+        self.dp_size: int = parallel_state.get_data_parallel_world_size()
+        self.is_main: bool = process_groups.rank() == 0
+        """True on global rank 0, the rank that writes files and talks to the engine."""
+        self._reports = (
+            parallel_state.is_pipeline_last_stage()
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
+        """True on the one rank of each data-parallel replica that counts losses and tokens."""
+        self._pipeline_group = parallel_state.get_pipeline_model_parallel_group()
+        self._trained: torch.nn.Module = self.model
+        self._optimizer = None
+        self._scheduler = None
+        self._borrowed = False
 
     @property
     def step(self) -> int:
-        """Optimizer steps taken so far."""
+        """Optimizer steps made so far."""
         return self._scheduler.num_steps if self._scheduler is not None else 0
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, and of what ``export_hf`` gives."""
+        """Type of the weights and of the tensors that ``export_hf`` yields."""
         return DTYPES[self.layout.dtype]
 
     @property
     def quadratic_cost(self) -> float:
-        """c in the cost ``T + c T^2`` of a sequence of T positions: multiplications of causal
-        attention (queries by keys, weights by values, over T / 2 positions on average) per
-        multiplication with a weight matrix. Of experts those count that see a token.
+        """c in the training cost ``T + c T^2`` of a sequence of T positions.
+
+        Multiplications of causal attention (queries by keys, weights by values, over T / 2
+        positions on average) per multiplication with a weight matrix. Only the experts that process
+        a token count.
         """
-        spec, experts = self.spec, self.spec.experts
+        spec = self.spec
+        experts = spec.experts
         attention = spec.num_layers * spec.num_heads * spec.head_dim
         width = experts.per_token * experts.ffn_size if experts is not None else spec.ffn_size
         layer = 2 * (spec.num_heads + spec.num_kv_heads) * spec.head_dim + 3 * width
         return attention / (spec.hidden_size * (spec.num_layers * layer + spec.vocab_size))
 
-    # Forward passes
-
-    @on_this_device
-    def logprobs(
-        self, micro_batches: Sequence[PackedBatch], temperature: float = 1.0
-    ) -> list[Tensor]:
-        """Float32 ``logprobs_T`` of each micro-batch of this data-parallel rank, on all its
-        pipeline stages.
-        """
-        together = self._in_step(micro_batches)
-        if not together:
-            return []
-        outputs: list[Tensor] = []
-
-        def keep(
-            output: tuple[Tensor, Tensor | None], batch: PackedBatch
-        ) -> tuple[Tensor, dict[str, Any]]:
-            outputs.append(output[0])
-            return output[0].sum(), {}
-
-        self.model.eval()  # recomputation is for training
-        try:
-            with torch.no_grad():
-                self._schedule(self.model, together, temperature, False, keep, forward_only=True)
-        finally:
-            self.model.train()
-        return [
-            self._from_last_stage(batch.num_tokens, outputs[i] if outputs else None)
-            for i, batch in enumerate(micro_batches)
-        ]
-
-    def _from_last_stage(self, length: int, padded_T: Tensor | None) -> Tensor:
-        logprobs_T = torch.empty(length, device=device())
-        if padded_T is not None:
-            logprobs_T.copy_(padded_T[:length])  # without the padding of sequence parallelism
-        if self.layout.pipeline_parallel > 1:
-            dist.broadcast(
-                logprobs_T,
-                dist.get_global_rank(self._pipeline_group, self._pipeline_group.size() - 1),
-                group=self._pipeline_group,
-            )
-        return logprobs_T
-
-    # Training
+    # Training and scoring
 
     @on_this_device
     def train_step(
@@ -219,18 +180,19 @@ class MegatronWorker:
         with_entropy: bool = False,
         check: Callable[[], object] | None = None,
     ) -> StepResult:
-        """One optimizer step on the micro-batches of all data-parallel ranks (each passes its own,
-        in any number).
+        """Make one optimizer step on the micro-batches of all data-parallel ranks.
 
-        The gradient is that of ``StepResult.loss``, whatever the split into ranks and
-        micro-batches. ``check`` runs on every rank when the loss has seen everything and no weight
-        has changed; what it raises ends the step. Raises ``NonFiniteGradient`` on every rank, with
-        weights unchanged, when the gradient is not finite, and ``ValueError`` when every loss mask
-        is zero.
+        Each rank passes its own micro-batches, in any number. The gradient is that of
+        ``StepResult.loss``, whatever the split into ranks and micro-batches. ``check`` runs on
+        every rank after the backward pass and before any weight changes; an error from it ends the
+        step.
+
+        Raises ``NonFiniteGradient`` on every rank, with weights unchanged, when the gradient is not
+        finite, and ``ValueError`` when every loss mask is zero.
         """
         if self._optimizer is None:
             raise RuntimeError(
-                "this worker has no optimizer: pass optimizer=OptimizerConfig(...) when building it"
+                "this worker has no optimizer; pass optimizer=OptimizerConfig(...) to build it"
             )
         if self._borrowed:
             raise RuntimeError("train_step inside use_weights would train the borrowed weights")
@@ -240,19 +202,22 @@ class MegatronWorker:
         def loss(
             output: tuple[Tensor, Tensor | None], batch: PackedBatch
         ) -> tuple[Tensor, dict[str, Any]]:
-            loss_sum, metrics = (
-                loss_fn(*output, batch) if batch is not _NOTHING else (output[0].sum() * 0, {})
-            )
+            if batch is _EMPTY:
+                loss_sum, metrics = output[0].sum() * 0, {}
+            else:
+                loss_sum, metrics = loss_fn(*output, batch)
             reports.append((float(loss_sum), {key: float(value) for key, value in metrics.items()}))
-            # Megatron counts tokens in an integer after the backward pass; loss masks may be
-            # fractions.
+            # Divided here and not by Megatron, which counts tokens in an integer after the backward
+            # pass: loss masks may be fractions.
             return loss_sum / num_tokens, {}
 
         self._trained.zero_grad_buffer()
         self._optimizer.zero_grad()
-        # A rank without work still has to take part in the gradient reduction.
-        together = self._in_step(micro_batches) or [_NOTHING]
-        self._schedule(self._trained, together, temperature, with_entropy, loss, forward_only=False)
+        # A rank without micro-batches still takes part in the gradient reduction.
+        scheduled = self._equal_in_number(micro_batches) or [_EMPTY]
+        self._run_pipeline(
+            self._trained, scheduled, temperature, with_entropy, loss, forward_only=False
+        )
         total, metrics = self._sum_reports(reports)
         if check is not None:
             check()
@@ -266,82 +231,42 @@ class MegatronWorker:
         self._scheduler.step(1)
         return StepResult(total / num_tokens, grad_norm, lr, num_tokens, metrics)
 
-    def _in_step(self, micro_batches: Sequence[PackedBatch]) -> list[PackedBatch]:
-        """These and, where ranks exchange tokens in every layer, as many empty ones as the busiest
-        rank has more.
+    @on_this_device
+    def logprobs(
+        self, micro_batches: Sequence[PackedBatch], temperature: float = 1.0
+    ) -> list[Tensor]:
+        """Return float32 ``logprobs_T`` of each micro-batch of this data-parallel rank.
+
+        All pipeline stages of the rank get them.
         """
-        if self.layout.expert_parallel == 1:
-            return list(micro_batches)
-        longest = max(process_groups.gather_objects(len(micro_batches)))
-        return [*micro_batches, *[_NOTHING] * (longest - len(micro_batches))]
+        scheduled = self._equal_in_number(micro_batches)
+        if not scheduled:
+            return []
+        outputs: list[Tensor] = []
 
-    def _global_num_tokens(self, micro_batches: Sequence[PackedBatch]) -> float:
-        own = math.fsum(float(batch.loss_mask_T.double().sum()) for batch in micro_batches)
-        # Tensor and pipeline ranks have the same micro-batches: count the ranks that report the
-        # loss.
-        total = math.fsum(process_groups.gather_objects(own if self._reports else 0.0))
-        if total <= 0:
-            raise ValueError(
-                "loss_mask_T is zero everywhere in this step: there is nothing to train on"
-            )
-        return total
+        def keep(
+            output: tuple[Tensor, Tensor | None], batch: PackedBatch
+        ) -> tuple[Tensor, dict[str, Any]]:
+            outputs.append(output[0])
+            return output[0].sum(), {}
 
-    def _sum_reports(
-        self, reports: list[tuple[float, dict[str, float]]]
-    ) -> tuple[float, dict[str, float]]:
-        everything = [
-            r
-            for part in process_groups.gather_objects(reports if self._reports else [])
-            for r in part
+        self.model.eval()  # or activations would be recomputed, as training does
+        try:
+            with torch.no_grad():
+                self._run_pipeline(
+                    self.model, scheduled, temperature, False, keep, forward_only=True
+                )
+        finally:
+            self.model.train()
+        return [
+            self._from_last_stage(batch.num_tokens, outputs[i] if outputs else None)
+            for i, batch in enumerate(micro_batches)
         ]
-        keys = sorted({key for _, metrics in everything for key in metrics})
-        return (
-            _sum([loss for loss, _ in everything]),
-            {key: _sum([metrics.get(key, 0.0) for _, metrics in everything]) for key in keys},
-        )
-
-    def _schedule(
-        self,
-        model: torch.nn.Module,
-        micro_batches: Sequence[PackedBatch],
-        temperature: float,
-        with_entropy: bool,
-        loss: Callable[..., Any],
-        forward_only: bool,
-    ) -> None:
-        """Run the micro-batches through the pipeline. ``loss`` sees them in order, on the last
-        stage.
-        """
-        from megatron.core.pipeline_parallel import get_forward_backward_func
-
-        def forward_step(
-            batches: Iterator[PackedBatch], model: torch.nn.Module
-        ) -> tuple[Any, Callable[..., Any]]:
-            batch = next(batches)
-            moved = batch if batch is _NOTHING else batch.to(device())
-            if self.layout.sequence_parallel:
-                moved = moved.padded_to_multiple_of(self.layout.tensor_parallel)
-            seen = _NOTHING if batch is _NOTHING else moved
-            return model(moved.to(device()), temperature, with_entropy), functools.partial(
-                _per_token_loss, loss, seen
-            )
-
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(micro_batches),
-            model=model,
-            num_microbatches=len(micro_batches),
-            seq_length=max(b.num_tokens for b in micro_batches),
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
 
     # Weights
 
     def snapshot(self) -> Weights:
-        """A copy in CPU memory of this rank's weights (without optimizer state), for
-        ``use_weights``.
-        """
+        """Copy this rank's weights (without optimizer state) to CPU memory, for ``use_weights``."""
         return {
             name: parameter.detach().to("cpu", copy=True)
             for name, parameter in self.model.named_parameters()
@@ -349,12 +274,11 @@ class MegatronWorker:
 
     @contextmanager
     def use_weights(self, snapshot: Weights) -> Iterator[None]:
-        """Run forward passes under other weights, then restore the current ones bit for bit, also
-        after an error.
-        """
+        """Run forward passes with other weights, then restore the current ones bit for bit."""
         if self._borrowed:
             raise RuntimeError("use_weights does not nest")
-        current, self._borrowed = self.snapshot(), True
+        current = self.snapshot()
+        self._borrowed = True
         try:
             self._copy_in(snapshot)
             yield
@@ -362,56 +286,12 @@ class MegatronWorker:
             self._copy_in(current)
             self._borrowed = False
 
-    def _copy_in(self, weights: Weights) -> None:
-        # In place: the optimizer's flat buffers are these tensors' storage.
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(weights[name])
-
-    def export_hf(self) -> Iterator[tuple[str, Tensor]]:
-        """Full tensors under Hugging Face names, one parameter at a time, on every rank.
-
-        Collective: every rank must iterate to the end. A tensor is only valid until the next one;
-        copy it to keep it.
-        """
-        return hf_weights.export_tensors(self.model, self.spec)
-
-    def save_hf(self, folder: str | Path, source_dir: str | Path | None) -> None:
-        """Write a Hugging Face model folder atomically: config.json, safetensors, and
-        ``source_dir``'s other files.
-
-        Raises ``OSError`` on every rank when rank 0 cannot write.
-        """
-        shapes, error = hf_tensor_shapes(self.spec), None
-        tensors = self.export_hf()
-        if self.is_main:
-            try:
-                with atomic_folder(folder) as temporary:
-                    write_model_files(
-                        temporary,
-                        self.hf_config,
-                        hf_files.dtype_name(self.dtype),
-                        None if source_dir is None else Path(source_dir),
-                    )
-                    hf_files.write_tensors(temporary, tensors, shapes, self.dtype)
-            except OSError as caught:
-                error = caught
-        for _ in tensors:  # the other ranks, and what a failed rank 0 left over
-            pass
-        if (error := process_groups.broadcast_object(error)) is not None:
-            raise error
-
     def load_hf_weights(self, folder: str | Path) -> None:
-        """Replace the weights by those of a model folder of the same shape. ``ConfigError`` names a
-        wrong tensor.
+        """Replace the weights by those of a model folder of the same shape.
+
+        Raises ``ConfigError`` naming a wrong tensor.
         """
         self._fill(hf_files.SafetensorsFolder(folder), str(folder))
-
-    @on_this_device
-    def _fill(self, tensors: Any, origin: str) -> None:
-        hf_weights.load_tensors(self.model, self.spec, tensors, origin)
-        if self._optimizer is not None:
-            self._optimizer.reload_model_params()  # the float32 copies under bfloat16 weights
 
     # Checkpoints
 
@@ -422,13 +302,12 @@ class MegatronWorker:
         keep: int = 2,
         files: Mapping[str, bytes] | None = None,
     ) -> Path:
-        """Write ``folder/step-N`` and point ``folder/latest`` at it; the newest ``keep``
-        checkpoints stay.
+        """Write ``folder/step-N``, point ``folder/latest`` at it, keep the newest ``keep``.
 
-        ``state`` is the caller's own, JSON-able, the same on every rank; ``files`` are more of it,
-        from the main rank, to be read in ``checkpoint.newest(folder)``.
+        ``state`` is the caller's own state, JSON-able and the same on every rank. ``files`` are
+        more of it, from the main rank, to be read in ``checkpoint.newest(folder)``.
         """
-        self._need_optimizer()
+        self._require_optimizer()
         return checkpoint.save(
             folder,
             self.model,
@@ -443,41 +322,179 @@ class MegatronWorker:
     def load_checkpoint(self, folder: str | Path) -> dict[str, Any]:
         """Restore the newest checkpoint, saved under any layout, and return the caller's state.
 
-        What follows equals, bit for bit under the same layout, what would have followed the save.
-        ``ConfigError`` when there is none; ask ``checkpoint.has_checkpoint`` first.
+        Training then continues as if it had not stopped, bit for bit under the same layout. Raises
+        ``ConfigError`` without a checkpoint (``checkpoint.has_checkpoint`` tells).
         """
-        self._need_optimizer()
+        self._require_optimizer()
         return checkpoint.load(folder, self.model, self._optimizer, self._scheduler)
 
-    def _need_optimizer(self) -> None:
+    # Export
+
+    def export_hf(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield full tensors under Hugging Face names, one parameter at a time, on every rank.
+
+        Every rank must iterate to the end, because each parameter is gathered by a collective. A
+        tensor is only valid until the next one; copy it to keep it.
+        """
+        return hf_weights.export_tensors(self.model, self.spec)
+
+    def save_hf(self, folder: str | Path, source_dir: str | Path | None) -> None:
+        """Write a Hugging Face model folder atomically, with ``source_dir``'s other files.
+
+        Raises ``OSError`` on every rank when rank 0 cannot write.
+        """
+        shapes = hf_tensor_shapes(self.spec)
+        tensors = self.export_hf()
+        error: OSError | None = None
+        if self.is_main:
+            try:
+                with atomic_folder(folder) as temporary:
+                    write_model_files(
+                        temporary,
+                        self.hf_config,
+                        hf_files.dtype_name(self.dtype),
+                        None if source_dir is None else Path(source_dir),
+                    )
+                    hf_files.write_tensors(temporary, tensors, shapes, self.dtype)
+            except OSError as caught:
+                error = caught
+        # Every rank takes part in every gather: the other ranks, and rank 0 after it has failed.
+        for _ in tensors:
+            pass
+        error = process_groups.broadcast_object(error)
+        if error is not None:
+            raise error
+
+    # Helpers
+
+    @on_this_device
+    def _add_optimizer(self, settings: OptimizerConfig | None, total_steps: int | None) -> None:
+        if settings is None:
+            self.model.requires_grad_(False)
+            return
+        self._trained = wrap_for_gradients(self.model, self.layout)
+        self._optimizer, self._scheduler = build_optimizer(
+            self._trained, settings, self.layout, total_steps
+        )
+
+    def _require_optimizer(self) -> None:
         if self._optimizer is None:
             raise ConfigError(
-                "checkpoints need an optimizer: build the worker with optimizer=OptimizerConfig(...)"
+                "checkpoints need an optimizer; build the worker with "
+                "optimizer=OptimizerConfig(...)"
             )
 
+    @on_this_device
+    def _fill(self, tensors: Any, origin: str) -> None:
+        hf_weights.load_tensors(self.model, self.spec, tensors, origin)
+        if self._optimizer is not None:
+            self._optimizer.reload_model_params()  # the float32 copies under bfloat16 weights
 
-_NOTHING = PackedBatch(
+    def _copy_in(self, weights: Weights) -> None:
+        # In place: the optimizer's flat buffers are the storage of these tensors.
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(weights[name])
+
+    def _equal_in_number(self, micro_batches: Sequence[PackedBatch]) -> list[PackedBatch]:
+        """Pad with empty micro-batches to the busiest rank's number under expert parallelism.
+
+        There, ranks exchange tokens in every layer of every micro-batch, so a rank that ran fewer
+        would leave the others waiting.
+        """
+        if self.layout.expert_parallel == 1:
+            return list(micro_batches)
+        longest = max(process_groups.gather_objects(len(micro_batches)))
+        return [*micro_batches, *[_EMPTY] * (longest - len(micro_batches))]
+
+    def _global_num_tokens(self, micro_batches: Sequence[PackedBatch]) -> float:
+        own = math.fsum(float(batch.loss_mask_T.double().sum()) for batch in micro_batches)
+        # Tensor and pipeline ranks have the same micro-batches: one of them counts.
+        total = math.fsum(process_groups.gather_objects(own if self._reports else 0.0))
+        if total <= 0:
+            raise ValueError(
+                "loss_mask_T is zero everywhere in this step; there is nothing to train on"
+            )
+        return total
+
+    def _sum_reports(
+        self, reports: list[tuple[float, dict[str, float]]]
+    ) -> tuple[float, dict[str, float]]:
+        gathered = process_groups.gather_objects(reports if self._reports else [])
+        everything = [report for of_rank in gathered for report in of_rank]
+        loss = _exact_sum([loss for loss, _ in everything])
+        keys = sorted({key for _, metrics in everything for key in metrics})
+        metrics = {
+            key: _exact_sum([metrics.get(key, 0.0) for _, metrics in everything]) for key in keys
+        }
+        return loss, metrics
+
+    def _run_pipeline(
+        self,
+        model: torch.nn.Module,
+        micro_batches: Sequence[PackedBatch],
+        temperature: float,
+        with_entropy: bool,
+        loss: Callable[..., Any],
+        forward_only: bool,
+    ) -> None:
+        """Run micro-batches through the pipeline; the last stage calls ``loss`` in their order."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        def forward_step(
+            batches: Iterator[PackedBatch], model: torch.nn.Module
+        ) -> tuple[Any, Callable[..., Any]]:
+            batch = next(batches)
+            moved = batch.to(device())
+            if self.layout.sequence_parallel:
+                moved = moved.padded_to_multiple_of(self.layout.tensor_parallel)
+            # ``loss`` recognises the empty batch by identity, whatever the model was given.
+            loss_batch = batch if batch is _EMPTY else moved
+            output = model(moved, temperature, with_entropy)
+            return output, functools.partial(_per_token_loss, loss, loss_batch)
+
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(micro_batches),
+            model=model,
+            num_microbatches=len(micro_batches),
+            seq_length=max(batch.num_tokens for batch in micro_batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _from_last_stage(self, length: int, padded_T: Tensor | None) -> Tensor:
+        logprobs_T = torch.empty(length, device=device())
+        if padded_T is not None:
+            logprobs_T.copy_(padded_T[:length])  # without the padding of sequence parallelism
+        if self.layout.pipeline_parallel > 1:
+            last_stage = self._pipeline_group.size() - 1
+            dist.broadcast(
+                logprobs_T,
+                dist.get_global_rank(self._pipeline_group, last_stage),
+                group=self._pipeline_group,
+            )
+        return logprobs_T
+
+
+_EMPTY = PackedBatch(
     tokens_T=torch.zeros(1, dtype=torch.int64),
     labels_T=torch.zeros(1, dtype=torch.int64),
     positions_T=torch.zeros(1, dtype=torch.int64),
     cu_seqlens_N=torch.tensor([0, 1], dtype=torch.int32),
     loss_mask_T=torch.zeros(1),
 )
-"""Stands in for the micro-batches of a data-parallel rank that has none."""
+"""Micro-batch of a data-parallel rank that has nothing to compute."""
 
 
 def _per_token_loss(
     loss: Callable[..., Any], batch: PackedBatch, output: Any
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Megatron's triple (loss, number of tokens, report); zero tokens tell it not to rescale the
-    gradients.
-    """
+    """Return Megatron's (loss, number of tokens, report); 0 tokens: do not rescale gradients."""
     value, report = loss(output, batch)
     return value, torch.zeros((), dtype=torch.int32, device=value.device), report
 
 
-def _sum(values: list[float]) -> float:
-    """Exactly rounded, so independent of the order; plain where fsum cannot (infinities of both
-    signs).
-    """
+def _exact_sum(values: list[float]) -> float:
+    """Sum exactly rounded, so independent of the order; plainly where fsum raises (inf - inf)."""
     return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)

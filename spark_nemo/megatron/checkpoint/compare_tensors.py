@@ -1,6 +1,4 @@
-"""Two checkpoints, tensor by tensor: of models in any two formats, or of training states with their
-optimizers.
-"""
+"""Comparison of two checkpoints, tensor by tensor: models of any format, or training states."""
 
 from __future__ import annotations
 
@@ -24,50 +22,47 @@ BLOCK_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Difference:
-    """One tensor of two checkpoints."""
+    """Result of comparing one tensor of two checkpoints."""
 
     name: str
     found: str
-    """"same" bits, "differs", "missing" in the second, "surplus" in the second, or other "shape" or
-    "dtype".
-    """
+    """"same" (bit for bit), "differs", "shape", "dtype", or "missing"/"surplus" in the second."""
     max_abs: float = 0.0
-    """Largest absolute difference of values; infinite where one has NaN."""
+    """Largest absolute difference of values; infinite if either has NaN."""
     detail: str = ""
 
 
 def compare_models(one: OpenedCheckpoint, other: OpenedCheckpoint) -> Iterator[Difference]:
-    """Every Hugging Face tensor of two models, two at a time in memory."""
+    """Compare every Hugging Face tensor of two models, with one tensor of each in memory."""
     yield from _compare(one.tensors, other.tensors)
 
 
 def compare_stored(one: StoredCheckpoint, other: StoredCheckpoint) -> Iterator[Difference]:
-    """Every tensor of two torch_dist folders under their stored names, optimizer included, layer by
-    layer.
+    """Compare every tensor of two torch_dist folders, optimizer included, by stored name.
 
-    The layout that wrote them does not matter. Step, learning rate and generator state are not
+    The layouts that wrote them do not matter. Step, learning rate and generator state are not
     compared.
     """
-    for name in [*one.tensors, *(x for x in other.tensors if x not in one.tensors)]:
-        a, b = one.tensors.get(name), other.tensors.get(name)
+    for name in dict.fromkeys([*one.tensors, *other.tensors]):
+        a = one.tensors.get(name)
+        b = other.tensors.get(name)
         if a is None or b is None:
             yield Difference(name, "surplus" if a is None else "missing")
         elif a.shape != b.shape or a.dtype != b.dtype:
             yield _unlike(name, a.shape, b.shape, a.dtype, b.dtype)
         else:
-            yield _worst(
-                name,
-                [
-                    _values(name, one.read(name, offset, size), other.read(name, offset, size))
-                    for offset, size in _blocks(a.shape, a.dtype.itemsize)
-                ],
-            )
+            blocks = _blocks(a.shape, a.dtype.itemsize)
+            parts = [
+                _values(name, one.read(name, offset, size), other.read(name, offset, size))
+                for offset, size in blocks
+            ]
+            yield _worst(name, parts)
 
 
 def _blocks(
     shape: tuple[int, ...], itemsize: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Boxes of at most ``BLOCK_BYTES``, or one row, over the first axis."""
+    """Yield (offset, size) of blocks along the first axis: one row, or up to ``BLOCK_BYTES``."""
     if not shape:
         yield (), ()
         return
@@ -82,7 +77,7 @@ def _worst(name: str, parts: list[Difference]) -> Difference:
 
 
 def _compare(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Iterator[Difference]:
-    for name in [*one, *(x for x in other if x not in one)]:
+    for name in dict.fromkeys([*one, *other]):
         if name not in one or name not in other:
             yield Difference(name, "missing" if name in one else "surplus")
             continue
@@ -125,25 +120,24 @@ def logits_difference(
     tokenizer: Path,
     max_tokens: int = 512,
 ) -> float:
-    """Largest absolute difference of float32 logits on ``text``, by transformers; infinite where
-    one is NaN. Both models are built, one after the other, from a temporary folder where they are
-    not Hugging Face's; ``ConfigError`` when there is no tokenizer or the text is empty.
+    """Return the largest absolute difference of float32 logits on ``text``; infinite for NaN.
+
+    transformers builds both models, one after the other; a checkpoint of another format is first
+    converted into a temporary folder. Raises ``ConfigError`` without a tokenizer or with an empty
+    text.
     """
     from transformers import AutoTokenizer
 
-    if (
-        not (tokenizer / "tokenizer.json").is_file()
-        and not (tokenizer / "tokenizer_config.json").is_file()
-    ):
-        raise ConfigError(f"{tokenizer} has no tokenizer: the text cannot be encoded")
-    ids = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)(text)["input_ids"][
-        :max_tokens
-    ]
+    files = [tokenizer / "tokenizer.json", tokenizer / "tokenizer_config.json"]
+    if not any(file.is_file() for file in files):
+        raise ConfigError(f"{tokenizer} does not have a tokenizer: the text cannot be encoded")
+    encode = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    ids = encode(text)["input_ids"][:max_tokens]
     if not ids:
         raise ConfigError("the text has no tokens")
     logits = [_logits(checkpoint, torch.tensor([ids])) for checkpoint in (one, other)]
     largest = float((logits[0] - logits[1]).abs().max())
-    return math.inf if math.isnan(largest) else largest  # NaN is above no tolerance
+    return math.inf if math.isnan(largest) else largest  # NaN would pass every tolerance
 
 
 def _logits(checkpoint: OpenedCheckpoint, ids_1T: Tensor) -> Tensor:

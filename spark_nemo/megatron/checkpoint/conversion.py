@@ -1,7 +1,8 @@
 """Conversion between Hugging Face, Megatron (torch_dist) and NeMo 2 folders, a tensor at a time.
 
-No model is built and no process group is needed. Memory is bounded by a file's worth of tensors
-(``streaming.FILE_BYTES``) and the largest tensor. Values are copied, so a round trip is bit-exact.
+It builds no model and needs no process group. Memory is bounded by the tensors of one file
+(``torch_dist_writer.FILE_BYTES``) and the largest tensor. Values are copied, so a round trip is
+bit-exact.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ..param_shards import to_shards
 from . import nemo
 from .global_tensors import GlobalTensors
 from .reader import OpenedCheckpoint, hf_config_text, open_checkpoint
-from .resumable import fingerprint, resumable_folder
+from .resumable import folder_fingerprint, resumable_folder
 from .torch_dist_writer import Box, Source, no_extra_state, write_torch_dist
 from .training_checkpoint import HF_FILES
 
@@ -37,11 +38,11 @@ FORMATS = ("hf", "megatron", "nemo")
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion did."""
+    """Folder and size of a finished conversion."""
 
     folder: Path
     num_tensors: int
-    """Hugging Face tensors."""
+    """Number of Hugging Face tensors."""
     num_bytes: int
     seconds: float
 
@@ -56,18 +57,18 @@ def convert(
     show_progress: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Converted:
-    """Write the checkpoint ``source`` (of any format) into the new folder ``target`` in format
-    ``to``.
+    """Write the checkpoint ``source``, of any format, into the new folder ``target`` as ``to``.
 
-    The folder appears when it is complete. After a kill the same call goes on where it was:
-    finished files are kept. ``ConfigError`` names the file or tensor that is wrong, and nothing is
-    left behind.
+    The folder appears when it is complete. After a kill the same call resumes and keeps finished
+    files. Raises ``ConfigError`` naming the wrong file or tensor, and then leaves nothing behind.
     """
     if to not in FORMATS:
-        raise ConfigError(f"to={to!r} is not one of {', '.join(FORMATS)}")
-    source, target, start = Path(source), Path(target), time.monotonic()
+        raise ConfigError(f"to={to!r}: choose one of {', '.join(FORMATS)}")
+    start = time.monotonic()
+    source = Path(source)
+    target = Path(target)
     if target.resolve().is_relative_to(source.resolve()):
-        raise ConfigError(f"output folder {target} is inside {source}: name another")
+        raise ConfigError(f"output folder {target} is inside {source}: choose another")
     opened = open_checkpoint(source, hf_config_from, dtype, trust_pickle)
     if dtype is not None:
         opened = replace(opened, tensors=_Cast(opened.tensors, dtype, str(source)))
@@ -76,7 +77,7 @@ def convert(
     job = {
         "from": opened.kind,
         "to": to,
-        "files": fingerprint(source),
+        "files": folder_fingerprint(source),
         "dtype": str(opened.dtype),
         "max_shard_bytes": max_shard_bytes,
         "hf_config": opened.hf_config,
@@ -100,12 +101,15 @@ def convert(
 
 
 class _Cast(Mapping[str, Tensor]):
-    """Tensors in another type. ``ConfigError`` for a finite value that would become infinite:
-    float16 ends at 65504.
+    """Tensors converted to another type.
+
+    Raises ``ConfigError`` for a finite value that would become infinite: float16 ends at 65504.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype, origin: str) -> None:
-        self.tensors, self.dtype, self.origin = tensors, dtype, origin
+        self.tensors = tensors
+        self.dtype = dtype
+        self.origin = origin
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.tensors[name]
@@ -113,8 +117,9 @@ class _Cast(Mapping[str, Tensor]):
         lost = ~torch.isfinite(cast)
         if lost.any() and (lost & torch.isfinite(tensor)).any():
             raise ConfigError(
-                f"tensor {name} in {self.origin} has values up to {float(tensor.abs().max()):.4g}, and "
-                f"{self.dtype} ends at {torch.finfo(self.dtype).max:.4g}: choose another --dtype"
+                f"tensor {name} in {self.origin} has values up to "
+                f"{float(tensor.abs().max()):.4g}, and {self.dtype} ends at "
+                f"{torch.finfo(self.dtype).max:.4g}: choose another --dtype"
             )
         return cast
 
@@ -131,9 +136,7 @@ def write_hf(
     progress: Callable[[int], object],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Fill ``folder`` with the Hugging Face form of a checkpoint; files that are finished there are
-    kept.
-    """
+    """Fill ``folder`` with the Hugging Face form of a checkpoint; keep files finished there."""
     shapes = hf_tensor_shapes(opened.spec)
     for companions in opened.companions:
         copy_companions(companions, folder)

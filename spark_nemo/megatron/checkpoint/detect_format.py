@@ -1,4 +1,4 @@
-"""Which checkpoint a folder is, and for what is none, which folder was probably meant."""
+"""Detect a folder's checkpoint format; if it has none, suggest the folder the user meant."""
 
 from __future__ import annotations
 
@@ -12,27 +12,23 @@ from . import nemo
 from .torch_bin import PICKLES
 from .training_checkpoint import newest
 
-_WEIGHTS_OF = ("dist_ckpt", "iter_*", "step-*", "release", "weights")
+_CHECKPOINT_FOLDERS = ("dist_ckpt", "iter_*", "step-*", "release", "weights")
 
 
-def recognise(folder: str | Path) -> tuple[str, Path]:
-    """ "hf", "megatron" or "nemo", and the folder with the weights: of a run the newest step, of NeMo the whole.
+def detect_format(folder: str | Path) -> tuple[str, Path]:
+    """Return "hf", "megatron" or "nemo", and the folder that holds the weights.
 
-    ``ConfigError`` says what is missing and, where it can be seen, what to name instead.
+    That is the newest step of a run, and the whole folder for NeMo. Raises ``ConfigError`` naming
+    what is missing and, if it can tell, the folder to use instead.
     """
     folder = Path(folder)
     if folder.is_file():
-        raise ConfigError(f"{folder} is a file: name its folder")
+        raise ConfigError(f"{folder} is a file: pass its folder")
     if not folder.is_dir():
-        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and not folder.parent.is_dir()
-        raise ConfigError(
-            f"checkpoint folder {folder} does not exist"
-            + (
-                " (hub names are not downloaded: hf download NAME --local-dir FOLDER)"
-                if hub
-                else ""
-            )
-        )
+        hint = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)) and not folder.parent.is_dir():
+            hint = " (hub names are not downloaded: hf download NAME --local-dir FOLDER)"
+        raise ConfigError(f"checkpoint folder {folder} does not exist{hint}")
     if (folder / nemo.CONTEXT).is_dir():
         return "nemo", folder
     if _is_megatron(folder):
@@ -45,31 +41,37 @@ def recognise(folder: str | Path) -> tuple[str, Path]:
     if of_model and (
         (folder / "config.json").is_file() or not (folder / "adapter_config.json").is_file()
     ):
-        return "hf", folder  # before a file "latest" is looked at: DeepSpeed has one, too
+        return "hf", folder  # before reading a file "latest", which DeepSpeed writes too
     weights = newest(folder)
     if _is_megatron(weights):
         return "megatron", weights
     if weights == folder and (folder / "config.json").is_file():
         return "hf", folder
-    raise ConfigError(f"{weights} {_what_it_is(weights)}")
+    raise ConfigError(f"{weights} {_suggestion(weights)}")
 
 
 def _is_megatron(folder: Path) -> bool:
     return (folder / "metadata.json").is_file() or (folder / ".metadata").is_file()
 
 
-def _what_it_is(folder: Path) -> str:
-    """The end of a sentence that begins with the name of a folder that is no checkpoint."""
+def _suggestion(folder: Path) -> str:
+    """Return the rest of an error message that begins with the folder's name."""
     if (folder / "adapter_config.json").is_file():
-        return (
-            "is an adapter, no model: merge it into its base model first (merge_and_unload of peft)"
-        )
+        return "is an adapter, not a model: merge it into its base model (merge_and_unload of peft)"
     if list(folder.glob("mp_rank_*")):
-        return "has Megatron-LM's older format (mp_rank_*), which is not read: save with --ckpt-format torch_dist"
-    if inside := sorted(folder.glob("snapshots/*")):
-        return f"is the top of a Hugging Face cache: name {inside[-1]}"
-    if inside := [
-        path for pattern in _WEIGHTS_OF for path in sorted(folder.glob(pattern)) if path.is_dir()
-    ]:
-        return f"is no checkpoint: name the one in it that you mean, such as {inside[-1]}"
+        return (
+            "has Megatron-LM's older format (mp_rank_*), which is not supported: save with "
+            "--ckpt-format torch_dist"
+        )
+    snapshots = sorted(folder.glob("snapshots/*"))
+    if snapshots:
+        return f"is the top of a Hugging Face cache: pass {snapshots[-1]}"
+    inside = [
+        path
+        for pattern in _CHECKPOINT_FOLDERS
+        for path in sorted(folder.glob(pattern))
+        if path.is_dir()
+    ]
+    if inside:
+        return f"is not a checkpoint: pass a folder in it, such as {inside[-1]}"
     return "has neither config.json (Hugging Face) nor .metadata (Megatron) nor context/ (NeMo 2)"

@@ -1,4 +1,4 @@
-"""What is in a checkpoint folder, from headers and metadata alone: no tensor is read."""
+"""Description of a checkpoint folder from headers and metadata alone, without its tensors."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from spark_nemo.config.errors import ConfigError
 
 from ..hf_files import SafetensorsFolder
 from . import nemo
-from .detect_format import recognise
+from .detect_format import detect_format
 from .torch_dist_reader import NOT_WEIGHTS, StoredCheckpoint, StoredTensor
 from .training_checkpoint import HF_FILES
 
 
 def describe(folder: str | Path, every_tensor: bool = True) -> Iterator[str]:
-    """Lines for a person: format, step, layout, sizes, then one line per tensor. ``ConfigError`` as
-    when opening.
+    """Yield lines of text: format, step, layout, sizes, then one line per tensor.
+
+    Raises ``ConfigError`` for a damaged or unknown folder.
     """
-    kind, weights = recognise(folder)
+    kind, weights = detect_format(folder)
     if kind == "nemo":
         yield f"NeMo 2 checkpoint {folder}"
         yield from _stored(weights / nemo.WEIGHTS, every_tensor)
@@ -27,7 +28,8 @@ def describe(folder: str | Path, every_tensor: bool = True) -> Iterator[str]:
     if kind == "megatron":
         yield f"Megatron distributed checkpoint {weights}"
         has_config = (weights / HF_FILES / "config.json").is_file()
-        yield f"model configuration: {HF_FILES + '/config.json' if has_config else 'none (--hf-config is needed)'}"
+        source = f"{HF_FILES}/config.json" if has_config else "none (--hf-config is needed)"
+        yield f"model configuration: {source}"
         yield from _stored(weights, every_tensor)
         return
     tensors = SafetensorsFolder(folder)
@@ -50,11 +52,15 @@ def _stored(folder: Path, every_tensor: bool) -> Iterator[str]:
         groups["optimizer and others" if key.startswith(NOT_WEIGHTS) else "weights"][key] = tensor
     for name, tensors in groups.items():
         if tensors:
-            yield f"{name}: {len(tensors)} tensors, {_bytes(sum(x.num_bytes for x in tensors.values()))}"
+            num_bytes = sum(tensor.num_bytes for tensor in tensors.values())
+            yield f"{name}: {len(tensors)} tensors, {_bytes(num_bytes)}"
     yield f"{len(stored.objects)} objects (extra states of Transformer Engine and the like)"
-    for key, tensor in stored.tensors.items() if every_tensor else ():
+    if not every_tensor:
+        return
+    for key, tensor in stored.tensors.items():
         boxes = f"{len(tensor.chunks)} box" + ("es" if len(tensor.chunks) > 1 else "")
-        yield f"  {key}  {list(tensor.shape)}  {_short(tensor.dtype)}  {_bytes(tensor.num_bytes)}  {boxes}"
+        dtype = _short(tensor.dtype)
+        yield f"  {key}  {list(tensor.shape)}  {dtype}  {_bytes(tensor.num_bytes)}  {boxes}"
 
 
 def _common(stored: StoredCheckpoint) -> Iterator[str]:
@@ -62,7 +68,8 @@ def _common(stored: StoredCheckpoint) -> Iterator[str]:
     for key in ("step", "iteration"):
         if key in common:
             yield f"step: {common[key]}"
-    if content := common.get("content_metadata"):
+    content = common.get("content_metadata")
+    if content:
         yield f"layout: {', '.join(f'{key}={value}' for key, value in sorted(content.items()))}"
 
 

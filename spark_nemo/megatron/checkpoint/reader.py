@@ -24,7 +24,7 @@ from ..hf_files import SafetensorsFolder
 from ..hf_weights import check_names, check_tied_head
 from ..param_shards import from_gathered
 from . import nemo
-from .detect_format import recognise
+from .detect_format import detect_format
 from .global_tensors import GlobalTensors, check_stored_shapes
 from .torch_bin import PICKLES, PickledFolder
 from .torch_dist_reader import StoredCheckpoint
@@ -65,7 +65,7 @@ def open_checkpoint(
     folders that hold none. Weights of other types than config.json's are an error unless ``dtype``
     says to convert them. ``trust_pickle`` allows ``pytorch_model*.bin``.
     """
-    kind, weights = recognise(folder)
+    kind, weights = detect_format(folder)
     if kind == "nemo":
         return _open_nemo(weights, hf_config_from, dtype)
     if kind == "megatron":

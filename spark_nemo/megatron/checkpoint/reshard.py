@@ -23,7 +23,7 @@ from spark_nemo.utils.progress_bar import progress_bar
 
 from .compare_tensors import compare_stored
 from .global_tensors import GlobalTensors, Piece, check_stored_shapes, has_layers_apart
-from .resumable import fingerprint, resumable_folder
+from .resumable import folder_fingerprint, resumable_folder
 from .torch_dist_reader import StoredCheckpoint
 from .torch_dist_writer import Box, Source, write_torch_dist
 from .training_checkpoint import HF_FILES, LATEST, STATE_FILE, newest
@@ -81,7 +81,7 @@ def reshard(
         return stored.read(boxes[number].key, boxes[number].offset, boxes[number].size)
 
     job = {
-        "files": fingerprint(source),
+        "files": folder_fingerprint(source),
         "layout": [layout.tensor_parallel, layout.pipeline_parallel],
         "hf_config": config,
     }

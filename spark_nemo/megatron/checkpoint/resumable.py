@@ -1,4 +1,4 @@
-"""An output folder that appears when it is complete, and work on it that survives a kill."""
+"""An output folder that appears when complete, and whose writing resumes after a kill."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ JOB = "job.json"
 
 @contextlib.contextmanager
 def resumable_folder(target: Path, job: dict[str, Any]) -> Iterator[Path]:
-    """A folder beside ``target`` that takes its name on success.
+    """Yield a folder next to ``target`` that is renamed to ``target`` on success.
 
-    After a kill, a full disk or Ctrl-C it stays and is handed out again to a ``job`` that is equal;
-    a ``ConfigError`` (the input is wrong) removes it. ``target`` must not exist, and nobody else
-    may be making it: a ``ConfigError`` otherwise.
+    After a kill, a full disk or Ctrl-C the folder stays, for a later call with an equal ``job``; a
+    ``ConfigError`` in the block (wrong input) removes it. Raises ``ConfigError`` when ``target``
+    exists or another process is writing it.
     """
-    if target.exists() or target.is_symlink():  # a link to nothing could not be replaced at the end
-        raise ConfigError(f"output folder {target} exists already: remove it or name another")
+    # is_symlink: a dangling link could not be replaced at the end.
+    if target.exists() or target.is_symlink():
+        raise ConfigError(f"output folder {target} exists already: remove it or choose another")
     partial = target.with_name(f".{target.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    with _held(partial, target):
+    with _locked(partial, target):
         record = partial / JOB
-        if not (record.is_file() and json.loads(record.read_text()) == json.loads(json.dumps(job))):
-            for path in partial.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        as_json = json.loads(json.dumps(job))
+        if not record.is_file() or json.loads(record.read_text()) != as_json:
+            _clear(partial)  # what another job has written
             write_text_atomic(record, json.dumps(job))
         try:
             yield partial
@@ -48,19 +49,28 @@ def resumable_folder(target: Path, job: dict[str, Any]) -> Iterator[Path]:
             raise
 
 
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 @contextlib.contextmanager
-def _held(partial: Path, target: Path) -> Iterator[None]:
-    """The folder's lock, which the kernel lets go of when the process ends. Two that write the same
-    files would cut each other's short, and the first to finish would publish what the other has not
-    written yet.
+def _locked(partial: Path, target: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the kernel releases when the process ends.
+
+    Two processes that write the same files would truncate each other's, and the first to finish
+    would publish files that the other has not finished.
     """
     handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
     try:
         _lock(handle, target)
-        # The one before may have finished between the opening and the lock: then this is its
-        # folder, renamed.
+        # Another process may have finished between opening and locking: then this handle is its
+        # folder, renamed to the target.
         if target.exists() or not os.path.samestat(os.fstat(handle), partial.stat()):
-            raise ConfigError(f"output folder {target} has just been made by another process")
+            raise ConfigError(f"output folder {target} was just made by another process")
         yield
     finally:
         os.close(handle)
@@ -71,17 +81,17 @@ def _lock(handle: int, target: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ConfigError(
-            f"output folder {target} is being made by another process: wait for it, or stop it and run "
-            "this again"
+            f"output folder {target} is being made by another process: wait for it, or stop it and "
+            "run this command again"
         ) from error
-    except OSError as error:  # some cluster file systems have no locks
+    except OSError as error:  # some cluster file systems do not support locks
         logger.warning(
-            "%s: not locked (%s): let no second process write it", target, error.strerror
+            "%s: not locked (%s); do not let a second process write it", target, error.strerror
         )
 
 
-def fingerprint(folder: Path) -> dict[str, list[int]]:
-    """Size and time of every file of a source folder: a job on other files is another job."""
+def folder_fingerprint(folder: Path) -> dict[str, list[int]]:
+    """Return size and modification time of every file: a job on other files is another job."""
     return {
         str(path.relative_to(folder)): [path.stat().st_size, path.stat().st_mtime_ns]
         for path in sorted(folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""Reading the pickle in a distributed checkpoint (``.metadata``) without letting it run anything."""
+"""Reading a distributed checkpoint's pickle (``.metadata``) without running code from it."""
 
 from __future__ import annotations
 
@@ -38,26 +38,27 @@ _ALLOWED = {
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if name not in _ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
         if name == "MCoreMetadata":
-            # What megatron-core up to 0.15, and so NeMo 2, writes: torch's Metadata and a field on
-            # optimizers. In 0.16 an empty class of this name stands in for it.
+            # Written by megatron-core up to 0.15, and so by NeMo 2: torch's Metadata with a field
+            # on optimizers. 0.16 has an empty class of this name.
             return Metadata
         return super().find_class(module, name)
 
 
 def read_metadata(path: Path) -> Any:
-    """The ``Metadata`` of a distributed checkpoint. Only its own classes are made; anything else is
-    a ``ConfigError``.
+    """Return the ``Metadata`` of a distributed checkpoint.
+
+    Only the classes of such metadata are created. Raises ``ConfigError`` for any other.
     """
     try:
         with path.open("rb") as stream:
             return _Unpickler(stream).load()
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{path} is missing: this is no complete torch_dist checkpoint"
+            f"{path} is missing: this is not a complete torch_dist checkpoint"
         ) from error
-    # What a damaged pickle raises is not documented; the pickle module names these.
+    # Python does not document the errors of a damaged pickle; the pickle module names these.
     except (
         pickle.UnpicklingError,
         EOFError,

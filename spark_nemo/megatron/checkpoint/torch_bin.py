@@ -1,6 +1,4 @@
-"""pytorch_model*.bin, for who asks for it by name. Read with torch's restricted unpickler, which
-makes tensors only.
-"""
+"""Weights in pytorch_model*.bin, read with torch's restricted unpickler, which makes tensors only."""
 
 from __future__ import annotations
 
@@ -17,14 +15,14 @@ from spark_nemo.models.hf_folder import check_inside
 
 INDEX = "pytorch_model.bin.index.json"
 PICKLES = "pytorch_model*.bin"
-"""Trainers leave other .bin files beside them."""
+"""Trainers leave other .bin files in the same folder."""
 
 
 class PickledFolder(Mapping[str, Tensor]):
-    """The tensors of a model folder without safetensors, mapped into memory file by file."""
+    """The tensors of a model folder without safetensors, memory-mapped file by file."""
 
     def __init__(self, folder: Path) -> None:
-        """``ConfigError`` names a file that is damaged or holds more than tensors."""
+        """Map the files. Raises ``ConfigError`` if one is damaged or holds more than tensors."""
         self.folder = folder
         self._tensors: dict[str, Tensor] = {}
         for file in self._files():
@@ -43,11 +41,8 @@ class PickledFolder(Mapping[str, Tensor]):
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{self.folder / INDEX} is damaged: {error!r}") from error
         for name in names:
-            if (
-                not isinstance(name, str)
-                or Path(name).name != name
-                or not (self.folder / name).is_file()
-            ):
+            is_file_name = isinstance(name, str) and Path(name).name == name
+            if not is_file_name or not (self.folder / name).is_file():
                 raise ConfigError(
                     f"{self.folder / INDEX} names {name!r}, which is not a file of the same folder"
                 )
@@ -64,11 +59,11 @@ class PickledFolder(Mapping[str, Tensor]):
         return loaded
 
     def describe(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of every tensor."""
+        """Return shape and dtype of every tensor."""
         for name, tensor in self._tensors.items():
             if not tensor.is_floating_point():
                 raise ConfigError(
-                    f"tensor {name} in {self.folder} has dtype {tensor.dtype}, weights are "
+                    f"tensor {name} in {self.folder} has dtype {tensor.dtype}; weights must be "
                     "floating-point numbers"
                 )
         return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._tensors.items()}
