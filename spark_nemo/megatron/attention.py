@@ -1,4 +1,8 @@
-"""Attention inside a pack of sequences without a [T, T] mask. Runs on any device."""
+"""Attention inside a pack of sequences without a [T, T] mask, on any device.
+
+Shapes: T rows of the pack, H query heads, G key-value heads, D head size; a block has n sequences
+of L rows.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +18,24 @@ from torch import Tensor
 
 @dataclass
 class PackedRows(PackedSeqParams):
-    """How to cut a pack of T rows into blocks ``[n, L]`` of sequences of about the same length.
+    """Division of a pack of T rows into blocks ``[n, L]`` of sequences of similar length.
 
-    ``qkv_format`` is not "thd": Megatron then treats the pack as one sequence. Rotary embeddings
-    are applied by the core attention from a table indexed by position; Megatron's thd path loops
-    over the sequences in every layer.
+    ``qkv_format`` is not "thd", so Megatron treats the pack as one sequence. The core attention
+    applies rotary embeddings from a table indexed by position; Megatron's thd path would loop over
+    the sequences in every layer.
     """
 
     blocks: Sequence[tuple[int, int]] = ()
     """(n, L) of each block, in the order of ``padded_rows``."""
     padded_rows: Tensor | None = None
-    """int64 [sum n * L]: the pack's row at each place of the blocks; padding repeats a sequence's
-    last row. None when the pack is exactly one block, which is then only a view.
+    """int64 [sum n * L]: the pack's row at each place of the blocks.
+
+    Padding repeats a sequence's last row. None when the pack is exactly one block, a mere view.
     """
     rows: Tensor | None = None
     """int64 [T]: where each row of the pack is in the blocks."""
     rotary: tuple[Tensor, Tensor] | None = None
-    """Cosines and sines ``[T, 1, D / 2]`` of every row's position; None leaves queries and keys as
-    they are.
-    """
+    """Cosines and sines [T, 1, D / 2] of every row's position; None: no rotary embedding."""
 
     @classmethod
     def from_cu_seqlens(
@@ -41,11 +44,12 @@ class PackedRows(PackedSeqParams):
         padding_share: float = 0.15,
         rotary: tuple[Tensor, Tensor] | None = None,
     ) -> PackedRows:
-        """Group sequences so that about ``padding_share`` of a block is padding at most.
+        """Group sequences so that padding is at most about ``padding_share`` of a block.
 
         Padding comes after a sequence's tokens, so under a causal mask no real token sees it.
         """
-        starts, ends = cu_seqlens_N[:-1].tolist(), cu_seqlens_N[1:].tolist()
+        starts = cu_seqlens_N[:-1].tolist()
+        ends = cu_seqlens_N[1:].tolist()
         lengths = [end - start for start, end in zip(starts, ends)]
         common = {
             "qkv_format": "packed_rows",
@@ -65,16 +69,18 @@ class PackedRows(PackedSeqParams):
                 groups[-1].append(index)
             else:
                 groups.append([index])
-        blocks, padded, home = [], [], torch.empty(ends[-1], dtype=torch.int64)
+        blocks = []
+        padded = []
+        place_T = torch.empty(ends[-1], dtype=torch.int64)
         offset = 0
         for group in groups:
-            n, L = len(group), lengths[group[0]]
+            n = len(group)
+            L = lengths[group[0]]
             first_n1 = torch.tensor([starts[i] for i in group])[:, None]
             last_n1 = torch.tensor([ends[i] - 1 for i in group])[:, None]
             rows_nL = first_n1 + torch.arange(L)
-            home[rows_nL[rows_nL <= last_n1]] = (
-                offset + torch.arange(n * L).view(n, L)[rows_nL <= last_n1]
-            )
+            real_nL = rows_nL <= last_n1
+            place_T[rows_nL[real_nL]] = offset + torch.arange(n * L).view(n, L)[real_nL]
             padded.append(torch.minimum(rows_nL, last_n1).reshape(-1))
             blocks.append((n, L))
             offset += n * L
@@ -83,14 +89,15 @@ class PackedRows(PackedSeqParams):
             **common,
             blocks=tuple(blocks),
             padded_rows=torch.cat(padded).to(device),
-            rows=home.to(device),
+            rows=place_T.to(device),
         )
 
 
 class _ToBlocks(torch.autograd.Function):
-    """Gather rows into padded blocks. The gradient is a gather too (deterministic, no index_add):
-    padding carries none, because its outputs are dropped and its keys and values come after every
-    real query.
+    """Gather rows into padded blocks.
+
+    The gradient is a gather too (deterministic, no index_add): padding carries none, because its
+    outputs are dropped and its keys and values come after every real query.
     """
 
     @staticmethod
@@ -108,7 +115,8 @@ class _FromBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: PackedRows) -> Tensor:
-        ctx.rows, ctx.length = rows.rows, x.shape[0]
+        ctx.rows = rows.rows
+        ctx.length = x.shape[0]
         return x.index_select(0, rows.rows)
 
     @staticmethod
@@ -117,11 +125,10 @@ class _FromBlocks(torch.autograd.Function):
 
 
 class _Rotate(torch.autograd.Function):
-    """Rotary embedding of ``[T, heads, D]`` from ``[T, 1, D / 2]`` cosines and sines (halves, not
-    interleaved).
+    """Rotary embedding of [T, heads, D] from [T, 1, D / 2] cosines and sines, by halves.
 
-    Written into one buffer: Megatron's version is five passes forward and more backward, and on a
-    CPU passes are time.
+    Written into one buffer: Megatron's version makes five passes over memory forward and more
+    backward, which dominates on a CPU.
     """
 
     @staticmethod
@@ -136,7 +143,8 @@ class _Rotate(torch.autograd.Function):
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     out = torch.empty_like(x)
-    (a, b), (out_a, out_b) = x.chunk(2, -1), out.chunk(2, -1)
+    a, b = x.chunk(2, -1)
+    out_a, out_b = out.chunk(2, -1)
     torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-sign)
     torch.mul(b, cos, out=out_b).addcmul_(a, sin, value=sign)
     return out
@@ -145,9 +153,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 def packed_causal_attention(
     q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor, rows: PackedRows, scale: float | None = None
 ) -> Tensor:
-    """Causal attention of every token over its own sequence; grouped queries when G < H. Returns
-    [T, H, D].
-    """
+    """Return causal attention [T, H, D] of each token over its sequence; G < H groups queries."""
     qkv = (q_THD, k_TGD, v_TGD)
     if rows.padded_rows is not None:
         qkv = tuple(_ToBlocks.apply(x, rows) for x in qkv)
@@ -164,7 +170,7 @@ def packed_causal_attention(
 
 
 class PackedCoreAttention(torch.nn.Module):
-    """Megatron's core-attention slot, filled by ``packed_causal_attention``."""
+    """``packed_causal_attention`` as Megatron's core attention."""
 
     def __init__(
         self,
@@ -189,14 +195,17 @@ class PackedCoreAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedRows | None = None,
     ) -> Tensor:
-        """Query, key and value are ``[T, 1, heads, D]``; returns ``[T, 1, heads * D]``."""
+        """Map query, key and value [T, 1, heads, D] to [T, 1, heads * D]."""
         if packed_seq_params is None or query.shape[1] != 1:
             raise ValueError(
                 "PackedCoreAttention takes one packed row and its PackedRows, not a padded batch"
             )
-        q, k, v = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        q = query.squeeze(1)
+        k = key.squeeze(1)
+        v = value.squeeze(1)
         if packed_seq_params.rotary is not None:
             cos, sin = (x.to(q.dtype) for x in packed_seq_params.rotary)
-            q, k = _Rotate.apply(q, cos, sin), _Rotate.apply(k, cos, sin)
+            q = _Rotate.apply(q, cos, sin)
+            k = _Rotate.apply(k, cos, sin)
         out = packed_causal_attention(q, k, v, packed_seq_params, self.scale)
         return out.reshape(out.shape[0], 1, -1)

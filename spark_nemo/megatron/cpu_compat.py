@@ -1,9 +1,8 @@
-"""Run megatron-core 0.16 on a machine without CUDA: inside ``cuda_means_cpu()``, the device "cuda"
-is the CPU.
+"""megatron-core 0.16 on a machine without CUDA: in ``cuda_means_cpu()``, "cuda" is the CPU.
 
-megatron-core asks for "cuda" tensors in its schedules, its optimizer and its recomputation. Where
-CUDA exists nothing here does anything. Function modes belong to a thread, so every public method of
-the worker enters the mode itself and callers may use any thread.
+megatron-core makes "cuda" tensors in its schedules, its optimizer and its recomputation. With CUDA
+this module does nothing. Function modes belong to a thread, so every public method of the worker
+enters the mode, and callers may use any thread.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def device() -> torch.device:
-    """The device this process computes on."""
+    """Return the device this process computes on."""
     return (
         torch.device("cuda", torch.cuda.current_device())
         if torch.cuda.is_available()
@@ -29,7 +28,7 @@ def device() -> torch.device:
 
 
 def cuda_means_cpu() -> contextlib.AbstractContextManager[Any]:
-    """Context for code that calls megatron-core. A null context where CUDA exists."""
+    """Return the context for code that calls megatron-core; a null context with CUDA."""
     if torch.cuda.is_available():
         return contextlib.nullcontext()
     _patch_cuda_entry_points()
@@ -37,8 +36,9 @@ def cuda_means_cpu() -> contextlib.AbstractContextManager[Any]:
 
 
 def on_this_device(method: F) -> F:
-    """Decorator: run a method inside ``cuda_means_cpu()``. Not for generators: the mode would leak
-    to their caller.
+    """Run a method inside ``cuda_means_cpu()``; a decorator.
+
+    Not for generators: the mode would stay active in their caller.
     """
 
     @functools.wraps(method)
@@ -50,8 +50,9 @@ def on_this_device(method: F) -> F:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch and Megatron's tracker. The same seed on all ranks; models here draw nothing after
-    initialisation.
+    """Seed torch and Megatron's tracker, the same on all ranks.
+
+    The models have no dropout, so they draw no random numbers after initialisation.
     """
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -64,16 +65,15 @@ def seed_everything(seed: int) -> None:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Rewrites ``device="cuda"`` to the CPU in every torch call of this thread."""
+    """Replace ``device="cuda"`` by the CPU in every torch call of this thread."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if func is torch.Tensor.cuda:  # tied embeddings over several pipeline stages
             return args[0]
-        if (
-            func is torch.Tensor.type and len(args) == 1 and not kwargs
-        ):  # optimizers assert torch.cuda.FloatTensor
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Optimizers assert torch.cuda.FloatTensor.
             return func(*args).replace("torch.", "torch.cuda.", 1)
         if not kwargs:
             return func(*args)
@@ -85,8 +85,9 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 class _NoStream:
-    """Stands for a CUDA stream or event, and gives one (``record_event``). A class, because others
-    write ``torch.cuda.Stream | None``.
+    """Replacement of a CUDA stream or event; every method returns another (``record_event``).
+
+    A class, because libraries write ``torch.cuda.Stream | None`` in annotations.
     """
 
     def __init__(self, *args: object, **kwargs: object) -> None: ...
@@ -97,8 +98,9 @@ class _NoStream:
 
 @functools.cache
 def _patch_cuda_entry_points() -> None:
-    """Functions that take no tensor cannot be met by a function mode; they are replaced once per
-    process.
+    """Replace CUDA functions once per process, where they take no tensor.
+
+    A function mode does not see such calls.
     """
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -108,16 +110,20 @@ def _patch_cuda_entry_points() -> None:
     torch.cuda.Stream = torch.cuda.Event = _NoStream
     torch.cuda.current_stream = lambda *args, **kwargs: _NoStream()
     torch.cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
-    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: (
-        torch.get_rng_state()
-    )  # recomputation
+    # Recomputation saves and restores the generator's state.
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda *args, **kwargs: None
-    if not hasattr(
-        moe_utils, "te_general_gemm"
-    ):  # routers test for None what the failed import left undefined
+    # Routers compare with None what the failed import of Transformer Engine left undefined.
+    if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
-    # Split sizes must be numbers for the exchange between experts; only those that come from CUDA
-    # are converted.
-    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
-        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-    )
+    token_dispatcher.maybe_move_tensor_to_cpu = _as_numpy
+
+
+def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Convert split sizes, which the exchange between experts needs as numbers.
+
+    Megatron's version converts CUDA tensors only.
+    """
+    if as_numpy and torch.is_tensor(tensor):
+        return tensor.numpy()
+    return tensor

@@ -1,6 +1,4 @@
-"""Which modules a transformer layer is made of: Transformer Engine's where they run, ours
-elsewhere.
-"""
+"""Modules of a transformer layer: Transformer Engine's on its GPUs, this package's elsewhere."""
 
 from __future__ import annotations
 
@@ -26,12 +24,12 @@ from .packed_batch import PackedBatch
 
 
 def uses_transformer_engine() -> bool:
-    """True where Transformer Engine is installed and a CUDA device is there to run it."""
+    """True if Transformer Engine is installed and there is a CUDA device."""
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
 def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmodules:
-    """The layer specification for GPTModel. Parameters have the same checkpoint names either way."""
+    """Return the layers of GPTModel; parameters have the same checkpoint names either way."""
     if uses_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
@@ -43,7 +41,8 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmod
         qk_layernorm=config.qk_layernorm,
         normalization="RMSNorm",
     )
-    layer, attention = spec.submodules, spec.submodules.self_attention.submodules
+    layer = spec.submodules
+    attention = layer.self_attention.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention.core_attention = PackedCoreAttention
     if config.qk_layernorm:
@@ -52,8 +51,8 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmod
         layer.mlp.submodules.activation_func = swiglu
     else:
         layer.mlp.submodules.experts.submodules.activation_func = swiglu
-        # Transformer Engine does not fuse the norm before a router: in a checkpoint it keeps its
-        # own name.
+        # Transformer Engine does not fuse the norm before a router, so the norm keeps its own name
+        # in a checkpoint.
         del layer.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     return TransformerBlockSubmodules(
         layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm
@@ -61,9 +60,7 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec | TransformerBlockSubmod
 
 
 def packing_arguments(batch: PackedBatch, rotary: RotaryEmbedding) -> dict[str, Any]:
-    """How the layers of ``layer_spec`` want to be told about the sequences of a pack and their
-    positions.
-    """
+    """Return the decoder's arguments that describe a pack's sequences and their positions."""
     if uses_transformer_engine():
         params = PackedSeqParams(
             qkv_format="thd",
@@ -85,8 +82,9 @@ def packing_arguments(batch: PackedBatch, rotary: RotaryEmbedding) -> dict[str, 
 
 
 def table_length(max_seqlen: int) -> int:
-    """Rows of the table of rotary angles: the power of two that holds ``max_seqlen``. Megatron
-    keeps the last 32 tables on the GPU, half a gigabyte at 32k tokens if every micro-batch has a
-    length of its own.
+    """Return the rows of the rotary table: the power of two that holds ``max_seqlen``.
+
+    Megatron caches the last 32 tables on the GPU: half a gigabyte at 32k tokens if every
+    micro-batch brought another length.
     """
     return 1 << (max_seqlen - 1).bit_length()

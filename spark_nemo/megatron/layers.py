@@ -1,8 +1,7 @@
-"""RMSNorm and swiglu in few passes over memory, for where Transformer Engine is not. Right on any
-device.
+"""RMSNorm and SwiGLU in few passes over memory, used without Transformer Engine. Any device.
 
-On a CPU a pass over the activations costs as much as a small matrix product; torch composes both
-from many.
+On a CPU one pass over the activations costs as much as a small matrix product; torch composes both
+functions from many passes.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch import Tensor
 
 
 class _RMSNorm(torch.autograd.Function):
-    """``x / rms(x) * weight`` in float32, in few passes over memory (torch composes it on CPUs)."""
+    """``x / rms(x) * weight``, computed in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -33,11 +32,9 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse_rms = ctx.saved_tensors
         H = x.shape[-1]
-        grad_RH, x_RH, inverse_R1 = (
-            grad.reshape(-1, H).float(),
-            x.reshape(-1, H).float(),
-            inverse_rms.reshape(-1, 1),
-        )
+        grad_RH = grad.reshape(-1, H).float()
+        x_RH = x.reshape(-1, H).float()
+        inverse_R1 = inverse_rms.reshape(-1, 1)
         product_RH = grad_RH * x_RH
         grad_weight = product_RH.T @ inverse_R1[:, 0]
         # dx = (grad * weight) / rms - x * sum(grad * weight * x) / (H * rms^3)
@@ -47,18 +44,18 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm over the last dimension (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
+    """Root-mean-square norm over the last dimension. Source: arXiv 1910.07467."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__()
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # Under sequence parallelism each tensor rank sees part of the row; Megatron sums the marked
-        # gradients.
+        # Under sequence parallelism each tensor rank sees a part of the row: Megatron sums the
+        # gradients of marked parameters.
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape and dtype as ``x``."""
+        """Return a tensor of the shape and dtype of ``x``."""
         return _RMSNorm.apply(x, self.weight, self.eps)
 
 
@@ -67,7 +64,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, -1)
         sigmoid = gate.sigmoid()
-        ctx.save_for_backward(gate_up, sigmoid)  # the exponential is the dear part: once is enough
+        ctx.save_for_backward(gate_up, sigmoid)  # the exponential is the expensive part
         return (gate * sigmoid).mul_(up)
 
     @staticmethod
@@ -85,5 +82,5 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """``silu(gate) * up`` of ``[..., gate | up]``, half as wide (Shazeer, 2020, arXiv:2002.05202)."""
+    """Return ``silu(gate) * up`` of ``[..., gate | up]``. Source: arXiv 2002.05202."""
     return _SwiGLU.apply(gate_up)

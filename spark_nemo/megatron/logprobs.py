@@ -1,8 +1,8 @@
-"""Log-probabilities of given tokens from hidden states, without ever holding [T, V] float32 logits.
+"""Log-probabilities of given tokens from hidden states, without [T, V] float32 logits in memory.
 
-The logits of a chunk of rows exist twice: once forward, where only the normaliser of each row is
-kept, and once backward, where they are recomputed. The vocabulary is split over the tensor-parallel
-group as Megatron splits it.
+The logits of a chunk of rows are computed twice: in the forward pass, which keeps only each row's
+normaliser, and again in the backward pass. The vocabulary is split over the tensor-parallel group
+as Megatron splits it. Shapes: T rows, t rows of a chunk, H hidden size, V this rank's vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 26
-"""Float32 logits alive at a time and rank (256 MiB); a chunk has at least 16 rows."""
+"""Float32 logits in memory at a time on a rank (256 MiB); a chunk has at least 16 rows."""
 
 
 def vocab_parallel_logprobs(
@@ -28,20 +28,22 @@ def vocab_parallel_logprobs(
     group: dist.ProcessGroup | None = None,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``log softmax(hidden @ weight.T / temperature)[label]`` of each row, and the entropy in nats
-    if asked for.
+    """Return ``log softmax(hidden @ weight.T / temperature)[label]`` of each row, and its entropy.
 
     ``weight_VH`` is this rank's rows of the output embedding; rows at or beyond ``vocab_size``
-    (padding) take no part. ``labels_T`` may hold anything where the result is not used. Returns
-    float32 [T] twice (the entropy is detached, or None). The gradient of ``hidden_TH`` is this
-    rank's part only: the caller sums it over ``group``. Raises ``ValueError`` unless ``temperature
-    > 0``.
+    (padding) take no part. ``labels_T`` may hold anything where the result is not used.
+
+    Returns float32 [T] twice, in nats; the entropy is detached, and None unless ``with_entropy``.
+    The gradient of ``hidden_TH`` is this rank's part only: the caller sums it over ``group``.
+    Raises ``ValueError`` unless ``temperature > 0``.
     """
     if temperature <= 0:
         raise ValueError(
             f"temperature={temperature}: log-probabilities need a positive temperature"
         )
-    world, rank = (1, 0) if group is None else (group.size(), group.rank())
+    if group is not None and group.size() == 1:
+        group = None
+    rank = 0 if group is None else group.rank()
     first = rank * weight_VH.shape[0]
     valid = min(weight_VH.shape[0], vocab_size - first)
     rows = chunk_rows or rows_per_chunk(weight_VH.shape[0])
@@ -52,14 +54,14 @@ def vocab_parallel_logprobs(
         valid,
         temperature,
         with_entropy,
-        group if world > 1 else None,
+        group,
         rows,
     )
     return logprobs_T, entropy_T if with_entropy else None
 
 
 def rows_per_chunk(vocabulary_rows: int) -> int:
-    """Positions whose logits over this rank's ``vocabulary_rows`` are alive together."""
+    """Return the positions per chunk, given this rank's rows of the vocabulary."""
     return max(16, CHUNK_ELEMENTS // vocabulary_rows)
 
 
@@ -77,7 +79,8 @@ class _Logprobs(torch.autograd.Function):
         rows: int,
     ) -> tuple[Tensor, Tensor]:
         T = hidden_TH.shape[0]
-        logprobs_T, lse_T = (hidden_TH.new_empty(T, dtype=torch.float32) for _ in range(2))
+        logprobs_T = hidden_TH.new_empty(T, dtype=torch.float32)
+        lse_T = torch.empty_like(logprobs_T)
         entropy_T = hidden_TH.new_zeros(T if with_entropy else 0, dtype=torch.float32)
         for start in range(0, T, rows):
             part = slice(start, start + rows)
@@ -88,7 +91,9 @@ class _Logprobs(torch.autograd.Function):
             if with_entropy:
                 entropy_T[part] = entropy
         ctx.save_for_backward(hidden_TH, weight_VH, labels_T, lse_T)
-        ctx.valid, ctx.temperature, ctx.rows = valid, temperature, rows
+        ctx.valid = valid
+        ctx.temperature = temperature
+        ctx.rows = rows
         ctx.mark_non_differentiable(entropy_T)
         return logprobs_T, entropy_T
 
@@ -96,7 +101,7 @@ class _Logprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_T: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TH, weight_VH, labels_T, lse_T = ctx.saved_tensors
         grad_hidden_TH = torch.empty_like(hidden_TH)
-        # In float32 whatever the weights are: chunks would otherwise be summed in bfloat16.
+        # In float32 whatever the weights' type: chunks would otherwise be summed in bfloat16.
         grad_weight_VH = torch.zeros(weight_VH.shape, dtype=torch.float32, device=weight_VH.device)
         for start in range(0, hidden_TH.shape[0], ctx.rows):
             part = slice(start, start + ctx.rows)
@@ -110,20 +115,12 @@ class _Logprobs(torch.autograd.Function):
             grad_tV = grad_tV.to(weight_VH.dtype)
             grad_hidden_TH[part] = grad_tV @ weight_VH[: ctx.valid]
             grad_weight_VH[: ctx.valid] += grad_tV.T @ hidden_TH[part]
-        return (
-            grad_hidden_TH,
-            grad_weight_VH.to(weight_VH.dtype),
-            None,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        no_gradients = (None,) * 6
+        return grad_hidden_TH, grad_weight_VH.to(weight_VH.dtype), *no_gradients
 
 
 def _logits(hidden_tH: Tensor, weight_VH: Tensor, valid: int, temperature: float) -> Tensor:
-    """Fresh float32 logits after temperature, [t, valid]."""
+    """Return new float32 logits after temperature, [t, valid]."""
     logits_tV = F.linear(hidden_tH, weight_VH[:valid]).float()
     return logits_tV if temperature == 1 else logits_tV.div_(temperature)
 
@@ -131,7 +128,7 @@ def _logits(hidden_tH: Tensor, weight_VH: Tensor, valid: int, temperature: float
 def _normalise(
     logits_tV: Tensor, labels_t: Tensor, with_entropy: bool, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Log-probability of the label, log-sum-exp and entropy of each row; overwrites ``logits_tV``."""
+    """Return label log-probability, log-sum-exp and entropy of each row; overwrites the logits."""
     valid = logits_tV.shape[1]
     here_t = (labels_t >= 0) & (labels_t < valid)
     target_t = logits_tV.gather(1, labels_t.clamp(0, valid - 1)[:, None])[:, 0]

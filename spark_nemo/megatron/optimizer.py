@@ -1,6 +1,4 @@
-"""AdamW with a schedule on top of Megatron's optimizers, and what their torch AdamW needs to resume
-exactly.
-"""
+"""Megatron's AdamW and its schedule, with the corrections that exact resume needs."""
 
 from __future__ import annotations
 
@@ -28,8 +26,9 @@ from .packed_gpt import DTYPES, PackedGPT
 
 
 def wrap_for_gradients(model: PackedGPT, layout: MegatronConfig) -> DistributedDataParallel:
-    """Megatron's data-parallel wrapper: buffers of ``layout.grad_reduce_dtype``, summed over ranks when a
-    step ends.
+    """Wrap the model for data parallelism; gradients are summed over ranks at the end of a step.
+
+    The buffers have the type ``layout.grad_reduce_dtype``.
     """
     return DistributedDataParallel(
         model.config,
@@ -47,14 +46,12 @@ def build_optimizer(
     layout: MegatronConfig,
     total_steps: int | None,
 ) -> tuple[ChainedOptimizer, OptimizerParamScheduler]:
-    """Optimizer and schedule. Raises ``ConfigError`` when the schedule needs ``total_steps`` and
-    has none.
-    """
+    """Build optimizer and schedule. Raises ``ConfigError`` when it needs ``total_steps``."""
     scheduled = settings.warmup_fraction > 0 or settings.decay != "constant"
     if scheduled and total_steps is None:
         raise ConfigError(
             f"optimizer.decay={settings.decay} with optimizer.warmup_fraction="
-            f"{settings.warmup_fraction} needs the total number of steps"
+            f"{settings.warmup_fraction}: the total number of steps is missing; pass total_steps"
         )
     dtype = DTYPES[layout.dtype]
     optimizer = get_megatron_optimizer(
@@ -76,8 +73,8 @@ def build_optimizer(
     _make_resumable(optimizer)
 
     warmup = math.ceil(settings.warmup_fraction * total_steps) if scheduled else 0
-    # Megatron's warm-up starts from init_lr: this one makes step k of W use lr * (k + 1) / (W + 1),
-    # never zero.
+    # Megatron's warm-up starts from init_lr: this value gives step k of W the learning rate
+    # lr * (k + 1) / (W + 1), never zero.
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=settings.lr / (warmup + 1),
@@ -95,37 +92,35 @@ def build_optimizer(
 
 
 def set_step(scheduler: OptimizerParamScheduler, step: int) -> None:
-    """Put the schedule at ``step`` and write learning rate and weight decay into the optimizer's
-    groups.
-    """
+    """Move the schedule to ``step`` and update the optimizer's learning rate and weight decay."""
     scheduler.num_steps = step
     scheduler.step(0)
 
 
 def clip_and_step(optimizer: ChainedOptimizer) -> float:
-    """Clip the ready gradients, take one step and return the norm before clipping.
+    """Clip the gradients, make one optimizer step and return the norm before clipping.
 
-    Megatron's own ``step`` multiplies every weight by NaN when the norm is NaN; this one raises
-    ``NonFiniteGradient`` first, on every rank, and changes nothing.
+    Raises ``NonFiniteGradient`` on every rank, before any change, when the norm is not finite;
+    Megatron's own ``step`` would multiply every weight by NaN.
     """
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):
         raise NonFiniteGradient(f"gradient norm is {norm}: the step was not taken")
     for part in optimizer.chained_optimizers:
-        if part.config.clip_grad > 0 and (parameters := part.get_parameters()):
+        parameters = part.get_parameters()
+        if part.config.clip_grad > 0 and parameters:
             clip_grad_by_total_norm_fp32(
                 parameters, max_norm=part.config.clip_grad, total_norm=norm
             )
     optimizer.step_with_ready_grads()
-    optimizer.zero_grad()  # float32 copies of bfloat16 gradients would stay until the next step
+    # The float32 copies of bfloat16 gradients would otherwise stay in memory until the next step.
+    optimizer.zero_grad()
     return norm
 
 
 def prime_state(optimizer: ChainedOptimizer) -> None:
-    """Give torch AdamW the state it lacks before its first step: without it a checkpoint has
-    nowhere to go.
-    """
+    """Allocate the state that torch AdamW makes in its first step, to load a checkpoint into it."""
     for inner in _torch_adamw(optimizer):
         for group in inner.param_groups:
             for parameter in group["params"]:
@@ -139,13 +134,11 @@ def prime_state(optimizer: ChainedOptimizer) -> None:
 
 @contextmanager
 def padding_counted(optimizer: ChainedOptimizer) -> Iterator[None]:
-    """While the state of a distributed optimizer is described for a checkpoint: what lies between
-    its buckets counts.
+    """Count the padding between buckets while a distributed optimizer's state is described.
 
-    Megatron gathers the state without the padding at the end of each bucket, and then cuts the
-    parameters out at their places in the padded buffer. Behind a first bucket with padding (a tied
-    output layer on a last stage has a bucket of its own) every parameter's state was saved shifted,
-    without a word.
+    megatron-core 0.16.1 gathers the state without the padding at the end of each bucket, then cuts
+    the parameters out at their places in the padded buffer. After a padded bucket (a tied output
+    layer on the last stage has its own) it would save every parameter's state shifted, silently.
     """
     parts = [
         part for part in optimizer.chained_optimizers if isinstance(part, DistributedOptimizer)
@@ -170,8 +163,9 @@ def padding_counted(optimizer: ChainedOptimizer) -> Iterator[None]:
 
 
 def separate_steps(optimizer: ChainedOptimizer) -> None:
-    """Megatron loads one step counter shared by all parameters, which AdamW would then advance once
-    for each.
+    """Give each parameter its own step counter.
+
+    Megatron loads one counter shared by all, which AdamW would advance once per parameter.
     """
     for inner in _torch_adamw(optimizer):
         for state in inner.state.values():
@@ -184,8 +178,9 @@ def _torch_adamw(optimizer: ChainedOptimizer) -> list[torch.optim.AdamW]:
 
 
 def _make_resumable(optimizer: ChainedOptimizer) -> None:
-    """Without Transformer Engine the distributed optimizer cannot read its own checkpoint
-    (KeyError: 'step').
+    """Replace a method with which the distributed optimizer cannot read its own checkpoint.
+
+    Without Transformer Engine it fails with KeyError: 'step'.
     """
     for part in optimizer.chained_optimizers:
         if isinstance(part, DistributedOptimizer) and isinstance(part.optimizer, torch.optim.AdamW):

@@ -43,7 +43,7 @@ class PackedBatch:
         for name, row in rows.items():
             if row.shape != (T,):
                 raise ValueError(
-                    f"PackedBatch.{name} has shape {tuple(row.shape)}; expected ({T},) like tokens_T"
+                    f"PackedBatch.{name} has shape {tuple(row.shape)}; expected ({T},) as tokens_T"
                 )
         bounds = self.cu_seqlens_N.tolist()
         if (

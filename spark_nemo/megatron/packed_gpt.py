@@ -1,6 +1,4 @@
-"""Megatron's GPTModel for a Hugging Face configuration, with packed input and chunked
-log-probabilities out.
-"""
+"""Megatron's GPTModel of a ``ModelSpec``: packed batches in, log-probabilities out."""
 
 from __future__ import annotations
 
@@ -35,14 +33,12 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class PackedGPT(GPTModel):
-    """A GPTModel that takes a ``PackedBatch`` and, on the last pipeline stage, returns
-    log-probabilities.
-    """
+    """A GPTModel on ``PackedBatch``; its last pipeline stage returns log-probabilities."""
 
     def forward(
         self, batch: PackedBatch, temperature: float, with_entropy: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Hidden states ``[T, 1, H]``, or on the last stage ``(logprobs_T, entropy_T or None)``."""
+        """Return hidden states [T, 1, H]; on the last stage ``(logprobs_T, entropy_T | None)``."""
         positions_1T = batch.positions_T[None]
         hidden = self.embedding(batch.tokens_T[None], positions_1T) if self.pre_process else None
         hidden = self.decoder(
@@ -73,18 +69,15 @@ class PackedGPT(GPTModel):
 
 
 def build_model(spec: ModelSpec, layout: MegatronConfig) -> PackedGPT:
-    """This rank's part of the model on its device, with uninitialised weights. Needs the process
-    groups.
+    """Build this rank's part of the model on its device, with uninitialised weights.
 
-    Raises ``ConfigError`` when the model cannot be split as ``layout`` says.
+    The process groups must exist. Raises ``ConfigError`` when ``layout`` cannot split the model.
     """
     return construct(spec, layout).to(device())
 
 
 def construct(spec: ModelSpec, layout: MegatronConfig) -> PackedGPT:
-    """``build_model`` without moving it to the device: under ``torch.device("meta")`` it takes no
-    memory.
-    """
+    """Build the model where torch puts it: under ``torch.device("meta")`` it takes no memory."""
     spec.check_layout(layout)
     config = transformer_config(spec, layout)
     with cuda_means_cpu():
@@ -108,9 +101,10 @@ def construct(spec: ModelSpec, layout: MegatronConfig) -> PackedGPT:
 
 
 def _mark_sharded_weights(model: PackedGPT) -> None:
-    """Megatron marks sharded weights while it initialises them, which is off here. Without the
-    mark, clipping would count the shards of the first tensor rank only, and every gradient norm
-    would be wrong.
+    """Mark the weights that are split over tensor ranks.
+
+    Megatron does it while it initialises weights, which is off here. Without the mark, clipping
+    would count the shards of the first tensor rank only, and every gradient norm would be wrong.
     """
     dimension = {ColumnParallelLinear: 0, RowParallelLinear: 1, VocabParallelEmbedding: 0}
     for module in model.modules():
@@ -124,9 +118,10 @@ def _mark_sharded_weights(model: PackedGPT) -> None:
 
 
 def _mark_experts(model: PackedGPT) -> None:
-    """Gradients of experts are summed over all ranks that hold the same expert. Megatron does that
-    only where experts are spread (expert_parallel > 1), but tensor ranks that each hold them all
-    see only part of the tokens, too.
+    """Have gradients of experts summed over all ranks that hold the same expert.
+
+    Megatron does it only with expert_parallel > 1. But tensor ranks that each hold all experts see
+    only a part of the tokens, too.
     """
     for name, parameter in model.named_parameters():
         if ".experts." in name:
@@ -134,7 +129,7 @@ def _mark_experts(model: PackedGPT) -> None:
 
 
 def transformer_config(spec: ModelSpec, layout: MegatronConfig) -> TransformerConfig:
-    """Megatron's configuration of a model of any of ``families``."""
+    """Return Megatron's configuration of the model."""
     dtype = DTYPES[layout.dtype]
     pipelined = layout.pipeline_parallel > 1
     recompute = {
@@ -169,11 +164,10 @@ def transformer_config(spec: ModelSpec, layout: MegatronConfig) -> TransformerCo
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        # Transformer Engine's layers would each make the whole weight of all tensor ranks in
-        # float32, to cut it up.
+        # With CPU initialisation each of Transformer Engine's layers would make the whole weight of
+        # all tensor ranks in float32, to cut its part out.
         use_cpu_initialization=not uses_transformer_engine(),
-        # The slot for an activation function that does the gating too; layer_spec fills it with
-        # ours.
+        # The slot for an activation function that includes the gating; layer_spec fills it.
         use_te_activation_func=not uses_transformer_engine(),
         # Every weight is written by hf_weights, which checks that none was left out.
         perform_initialization=False,
@@ -182,9 +176,9 @@ def transformer_config(spec: ModelSpec, layout: MegatronConfig) -> TransformerCo
         # per micro-batch.
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
-        # Micro-batches differ in length, so stages send each other the shape first. Padding all of
-        # them to the longest would cost attention and linear layers over nothing. (Megatron wants
-        # alltoall for it, even without experts.)
+        # Micro-batches differ in length, so stages first send each other the shape. Padding all of
+        # them to the longest would compute layers over padding. (Megatron then requires alltoall,
+        # even without experts.)
         variable_seq_lengths=pipelined,
         moe_token_dispatcher_type="alltoall",
         deallocate_pipeline_outputs=pipelined,
@@ -195,13 +189,14 @@ def transformer_config(spec: ModelSpec, layout: MegatronConfig) -> TransformerCo
 
 
 def _expert_settings(spec: ModelSpec, layout: MegatronConfig) -> dict[str, Any]:
-    if (experts := spec.experts) is None:
+    experts = spec.experts
+    if experts is None:
         return {}
     return {
         "num_moe_experts": experts.count,
         "moe_ffn_hidden_size": experts.ffn_size,
         "moe_router_topk": experts.per_token,
-        # Softmax over the chosen experts equals softmax over all divided by the sum of the chosen.
+        # Softmax over the chosen experts equals softmax over all, divided by the chosen ones' sum.
         "moe_router_pre_softmax": not experts.normalize_weights,
         "moe_router_load_balancing_type": "none",
         "moe_grouped_gemm": uses_transformer_engine(),

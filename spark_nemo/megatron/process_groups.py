@@ -153,7 +153,8 @@ def _rank_and_world_size() -> tuple[int, int]:
                 "MASTER_PORT, or start with torchrun"
             )
         return int(os.environ["RANK"]), world_size
-    if (task := slurm_task()) is not None:
+    task = slurm_task()
+    if task is not None:
         os.environ.setdefault("MASTER_ADDR", task.master_address)
         os.environ.setdefault("MASTER_PORT", str(task.master_port))
         return task.rank, task.world_size

@@ -368,13 +368,13 @@ def test_wrong_settings_are_named(folders, tmp_path):
         return str(caught.value)
 
     assert error_of(tmp_path / "none").startswith(
-        f"model folder {tmp_path / 'none'} does not exist (hub names"
+        f"model folder {tmp_path / 'none'} does not exist"
     )
     assert error_of(tmp_path).startswith(f"model folder {tmp_path} has no config.json")
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     assert "model_type='gpt2' is not supported" in error_of(tmp_path)
     shutil.copy(folders[True] / "config.json", tmp_path)
-    assert error_of(tmp_path) == f"model folder {tmp_path} has no .safetensors files"
+    assert ".safetensors" in error_of(tmp_path)
     assert "torchrun --nproc-per-node 4" in error_of(folders[True], MegatronConfig(data_parallel=4))
 
 
