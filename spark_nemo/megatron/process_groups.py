@@ -97,7 +97,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def broadcast_tensors(tensors: Mapping[str, Tensor] | None, source: int = 0) -> dict[str, Tensor]:
-    """The named CPU tensors of rank ``source`` on every rank. Collective.
+    """Return the named CPU tensors of rank ``source`` on every rank. Collective.
 
     Token ids of a large batch take seconds to pickle; as tensors they are sent as they are.
     """

@@ -1,7 +1,6 @@
-"""What Megatron's distributed checkpoint (torch_dist) of a model holds: keys, global shapes, and
-who goes where.
+"""Contents of Megatron's distributed checkpoint (torch_dist): keys, shapes, place of each parameter.
 
-The tensors there know nothing of parallel ranks: those of all layers are stacked under one key,
+Its tensors do not depend on parallel ranks: the tensors of all layers are stacked under one key,
 experts on a second axis. Names are Transformer Engine's, which Megatron writes for its local layers
 too.
 """
@@ -22,9 +21,7 @@ _IN_EXPERT = re.compile(r"^mlp\.experts\.(linear_fc[12]\.weight)(\d+)$")
 
 @dataclass(frozen=True)
 class Piece:
-    """One Megatron parameter and its box in the tensor ``key``, which is stacked over layers and
-    experts.
-    """
+    """One Megatron parameter and its box in the stacked tensor ``key``."""
 
     key: str
     offset: tuple[int, ...]
@@ -34,9 +31,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class GlobalTensors:
-    """The tensors of a model's weights, in Hugging Face order, and the empty objects that go with
-    them.
-    """
+    """The weight tensors of a model, in Hugging Face order, and the empty objects they need."""
 
     shapes: dict[str, tuple[int, ...]]
     pieces: list[Piece]
@@ -44,54 +39,59 @@ class GlobalTensors:
 
     @classmethod
     def of(cls, spec: ModelSpec, layers_apart: bool = False) -> GlobalTensors:
-        """Built from the family's table alone; nothing is allocated. With ``layers_apart`` every
-        layer has keys of its own, and only experts are stacked: what megatron-core calls
-        non_homogeneous_layers.
+        """Derive keys and shapes from the parameter mapping, without allocating tensors.
+
+        With ``layers_apart`` every layer has its own keys and only experts are stacked, as with
+        megatron-core's non_homogeneous_layers.
         """
         pieces = [_piece(param, spec, layers_apart) for param in map_params(spec)]
         shapes: dict[str, tuple[int, ...]] = {}
         for piece in pieces:
             leading = len(piece.size) - len(piece.param.shard_shape(spec, 1))
-            stacked = (spec.num_layers, spec.experts.count if spec.experts else 0)[
-                int(layers_apart) :
-            ]
+            num_experts = spec.experts.count if spec.experts else 0
+            stacked = (num_experts,) if layers_apart else (spec.num_layers, num_experts)
             shapes[piece.key] = (*stacked[:leading], *piece.size[leading:])
         return cls(shapes, pieces, _extra_states(spec))
 
     @classmethod
     def like(cls, spec: ModelSpec, stored: Iterable[str]) -> GlobalTensors:
-        """As in the checkpoint whose weights have the names ``stored``."""
+        """Use the same stacking as the checkpoint with the weight names ``stored``."""
         return cls.of(spec, has_layers_apart(stored))
 
 
 def has_layers_apart(stored: Iterable[str]) -> bool:
-    """Whether weights of these names were stored layer by layer."""
+    """True if weights of these names were stored layer by layer."""
     return any(_IN_LAYER.match(name) for name in stored)
 
 
 def _piece(param: MappedParam, spec: ModelSpec, layers_apart: bool) -> Piece:
-    name, size = param.megatron_names[-1], param.shard_shape(spec, 1)
+    name = param.megatron_names[-1]
+    size = param.shard_shape(spec, 1)
     in_layer = _IN_LAYER.match(name)
     if in_layer is None:
         return Piece(name, (0,) * len(size), size, param)
-    layer, rest = int(in_layer[1]), in_layer[2]
-    if in_expert := _IN_EXPERT.match(rest):
-        key, position = f"mlp.experts.experts.{in_expert[1]}", (layer, int(in_expert[2]))
-    else:
-        key, position = rest, (layer,)
+    key = in_layer[2]
+    position: tuple[int, ...] = (int(in_layer[1]),)
+    in_expert = _IN_EXPERT.match(key)
+    if in_expert is not None:
+        key = f"mlp.experts.experts.{in_expert[1]}"
+        position = (*position, int(in_expert[2]))
     if layers_apart:
-        key, position = f"{layer}.{key}", position[1:]
+        key = f"{in_layer[1]}.{key}"
+        position = position[1:]
     return Piece(
-        f"decoder.layers.{key}", position + (0,) * len(size), (1,) * len(position) + size, param
+        key=f"decoder.layers.{key}",
+        offset=position + (0,) * len(size),
+        size=(1,) * len(position) + size,
+        param=param,
     )
 
 
 def _extra_states(spec: ModelSpec) -> list[str]:
-    """Unique keys of the objects in which Transformer Engine keeps FP8 scales. Here they hold None.
+    """Return the keys of Transformer Engine's objects for FP8 scales, which hold None here.
 
-    megatron-core refuses a checkpoint in which an object is missing that the model asks for, so
-    every module that has one under Transformer Engine is named; a model without them does not read
-    them.
+    megatron-core rejects a checkpoint that lacks an object of the model. So every module that has
+    one under Transformer Engine is included; models without Transformer Engine do not read them.
     """
     experts = spec.experts.count if spec.experts else 0
     modules = [
@@ -120,20 +120,21 @@ def _extra_states(spec: ModelSpec) -> list[str]:
 def check_stored_shapes(
     stored: dict[str, tuple[int, ...]], expected: GlobalTensors, origin: str
 ) -> None:
-    """``ConfigError`` naming the first weight that ``origin`` lacks, has too much or has in another
-    shape.
+    """Raise ``ConfigError`` naming the first missing, surplus or misshapen weight of ``origin``.
 
     Rows of embeddings beyond the vocabulary are Megatron's padding and are allowed.
     """
-    if missing := [key for key in expected.shapes if key not in stored]:
+    missing = [key for key in expected.shapes if key not in stored]
+    if missing:
         norm = " (a layer norm is never filled in by default)" if "norm" in missing[0] else ""
         finer = (
-            " (it was saved with singleton_local_shards, which is not read)"
+            " (it was saved with singleton_local_shards, which is not supported)"
             if any(key.endswith("linear_fc1.weight_w") for key in stored)
             else ""
         )
         raise ConfigError(f"{origin} lacks tensor {missing[0]}{norm}{_more(missing)}{finer}")
-    if surplus := [key for key in stored if key not in expected.shapes]:
+    surplus = [key for key in stored if key not in expected.shapes]
+    if surplus:
         raise ConfigError(
             f"{origin} has tensor {surplus[0]}, which the model of config.json does not have"
             + _more(surplus)
@@ -143,7 +144,7 @@ def check_stored_shapes(
         padded = key.endswith(("word_embeddings.weight", "output_layer.weight")) and len(found) == 2
         if found != size and not (padded and found[0] > size[0] and found[1] == size[1]):
             raise ConfigError(
-                f"tensor {key} in {origin} has shape {found}, the model of config.json wants {size}"
+                f"tensor {key} in {origin} has shape {found}, the model of config.json has {size}"
             )
 
 

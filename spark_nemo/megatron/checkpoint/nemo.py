@@ -1,9 +1,9 @@
 """NeMo 2's checkpoint folder, read and written without nemo-toolkit.
 
-``weights/`` is a torch_dist checkpoint whose keys start with "module."; ``context/`` has
-``model.yaml`` (the model's configuration under the names of NeMo's classes, defaults included),
-``io.json`` (what NeMo builds its objects of, see ``nemo_io``), ``nemo_tokenizer/`` and
-``artifacts/``. Checked against nemo-toolkit by benchmarks/nemo_parity.py.
+``weights/`` is a torch_dist checkpoint whose keys start with "module.". ``context/`` has
+``model.yaml`` (the model's configuration under the names of NeMo's classes, with defaults),
+``io.json`` (from which NeMo builds its objects, see ``nemo_io``), ``nemo_tokenizer/`` and
+``artifacts/``. benchmarks/nemo_parity.py checks this module against nemo-toolkit.
 """
 
 from __future__ import annotations
@@ -23,8 +23,12 @@ from spark_nemo.models.spec import ModelSpec
 from .nemo_io import IO_JSON, call, io_json, plain_values, symbol
 from .torch_dist_reader import EMBEDDING, StoredCheckpoint
 
-WEIGHTS, CONTEXT, MODEL_YAML, PREFIX = "weights", "context", "model.yaml", "module."
-TOKENIZER, ARTIFACTS = "nemo_tokenizer", "artifacts"
+WEIGHTS = "weights"
+CONTEXT = "context"
+MODEL_YAML = "model.yaml"
+PREFIX = "module."
+TOKENIZER = "nemo_tokenizer"
+ARTIFACTS = "artifacts"
 _MODELS = "nemo.collections.llm.gpt.model."
 _CLASSES = {
     "qwen2": ("qwen2.Qwen2Model", "qwen2.Qwen2Config"),
@@ -50,7 +54,7 @@ _SAME = {
     "initializer_range": "init_method_std",
     "tie_word_embeddings": "share_embeddings_and_output_weights",
 }
-"""Hugging Face's names of what NeMo's configuration has under another name."""
+"""Hugging Face's names of the settings, to NeMo's names."""
 _INPUT_NORM = "decoder.layers.self_attention.linear_qkv.layer_norm_weight"
 _FINAL_NORM = "decoder.final_layernorm.weight"
 _FIXED = {
@@ -68,9 +72,7 @@ def write_context(
     dtype: torch.dtype,
     sources: tuple[Path, ...],
 ) -> None:
-    """Write ``folder/context``. config.json goes into ``artifacts/``, so that the way back needs
-    nothing else.
-    """
+    """Write ``folder/context``; with config.json in ``artifacts/`` the way back needs no more."""
     context = folder / CONTEXT
     for sub in (TOKENIZER, ARTIFACTS):
         (context / sub).mkdir(parents=True, exist_ok=True)
@@ -91,36 +93,33 @@ def write_context(
 
 
 def check_norms(stored: StoredCheckpoint) -> None:
-    """``ConfigError`` for the layer norms that NeMo's import leaves at 1 when Transformer Engine is
-    not installed.
+    """Raise ``ConfigError`` for layer norms that NeMo's import left at 1.
 
-    It then finds no tensor of their names and only warns; the final norm has the same name and
-    arrives. A fresh model has ones in both.
+    Without Transformer Engine the import does not find tensors of their names and only warns; the
+    final norm's name is the same in both cases and is imported. A new model has ones in both.
     """
     norms = [stored.prefix + key for key in (_INPUT_NORM, _FINAL_NORM)]
     if any(key not in stored.tensors for key in norms):
-        return  # a missing tensor is found, and named, with the others
-    lost, arrived = (bool((stored.read(key) == 1).all()) for key in norms)
-    if lost and not arrived:
+        return  # check_stored_shapes names missing tensors
+    input_is_ones, final_is_ones = (bool((stored.read(key) == 1).all()) for key in norms)
+    if input_is_ones and not final_is_ones:
         raise ConfigError(
-            f"{stored.folder}: tensor {norms[0]} is 1 everywhere, {norms[1]} is not: NeMo's import loses "
-            "layer norms where Transformer Engine is not installed. Import the model again with it, or "
-            "with tools/convert_hf_to_megatron.py --to nemo"
+            f"{stored.folder}: tensor {norms[0]} is 1 everywhere, {norms[1]} is not: NeMo's import "
+            "loses layer norms without Transformer Engine; import the model again with it, or with "
+            "tools/convert_hf_to_megatron.py --to nemo"
         )
 
 
 def companions(folder: Path) -> tuple[Path, ...]:
-    """Folders of a NeMo checkpoint with tokenizer and generation files."""
+    """Return the folders of a NeMo checkpoint with tokenizer and generation files."""
     found = (folder / CONTEXT / TOKENIZER, folder / CONTEXT / ARTIFACTS)
     return tuple(path for path in found if path.is_dir())
 
 
 def hf_config(folder: Path, stored: StoredCheckpoint) -> dict[str, Any]:
-    """The config.json of a NeMo checkpoint: the one carried along, checked against model.yaml, or
-    one made of it.
+    """Return the config.json in the checkpoint, checked against model.yaml, else one made from it.
 
-    Raises ``ConfigError`` naming the key of model.yaml that is missing or says what is not
-    supported.
+    Raises ``ConfigError`` naming the missing or unsupported key of model.yaml.
     """
     path = folder / CONTEXT / MODEL_YAML
     made = _from_yaml(path, stored)
@@ -131,9 +130,11 @@ def hf_config(folder: Path, stored: StoredCheckpoint) -> dict[str, Any]:
         config = json.loads(carried.read_text())
     except ValueError as error:
         raise ConfigError(f"{carried} is not JSON: {error}") from error
-    ours, theirs = ModelSpec.from_hf(config, str(carried)), ModelSpec.from_hf(made, str(path))
+    carried_spec = ModelSpec.from_hf(config, str(carried))
+    yaml_spec = ModelSpec.from_hf(made, str(path))
     for field in fields(ModelSpec):
-        a, b = getattr(ours, field.name), getattr(theirs, field.name)
+        a = getattr(carried_spec, field.name)
+        b = getattr(yaml_spec, field.name)
         if a != b:
             raise ConfigError(
                 f"{path} says {field.name}={b}, {carried} says {a}: correct one of them"
@@ -142,8 +143,9 @@ def hf_config(folder: Path, stored: StoredCheckpoint) -> dict[str, Any]:
 
 
 def _model_yaml(spec: ModelSpec, dtype: torch.dtype, context: Path) -> dict[str, Any]:
-    """The tree of model.yaml. Tokenizer and generation settings are named when ``context`` has
-    their files.
+    """Return the tree of model.yaml.
+
+    It names tokenizer and generation settings when ``context`` has their files.
     """
     model, config = _CLASSES[spec.family]
     values: dict[str, Any] = {
@@ -170,11 +172,11 @@ def _model_yaml(spec: ModelSpec, dtype: torch.dtype, context: Path) -> dict[str,
         "params_dtype": symbol(str(dtype)),
         "activation_func": symbol("torch.nn.functional.silu"),
     }
-    if spec.family.startswith(
-        "qwen3"
-    ):  # its class has a default of its own for this second name of seq_length
+    if spec.family.startswith("qwen3"):
+        # NeMo's class has its own default for this second name of seq_length.
         values["max_position_embeddings"] = spec.max_positions
-    if scaling := spec.rope_scaling:
+    scaling = spec.rope_scaling
+    if scaling:
         config = _LLAMA31
         values |= {
             "scale_factor": scaling.factor,
@@ -182,7 +184,8 @@ def _model_yaml(spec: ModelSpec, dtype: torch.dtype, context: Path) -> dict[str,
             "high_freq_factor": scaling.high_freq_factor,
             "old_context_len": scaling.original_max_positions,
         }
-    if experts := spec.experts:
+    experts = spec.experts
+    if experts:
         values |= {
             "num_moe_experts": experts.count,
             "moe_router_topk": experts.per_token,
@@ -215,8 +218,8 @@ def _from_yaml(path: Path, stored: StoredCheckpoint) -> dict[str, Any]:
     for key, value in plain_values(path.parent, "model.config").items():
         if key in config and config[key] != value:
             raise ConfigError(
-                f"{path} says {key}={config[key]!r}, {path.parent / IO_JSON}, which NeMo reads, says "
-                f"{value!r}: correct one of them"
+                f"{path} says {key}={config[key]!r}, {path.parent / IO_JSON}, which NeMo reads, "
+                f"says {value!r}: correct one of them"
             )
 
     def get(key: str) -> Any:
@@ -263,13 +266,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text())["config"]
     except FileNotFoundError as error:
-        also = (
-            " (io.json alone leaves out what is a default of NeMo's classes)"
-            if (path.parent / IO_JSON).is_file()
-            else ""
-        )
+        hint = ""
+        if (path.parent / IO_JSON).is_file():
+            hint = " (io.json alone leaves out the defaults of NeMo's classes)"
         raise ConfigError(
-            f"{path} is missing{also}: name a folder that has the model's config.json with --hf-config"
+            f"{path} is missing{hint}: pass --hf-config with a folder that has the model's "
+            "config.json"
         ) from error
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is damaged: {str(error).splitlines()[0]}") from error

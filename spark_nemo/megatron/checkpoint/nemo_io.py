@@ -1,9 +1,8 @@
-"""``context/io.json`` of a NeMo 2 folder: the graph of Python objects that NeMo's
-``io.load_context`` builds.
+"""``context/io.json`` of a NeMo 2 folder: the graph of objects that ``io.load_context`` builds.
 
-It is written from the same tree as ``model.yaml``, in the form that fiddle 0.3 (which NeMo uses)
-gives its ``fdl.Config`` objects. Reading takes the plain values only: what the file names is
-neither imported nor called.
+It is written from the same tree as ``model.yaml``, as fiddle 0.3 (which NeMo uses) serialises its
+``fdl.Config`` objects. Reading takes plain values only: nothing that the file names is imported or
+called.
 """
 
 from __future__ import annotations
@@ -17,24 +16,24 @@ from spark_nemo.config.errors import ConfigError
 IO_JSON = "io.json"
 ROOT = "<root>"
 _VERSION = "0.0.1"
-_BUILTINS, _FIDDLE = "builtins", "fiddle._src.config"
+_BUILTINS = "builtins"
+_FIDDLE = "fiddle._src.config"
 
 
 def call(target: str, **arguments: Any) -> dict[str, Any]:
-    """A node of model.yaml's tree: ``target`` called with ``arguments``."""
+    """Return a node of model.yaml's tree: ``target`` called with ``arguments``."""
     return {"_target_": target, **arguments}
 
 
 def symbol(target: str) -> dict[str, Any]:
-    """A node of model.yaml's tree: the class, function or constant ``target`` itself."""
+    """Return a node of model.yaml's tree: the class, function or constant ``target`` itself."""
     return {"_target_": target, "_call_": False}
 
 
 def io_json(model: dict[str, Any]) -> str:
-    """The text of io.json for the model of model.yaml, in a context as ``llm.import_ckpt`` of NeMo
-    writes it.
+    """Return the text of io.json for the tree of model.yaml, as NeMo's ``llm.import_ckpt`` does.
 
-    The trainer there is the one of a conversion on one CPU; NeMo's own scripts bring another.
+    Its trainer is that of a conversion on one CPU, which NeMo's own scripts replace.
     """
     strategy = call(
         "nemo.lightning.pytorch.strategies.megatron_strategy.MegatronStrategy",
@@ -58,21 +57,25 @@ def io_json(model: dict[str, Any]) -> str:
 
 
 def plain_values(folder: Path, of: str) -> dict[str, Any]:
-    """The arguments of ``of`` (as in "model.config") in ``folder/io.json`` that are numbers, texts,
-    booleans or null.
+    """Return the plain arguments (numbers, texts, booleans, null) of ``of`` in ``folder/io.json``.
 
-    Empty when there is no such file. ``ConfigError`` when it is damaged.
+    ``of`` is a path such as "model.config". Empty without the file. Raises ``ConfigError`` for a
+    damaged one.
     """
     path = folder / IO_JSON
     if not path.is_file():
         return {}
-    found, prefix = {}, f"{ROOT}.{of}."
+    prefix = f"{ROOT}.{of}."
+    found = {}
     try:
         for entry in json.loads(path.read_text())["objects"].values():
-            for _, value in (item for item in entry["items"] if isinstance(item[1], dict)):
-                for where in value.get("paths", ()) if value["type"] == "leaf" else ():
-                    if where.startswith(prefix) and where.removeprefix(prefix).isidentifier():
-                        found[where.removeprefix(prefix)] = value["value"]
+            for _, value in entry["items"]:
+                if not isinstance(value, dict) or value["type"] != "leaf":
+                    continue
+                for where in value.get("paths", ()):
+                    name = where.removeprefix(prefix)
+                    if where.startswith(prefix) and name.isidentifier():
+                        found[name] = value["value"]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ConfigError(f"{path} is damaged: {error!r}") from error
     return found
@@ -85,9 +88,7 @@ class _Graph:
         self.objects: dict[str, Any] = {}
 
     def add(self, tree: Any, path: str) -> dict[str, Any]:
-        """What stands for ``tree`` in its parent; ``path`` is how NeMo asks for a part of the
-        context.
-        """
+        """Add ``tree`` and return its reference; ``path`` is the name by which NeMo loads it."""
         if not isinstance(tree, dict):
             return {"type": "leaf", "value": tree, "paths": [path]}
         if tree.get("_call_") is False:
@@ -119,7 +120,7 @@ class _Graph:
         )
 
     def _metadata(self, target: str, arguments: list[str]) -> dict[str, Any]:
-        """Which function the values are arguments of. Tags and history are fiddle's and stay empty."""
+        """Add the name of the function the values are arguments of; tags and history are empty."""
         kind = _reference(f"{_FIDDLE}.BuildableTraverserMetadata")
         values = {
             "fn_or_cls": _reference(target),

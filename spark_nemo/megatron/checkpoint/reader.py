@@ -1,6 +1,4 @@
-"""Any model checkpoint as Hugging Face tensors: a Hugging Face, Megatron (torch_dist) or NeMo 2
-folder.
-"""
+"""Reading a Hugging Face, Megatron (torch_dist) or NeMo 2 folder as Hugging Face tensors."""
 
 from __future__ import annotations
 
@@ -33,23 +31,21 @@ from .training_checkpoint import HF_FILES
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A checkpoint whose tensors have been checked, without having been read, against its
-    configuration.
-    """
+    """A checkpoint whose names, shapes and types match its configuration; no tensor is read yet."""
 
     kind: str
     """"hf", "megatron" or "nemo"."""
     folder: Path
-    """Where its weights are."""
+    """Folder of the weights."""
     hf_config: dict[str, Any]
     spec: ModelSpec
     dtype: torch.dtype
     tensors: Mapping[str, Tensor]
-    """By Hugging Face name, in the order of ``hf_tensor_shapes``; read when asked for."""
+    """By Hugging Face name, in the order of ``hf_tensor_shapes``; read on access."""
     companions: tuple[Path, ...]
-    """Folders with its tokenizer and generation files."""
+    """Folders with the tokenizer and generation files."""
     stored: StoredCheckpoint | None
-    """What is on disk, for what is not a Hugging Face folder."""
+    """The torch_dist folder; None for a Hugging Face folder."""
 
 
 def open_checkpoint(
@@ -58,12 +54,12 @@ def open_checkpoint(
     dtype: torch.dtype | None = None,
     trust_pickle: bool = False,
 ) -> OpenedCheckpoint:
-    """Recognise and check a checkpoint. ``ConfigError`` names what is missing, surplus, misshapen
-    or damaged.
+    """Detect the format of a checkpoint and check it against its configuration.
 
-    ``hf_config_from`` is a folder with the config.json (and tokenizer) of the model, for Megatron
-    folders that hold none. Weights of other types than config.json's are an error unless ``dtype``
-    says to convert them. ``trust_pickle`` allows ``pytorch_model*.bin``.
+    ``hf_config_from`` is a folder with the model's config.json (and tokenizer), for Megatron
+    folders without one. A type other than config.json's is an error unless ``dtype`` is the type to
+    convert to. ``trust_pickle`` allows ``pytorch_model*.bin``. Raises ``ConfigError`` naming what
+    is missing, surplus, misshapen or damaged.
     """
     kind, weights = detect_format(folder)
     if kind == "nemo":
@@ -85,8 +81,8 @@ def _open_hf(folder: Path, dtype: torch.dtype | None, trust_pickle: bool) -> Ope
     if pickles and not (folder / WEIGHT_INDEX).is_file() and not list(folder.glob("*.safetensors")):
         if not trust_pickle:
             raise ConfigError(
-                f"{pickles[0]} is a pickle, and {folder} has no safetensors: pass --trust-pickle if you "
-                "know who made it"
+                f"{pickles[0]} is a pickle, and {folder} has no safetensors: pass --trust-pickle "
+                "if you know who made it"
             )
         tensors = PickledFolder(folder)
     else:
@@ -103,7 +99,14 @@ def _open_hf(folder: Path, dtype: torch.dtype | None, trust_pickle: bool) -> Ope
     types = {name: found[name][1] for name in expected}
     chosen = _one_dtype(types, config, dtype, str(folder))
     return OpenedCheckpoint(
-        "hf", folder, config, spec, chosen, _Ordered(tensors, list(expected)), (folder,), None
+        kind="hf",
+        folder=folder,
+        hf_config=config,
+        spec=spec,
+        dtype=chosen,
+        tensors=_Ordered(tensors, list(expected)),
+        companions=(folder,),
+        stored=None,
     )
 
 
@@ -114,8 +117,8 @@ def _open_megatron(
     companions = Path(hf_config_from) if hf_config_from else folder / HF_FILES
     if not hf_config_from and not companions.is_dir():
         raise ConfigError(
-            f"{folder} has no {HF_FILES}/config.json, so its model is unknown: name a folder that has "
-            "the model's config.json with --hf-config"
+            f"{folder} has no {HF_FILES}/config.json, so its model is unknown: pass --hf-config "
+            "with a folder that has the model's config.json"
         )
     config = read_hf_config(companions)
     return _of_stored("megatron", stored, config, f"{companions}/config.json", dtype, (companions,))
@@ -127,16 +130,12 @@ def _open_nemo(
     stored = StoredCheckpoint(folder / nemo.WEIGHTS)
     nemo.check_norms(stored)
     if hf_config_from:
-        config, source, companions = (
-            read_hf_config(hf_config_from),
-            f"{hf_config_from}/config.json",
-            (Path(hf_config_from),),
-        )
+        config = read_hf_config(hf_config_from)
+        source = f"{hf_config_from}/config.json"
+        companions = (Path(hf_config_from),)
     else:
-        config, source = (
-            nemo.hf_config(folder, stored),
-            f"{folder / nemo.CONTEXT / nemo.MODEL_YAML}",
-        )
+        config = nemo.hf_config(folder, stored)
+        source = f"{folder / nemo.CONTEXT / nemo.MODEL_YAML}"
         companions = nemo.companions(folder)
     return _of_stored("nemo", stored, config, source, dtype, companions)
 
@@ -159,26 +158,27 @@ def _of_stored(
     for key, found in types.items():
         if not found.is_floating_point:
             raise ConfigError(
-                f"tensor {key} in {stored.folder} has dtype {found}, weights are floating-point numbers"
+                f"tensor {key} in {stored.folder} has dtype {found}; weights must be "
+                "floating-point numbers"
             )
-    # What a trained checkpoint is stored in is the trainer's choice, so config.json does not bind
-    # it.
+    # config.json's dtype is not checked: the trainer chooses the type of a training checkpoint.
     chosen = _one_dtype(types, {}, dtype, str(stored.folder))
     return OpenedCheckpoint(
-        kind,
-        stored.folder,
-        config,
-        spec,
-        chosen,
-        _StoredTensors(stored, expected, spec),
-        companions,
-        stored,
+        kind=kind,
+        folder=stored.folder,
+        hf_config=config,
+        spec=spec,
+        dtype=chosen,
+        tensors=_StoredTensors(stored, expected, spec),
+        companions=companions,
+        stored=stored,
     )
 
 
 def _one_dtype(
     types: dict[str, torch.dtype], config: dict[str, Any], wanted: torch.dtype | None, origin: str
 ) -> torch.dtype:
+    """Return ``wanted``, else the one type of all tensors."""
     if wanted is not None:
         return wanted
     stated = config.get("dtype") or config.get("torch_dtype")
@@ -204,12 +204,11 @@ def _one_dtype(
 
 
 class _Ordered(Mapping[str, Tensor]):
-    """The tensors a model has, in its order, without caches and copies that a file may hold
-    besides.
-    """
+    """The tensors of the model in its order, without the caches and copies in some files."""
 
     def __init__(self, tensors: Mapping[str, Tensor], names: list[str]) -> None:
-        self.tensors, self.names = tensors, names
+        self.tensors = tensors
+        self.names = names
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -222,12 +221,15 @@ class _Ordered(Mapping[str, Tensor]):
 
 
 class _StoredTensors(Mapping[str, Tensor]):
-    """Hugging Face tensors cut from the boxes of a distributed checkpoint, the last box read is
-    kept.
+    """Hugging Face tensors cut from the boxes of a distributed checkpoint.
+
+    The last box read is kept: several Hugging Face tensors come from one box.
     """
 
     def __init__(self, stored: StoredCheckpoint, expected: GlobalTensors, spec: ModelSpec) -> None:
-        self.stored, self.spec, self.prefix = stored, spec, stored.prefix
+        self.stored = stored
+        self.spec = spec
+        self.prefix = stored.prefix
         self.piece_of = {name: piece for piece in expected.pieces for name in piece.param.hf_shapes}
         self._last: tuple[object, dict[str, Tensor]] = (None, {})
 
@@ -253,5 +255,5 @@ class _StoredTensors(Mapping[str, Tensor]):
 
 
 def hf_config_text(config: dict[str, Any]) -> str:
-    """config.json without the names of code to run."""
+    """Return the text of config.json without ``auto_map``, which names code to run."""
     return json.dumps({key: value for key, value in config.items() if key != "auto_map"}, indent=2)
