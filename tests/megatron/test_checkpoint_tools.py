@@ -274,13 +274,13 @@ def make_strange_folders(root, model):
     (root / "pickles").mkdir()
     return [
         ("Qwen/Qwen2.5-7B", "hf download"),
-        (model / "hf" / "config.json", "is a file: name its folder"),
+        (model / "hf" / "config.json", "is a file"),
         (root / "cache", "snapshots/abc"),
         (root / "lora", "merge"),
         (root / "legacy", "torch_dist"),
         (root / "slime", "iter_0000010"),
         (root / "actor", "dist_ckpt"),
-        (root / "bytes", "not a folder beside it"),
+        (root / "bytes", "not a folder"),
         (root / "empty", "neither config.json"),
         (root / "none", "does not exist"),
     ]

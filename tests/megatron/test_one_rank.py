@@ -199,7 +199,7 @@ def test_a_checkpoint_that_was_deleted_by_hand_is_named(folders, tmp_path):
     worker = MegatronWorker.from_hf(folders[True], ONE, seed=0, optimizer=cases.ADAM)
     for look in (newest, worker.load_checkpoint):
         with pytest.raises(
-            ConfigError, match=r"latest names 'step-00000003', which is not a folder beside it"
+            ConfigError, match=r"latest names 'step-00000003', which is not a folder"
         ):
             look(tmp_path)
 

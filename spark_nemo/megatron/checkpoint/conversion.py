@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -143,26 +144,32 @@ def write_hf(
     write_model_files(folder, opened.hf_config, dtype_name(opened.dtype), None)
     file_of = plan_files(shapes, opened.dtype.itemsize, max_shard_bytes)
 
+    def num_bytes(name: str) -> int:
+        return math.prod(shapes[name]) * opened.dtype.itemsize
+
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        finished = {file for file in set(file_of.values()) if (folder / file).exists()}
-        wanted = [name for name in shapes if file_of[name] not in finished]
-        progress(
-            sum(math.prod(shapes[name]) for name in set(shapes) - set(wanted))
-            * opened.dtype.itemsize
-        )
-        with ThreadPoolExecutor(1) as reader:  # the next tensor is read while this one is written
-            coming = reader.submit(opened.tensors.__getitem__, wanted[0]) if wanted else None
-            for name, following in zip(wanted, [*wanted[1:], None]):
-                tensor = coming.result()
-                coming = (
-                    reader.submit(opened.tensors.__getitem__, following)
-                    if following is not None
-                    else None
-                )
-                yield name, tensor
-                progress(math.prod(shapes[name]) * opened.dtype.itemsize)
+        missing = [name for name in shapes if not (folder / file_of[name]).exists()]
+        progress(sum(num_bytes(name) for name in set(shapes) - set(missing)))
+        for name, tensor in _read_ahead(opened.tensors, missing):
+            yield name, tensor
+            progress(num_bytes(name))
 
     write_tensors(folder, tensors(), shapes, opened.dtype, max_shard_bytes)
+
+
+def _read_ahead(
+    tensors: Mapping[str, Tensor], names: Sequence[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors ``names``; a thread reads the next one while the caller writes this one."""
+    if not names:
+        return
+    with ThreadPoolExecutor(1) as reader:
+        pending = reader.submit(tensors.__getitem__, names[0])
+        for name, following in pairwise([*names, None]):
+            tensor = pending.result()
+            if following is not None:
+                pending = reader.submit(tensors.__getitem__, following)
+            yield name, tensor
 
 
 def _write_megatron(folder: Path, opened: OpenedCheckpoint, to: str, bar: tqdm) -> None:
@@ -174,10 +181,13 @@ def _write_megatron(folder: Path, opened: OpenedCheckpoint, to: str, bar: tqdm) 
         return to_shards(param.split, tensors, opened.spec, 1)[0]
 
     if to == "nemo":
-        weights, prefix = folder / nemo.WEIGHTS, nemo.PREFIX
+        weights = folder / nemo.WEIGHTS
+        prefix = nemo.PREFIX
         nemo.write_context(folder, opened.hf_config, opened.spec, opened.dtype, opened.companions)
     else:
-        weights, prefix, companions = folder, "", folder / HF_FILES
+        weights = folder
+        prefix = ""
+        companions = folder / HF_FILES
         shutil.rmtree(companions, ignore_errors=True)
         companions.mkdir()
         for path in opened.companions:

@@ -1,12 +1,13 @@
-"""A training checkpoint, weights and optimizer state, for another parallel layout.
+"""Rewriting a training checkpoint, weights and optimizer state, for another parallel layout.
 
-torch_dist is read by any layout as it is: its tensors are whole models', and a rank reads the boxes
-that overlap its share, each box completely. Rewriting cuts the boxes as the ranks of the new layout
-will want them, so that none reads more than its own. The values do not change.
+Any layout can read torch_dist as it is: a rank reads the stored boxes that overlap its part of the
+tensors, each box as a whole. Rewriting cuts the boxes for the ranks of the new layout, so that no
+rank reads more than its part. The values do not change.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ SHARDING = "distrib_optim_sharding_type"
 
 @dataclass(frozen=True)
 class Resharded:
-    """What was read, and what was written."""
+    """Source, target and size of a finished rewrite."""
 
     source: Path
     target: Path
@@ -49,15 +50,16 @@ def reshard(
     hf_config_from: str | Path | None = None,
     show_progress: bool = False,
 ) -> Resharded:
-    """Write the newest checkpoint of the run folder ``source`` into the new run folder ``target``,
-    cut for ``layout``, and compare every tensor of the two bit by bit.
+    """Write the newest checkpoint of run folder ``source``, cut for ``layout``, into ``target``.
 
-    Raises ``ConfigError`` when the model cannot be split as ``layout`` says, and when the
-    optimizer's state is in a format that only the layout that wrote it can read.
+    Afterwards every tensor of the two is compared bit by bit. Raises ``ConfigError`` when
+    ``layout`` cannot split the model, and when only the layout that wrote the optimizer's state can
+    read it.
     """
-    source, target = Path(source), Path(target)
+    source = Path(source)
+    target = Path(target)
     if target.resolve().is_relative_to(source.resolve()):
-        raise ConfigError(f"output folder {target} is inside {source}: name another")
+        raise ConfigError(f"output folder {target} is inside {source}: choose another")
     step = newest(source)
     stored = StoredCheckpoint(step)
     _check_optimizer(stored)
@@ -67,8 +69,9 @@ def reshard(
     spec.check_layout(layout)
     if has_layers_apart(stored.weights()):
         raise ConfigError(
-            f"{step} has every layer under keys of its own (non_homogeneous_layers), which is "
-            "not resharded: the code that wrote it resumes it under any layout, and it can be converted"
+            f"{step}: resharding does not support layers with their own keys "
+            "(non_homogeneous_layers); the code that wrote it resumes it under any layout, and it "
+            "can be converted"
         )
     tensors = GlobalTensors.of(spec)
     check_stored_shapes(
@@ -106,28 +109,34 @@ def reshard(
         for difference in compare_stored(stored, StoredCheckpoint(inside)):
             if difference.found != "same":
                 raise ConfigError(
-                    f"tensor {difference.name} of {inside} is not that of {step}: the disk or the memory "
-                    "of this machine changes bits"
+                    f"tensor {difference.name} of {inside} differs from {step}: the disk or the "
+                    "memory of this machine changes bits"
                 )
     return Resharded(step, target, len(stored.tensors), len(boxes))
 
 
 def check_states(stored: StoredCheckpoint) -> dict[str, list[str]]:
-    """Of every optimizer state ("exp_avg", ...), the parameters it is for. ``ConfigError`` names
-    one that is missing or of another shape than its weight.
+    """Return the weights that each optimizer state ("exp_avg", ...) covers.
+
+    Raises ``ConfigError`` naming a state that is missing or has another shape than its weight.
     """
-    weights, found = stored.weights(), {}
+    weights = stored.weights()
+    found: dict[str, list[str]] = {}
     for key, tensor in stored.tensors.items():
-        if key.startswith(STATES):
-            state, _, weight = key.removeprefix(STATES).partition(".")
-            found.setdefault(state, []).append(weight)
-            if weight not in weights or weights[weight].shape != tensor.shape:
-                raise ConfigError(
-                    f"tensor {key} in {stored.folder} has shape {tensor.shape}, its weight "
-                    f"{weights[weight].shape if weight in weights else 'is not there'}"
-                )
+        if not key.startswith(STATES):
+            continue
+        state, _, weight = key.removeprefix(STATES).partition(".")
+        found.setdefault(state, []).append(weight)
+        if weight not in weights:
+            raise ConfigError(f"tensor {key} in {stored.folder}: its weight is not there")
+        if weights[weight].shape != tensor.shape:
+            raise ConfigError(
+                f"tensor {key} in {stored.folder} has shape {tensor.shape}, its weight "
+                f"{weights[weight].shape}"
+            )
     for state, names in found.items():
-        if missing := sorted(set(weights) - set(names)):
+        missing = sorted(set(weights) - set(names))
+        if missing:
             raise ConfigError(f"{stored.folder} lacks tensor {STATES}{state}.{missing[0]}")
     return found
 
@@ -137,66 +146,73 @@ def _check_optimizer(stored: StoredCheckpoint) -> None:
     flat = [key for key in stored.tensors if key.startswith("optimizer.distributed")]
     if flat or kind not in (None, "fully_reshardable"):
         raise ConfigError(
-            f"the optimizer state of {stored.folder} is {kind or 'flat'}: only the tensor and pipeline layout that "
-            f"wrote it can read it. Resume it there and save it with {SHARDING}='fully_reshardable', as this project "
-            "does"
+            f"the optimizer state of {stored.folder} is {kind or 'flat'}: only the tensor and "
+            "pipeline layout that wrote it can read it; resume it there and save it with "
+            f"{SHARDING}='fully_reshardable', as this project does"
         )
 
 
 def _boxes(stored: StoredCheckpoint, tensors: GlobalTensors, layout: MegatronConfig) -> list[Box]:
-    prefix = stored.prefix
-    cut_at = {
-        (prefix + piece.key): piece for piece in tensors.pieces
-    }  # every layer of a key is cut alike
+    """Return the boxes to write: weights and their states as the ranks will read them."""
+    # All layers of a key are cut alike, so any of its pieces will do.
+    piece_of = {stored.prefix + piece.key: piece for piece in tensors.pieces}
     boxes = []
     for key, tensor in stored.tensors.items():
         weight = key.removeprefix(STATES).partition(".")[2] if key.startswith(STATES) else key
-        piece = cut_at.get(weight)
+        piece = piece_of.get(weight)
         if piece is None:
-            parts = [(offset, size) for offset, size in tensor.chunks]
+            parts = list(tensor.chunks)
         else:
-            leading = _stacked(piece)
-            dim = piece.param.split.shard_dim
-            halves = 2 if weight.endswith("linear_fc1.weight") else 1
-            ranks = 1 if dim is None or piece.param.expert is not None else layout.tensor_parallel
-            parts = list(
-                _cut(tensor.shape, leading, None if ranks == 1 else leading + dim, halves * ranks)
-            )
+            parts = _cut_for_ranks(tensor.shape, piece, layout.tensor_parallel)
         boxes += [Box(key, tensor.shape, tensor.dtype, offset, size) for offset, size in parts]
     return boxes
 
 
-def _stacked(piece: Piece) -> int:
-    """Axes over layers and experts."""
-    return (
-        0 if not piece.key.startswith("decoder.layers.") else 1 if piece.param.expert is None else 2
-    )
+def _cut_for_ranks(
+    shape: tuple[int, ...], piece: Piece, tensor_parallel: int
+) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    leading = _stacked_axes(piece)
+    dim = piece.param.split.shard_dim
+    is_expert = piece.param.expert is not None  # one tensor rank holds an expert as a whole
+    if dim is None or is_expert or tensor_parallel == 1:
+        return list(_cut(shape, leading, None, 1))
+    # A rank's part of linear_fc1 is a piece of the gate and a piece of the up projection.
+    halves = 2 if piece.key.endswith("linear_fc1.weight") else 1
+    return list(_cut(shape, leading, leading + dim, halves * tensor_parallel))
+
+
+def _stacked_axes(piece: Piece) -> int:
+    """Return the number of axes over layers and experts."""
+    if not piece.key.startswith("decoder.layers."):
+        return 0
+    return 1 if piece.param.expert is None else 2
 
 
 def _cut(
     shape: tuple[int, ...], leading: int, dim: int | None, parts: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Boxes of one layer (and expert) each, cut into ``parts`` along ``dim``; the last may be
-    smaller.
+    """Yield (offset, size) of boxes of one layer (and expert), cut into ``parts`` along ``dim``.
+
+    The last part may be smaller. Without ``dim`` the boxes are not cut.
     """
     positions: list[tuple[int, ...]] = [()]
     for axis in range(leading):
         positions = [(*position, n) for position in positions for n in range(shape[axis])]
-    length = shape[dim] if dim is not None else 0
-    step = -(-length // parts) if dim is not None else 1
     for position in positions:
-        offset, size = (
-            [*position, *(0,) * (len(shape) - leading)],
-            [*(1,) * leading, *shape[leading:]],
-        )
-        for start in range(0, length, step) if dim is not None else (0,):
-            if dim is not None:
-                offset[dim], size[dim] = start, min(step, length - start)
+        offset = [*position, *(0,) * (len(shape) - leading)]
+        size = [*(1,) * leading, *shape[leading:]]
+        if dim is None:
+            yield tuple(offset), tuple(size)
+            continue
+        step = math.ceil(shape[dim] / parts)
+        for start in range(0, shape[dim], step):
+            offset[dim] = start
+            size[dim] = min(step, shape[dim] - start)
             yield tuple(offset), tuple(size)
 
 
 def _carry_over(step: Path, source: Path, inside: Path, folder: Path) -> None:
-    """The caller's state, the model's files, and the name of the newest step."""
+    """Copy the caller's state and the model's files, and write the name of the newest step."""
     if (step / STATE_FILE).is_file():
         shutil.copyfile(step / STATE_FILE, inside / STATE_FILE)
     if (step / HF_FILES).is_dir():

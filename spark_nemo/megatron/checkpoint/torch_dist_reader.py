@@ -1,5 +1,6 @@
-"""A torch_dist folder on disk, read box by box: no process group, no model, and no more memory than
-the box asked for.
+"""Reading a torch_dist folder box by box, without process group or model.
+
+Memory is bounded by the box that is read.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ DAMAGE = (
     OverflowError,
     MemoryError,
 )
-"""What reading a damaged pickle or archive raises, besides the pickle module's own error."""
+"""Errors from reading a damaged pickle or archive, in addition to the pickle module's own."""
 NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What ``.metadata`` says of one tensor; ``chunks`` are the boxes it was written in."""
+    """The entry of one tensor in ``.metadata``; ``chunks`` are the (offset, size) of its boxes."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -61,11 +62,12 @@ class StoredTensor:
 
 
 class StoredCheckpoint:
-    """The tensors of a torch_dist folder, whoever wrote it and under whatever layout."""
+    """The tensors of a torch_dist folder, written by any code under any layout."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Read ``metadata.json`` and ``.metadata`` only. ``ConfigError`` names what is missing or
-        damaged.
+        """Read ``metadata.json`` and ``.metadata`` only.
+
+        Raises ``ConfigError`` naming what is missing or damaged.
         """
         self.folder = Path(folder)
         _check_format(self.folder)
@@ -87,9 +89,7 @@ class StoredCheckpoint:
 
     @property
     def prefix(self) -> str:
-        """What stands before the names of the weights: "" here and in Megatron-LM, "module." in
-        NeMo 2.
-        """
+        """Prefix of the weights' names: "" here and in Megatron-LM, "module." in NeMo 2."""
         found = [
             key.removesuffix(EMBEDDING)
             for key in self.tensors
@@ -97,13 +97,13 @@ class StoredCheckpoint:
         ]
         if len(found) != 1:
             raise ConfigError(
-                f"{self.folder} has {len(found)} tensors named {EMBEDDING}, one is needed: is it the "
-                "checkpoint of a language model?"
+                f"{self.folder} has {len(found)} tensors named {EMBEDDING} instead of one: is it "
+                "the checkpoint of a language model?"
             )
         return found[0]
 
     def weights(self) -> dict[str, StoredTensor]:
-        """The model's own tensors, without ``prefix`` and without the optimizer's."""
+        """Return the model's tensors, without ``prefix`` and without the optimizer's."""
         prefix = self.prefix
         return {
             key.removeprefix(prefix): tensor
@@ -114,8 +114,9 @@ class StoredCheckpoint:
     def read(
         self, key: str, offset: tuple[int, ...] | None = None, size: tuple[int, ...] | None = None
     ) -> Tensor:
-        """The box of tensor ``key`` at ``offset``; all of it by default. ``ConfigError`` when a
-        file is damaged.
+        """Return the box of tensor ``key`` at ``offset``; all of it by default.
+
+        Raises ``ConfigError`` when a file is damaged.
         """
         stored = self._metadata.state_dict_metadata[key]
         offset = offset or (0,) * len(stored.size)
@@ -127,10 +128,11 @@ class StoredCheckpoint:
             raise ConfigError(
                 f"{self.folder}: its files hold {read} of {math.prod(size)} values of tensor {key}"
             )
-        whole = len(items) == 1 and (tuple(offset), tuple(size)) in self.tensors[key].chunks
-        planner = (
-            _TakeIt() if whole else _IntoOneTensor(torch.empty(size, dtype=stored.properties.dtype))
-        )
+        is_stored_box = (tuple(offset), tuple(size)) in self.tensors[key].chunks
+        if len(items) == 1 and is_stored_box:
+            planner = _KeepBox()
+        else:
+            planner = _CopyInto(torch.empty(size, dtype=stored.properties.dtype))
         try:
             self._reader.read_data(LoadPlan(items), planner).wait()
         except (
@@ -155,7 +157,7 @@ class StoredCheckpoint:
         return planner.target
 
     def read_object(self, key: str) -> bytes:
-        """The bytes of an object that is no tensor, as they are stored; nothing in them is run."""
+        """Return the stored bytes of an object that is not a tensor, without unpickling them."""
         info = self._metadata.storage_data.get(MetadataIndex(key))
         if info is None:
             raise ConfigError(f"{self.folder / '.metadata'}: no file holds {key}")
@@ -164,18 +166,15 @@ class StoredCheckpoint:
             return stream.read(info.length)
 
     def common(self) -> dict[str, Any]:
-        """What is not a tensor of the model: step, optimizer settings. Read without running code it
-        may contain.
-        """
+        """Return common.pt (step, optimizer settings), read without running code from it."""
         path = self.folder / "common.pt"
         try:
             common = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise ConfigError(
-                f"{path} is missing: this is no complete torch_dist checkpoint"
+                f"{path} is missing: this is not a complete torch_dist checkpoint"
             ) from error
-        # What torch raises of a damaged file is not documented; these are what flipped bytes
-        # brought out.
+        # torch does not document the errors of a damaged file; flipped bytes have raised these.
         except (*DAMAGE, pickle.UnpicklingError, struct.error) as error:
             raise ConfigError(f"{path} cannot be read: {_first_line(error)}") from error
         if not isinstance(common, dict):
@@ -183,8 +182,8 @@ class StoredCheckpoint:
         return common
 
 
-class _IntoOneTensor(LoadPlanner):
-    """Copies what is read into one tensor that stands for a box of the stored one."""
+class _CopyInto(LoadPlanner):
+    """Copy the parts that are read into one tensor, which is a box of the stored one."""
 
     def __init__(self, target: Tensor) -> None:
         self.target = target
@@ -212,16 +211,16 @@ class _IntoOneTensor(LoadPlanner):
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None: ...
 
 
-class _TakeIt(_IntoOneTensor):
-    """Keeps what is read, when that is what was asked for: no second tensor of its size, and no
-    copy.
+class _KeepBox(_CopyInto):
+    """Keep a box as it was read: no copy, and no second tensor of its size.
 
-    The reader calls three methods of the tensor it is given; this is such a thing that remembers
-    the values.
+    The reader calls three methods of the tensor it is given. This class has them and keeps the
+    values.
     """
 
     def __init__(self) -> None:
-        self.target = self._size = None
+        self.target = None
+        self._size = None
 
     def resolve_tensor(self, read_item: ReadItem) -> Any:
         self._size = read_item.lengths
@@ -245,7 +244,7 @@ def _check_format(folder: Path) -> None:
         backend = json.loads(path.read_text())["sharded_backend"]
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{folder} has no metadata.json: it is no Megatron distributed checkpoint"
+            f"{folder} has no metadata.json: it is not a Megatron distributed checkpoint"
         ) from error
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is damaged: {error!r}") from error
@@ -256,8 +255,9 @@ def _check_format(folder: Path) -> None:
 
 
 def _checked(metadata: Any, folder: Path) -> Metadata:
-    """Refuse metadata that is none, that names files outside ``folder`` or not in it, or whose
-    boxes leave a hole.
+    """Return ``metadata`` if it is valid, else raise ``ConfigError``.
+
+    Its files must be in ``folder``, and its boxes must cover every tensor.
     """
     path = folder / ".metadata"
     if not isinstance(metadata, Metadata):
@@ -289,18 +289,16 @@ def _check_files(storage_data: dict[MetadataIndex, Any], folder: Path) -> None:
             sizes[name] = path.stat().st_size
         if info.offset < 0 or info.length < 0 or info.offset + info.length > sizes[name]:
             raise ConfigError(
-                f"{folder / name} is truncated: {index.fqn} ends at byte {info.offset + info.length}, "
-                f"the file has {sizes[name]}"
+                f"{folder / name} is truncated: {index.fqn} ends at byte "
+                f"{info.offset + info.length}, the file has {sizes[name]}"
             )
 
 
 def _check_boxes(
     key: str, entry: TensorStorageMetadata, storage_data: dict[MetadataIndex, Any], path: Path
 ) -> None:
-    size, boxes = (
-        tuple(entry.size),
-        [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks],
-    )
+    size = tuple(entry.size)
+    boxes = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks]
     for chunk, (offset, lengths) in zip(entry.chunks, boxes):
         if MetadataIndex(key, chunk.offsets) not in storage_data:
             raise ConfigError(f"{path}: no file holds tensor {key} at {offset}")
@@ -317,9 +315,10 @@ def _check_boxes(
 def _tile(
     boxes: list[tuple[tuple[int, ...], tuple[int, ...]]], size: tuple[int, ...], axis: int = 0
 ) -> bool:
-    """Whether boxes ``(offset, size)`` inside ``size`` fill it without hole or overlap. A sum of
-    their volumes cannot tell: an overlap makes up for a hole, which would be read as whatever is in
-    memory.
+    """True if boxes ``(offset, size)`` inside ``size`` fill it without gap or overlap.
+
+    A sum of their volumes is not enough: an overlap would make up for a gap, and the gap would be
+    read as uninitialised memory.
     """
     if axis == len(size):
         return len(boxes) == 1

@@ -1,7 +1,7 @@
-"""Writing a torch_dist folder from tensors that are made one at a time, and going on after a kill.
+"""Writing a torch_dist folder from tensors that are made one at a time; resumes after a kill.
 
-torch's own writer and metadata are used; the planner hands it each tensor when it is about to be
-written.
+It uses torch's writer and metadata; the planner makes each tensor when the writer is about to write
+it.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ from torch.futures import Future
 from torch.utils.serialization import config as serialization_config
 
 FILE_BYTES = 512 << 20
-"""Tensors go into one file up to this size; a larger one has a file of its own. torch's writer
-holds a file's tensors.
-"""
+"""Size of a file; a larger tensor has its own. torch's writer holds a file's tensors in memory."""
 PARTS = "parts.jsonl"
 CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 """The layout of the keys, as megatron-core records it (``content_metadata``)."""
@@ -49,7 +47,7 @@ CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
 
 @dataclass(frozen=True)
 class Box:
-    """What is written as one: a part of the tensor ``key``, whose whole shape is ``whole``."""
+    """A part of the tensor ``key``, written at once; the tensor's whole shape is ``whole``."""
 
     key: str
     whole: tuple[int, ...]
@@ -64,17 +62,17 @@ class Box:
 
 @dataclass(frozen=True)
 class Source:
-    """What to write; together the boxes of a key are the whole tensor."""
+    """Contents to write; the boxes of a key together are the whole tensor."""
 
     boxes: list[Box]
     read: Callable[[int], Tensor]
-    """The values of ``boxes[i]``."""
+    """Return the values of ``boxes[i]``."""
     objects: dict[str, Callable[[], bytes]]
-    """Of every object that is no tensor: what makes its bytes."""
+    """Functions that return the bytes of the objects that are not tensors."""
 
 
 def no_extra_state() -> bytes:
-    """None, as megatron-core stores the list of one rank's objects."""
+    """Return the stored form of None: megatron-core stores a list with one rank's object."""
     stream = io.BytesIO()
     torch.save([None], stream)
     return stream.getvalue()
@@ -83,22 +81,22 @@ def no_extra_state() -> bytes:
 def write_torch_dist(
     folder: Path, source: Source, progress: Callable[[int], object], common: Path | None = None
 ) -> None:
-    """Write the distributed checkpoint of ``source`` into ``folder``; ``common`` is the common.pt
-    to go with it.
+    """Write ``source`` into ``folder``; ``common`` is the common.pt to copy into it.
 
-    Files that an interrupted call has finished there are kept. ``progress`` is called with the
-    bytes of each box.
+    Keeps the files that an interrupted call has finished. Calls ``progress`` with the bytes of each
+    box.
     """
-    # The steps of torch.distributed.checkpoint.save for one process; it would hide our errors in
-    # its own.
-    planner, writer = _LazyPlanner(source, progress), _PartWriter(folder, progress)
+    # These are the steps of torch.distributed.checkpoint.save for one process, which would wrap
+    # every error in its own.
+    planner = _LazyPlanner(source, progress)
+    writer = _PartWriter(folder, progress)
     planner.set_up_planner({}, None, is_coordinator=True)
     writer.set_up_storage_writer(is_coordinator=True)
     plans, metadata = planner.create_global_plan(
         [writer.prepare_local_plan(planner.create_local_plan())]
     )
     plan = planner.finish_plan(writer.prepare_global_plan(plans)[0])
-    # Checksums inside the files cost as much as the copying, and torch.load does not look at them.
+    # Checksums inside the files cost as much as the copying, and torch.load does not check them.
     with serialization_config.patch({"save.compute_crc32": False}):
         results = writer.write_data(plan, planner).wait()
     writer.finish(metadata, [results])
@@ -111,11 +109,12 @@ def write_torch_dist(
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """A plan made of shapes. Its tensors are made when the writer asks for them."""
+    """A plan made of shapes; each tensor is made when the writer resolves it."""
 
     def __init__(self, source: Source, progress: Callable[[int], object]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.source, self.progress = source, progress
+        self.source = source
+        self.progress = progress
         self.number = {(box.key, box.offset): n for n, box in enumerate(source.boxes)}
 
     def create_local_plan(self) -> SavePlan:
@@ -148,20 +147,22 @@ def _tensor_item(box: Box) -> WriteItem:
 
 
 class _PartWriter(FileSystemWriter):
-    """torch's writer, file after file, with a record of the finished ones."""
+    """torch's writer, one file after the other, with a record of the finished files."""
 
     def __init__(self, folder: Path, progress: Callable[[int], object]) -> None:
         super().__init__(folder, thread_count=1)
-        self.folder, self.progress = folder, progress
+        self.folder = folder
+        self.progress = progress
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        finished, results = self._finished_parts(), []
+        finished = self._finished_parts()
+        results = []
         for number, items in enumerate(_parts(plan.items)):
             if number in finished:
                 done = finished[number]
                 self.progress(sum(_num_bytes(item) for item in items))
             else:
-                # One plan per file: what the writer calls a rank's plan.
+                # One plan per file, which the writer takes for a rank's plan.
                 prefix = dataclasses.replace(plan.storage_data, prefix=f"__{number}_")
                 done = self._write_part(
                     dataclasses.replace(plan, items=items, storage_data=prefix), planner
@@ -176,43 +177,40 @@ class _PartWriter(FileSystemWriter):
         try:
             return super().write_data(plan, planner).wait()
         except RuntimeError as error:
-            # Of a full disk torch's archive tells by an error of its own, raised while the system's
-            # was handled.
+            # torch's archive reports a full disk with its own error, raised while it handles the
+            # system's.
             if isinstance(error.__context__, OSError):
                 raise OSError(*error.__context__.args) from error
             raise
 
     def _record(self, number: int, results: list[WriteResult]) -> None:
-        line = json.dumps(
-            {
-                "part": number,
-                "results": [
-                    [
-                        r.index.fqn,
-                        None if r.index.offset is None else list(r.index.offset),
-                        r.storage_data.relative_path,
-                        r.storage_data.offset,
-                        r.storage_data.length,
-                    ]
-                    for r in results
-                ],
-            }
-        )
+        rows = [
+            [
+                result.index.fqn,
+                None if result.index.offset is None else list(result.index.offset),
+                result.storage_data.relative_path,
+                result.storage_data.offset,
+                result.storage_data.length,
+            ]
+            for result in results
+        ]
+        line = json.dumps({"part": number, "results": rows})
         with (self.folder / PARTS).open("a") as stream:
-            stream.write(f"\n{line}\n")  # on a line of its own, whatever a killed call has left
+            stream.write(f"\n{line}\n")  # starts a new line after a half-written one
             stream.flush()
             os.fsync(stream.fileno())
 
     def _finished_parts(self) -> dict[int, list[WriteResult]]:
-        """Of an interrupted call: parts whose file still has the length that was recorded."""
-        path, finished = self.folder / PARTS, {}
-        for line in path.read_text().splitlines() if path.exists() else []:
+        """Return the parts of an interrupted call whose file still has the recorded length."""
+        path = self.folder / PARTS
+        if not path.exists():
+            return {}
+        finished = {}
+        for line in path.read_text().splitlines():
             try:
                 record = json.loads(line)
-            except (
-                json.JSONDecodeError
-            ):  # blank, or the line that was being written when the process died
-                continue
+            except json.JSONDecodeError:
+                continue  # blank, or half-written when the process died
             results = [
                 WriteResult(MetadataIndex(key, offset), length, _StorageInfo(file, start, length))
                 for key, offset, file, start, length in record["results"]
@@ -225,12 +223,15 @@ class _PartWriter(FileSystemWriter):
 
 
 def _parts(items: list[WriteItem]) -> Iterator[list[WriteItem]]:
-    part, used = [], 0
+    """Yield the items of each file, in order."""
+    part: list[WriteItem] = []
+    used = 0
     for item in items:
         num_bytes = _num_bytes(item)
         if part and used + num_bytes > FILE_BYTES:
             yield part
-            part, used = [], 0
+            part = []
+            used = 0
         part.append(item)
         used += num_bytes
     yield part

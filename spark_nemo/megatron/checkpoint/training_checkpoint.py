@@ -1,10 +1,8 @@
-"""Training checkpoints: model, optimizer, schedule, generator state and the caller's state, in
-torch_dist format.
+"""Training checkpoints in torch_dist format: model, optimizer, schedule, RNG and caller's state.
 
 ``folder/step-00000012/`` is one checkpoint, ``folder/latest`` names the newest complete one. A
-checkpoint is written under a temporary name, renamed, and only then named by ``latest``: a killed
-job never leaves a half-written one behind that name. Loading reshards over tensor and pipeline
-ranks.
+checkpoint is written under a temporary name, then renamed, then named by ``latest``; so ``latest``
+never names a half-written one. Loading reshards over tensor and pipeline ranks.
 """
 
 from __future__ import annotations
@@ -40,30 +38,27 @@ LATEST = "latest"
 MEGATRON_LM_LATEST = "latest_checkpointed_iteration.txt"
 STATE_FILE = "state.json"
 HF_FILES = "hf"
-"""Subfolder of a Megatron checkpoint with the files of the Hugging Face model that are not weights.
-"""
+"""Subfolder of a Megatron checkpoint with the Hugging Face model's files other than weights."""
 
 
 def has_checkpoint(folder: str | Path) -> bool:
-    """Whether ``folder`` holds a complete checkpoint. No communication."""
+    """True if ``folder`` has a complete checkpoint. Not collective."""
     return (Path(folder) / LATEST).is_file()
 
 
 def newest(folder: str | Path) -> Path:
-    """The folder of the newest step, where ``folder`` is a run's or Megatron-LM's folder of
-    checkpoints, else ``folder`` itself. Raises ``ConfigError`` when the step that is named is not
-    there.
+    """Return the folder of the newest step of a run, or of Megatron-LM's; else ``folder`` itself.
+
+    Raises ``ConfigError`` when the folder of that step is missing.
     """
     folder = Path(folder)
     if (folder / LATEST).is_file():
         return _named(folder, (folder / LATEST).read_text(errors="replace").strip(), LATEST)
     if (folder / MEGATRON_LM_LATEST).is_file():
-        text = (folder / MEGATRON_LM_LATEST).read_text(errors="replace").strip()
-        return _named(
-            folder,
-            text if text == "release" else f"iter_{int(text):07d}" if text.isdecimal() else text,
-            MEGATRON_LM_LATEST,
-        )
+        name = (folder / MEGATRON_LM_LATEST).read_text(errors="replace").strip()
+        if name.isdecimal():  # otherwise it is "release"
+            name = f"iter_{int(name):07d}"
+        return _named(folder, name, MEGATRON_LM_LATEST)
     return folder
 
 
@@ -79,18 +74,20 @@ def save(
 ) -> Path:
     """Write a checkpoint of step ``scheduler.num_steps`` and return its folder. Collective.
 
-    ``state`` must survive JSON (``TypeError`` names it otherwise). ``files`` of the main rank lie
-    in the folder under their names. Older checkpoints than the newest ``keep`` go. With
-    ``hf_config`` the folder converts to Hugging Face on its own.
+    ``state`` must be JSON-able, else ``TypeError``. The main rank's ``files`` are written into the
+    folder under their names. Only the newest ``keep`` checkpoints stay. With ``hf_config`` the
+    folder can be converted to Hugging Face without other files.
     """
-    name, text = f"step-{scheduler.num_steps:08d}", json.dumps(state)
     folder = Path(folder)
-    temporary, target = folder / f".{name}.tmp", folder / name
+    name = f"step-{scheduler.num_steps:08d}"
+    temporary = folder / f".{name}.tmp"
+    target = folder / name
+    state_text = json.dumps(state)
 
     def start() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        (temporary / STATE_FILE).write_text(text)
+        (temporary / STATE_FILE).write_text(state_text)
         if hf_config is not None:
             (temporary / HF_FILES).mkdir()
             (temporary / HF_FILES / "config.json").write_text(json.dumps(hf_config, indent=2))
@@ -105,13 +102,13 @@ def save(
                 shutil.rmtree(old)
 
     process_groups.on_main_rank(start)
-    # Saving is synchronous, so the results of the writers stay in this process. Megatron would
-    # start a manager process for them: seconds of imports, and a hang in scripts without a __main__
-    # guard.
+    # Saving is synchronous, so the writers' results can stay in this process. Megatron would start a
+    # manager process for them: seconds of imports, and a hang in scripts without a __main__ guard.
     filesystem_async._results_queue = queue.Queue()
     with cuda_means_cpu():
         tensors = _sharded_state(model, optimizer, loading=False)
-        tensors["step"], tensors["rng"] = scheduler.num_steps, torch.get_rng_state()
+        tensors["step"] = scheduler.num_steps
+        tensors["rng"] = torch.get_rng_state()
         dist_checkpointing.save(
             tensors,
             str(temporary),
@@ -130,16 +127,16 @@ def load(
 ) -> dict[str, Any]:
     """Restore the newest checkpoint of ``folder`` and return the caller's state. Collective.
 
-    Raises ``ConfigError`` when there is none, or when it does not fit this model and optimizer.
+    Raises ``ConfigError`` if it is missing, or does not fit this model and optimizer.
     """
     if not has_checkpoint(folder):
-        raise ConfigError(f"{folder} has no checkpoint (no file {LATEST!r} in it)")
+        raise ConfigError(f"{folder} does not have a checkpoint (the file {LATEST!r} is missing)")
     source = newest(folder)
     with cuda_means_cpu():
         prime_state(optimizer)
         wanted = _sharded_state(model, optimizer, loading=True)
-        # FP8 scales of Transformer Engine. A checkpoint written without it has none, and they are
-        # not used here.
+        # The FP8 scales of Transformer Engine are not used, and a checkpoint written without it does
+        # not have them.
         wanted["model"] = {
             key: value for key, value in wanted["model"].items() if "_extra_state" not in key
         }
@@ -152,9 +149,8 @@ def load(
                 f"checkpoint {source} does not fit this model, megatron.distributed_optimizer or "
                 f"megatron.dtype: {str(error).splitlines()[0]}"
             ) from error
-        model.load_state_dict(
-            loaded["model"], strict=False
-        )  # "strict" counts Transformer Engine's extra states
+        # Not strict: that would require Transformer Engine's extra states.
+        model.load_state_dict(loaded["model"], strict=False)
         optimizer.load_state_dict(loaded["optimizer"])
         separate_steps(optimizer)
     set_step(scheduler, loaded["step"])
@@ -167,12 +163,10 @@ def _sharded_state(model: PackedGPT, optimizer: ChainedOptimizer, loading: bool)
     weights = model.sharded_state_dict(metadata=metadata)
     with padding_counted(optimizer):
         state = optimizer.sharded_state_dict(weights, is_loading=loading, metadata=metadata)
-    for part in (
-        state.values() if 0 in state else [state]
-    ):  # one for each of several chained optimizers
-        if (
-            part.get("param_state", ()) is None
-        ):  # gathered elsewhere; Megatron would warn that ranks differ
+    parts = state.values() if 0 in state else [state]  # one for each of several chained optimizers
+    for part in parts:
+        # None where another rank gathers the state; Megatron would warn that the ranks differ.
+        if part.get("param_state", ()) is None:
             del part["param_state"]
     return {"model": weights, "optimizer": state}
 
@@ -180,11 +174,11 @@ def _sharded_state(model: PackedGPT, optimizer: ChainedOptimizer, loading: bool)
 def _metadata(optimizer: ChainedOptimizer) -> dict[str, Any]:
     common = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
     if optimizer.config.use_distributed_optimizer:
-        # The only format of the distributed optimizer that can be read by another number of tensor
-        # or data ranks. Gathered where it is written, in CPU memory. Otherwise every rank gathers
-        # its stage's whole optimizer state, on the GPU as well: twice 4 bytes per parameter there
-        # (61 GB for 7.6B parameters on one tensor rank), and in the machine's memory 12 bytes per
-        # parameter and rank.
+        # The only format of the distributed optimizer that another number of tensor or data ranks
+        # can read. "mem_efficient" gathers the state in CPU memory on the rank that writes it.
+        # Otherwise every rank gathers its stage's whole optimizer state, on the GPU as well: twice 4
+        # bytes per parameter there (61 GB for 7.6B parameters on one tensor rank), and 12 bytes per
+        # parameter and rank in the machine's memory.
         return {
             **common,
             "distrib_optim_sharding_type": "fully_reshardable",
@@ -195,5 +189,5 @@ def _metadata(optimizer: ChainedOptimizer) -> dict[str, Any]:
 
 def _named(folder: Path, name: str, by: str) -> Path:
     if not name or Path(name).name != name or not (folder / name).is_dir():
-        raise ConfigError(f"{folder / by} names {name!r}, which is not a folder beside it")
+        raise ConfigError(f"{folder / by} names {name!r}, which is not a folder next to it")
     return folder / name
