@@ -1,6 +1,4 @@
-"""What the tools over checkpoints share: their kinds of arguments, how an error in the input ends
-them, and what a conversion says at its end.
-"""
+"""Shared by the checkpoint tools: argument types, one conversion, and the exit status."""
 
 from __future__ import annotations
 
@@ -12,46 +10,57 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from spark_nemo.config.errors import ConfigError
 
-if TYPE_CHECKING:
-    from spark_nemo.megatron.checkpoint.conversion import Converted
-
 
 def folder(text: str) -> Path:
-    """A path. The shell leaves the ~ of ``--hf-config=~/models`` and of quoted paths to us."""
+    """Return a path, with ~ expanded: shells leave it in ``--hf-config=~/models`` and in quotes."""
     return Path(os.path.expanduser(text))
 
 
 def gigabytes(text: str) -> float:
-    """A size of files."""
+    """Return a positive file size."""
     return _number(text, lambda value: 0 < value < math.inf, "a positive number")
 
 
 def tolerance(text: str) -> float:
-    """A difference to accept."""
+    """Return a difference to accept."""
     return _number(text, lambda value: value >= 0, "a number of at least 0")
 
 
-def _number(text: str, allowed: Callable[[float], bool], what: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not allowed(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return value
+def add_conversion_arguments(parser: argparse.ArgumentParser, source: str) -> None:
+    """Add source (described by ``source``), target and ``--dtype``."""
+    parser.add_argument("source", type=folder, help=source)
+    parser.add_argument("target", type=folder, help="folder to make")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        help="convert all tensors to this type; by default they keep theirs, bit for bit",
+    )
+
+
+def convert_checkpoint(given: argparse.Namespace, **options: object) -> None:
+    """Convert ``given.source`` to ``given.target`` and print the result."""
+    import torch
+
+    from spark_nemo.megatron.checkpoint.conversion import convert
+
+    dtype = getattr(torch, given.dtype) if given.dtype else None
+    done = convert(given.source, given.target, given.to, dtype=dtype, show_progress=True, **options)
+    print(
+        f"{done.folder}: {done.num_tensors} tensors, {done.num_bytes / 1e9:.2f} GB in "
+        f"{done.seconds:.1f} s ({done.num_bytes / 1e6 / done.seconds:.0f} MB/s)"
+    )
 
 
 def exit_status(work: Callable[[], int | None]) -> int:
-    """The status of ``work``, 0 when it has none, 2 after an error in the input, which is printed,
-    130 after Ctrl-C and 141 when nobody reads on (a pipe into head), as of a program that has no
-    word in it.
+    """Run ``work`` and return the exit status of the command.
 
-    ``work`` imports what needs megatron-core, whose remarks on packages that are not installed are
-    not shown.
+    That is the result of ``work`` or 0; 2 after an error in the input, which is printed; 130 after
+    Ctrl-C; 141 when the reader of a pipe (head) has closed it, as for other programs.
+
+    ``work`` imports what needs megatron-core, whose warnings about missing packages are not shown.
     """
     try:
         with warnings.catch_warnings():
@@ -62,25 +71,25 @@ def exit_status(work: Callable[[], int | None]) -> int:
         sys.stdout.flush()
         return status
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or Python complains when it flushes at the end
+        # Python would complain when it flushes standard output at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ConfigError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = (
-            ": make room where the output shall be, and the same command goes on" if full else ""
-        )
+        advice = ""
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = "; free some space there and run the same command to resume"
         print(f"error: {error}{advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on", file=sys.stderr)
+        print("interrupted; run the same command to resume", file=sys.stderr)
         return 130
 
 
-def say(done: Converted) -> None:
-    """Print what a conversion has made, and how fast."""
-    print(
-        f"{done.folder}: {done.num_tensors} tensors, {done.num_bytes / 1e9:.2f} GB in {done.seconds:.1f} s "
-        f"({done.num_bytes / 1e6 / done.seconds:.0f} MB/s)"
-    )
+def _number(text: str, allowed: Callable[[float], bool], what: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not allowed(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return value

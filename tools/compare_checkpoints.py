@@ -4,8 +4,9 @@
     python tools/compare_checkpoints.py models/a models/b --tolerance 1e-3 --text prompt.txt
     python tools/compare_checkpoints.py run/step-00000010 other/step-00000010 --with-optimizer
 
-Prints every tensor that is not the same, then a summary. Exit status 1 when some tensor differs by more than
---tolerance, is missing, surplus, or of another shape; 2 after an error. See docs/checkpoints.md.
+Prints every tensor that is not the same, then a summary. The exit status is 1 when a tensor differs
+by more than --tolerance, is missing or surplus, or has another shape; 2 after an error. See
+docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from spark_nemo.config.errors import ConfigError, without_effect
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status described above."""
+    """Return the exit status described above."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("one", type=folder, help="a checkpoint of any format")
-    parser.add_argument("other", type=folder, help="another")
+    parser.add_argument("other", type=folder, help="the checkpoint to compare it with")
     parser.add_argument(
         "--tolerance",
         type=tolerance,
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def compare(given: argparse.Namespace) -> int:
-    """Print differences and return the exit status."""
+    """Print the differences and return the exit status."""
     import torch
 
     from spark_nemo.megatron.checkpoint.compare_tensors import (
@@ -62,24 +63,25 @@ def compare(given: argparse.Namespace) -> int:
 
     text = read_text(given)
     if given.with_optimizer:
-        differences = compare_stored(
-            *(StoredCheckpoint(newest(path)) for path in (given.one, given.other))
-        )
+        one = StoredCheckpoint(newest(given.one))
+        other = StoredCheckpoint(newest(given.other))
+        differences = compare_stored(one, other)
     else:
-        has_config = {path: (path / "config.json").is_file() for path in (given.one, given.other)}
-        # With a type given, config.json need not state the tensors' own; they are compared as they
-        # are.
-        opened = [
-            open_checkpoint(
+        opened = []
+        for path in (given.one, given.other):
+            has_config = (path / "config.json").is_file()
+            checkpoint = open_checkpoint(
                 path,
-                None if has_config[path] else given.hf_config,
-                torch.float32 if has_config[path] else None,
-                given.trust_pickle,
+                hf_config_from=None if has_config else given.hf_config,
+                # A given type turns off the check against config.json's; nothing is converted.
+                dtype=torch.float32 if has_config else None,
+                trust_pickle=given.trust_pickle,
             )
-            for path in (given.one, given.other)
-        ]
+            opened.append(checkpoint)
         differences = compare_models(*opened)
-    total, bad, worst = 0, 0, 0.0
+    total = 0
+    bad = 0
+    worst = 0.0
     for found in differences:
         total += 1
         if found.found == "same":
@@ -87,11 +89,11 @@ def compare(given: argparse.Namespace) -> int:
         worst = max(worst, found.max_abs)
         accepted = found.found in ("differs", "dtype") and found.max_abs <= given.tolerance
         bad += not accepted
-        print(
-            f"{found.name}: {found.found}{' ' + found.detail if found.detail else ''}, max {found.max_abs:.3g}"
-        )
+        detail = f" {found.detail}" if found.detail else ""
+        print(f"{found.name}: {found.found}{detail}, max {found.max_abs:.3g}")
     print(
-        f"{total} tensors, {bad} not the same within {given.tolerance:g}, largest difference {worst:.3g}"
+        f"{total} tensors, {bad} not the same within {given.tolerance:g}, "
+        f"largest difference {worst:.3g}"
     )
     if text is not None:
         tokenizer = next(
@@ -106,7 +108,7 @@ def compare(given: argparse.Namespace) -> int:
 
 
 def read_text(given: argparse.Namespace) -> str | None:
-    """What to compute logits of. ``ConfigError`` when it is no text, or nobody would look at it."""
+    """Return the text to compute logits of. Raises ``ConfigError`` if unreadable or unused."""
     if given.text is None:
         return None
     if given.with_optimizer:
@@ -114,7 +116,7 @@ def read_text(given: argparse.Namespace) -> str | None:
     try:
         return given.text.read_text()
     except UnicodeDecodeError as error:
-        raise ConfigError(f"--text {given.text} is no text: {error}") from error
+        raise ConfigError(f"--text {given.text} is not text: {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""What is in a checkpoint: format, step, layout, and name, shape, type and size of every tensor,
-without loading any.
+"""Print a checkpoint's format, step and layout, and the shape, type and size of every tensor.
 
     python tools/inspect_checkpoint.py checkpoints/qwen2.5-7b
     python tools/inspect_checkpoint.py runs/rl/checkpoints --summary
 
-Reads Hugging Face, Megatron (torch_dist) and NeMo 2 folders, and runs of training. See
-docs/checkpoints.md.
+Reads Hugging Face, Megatron (torch_dist) and NeMo 2 folders, and training runs, without loading a
+tensor. See docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from checkpoint_tools import exit_status, folder
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """2 after an error in the input, which is printed; else 0."""
+    """Return 2 after an error in the input, which is printed; else 0."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "folder",
         type=folder,
-        help="a checkpoint, or a run's folder of checkpoints (its newest is taken)",
+        help="a checkpoint, or a run's folder of checkpoints, for its newest",
     )
     parser.add_argument("--summary", action="store_true", help="leave out the list of tensors")
     given = parser.parse_args(arguments)
@@ -33,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def inspect(folder: Path, *, every_tensor: bool) -> None:
-    """Print the description."""
+    """Print the description of ``folder``."""
     from spark_nemo.megatron.checkpoint.inspection import describe
 
     for line in describe(folder, every_tensor=every_tensor):

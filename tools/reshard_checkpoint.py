@@ -1,13 +1,13 @@
-"""Rewrite a training checkpoint, weights and optimizer, for another tensor and pipeline layout, and
-verify it.
+"""Rewrite a training checkpoint, weights and optimizer, for another layout, and verify it.
 
-    python tools/reshard_checkpoint.py runs/rl/checkpoints runs/tp8 --tensor-parallel 8 --pipeline-parallel 4
+    python tools/reshard_checkpoint.py runs/rl/checkpoints runs/tp8 \\
+        --tensor-parallel 8 --pipeline-parallel 4
 
-A run resumes under any layout without this: torch_dist holds whole tensors, and each rank reads the
-stored boxes that overlap its share. This cuts the boxes as the new ranks will want them, so that
-each reads only its own, and checks that every tensor kept its bits and that the model can be split
-so. An optimizer state that only the old layout can read (dp_reshardable) is an error that says what
-to do. See docs/checkpoints.md.
+A run also resumes under another layout without this tool: each rank then reads all stored boxes
+that overlap its part of the tensors. The tool cuts the boxes for the new ranks, so that each reads
+only its part. It checks that the layout can split the model and that every tensor kept its bits. An
+optimizer state that only the old layout can read (dp_reshardable) is an error. See
+docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from spark_nemo.config import MegatronConfig
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """2 after an error in the input, which is printed; else 0."""
+    """Return 2 after an error in the input, which is printed; else 0."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "source", type=folder, help="a run's folder of checkpoints (its newest is taken), or one"
+        "source", type=folder, help="a run's folder of checkpoints, for its newest, or a checkpoint"
     )
     parser.add_argument("target", type=folder, help="folder to make")
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="default: 1")
@@ -34,14 +34,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--hf-config",
         type=folder,
-        help="folder with the model's config.json, when the source has none",
+        help="folder with the model's config.json, if the source has none",
     )
     given = parser.parse_args(arguments)
     return exit_status(lambda: rewrite(given))
 
 
 def rewrite(given: argparse.Namespace) -> None:
-    """Reshard and say what became of it."""
+    """Reshard and print the result."""
     from spark_nemo.megatron.checkpoint.reshard import reshard
 
     layout = MegatronConfig(
@@ -51,8 +51,8 @@ def rewrite(given: argparse.Namespace) -> None:
     )
     done = reshard(given.source, given.target, layout, given.hf_config, show_progress=True)
     print(
-        f"{done.target}: {done.num_tensors} tensors in {done.num_boxes} boxes, every one the same bits as in "
-        f"{done.source}"
+        f"{done.target}: {done.num_tensors} tensors in {done.num_boxes} boxes, bit for bit the same "
+        f"as in {done.source}"
     )
 
 
