@@ -1,5 +1,4 @@
-"""Does Megatron-Bridge 0.3.1 make the same Megatron tensors of a Hugging Face model as this
-project? Bit by bit.
+"""Compare the Megatron tensors of Megatron-Bridge 0.3.1 with this project's, bit by bit.
 
     pip install --no-deps --target BRIDGE megatron-bridge==0.3.1 transformers==4.57.6 'huggingface_hub<1' \\
         'tokenizers<=0.23' requests urllib3 charset-normalizer certifi idna hydra-core omegaconf \\

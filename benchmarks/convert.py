@@ -109,7 +109,7 @@ def step(what: str, source: Path, target: Path) -> None:
 
 
 def same_files(one: Path, other: Path) -> bool:
-    """Whether all safetensors of two folders are byte for byte the same."""
+    """True if all safetensors of two folders are byte for byte the same."""
     names = sorted(path.name for path in one.glob("*.safetensors"))
     return names == sorted(path.name for path in other.glob("*.safetensors")) and all(
         subprocess.run(["cmp", "-s", one / name, other / name], check=False).returncode == 0

@@ -1,5 +1,6 @@
-"""Do NeMo 2 (nemo-toolkit 2.7.3) and this project read each other's checkpoint folders? Tiny
-models, CPU.
+"""Check that NeMo 2 (nemo-toolkit 2.7.3) and this project read each other's checkpoint folders.
+
+Tiny models, CPU.
 
     python3.11 -m venv ENV
     ENV/bin/pip install torch==2.13.0 psutil 'nemo_toolkit[llm]==2.7.3' nemo_run 'leptonai<0.27' 'datasets<4.5' \\

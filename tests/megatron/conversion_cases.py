@@ -47,8 +47,8 @@ def converted(hf, store):
 
 
 def loaded_and_saved_by_core(hf, store, tp, pp, experts):
-    """How many tensors differ, over all ranks, after megatron-core has loaded the conversion of
-    ``hf``; and after it has saved the model and that was converted back.
+    """Count differing tensors over all ranks after megatron-core has loaded the conversion of
+    ``hf``, and after its own checkpoint of the model was converted back.
     """
     expected = dict(SafetensorsFolder(hf))
     worker = MegatronWorker.from_config(read_hf_config(hf), layout(tp, pp, experts), seed=9)

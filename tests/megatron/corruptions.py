@@ -301,9 +301,7 @@ def resize(key, metadata):
 
 
 def boxes(places, metadata):
-    """Say that the embedding, which is stored as one, lies in the file as these ``(first row,
-    rows)``.
-    """
+    """Change the metadata: the embedding, stored as one box, becomes these ``(first row, rows)``."""
     key = next(
         key for key in metadata.state_dict_metadata if key.endswith("word_embeddings.weight")
     )

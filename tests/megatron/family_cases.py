@@ -155,7 +155,7 @@ def compare(folder, layout):
 
 
 def export_bfloat16(folder, layout):
-    """How many tensors are not the file's, bit for bit, and how many there are, over all ranks."""
+    """Count the tensors that differ from the file in a bit, and all tensors, over all ranks."""
     worker = MegatronWorker.from_hf(Path(folder) / "bf16", layout, seed=0)
     expected = load_file(Path(folder) / "bf16" / "model.safetensors")
     exported = cases.export(worker)
@@ -254,9 +254,7 @@ def family_ranks(folders, store):
 
 
 def expert_ranks(folders, store, url):
-    """What only a mixture of experts has: its layouts, pushes to the test server at ``url``,
-    resuming.
-    """
+    """Run the cases of experts: layouts, pushes to the test server at ``url``, resuming."""
     results, folder = {}, folders["qwen3_moe"]
     for name, sizes in EXPERT_LAYOUTS.items():
         results[f"qwen3_moe_{name}"] = compare(folder, layout(*sizes, split_rows=True))

@@ -317,7 +317,7 @@ def bytes_alive_during(tensors, existing):
 
 async def _refuse(tensors, version):
     next(iter(tensors))
-    raise EngineFailure("no room")
+    raise EngineFailure("out of memory")
 
 
 def _returning_fleet(engine):

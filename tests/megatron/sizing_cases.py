@@ -1,4 +1,4 @@
-"""What really built small models hold in memory, to compare with ``megatron.sizing``."""
+"""Memory of small models that are really built, to compare with ``megatron.sizing``."""
 
 import json
 import weakref

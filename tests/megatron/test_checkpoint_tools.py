@@ -1,4 +1,4 @@
-"""The command lines over checkpoints, and what compare, inspect and reshard say. One process."""
+"""The command lines over checkpoints, and the output of compare, inspect and reshard. One process."""
 
 import importlib.util
 import json
@@ -171,7 +171,7 @@ def test_resharding_keeps_every_bit(training, model, tmp_path, capsys):
 
 
 def test_optimizer_that_only_its_layout_can_read(training, tmp_path, capsys):
-    """dp_reshardable is refused with what to do; a lost optimizer state is named."""
+    """dp_reshardable is an error with the fix; a lost optimizer state is named."""
     step = tmp_path / "run" / "step-00000001"
     corruptions.shutil.copytree(training, tmp_path / "run")
     key = "optimizer.state.exp_avg_sq.decoder.final_layernorm.weight"
@@ -228,9 +228,9 @@ def copy_of(model, folder, **settings):
     return folder
 
 
-def test_settings_are_refused_or_taken_as_transformers_does(model, tmp_path, capsys):
-    """Null settings, also dtype beside torch_dtype, are as if they were not there. A type that is
-    none, and a long quantization_config, are one short line and no output.
+def test_settings_are_rejected_or_read_as_transformers_does(model, tmp_path, capsys):
+    """Null settings, also dtype next to torch_dtype, count as missing. An unknown type, and a
+    long quantization_config, are one short line and no output.
     """
     folder = copy_of(
         model,
@@ -289,8 +289,8 @@ def make_strange_folders(root, model):
 @pytest.mark.parametrize("tool", ["convert_megatron_to_hf", "inspect_checkpoint"])
 def test_folders_of_other_kinds_are_told_apart(model, tmp_path, capsys, tool):
     """A hub name, a file, the top of a Hugging Face cache, an adapter, Megatron-LM's older format
-    and folders one level too high are refused with what to name instead. What is in them is not
-    read.
+    and folders one level too high are errors that name the folder to use instead. Their
+    content is not read.
     """
     (tmp_path / "in").mkdir()
     for folder, message in make_strange_folders(tmp_path / "in", model):
@@ -302,8 +302,8 @@ def test_folders_of_other_kinds_are_told_apart(model, tmp_path, capsys, tool):
 
 @pytest.mark.parametrize("step_is_there", [True, False])
 def test_a_trainer_s_folder_with_deepspeed_s_files_is_a_model(model, tmp_path, step_is_there):
-    """DeepSpeed leaves a file "latest", our own run's name for it, and a folder of its own beside
-    the model that it saved; that folder is often deleted. The model is what is meant.
+    """DeepSpeed leaves a file "latest", as our runs do, and a folder of its own next to the model
+    that it saved; that folder is often deleted. The tools read the model.
     """
     folder = copy_of(model, tmp_path / "checkpoint-100")
     (folder / "latest").write_text("global_step100")
@@ -336,7 +336,7 @@ def test_files_that_git_lfs_has_not_fetched_are_named(model, tmp_path, capsys):
 
 
 def test_inspection_shows_what_cannot_be_converted(model, tmp_path, capsys):
-    """FP8 tensors and their scales are listed with their type, though a conversion refuses them."""
+    """FP8 tensors and their scales are listed with their type, though a conversion rejects them."""
     folder = copy_of(model, tmp_path / "hf")
     path = next(folder.glob("*.safetensors"))
     tensors = load_file(path)
@@ -349,10 +349,10 @@ def test_inspection_shows_what_cannot_be_converted(model, tmp_path, capsys):
     assert f"tensor {name} in" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_one_line_and_the_command_goes_on(model, tmp_path, capsys):
-    """A file that cannot be written to its end: torch then raises an error of its archive, not of
-    the disk. Here a limit on file sizes stands for the disk. The message is the system's, and the
-    same command finishes.
+def test_a_full_disk_is_one_line_and_the_command_resumes(model, tmp_path, capsys):
+    """When a file cannot be written to its end, torch raises an error of its archive, not of the
+    disk. A limit on file sizes simulates the full disk. The message is the system's, and the same
+    command finishes.
     """
     import resource
 
@@ -432,7 +432,7 @@ def test_tensors_are_compared_whatever_config_json_says(model, tmp_path, capsys)
 
 def test_home_and_odd_paths(model, tmp_path, monkeypatch, capsys):
     """~ that the shell has left, spaces, relative paths and links to folders work; an output that
-    is a link to nothing is refused before anything is written.
+    is a dangling link is an error before anything is written.
     """
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -455,9 +455,7 @@ def test_home_and_odd_paths(model, tmp_path, monkeypatch, capsys):
 
 
 def test_other_pickles_are_not_weights(model, tmp_path, capsys):
-    """training_args.bin beside pytorch_model.bin is not read as weights; alone it does not look
-    like them.
-    """
+    """training_args.bin next to pytorch_model.bin is not read as weights, nor alone."""
     folder = copy_of(model, tmp_path / "hf")
     tensors = {
         name: x for path in folder.glob("*.safetensors") for name, x in load_file(path).items()
@@ -473,7 +471,7 @@ def test_other_pickles_are_not_weights(model, tmp_path, capsys):
 
 
 def test_values_that_a_type_cannot_hold_are_an_error(model, tmp_path, capsys):
-    """float16 ends at 65504; a larger value is refused with its tensor's name, not written as
+    """float16 ends at 65504; a larger value is an error with its tensor's name, not written as
     infinity.
     """
     folder = copy_of(model, tmp_path / "hf")

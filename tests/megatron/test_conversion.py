@@ -61,7 +61,7 @@ def make_folder(folder, family, **changes):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Of every family: the Hugging Face folder and its Megatron conversion."""
+    """The Hugging Face folder of every family and its Megatron conversion."""
     root = tmp_path_factory.mktemp("conversion")
     found = {}
     for family in families.FAMILIES:
@@ -111,7 +111,7 @@ def test_there_and_back_is_bit_exact(folders, tmp_path, family):
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_model_yaml_alone_is_enough(folders, tmp_path, family):
-    """A NeMo folder of somebody else has no config.json: model.yaml gives the same tensors and the
+    """A NeMo folder of other code has no config.json: model.yaml gives the same tensors and the
     same model.
     """
     nemo = convert(folders[family][0], tmp_path / "nemo", "nemo").folder
@@ -255,9 +255,9 @@ def test_a_killed_conversion_with_another_config_starts_over(folders, tmp_path, 
 
 
 def test_one_process_at_a_time_makes_a_folder(tmp_path):
-    """A second call for the same output, of the same job or another, is refused and disturbs
-    nothing: two writers of one file would leave holes in it. After a kill the lock is gone, for it
-    is the process's.
+    """A second call for the same output, of the same job or another, fails and disturbs
+    nothing: two writers of one file would leave holes in it. The kernel releases the lock of a
+    killed process.
     """
     with resumable_folder(tmp_path / "out", {"job": 1}) as folder:
         (folder / "weights").write_text("whole")
@@ -287,7 +287,7 @@ def test_finished_files_behind_a_torn_record_are_kept(tmp_path):
 
 @pytest.mark.slow
 def test_checkpoints_of_other_code_are_read(tmp_path):
-    """What a script that knows only megatron-core's public API has saved, by one rank and by two
+    """A checkpoint saved by a script with only megatron-core's public API, by one rank and by two
     tensor ranks with the vocabulary padded, becomes the same Hugging Face folder, with the values
     the script's own model has.
     """
@@ -389,8 +389,8 @@ def test_padding_of_the_vocabulary_is_cut(tmp_path, folders):
                 convert(megatron, tmp_path / "other", "hf", hf_config_from=tmp_path / str(rows))
 
 
-def test_pickles_need_their_name_said(folders, tmp_path):
-    """pytorch_model.bin is refused, is read when asked for, and even then runs nothing."""
+def test_pickles_need_a_flag(folders, tmp_path):
+    """pytorch_model.bin is an error without the flag, and even with it runs nothing."""
     source = tmp_path / "bin"
     source.mkdir()
     hf = folders["qwen2"][0]

@@ -1,5 +1,4 @@
-"""Model families in one process: parity with transformers, names in checkpoints, and what is
-refused.
+"""Model families in one process: parity with transformers, names in checkpoints, and errors.
 
 The other layouts: test_families_eight_ranks.py. Nothing here runs on a GPU or with Transformer
 Engine, whose names are checked against what megatron-core writes without it.
@@ -141,7 +140,7 @@ def test_checkpoint_names_are_the_rules_last_names(folders, family):
 def test_layers_that_are_stored_one_by_one_are_read(folders, tmp_path, family):
     """megatron-core gives every layer keys of its own when --moe-layer-freq is a list, as in
     slime's scripts for Qwen3-MoE. What its own saver then writes becomes the same Hugging Face
-    tensors; to reshard it is refused by name, and so are the finer pieces of
+    tensors; resharding it is an error, and so are the finer pieces of
     singleton_local_shards. One rank, without an optimizer.
     """
     model = MegatronWorker.from_hf(folders[family], ONE, seed=0).model
@@ -248,7 +247,7 @@ def test_tables_weigh_what_the_published_models_weigh(model):
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
 def test_frequencies_equal_transformers(stretch, key):
     """Llama's stretched frequencies are transformers', as numbers, for the published settings and
-    for others, read from the config of transformers 4 (rope_scaling beside rope_theta) and 5
+    for others, read from the config of transformers 4 (rope_scaling and rope_theta) and 5
     (rope_parameters).
     """
     from transformers import LlamaConfig

@@ -18,8 +18,8 @@ from receivers import start_receivers
 
 
 def eight_ranks(function, store, results, *more):
-    """What eight ranks that run ``function`` on a reference folder of every family wrote to the
-    file ``results``.
+    """Run ``function`` on eight ranks with a reference folder of every family; return the content
+    of the file ``results``.
     """
     folders = {family: str(store / family) for family in cases.FAMILIES}
     for family, folder in folders.items():
@@ -30,13 +30,13 @@ def eight_ranks(function, store, results, *more):
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
-    """What eight ranks found out, of every family."""
+    """Results of eight ranks for every family."""
     return eight_ranks(cases.family_ranks, tmp_path_factory.mktemp("families"), "families.json")
 
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory):
-    """What eight ranks found out about experts, with a server that takes weights."""
+    """Results of eight ranks for experts, with a server that takes weights."""
     with start_receivers(1) as (server,):
         return eight_ranks(
             cases.expert_ranks, tmp_path_factory.mktemp("experts"), "experts.json", server.url
@@ -45,7 +45,7 @@ def experts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def conversion(tmp_path_factory):
-    """What eight ranks found out about converted folders and megatron-core."""
+    """Results of eight ranks for converted folders and megatron-core."""
     return eight_ranks(
         conversion_cases.eight_ranks, tmp_path_factory.mktemp("conversion"), "conversion.json"
     )
@@ -71,8 +71,8 @@ def test_every_layout_equals_transformers(launch, family, layout):
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("family", cases.FAMILIES)
 def test_round_trip_is_bit_exact(launch, family, layout):
-    """What is loaded from a folder and exported again is the folder's, in float32 and bit for bit
-    in bfloat16, on every rank.
+    """Tensors loaded from a folder and exported again are equal in float32, and bit for bit in
+    bfloat16, on every rank.
     """
     result = launch[f"{family}_{layout}"]
     assert result["export"] == 0

@@ -1,4 +1,4 @@
-"""How long ranks wait for each other: launched on two gloo ranks of this machine."""
+"""Timeouts of ranks that wait for each other, on two gloo ranks of this machine."""
 
 import json
 import time

@@ -1,5 +1,4 @@
-"""What NeMo 2.7 puts into its folder, in small: io.json, model.yaml, the metadata of megatron-core
-0.15. One process.
+"""NeMo 2.7's folder in small: io.json, model.yaml, metadata of megatron-core 0.15. One process.
 
 The texts are written here after what ``llm.import_ckpt`` was seen writing. That NeMo itself reads
 and writes such folders is shown by benchmarks/nemo_parity.py, not here.
@@ -133,7 +132,7 @@ def test_metadata_of_megatron_core_0_15_is_read(folders, tmp_path):
 
 def test_norms_that_nemo_lost_are_an_error(folders, tmp_path):
     """Without Transformer Engine NeMo's import leaves the layers' norms at 1 and sets the final
-    one. That is refused; a fresh model, whose norms are all 1, is not. A single lost norm of one
+    one. That is an error; a new model, whose norms are all 1, is not. A single lost norm of one
     layer cannot be told from a trained one.
     """
     hf, found = folders[0], []

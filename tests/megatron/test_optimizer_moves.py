@@ -15,7 +15,7 @@ from megatron_ranks import run_ranks
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
-    """What four ranks found out about a model with tied embeddings and an odd vocabulary."""
+    """Results of four ranks on a model with tied embeddings and an odd vocabulary."""
     store = tmp_path_factory.mktemp("optimizer")
     family_cases.write_reference("qwen3", store / "hf")
     run_ranks(cases.four_ranks, 4, str(store / "hf" / "bf16"), str(store), timeout=300)
@@ -46,8 +46,8 @@ def test_padding_between_buckets_is_among_the_layouts(launch):
 
 
 @pytest.mark.slow
-def test_only_who_writes_the_state_gathers_it(launch):
-    """Of the two data-parallel ranks of each tensor rank the first holds the distributed
+def test_only_the_rank_that_writes_the_state_gathers_it(launch):
+    """The first of the two data-parallel ranks of each tensor rank holds the distributed
     optimizer's gathered state while it is saved. Megatron's default gives all of it to every rank,
     over the GPU, which a 7B model on one tensor rank does not survive; what the first rank then
     needs in CPU memory is not measured here.

@@ -1,7 +1,6 @@
-"""What test_megatron_loops runs in processes of its own: ``python megatron_loops.py MODE FOLDER``
-(or under torchrun).
+"""Program of test_megatron_loops: ``python megatron_loops.py MODE FOLDER``, or under torchrun.
 
-``kill`` trains and dies by SIGKILL in the fifth step; ``main`` trains whole, resumes the killed
+``kill`` trains and is killed by SIGKILL in the fifth step; ``main`` trains whole, resumes the killed
 run, and makes a GRPO step; ``ranks`` does the first and the last on two data-parallel ranks.
 Results go to ``FOLDER/MODE.json``.
 """

@@ -1,5 +1,4 @@
-"""What test_step_advantages_in_parallel runs: ``python step_ranks.py FOLDER 1``, and under torchrun
-with 4.
+"""Program of test_step_advantages_in_parallel: ``step_ranks.py FOLDER 1``, or 4 under torchrun.
 
 One process takes one optimizer step under every step advantage, packed in three ways; four ranks
 take the same steps under every layout. Losses and gradients go to ``FOLDER/one.pt`` and

@@ -53,7 +53,7 @@ def random_sequences(aggregation, seed=0):
 
 
 def loss_and_metrics(sequences, budget, loss_fn):
-    """What the worker does: sums over micro-batches, divided by the number of loss tokens."""
+    """Sum over micro-batches and divide by the number of loss tokens, as the worker does."""
     batches = pack(sequences, budget).micro_batches
     num_tokens = sum(float(batch.loss_mask_T.sum()) for batch in batches)
     results = [

@@ -13,7 +13,7 @@ from spark_nemo.training.stop import STOP_FILE, StopFlag
 
 
 def test_rows_come_back_and_tensorboard_gets_them_too(tmp_path):
-    """One JSON row per step, and an event file beside it."""
+    """One JSON row per step, and a TensorBoard event file."""
     writer = MetricsWriter(tmp_path)
     writer.write(0, {"loss": 2.0})
     writer.write(1, {"loss": 1.5, "lr": 0.1})
@@ -87,9 +87,9 @@ def test_the_first_signal_asks_and_the_second_acts(tmp_path, number):
         signal.signal(number, outer)
 
 
-def test_a_stop_file_asks_too(tmp_path):
-    """For whoever cannot signal the job; the file stays, so a requeued job does not start again by
-    itself.
+def test_a_stop_file_requests_a_stop_too(tmp_path):
+    """A user who cannot signal the job makes the file. It stays, so a requeued job does not start
+    again by itself.
     """
     stop = StopFlag(tmp_path)
     assert not stop.requested

@@ -86,14 +86,14 @@ def test_unpack_undoes_pack(shapes, budget):
 
 
 def test_unpack_ignores_what_a_parallel_layout_appended():
-    """Sequence parallelism may return rows longer than the pack; the tail belongs to nobody."""
+    """Sequence parallelism may return rows longer than the pack; the tail is dropped."""
     packed = pack(make_sequences([(2, 3), (1, 2)]), 99)
     (row,) = (batch.padded_to_multiple_of(8).labels_T for batch in packed.micro_batches)
     assert [values.tolist() for values in packed.unpack([row])] == [[2, 3, 4], [6, 7]]
 
 
 def test_padding_for_sequence_parallelism_adds_no_loss():
-    """What the worker appends has mask 0."""
+    """The appended sequence has mask 0."""
     (batch,) = pack(make_sequences([(2, 3)]), 99).micro_batches
     assert batch.padded_to_multiple_of(8).loss_mask_T.sum() == 3
 
@@ -142,7 +142,7 @@ def test_random_lengths_are_balanced_to_a_few_percent(dp_size, quadratic_cost):
 
 def test_long_sequences_count_for_their_attention():
     """Equal tokens are not equal work: one sequence of 8,000 costs as much as three of 4,000 when c
-    = 1 / 4,000, and gets a rank of its own; by tokens alone it would have got a fourth beside it.
+    = 1 / 4,000, and gets a rank of its own; by tokens alone it would have shared its rank with a fourth.
     """
     sequences = make_sequences([(1, 80), (1, 40), (1, 40), (1, 40)])
     plain, aware = (

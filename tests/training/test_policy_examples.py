@@ -1,6 +1,4 @@
-"""The file that the policy's format SFT reads: what is refused, what is dropped, and what is held
-out.
-"""
+"""The examples of the policy's format SFT: errors, dropped examples, and held-out problems."""
 
 from __future__ import annotations
 
@@ -77,7 +75,7 @@ def test_a_number_identifies_a_problem_here_too(tmp_path: Path) -> None:
 
 def test_responses_out_of_format_can_be_dropped_and_are_counted_by_rule(tmp_path: Path) -> None:
     """Proves sft.on_invalid=drop forgives the format and nothing else; a file without one good
-    response is refused.
+    response is an error.
     """
     broken = {**ROW, "response": GOOD + GOOD}
     examples, dropped = read_policy_examples(

@@ -50,7 +50,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 
 def differences(steps: dict, first: tuple, second: tuple) -> tuple[float, float, float]:
-    """Of the losses, of the gradient norms (relative), and the largest of any gradient."""
+    """Return differences of losses and gradient norms (relative), and the largest of a gradient."""
     (loss, norm, grads), (other_loss, other_norm, other_grads) = steps[first], steps[second]
     assert grads.keys() == other_grads.keys()
     return (

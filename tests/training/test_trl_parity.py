@@ -322,7 +322,7 @@ def test_group_advantages_equal_trl_itself(scale, seed):
 
 @BATCHES
 def test_leave_one_out_advantages_equal_trl_itself(seed):
-    """With TRL's own rule for unscorable siblings: they are nobody's baseline."""
+    """With TRL's own rule for siblings without a score: they are in no baseline."""
     trl = pytest.importorskip("trl")
     rewards_N, groups, valid_N = scored(seed)
     expected = trl_advantages(
