@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_conversion import make_folder
 
 from spark_nemo.config import MegatronConfig
-from spark_nemo.megatron.checkpoint.compare_tensors import compare_stored, logits_difference
+from spark_nemo.megatron.checkpoint.compare_tensors import compare_stored, logits, logits_difference
 from spark_nemo.megatron.checkpoint.reader import open_checkpoint
 from spark_nemo.megatron.checkpoint.torch_dist_reader import StoredCheckpoint
 from spark_nemo.megatron.worker import MegatronWorker
@@ -84,11 +84,9 @@ def test_logits_tell_models_apart(model, tmp_path):
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(model / "hf", dtype=torch.float32)
-    from spark_nemo.megatron.checkpoint.compare_tensors import _logits
-
     ids = torch.tensor([[1, 2, 3]])
     with torch.no_grad():
-        assert float((_logits(megatron, ids) - reference(ids).logits[0]).abs().max()) <= 1e-4
+        assert float((logits(megatron, ids) - reference(ids).logits[0]).abs().max()) <= 1e-4
     other = open_checkpoint(make_folder(tmp_path / "other", "qwen3", initializer_range=0.2))
     assert logits_difference(hf, other, "a b", tmp_path) > 0.01
     path = next((tmp_path / "other").glob("*.safetensors"))

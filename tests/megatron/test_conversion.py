@@ -275,14 +275,14 @@ def test_finished_files_behind_a_torn_record_are_kept(tmp_path):
     """A full disk tears the record of one file; what is recorded after that counts when the call is
     killed again.
     """
-    writer = streaming._PartWriter(tmp_path, lambda num_bytes: None)
+    writer = streaming.PartWriter(tmp_path, lambda num_bytes: None)
     (tmp_path / "__7_0.distcp").write_bytes(b"x" * 12)
     (tmp_path / streaming.PARTS).write_text('{"part": 3, "results": [["decod')
-    writer._record(
+    writer.record(
         7,
         [WriteResult(MetadataIndex("w", torch.Size([0])), 12, _StorageInfo("__7_0.distcp", 0, 12))],
     )
-    assert list(writer._finished_parts()) == [7]
+    assert list(writer.finished_parts()) == [7]
 
 
 @pytest.mark.slow

@@ -135,12 +135,14 @@ def logits_difference(
     ids = encode(text)["input_ids"][:max_tokens]
     if not ids:
         raise ConfigError("the text has no tokens")
-    logits = [_logits(checkpoint, torch.tensor([ids])) for checkpoint in (one, other)]
-    largest = float((logits[0] - logits[1]).abs().max())
+    ids_1T = torch.tensor([ids])
+    difference = logits(one, ids_1T) - logits(other, ids_1T)
+    largest = float(difference.abs().max())
     return math.inf if math.isnan(largest) else largest  # NaN would pass every tolerance
 
 
-def _logits(checkpoint: OpenedCheckpoint, ids_1T: Tensor) -> Tensor:
+def logits(checkpoint: OpenedCheckpoint, ids_1T: Tensor) -> Tensor:
+    """Return float32 logits [T, V] of a model that transformers builds."""
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -89,7 +89,7 @@ def write_torch_dist(
     # These are the steps of torch.distributed.checkpoint.save for one process, which would wrap
     # every error in its own.
     planner = _LazyPlanner(source, progress)
-    writer = _PartWriter(folder, progress)
+    writer = PartWriter(folder, progress)
     planner.set_up_planner({}, None, is_coordinator=True)
     writer.set_up_storage_writer(is_coordinator=True)
     plans, metadata = planner.create_global_plan(
@@ -146,7 +146,7 @@ def _tensor_item(box: Box) -> WriteItem:
     )
 
 
-class _PartWriter(FileSystemWriter):
+class PartWriter(FileSystemWriter):
     """torch's writer, one file after the other, with a record of the finished files."""
 
     def __init__(self, folder: Path, progress: Callable[[int], object]) -> None:
@@ -155,7 +155,7 @@ class _PartWriter(FileSystemWriter):
         self.progress = progress
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        finished = self._finished_parts()
+        finished = self.finished_parts()
         results = []
         for number, items in enumerate(_parts(plan.items)):
             if number in finished:
@@ -167,7 +167,7 @@ class _PartWriter(FileSystemWriter):
                 done = self._write_part(
                     dataclasses.replace(plan, items=items, storage_data=prefix), planner
                 )
-                self._record(number, done)
+                self.record(number, done)
             results += done
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
@@ -183,7 +183,8 @@ class _PartWriter(FileSystemWriter):
                 raise OSError(*error.__context__.args) from error
             raise
 
-    def _record(self, number: int, results: list[WriteResult]) -> None:
+    def record(self, number: int, results: list[WriteResult]) -> None:
+        """Append one finished file to the record, on disk before the next file starts."""
         rows = [
             [
                 result.index.fqn,
@@ -200,7 +201,7 @@ class _PartWriter(FileSystemWriter):
             stream.flush()
             os.fsync(stream.fileno())
 
-    def _finished_parts(self) -> dict[int, list[WriteResult]]:
+    def finished_parts(self) -> dict[int, list[WriteResult]]:
         """Return the parts of an interrupted call whose file still has the recorded length."""
         path = self.folder / PARTS
         if not path.exists():
