@@ -1,13 +1,13 @@
 """Compare the Megatron tensors of Megatron-Bridge 0.3.1 with this project's, bit by bit.
 
-    pip install --no-deps --target BRIDGE megatron-bridge==0.3.1 transformers==4.57.6 'huggingface_hub<1' \\
-        'tokenizers<=0.23' requests urllib3 charset-normalizer certifi idna hydra-core omegaconf \\
+    pip install --no-deps --target BRIDGE megatron-bridge==0.3.1 transformers==4.57.6 \\
+        'huggingface_hub<1' 'tokenizers<=0.23' requests urllib3 charset-normalizer certifi idna hydra-core omegaconf \\
         antlr4-python3-runtime==4.9.3 einops
     python benchmarks/bridge_parity.py BRIDGE MODEL_FOLDER
 
 BRIDGE is a folder of packages that goes before the installed ones, since the bridge wants
-transformers 4 (and what that needs). It also imports Transformer Engine, Triton and others, which a
-CPU has no use for: empty modules stand in for them. Its model is megatron-core's with local layers;
+transformers 4 (and its dependencies). It also imports Transformer Engine, Triton and others, which
+a CPU run does not need: empty modules replace them. Its model is megatron-core's with local layers;
 every tensor of it is compared with the box of our conversion. config.json must be in transformers
 4's form: rope_theta and torch_dtype on top, num_experts for Qwen3-MoE.
 """
@@ -47,9 +47,7 @@ ABSENT = (
 
 
 class _Nothing(types.ModuleType):
-    """A module in which every name exists: lower case is another such module, the rest is an empty
-    torch module.
-    """
+    """A module in which every name exists: lower case is a submodule, the rest a torch module."""
 
     __path__: list[str] = []
 
@@ -89,7 +87,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def bridge_model(folder: Path) -> Any:
-    """The bridge's GPTModel with the weights of ``folder``."""
+    """Return the bridge's GPTModel with the weights of ``folder``."""
     import torch
     from megatron.bridge import AutoBridge
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -108,10 +106,11 @@ def bridge_model(folder: Path) -> Any:
         del provider.transformer_layer_spec.submodules.sharded_state_dict_keys_map[
             "pre_mlp_layernorm."
         ]
-    provider.use_cpu_initialization, provider.gradient_accumulation_fusion = True, False
-    provider.masked_softmax_fusion = provider.bias_dropout_fusion = provider.apply_rope_fusion = (
-        False
-    )
+    provider.use_cpu_initialization = True
+    provider.gradient_accumulation_fusion = False
+    provider.masked_softmax_fusion = False
+    provider.bias_dropout_fusion = False
+    provider.apply_rope_fusion = False
     provider.persist_layer_norm = False
     if hasattr(provider, "finalize"):
         provider.finalize()

@@ -1,5 +1,4 @@
-"""Conversion of an 8 GB checkpoint: peak memory, and the rate against ``cp`` of the same files in
-the same run.
+"""Measure the conversion of an 8 GB checkpoint: peak memory, and rate relative to ``cp``.
 
     python benchmarks/convert.py --folder /scratch/tmp [--gigabytes 8]
 
@@ -38,13 +37,12 @@ QWEN25_7B = {
     "use_sliding_window": False,
     "dtype": "bfloat16",
 }
-LAYER_BYTES, REST_BYTES = 466_115_584, 2_179_993_600
+LAYER_BYTES = 466_115_584
+REST_BYTES = 2_179_993_600
 
 
 def make_model(folder: Path, gigabytes: float) -> None:
-    """Write the synthetic model; a few layers' worth of random numbers, shifted, is all that is
-    drawn.
-    """
+    """Write the synthetic model; all tensors are shifts of one block of random numbers."""
     import torch
 
     from spark_nemo.megatron.hf_files import write_tensors
@@ -69,7 +67,7 @@ def make_model(folder: Path, gigabytes: float) -> None:
 
 
 def measure(what: str, source: Path, target: Path) -> dict[str, float]:
-    """Run one step in a child process: seconds, bytes written, and its peak resident memory."""
+    """Run one step in a child process and return its seconds and peak resident memory."""
     output = subprocess.run(
         [sys.executable, __file__, "--step", what, str(source), str(target)],
         check=True,
@@ -80,7 +78,7 @@ def measure(what: str, source: Path, target: Path) -> dict[str, float]:
 
 
 def step(what: str, source: Path, target: Path) -> None:
-    """In the child."""
+    """Run one step in this process and print its measurements as JSON."""
     if what == "make":
         make_model(target, float(source.name))
         result = {}
@@ -118,9 +116,7 @@ def same_files(one: Path, other: Path) -> bool:
 
 
 def main() -> int:
-    """0 when both directions meet the targets: half of cp's rate, and 2 GB of memory plus the
-    largest tensor.
-    """
+    """Return 0 if both directions meet the targets: half of cp's rate, 2 GB plus a tensor."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -139,14 +135,16 @@ def main() -> int:
 
 
 def report(root: Path, gigabytes: float) -> int:
-    """Run the steps and print a table."""
-    # In a child, too: the peak memory of a process counts what its parent held when it was started.
+    """Run the steps, print a table and return the exit status."""
+    # In a child, too: a process starts with its parent's memory in its peak.
     measure("make", Path(str(gigabytes)), root / "hf")
     num_bytes = sum(path.stat().st_size for path in (root / "hf").glob("*.safetensors"))
     largest = QWEN25_7B["vocab_size"] * QWEN25_7B["hidden_size"] * 2
-    limit, good = 2e9 + largest, True
+    limit = 2e9 + largest
+    good = True
     print(
-        f"{num_bytes / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB, memory limit {limit / 1e9:.2f} GB"
+        f"{num_bytes / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB, "
+        f"memory limit {limit / 1e9:.2f} GB"
     )
     for name, what, source in (
         ("hf -> megatron", "megatron", "hf"),

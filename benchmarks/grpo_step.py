@@ -1,6 +1,6 @@
-"""One full GRPO step, ours against TRL's ``GRPOTrainer``: generate, reward, train.
+"""Compare one full GRPO step with TRL's ``GRPOTrainer``: generate, reward, train.
 
-    python -m venv bench && bench/bin/pip install -e '.[bench]'     # trl is not a dependency of spark_nemo
+    python -m venv bench && bench/bin/pip install -e '.[bench]'   # spark_nemo does not need trl
     OMP_NUM_THREADS=1 bench/bin/python benchmarks/grpo_step.py
 
 The same: Qwen2 weights (float32), prompts, group size, response lengths, temperature 1, reward
@@ -64,7 +64,7 @@ LR = 1e-6
 
 
 def even_share(token_ids: list[int]) -> float:
-    """The trivial reward: share of even token ids."""
+    """Return the share of even token ids, a trivial reward."""
     return sum(token % 2 == 0 for token in token_ids) / len(token_ids)
 
 
@@ -99,7 +99,7 @@ class Ours:
         self.seconds: dict[str, list[float]] = {"generate": [], "train": [], "sync": []}
 
     def step(self) -> float:
-        """One step; returns its CPU seconds and notes those of its parts."""
+        """Make one step, record the CPU seconds of its parts, and return their sum."""
         marks = [time.process_time()]
         generations = run_async(generate_all(self.engine, self.requests))
         rollouts = [
@@ -133,7 +133,7 @@ class Ours:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Words t0..t511 with the ids 0..511, so that TRL, which wants text, sees exactly our prompts."""
+    """Write a tokenizer of words t0..t511 with ids 0..511: TRL takes text and gets our prompts."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -153,8 +153,9 @@ def run_trl(
     steps: int,
     between: Callable[[], None],
 ) -> tuple[list[float], list[float], list[float]]:
-    """CPU seconds of TRL's steps and of their generation, and its lengths; ``between`` is called
-    after each step.
+    """Return CPU seconds of TRL's steps, those of their generation, and its response lengths.
+
+    Calls ``between`` after each step.
     """
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -236,7 +237,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     if importlib.util.find_spec("trl") is None:
-        sys.exit("this benchmark compares with trl, which is not installed here: see the docstring")
+        sys.exit("trl is not installed: see the docstring of this benchmark")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     torch.set_num_threads(1)
 
@@ -245,8 +246,9 @@ def main() -> None:
         3, VOCAB, (arguments.prompts, arguments.prompt_tokens), generator=generator
     ).tolist()
     print(
-        f"{arguments.prompts} prompts x {arguments.group_size}, {arguments.prompt_tokens} prompt tokens, hidden 128, "
-        f"4 layers, one thread, CPU seconds, median of {arguments.repeats} interleaved steps"
+        f"{arguments.prompts} prompts x {arguments.group_size}, {arguments.prompt_tokens} prompt "
+        "tokens, hidden 128, 4 layers, one thread, CPU seconds, median of "
+        f"{arguments.repeats} interleaved steps"
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "model"
@@ -293,7 +295,8 @@ def compare(
         arguments.repeats + 1,
         lambda: own.append(ours.step()),
     )
-    median, mean = statistics.median, statistics.mean
+    median = statistics.median
+    mean = statistics.mean
     parts = ", ".join(f"{part} {median(times[1:]):.2f}" for part, times in ours.seconds.items())
     rest = median(a - b for a, b in zip(whole[1:], generation[1:]))
     print(
@@ -301,8 +304,9 @@ def compare(
         f"mean length {mean(ours.lengths):.0f})"
     )
     print(
-        f"  trl {trl.__version__:<8} {median(whole[1:]):6.2f} s per step   (generate {median(generation[1:]):.2f}, "
-        f"everything else {rest:.2f}; mean length {mean(lengths):.0f})"
+        f"  trl {trl.__version__:<8} {median(whole[1:]):6.2f} s per step   "
+        f"(generate {median(generation[1:]):.2f}, everything else {rest:.2f}; "
+        f"mean length {mean(lengths):.0f})"
     )
     print(
         f"  trl / spark_nemo = {median(whole[1:]) / median(own[1:]):.2f}x   (target 3x)", flush=True

@@ -1,12 +1,13 @@
-"""Fine-tuning throughput, packed against padded: ``OMP_NUM_THREADS=1 python
-benchmarks/packing.py``.
+"""Compare fine-tuning throughput of packed and padded micro-batches.
+
+    OMP_NUM_THREADS=1 python benchmarks/packing.py
 
 Same worker, weights, sequences and loss. Packed: first-fit-decreasing under a token budget. Padded:
 micro-batches of as many sequences as an average pack has, in random order, each sequence padded to
 the longest of its micro-batch. Only real tokens count. Lengths are log-normal like those of
 reasoning traces; the ratio depends on their spread and on the number of sequences per micro-batch,
 which are printed. Seconds are CPU seconds of the one thread, so a busy machine does not blur the
-ratio. Sorting by length, a cheaper cure than packing, is not measured.
+ratio. Sorting by length, which costs less than packing, is not measured.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ MODEL = {
 def random_sequences(
     count: int, median: float, spread: float, longest: int, seed: int
 ) -> list[TrainSequence]:
-    """Prompts of 32 tokens, responses of log-normal length."""
+    """Return sequences with prompts of 32 tokens and responses of log-normal length."""
     generator = torch.Generator().manual_seed(seed)
     lengths = (
         (median * torch.exp(spread * torch.randn(count, generator=generator)))
@@ -60,9 +61,7 @@ def random_sequences(
 
 
 def padded(sequences: Sequence[TrainSequence], per_batch: int) -> list[PackedBatch]:
-    """Micro-batches [per_batch, longest] in the trainer's form: padding is computed on and masked
-    in the loss.
-    """
+    """Return micro-batches [per_batch, longest]; padding is computed and masked in the loss."""
     batches = []
     for start in range(0, len(sequences), per_batch):
         rows = [
@@ -113,7 +112,8 @@ def main() -> None:
         MODEL, MegatronConfig(dtype="float32"), 0, OptimizerConfig(lr=1e-9)
     )
 
-    losses, seconds = {}, {name: [] for name in layouts}
+    losses = {}
+    seconds = {name: [] for name in layouts}
     for repeat in range(arguments.repeats + 1):
         for name, batches in layouts.items():
             started = time.process_time()
@@ -124,15 +124,16 @@ def main() -> None:
 
     rates = {name: real / statistics.median(times) for name, times in seconds.items()}
     print(
-        f"{len(sequences)} sequences, {real} real positions, longest {max(s.num_positions for s in sequences)}, "
-        f"{per_batch} sequences per padded micro-batch, one thread, CPU seconds, median of {arguments.repeats}"
+        f"{len(sequences)} sequences, {real} real positions, longest "
+        f"{max(s.num_positions for s in sequences)}, {per_batch} sequences per padded "
+        f"micro-batch, one thread, CPU seconds, median of {arguments.repeats}"
     )
     for name, batches in layouts.items():
         fill = real / sum(batch.num_tokens for batch in batches)
         spread = (max(seconds[name]) - min(seconds[name])) / statistics.median(seconds[name])
         print(
-            f"{name}: {rates[name]:8.0f} real tokens/s   {len(batches)} micro-batches, {fill:.0%} real tokens, "
-            f"loss {losses[name]:.5f}, spread {spread:.0%}"
+            f"{name}: {rates[name]:8.0f} real tokens/s   {len(batches)} micro-batches, "
+            f"{fill:.0%} real tokens, loss {losses[name]:.5f}, spread {spread:.0%}"
         )
     print(f"packed / padded = {rates['packed'] / rates['padded']:.2f}x   (target 1.5x)")
 
