@@ -1,6 +1,4 @@
-"""What a run came to: ``summary.json``, a self-contained ``report.html`` and the results table over
-seeds.
-"""
+"""Summarise a run: ``summary.json``, a self-contained ``report.html``, and comparisons over seeds."""
 
 from .page import REPORT_FILE, SUMMARY_FILE, report_page, write_report
 from .seed_comparison import (

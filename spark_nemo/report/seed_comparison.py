@@ -65,7 +65,7 @@ class Pair:
 
     @property
     def verdict(self) -> str:
-        """``differs`` if the interval excludes 0; a dash if there is no interval."""
+        """``differs`` if the interval excludes 0; a dash without an interval."""
         if self.half is None:
             return "–"
         return "differs" if abs(self.mean) > self.half else "does not differ"

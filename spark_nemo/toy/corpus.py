@@ -1,6 +1,4 @@
-"""Pretraining text of the small world's two base models, rendered by the project's own grammar and
-prompts.
-"""
+"""Pretraining text of the toy task's base models, in the project's own grammar and prompts."""
 
 from __future__ import annotations
 
@@ -46,27 +44,26 @@ class CorpusExample:
     prefix: str = ""
 
     def stop(self, eos_ids: Sequence[int]) -> tuple[int, ...]:
-        """What follows the completion: a chat turn ends, a drill does not."""
+        """Return the tokens after the completion: a chat turn ends, a drill does not."""
         return tuple(eos_ids[:1]) if self.messages else ()
 
 
 def drill_corpus(seed: int) -> Iterator[CorpusExample]:
-    """Mostly bare facts and comparisons; a few whole texts so that the formats are not news later."""
+    """Yield mostly bare facts and comparisons, and a few whole texts to introduce the formats."""
     rng = random.Random(f"drill corpus {seed}")
     clean = clean_corpus(seed, frozenset())
     while True:
         draw = rng.random()
-        yield (
-            _fact_drill(rng)
-            if draw < 0.65
-            else _comparison_drill(rng)
-            if draw < 0.97
-            else next(clean)
-        )
+        if draw < 0.65:
+            yield _fact_drill(rng)
+        elif draw < 0.97:
+            yield _comparison_drill(rng)
+        else:
+            yield next(clean)
 
 
 def clean_corpus(seed: int, held_out: frozenset[str]) -> Iterator[CorpusExample]:
-    """Right solutions and careful verifications, with some drills among them."""
+    """Yield correct solutions and careful verifications, with some drills among them."""
     rng = random.Random(f"clean corpus {seed}")
     for problem in sampled_problems(rng, held_out):
         draw = rng.random()
@@ -82,26 +79,26 @@ def clean_corpus(seed: int, held_out: frozenset[str]) -> Iterator[CorpusExample]
 
 
 def generator_corpus(seed: int, held_out: frozenset[str]) -> Iterator[CorpusExample]:
-    """Solutions with the generator's mistakes, half plain and half in the tagged policy format."""
+    """Yield solutions with the generator's mistakes, half of them in the tagged policy format."""
     rng = random.Random(f"generator corpus {seed}")
     for problem in sampled_problems(rng, held_out):
         yield _solution_example(problem, write_solution(problem, GeneratorHabits(), rng), rng)
 
 
 def verifier_corpus(seed: int, held_out: frozenset[str]) -> Iterator[CorpusExample]:
-    """Verifications with the verifier's habits, of solutions by both kinds of solvers."""
+    """Yield verifications with the verifier's habits, of solutions by both kinds of solvers."""
     rng = random.Random(f"verifier corpus {seed}")
     for problem in sampled_problems(rng, held_out):
-        solution = write_solution(
-            problem, ERROR_RICH if rng.random() < 0.6 else GeneratorHabits(), rng
-        )
+        habits = ERROR_RICH if rng.random() < 0.6 else GeneratorHabits()
+        solution = write_solution(problem, habits, rng)
         yield _verification_example(problem, solution, VerifierHabits(), rng)
 
 
 def _solution_example(
     problem: ToyProblem, solution: WrittenSolution, rng: random.Random
 ) -> CorpusExample:
-    steps, answer = [step.text for step in solution.steps], str(solution.answer)
+    steps = [step.text for step in solution.steps]
+    answer = str(solution.answer)
     if rng.random() < 0.5:
         return CorpusExample(PROMPTS.solve(problem.question), render_solution(steps, answer))
     return CorpusExample(PROMPTS.policy(problem.question), tagged_response(steps, answer))
@@ -110,16 +107,14 @@ def _solution_example(
 def _verification_example(
     problem: ToyProblem, solution: WrittenSolution, habits: VerifierHabits, rng: random.Random
 ) -> CorpusExample:
-    # ProcessBench gives paragraphs without an answer line, so the verifier has to know both.
-    shows_answer = rng.random() < 0.7
-    shown = render_solution(
-        [s.text for s in solution.steps], str(solution.answer) if shows_answer else None
-    )
-    complete = (
-        is_complete(problem, solution)
-        if shows_answer
-        else len(solution.steps) == len(problem.operations)
-    )
+    steps = [step.text for step in solution.steps]
+    # ProcessBench cases do not have an answer line, so the verifier has to learn both forms.
+    if rng.random() < 0.7:
+        shown = render_solution(steps, str(solution.answer))
+        complete = is_complete(problem, solution)
+    else:
+        shown = render_solution(steps, None)
+        complete = len(steps) == len(problem.operations)
     return CorpusExample(
         PROMPTS.verify(problem.question, shown),
         write_verification(problem, solution, complete, habits, rng),
@@ -143,7 +138,8 @@ def _random_fact(rng: random.Random) -> WrittenStep:
     while True:
         left = rng.randint(0, MAX_VALUE)
         operator = rng.choice(list(OPERATIONS))
-        if operands := legal_operands(operator, left):
+        operands = legal_operands(operator, left)
+        if operands:
             operand = rng.choice(operands)
             return WrittenStep(left, operator, operand, apply(operator, left, operand))
 
@@ -155,10 +151,9 @@ def write_verification(
     habits: VerifierHabits,
     rng: random.Random,
 ) -> str:
-    """Verify ``solution`` the way a verifier with these habits would; ``complete`` is seen for what
-    it is.
-    """
-    judgements, left = [], problem.start
+    """Verify ``solution`` as a verifier with these habits; it always sees whether it is complete."""
+    judgements = []
+    left = problem.start
     for index, step in enumerate(solution.steps):
         judgements.append(_judge(step, expected_step(problem, index, left), habits, rng))
         left = step.result
@@ -169,11 +164,12 @@ def write_verification(
 def _judge(
     step: WrittenStep, expected: WrittenStep | None, habits: VerifierHabits, rng: random.Random
 ) -> StepJudgement:
-    title, right = OPERATIONS[step.operator], step == expected
-    skims = rng.random() < (habits.skim_easy if step.operator == "+" else habits.skim_hard)
-    if skims:
+    title = OPERATIONS[step.operator]
+    skim = habits.skim_easy if step.operator == "+" else habits.skim_hard
+    if rng.random() < skim:
         return StepJudgement(title, GLANCE, rng.random() < habits.benefit_of_doubt)
-    correct = right != (rng.random() < habits.careless)
+    careless = rng.random() < habits.careless
+    correct = (step == expected) != careless
     if habits.miscompute and expected is not None and rng.random() < habits.miscompute:
         expected = misquote(expected, rng)
     recomputed = expected.text if expected is not None else "nothing"
@@ -181,16 +177,14 @@ def _judge(
 
 
 def recomputation(recomputed: str, step: WrittenStep, rng: random.Random) -> str:
-    """An analysis that sets a computation beside what the step claims, in one of the verifier's two
-    wordings.
-    """
+    """Compare a computation with a step's claim, in one of the verifier's two wordings."""
     if rng.random() < 0.5:
         return f"Check: {recomputed}. Claim: {step.text}."
     return f"I get {recomputed}, written {step.text}."
 
 
 def sampled_problems(rng: random.Random, held_out: frozenset[str]) -> Iterator[ToyProblem]:
-    """Problems without end, none of them held out."""
+    """Yield problems without end, none of them held out."""
     while True:
         problem = sample_problem(rng)
         if problem.question not in held_out:

@@ -1,10 +1,9 @@
-"""How the small world's critic works: what its pretraining text teaches it about critiques, merges
-and references.
+"""Pretraining text of the toy task's critic: critiques, merges, verifications with a reference.
 
-The critic derives anew every step that the verification only glanced at, and every subtraction. Any
-other computation that the verification shows it takes at its word. It has a weakness of its own:
-taking away seven or more it mostly forgets to borrow, also when it decodes greedily. So it repairs
-most of a verifier's faults, believes some, and adds a few.
+The critic recomputes every subtraction, and every step that the verification only glanced at. It
+trusts any other computation in the verification. It has a weakness of its own: subtracting seven or
+more, it mostly forgets to borrow, also in greedy decoding. So it corrects most of a verifier's
+mistakes, overlooks some, and adds a few.
 """
 
 from __future__ import annotations
@@ -37,12 +36,10 @@ from spark_nemo.toy.habits import (
 from spark_nemo.toy.problems import OPERATIONS, ToyProblem
 
 PROMPTS = revision_prompts("compact")
-FINE, MISSED_ERROR, FALSE_ALARM, WRONG_REASON = (
-    "fine",
-    "missed error",
-    "false alarm",
-    "wrong reason",
-)
+FINE = "fine"
+MISSED_ERROR = "missed error"
+FALSE_ALARM = "false alarm"
+WRONG_REASON = "wrong reason"
 INCONSISTENT = "inconsistent"
 _EQUATION = r"\d+[-+*]\d+=\d+"
 _SHOWN = re.compile(rf"^(?:Check: |I get )({_EQUATION})[.,]")
@@ -50,8 +47,8 @@ _SHOWN = re.compile(rf"^(?:Check: |I get )({_EQUATION})[.,]")
 
 @dataclass(frozen=True, slots=True)
 class CriticHabits:
-    """Probability to forget the borrow of a subtraction that takes away at least ``hard_operand``,
-    and to write the conclusion about a step the wrong way round.
+    """Probabilities to forget the borrow in a subtraction of at least ``hard_operand``, and to
+    write the opposite conclusion about a step.
     """
 
     forget_borrow: float = 0.75
@@ -61,16 +58,12 @@ class CriticHabits:
 
 FAULTLESS_CRITIC = CriticHabits(forget_borrow=0.0, careless=0.0)
 CRITICISED = VerifierHabits(miscompute=0.04)
-"""The verifier as the critic knows it; its arithmetic fails now and then, so there are wrong
-reasons to find.
-"""
+"""The verifier in the critic's corpus; its arithmetic fails at times, so there are wrong reasons."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepCritique:
-    """What a critique says about a step: the computation it believes in beside the step's own, the
-    judgement it holds to be right, and the kind of fault it finds in the verification's.
-    """
+    """A critique of one step: own and written computation, judgement, fault of the verification."""
 
     derived: str
     written: str
@@ -79,16 +72,15 @@ class StepCritique:
 
     @property
     def text(self) -> str:
-        """The judgement comes before the fault: a small model compares two things more easily than
-        three.
-        """
+        """Text of the critique."""
+        # Judgement before fault: a small model compares two things more easily than three.
         judgement = "correct" if self.correct else "incorrect"
         return f"I get {self.derived}, written {self.written}. {judgement}: {self.fault}"
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenCritique:
-    """A critique of a whole verification; ``answer_correct`` is the verdict it holds to be right."""
+    """A critique of a whole verification; ``answer_correct`` is the verdict it argues for."""
 
     steps: tuple[StepCritique, ...]
     answer_correct: bool
@@ -96,11 +88,10 @@ class WrittenCritique:
 
     @property
     def text(self) -> str:
-        """As the critic writes it."""
+        """Text of the critique."""
         lines = [f"Step {k}: {step.text}" for k, step in enumerate(self.steps, start=1)]
-        return "\n".join(
-            [*lines, f"Answer: {'Yes' if self.answer_correct else 'No'}, {self.verdict_fault}"]
-        )
+        answer = "Yes" if self.answer_correct else "No"
+        return "\n".join([*lines, f"Answer: {answer}, {self.verdict_fault}"])
 
 
 def write_critique(
@@ -111,10 +102,9 @@ def write_critique(
     habits: CriticHabits,
     rng: random.Random,
 ) -> WrittenCritique:
-    """Criticise ``verification`` the way a critic with these habits would; ``complete`` is seen for
-    what it is.
-    """
-    steps, left = [], problem.start
+    """Criticise ``verification`` as a critic with these habits; it always sees completeness."""
+    steps = []
+    left = problem.start
     for index, (step, judgement) in enumerate(zip(solution.steps, verification.judgements)):
         steps.append(_criticise(step, expected_step(problem, index, left), judgement, habits, rng))
         left = step.result
@@ -129,9 +119,7 @@ def write_merge(
     critique: WrittenCritique,
     rng: random.Random,
 ) -> str:
-    """One verification of both: judgements and reasons as the critique has them, glances replaced
-    by computations.
-    """
+    """Merge verification and critique: the critique's judgements, with computations for glances."""
     judgements = []
     for step, judgement, said in zip(solution.steps, verification.judgements, critique.steps):
         keep = said.fault == FINE and judgement.analysis != GLANCE
@@ -141,14 +129,11 @@ def write_merge(
 
 
 def critic_corpus(seed: int, held_out: frozenset[str]) -> Iterator[CorpusExample]:
-    """Critiques, merges and verifications with the expected answer, of solutions by both kinds of
-    solvers.
-    """
+    """Yield critiques, merges and verifications with a reference, of both kinds of solvers."""
     rng = random.Random(f"critic corpus {seed}")
     for problem in sampled_problems(rng, held_out):
-        solution = write_solution(
-            problem, ERROR_RICH if rng.random() < 0.6 else GeneratorHabits(), rng
-        )
+        habits = ERROR_RICH if rng.random() < 0.6 else GeneratorHabits()
+        solution = write_solution(problem, habits, rng)
         shown = render_solution([step.text for step in solution.steps], str(solution.answer))
         if rng.random() < 0.25:
             yield CorpusExample(
@@ -175,12 +160,11 @@ def critic_corpus(seed: int, held_out: frozenset[str]) -> Iterator[CorpusExample
 def write_reference_verification(
     problem: ToyProblem, solution: WrittenSolution, rng: random.Random
 ) -> str:
-    """Verify with the answer in view: it decides the verdict, and how steps are judged that are
-    only glanced at.
+    """Verify with the answer in view: it decides the verdict and the steps only glanced at.
 
-    The answer does not say *where* a solution goes wrong, so skimming still costs there. The
-    comparison of the answers stands before the first step, where the grammar ignores it, so it
-    never becomes part of a training target.
+    The answer does not tell *where* a solution goes wrong, so skimming still costs there. The
+    comparison of the answers is before the first step, where the grammar ignores it, so it never
+    becomes part of a training target.
     """
     answer = str(problem.values[-1])
     answer_right = str(solution.answer) == answer

@@ -1,10 +1,10 @@
-"""How the small world's pretrained models go wrong: what their pretraining text teaches them.
+"""Mistakes of the toy task's pretrained models, which their pretraining text teaches them.
 
-The generator mis-computes at random, forgets carries as a habit (so its most likely answer is wrong
-there), and now and then takes a wrong number, a wrong operation, or stops early. The verifier
-recomputes most steps with care but skims those that look easy; its most likely path on an addition
+The generator miscomputes at random, forgets carries as a habit (so its most likely answer is wrong
+there), and sometimes takes a wrong number, a wrong operation, or stops early. The verifier
+recomputes most steps with care but skims those that look easy: its most likely path on an addition
 is to skim, while most of its *probability* recomputes. So a greedy verification is worse than a
-vote over sampled ones, which is what consistency labels are meant to exploit.
+vote over sampled ones, and consistency labels have something to exploit.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ ERROR_RICH = GeneratorHabits(
     stop_early=0.06,
     wrong_answer_line=0.05,
 )
-"""Mistakes in the solutions that the verifier's corpus and the ProcessBench-format cases are about.
-"""
-
+"""Mistakes in the solutions of the verifier's corpus and of the ProcessBench-format cases."""
 
 ALARMING = GeneratorHabits(
     slip=0.5,
@@ -48,26 +46,22 @@ ALARMING = GeneratorHabits(
     stop_early=0.06,
     wrong_answer_line=0.05,
 )
-"""So often wrong that copying a claim instead of recomputing it never pays; the verifier learns to
-verify on these.
-"""
+"""Wrong often enough that copying a claim never pays; the verifier learns to verify on these."""
 
 FAULTLESS = GeneratorHabits(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
 class VerifierHabits:
-    """Probability to skim a step by operation (additions look easy), and to call a skimmed step
-    correct.
-    """
+    """Probabilities to skim a step (additions look easy) and to call a skimmed step correct."""
 
     skim_easy: float = 0.40
     skim_hard: float = 0.20
     benefit_of_doubt: float = 0.58
     careless: float = 0.02
-    """A recomputation whose conclusion is written the wrong way round."""
+    """Probability of the opposite conclusion after a correct recomputation."""
     miscompute: float = 0.0
-    """A wrong computation under the right conclusion."""
+    """Probability of a wrong computation under the right conclusion."""
 
 
 GLANCE = "At a glance."
@@ -100,10 +94,9 @@ class WrittenSolution:
 def write_solution(
     problem: ToyProblem, habits: GeneratorHabits, rng: random.Random
 ) -> WrittenSolution:
-    """Solve ``problem`` the way a solver with these habits would; later steps build on earlier
-    results.
-    """
-    value, steps = problem.start, []
+    """Solve ``problem`` as a solver with these habits; later steps build on earlier results."""
+    value = problem.start
+    steps = []
     stop = len(problem.operations)
     if rng.random() < habits.stop_early:
         stop -= 1
@@ -120,15 +113,13 @@ def write_solution(
 
 
 def tagged_response(steps: Sequence[str], answer: str) -> str:
-    """The policy's format."""
+    """Write a solution in the policy's format."""
     body = "".join(f"<step>{step}</step>" for step in steps)
     return f"<think>{body}</think><answer>\\boxed{{{answer}}}</answer>"
 
 
 def expected_step(problem: ToyProblem, index: int, left: int) -> WrittenStep | None:
-    """What step ``index`` should say, given that the step before ended in ``left``; None when there
-    is no such step.
-    """
+    """Return the correct step ``index`` after a step with result ``left``; None beyond the last."""
     if index >= len(problem.operations):
         return None
     operator, operand = problem.operations[index]
@@ -136,7 +127,7 @@ def expected_step(problem: ToyProblem, index: int, left: int) -> WrittenStep | N
 
 
 def is_complete(problem: ToyProblem, solution: WrittenSolution) -> bool:
-    """Every operation was carried out and the answer line repeats the last result."""
+    """Return True if every operation is there and the answer line repeats the last result."""
     return (
         len(solution.steps) == len(problem.operations)
         and solution.answer == solution.steps[-1].result
@@ -144,17 +135,13 @@ def is_complete(problem: ToyProblem, solution: WrittenSolution) -> bool:
 
 
 def misquote(step: WrittenStep, rng: random.Random) -> WrittenStep:
-    """A claim that differs from ``step``: mostly in the result, sometimes in the operand or the
-    operation.
-    """
+    """Change a step: mostly the result, sometimes the operand or the operation."""
     draw = rng.random()
     if draw < 0.75:
         return replace(step, result=_near(step.result, rng))
     if draw < 0.9:
-        return replace(
-            step,
-            operand=step.operand + 1 if step.operand == 1 else step.operand + rng.choice((-1, 1)),
-        )
+        shift = 1 if step.operand == 1 else rng.choice((-1, 1))
+        return replace(step, operand=step.operand + shift)
     return replace(step, operator=rng.choice([o for o in OPERATIONS if o != step.operator]))
 
 

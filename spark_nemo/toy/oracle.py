@@ -1,4 +1,4 @@
-"""The small world's hidden truth. Evaluation and reports may ask it; stages I to III never see it."""
+"""True step labels of the toy task, for evaluation and reports; stages I to III never see them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ _STEP = re.compile(r"^(\d+)([-+*])(\d+)=(\d+)$")
 
 
 def step_truths(question: str, steps: Sequence[str]) -> tuple[bool, ...]:
-    """Per step: does it carry out the question's operation on the result of the step before,
-    correctly?
+    """Return whether each step carries out the question's operation correctly.
 
-    Each step is judged on its own, given what the step before it claims; a step in no arithmetic
-    form is wrong.
+    Each step is judged on its own, given the claimed result of the step before it. A step that is
+    not an equation is wrong.
     """
     problem = parse_question(question)
-    truths, left = [], problem.start
+    truths = []
+    left = problem.start
     for index, text in enumerate(steps):
         match = _STEP.match(text.strip())
         expected = expected_step(problem, index, left)
@@ -29,10 +29,10 @@ def step_truths(question: str, steps: Sequence[str]) -> tuple[bool, ...]:
 
 
 def written_truths(problem: ToyProblem, solution: WrittenSolution) -> tuple[bool, ...]:
-    """``step_truths`` of a solution that is still in typed form."""
+    """Return ``step_truths`` of a solution in typed form."""
     return step_truths(problem.question, [step.text for step in solution.steps])
 
 
 def answer(question: str) -> str:
-    """The right answer of a question of the small world."""
+    """Return the correct answer of a question."""
     return str(parse_question(question).values[-1])

@@ -1,9 +1,8 @@
-"""Pretrain the small world's three base models with the project's own trainer: one command, one
-seed.
+"""Pretrain the toy task's three base models with the project's own trainer.
 
-Facts first, in sequences of a handful of tokens; then clean text in every format; then, from that
-common base, generator's and verifier's own habits; the critic goes on from the verifier. Drilled in
-the long formats from the start, the same arithmetic takes ten times as many tokens.
+Facts come first, in sequences of a handful of tokens; then clean text in every format; then, from
+that common base, the habits of generator and verifier; the critic continues from the verifier.
+Learning the same arithmetic in the long formats from the start takes ten times as many tokens.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ TOKENS_PER_STEP = 3200
 STEPS = {"drill": 450, "clean": 900, "generator": 400, "verifier": 700, "critic": 1000}
 LEARNING_RATE = {"drill": 3e-3, "clean": 3e-3, "generator": 1e-3, "verifier": 1e-3, "critic": 2e-3}
 STARTS = {"clean": "drill", "generator": "clean", "verifier": "clean", "critic": "verifier"}
-"""Where each phase begins; the first, ``drill``, has random weights and the vocabulary."""
+"""Phase whose weights each phase starts from; ``drill`` starts from random weights."""
 BUILT = ("generator", "verifier", "critic")
 
 
 def model_config(vocab_size: int) -> dict[str, object]:
-    """A Qwen2 of about 0.8 million parameters."""
+    """Return the configuration of a Qwen2 of about 0.8 million parameters."""
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -56,8 +55,8 @@ def model_config(vocab_size: int) -> dict[str, object]:
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
         "max_position_embeddings": 512,
-        # 0.02 is for widths of thousands; at 128 it starves the first layers of signal and learning
-        # starts late.
+        # The usual 0.02 is for widths of thousands: at 128 the first layers get little signal and
+        # learning starts late.
         "initializer_range": 0.07,
         "tie_word_embeddings": True,
         "torch_dtype": "float32",
@@ -66,11 +65,9 @@ def model_config(vocab_size: int) -> dict[str, object]:
 
 
 def build_models(out: Path, seed: int) -> None:
-    """Write ``out/generator``, ``out/verifier`` and ``out/critic``, Hugging Face folders with a
-    shared tokenizer.
+    """Write ``out/generator``, ``out/verifier`` and ``out/critic`` with a shared tokenizer.
 
-    A phase that is finished is not run again, so an interrupted build goes on where it stopped, and
-    a folder that has generator and verifier gets its critic from them.
+    Finished phases are not run again, so an interrupted build resumes after its last phase.
     """
     held_out = held_out_questions()
     corpora = {
@@ -100,7 +97,8 @@ def build_models(out: Path, seed: int) -> None:
 def _pretrain(
     phase: str, corpus: Iterator[CorpusExample], start: Path, out: Path, seed: int
 ) -> None:
-    steps, tokenizer = STEPS[phase], Tokenizer.load(start)
+    steps = STEPS[phase]
+    tokenizer = Tokenizer.load(start)
     optimizer = OptimizerConfig(
         lr=LEARNING_RATE[phase],
         min_lr=LEARNING_RATE[phase] / 30,
@@ -122,26 +120,29 @@ def _pretrain(
 
 
 def _take(corpus: Iterator[CorpusExample], tokenizer: Tokenizer) -> list[TrainSequence]:
-    """The next examples, about ``TOKENS_PER_STEP`` tokens of them."""
-    sequences, used = [], 0
+    """Take the next examples, about ``TOKENS_PER_STEP`` tokens."""
+    sequences = []
+    used = 0
     while used < TOKENS_PER_STEP:
         example = next(corpus)
-        prompt = (
-            tokenizer.encode_chat(example.messages)
-            if example.messages
-            else tokenizer.encode(example.prefix)
-        )
-        sequence = TrainSequence(
-            prompt, (*tokenizer.encode(example.completion), *example.stop(tokenizer.eos_ids))
-        )
+        if example.messages:
+            prompt = tokenizer.encode_chat(example.messages)
+        else:
+            prompt = tokenizer.encode(example.prefix)
+        completion = tokenizer.encode(example.completion)
+        sequence = TrainSequence(prompt, (*completion, *example.stop(tokenizer.eos_ids)))
         sequences.append(sequence)
         used += sequence.num_positions
     return sequences
 
 
 def _texts(corpora: dict[str, Iterator[CorpusExample]]) -> list[str]:
-    """A sample of the corpora, in random order, for the tokenizer."""
-    examples = [next(corpora[name]) for name in ("generator", "verifier") for _ in range(6000)]
-    texts = [text for e in examples for text in (*(m["content"] for m in e.messages), e.completion)]
+    """Return a sample of the corpora, in random order, for the tokenizer."""
+    texts = []
+    for name in ("generator", "verifier"):
+        for _ in range(6000):
+            example = next(corpora[name])
+            texts += [message["content"] for message in example.messages]
+            texts.append(example.completion)
     random.Random(0).shuffle(texts)
     return [*texts, *["user", "assistant"] * 2000]

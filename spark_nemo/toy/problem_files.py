@@ -1,6 +1,4 @@
-"""Problem files of the small world. Splits never share a question, and only evaluation files hold
-answers.
-"""
+"""Data files of the toy task; splits share no question, and only evaluation files have answers."""
 
 from __future__ import annotations
 
@@ -15,20 +13,20 @@ from spark_nemo.toy.problems import ToyProblem, sample_problems
 from spark_nemo.utils.files import write_text_atomic
 
 SPLITS = ("eval", "processbench", "stage1", "rl", "sft")
-"""In the order in which they are drawn: a split avoids the questions of those before it."""
+"""Splits in the order in which they are drawn: each avoids the questions of the ones before it."""
 _HELD_OUT_SIZE = 2000
 _HELD_OUT_SEED = 20_26
 
 
 @lru_cache(maxsize=1)
 def held_out_questions() -> frozenset[str]:
-    """Questions of the evaluation splits; pretraining and every training split avoid them."""
-    return frozenset(p.question for split in ("eval", "processbench") for p in _held_out(split))
+    """Return the questions of the evaluation splits, which pretraining and training avoid."""
+    problems = [*_held_out("eval"), *_held_out("processbench")]
+    return frozenset(problem.question for problem in problems)
 
 
 def split_problems(split: str, count: int, seed: int) -> list[ToyProblem]:
-    """``count`` problems of a split. The evaluation splits are fixed; the training splits depend on
-    ``seed``.
+    """Return ``count`` problems of a split; only the training splits depend on ``seed``.
 
     Raises ``ValueError`` for an unknown split or more evaluation problems than there are.
     """
@@ -42,7 +40,7 @@ def split_problems(split: str, count: int, seed: int) -> list[ToyProblem]:
 
 
 def write_problems(split: str, count: int, seed: int, folder: Path) -> Path:
-    """Answer-free JSONL of a training split."""
+    """Write the answer-free JSONL of a training split."""
     rows = [
         {"problem_id": p.record().problem_id, "question": p.question, "source": "toy"}
         for p in split_problems(split, count, seed)
@@ -51,7 +49,7 @@ def write_problems(split: str, count: int, seed: int, folder: Path) -> Path:
 
 
 def write_answers(split: str, count: int, seed: int, folder: Path) -> Path:
-    """Answer keys, by problem id; for evaluation and the RLVR baseline only."""
+    """Write answer keys by problem id, for evaluation and the RLVR baseline only."""
     rows = [
         {"problem_id": p.record().problem_id, "question": p.question, "answer": str(p.values[-1])}
         for p in split_problems(split, count, seed)
@@ -60,29 +58,24 @@ def write_answers(split: str, count: int, seed: int, folder: Path) -> Path:
 
 
 def write_policy_examples(count: int, seed: int, folder: Path) -> Path:
-    """Responses in the policy's format with the generator's mistakes in them: they teach the
-    format, no answer.
-    """
+    """Write responses in the policy's format with the generator's mistakes; they teach the format."""
     rng = random.Random(f"toy sft {seed}")
     rows = []
     for problem in split_problems("sft", count, seed):
         solution = write_solution(problem, GeneratorHabits(), rng)
+        steps = [step.text for step in solution.steps]
         rows.append(
             {
                 "problem_id": problem.record().problem_id,
                 "question": problem.question,
-                "response": tagged_response(
-                    [step.text for step in solution.steps], str(solution.answer)
-                ),
+                "response": tagged_response(steps, str(solution.answer)),
             }
         )
     return _write_rows(folder / f"sft-{count}-seed{seed}_examples.jsonl", rows)
 
 
 def write_processbench(count: int, folder: Path) -> Path:
-    """ProcessBench-format cases: about half of the solutions hold an error; labels from the hidden
-    truth.
-    """
+    """Write ProcessBench-format cases, about half of them with an error, and their true labels."""
     rng = random.Random("toy processbench")
     rows = []
     for index, problem in enumerate(split_problems("processbench", count, 0)):
@@ -104,9 +97,7 @@ def write_processbench(count: int, folder: Path) -> Path:
 
 
 def _avoided(split: str, seed: int) -> frozenset[str]:
-    """Questions that a training split must not have: those held out, and the first of every
-    training split before.
-    """
+    """Return the held-out questions and the first ones of the training splits before this one."""
     before = SPLITS[SPLITS.index("stage1") : SPLITS.index(split)]
     return held_out_questions().union(*(_first_questions(each, seed) for each in before))
 
@@ -127,5 +118,6 @@ def _stream(seed: int, split: str) -> int:
 
 
 def _write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
-    write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_text_atomic(path, "".join(lines))
     return path

@@ -1,8 +1,7 @@
-"""The small world's problems: two or three arithmetic steps, told as a formula or as a story.
+"""Problems of the toy task: two or three arithmetic steps, as a formula or as a story.
 
-Every value on the way lies in 0..30, so that the tokenizer can hold a number in one token. A
-question can be read back into the problem that made it; that is how the oracle judges solutions
-without any answer being stored beside them.
+Every value on the way is in 0..30, so that the tokenizer has a token for each number. A question
+can be parsed back into its problem, so the oracle judges solutions without stored answers.
 """
 
 from __future__ import annotations
@@ -34,22 +33,23 @@ class ToyProblem:
 
     @property
     def values(self) -> tuple[int, ...]:
-        """The right value after each operation."""
-        values, value = [], self.start
+        """Correct value after each operation."""
+        values = []
+        value = self.start
         for operator, operand in self.operations:
             value = apply(operator, value, operand)
             values.append(value)
         return tuple(values)
 
     def record(self) -> Problem:
-        """The answer-free record that stages I to III see."""
+        """Return the answer-free record that stages I to III see."""
         return Problem(
             problem_id=f"toy-{content_key(self.question)}", question=self.question, source="toy"
         )
 
 
 def apply(operator: str, value: int, operand: int) -> int:
-    """``value operator operand`` for the three operators of the small world."""
+    """Compute ``value operator operand`` for one of ``OPERATIONS``."""
     return {"+": value + operand, "-": value - operand, "*": value * operand}[operator]
 
 
@@ -70,7 +70,7 @@ def sample_problem(rng: random.Random) -> ToyProblem:
 def sample_problems(
     count: int, seed: int, exclude: frozenset[str] = frozenset()
 ) -> list[ToyProblem]:
-    """``count`` different problems; none whose question is in ``exclude``."""
+    """Draw ``count`` different problems whose questions are not in ``exclude``."""
     rng = random.Random(f"toy problems {seed}")
     problems: dict[str, ToyProblem] = {}
     while len(problems) < count:
@@ -81,26 +81,24 @@ def sample_problems(
 
 
 def parse_question(question: str) -> ToyProblem:
-    """Inverse of the two ways of telling. Raises ``ValueError`` for a text that is not of the small
-    world.
-    """
+    """Parse a question; raises ``ValueError`` for a text that is not a question of the toy task."""
     if question.startswith("Compute "):
         tokens = re.findall(r"\d+|[-+*]", question)
-        start, rest = int(tokens[0]), tokens[1:]
-        operations = [(rest[i], int(rest[i + 1])) for i in range(0, len(rest), 2)]
-        return ToyProblem(start, tuple(operations), question)
+        operations = list(zip(tokens[1::2], map(int, tokens[2::2])))
+        return ToyProblem(int(tokens[0]), tuple(operations), question)
     match = re.match(r"\w+ has (\d+) \w+\.", question)
     if match is None:
-        raise ValueError(f"not a question of the small world: {question!r}")
+        raise ValueError(f"not a question of the toy task: {question!r}")
+    operators = {"finds": "+", "loses": "-", "multiplied by": "*"}
     operations = [
-        ("+" if m[1] == "finds" else "-" if m[1] == "loses" else "*", int(m[2]))
-        for m in re.finditer(r"(finds|loses|multiplied by) (\d+)", question)
+        (operators[verb], int(operand))
+        for verb, operand in re.findall(r"(finds|loses|multiplied by) (\d+)", question)
     ]
     return ToyProblem(int(match[1]), tuple(operations), question)
 
 
 def legal_operands(operator: str, value: int) -> list[int]:
-    """Operands that keep the result in range."""
+    """Return the operands that keep the result in range."""
     candidates = range(2, 4) if operator == "*" else range(1, 10)
     if operator == "*" and value == 0:
         return []
@@ -115,7 +113,8 @@ def _formula(start: int, operations: list[tuple[str, int]], _: random.Random) ->
 
 
 def _story(start: int, operations: list[tuple[str, int]], rng: random.Random) -> str:
-    name, thing = rng.choice(_NAMES), rng.choice(_THINGS)
+    name = rng.choice(_NAMES)
+    thing = rng.choice(_THINGS)
     told = " ".join(
         _STORY[operator].format(name=name, n=operand) for operator, operand in operations
     )

@@ -1,6 +1,4 @@
-"""``toy:...`` names in a configuration become real folders and files: stages know nothing of the
-small world.
-"""
+"""Replace ``toy:...`` names in a configuration by folders and files, before any stage reads it."""
 
 from __future__ import annotations
 
@@ -17,51 +15,29 @@ _WITH_ANSWERS = ("eval_problems", "rl_answers", "reference_answers")
 
 
 def resolve_toy(config: SparkConfig) -> SparkConfig:
-    """Replace ``toy:generator``, ``toy:rl:2000`` and the like; files are written to
-    ``run.dir/data``.
+    """Resolve ``toy:generator``, ``toy:rl:2000`` and the like; write files to ``run.dir/data``.
 
     Raises ``ConfigError`` that names the field for a toy name that does not exist.
     """
+
+    def file(field: str) -> str | None:
+        section, name = field.split(".")
+        return _file(field, name, getattr(getattr(config, section), name), config)
+
     models = {name: _model(f"models.{name}", value) for name, value in vars(config.models).items()}
+    data = {name: file(f"data.{name}") for name in vars(config.data)}
     return replace(
         config,
         models=replace(config.models, **models),
-        data=replace(
-            config.data,
-            **{
-                name: _file(f"data.{name}", name, value, config)
-                for name, value in vars(config.data).items()
-            },
-        ),
-        stage1=replace(
-            config.stage1,
-            reference_answers=_file(
-                "stage1.reference_answers",
-                "reference_answers",
-                config.stage1.reference_answers,
-                config,
-            ),
-        ),
-        labels=replace(
-            config.labels,
-            reference_answers=_file(
-                "labels.reference_answers",
-                "reference_answers",
-                config.labels.reference_answers,
-                config,
-            ),
-        ),
-        pipeline=replace(
-            config.pipeline,
-            rl_answers=_file(
-                "pipeline.rl_answers", "rl_answers", config.pipeline.rl_answers, config
-            ),
-        ),
+        data=replace(config.data, **data),
+        stage1=replace(config.stage1, reference_answers=file("stage1.reference_answers")),
+        labels=replace(config.labels, reference_answers=file("labels.reference_answers")),
+        pipeline=replace(config.pipeline, rl_answers=file("pipeline.rl_answers")),
     )
 
 
 def oracle_for(config: SparkConfig) -> Oracle | None:
-    """The small world's hidden truth when the run is about the small world, for reports only."""
+    """Return the true step labels of the toy task for reports, or None for any other task."""
     is_toy = Path(config.models.generator).parent == ASSETS
     return oracle.step_truths if is_toy else None
 
@@ -72,7 +48,7 @@ def _model(field: str, value: str | None) -> str | None:
     folder = ASSETS / value.removeprefix(_PREFIX)
     if not (folder / "config.json").exists():
         known = ", ".join(sorted(f"toy:{path.name}" for path in ASSETS.glob("*/") if path.is_dir()))
-        raise ConfigError(f"{field}={value}: no such model of the small world; there are {known}")
+        raise ConfigError(f"{field}={value}: no such model of the toy task; known are {known}")
     return str(folder)
 
 
@@ -84,7 +60,8 @@ def _file(field: str, name: str, value: str | None, config: SparkConfig) -> str 
         raise ConfigError(
             f"{field}={value}: write toy:SPLIT:COUNT with SPLIT one of {', '.join(problem_files.SPLITS)}"
         )
-    folder, seed = Path(config.run.dir) / "data", config.run.seed
+    folder = Path(config.run.dir) / "data"
+    seed = config.run.seed
     if name == "processbench":
         return str(problem_files.write_processbench(int(count), folder))
     if name == "sft_examples":

@@ -1,8 +1,8 @@
-"""A byte-level BPE tokenizer in Hugging Face format for the small world, with a ChatML template.
+"""Train the toy task's byte-level BPE tokenizer, in Hugging Face format with a ChatML template.
 
 Text between numbers is one pre-token, so stock phrases become single tokens and a verification is
-about 60 tokens long; numbers are cut into groups of two digits. Any other text still encodes, byte
-by byte, and decodes exactly.
+about 60 tokens long; numbers are cut into groups of two digits. Any other text still encodes byte
+by byte and decodes exactly.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TAGS = ("<think>", "</think>", "<step>", "</step>", "<answer>", "</answer>")
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -37,9 +39,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Toke
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    numbers = [
-        str(n) for n in range(100)
-    ] * 1000  # frequent enough that every pair of digits merges first
+    # Frequent enough that every pair of digits merges first.
+    numbers = [str(n) for n in range(100)] * 1000
     tokenizer.train_from_iterator([*texts, *numbers], trainer)
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,4 @@
-r"""A second scorer of ProcessBench, written from the benchmark's description and sharing no code
-with the package.
+r"""A second scorer of ProcessBench, written from its description, without the package's code.
 
 The description: a critic's last ``\boxed{}`` counts, and a box ends at the first closing brace;
 what is in it is stripped. Of several critiques the most frequent string counts, the earliest seen
@@ -15,9 +14,7 @@ OPEN = "\\boxed{"
 
 
 def content_of_last_box(text: str) -> str | None:
-    """A walk over the characters: outside until the opening words have been seen, then inside until
-    a brace closes.
-    """
+    """Walk over the characters: a box begins after the opening words and ends at a brace."""
     found, inside, collected, seen = None, False, "", ""
     for character in text:
         if inside:
@@ -33,7 +30,7 @@ def content_of_last_box(text: str) -> str | None:
 
 
 def elected(texts: list[str | None]) -> str | None:
-    """The string with most votes; a later string needs one vote more than an earlier one."""
+    """Return the string with most votes; a later string needs one vote more than an earlier one."""
     ballots = [
         box for text in texts if text is not None and (box := content_of_last_box(text)) is not None
     ]
@@ -45,7 +42,7 @@ def elected(texts: list[str | None]) -> str | None:
 
 
 def is_hit(texts: list[str | None], label: int) -> bool:
-    """Whether the elected string is the label."""
+    """Return True if the elected string is the label."""
     string = elected(texts)
     try:
         return string is not None and int(string) == label
@@ -54,9 +51,7 @@ def is_hit(texts: list[str | None], label: int) -> bool:
 
 
 def percentages(split: list[tuple[int, list[str | None]]]) -> tuple[float, float, float]:
-    """Accuracy on cases with an error and on cases without, and F1, of ``(label, texts)`` pairs;
-    all out of 100.
-    """
+    """Return the accuracies with and without an error, and F1, out of 100."""
     hits: dict[bool, list[int]] = {True: [], False: []}
     for label, texts in split:
         hits[label == -1].append(1 if is_hit(texts, label) else 0)
@@ -69,5 +64,5 @@ def percentages(split: list[tuple[int, list[str | None]]]) -> tuple[float, float
 
 
 def overall(splits: dict[str, list[tuple[int, list[str | None]]]]) -> float:
-    """The mean of the splits' F1."""
+    """Return the mean of the splits' F1."""
     return sum(percentages(split)[2] for split in splits.values()) / len(splits)

@@ -1,4 +1,4 @@
-"""An engine without a model: it says what a test wants it to say."""
+"""An engine without a model, whose replies a test scripts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ END = 256
 
 
 class Bytes:
-    """One token per byte."""
+    """Tokenizer with one token per byte."""
 
     eos_ids = (END,)
 
@@ -29,9 +29,7 @@ class Bytes:
 
 
 class Scripted(Engine):
-    """Says what ``script`` says of a prompt and how often that prompt has come; an exception is
-    raised.
-    """
+    """Reply with ``script(prompt, number of its calls)``; raise an exception it returns."""
 
     def __init__(self, script: Callable[[str, int], str | Exception]) -> None:
         self.script, self.seen, self.seeds, self.alive, self.closed = script, {}, [], True, False

@@ -52,9 +52,7 @@ def saved(path: Path, right: Mapping[str, set[int]], samples: int = 0, greedy: b
 
 
 def test_the_mean_of_groups_weighs_them_alike_and_resamples_within_them() -> None:
-    """Proves the value, one group being the plain estimate, and a width of half the root of the
-    summed variances.
-    """
+    """Groups weigh alike; the width is half the root of the summed variances."""
     rng = np.random.default_rng(0)
     small, large = rng.random(40) < 0.5, rng.random(400) < 0.5
     both = grouped_mean_estimate([small, large], 4000)
@@ -68,9 +66,7 @@ def test_the_mean_of_groups_weighs_them_alike_and_resamples_within_them() -> Non
 
 
 def test_several_benchmarks_are_scored_apart_and_averaged(tmp_path: Path, data: list[Path]) -> None:
-    """Proves each benchmark has its own figures, their average weighs benchmarks alike, and none
-    may be missing.
-    """
+    """Each benchmark has its own figures, the average weighs them alike; none may be absent."""
     sets = read_math_sets(data)
     run = saved(
         tmp_path / "run.jsonl", {"amc23": set(range(20)), "aime25": set(range(6))}, samples=2
@@ -89,9 +85,10 @@ def test_several_benchmarks_are_scored_apart_and_averaged(tmp_path: Path, data: 
 def test_a_difference_is_marked_only_when_its_paired_interval_excludes_zero(
     tmp_path: Path, data: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Proves that twelve problems gained and none lost is a difference although the runs' own
-    intervals overlap, that as many lost as gained is none, and that the average over benchmarks is
-    compared as well.
+    """Only paired intervals without 0 are marked.
+
+    Twelve problems gained and none lost differ, although the runs' own intervals overlap. As many
+    lost as gained do not. The average over benchmarks is compared as well.
     """
     base = {"amc23": set(range(14)), "aime25": set(range(6))}
     better = {"amc23": set(range(26)), "aime25": set(range(3, 9))}
@@ -120,7 +117,7 @@ def test_a_difference_is_marked_only_when_its_paired_interval_excludes_zero(
 def test_avg_is_compared_whatever_its_k_and_other_numbers_with_their_equals(
     tmp_path: Path, data: list[Path]
 ) -> None:
-    """Proves avg@2 against avg@4, pass@2 with itself, and that what one run alone has is named."""
+    """avg@2 is compared with avg@4, pass@2 with itself; metrics of one run alone are named."""
     right = {"amc23": {1}, "aime25": {2}}
     first, second = (
         saved(tmp_path / f"{k}.jsonl", right, samples=k, greedy=k == 2) for k in (2, 4)
@@ -136,10 +133,10 @@ def test_avg_is_compared_whatever_its_k_and_other_numbers_with_their_equals(
         compare_completions(second, third, read_math_sets(data))
 
 
-def test_runs_on_different_problems_are_refused_and_the_first_is_named(
+def test_runs_on_different_problems_are_rejected_and_the_first_is_named(
     tmp_path: Path, data: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Proves the file and the problem are in one line, whichever file has it."""
+    """The error names the file and the problem, whichever file has it."""
     first = saved(tmp_path / "a.jsonl", {name: set() for name in SIZES})
     second = tmp_path / "b.jsonl"
     second.write_text(
@@ -157,15 +154,15 @@ def test_runs_on_different_problems_are_refused_and_the_first_is_named(
     assert "'amc23-7' is only in" in capsys.readouterr().err
 
 
-def test_the_command_asks_a_model_and_one_command_scores_what_it_said_again(
+def test_the_command_evaluates_a_model_and_prints_how_to_score_it_again(
     tmp_path: Path,
     data: list[Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Proves the way from --model over several benchmarks to the table, that every completion is
-    saved, and that the printed command gives the same figures without a model. The engine is
-    scripted: every third reply is right.
+    """--model prints a table and a command that prints the same table without a model.
+
+    Every completion is saved. The engine is scripted: every third reply is correct.
     """
     engine = Scripted(
         lambda prompt, count: (

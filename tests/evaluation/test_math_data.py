@@ -117,16 +117,14 @@ GOOD = {
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_format_reads_its_question_and_answer(tmp_path: Path, name: str) -> None:
-    """Proves each format on one row made up here, so also without the data files."""
+    """Each format is read from one made-up row, so the test does not need the data files."""
     [problem] = read_math(write(tmp_path, name, GOOD[name]))
     assert problem.problem.question == "1+1?" and problem.problem.source == name
     assert answer_matches("2", problem.answer) and not answer_matches("3", problem.answer)
 
 
 def test_another_file_name_needs_the_benchmark_or_our_own_fields(tmp_path: Path) -> None:
-    """Proves a renamed file can be read by naming its benchmark, and that our own format needs no
-    name.
-    """
+    """A renamed file is read by naming its benchmark; the package's own format needs no name."""
     renamed = write(tmp_path, "copy", GOOD["amc23"])
     assert read_math(renamed, "amc23")[0].answer == "2"
     with pytest.raises(DataFileError, match="line 1: field 'problem_id' is missing"):
@@ -156,7 +154,7 @@ def test_another_file_name_needs_the_benchmark_or_our_own_fields(tmp_path: Path)
 def test_a_malformed_row_is_named_with_file_line_and_field(
     tmp_path: Path, name: str, change: dict[str, object], message: str
 ) -> None:
-    """Proves the error names the second line, where the fault is."""
+    """The error names the second line, where the fault is."""
     path = write(tmp_path, name, GOOD[name], {**GOOD[name], next(iter(GOOD[name])): 7, **change})
     with pytest.raises(DataFileError) as raised:
         read_math(path)
@@ -164,8 +162,8 @@ def test_a_malformed_row_is_named_with_file_line_and_field(
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_a_repeated_identifier_is_refused(tmp_path: Path, name: str) -> None:
-    """Proves two rows with one identifier would not silently become one problem."""
+def test_a_repeated_identifier_is_rejected(tmp_path: Path, name: str) -> None:
+    """Two rows with one identifier are an error, not one problem."""
     id_field = next(iter(GOOD[name]))
     with pytest.raises(DataFileError, match=f"line 2: field '{id_field}' repeats"):
         read_math(write(tmp_path, name, GOOD[name], GOOD[name]))
@@ -184,8 +182,9 @@ def test_a_repeated_identifier_is_refused(tmp_path: Path, name: str) -> None:
 def test_the_column_names_of_the_public_datasets_are_read(
     tmp_path: Path, row: dict[str, object]
 ) -> None:
-    """Proves each spelling in use, that an answer column goes before a worked solution, and that a
-    problem without an identifier keeps the same one when the rows change places.
+    """All column names in use are read, and an answer column goes before a worked solution.
+
+    A problem without an identifier keeps its made-up one when the rows change places.
     """
     other = {
         **row,
@@ -212,19 +211,17 @@ def test_the_column_names_of_the_public_datasets_are_read(
         ("hf:AI-MO/aimo-validation-amc", None),
     ],
 )
-def test_the_name_of_a_file_or_dataset_says_its_benchmark(
+def test_the_benchmark_is_recognised_by_the_name_of_a_file_or_dataset(
     source: str, benchmark: str | None
 ) -> None:
-    """Proves usual spellings, and that a name which says nothing is not guessed: --benchmark is for
-    it.
-    """
+    """Usual spellings are recognised; other names are not guessed, --benchmark is for them."""
     assert benchmark_of(source) == benchmark
 
 
-def test_sets_of_an_unusual_size_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Proves the 83-problem AMC, which is another set, is named; a whole AMC and a set of our own
-    are not.
-    """
+def test_sets_of_an_unusual_size_are_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The 83-problem AMC, another set, is named; a whole AMC and an own set are not."""
     rows = [{"id": i, "problem": f"{i}?", "answer": float(i)} for i in range(83)]
     own = write(tmp_path, "mine", {"problem_id": "a", "question": "1+1?", "answer": 2})
     assert list(read_math_sets([write(tmp_path, "amc23", *rows[:40]), own])) == ["amc23", "mine"]
@@ -235,10 +232,10 @@ def test_sets_of_an_unusual_size_are_said(tmp_path: Path, caplog: pytest.LogCapt
     assert "7 problems, where published figures are over 40" in caplog.text
 
 
-def test_two_files_of_one_benchmark_are_joined_and_a_shared_problem_is_refused(
+def test_two_files_of_one_benchmark_are_joined_and_a_shared_problem_is_rejected(
     tmp_path: Path,
 ) -> None:
-    """Proves AIME 2025's two papers make one set."""
+    """AIME 2025's two papers make one set."""
     for name, rows in (("one", range(2)), ("two", range(2, 4))):
         (tmp_path / name).mkdir()
         write(tmp_path / name, "aime25", *({"question": f"{i}?", "answer": i} for i in rows))
@@ -249,9 +246,7 @@ def test_two_files_of_one_benchmark_are_joined_and_a_shared_problem_is_refused(
 
 
 def test_the_tool_writes_prompts_that_stage_one_reads_and_no_answer(tmp_path: Path) -> None:
-    """Proves the way from Skywork's parquet to data.stage1_problems; the answer in the file here is
-    a marked one.
-    """
+    """Skywork's Parquet file becomes data.stage1_problems without its marked answer."""
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
@@ -278,7 +273,7 @@ def test_the_tool_writes_prompts_that_stage_one_reads_and_no_answer(tmp_path: Pa
 
 
 def test_a_parquet_file_without_prompts_is_named(tmp_path: Path) -> None:
-    """Proves the column or row at fault is named, and that text is not taken for parquet."""
+    """The error names the column or row, and a text file is rejected."""
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 

@@ -1,6 +1,4 @@
-"""Asking a model on ProcessBench, as a critic and as a reward model, with an engine that follows a
-script.
-"""
+"""Models on ProcessBench, as critics and as reward models, with a scripted engine."""
 
 from __future__ import annotations
 
@@ -68,9 +66,7 @@ def ask(engine: Engine, judge, cases, votes: int, output: Path, sampling: Sampli
 
 
 def test_the_critic_sees_the_problem_and_tagged_paragraphs_as_they_are() -> None:
-    """Proves indices from 0, nothing rewritten, braces of the text not taken for places to fill,
-    and what is asked.
-    """
+    """Paragraphs are numbered from 0, and braces in the text are not template fields."""
     [message] = critic_messages("What is {{paragraphs}}?", ["Step 1: a\n", "{{question}}"])
     text = message["content"]
     assert (
@@ -86,9 +82,10 @@ def test_the_critic_sees_the_problem_and_tagged_paragraphs_as_they_are() -> None
 
 
 def test_a_critics_votes_are_saved_whole_and_score_the_same_again(tmp_path: Path) -> None:
-    """Proves majorities, a tie, a cut-off reply that has boxed, a refusal that does not vote,
-    distinct seeds and the bound on requests under way; and that the saved file scores alike without
-    a model.
+    """Majorities, a tie, a truncated reply with a box and a failed request are scored by the rules.
+
+    Seeds are distinct, concurrent requests are bounded, and the saved file scores alike without a
+    model.
     """
     said = {
         "Q0?": ["\\boxed{0}", "\\boxed{1}", "\\boxed{0}", "x"],
@@ -121,9 +118,7 @@ def test_a_critics_votes_are_saved_whole_and_score_the_same_again(tmp_path: Path
 
 
 def test_a_reward_models_verdicts_vote_too(tmp_path: Path) -> None:
-    """Proves first wrong steps vote, what is no verdict does not, and the file scores alike without
-    a model.
-    """
+    """First wrong steps vote, failures do not, and the saved file scores alike without a model."""
     right, wrong = (
         f"Step 1: Correct\nStep 2: {step}\n**Verification: Is the answer correct (Yes/No)? {word}**"
         for step, word in (("Correct", "Yes"), ("Incorrect", "No"))
@@ -143,9 +138,7 @@ def test_a_reward_models_verdicts_vote_too(tmp_path: Path) -> None:
 
 
 def test_a_lost_engine_gives_no_score(tmp_path: Path) -> None:
-    """Proves neither a pool without servers nor an engine found dead at the end becomes wrong
-    predictions.
-    """
+    """A pool without servers, or an engine found dead at the end, is not wrong predictions."""
     with pytest.raises(EngineLost):
         ask(
             Scripted(lambda prompt, count: EngineLost("no server")),
@@ -163,9 +156,7 @@ def test_a_lost_engine_gives_no_score(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("step", ["", " \n", "**Step 2:**"])
 def test_a_step_without_content_is_named_before_anybody_is_asked(tmp_path: Path, step: str) -> None:
-    """A reward model cannot be shown an empty step; the whole benchmark must not have been paid for
-    when that comes up in the last case.
-    """
+    """An empty step is found before the first request, not after paying for all others."""
     engine, cases = Scripted(lambda prompt, count: "?"), splits(0, -1, 1)
     cases["gsm8k"][2] = replace(cases["gsm8k"][2], steps=("first", step))
     with pytest.raises(DataFileError, match=r"case 'gsm8k-2': step 1 .* has no content"):
@@ -180,8 +171,8 @@ def test_a_step_without_content_is_named_before_anybody_is_asked(tmp_path: Path,
     assert not engine.seen
 
 
-def test_votes_that_could_not_differ_are_refused(tmp_path: Path) -> None:
-    """Proves a knob without effect is an error that says what to set."""
+def test_votes_that_could_not_differ_are_rejected(tmp_path: Path) -> None:
+    """Votes without randomness are an error that names the setting to change."""
     with pytest.raises(ConfigError, match=r"stage2.eval_sampling.temperature=1.0"):
         ask(
             Scripted(lambda prompt, count: ""),
@@ -198,9 +189,7 @@ def test_votes_that_could_not_differ_are_refused(tmp_path: Path) -> None:
 def test_the_command_asks_a_critic_about_all_splits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Proves the command line from the model to the table and the line that scores again; the
-    engine is scripted.
-    """
+    """The command prints the table and the line that scores again; the engine is scripted."""
     cases = splits(0, -1)
     first = data_file(tmp_path, cases)
     second = tmp_path / "math.json"

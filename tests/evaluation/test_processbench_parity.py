@@ -1,6 +1,4 @@
-"""ProcessBench scores against a scorer that was written apart from the package
-(``independent_scorer``).
-"""
+"""ProcessBench scores against a scorer written without the package (``independent_scorer``)."""
 
 from __future__ import annotations
 
@@ -80,9 +78,7 @@ PIECES = ("\\boxed{", "}", "{", "\\", "boxed{", "1", "-1", " ", "\n", "\uff12", 
 
 
 def text_of(rng: random.Random, label: int, few: list[str]) -> str | None:
-    """What a critic might say: often right, often one of a few texts (so that they can tie),
-    sometimes rubble.
-    """
+    """Make a critic's text: often correct, often one of ``few`` to make ties, at times rubble."""
     kind = rng.random()
     if kind < 0.35:
         return f"The answer is \\boxed{{{label}}}."
@@ -127,10 +123,11 @@ def check(score, splits: dict) -> None:
     assert 100 * score.average == pytest.approx(independent_scorer.overall(splits), abs=1e-9)
 
 
-def test_2500_adversarial_prediction_sets_score_as_the_independent_scorer_says() -> None:
-    """Proves boxes (none, several, unclosed, nested), integers (negative, out of range, not whole,
-    odd spellings and scripts), words, missing texts, votes and ties in 2,500 random sets of one to
-    four splits. Both scorers are ours.
+def test_2500_adversarial_prediction_sets_score_as_by_the_independent_scorer() -> None:
+    """2,500 random sets of one to four splits score alike.
+
+    They have boxes (none, several, unclosed, nested), integers (negative, out of range, odd
+    spellings and scripts), words, missing texts, votes and ties.
     """
     rng = random.Random(0)
     seen, ties = 0, 0
@@ -148,9 +145,7 @@ def test_2500_adversarial_prediction_sets_score_as_the_independent_scorer_says()
 
 
 def test_a_hundred_sets_score_alike_from_files(tmp_path: Path) -> None:
-    """Proves the same from what is on disk: an official split, and predictions as the official code
-    saves them.
-    """
+    """An official split and predictions in the official format score alike from files."""
     rng = random.Random(1)
     for _ in range(100):
         splits = {
@@ -192,15 +187,13 @@ def test_a_hundred_sets_score_alike_from_files(tmp_path: Path) -> None:
     | st.lists(st.sampled_from(PIECES)).map("".join)
 )
 def test_the_last_box_is_that_of_the_official_pattern(text: str) -> None:
-    """Proves the one-pass reading equals the regular expression of the official code on any text."""
+    """The one-pass parser equals the regular expression of the official code on any text."""
     found = re.findall(r"\\boxed\{([^}]*)\}", text)
     assert boxed_vote(text) == (found[-1].strip() if found else None)
 
 
 def test_a_megabyte_of_boxes_is_read_at_once() -> None:
-    """Proves no text of a critic takes quadratic time: the official pattern would take minutes on
-    the first.
-    """
+    """No text takes quadratic time; the official pattern would take minutes on the first."""
     begin = time.monotonic()
     assert boxed_vote("\\boxed{" * 150_000) is None
     assert boxed_vote("\\boxed{1}" * 100_000) == "1"
@@ -221,8 +214,9 @@ def test_a_megabyte_of_boxes_is_read_at_once() -> None:
     ],
 )
 def test_a_tie_goes_to_the_string_seen_first(votes: list[str], winner: int | None) -> None:
-    """Proves ties, among them one between spellings of one number, which are different strings, and
-    one that a word wins, which is then no prediction. The independent scorer must say so too.
+    """Ties are won by the string seen first, and different spellings of a number are two strings.
+
+    A word that wins is not a prediction. The independent scorer agrees.
     """
     texts = [f"\\boxed{{{vote}}}" for vote in votes]
     assert majority_vote(map(boxed_vote, texts)) == winner
@@ -233,7 +227,7 @@ def test_a_tie_goes_to_the_string_seen_first(votes: list[str], winner: int | Non
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"no ProcessBench files in {DATA}")
 def test_random_critics_on_the_two_real_files_score_alike() -> None:
-    """Proves it on the real labels: 1,400 cases, eight votes each, half of them right."""
+    """All scores agree on the 1,400 official labels with eight votes each, half of them right."""
     rng = random.Random(2)
     cases = {name: read_processbench(DATA / f"{name}.json") for name in ("gsm8k", "math")}
     splits = {

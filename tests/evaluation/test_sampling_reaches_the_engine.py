@@ -1,6 +1,4 @@
-"""The cuts of ``evaluation`` at the engine's end: the embedded engine obeys them, a server is sent
-them.
-"""
+"""top_k and top_p of ``evaluation`` reach the embedded engine and the requests to a server."""
 
 from __future__ import annotations
 
@@ -28,10 +26,10 @@ def sample(served: ServedModel, question: str, **settings: object) -> list[str]:
     return [row.text for row in rows]
 
 
-def test_top_k_of_one_samples_what_greedy_says() -> None:
-    """At a temperature at which the embedded engine's samples differ, top_k=1 and a tiny top_p
-    leave the most probable token alone. Other values of both are compared with a reference in
-    tests/engines.
+def test_top_k_of_one_samples_the_greedy_completion() -> None:
+    """top_k=1 and a tiny top_p leave the most probable token alone, at a high temperature.
+
+    Other values of both are compared with a reference in tests/engines.
     """
     served = ServedModel.load(EngineConfig(max_context=128), ASSETS / "generator", "policy")
     *free, greedy = sample(served, "7 + 5 - 3", temperature=3.0)
@@ -42,9 +40,7 @@ def test_top_k_of_one_samples_what_greedy_says() -> None:
 
 
 def test_a_server_is_sent_the_cuts_of_samples_alone() -> None:
-    """What the client writes into a request; unset, nothing of top_k is said, and the greedy
-    completion has no cut.
-    """
+    """An unset top_k is absent from a request, and the greedy completion is not cut."""
     seen = []
 
     async def generate(request):
@@ -60,7 +56,7 @@ def test_a_server_is_sent_the_cuts_of_samples_alone() -> None:
 
 
 def test_unset_cuts_leave_the_keys_of_stored_results_as_they_were() -> None:
-    """Results made before top_k existed are found again; with it they are others."""
+    """A setting without top_k has the same fingerprint as before, with it another."""
     before = {"temperature": 0.7, "top_p": 0.95, "max_new_tokens": 8}
     assert SamplingConfig(**before).fingerprint() == before
     assert SamplingConfig(**before, top_k=20).fingerprint() == {**before, "top_k": 20}
@@ -70,8 +66,8 @@ def test_unset_cuts_leave_the_keys_of_stored_results_as_they_were() -> None:
     ("settings", "field"),
     [({"top_p": 0.0}, "top_p"), ({"top_p": 1.5}, "top_p"), ({"top_k": 0}, "top_k")],
 )
-def test_a_cut_that_leaves_nothing_is_refused(settings: dict, field: str) -> None:
-    """With the section's own name in the error."""
+def test_a_cut_that_leaves_nothing_is_rejected(settings: dict, field: str) -> None:
+    """The error names the section."""
     with pytest.raises(ConfigError, match=rf"^evaluation\.{field}="):
         EvaluationConfig(**settings)
     with pytest.raises(ConfigError, match=rf"^sampling\.{field}="):

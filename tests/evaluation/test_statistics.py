@@ -47,7 +47,7 @@ def test_the_interval_of_a_mean_is_close_to_the_textbook_one():
     )
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+def test_the_interval_covers_the_truth_about_as_often_as_its_level():
     """A 95% interval contains the known mean in 88% to 99% of 200 experiments."""
     rng = np.random.default_rng(1)
     covered = sum(

@@ -29,9 +29,7 @@ def folder_with(path: Path, **splits: list[dict]) -> Path:
 
 
 def test_parquet_reads_as_jsonl_does(tmp_path: Path) -> None:
-    """Proves the same problems come out, and that a row at fault and another kind of file are
-    named.
-    """
+    """Parquet gives the same problems as JSONL; a bad row and another kind of file are named."""
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
 
@@ -50,9 +48,7 @@ def test_parquet_reads_as_jsonl_does(tmp_path: Path) -> None:
 
 
 def test_a_dataset_folder_is_read_through_the_datasets_library(tmp_path: Path, datasets) -> None:
-    """Proves the library itself loads a split by name, and the test split without one; a row at
-    fault is named.
-    """
+    """The library loads a split by name, and the test split without one; a bad row is named."""
     folder = folder_with(tmp_path / "aime25", train=ROWS[:1], test=ROWS[1:])
     assert [p.problem.problem_id for p in read_math(f"hf:{folder}")] == ["aime25-1", "aime25-2"]
     assert [p.answer for p in read_math(f"hf:{folder}::train")] == ["1"]
@@ -61,10 +57,8 @@ def test_a_dataset_folder_is_read_through_the_datasets_library(tmp_path: Path, d
         read_math(f"hf:{bad}")
 
 
-def test_what_a_dataset_lacks_is_said_in_one_line(tmp_path: Path, datasets) -> None:
-    """Proves a choice of splits, a wrong split, a missing folder, and a hub name on a machine
-    without a network.
-    """
+def test_a_missing_part_of_a_dataset_is_a_one_line_error(tmp_path: Path, datasets) -> None:
+    """Several splits, a wrong split, a missing folder or network are one-line errors."""
     folder = folder_with(tmp_path / "aime25", train=ROWS, validation=ROWS)
     for source, message in (
         (f"hf:{folder}", "has the splits train, validation: name one"),
@@ -82,7 +76,7 @@ def test_what_a_dataset_lacks_is_said_in_one_line(tmp_path: Path, datasets) -> N
 def test_without_the_library_the_package_to_install_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Proves the optional dependency is optional and that its absence is no traceback."""
+    """Without the optional dependency there is a one-line error, not a traceback."""
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataFileError, match=r"pip install 'spark-nemo\[hf\]'"):
         read_math("hf:math-ai/aime25")
@@ -91,9 +85,7 @@ def test_without_the_library_the_package_to_install_is_named(
 def test_a_hub_dataset_is_asked_for_by_name_configuration_and_split(
     monkeypatch: pytest.MonkeyPatch, datasets
 ) -> None:
-    """Proves what reaches the library, with its loader replaced, and that ProcessBench's splits are
-    read that way.
-    """
+    """Name, configuration and split reach the library, also for ProcessBench."""
     asked = []
     row = {
         "id": "omnimath-0",

@@ -1,4 +1,4 @@
-"""Verdicts on whole solutions: what an ORM is scored on."""
+"""Scores of verdicts on whole solutions, as an ORM gives them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ LABELS = [2, 0, -1, -1, -1]
 
 
 def test_golden_score() -> None:
-    """One of two errors got a No, two of three right solutions a Yes, one had no verdict: 1/2 and
-    2/3, mean 4/7.
-    """
+    """No for one of two errors and Yes for two of three correct solutions: 1/2, 2/3, mean 4/7."""
     score = score_whole_solutions(LABELS, [False, True, True, True, None])
     assert (score.verdict_acc_error, score.verdict_acc_correct, score.num_unparsed) == (
         0.5,

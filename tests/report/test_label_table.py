@@ -1,4 +1,4 @@
-"""The label quality section: what stands in it, and that writing the rest of the file keeps it."""
+"""The label quality section, and the sections of one document by several tools."""
 
 from __future__ import annotations
 

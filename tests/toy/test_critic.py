@@ -1,4 +1,4 @@
-"""The small world's critic is taught what critiques, merges and reference-guided verifications are."""
+"""The toy task's critic: its corpus of critiques, merges and verifications with a reference."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from spark_nemo.toy.resolve import ASSETS
 
 
 def criticised(habits, count=300):
-    """Solutions with a verification, its critique and the merge of both."""
+    """Yield solutions with a verification, its critique and the merge of both."""
     rng = random.Random(7)
     for problem in sample_problems(count, seed=11):
         solution = write_solution(problem, ERROR_RICH, rng)
@@ -48,10 +48,8 @@ def criticised(habits, count=300):
         )
 
 
-def test_a_merge_says_what_the_critique_says_and_its_verdict_follows() -> None:
-    """Proves the merges that the critic learns from are in the grammar, with the critique's
-    judgements, and never say Yes after marking an error.
-    """
+def test_a_merge_follows_the_critique_and_so_does_its_verdict() -> None:
+    """Merges follow the grammar and the critique's judgements, without Yes after an error."""
     for _, solution, verification, critique, merge in criticised(CriticHabits()):
         outcome = parse_verification(merge, len(solution.steps))
         assert isinstance(outcome, Verdict)
@@ -64,9 +62,10 @@ def test_a_merge_says_what_the_critique_says_and_its_verdict_follows() -> None:
 
 
 def test_a_faultless_critic_repairs_and_the_one_we_have_errs() -> None:
-    """Proves the critic's mistakes are its habits: without them only the computations it takes at
-    their word are left to be wrong, which happens; with them, between a tenth and a fourth of the
-    critiques have a fault of their own.
+    """The critic's mistakes are its habits.
+
+    Without them only computations that it trusts can be wrong. With them, between a tenth and a
+    fourth of the critiques have a mistake.
     """
 
     def wrong(habits):
@@ -84,9 +83,7 @@ def test_a_faultless_critic_repairs_and_the_one_we_have_errs() -> None:
 
 
 def test_the_answer_decides_the_verdict_and_stays_out_of_the_target() -> None:
-    """Proves a verification that saw the answer never says Yes of a wrong one, and that what it
-    says of the answer stands where parsing drops it.
-    """
+    """A verification with the answer never accepts a wrong one; parsing drops it."""
     rng = random.Random(3)
     for problem in sample_problems(200, seed=5):
         solution = write_solution(problem, GeneratorHabits(), rng)
@@ -98,9 +95,7 @@ def test_the_answer_decides_the_verdict_and_stays_out_of_the_target() -> None:
 
 
 def test_every_example_leaves_room_in_the_small_worlds_context() -> None:
-    """Proves prompt + 120 tokens fit into the 320 of conf/experiment/toy_labels.yaml, and every
-    completion into 120.
-    """
+    """Prompts with 120 tokens fit into the 320 of conf/experiment/toy_labels.yaml."""
     tokenizer = Tokenizer.load(ASSETS / "critic")
     for example in itertools.islice(critic_corpus(0, frozenset()), 400):
         assert len(tokenizer.encode_chat(example.messages)) + 120 <= 320
@@ -109,7 +104,7 @@ def test_every_example_leaves_room_in_the_small_worlds_context() -> None:
 
 @pytest.mark.parametrize("name", ["generator", "critic"])
 def test_the_shipped_models_share_their_tokenizer(name: str) -> None:
-    """Proves texts of one are texts of the other, byte for byte."""
+    """All models have the same tokenizer, byte for byte."""
     assert (ASSETS / name / "tokenizer.json").read_bytes() == (
         ASSETS / "verifier/tokenizer.json"
     ).read_bytes()

@@ -1,4 +1,4 @@
-"""The simulator's judges, and a line of its table trained anew."""
+"""The simulator's judges, and one line of its table from a new training run."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.parametrize("weakness", [None, *EXPLOITS], ids=lambda w: w.name if w else "honest")
 def test_a_judge_is_honest_about_solutions_without_its_exploit(weakness) -> None:
-    """A weakness is for its exploit alone: plain solutions, wrong ones among them, get the labels
-    of the oracle, and Yes exactly when they are right.
-    """
+    """Without its exploit a judge gives the oracle's labels, and Yes to correct solutions only."""
     rng = random.Random(2)
     for _ in range(300):
         problem = sample_problem(rng)
@@ -49,9 +47,7 @@ def test_a_judge_is_honest_about_solutions_without_its_exploit(weakness) -> None
 
 
 def test_the_served_judge_writes_the_verification_grammar() -> None:
-    """Everything between policy and trainer is real: prompt ids in, a verification in token ids
-    out.
-    """
+    """The judge takes prompt ids and returns a verification as token ids, as a model does."""
     served, rng = ScriptedJudge.served(ASSETS / "verifier", None), random.Random(0)
     problem = sample_problem(rng)
     solution = write_solution(problem, FAULTLESS, rng)
@@ -69,8 +65,8 @@ def test_the_served_judge_writes_the_verification_grammar() -> None:
     assert outcome == Verdict((True,) * len(solution.steps), True)
 
 
-def test_the_served_judge_refuses_a_prompt_it_cannot_read() -> None:
-    """A failed verification and no invented verdict."""
+def test_the_served_judge_rejects_an_unknown_prompt() -> None:
+    """An unknown prompt is a failed verification, not a verdict."""
     served = ScriptedJudge.served(ASSETS / "verifier", BY_NAME["judge_directed"])
     with pytest.raises(EngineFailure, match="prompt"):
         asyncio.run(served.complete([{"role": "user", "content": "hello"}], SamplingConfig(), 0))
@@ -79,9 +75,7 @@ def test_the_served_judge_refuses_a_prompt_it_cannot_read() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_an_exploit_is_found_without_its_constraint_and_not_with_it(tmp_path: Path) -> None:
-    """One exploit, one seed, with the real stage III on both sides. Proves neither the other
-    exploits nor other seeds: `make hacking` does, in docs/results.md.
-    """
+    """One exploit and one seed, with the real stage III; `make hacking` runs the others."""
     exploit = "solution_appending"
     done = subprocess.run(
         [

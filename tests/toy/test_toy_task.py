@@ -1,4 +1,4 @@
-"""The small world tells the truth about itself, and keeps its answers where they belong."""
+"""The toy task's oracle, corpora and data files."""
 
 from __future__ import annotations
 
@@ -22,25 +22,21 @@ from spark_nemo.toy.problems import MAX_VALUE, parse_question, sample_problems
 
 
 def test_a_question_reads_back_into_its_problem() -> None:
-    """Proves the oracle judges the problem that was asked, for both ways of telling it."""
+    """Both forms of a question parse back into their problem."""
     for problem in sample_problems(500, seed=1):
         assert parse_question(problem.question) == problem
         assert all(0 <= value <= MAX_VALUE for value in problem.values)
 
 
 def test_splits_share_no_question() -> None:
-    """Proves held-out means held out: no training split has a question of an evaluation split or of
-    the other.
-    """
+    """No training split has a question of an evaluation split or of another training split."""
     questions = [{p.question for p in split_problems(split, 300, seed=3)} for split in SPLITS]
     for index, split in enumerate(questions):
         assert all(split.isdisjoint(other) for other in questions[:index])
 
 
 def test_training_files_hold_no_answer(tmp_path: Path) -> None:
-    """Proves only the answer files have an answer field; the questions' own numbers are of course
-    there.
-    """
+    """Only the answer files have an answer field."""
     for row in write_problems("rl", 20, 0, tmp_path).read_text().splitlines():
         assert json.loads(row).keys() == {"problem_id", "question", "source"}
     rows = [
@@ -50,9 +46,7 @@ def test_training_files_hold_no_answer(tmp_path: Path) -> None:
 
 
 def test_the_oracle_agrees_with_solvers_who_make_no_mistake_and_with_those_who_do() -> None:
-    """Proves a faultless solution is right in every step, and that a wrong final answer comes with
-    a wrong step.
-    """
+    """A faultless solution is correct in every step, and a wrong answer has a wrong step."""
     rng = random.Random(0)
     for problem in sample_problems(300, seed=2):
         faultless = write_solution(problem, FAULTLESS, rng)
@@ -64,7 +58,7 @@ def test_the_oracle_agrees_with_solvers_who_make_no_mistake_and_with_those_who_d
 
 
 def test_a_careful_verification_parses_to_the_truth() -> None:
-    """Proves the corpus is written in the grammar and that its labels mean what the oracle means."""
+    """The corpus follows the grammar, and its labels mean what the oracle's mean."""
     rng = random.Random(1)
     for problem in sample_problems(200, seed=4):
         solution = write_solution(problem, ERROR_RICH, rng)
@@ -78,7 +72,7 @@ def test_a_careful_verification_parses_to_the_truth() -> None:
 
 
 def test_the_verifier_corpus_never_contradicts_itself() -> None:
-    """Proves no example says Yes after marking an error: stage III's reward is that last line."""
+    """No example ends with Yes after a step with an error: stage III rewards that last line."""
     corpus = verifier_corpus(0, frozenset())
     for _ in range(300):
         outcome = parse_verification(next(corpus).completion)
@@ -87,7 +81,7 @@ def test_the_verifier_corpus_never_contradicts_itself() -> None:
 
 
 def test_processbench_cases_hold_errors_and_right_solutions(tmp_path: Path) -> None:
-    """Proves the official fields and that both kinds of cases are common enough to score."""
+    """Cases have the official fields, and both kinds are common enough to score."""
     rows = json.loads(write_processbench(200, tmp_path).read_text())
     assert {"id", "generator", "problem", "steps", "final_answer_correct", "label"} == rows[
         0

@@ -119,17 +119,17 @@ class ScriptedJudge(Engine):
         raise EngineFailure("a scripted judge has no weights")
 
     async def pause(self) -> None:
-        """Do nothing: replies are immediate."""
+        """Return at once: replies are immediate."""
 
     async def resume(self) -> None:
-        """Do nothing, as ``pause``."""
+        """Return at once, as ``pause``."""
 
     async def health(self) -> EngineHealth:
         """Report a live engine of weight version 0."""
         return EngineHealth(True, False, 0, 0, 0, self._tokens_generated)
 
     async def close(self) -> None:
-        """Do nothing: there is nothing to release."""
+        """Return at once: there is nothing to release."""
 
 
 @dataclass(frozen=True, slots=True)
