@@ -104,5 +104,5 @@ def test_trained_weights_reach_the_engine_of_rank_0(launch, case):
     assert planned / 2 <= max(per_rank) <= planned, (per_rank, planned)
     assert result["returned"] == [None] * 4 and result["version"] == 2
     assert result["gone_again"] == ["weights version 3: connection refused"] * 4
-    assert result["refused"] == ["weights version 2: no room"] * 4
+    assert result["refused"] == ["weights version 2: out of memory"] * 4
     assert len(set(result["gate"])) == 1 and "0.5 nats on average" in result["gate"][0]
