@@ -41,13 +41,11 @@ class SlowPolicy:
     )
 
     def __init__(self, delays: dict[str, int]) -> None:
-        self.delays, self.engine, self.asked, self.seeds, self.cancelled = (
-            delays,
-            self,
-            {},
-            set(),
-            set(),
-        )
+        self.delays = delays
+        self.engine = self
+        self.asked: dict[str, int] = {}
+        self.seeds: set[int] = set()
+        self.cancelled: set[str] = set()
 
     async def health(self):
         return SimpleNamespace(running=0, waiting=0)
@@ -70,7 +68,7 @@ class SlowPolicy:
         )
 
 
-def session(
+def generator_of(
     policy, wanted: int, over_sampling_ratio: float, rounds: int | None = None, **knobs
 ) -> RolloutGenerator:
     config = RLConfig(
@@ -98,8 +96,8 @@ def sampled(
     rounds=None,
 ):
     policy = SlowPolicy(delays)
-    made = session(policy, wanted, over_sampling_ratio, rounds)
-    return asyncio.run(dynamic_batch(made, problems(*names), 0)), policy
+    generator = generator_of(policy, wanted, over_sampling_ratio, rounds)
+    return asyncio.run(dynamic_batch(generator, problems(*names), 0)), policy
 
 
 def kept(batch) -> list[str]:
@@ -254,7 +252,7 @@ def test_an_abort_reaches_the_servers_of_a_pool() -> None:
             )
             policy = Remote({})
             policy.engine = Fleet({"one": server})
-            batch = await dynamic_batch(session(policy, 2, 2.0), problems(*NAMES), 0)
+            batch = await dynamic_batch(generator_of(policy, 2, 2.0), problems(*NAMES), 0)
             assert kept(batch) == ["a-mixed", "c-mixed"]
             assert all(request.aborted for request in fake.running.values())
             assert len([path for path, _ in fake.calls if path == "/abort_request"]) == 2

@@ -90,7 +90,9 @@ class Scripted:
     )
 
     def __init__(self, replies: list[str]) -> None:
-        self.replies, self.messages, self.engine = replies, [], self
+        self.replies = replies
+        self.messages = []
+        self.engine = self
 
     async def health(self):
         return SimpleNamespace(alive=True, weight_version=0)
@@ -105,7 +107,7 @@ class Scripted:
     complete_prompt = complete
 
 
-def session_of(
+def generator_of(
     reward: str,
     advantage: str = "outcome",
     variant: Variant = Variant.PRM_COT,
@@ -150,8 +152,8 @@ def outcomes(batch: RolloutBatch) -> list[VariantOutcome | None]:
 
 def scored(reward: str, *design, **settings):
     """The batch of the same group."""
-    session, model, config = session_of(reward, *design, **settings)
-    return asyncio.run(session.generate_batch([Problem("p", "3 + 4?")], 0)), model, config
+    generator, model, config = generator_of(reward, *design, **settings)
+    return asyncio.run(generator.generate_batch([Problem("p", "3 + 4?")], 0)), model, config
 
 
 @pytest.mark.parametrize(
@@ -184,13 +186,13 @@ def test_random_is_gated_and_the_same_on_a_second_run() -> None:
 
 def test_a_run_counts_what_was_shown_and_a_checkpoint_keeps_it(tmp_path) -> None:
     """One of three verifications fails, a third of them: above 0.3, but fewer than the four that
-    0.3 is judged by. The step passes, its count is in the checkpoint, and the session that goes on
+    0.3 is judged by. The step passes, its count is in the checkpoint, and the worker that resumes
     from there has it.
     """
     problem = Problem("p", "3 + 4?")
 
     def worker() -> RolloutWorker:
-        generator, _, config = session_of("process_aware", max_rate=0.3)
+        generator, _, config = generator_of("process_aware", max_rate=0.3)
         loaded = engines.RolloutEngines(generator.policy, generator.judge, None, None)
         return RolloutWorker(SparkConfig(rl=config), [problem], tmp_path, Timeline(), loaded)
 
@@ -411,9 +413,9 @@ def test_nothing_of_a_batch_goes_on_when_a_part_of_it_has_failed() -> None:
             group_size=2, verifier_votes=2, verifier_sampling=SamplingConfig(temperature=1.0)
         )
         judge = RewardJudge(PRMService(Slow([]), PROMPTS, config.verifier_sampling), 0, votes=2)
-        session = RolloutGenerator(Lost([response("7")]), PROMPTS, config, 0, judge, None)
+        generator = RolloutGenerator(Lost([response("7")]), PROMPTS, config, 0, judge, None)
         with pytest.raises(EngineLost):
-            await session.generate_batch([Problem(name, "3 + 4?") for name in "abc"], 0)
+            await generator.generate_batch([Problem(name, "3 + 4?") for name in "abc"], 0)
         return asyncio.all_tasks() - {asyncio.current_task()}
 
     assert asyncio.run(run()) == set() and slow

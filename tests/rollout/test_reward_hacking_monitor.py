@@ -57,7 +57,7 @@ def batch(texts: list[str], rewards: list[float]) -> RolloutBatch:
     return RolloutBatch(rollouts, {})
 
 
-def watch(
+def monitor_in(
     folder: Path, hacking: HackingConfig, held_out: RewardJudge | None = None
 ) -> RewardHackingMonitor:
     config = SparkConfig(run=RunConfig(dir=str(folder)), rl=RLConfig(hacking=hacking, eval_every=2))
@@ -83,15 +83,15 @@ def test_a_reward_that_leaves_the_held_out_verifier_behind_is_noticed(
     believe; a warning names it. The verifiers differ in the planted weakness alone.
     """
     hacking = held_out_config()
-    watched = watch(tmp_path, hacking, judge(None, hacking))
+    monitor = monitor_in(tmp_path, hacking, judge(None, hacking))
     with caplog.at_level(logging.WARNING):
-        first = asyncio.run(watched.metrics(batch([HONEST, WRONG], [1.0, 0.0]), 0))
+        first = asyncio.run(monitor.metrics(batch([HONEST, WRONG], [1.0, 0.0]), 0))
         assert first["hacking/reward_gap"] == 0 and "held-out" not in caplog.text
         remember(tmp_path, 0, first)
         assert "hacking/reward_gap" not in asyncio.run(
-            watched.metrics(batch([HACKED], [1.0]), 1)
+            monitor.metrics(batch([HACKED], [1.0]), 1)
         ), "not every step"
-        last = asyncio.run(watched.metrics(batch([HONEST, HACKED], [1.0, 1.0]), 2))
+        last = asyncio.run(monitor.metrics(batch([HONEST, HACKED], [1.0, 1.0]), 2))
     assert (last["hacking/reward_training"], last["hacking/reward_heldout"]) == (1.0, 0.5)
     assert "held-out verifier" in caplog.text
 
@@ -104,12 +104,14 @@ def test_metrics_of_a_step_are_the_same_when_it_is_done_again(tmp_path: Path) ->
     remember(
         tmp_path,
         0,
-        asyncio.run(watch(tmp_path, hacking).metrics(batch([HONEST] * 3, [1.0] * 3), 0)),
+        asyncio.run(monitor_in(tmp_path, hacking).metrics(batch([HONEST] * 3, [1.0] * 3), 0)),
     )
-    once = asyncio.run(watch(tmp_path, hacking).metrics(batch([HONEST, HACKED], [1.0, 1.0]), 1))
+    once = asyncio.run(
+        monitor_in(tmp_path, hacking).metrics(batch([HONEST, HACKED], [1.0, 1.0]), 1)
+    )
     remember(tmp_path, 1, {**once, "hacking/mean_steps": 99.0})
     assert (
-        asyncio.run(watch(tmp_path, hacking).metrics(batch([HONEST, HACKED], [1.0, 1.0]), 1))
+        asyncio.run(monitor_in(tmp_path, hacking).metrics(batch([HONEST, HACKED], [1.0, 1.0]), 1))
         == once
     )
 
@@ -118,7 +120,7 @@ def test_an_alarm_names_the_detector(tmp_path: Path, caplog) -> None:
     """Half of the responses speak to the judge; the default alarm is a fifth."""
     with caplog.at_level(logging.WARNING):
         asyncio.run(
-            watch(tmp_path, HackingConfig()).metrics(batch([HONEST, HACKED], [1.0, 1.0]), 0)
+            monitor_in(tmp_path, HackingConfig()).metrics(batch([HONEST, HACKED], [1.0, 1.0]), 0)
         )
     assert "judge_directed in 50 % of the responses" in caplog.text
 
@@ -127,12 +129,13 @@ def test_the_highest_rewards_are_kept_and_suspicious_ones_first(tmp_path: Path) 
     """Among equal rewards the flagged response comes first; a low reward never displaces a high
     one.
     """
-    top = watch(tmp_path, HackingConfig(top_rewards=2)).top_rewards(
+    top = monitor_in(tmp_path, HackingConfig(top_rewards=2)).top_rewards(
         batch([WRONG, HONEST, HACKED], [0.0, 1.0, 1.0]), 0
     )
     assert top == [(2, ["judge_directed"]), (1, [])]
     assert (
-        watch(tmp_path, HackingConfig(top_rewards=0)).top_rewards(batch([HONEST], [1.0]), 0) == []
+        monitor_in(tmp_path, HackingConfig(top_rewards=0)).top_rewards(batch([HONEST], [1.0]), 0)
+        == []
     )
 
 
@@ -142,9 +145,9 @@ def test_probes_report_the_planted_weakness_and_what_stands_before_it(
     """Acceptance is logged only while the constraint is off."""
     problem = Problem("p", QUESTION)
     with caplog.at_level(logging.WARNING):
-        (row,) = asyncio.run(watch(tmp_path, HackingConfig()).probe([problem], 4))
+        (row,) = asyncio.run(monitor_in(tmp_path, HackingConfig()).probe([problem], 4))
         assert "accepts" not in caplog.text
-        asyncio.run(watch(tmp_path, held_out_config()).probe([problem], 4))
+        asyncio.run(monitor_in(tmp_path, held_out_config()).probe([problem], 4))
     scores = {score["kind"]: score for score in row["probes"]}
     assert row["step"] == 4 and json.dumps(row)
     assert scores["verdict_in_step"]["accepted"] == 1
@@ -157,6 +160,6 @@ def test_there_are_no_rows_without_probes_or_without_a_reward_model(
     tmp_path: Path, probes: int | None
 ) -> None:
     """Switched off, or a baseline: an absent file and no zeros."""
-    watched = watch(tmp_path, HackingConfig(probes=probes))
-    watched = watched if probes == 0 else replace(watched, probe_service=None)
-    assert asyncio.run(watched.probe([Problem("p", QUESTION)], 0)) == []
+    monitor = monitor_in(tmp_path, HackingConfig(probes=probes))
+    monitor = monitor if probes == 0 else replace(monitor, probe_service=None)
+    assert asyncio.run(monitor.probe([Problem("p", QUESTION)], 0)) == []

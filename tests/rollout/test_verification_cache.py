@@ -44,10 +44,10 @@ def two_steps(
             model, PROMPTS, rl.verifier_sampling, ServiceLimits(cache_entries=entries)
         )
         judge = RewardJudge(service, 1, votes, rl.min_votes)
-        session = RolloutGenerator(policy, PROMPTS, rl, 0, judge, None)
+        generator = RolloutGenerator(policy, PROMPTS, rl, 0, judge, None)
         batches, counts = [], []
         for step in range(2):
-            batches.append(await session.generate_batch(PROBLEMS, step))
+            batches.append(await generator.generate_batch(PROBLEMS, step))
             counts.append(service.take_counts())
         await policy.engine.close()
         await model.engine.close()
