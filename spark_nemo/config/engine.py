@@ -244,6 +244,11 @@ class EngineConfig:
                 if self.pool(role).router:
                     raise without_effect(f"engine.{role}.router", True, "with engine.kind=vllm")
 
+    @property
+    def launches_servers(self) -> bool:
+        """True if a job starts servers of its own, for the policy or for the verifier."""
+        return bool(self.policy.servers or self.verifier.servers)
+
     def pool(self, role: str) -> PoolConfig:
         """The pool of a role. Raises ``ConfigError`` for a role that does not exist."""
         one_of("pool", role, set(POOLS))

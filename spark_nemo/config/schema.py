@@ -99,8 +99,10 @@ class EvaluationConfig:
 class PipelineConfig:
     """The three stages in one go on one machine."""
 
-    parallel_jobs: int = 1
-    """Stages I shards, label methods and RL arms run at the same time."""
+    parallel_jobs: int | str = "auto"
+    """Jobs that run at the same time: shards of stage I, reward models, RL variants. auto is one per
+    CPU core, at most 8; it is 1 where jobs would share GPUs or launch servers.
+    """
     label_methods: list[str] = field(default_factory=lambda: list(VOTE_METHODS))
     rounds: int = 1
     """From round 2 on the reward model of the round before verifies, and the labels of
@@ -120,7 +122,10 @@ class PipelineConfig:
     """Answer keys, handed to the rlvr arm only."""
 
     def __post_init__(self) -> None:
-        at_least("pipeline.parallel_jobs", self.parallel_jobs, 1)
+        if isinstance(self.parallel_jobs, str):
+            one_of("pipeline.parallel_jobs", self.parallel_jobs, {"auto"})
+        else:
+            at_least("pipeline.parallel_jobs", self.parallel_jobs, 1)
         at_least("pipeline.rounds", self.rounds, 1)
         for method in self.label_methods:
             one_of("pipeline.label_methods", method, set(LABEL_METHODS))
@@ -161,11 +166,10 @@ class SparkConfig:
 
     def __post_init__(self) -> None:
         check_finite(self)
-        if self.pipeline.parallel_jobs > 1 and (
-            self.engine.policy.servers or self.engine.verifier.servers
-        ):
+        several_jobs = self.pipeline.parallel_jobs not in ("auto", 1)
+        if several_jobs and self.engine.launches_servers:
             raise ConfigError(
-                f"pipeline.parallel_jobs={self.pipeline.parallel_jobs} with launched servers: every job "
+                f"pipeline.parallel_jobs={self.pipeline.parallel_jobs} with launched servers: each job "
                 "would launch its own on the same devices; set 1, or name running servers by urls"
             )
         if self.data.rl_answers is not None and self.rl.reward != "rlvr":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from spark_nemo.config import ConfigError, SparkConfig
-from spark_nemo.run.local_executor import Job
+from spark_nemo.run.local_executor import Job, parallel_jobs
 from spark_nemo.run.rl_variants import (
     RLVariant,
     as_overrides,
@@ -55,7 +55,7 @@ def _round_jobs(
     verifier.
     """
     shards, run, prefix = (
-        config.pipeline.parallel_jobs,
+        parallel_jobs(config),
         round_run(config.run, number),
         _prefix(number),
     )
@@ -86,7 +86,7 @@ def _stage2_jobs(
     config: SparkConfig, overrides: Sequence[str], number: int, methods: Sequence[str]
 ) -> list[Job]:
     run, prefix = round_run(config.run, number), _prefix(number)
-    collected = frozenset(f"{prefix}stage1-{i}" for i in range(config.pipeline.parallel_jobs))
+    collected = frozenset(f"{prefix}stage1-{i}" for i in range(parallel_jobs(config)))
     jobs = []
     for method in methods:
         for variant in (

@@ -20,7 +20,7 @@ from spark_nemo.records.fingerprint import check_same_fingerprint, flatten_setti
 from spark_nemo.report.collect_summary import Oracle, collect_summary
 from spark_nemo.report.page import write_report
 from spark_nemo.run.job_graph import build_job_graph
-from spark_nemo.run.local_executor import run_job_graph
+from spark_nemo.run.local_executor import parallel_jobs, run_job_graph
 from spark_nemo.run.run_lock import run_lock
 from spark_nemo.run.stage_spec import is_same_in_pipeline
 from spark_nemo.utils.files import write_text_atomic
@@ -45,7 +45,7 @@ def run_pipeline(
     jobs = build_job_graph(config, overrides)
     with run_lock(folder):
         claim_run_folder(config)
-        if not run_job_graph(jobs, config.pipeline.parallel_jobs, folder / "logs"):
+        if not run_job_graph(jobs, parallel_jobs(config), folder / "logs"):
             log.warning("stopped; run the same command again to go on")
             return None
         command = " ".join(["spark-nemo pipeline", *map(shlex.quote, overrides)])

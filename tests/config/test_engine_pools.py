@@ -7,6 +7,7 @@ import pytest
 from spark_nemo.config import ConfigError, EngineConfig, PoolConfig
 from spark_nemo.config.compose import compose_config
 from spark_nemo.planning.dry_run import dry_run
+from spark_nemo.run.local_executor import parallel_jobs
 
 TWO = ["engine.kind=sglang", "engine.policy.servers=2", "pipeline.parallel_jobs=1"]
 
@@ -103,10 +104,8 @@ def test_the_cpu_preset_fits_the_small_world(monkeypatch: pytest.MonkeyPatch) ->
     )
     assert engine.policy.python == engine.verifier.python == "/env/bin/python"
     assert engine.policy.server_args[:2] == ["--device", "cpu"] == engine.verifier.server_args[:2]
-    assert (
-        engine.verifier.server_env["SGLANG_USE_CPU_ENGINE"] == "1"
-        and config.pipeline.parallel_jobs == 1
-    )
+    assert engine.verifier.server_env["SGLANG_USE_CPU_ENGINE"] == "1"
+    assert parallel_jobs(config) == 1
     monkeypatch.delenv("SPARK_SGLANG_PYTHON")
     assert compose_config(["+experiment=toy", "+engine=sglang_cpu"]).engine.policy.python is None
 
