@@ -20,14 +20,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from spark_nemo.records import Outcome, outcome_from_json
+from spark_nemo.records import VERIFICATION, Outcome, count_votes, majority, outcome_from_json
 from spark_nemo.records.store import RecordStore
-from spark_nemo.verification.early_stop import StoppingRule, votes_taken
-from spark_nemo.verification.sampler import VERIFICATION
-from spark_nemo.verification.voting import count_votes, majority
+from spark_nemo.verification.early_stop import (
+    StoppingRule,
+    settled_exactly,
+    settled_probably,
+    votes_taken,
+)
 
 
 class Vote(NamedTuple):
@@ -138,12 +142,18 @@ def main() -> int:
     for with_verdict in (False, True):
         for error in (None, 0.01, 0.02, 0.03, 0.05, 0.1):
             name = "exact" if error is None else f"sequential, error {error}"
+            is_settled = settled_exactly
+            if error is not None:
+                is_settled = partial(settled_probably, error=error)
             for vote_batch_size in (1, 2, 4):
-                rule = StoppingRule(num_votes, error, vote_batch_size, with_verdict)
+                rule = StoppingRule(num_votes, is_settled, vote_batch_size, with_verdict)
                 report(rule, name + (" + verdict" if with_verdict else ""), pooled)
     same = True
     for name, _, folder in (argument.partition("=") for argument in arguments.run):
-        rule = StoppingRule(num_votes, arguments.error if name == "sequential" else None)
+        is_settled = settled_exactly
+        if name == "sequential":
+            is_settled = partial(settled_probably, error=arguments.error)
+        rule = StoppingRule(num_votes, is_settled)
         same &= check_run(rule, name, each[0], read_votes(Path(folder)))
     exact = StoppingRule(num_votes)
     for votes in pooled.values():

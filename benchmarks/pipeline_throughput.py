@@ -43,7 +43,7 @@ from spark_nemo.grammar import render_verification
 from spark_nemo.grammar.verification import StepJudgement
 from spark_nemo.records import Problem
 from spark_nemo.records.store import RecordStore
-from spark_nemo.verification.sampler import CollectCounts, Collector
+from spark_nemo.verification.sampler import SamplingCounts, Stage1Sampler
 
 STEPS = 4
 SOLUTION = (
@@ -135,8 +135,9 @@ class NullStore:
 
     def append(
         self, key: str, kind: str, payload: dict[str, object], *, parent: str | None = None
-    ) -> None:
-        """Forgotten at once."""
+    ) -> bool:
+        """Discard the record."""
+        return True
 
 
 class Meter:
@@ -162,7 +163,7 @@ class Meter:
                 self._engine.busy_seconds() - self._first[1],
             )
 
-    def __call__(self, counts: CollectCounts) -> None:
+    def __call__(self, counts: SamplingCounts) -> None:
         """Report memory at each power of ten."""
         if counts.solutions >= self._next_report:
             print(
@@ -220,7 +221,7 @@ def main() -> None:
     gc.collect()
     print(f"{'before':>20} {resident_mib():>8.1f} MiB resident")
     with open_store(arguments.store) as store:
-        collector = Collector(config, 0, served, served, store, meter)
+        collector = Stage1Sampler(config, 0, served, served, store, meter)
         wall, cpu = time.monotonic(), time.process_time()
         counts = asyncio.run(collector.run(meter.problems(), arguments.slots))
         wall, cpu = time.monotonic() - wall, time.process_time() - cpu

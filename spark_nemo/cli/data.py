@@ -70,11 +70,11 @@ def store_folder(run: Path) -> Path:
     )
 
 
-def read_made_by(folder: Path) -> dict[str, object]:
+def read_store_fingerprint(folder: Path) -> dict[str, object]:
     """What stage I wrote beside the store about how its records were made; empty when it is not
     there.
     """
-    path = folder.parent / "made_by.json"
+    path = folder.parent / "fingerprint.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
@@ -208,7 +208,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     level, wrong, notes = store_log.level, 0, 0
     store_log.setLevel(logging.ERROR)
     try:
-        for finding in audit_store(folder, read_made_by(folder) or None):
+        for finding in audit_store(folder, read_store_fingerprint(folder) or None):
             wrong, notes = wrong + (not finding.harmless), notes + finding.harmless
             print(f"{'note: ' if finding.harmless else ''}{finding}", flush=True)
     finally:

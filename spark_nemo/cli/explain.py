@@ -11,12 +11,10 @@ from pathlib import Path
 
 import yaml
 
-from spark_nemo.cli.data import label_files, read_made_by, store_folder
-from spark_nemo.records import outcome_from_json
+from spark_nemo.cli.data import label_files, read_store_fingerprint, store_folder
+from spark_nemo.records import VERIFICATION, count_votes, outcome_from_json
 from spark_nemo.records.store import RecordStore
-from spark_nemo.verification import count_votes
 from spark_nemo.verification.lineage import Descendant, Lineage, chosen_verification, trace
-from spark_nemo.verification.sampler import VERIFICATION
 
 EXAMPLES = """examples:
   spark-nemo explain runs/first 0df7a627660cefc4
@@ -53,7 +51,7 @@ def add_explain_command(commands: argparse._SubParsersAction) -> None:
 def _explain(arguments: argparse.Namespace) -> int:
     folder = store_folder(arguments.run_folder)
     with RecordStore(folder) as store:
-        lineage = trace(store, arguments.id, label_files(folder), read_made_by(folder))
+        lineage = trace(store, arguments.id, label_files(folder), read_store_fingerprint(folder))
     print("\n".join(explain(lineage, arguments.all, _model_folders(folder))))
     return 0
 

@@ -4,9 +4,9 @@ from spark_nemo.records import ParsedResponse, Step
 
 from .answer_text import normalize_answer
 from .boxed import Box, extract_boxed, find_boxes
+from .critique_prompts import CRITIQUE_PROMPTS, CritiquePrompts, critique_prompts
 from .format_gate import RULES, FormatRule, check_format
 from .prompts import PROMPT_SETS, ChatMessages, PromptSet, prompt_set
-from .revision_prompts import REVISION_PROMPTS, RevisionPrompts, revision_prompts
 from .steps import (
     Region,
     RegionKind,
@@ -39,20 +39,20 @@ from .verification import (
 from .version import GRAMMAR_VERSION
 
 __all__ = [
+    "CRITIQUE_PROMPTS",
     "GRAMMAR_VERSION",
     "PROMPT_SETS",
-    "REVISION_PROMPTS",
     "RULES",
     "AnswerVerdict",
     "Box",
     "ChatMessages",
+    "CritiquePrompts",
     "FormatRule",
     "ParsedResponse",
     "ParsedVerification",
     "PromptSet",
     "Region",
     "RegionKind",
-    "RevisionPrompts",
     "Step",
     "StepFormat",
     "StepJudgement",
@@ -61,6 +61,7 @@ __all__ = [
     "canonical_solution",
     "canonical_verification",
     "check_format",
+    "critique_prompts",
     "decode_tokens",
     "extract_boxed",
     "find_boxes",
@@ -75,7 +76,6 @@ __all__ = [
     "render_solution",
     "render_target",
     "render_verification",
-    "revision_prompts",
     "split_response",
     "token_spans",
     "verdict_line",

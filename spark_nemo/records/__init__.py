@@ -1,15 +1,20 @@
-"""Typed records that pass between the rooms, and the store that keeps them. No torch, no answers."""
+"""Typed records that packages exchange, and the store that keeps them. No torch, no answers."""
 
 from .rollout import ParsedResponse, Rollout, RolloutVerdict, Step, TokenSpan
 from .types import (
+    CRITIQUE,
+    MERGE,
+    REFERENCE_VERIFICATION,
+    SOLUTION,
+    VERIFICATION,
     Critique,
     LabelEvidence,
     LabelledSolution,
     Merge,
+    MetaCritique,
     PolicyExample,
     Problem,
     ReferenceVerification,
-    Revision,
     Solution,
     Verification,
     content_key,
@@ -32,6 +37,11 @@ from .verdict import (
 from .voting import VoteCount, count_votes, majority
 
 __all__ = [
+    "CRITIQUE",
+    "MERGE",
+    "REFERENCE_VERIFICATION",
+    "SOLUTION",
+    "VERIFICATION",
     "AnswerVerdict",
     "Critique",
     "EngineError",
@@ -40,13 +50,13 @@ __all__ = [
     "LabelEvidence",
     "LabelledSolution",
     "Merge",
+    "MetaCritique",
     "Outcome",
     "ParseFailure",
     "ParsedResponse",
     "PolicyExample",
     "Problem",
     "ReferenceVerification",
-    "Revision",
     "Rollout",
     "RolloutVerdict",
     "Solution",

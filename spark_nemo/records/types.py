@@ -1,4 +1,4 @@
-"""The records of stages I to III. None of them has a field that could hold a reference answer.
+"""Records of stages I and II. None has a field that could hold a reference answer.
 
 Answer keys live in ``spark_nemo.evaluation.answers`` only.
 """
@@ -9,27 +9,35 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from math import log2
+from typing import ClassVar
 
 from .verdict import Outcome, outcome_from_json, outcome_to_json
 
+# Kinds of records in the store of stage I.
+SOLUTION = "solution"
+VERIFICATION = "verification"
+CRITIQUE = "critique"
+MERGE = "merge"
+REFERENCE_VERIFICATION = "reference_verification"
+
 
 def content_key(*parts: object) -> str:
-    """16 hex digits that depend on every part and on nothing else; the fingerprint of a stored result."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    """16 hex digits that depend on every part and on nothing else; the key of a stored result."""
+    return hashlib.sha256(_canonical(parts)).hexdigest()[:16]
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from the parts, so that a sample's randomness does not depend on what ran
-    before it.
-    """
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    """63-bit seed from the parts, so that a sample does not depend on what was drawn before it."""
+    return int.from_bytes(hashlib.sha256(_canonical(parts)).digest()[:8], "big") >> 1
+
+
+def _canonical(parts: tuple[object, ...]) -> bytes:
+    return json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str).encode()
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A question and nothing else: no answer, no difficulty estimated from answers."""
+    """A question. It has neither an answer nor a difficulty estimated from answers."""
 
     problem_id: str
     question: str
@@ -44,9 +52,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class PolicyExample:
-    """A response in the policy's format to learn from; some model's own text, which no key has
-    judged.
-    """
+    """A response in the policy's format to train on: a model's own text, not judged by any key."""
 
     problem_id: str
     question: str
@@ -57,6 +63,8 @@ class PolicyExample:
 class Solution:
     """One sampled step-by-step solution. ``key`` identifies everything that determined it."""
 
+    kind: ClassVar[str] = SOLUTION
+
     key: str
     problem_id: str
     question: str
@@ -64,7 +72,9 @@ class Solution:
     finish_reason: str
     num_tokens: int
     num_prompt_tokens: int | None = None
-    """None in records made before it was kept."""
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, object]) -> Solution:
@@ -73,7 +83,9 @@ class Solution:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """One vote: the verifier's text on one solution and what it parsed to."""
+    """One vote: the verifier's text on one solution and its parsed outcome."""
+
+    kind: ClassVar[str] = VERIFICATION
 
     key: str
     solution_key: str
@@ -82,7 +94,6 @@ class Verification:
     outcome: Outcome
     num_tokens: int
     num_prompt_tokens: int | None = None
-    """None in records made before it was kept."""
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -102,18 +113,16 @@ class Verification:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceVerification(Verification):
-    """A verification whose prompt gave the answer away: the declared baseline's, of a kind and type
-    of its own.
+    """A verification whose prompt held the answer. The reference-free label methods reject it."""
 
-    Labelling without answers refuses it.
-    """
+    kind: ClassVar[str] = REFERENCE_VERIFICATION
 
 
 @dataclass(frozen=True, slots=True)
 class Critique:
-    """A critic's text on one verification. ``finish_reason`` other than ``stop`` means there is no
-    merge.
-    """
+    """A critic's text on one verification; it is merged only if ``finish_reason`` is ``stop``."""
+
+    kind: ClassVar[str] = CRITIQUE
 
     key: str
     solution_key: str
@@ -122,6 +131,9 @@ class Critique:
     finish_reason: str
     num_tokens: int
 
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
     @classmethod
     def from_json(cls, data: dict[str, object]) -> Critique:
         return cls(**data)  # type: ignore[arg-type]
@@ -129,9 +141,9 @@ class Critique:
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """A verification and its critique made into one text, read by the parser that reads
-    verifications.
-    """
+    """A verification and its critique in one text, which parses like a verification."""
+
+    kind: ClassVar[str] = MERGE
 
     key: str
     solution_key: str
@@ -142,8 +154,15 @@ class Merge:
     num_tokens: int
 
     def to_json(self) -> dict[str, object]:
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {**fields, "outcome": outcome_to_json(self.outcome)}
+        return {
+            "key": self.key,
+            "solution_key": self.solution_key,
+            "verification_key": self.verification_key,
+            "critique_key": self.critique_key,
+            "text": self.text,
+            "outcome": outcome_to_json(self.outcome),
+            "num_tokens": self.num_tokens,
+        }
 
     @classmethod
     def from_json(cls, data: dict[str, object]) -> Merge:
@@ -151,8 +170,8 @@ class Merge:
 
 
 @dataclass(frozen=True, slots=True)
-class Revision:
-    """What meta-critique made of one verification; ``merge`` is None when the critique was cut off."""
+class MetaCritique:
+    """Critique and merge of one verification; ``merge`` is None if the critique was cut off."""
 
     critique: Critique
     merge: Merge | None
@@ -160,16 +179,18 @@ class Revision:
     @property
     def num_tokens(self) -> int:
         """Generated tokens of both."""
-        return self.critique.num_tokens + (self.merge.num_tokens if self.merge is not None else 0)
+        merge_tokens = self.merge.num_tokens if self.merge is not None else 0
+        return self.critique.num_tokens + merge_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class LabelEvidence:
-    """Why a label says what it says: per step, the votes for correct and how many votes there were.
+    """Votes behind a label, and the verification it was made from.
 
-    ``matching_votes`` is how many verifications the chosen one was drawn from. ``chosen_by`` is the
-    rule that chose it: ``first_vote``, ``verdict_majority``, ``step_majority`` or
-    ``closest_to_step_majority``. The two last keys are those of a label that meta-critique made.
+    ``correct_votes[k]`` of ``num_votes`` verifications judged step ``k + 1`` correct.
+    ``matching_votes`` is the number of verifications the chosen one was drawn from. ``chosen_by``
+    is the rule: ``first_vote``, ``verdict_majority``, ``step_majority`` or
+    ``closest_to_step_majority``. ``critique_key`` and ``merge_key`` are set by meta-critique.
     """
 
     correct_votes: tuple[int, ...]
@@ -190,9 +211,7 @@ class LabelEvidence:
 
 @dataclass(frozen=True, slots=True)
 class LabelledSolution:
-    """A solution with the label one method gave it and the text chosen, or merged, as the training
-    target.
-    """
+    """A solution, its label by one method, and the verification text to train on."""
 
     method: str
     solution: Solution
@@ -203,7 +222,7 @@ class LabelledSolution:
 
     @property
     def step_agreement(self) -> tuple[float, ...]:
-        """Share of the votes that say of each step what the label says."""
+        """Per step, the share of the votes that agree with the label."""
         total = self.evidence.num_votes
         return tuple(
             (votes if correct else total - votes) / total
@@ -212,7 +231,7 @@ class LabelledSolution:
 
     @property
     def reason(self) -> str:
-        """Why this text is the label, for people."""
+        """Explanation of the choice, for people."""
         evidence = self.evidence
         chosen = {
             "first_vote": "the first vote",
@@ -220,12 +239,12 @@ class LabelledSolution:
             "step_majority": f"one of {evidence.matching_votes} votes with the majority's label on every step",
             "closest_to_step_majority": "no vote has the majority's label on every step; this one is closest",
         }.get(evidence.chosen_by, evidence.chosen_by)
-        return (
-            f"{chosen}, merged with a critique of it" if evidence.merge_key is not None else chosen
-        )
+        if evidence.merge_key is not None:
+            return f"{chosen}, merged with a critique of it"
+        return chosen
 
     def to_json(self) -> dict[str, object]:
-        """A plain dict, with what can be computed from the rest for whoever reads the file."""
+        """Plain dict, with the derived values added for readers of the file."""
         return {
             **asdict(self),
             "reason": self.reason,

@@ -27,7 +27,16 @@ from spark_nemo.evaluation import (
 )
 from spark_nemo.evaluation.processbench import ProcessBenchScore
 from spark_nemo.evaluation.whole_solution_score import final_verdict, score_whole_solutions
-from spark_nemo.records import Verdict, outcome_from_json, outcome_kind
+from spark_nemo.records import (
+    CRITIQUE,
+    MERGE,
+    REFERENCE_VERIFICATION,
+    SOLUTION,
+    VERIFICATION,
+    Verdict,
+    outcome_from_json,
+    outcome_kind,
+)
 from spark_nemo.records.store import RecordStore
 from spark_nemo.report.display_names import ordered_rl_variants, split_folder
 from spark_nemo.report.label_scores import Oracle, figure, label_scores
@@ -47,10 +56,7 @@ from spark_nemo.report.summary import (
     to_plain,
 )
 from spark_nemo.run.run_folder import PROCESSBENCH, WHOLE_SOLUTION
-from spark_nemo.verification.meta_critique import CRITIQUE, MERGE
-from spark_nemo.verification.reference import REFERENCE_VERIFICATION
-from spark_nemo.verification.sampler import SOLUTION, VERIFICATION
-from spark_nemo.verification.store_reader import stream_collected
+from spark_nemo.verification.store_reader import stream_solutions
 
 _VERIFYING = (VERIFICATION, CRITIQUE, MERGE, REFERENCE_VERIFICATION)
 _SUMMARY_KEYS = {"process_aware": "spark"}
@@ -131,7 +137,7 @@ def _stage1(folder: Path, config: SparkConfig, oracle: Oracle | None) -> Stage1S
     verifications = 0
     with RecordStore(folder / "stage1/store") as store:
         # One solution at a time: a store may be far larger than memory.
-        for solution, votes in stream_collected(store):
+        for solution, votes in stream_solutions(store):
             problems.add(solution.problem_id)
             solutions += 1
             verifications += len(votes)

@@ -13,10 +13,9 @@ from spark_nemo.evaluation.bootstrap import Estimate
 from spark_nemo.grammar import ParsedResponse
 from spark_nemo.records import Solution
 from spark_nemo.records.store import RecordStore
-from spark_nemo.verification import LabelOptions
-from spark_nemo.verification.cost import method_tokens
+from spark_nemo.verification.labelling import method_tokens
 from spark_nemo.verification.sampler import parse_solution
-from spark_nemo.verification.store_reader import label_collected, stream_for
+from spark_nemo.verification.store_reader import label_store, stream_label_inputs
 
 from .summary import Figure, LabelScores
 
@@ -40,14 +39,14 @@ def _scores(
     oracle: Oracle,
     removed: dict[str, int],
 ) -> LabelScores:
-    options = LabelOptions.of(config.labels)
     seed = config.run.seed
     truths = {}
     tokens = 0
-    for solution, votes, revisions in stream_for(method, store):
+    for inputs in stream_label_inputs(method, store, seed, config.labels):
+        solution = inputs.solution
         truths[solution.key] = oracle(solution.question, _steps(solution))
-        tokens += method_tokens(method, solution, votes, seed, options, revisions)
-    labelled, dropped = label_collected(method, store, seed, options)
+        tokens += method_tokens(method, inputs)
+    labelled, dropped = label_store(method, store, seed, config.labels)
     quality = label_quality(labelled, truths)
     return LabelScores(
         share_kept=quality.share_kept,

@@ -13,7 +13,7 @@ import jinja2
 from markupsafe import Markup
 
 from spark_nemo.utils.files import write_json_atomic, write_text_atomic
-from spark_nemo.verification import REASONS
+from spark_nemo.verification.label_filter import REASONS
 
 from .charts import (
     WIDTH,

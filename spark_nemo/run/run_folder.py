@@ -7,7 +7,7 @@ is shown.
       config.yaml           the resolved configuration
       data/                 problem files made for the small world
       sft/                  data.json, metrics.jsonl, checkpoints/, model/ of the policy's format SFT
-      stage1/store/         shards of solutions and verifications     stage1/stats-*.json, ledger-*.json
+      stage1/store/         shards of solutions and verifications     stage1/stats-*.json, token_accounting-*.json
       stage2/<method>/      labels.jsonl, metrics.jsonl, checkpoints/, model/, processbench.json: a PRM-CoT
       stage2/<method>-<variant>/   the same of a PRM; an ORM (method-orm) has whole_solution.json instead
       stage3/<design>/      metrics.jsonl, checkpoints/, evaluations.jsonl, samples.jsonl, verifier.jsonl, timing.jsonl,

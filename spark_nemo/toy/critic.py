@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from spark_nemo.grammar import (
     ParsedVerification,
     StepJudgement,
+    critique_prompts,
     parse_judgements,
     render_solution,
     render_verification,
-    revision_prompts,
 )
 from spark_nemo.toy.corpus import CorpusExample, recomputation, sampled_problems, write_verification
 from spark_nemo.toy.habits import (
@@ -35,7 +35,7 @@ from spark_nemo.toy.habits import (
 )
 from spark_nemo.toy.problems import OPERATIONS, ToyProblem
 
-PROMPTS = revision_prompts("compact")
+PROMPTS = critique_prompts("compact")
 FINE = "fine"
 MISSED_ERROR = "missed error"
 FALSE_ALARM = "false alarm"

@@ -7,22 +7,20 @@ answers named in the configuration, and hands on a function; no record has a fie
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 from spark_nemo.config import ConfigError
 from spark_nemo.evaluation.answers import answer_matches, read_answer_keys
-from spark_nemo.grammar import ChatMessages, ParsedResponse, canonical_solution, revision_prompts
+from spark_nemo.grammar import ChatMessages, ParsedResponse, canonical_solution, critique_prompts
 from spark_nemo.records import LabelledSolution, Solution
 
+from .label_filter import IsCorrect
+from .reference import MakePrompt
 from .sampler import parse_solution
-
-AskWithAnswer = Callable[[Solution, ParsedResponse], ChatMessages]
-IsCorrect = Callable[[LabelledSolution], bool]
 
 log = logging.getLogger(__name__)
 
 
-def reference_guided_prompt(answers: str, prompt_set: str) -> AskWithAnswer:
+def reference_guided_prompt(answers: str, prompt_set: str) -> MakePrompt:
     """Function that makes the verification prompt with the expected answer in it.
 
     ``answers`` is the file that ``stage1.reference_answers`` names.
@@ -33,9 +31,9 @@ def reference_guided_prompt(answers: str, prompt_set: str) -> AskWithAnswer:
         answers,
     )
     keys = read_answer_keys(answers)
-    prompts = revision_prompts(prompt_set)
+    prompts = critique_prompts(prompt_set)
 
-    def ask(solution: Solution, parsed: ParsedResponse) -> ChatMessages:
+    def make_prompt(solution: Solution, parsed: ParsedResponse) -> ChatMessages:
         if solution.problem_id not in keys:
             raise ConfigError(
                 f"stage1.reference_answers={answers}: no answer for problem "
@@ -48,7 +46,7 @@ def reference_guided_prompt(answers: str, prompt_set: str) -> AskWithAnswer:
             len(parsed.steps),
         )
 
-    return ask
+    return make_prompt
 
 
 def ground_truth_check(answers: str) -> IsCorrect:

@@ -20,11 +20,11 @@ from pathlib import Path
 
 from spark_nemo.config import ConfigError
 from spark_nemo.grammar import ParsedResponse
-from spark_nemo.records import Solution
+from spark_nemo.records import SOLUTION, VERIFICATION, Solution
 from spark_nemo.records.store import RecordStore
 from spark_nemo.utils.files import atomic_file
 
-from .sampler import SOLUTION, VERIFICATION, parse_solution
+from .sampler import parse_solution
 
 LABEL = "label"
 Row = dict[str, object]

@@ -8,11 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from spark_nemo.records import content_key
+from spark_nemo.records import SOLUTION, VERIFICATION, content_key
 from spark_nemo.records.shards import Line, read_lines, read_record, shard_paths
 from spark_nemo.records.store import RecordStore
-
-from .sampler import SOLUTION, VERIFICATION
 
 _LARGEST_INDEX = 4096
 
@@ -76,13 +74,13 @@ def _faults(
     if payload.get("key", names.key) != names.key:
         yield f"{record} holds the payload of {payload['key']}"
     elif made_by is not None and not _has_its_key(names.key, names.kind, payload, made_by):
-        yield f"{record} is not the key of its content under the settings in made_by.json"
+        yield f"{record} is not the key of its content under the settings in fingerprint.json"
 
 
 def _has_its_key(
     key: str, kind: str, payload: Mapping[str, object], made_by: Mapping[str, object]
 ) -> bool:
-    """Whether ``Collector`` would give this content this key; True where that cannot be derived."""
+    """Whether ``Stage1Sampler`` would give this content this key; True where that cannot be derived."""
     role = {SOLUTION: "generator", VERIFICATION: "verifier"}.get(kind)
     fields = ("the grammar", "stage1.prompt_set", f"models.{role}", f"stage1.{role}_sampling")
     if role is None or not {*fields, "run.seed"} <= made_by.keys():

@@ -1,19 +1,18 @@
-"""Which labels are trained on: filters by how sure the votes were, and balancing per problem.
+"""Filter of labels before training: by how sure the votes were, and by balance per problem.
 
-**Balancing by consensus, the default.** The paper keeps equally many right and wrong solutions of a problem, at most
-three of each, and drops problems whose solutions are all of one kind; but it decides right and wrong with reference
-answers, so its "reference-free" data was still filtered with references. Here a label's own final verdict decides: no
-reference is read, and what comes out balanced is exactly what is trained on, as many targets that end in Yes as in No
-for every problem. (The majority of all votes' last lines would be another consensus; under step consistency it differs
-from the label on solutions whose votes stumble here and there, and the targets would not come out balanced.) It is on
-by default because without it the data leans to what the generator gets right, and a reward model that always says Yes
-looks good. ``none`` keeps every label, for data too small to spare any.
+**Balance by consensus** is the default. The paper keeps equally many correct and incorrect
+solutions of a problem, at most three of each, and drops problems whose solutions are all of one
+kind. It decides with reference answers, so its "reference-free" data was filtered with references.
+Here a label's own final verdict decides, so no reference is read. The targets are balanced exactly:
+as many end in Yes as in No for every problem. (The majority of all votes' last lines would be
+another consensus. Under step consistency it can differ from the label, and the targets would not
+come out balanced.) Without balance, the data leans to what the generator gets right, and a reward
+model that always says Yes looks good. ``none`` keeps every label, for small data.
 
-**Balancing by ground truth** is the published way, kept as a declared baseline: the caller brings ``correct``, which
-knows the answers; nothing here does.
+**Balance by ground truth** is the published way, kept as a declared baseline: the caller brings
+``is_correct``, which knows the answers.
 
-What is kept depends on the labels and the seed alone: not on their order, nor on what else was
-labelled.
+What is kept depends on the labels and the seed alone, not on the order of the labels.
 """
 
 from __future__ import annotations
@@ -33,74 +32,76 @@ REASONS = {
     "unbalanced": "more labels of one verdict than of the other (labels.balance)",
     "over_limit": "above labels.max_per_verdict or labels.max_per_problem",
 }
+_DEFAULT_MAX_PER_VERDICT = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Selection:
-    """Rules for keeping labels; see ``config.LabelsConfig``. ``correct`` is None when labels
-    balance themselves.
+class LabelFilter:
+    """Rules for keeping labels; see ``config.LabelsConfig``.
+
+    ``is_correct`` is None if the labels' own verdicts balance them.
     """
 
     balance: bool = True
-    max_per_verdict: int = 3
+    max_per_verdict: int = _DEFAULT_MAX_PER_VERDICT
     max_per_problem: int | None = None
     min_agreement: float | None = None
     max_entropy: float | None = None
-    correct: IsCorrect | None = None
+    is_correct: IsCorrect | None = None
 
     @classmethod
-    def of(cls, labels: LabelsConfig, correct: IsCorrect | None = None) -> Selection:
-        """The rules a configuration asks for. Raises ``ValueError`` when ``correct`` is missing or
-        not wanted.
-        """
-        if (labels.balance == "ground_truth") != (correct is not None):
+    def from_config(cls, labels: LabelsConfig, is_correct: IsCorrect | None = None) -> LabelFilter:
+        """The configured rules. Raises ``ValueError`` if ``is_correct`` does not fit them."""
+        if (labels.balance == "ground_truth") != (is_correct is not None):
             raise ValueError(
                 f"labels.balance={labels.balance}: only ground_truth balances by reference answers"
             )
         return cls(
-            labels.balance != "none",
-            labels.max_per_verdict or 3,
-            labels.max_per_problem,
-            labels.min_agreement,
-            labels.max_entropy,
-            correct,
+            balance=labels.balance != "none",
+            max_per_verdict=labels.max_per_verdict or _DEFAULT_MAX_PER_VERDICT,
+            max_per_problem=labels.max_per_problem,
+            min_agreement=labels.min_agreement,
+            max_entropy=labels.max_entropy,
+            is_correct=is_correct,
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Selected:
-    """Kept labels, in the order given, and how many each rule removed, by the names of ``REASONS``."""
+class FilteredLabels:
+    """Kept labels, in the order given, and the number each rule removed, by ``REASONS``."""
 
     kept: list[LabelledSolution]
     removed: dict[str, int] = field(default_factory=dict)
 
 
-def select_labels(labelled: Sequence[LabelledSolution], rules: Selection, seed: int) -> Selected:
-    """Apply the rules in the order of ``REASONS``; a label is counted under the first one that
-    removes it.
-    """
-    fate = {label.solution.key: _unsure(label, rules) for label in labelled}
-    if len(fate) != len(labelled):
+def filter_labels(
+    labelled: Sequence[LabelledSolution], rules: LabelFilter, seed: int
+) -> FilteredLabels:
+    """Apply the rules in the order of ``REASONS``; the first that removes a label counts it."""
+    # Reason of removal by solution; None keeps the label.
+    removal = {label.solution.key: _uncertainty(label, rules) for label in labelled}
+    if len(removal) != len(labelled):
         raise ValueError("a solution was given two labels of the same method")
-    problems: dict[str, list[LabelledSolution]] = defaultdict(list)
+    by_problem: dict[str, list[LabelledSolution]] = defaultdict(list)
     for label in labelled:
-        if fate[label.solution.key] is None:
-            problems[label.solution.problem_id].append(label)
-    for labels in problems.values():
-        # In an order of their own, which neither the caller's order nor other labels can change.
+        if removal[label.solution.key] is None:
+            by_problem[label.solution.problem_id].append(label)
+    for labels in by_problem.values():
+        # An order that neither the caller nor other labels can change.
         labels.sort(key=lambda label: derive_seed("select", label.solution.key, seed))
-        fate.update(
-            _balanced(labels, rules) if rules.balance else _capped(labels, rules.max_per_problem)
-        )
-    removed = [reason for reason in fate.values() if reason is not None]
-    return Selected(
-        kept=[label for label in labelled if fate[label.solution.key] is None],
-        removed={reason: removed.count(reason) for reason in REASONS if reason in removed},
+        if rules.balance:
+            removal.update(_balance(labels, rules))
+        else:
+            removal.update(_limit(labels, rules.max_per_problem))
+    reasons = [reason for reason in removal.values() if reason is not None]
+    return FilteredLabels(
+        kept=[label for label in labelled if removal[label.solution.key] is None],
+        removed={reason: reasons.count(reason) for reason in REASONS if reason in reasons},
     )
 
 
-def _unsure(label: LabelledSolution, rules: Selection) -> str | None:
-    """A merged label may go against the votes; then its agreement is low and says so."""
+def _uncertainty(label: LabelledSolution, rules: LabelFilter) -> str | None:
+    # A merged label may contradict the votes; its agreement is low then.
     if rules.min_agreement is not None and min(label.step_agreement) < rules.min_agreement:
         return "low_agreement"
     if rules.max_entropy is not None and max(label.evidence.step_entropy) > rules.max_entropy:
@@ -108,24 +109,34 @@ def _unsure(label: LabelledSolution, rules: Selection) -> str | None:
     return None
 
 
-def _balanced(labels: Sequence[LabelledSolution], rules: Selection) -> dict[str, str | None]:
+def _balance(labels: Sequence[LabelledSolution], rules: LabelFilter) -> dict[str, str | None]:
+    """Keep equally many labels of both sides of one problem, at most ``max_per_verdict`` each."""
     sides: dict[bool, list[str]] = {True: [], False: []}
     for label in labels:
-        right = label.answer_correct if rules.correct is None else rules.correct(label)
-        sides[right].append(label.solution.key)
-    shared = min(len(keys) for keys in sides.values())
-    if shared == 0:
+        if rules.is_correct is None:
+            is_correct = label.answer_correct
+        else:
+            is_correct = rules.is_correct(label)
+        sides[is_correct].append(label.solution.key)
+    smaller_side = min(len(keys) for keys in sides.values())
+    if smaller_side == 0:
         return {label.solution.key: "one_sided_problem" for label in labels}
-    kept = min(shared, rules.max_per_verdict)
-    return {
-        key: None if rank < kept else "over_limit" if rank < shared else "unbalanced"
-        for keys in sides.values()
-        for rank, key in enumerate(keys)
-    }
+    num_kept = min(smaller_side, rules.max_per_verdict)
+    removal: dict[str, str | None] = {}
+    for keys in sides.values():
+        for rank, key in enumerate(keys):
+            if rank < num_kept:
+                removal[key] = None
+            elif rank < smaller_side:
+                removal[key] = "over_limit"
+            else:
+                removal[key] = "unbalanced"
+    return removal
 
 
-def _capped(labels: Sequence[LabelledSolution], limit: int | None) -> dict[str, str | None]:
-    return {
-        label.solution.key: "over_limit" if limit is not None and rank >= limit else None
-        for rank, label in enumerate(labels)
-    }
+def _limit(labels: Sequence[LabelledSolution], limit: int | None) -> dict[str, str | None]:
+    removal: dict[str, str | None] = {}
+    for rank, label in enumerate(labels):
+        is_over = limit is not None and rank >= limit
+        removal[label.solution.key] = "over_limit" if is_over else None
+    return removal

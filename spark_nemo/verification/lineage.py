@@ -12,11 +12,10 @@ from pathlib import Path
 from spark_nemo.config import ConfigError
 from spark_nemo.grammar import ParsedResponse, PromptSet, canonical_solution, prompt_set
 from spark_nemo.grammar.prompts import ChatMessages
-from spark_nemo.records import Solution
+from spark_nemo.records import SOLUTION, VERIFICATION, Solution
 from spark_nemo.records.store import RecordStore
 
-from .sampler import SOLUTION, VERIFICATION, parse_solution
-from .store_reader import adopt_verifications
+from .sampler import parse_solution
 
 Payload = Mapping[str, object]
 _SHOWN_MATCHES = 5
@@ -83,7 +82,6 @@ def trace(store: RecordStore, name: str, label_files: Sequence[Path], made_by: P
     not name one record, or its solution is gone.
     """
     method, _, key_part = name.rpartition(":")
-    adopt_verifications(store)
     asked = find_record(store, key_part)
     solution_key = _solution_of(store, *asked)
     row = store.get(solution_key, SOLUTION)
@@ -175,7 +173,7 @@ def _prompts(made_by: Payload) -> tuple[PromptSet | None, list[str]]:
     recorded = str(made_by.get("stage1.prompt_set", ""))
     if not recorded:
         return None, [
-            "no made_by.json beside the store: prompts, models and sampling are not known"
+            "no fingerprint.json beside the store: prompts, models and sampling are not known"
         ]
     name = recorded.rsplit("-g", 1)[0]
     try:

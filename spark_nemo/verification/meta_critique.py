@@ -1,126 +1,122 @@
-"""Meta-critique's sampling: verification -> critique -> merge, of the verifications that the
-configuration picks.
+"""Sampling of meta-critique: a verification is criticised, then merged with its critique.
 
-Both texts are stored under keys made of everything that determines them, so a run that was killed
-asks only for what is missing. Of each verification one critique and one merge are asked for,
-greedily unless configured otherwise.
+The verifications are the ones that the configured vote choices pick. Each gets one critique and one
+merge, greedily unless configured otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from spark_nemo.config import Stage1Config
-from spark_nemo.engines.base import EngineFailure, EngineLost, FinishReason
+from spark_nemo.config import LabelsConfig, Stage1Config
 from spark_nemo.engines.served_model import Completion, ServedModel
 from spark_nemo.grammar import (
     GRAMMAR_VERSION,
-    ChatMessages,
     ParsedResponse,
     canonical_solution,
+    critique_prompts,
     parse_verifier_output,
-    revision_prompts,
 )
 from spark_nemo.grammar.verification import after_thinking
 from spark_nemo.records import (
+    CRITIQUE,
+    MERGE,
     Critique,
     Merge,
+    MetaCritique,
     ParseFailure,
-    Revision,
     Solution,
     Verdict,
     Verification,
     content_key,
-    derive_seed,
 )
 from spark_nemo.records.store import RecordStore
 
-from .labelling import critique_text, pick_verification
-from .vote_choice import Dropped, LabelOptions
-
-CRITIQUE, MERGE = "critique", "merge"
+from .labelling import choose_vote, critique_text
+from .sampled_store import Failed, Record, Reused, Sampled, SampledStore
+from .vote_choice import Dropped
 
 
 @dataclass(slots=True)
-class RevisionCounts:
-    """What one run did. ``tokens`` were generated now; reused texts cost nothing."""
+class MetaCritiqueCounts:
+    """Counts of one run. Tokens are those sampled in this run."""
 
     critiques: int = 0
     failed_critiques: int = 0
     merges: int = 0
     failed_merges: int = 0
-    nothing_picked: int = 0
-    """Solutions without a label by the way of picking, so without a verification to criticise."""
+    nothing_chosen: int = 0
+    """Vote choices that dropped the solution, so that there is no verification to criticise."""
     reused: int = 0
     tokens: int = 0
 
 
-class Reviser:
-    """Asks the critic for what the store does not hold yet. ``revise`` has one request at a time in
-    flight.
-    """
+class MetaCritiqueSampler:
+    """Samples the critiques and merges that the store does not have yet."""
 
     def __init__(
         self,
         config: Stage1Config,
-        options: LabelOptions,
+        labels: LabelsConfig,
         seed: int,
         critic: ServedModel,
         store: RecordStore,
-        on_result: Callable[[RevisionCounts], None] = lambda counts: None,
     ) -> None:
-        self.config, self.options, self.seed = config, options, seed
-        self.critic, self.store, self.on_result = critic, store, on_result
-        self.prompts = revision_prompts(config.prompt_set)
-        self.counts = RevisionCounts()
-        self._made_by = (
+        self.config = config
+        self.labels = labels
+        self.seed = seed
+        self.critic = critic
+        self.prompts = critique_prompts(config.prompt_set)
+        self.counts = MetaCritiqueCounts()
+        self._sampling = config.revised_with
+        self._store = SampledStore(store)
+        self._source = (
             GRAMMAR_VERSION,
             self.prompts.version,
             critic.fingerprint,
-            config.revised_with.fingerprint(),
+            self._sampling.fingerprint(),
         )
 
-    def made_by(self) -> dict[str, object]:
-        """Everything but the verifications that the results depend on, by setting; plain JSON."""
+    def fingerprint(self) -> dict[str, object]:
+        """Everything but the verifications that determines the results, by setting; plain JSON."""
         return {
             "the critique and merge prompts": self.prompts.version,
             "models.critic": self.critic.fingerprint,
-            "stage1.revision_sampling": self.config.revised_with.fingerprint(),
+            "stage1.revision_sampling": self._sampling.fingerprint(),
         }
 
-    async def revise(
+    async def sample(
         self, solution: Solution, parsed: ParsedResponse, votes: Sequence[Verification]
     ) -> None:
-        """Critique and merge of every verification that ``stage1.meta_critique`` picks among ``votes``,
-        each only once.
-        """
-        picked: dict[str, Verification] = {}
-        for pick in self.config.meta_critique:
-            chosen = pick_verification(pick, solution, votes, self.seed, self.options)
-            if isinstance(chosen, Dropped):
-                self.counts.nothing_picked += 1
+        """Get or sample critique and merge of every chosen vote, one request at a time."""
+        chosen: dict[str, Verification] = {}
+        for name in self.config.meta_critique:
+            choice = choose_vote(name, solution, votes, self.seed, self.labels)
+            if isinstance(choice, Dropped):
+                self.counts.nothing_chosen += 1
             else:
-                picked[chosen.verification.key] = chosen.verification
-        for verification in picked.values():
-            await self._revise_one(solution, parsed, verification)
-        self.on_result(self.counts)
+                chosen[choice.verification.key] = choice.verification
+        # Several choices may fall on the same vote.
+        for verification in chosen.values():
+            await self._sample_one(solution, parsed, verification)
 
-    async def _revise_one(
+    async def _sample_one(
         self, solution: Solution, parsed: ParsedResponse, verification: Verification
     ) -> None:
         original = after_thinking(verification.text)
-        assert not isinstance(original, ParseFailure), "a picked verification has been parsed"
-        critique = await self._critique(solution, parsed, verification, original.strip())
-        said = critique_text(critique) if critique is not None else Dropped("critique_engine_error")
+        assert not isinstance(original, ParseFailure), "a chosen verification has been parsed"
+        original = original.strip()
+        critique = await self._critique(solution, parsed, verification, original)
         self.counts.critiques += 1
-        if isinstance(said, Dropped):
+        text = critique_text(critique) if critique is not None else None
+        if critique is None or isinstance(text, Dropped):
             self.counts.failed_critiques += 1
             return
-        assert critique is not None
-        merge = await self._merge(solution, parsed, verification, original.strip(), critique, said)
+        merge = await self._merge(solution, parsed, verification, original, critique, text)
         self.counts.merges += 1
-        self.counts.failed_merges += merge is None or not isinstance(merge.outcome, Verdict)
+        if merge is None or not isinstance(merge.outcome, Verdict):
+            self.counts.failed_merges += 1
 
     async def _critique(
         self,
@@ -129,25 +125,29 @@ class Reviser:
         verification: Verification,
         original: str,
     ) -> Critique | None:
-        key = content_key(CRITIQUE, verification.key, self._made_by, self.seed)
-        if (stored := self.store.get(key, CRITIQUE)) is not None:
-            self.counts.reused += 1
-            return Critique.from_json(stored)
-        done = await self._ask(
-            key, self.prompts.critique(solution.question, canonical_solution(parsed), original)
-        )
-        if done is None:
-            return None
-        record = Critique(
+        """Critique of a verification; None if the engine failed."""
+        key = content_key(CRITIQUE, verification.key, self._source, self.seed)
+
+        def make_critique(completion: Completion) -> Critique:
+            return Critique(
+                key,
+                solution.key,
+                verification.key,
+                completion.text,
+                str(completion.generation.finish_reason),
+                len(completion.generation.token_ids),
+            )
+
+        result = await self._store.get_or_sample(
+            Critique,
             key,
-            solution.key,
-            verification.key,
-            done.text,
-            str(done.generation.finish_reason),
-            len(done.generation.token_ids),
+            model=self.critic,
+            prompt=self.prompts.critique(solution.question, canonical_solution(parsed), original),
+            sampling=self._sampling,
+            make_record=make_critique,
+            parent=solution.key,
         )
-        self._keep(key, CRITIQUE, asdict(record), solution)
-        return record
+        return self._counted(result)
 
     async def _merge(
         self,
@@ -156,54 +156,56 @@ class Reviser:
         verification: Verification,
         original: str,
         critique: Critique,
-        said: str,
+        critique_body: str,
     ) -> Merge | None:
-        key = content_key(MERGE, critique.key, self._made_by, self.seed)
-        if (stored := self.store.get(key, MERGE)) is not None:
-            self.counts.reused += 1
-            return Merge.from_json(stored)
+        """Merge of a verification and its critique; None if the engine failed."""
+        key = content_key(MERGE, critique.key, self._source, self.seed)
         num_steps = len(parsed.steps)
-        done = await self._ask(
+
+        def make_merge(completion: Completion) -> Merge:
+            num_tokens = len(completion.generation.token_ids)
+            outcome = parse_verifier_output(
+                completion.text, str(completion.generation.finish_reason), num_tokens, num_steps
+            )
+            return Merge(
+                key,
+                solution.key,
+                verification.key,
+                critique.key,
+                completion.text,
+                outcome,
+                num_tokens,
+            )
+
+        result = await self._store.get_or_sample(
+            Merge,
             key,
-            self.prompts.merge(
-                solution.question, canonical_solution(parsed), original, said, num_steps
+            model=self.critic,
+            prompt=self.prompts.merge(
+                solution.question, canonical_solution(parsed), original, critique_body, num_steps
             ),
+            sampling=self._sampling,
+            make_record=make_merge,
+            parent=solution.key,
         )
-        if done is None:
+        return self._counted(result)
+
+    def _counted(self, result: Reused[Record] | Sampled[Record] | Failed) -> Record | None:
+        if isinstance(result, Failed):
             return None
-        num_tokens = len(done.generation.token_ids)
-        outcome = parse_verifier_output(
-            done.text, str(done.generation.finish_reason), num_tokens, num_steps
-        )
-        record = Merge(
-            key, solution.key, verification.key, critique.key, done.text, outcome, num_tokens
-        )
-        self._keep(key, MERGE, record.to_json(), solution)
-        return record
-
-    async def _ask(self, key: str, messages: ChatMessages) -> Completion | None:
-        """None when the engine failed: nothing is stored then, and the next run asks again."""
-        try:
-            done = await self.critic.complete(messages, self.config.revised_with, derive_seed(key))
-        except EngineLost:  # nobody is left to ask, so all that follow would fail too
-            raise
-        except EngineFailure:
-            return None
-        return None if done.generation.finish_reason is FinishReason.ABORT else done
-
-    def _keep(self, key: str, kind: str, payload: dict[str, object], solution: Solution) -> None:
-        self.store.append(key, kind, payload, parent=solution.key)
-        self.counts.tokens += int(payload["num_tokens"])  # type: ignore[call-overload]
+        if isinstance(result, Reused):
+            self.counts.reused += 1
+        else:
+            self.counts.tokens += result.num_tokens
+        return result.record
 
 
-def revisions_of(store: RecordStore, solution_key: str) -> dict[str, Revision]:
-    """A solution's critiques and merges, by the key of the verification they are about."""
+def stored_meta_critiques(store: RecordStore, solution_key: str) -> dict[str, MetaCritique]:
+    """Critiques and merges of a solution, by the key of the verification they are about."""
     critiques = [Critique.from_json(row) for _, row in store.children(solution_key, CRITIQUE)]
-    merges = {
-        str(row["critique_key"]): Merge.from_json(row)
-        for _, row in store.children(solution_key, MERGE)
-    }
+    merges = [Merge.from_json(row) for _, row in store.children(solution_key, MERGE)]
+    merge_of = {merge.critique_key: merge for merge in merges}
     return {
-        critique.verification_key: Revision(critique, merges.get(critique.key))
+        critique.verification_key: MetaCritique(critique, merge_of.get(critique.key))
         for critique in critiques
     }

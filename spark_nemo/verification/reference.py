@@ -1,37 +1,35 @@
-"""Sampling for the declared baseline: verifications whose prompt holds the expected answer.
+"""Sampling for the reference-guided baseline: verifications whose prompt holds the expected answer.
 
-Nothing here has an answer or a place for one. ``ask`` makes the prompt of a solution; whoever built
-it (a stage, from an answer file that the configuration names) put the answer in. The results are
-stored under a kind of their own and read back as a type of their own, which no reference-free
-method accepts.
+This module has no answers: the function that makes the prompt puts them in
+(``answer_key_baselines``). The records are a kind and a type of their own, which no reference-free
+label method accepts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from spark_nemo.config import Stage1Config
-from spark_nemo.engines.base import EngineFailure, EngineLost, FinishReason
-from spark_nemo.engines.served_model import ServedModel
+from spark_nemo.engines.served_model import Completion, ServedModel
 from spark_nemo.grammar import GRAMMAR_VERSION, ChatMessages, ParsedResponse, parse_verifier_output
 from spark_nemo.records import (
+    REFERENCE_VERIFICATION,
     ReferenceVerification,
     Solution,
     Verdict,
-    Verification,
     content_key,
-    derive_seed,
 )
 from spark_nemo.records.store import RecordStore
 
-REFERENCE_VERIFICATION = "reference_verification"
-AskWithAnswer = Callable[[Solution, ParsedResponse], ChatMessages]
+from .sampled_store import Failed, Reused, Sampled, SampledStore
+
+MakePrompt = Callable[[Solution, ParsedResponse], ChatMessages]
 
 
 @dataclass(slots=True)
 class ReferenceCounts:
-    """What one run did. ``tokens`` were generated now; reused verifications cost nothing."""
+    """Counts of one run. Tokens are those sampled in this run."""
 
     verifications: int = 0
     failed_verifications: int = 0
@@ -39,95 +37,86 @@ class ReferenceCounts:
     tokens: int = 0
 
 
-class ReferenceVerifier:
-    """Asks for the verifications that the store does not hold yet. ``verify`` has one request at a
-    time in flight.
-    """
+class ReferenceSampler:
+    """Samples the verifications with the expected answer that the store does not have yet."""
 
     def __init__(
         self,
         config: Stage1Config,
         seed: int,
         verifier: ServedModel,
-        ask: AskWithAnswer,
+        make_prompt: MakePrompt,
         store: RecordStore,
-        on_result: Callable[[ReferenceCounts], None] = lambda counts: None,
     ) -> None:
-        self.config, self.seed, self.verifier, self.ask = config, seed, verifier, ask
-        self.store, self.on_result = store, on_result
+        self.config = config
+        self.seed = seed
+        self.verifier = verifier
         self.counts = ReferenceCounts()
-        self._made_by = (
+        self._make_prompt = make_prompt
+        self._store = SampledStore(store)
+        self._source = (
             GRAMMAR_VERSION,
             verifier.fingerprint,
             config.verifier_sampling.fingerprint(),
         )
 
-    async def verify(
-        self, solution: Solution, parsed: ParsedResponse, votes: Sequence[Verification] = ()
-    ) -> None:
-        """The configured number of verifications of one solution; ``votes``, made without the
-        answer, are not read.
-        """
-        messages = self.ask(solution, parsed)
+    async def sample(self, solution: Solution, parsed: ParsedResponse) -> None:
+        """Get or sample the configured number of verifications, one request at a time."""
+        prompt = self._make_prompt(solution, parsed)
         for vote in range(self.config.num_reference_verifications):
-            # The prompt as sent, answer and all, is part of the key: another answer makes another
-            # record.
+            # The prompt, answer included, is part of the key: another answer is another record.
             key = content_key(
                 REFERENCE_VERIFICATION,
                 solution.key,
-                content_key(messages),
-                self._made_by,
+                content_key(prompt),
+                self._source,
                 self.seed,
                 vote,
             )
-            stored = self.store.get(key, REFERENCE_VERIFICATION)
-            if stored is not None:
-                self.counts.reused += 1
-                record: Verification | None = ReferenceVerification.from_json(stored)
-            else:
-                record = await self._ask_verifier(key, solution, parsed, messages, vote)
-            self.counts.verifications += 1
-            self.counts.failed_verifications += record is None or not isinstance(
-                record.outcome, Verdict
-            )
-        self.on_result(self.counts)
+            await self._sample_vote(key, vote, solution, parsed, prompt)
 
-    async def _ask_verifier(
+    async def _sample_vote(
         self,
         key: str,
+        vote: int,
         solution: Solution,
         parsed: ParsedResponse,
-        messages: ChatMessages,
-        vote: int,
-    ) -> Verification | None:
-        """None when the engine failed: nothing is stored then, and the next run asks again."""
-        try:
-            done = await self.verifier.complete(
-                messages, self.config.verifier_sampling, derive_seed(key)
+        prompt: ChatMessages,
+    ) -> None:
+        def make_verification(completion: Completion) -> ReferenceVerification:
+            num_tokens = len(completion.generation.token_ids)
+            outcome = parse_verifier_output(
+                completion.text,
+                str(completion.generation.finish_reason),
+                num_tokens,
+                len(parsed.steps),
             )
-        except EngineLost:  # nobody is left to ask, so all that follow would fail too
-            raise
-        except EngineFailure:
-            return None
-        if done.generation.finish_reason is FinishReason.ABORT:
-            return None
-        num_tokens = len(done.generation.token_ids)
-        outcome = parse_verifier_output(
-            done.text, str(done.generation.finish_reason), num_tokens, len(parsed.steps)
+            return ReferenceVerification(
+                key, solution.key, vote, completion.text, outcome, num_tokens
+            )
+
+        result = await self._store.get_or_sample(
+            ReferenceVerification,
+            key,
+            model=self.verifier,
+            prompt=prompt,
+            sampling=self.config.verifier_sampling,
+            make_record=make_verification,
+            parent=solution.key,
         )
-        record = ReferenceVerification(key, solution.key, vote, done.text, outcome, num_tokens)
-        self._keep(key, record, solution)
-        return record
+        self.counts.verifications += 1
+        if isinstance(result, Failed) or not isinstance(result.record.outcome, Verdict):
+            self.counts.failed_verifications += 1
+        if isinstance(result, Reused):
+            self.counts.reused += 1
+        elif isinstance(result, Sampled):
+            self.counts.tokens += result.num_tokens
 
-    def _keep(self, key: str, record: Verification, solution: Solution) -> None:
-        self.store.append(key, REFERENCE_VERIFICATION, record.to_json(), parent=solution.key)
-        self.counts.tokens += record.num_tokens
 
-
-def reference_verifications_of(
+def stored_reference_verifications(
     store: RecordStore, solution_key: str
 ) -> list[ReferenceVerification]:
-    """What the store holds of a solution for the reference-guided baseline."""
+    """The verifications of a solution that saw the expected answer."""
     return [
         ReferenceVerification.from_json(row)
         for _, row in store.children(solution_key, REFERENCE_VERIFICATION)

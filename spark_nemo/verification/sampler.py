@@ -1,21 +1,19 @@
-"""Stage I's sampling: solutions and their verifications, every one stored as soon as it is there.
+"""Sampling of stage I: solutions and their verifications, each stored as soon as it is complete.
 
-A result is stored under a key made of everything that determines it, so a run that was killed, or
-grown to more votes, asks only for what is missing. A solution goes to its verifier the moment it is
-finished, and its votes, which share their whole prompt, reach the engine one after the other. Of a
-solution that is done only counts are kept.
+A solution goes to the verifier the moment it is finished. Its votes share their whole prompt and
+are requested one after the other, so that the engine can reuse the prompt. Only counts are kept of
+a finished solution.
 """
 
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 
 from spark_nemo.config import Stage1Config
-from spark_nemo.engines.base import EngineFailure, EngineLost, FinishReason
+from spark_nemo.engines.base import EngineFailure
 from spark_nemo.engines.served_model import Completion, ServedModel
 from spark_nemo.grammar import (
     GRAMMAR_VERSION,
@@ -29,6 +27,8 @@ from spark_nemo.grammar import (
     split_response,
 )
 from spark_nemo.records import (
+    SOLUTION,
+    VERIFICATION,
     EngineError,
     ParseFailure,
     Problem,
@@ -36,23 +36,22 @@ from spark_nemo.records import (
     Verdict,
     Verification,
     content_key,
-    derive_seed,
 )
 from spark_nemo.records.store import RecordStore
 
 from .early_stop import stopping_rule
-from .token_accounting import Cost, Ledger
+from .sampled_store import Failed, Reused, Sampled, SampledStore
+from .token_accounting import Cost, TokenAccounting
 from .work_queue import Job, WorkQueue
 
-SOLUTION, VERIFICATION = "solution", "verification"
-_MOST_REASONS = 50
-AfterVotes = Callable[[Solution, ParsedResponse, list[Verification]], Awaitable[None]]
-"""What to do with a solution once all its votes are in, in the order of their numbers."""
+_MAX_FAILURE_REASONS = 50
+OnVotesComplete = Callable[[Solution, ParsedResponse, list[Verification]], Awaitable[None]]
+"""Awaited with a solution and all its votes, in the order of their numbers."""
 
 
 @dataclass(slots=True)
-class CollectCounts:
-    """What one run did; ``sampled`` tokens were paid for now, reused results were not."""
+class SamplingCounts:
+    """Counts of one run. Tokens are those sampled in this run, not those of reused records."""
 
     solutions: int = 0
     unusable_solutions: int = 0
@@ -64,44 +63,42 @@ class CollectCounts:
     solution_tokens: int = 0
     verification_tokens: int = 0
     saved_verifications: int = 0
-    """Not asked for, because ``stage1.early_stop`` found the solution decided."""
+    """Verifications not requested because ``stage1.early_stop`` found the solution decided."""
     postponed_verifications: int = 0
-    """Not asked for, because a vote they depend on could not be had: the next run goes on there."""
+    """Verifications not requested because a vote they depend on failed; the next run resumes."""
     engine_failures: dict[str, int] = field(default_factory=dict)
-    """Requests that an engine refused or lost, by its reason with every number written N. Not
-    stored: asked again.
-    """
+    """Requests that an engine did not serve, by reason with every number written N. Not stored."""
 
-    def engine_failed(self, failure: EngineFailure) -> None:
-        """Count one by its reason; beyond some number of reasons they are not told apart."""
+    def add_engine_failure(self, failure: EngineFailure) -> None:
+        """Count a failure by its reason; reasons beyond a maximum number count as ``other``."""
         reason = re.sub(r"\d+", "N", str(failure))
-        if reason not in self.engine_failures and len(self.engine_failures) >= _MOST_REASONS:
+        known = reason in self.engine_failures
+        if not known and len(self.engine_failures) >= _MAX_FAILURE_REASONS:
             reason = "other"
         self.engine_failures[reason] = self.engine_failures.get(reason, 0) + 1
 
 
 @dataclass(slots=True)
 class _OpenSolution:
-    """A usable solution whose votes are being collected; ``votes[k]`` is vote k, None while it is
-    in flight.
-    """
+    """A usable solution whose votes are being sampled."""
 
+    problem: Problem
     solution: Solution
     parsed: ParsedResponse
     solve_cost: Cost
     verify_cost: Cost = field(default_factory=Cost)
     votes: list[Verification | EngineError | None] = field(default_factory=list)
+    """``votes[k]`` is vote k; None while its request is in flight."""
     in_flight: int = 0
     prompt_ids: tuple[int, ...] | None = None
 
 
-class Collector:
-    """Asks generator and verifier for what the store does not hold yet.
+class Stage1Sampler:
+    """Samples the solutions and verifications that the store does not have yet.
 
-    ``after_votes`` is awaited for every solution all of whose votes are in (and not for one that
-    lacks a vote because of an ``EngineFailure``), within the bound on requests in flight, so it
-    should have one request at a time in flight. ``earlier`` is another run's store: a solution in
-    it that is the one to be sampled here is copied instead.
+    ``on_result`` is called with the counts after every result. ``on_votes_complete`` is awaited for
+    every solution that has all its votes; it counts as one request in flight. ``earlier`` is the
+    store of another run: solutions in it are copied instead of sampled again.
     """
 
     def __init__(
@@ -111,24 +108,40 @@ class Collector:
         generator: ServedModel,
         verifier: ServedModel,
         store: RecordStore,
-        on_result: Callable[[CollectCounts], None] = lambda counts: None,
-        after_votes: AfterVotes | None = None,
+        on_result: Callable[[SamplingCounts], None] = lambda counts: None,
+        on_votes_complete: OnVotesComplete | None = None,
         earlier: RecordStore | None = None,
     ) -> None:
-        self.config, self.seed, self.store, self.on_result = config, seed, store, on_result
-        self.generator, self.verifier = generator, verifier
+        self.config = config
+        self.seed = seed
+        self.generator = generator
+        self.verifier = verifier
         self.prompts = prompt_set(config.prompt_set)
-        self.counts, self.ledger = CollectCounts(), Ledger(config.solutions_per_problem)
-        self._rule, self._after_votes = stopping_rule(config), after_votes
-        asked = GRAMMAR_VERSION, self.prompts.version
-        self._solved_by = (*asked, generator.fingerprint, config.generator_sampling.fingerprint())
-        self._verified_by = (*asked, verifier.fingerprint, config.verifier_sampling.fingerprint())
+        self.on_result = on_result
+        self.counts = SamplingCounts()
+        self.accounting = TokenAccounting(config.solutions_per_problem)
+        self._store = SampledStore(store)
+        self._earlier = SampledStore(earlier) if earlier is not None else None
+        self._stopping_rule = stopping_rule(config)
+        self._on_votes_complete = on_votes_complete
+        # Parts of the keys: another prompt, model or sampling makes other records.
+        self._solution_source = (
+            GRAMMAR_VERSION,
+            self.prompts.version,
+            generator.fingerprint,
+            config.generator_sampling.fingerprint(),
+        )
+        self._verification_source = (
+            GRAMMAR_VERSION,
+            self.prompts.version,
+            verifier.fingerprint,
+            config.verifier_sampling.fingerprint(),
+        )
         if config.verifier_prompt != "verify":
-            self._verified_by += (config.verifier_prompt,)
-        self._earlier = earlier
+            self._verification_source += (config.verifier_prompt,)
 
-    def made_by(self) -> dict[str, object]:
-        """Everything but the problems that the results depend on, by setting; plain JSON."""
+    def fingerprint(self) -> dict[str, object]:
+        """Everything but the problems that determines the results, by setting; plain JSON."""
         return {
             "run.seed": self.seed,
             "stage1.prompt_set": self.prompts.version,
@@ -140,151 +153,114 @@ class Collector:
             "stage1.verifier_sampling": self.config.verifier_sampling.fingerprint(),
         }
 
-    async def run(self, problems: Iterable[Problem], max_requests_in_flight: int) -> CollectCounts:
-        """Sample everything missing for ``problems``, drawn one by one; at most so many requests
-        are in flight.
+    async def run(self, problems: Iterable[Problem], max_requests_in_flight: int) -> SamplingCounts:
+        """Sample everything that is missing for ``problems``, which are drawn one by one.
 
-        What ``on_result`` or a store that is full raises ends the run, in an ``ExceptionGroup``;
-        requests in flight are given up, and what is stored stays.
+        An exception of ``on_result`` or of a full store ends the run in an ``ExceptionGroup``:
+        requests in flight are cancelled, stored results stay.
         """
-        # In the long run one request of 1 + N is a solution.
+        # In the long run, one request of 1 + N is a solution.
         new_share = max(1, max_requests_in_flight // (1 + self.config.verifications_per_solution))
         self._queue = WorkQueue(max_requests_in_flight, new_share)
-        await self._queue.run(self._new_solutions(problems))
+        await self._queue.run(self._solution_jobs(problems))
         return self.counts
 
-    def _new_solutions(self, problems: Iterable[Problem]) -> Iterator[Job]:
+    def _solution_jobs(self, problems: Iterable[Problem]) -> Iterator[Job]:
         for problem in problems:
             for index in range(self.config.solutions_per_problem):
                 yield partial(self._solve, problem, index)
 
     async def _solve(self, problem: Problem, index: int) -> None:
+        """Get or sample one solution, then request its votes."""
         cost = Cost()
         solution = await self._solution(problem, index, cost)
         parsed = parse_solution(solution)
         self.counts.solutions += 1
         if isinstance(parsed, ParseFailure):
             self.counts.unusable_solutions += 1
-            self.ledger.solution_done(problem.problem_id, cost, Cost())
+            self.accounting.add_solution(problem.problem_id, cost, Cost())
             self.on_result(self.counts)
         else:
-            self._next_votes(_OpenSolution(solution, parsed, cost))
+            self._request_votes(_OpenSolution(problem, solution, parsed, cost))
 
     async def _solution(self, problem: Problem, index: int, cost: Cost) -> Solution:
-        key = content_key(SOLUTION, problem.question, self._solved_by, self.seed, index)
-        costs = (cost, self.ledger.parts["solve"])
-        if (stored := self._stored_solution(key)) is not None:
-            solution = Solution.from_json(stored)
-            self.counts.reused += 1
-            for each in costs:
-                each.add_reused(solution.num_prompt_tokens, solution.num_tokens)
-            return solution
-        started = time.monotonic()
-        try:
-            completion = whole(
-                await self.generator.complete(
-                    self.prompts.solve(problem.question),
-                    self.config.generator_sampling,
-                    derive_seed(key),
-                )
+        key = content_key(SOLUTION, problem.question, self._solution_source, self.seed, index)
+
+        def make_solution(completion: Completion) -> Solution:
+            return Solution(
+                key,
+                problem.problem_id,
+                problem.question,
+                completion.text,
+                str(completion.generation.finish_reason),
+                len(completion.generation.token_ids),
+                len(completion.prompt_ids),
             )
-        except EngineLost:  # nobody is left to ask, so all that follow would fail too
-            raise
-        except EngineFailure as failure:
-            self.counts.engine_failed(failure)
-            for each in costs:
-                each.add_failed(time.monotonic() - started)
-            # Not stored: the next run asks again.
-            return Solution(key, problem.problem_id, problem.question, str(failure), "abort", 0)
-        num_tokens, num_prompt_tokens = (
-            len(completion.generation.token_ids),
-            len(completion.prompt_ids),
-        )
-        for each in costs:
-            each.add_sampled(num_prompt_tokens, num_tokens, time.monotonic() - started)
-        solution = Solution(
+
+        self._copy_from_earlier_run(key)
+        result = await self._store.get_or_sample(
+            Solution,
             key,
-            problem.problem_id,
-            problem.question,
-            completion.text,
-            str(completion.generation.finish_reason),
-            num_tokens,
-            num_prompt_tokens,
+            model=self.generator,
+            prompt=self.prompts.solve(problem.question),
+            sampling=self.config.generator_sampling,
+            make_record=make_solution,
         )
-        self.store.append(key, SOLUTION, asdict(solution))
-        self.counts.solution_tokens += num_tokens
-        return solution
+        self._account(result, cost, self.accounting.costs["solve"])
+        if isinstance(result, Failed):
+            # A stand-in that is not stored: it has no steps, so it counts as unusable.
+            reason = str(result.failure)
+            return Solution(key, problem.problem_id, problem.question, reason, "abort", 0)
+        if isinstance(result, Sampled):
+            self.counts.solution_tokens += result.num_tokens
+        return result.record
 
-    def _stored_solution(self, key: str) -> dict[str, object] | None:
-        stored = self.store.get(key, SOLUTION)
-        if (
-            stored is None
-            and self._earlier is not None
-            and (stored := self._earlier.get(key, SOLUTION)) is not None
-        ):
-            self.store.append(key, SOLUTION, stored)
-        return stored
+    def _copy_from_earlier_run(self, key: str) -> None:
+        if self._earlier is None or self._store.get(Solution, key) is not None:
+            return
+        solution = self._earlier.get(Solution, key)
+        if solution is not None:
+            self._store.add(key, solution)
 
-    def _next_votes(self, at: _OpenSolution) -> None:
-        """Take the next wave from the store and the verifier, or be done with the solution."""
-        begun = bool(at.votes)
-        while wave := self._wave(at):
-            numbers = range(len(at.votes), len(at.votes) + wave)
+    def _request_votes(self, at: _OpenSolution) -> None:
+        """Take the next batch of votes from the store and the verifier, or close the solution."""
+        already_begun = bool(at.votes)
+        while num_votes := self._next_batch(at):
+            numbers = range(len(at.votes), len(at.votes) + num_votes)
             at.votes += [self._stored_vote(at, vote) for vote in numbers]
-            if missing := [
-                partial(self._ask_verifier, at, vote) for vote in numbers if at.votes[vote] is None
-            ]:
+            missing = [vote for vote in numbers if at.votes[vote] is None]
+            if missing:
                 at.in_flight = len(missing)
-                # A solution that is begun is finished before others are, while the engine still has
-                # its prompt.
-                self._queue.push(missing, first=begun)
+                jobs = [partial(self._sample_vote, at, vote) for vote in missing]
+                # Finish this solution before others while the engine still has its prompt cached.
+                self._queue.push(jobs, first=already_begun)
                 return
-        self._done(at)
+        self._close(at)
 
-    def _wave(self, at: _OpenSolution) -> int:
-        """How many more votes to ask for at once; what is missing of a wave is waited for before
-        the next is chosen.
-
-        After a vote that could not be had there is no next wave: which votes it has depends on that
-        one.
-        """
-        if self._rule is None:
+    def _next_batch(self, at: _OpenSolution) -> int:
+        """Number of votes to request together; the next batch is chosen after all have arrived."""
+        if self._stopping_rule is None:
             return self.config.verifications_per_solution - len(at.votes)
         if any(isinstance(vote, EngineError) for vote in at.votes):
+            # Which votes come next depends on the vote that failed.
             return 0
-        return self._rule.next_wave([vote.outcome for vote in at.votes])
+        return self._stopping_rule.next_batch([vote.outcome for vote in at.votes])
 
     def _stored_vote(self, at: _OpenSolution, vote: int) -> Verification | None:
-        stored = self.store.get(self._vote_key(at, vote), VERIFICATION)
-        if stored is None:
+        record = self._store.get(Verification, self._vote_key(at, vote))
+        if record is None:
             return None
-        record = Verification.from_json(stored)
-        self.counts.reused += 1
+        self._account(Reused(record), at.verify_cost, self.accounting.costs["verify"])
         self.counts.reused_verifications += 1
-        for cost in (at.verify_cost, self.ledger.parts["verify"]):
-            cost.add_reused(record.num_prompt_tokens, record.num_tokens)
         self._count_vote(record)
         return record
 
-    async def _ask_verifier(self, at: _OpenSolution, vote: int) -> None:
+    async def _sample_vote(self, at: _OpenSolution, vote: int) -> None:
+        key = self._vote_key(at, vote)
         if at.prompt_ids is None:
-            at.prompt_ids = self.verifier.tokenizer.encode_chat(self._verify_messages(at))
-        key, started = self._vote_key(at, vote), time.monotonic()
-        costs = (at.verify_cost, self.ledger.parts["verify"])
-        try:
-            completion = whole(
-                await self.verifier.complete_prompt(
-                    at.prompt_ids, self.config.verifier_sampling, derive_seed(key)
-                )
-            )
-        except EngineLost:
-            raise
-        except EngineFailure as failure:
-            self.counts.engine_failed(failure)
-            at.votes[vote] = EngineError(str(failure))  # not stored: the next run asks again
-            for cost in costs:
-                cost.add_failed(time.monotonic() - started)
-        else:
+            at.prompt_ids = self.verifier.tokenizer.encode_chat(self._verification_prompt(at))
+
+        def make_verification(completion: Completion) -> Verification:
             num_tokens = len(completion.generation.token_ids)
             outcome = parse_verifier_output(
                 completion.text,
@@ -292,73 +268,96 @@ class Collector:
                 num_tokens,
                 len(at.parsed.steps),
             )
-            record = Verification(
-                key, at.solution.key, vote, completion.text, outcome, num_tokens, len(at.prompt_ids)
+            return Verification(
+                key,
+                at.solution.key,
+                vote,
+                completion.text,
+                outcome,
+                num_tokens,
+                len(completion.prompt_ids),
             )
-            self.store.append(key, VERIFICATION, record.to_json(), parent=at.solution.key)
-            self.counts.verification_tokens += num_tokens
-            for cost in costs:
-                cost.add_sampled(len(at.prompt_ids), num_tokens, time.monotonic() - started)
-            at.votes[vote] = record
-        self._count_vote(at.votes[vote])
+
+        result = await self._store.get_or_sample(
+            Verification,
+            key,
+            model=self.verifier,
+            prompt=at.prompt_ids,
+            sampling=self.config.verifier_sampling,
+            make_record=make_verification,
+            parent=at.solution.key,
+        )
+        self._account(result, at.verify_cost, self.accounting.costs["verify"])
+        if isinstance(result, Failed):
+            record: Verification | EngineError = EngineError(str(result.failure))
+        else:
+            record = result.record
+        if isinstance(result, Sampled):
+            self.counts.verification_tokens += result.num_tokens
+        elif isinstance(result, Reused):
+            self.counts.reused_verifications += 1
+        at.votes[vote] = record
+        self._count_vote(record)
         at.in_flight -= 1
         if at.in_flight == 0:
-            self._next_votes(at)
+            self._request_votes(at)
 
-    def _verify_messages(self, at: _OpenSolution) -> ChatMessages:
+    def _verification_prompt(self, at: _OpenSolution) -> ChatMessages:
+        question = at.solution.question
         if self.config.verifier_prompt == "reward_model":
-            return self.prompts.reward(
-                Variant.PRM_COT, at.solution.question, canonical_solution(at.parsed)
-            )
-        return self.prompts.verify(
-            at.solution.question, canonical_solution(at.parsed), len(at.parsed.steps)
-        )
+            return self.prompts.reward(Variant.PRM_COT, question, canonical_solution(at.parsed))
+        return self.prompts.verify(question, canonical_solution(at.parsed), len(at.parsed.steps))
+
+    def _account(self, result: Reused | Sampled | Failed, *costs: Cost) -> None:
+        """Count a result's tokens, seconds and failure."""
+        for cost in costs:
+            if isinstance(result, Reused):
+                cost.add_reused(result.record.num_prompt_tokens, result.record.num_tokens)
+            elif isinstance(result, Sampled):
+                cost.add_sampled(result.num_prompt_tokens, result.num_tokens, result.seconds)
+            else:
+                cost.add_failed(result.seconds)
+        if isinstance(result, Reused):
+            self.counts.reused += 1
+        elif isinstance(result, Failed):
+            self.counts.add_engine_failure(result.failure)
 
     def _count_vote(self, vote: Verification | EngineError) -> None:
         self.counts.verifications += 1
-        self.counts.failed_verifications += isinstance(vote, EngineError) or not isinstance(
-            vote.outcome, Verdict
-        )
+        if isinstance(vote, EngineError) or not isinstance(vote.outcome, Verdict):
+            self.counts.failed_verifications += 1
         self.on_result(self.counts)
 
-    def _done(self, at: _OpenSolution) -> None:
-        """No more votes on this solution in this run."""
+    def _close(self, at: _OpenSolution) -> None:
+        """Count a solution that gets no more votes in this run, and pass its votes on."""
         votes = [vote for vote in at.votes if isinstance(vote, Verification)]
-        complete = len(votes) == len(at.votes)
-        unasked = self.config.verifications_per_solution - len(at.votes)
-        if complete:
-            self.counts.saved_verifications += unasked
+        is_complete = len(votes) == len(at.votes)
+        not_requested = self.config.verifications_per_solution - len(at.votes)
+        if is_complete:
+            self.counts.saved_verifications += not_requested
         else:
-            self.counts.postponed_verifications += unasked
-        self.ledger.solution_done(
-            at.solution.problem_id,
+            self.counts.postponed_verifications += not_requested
+        self.accounting.add_solution(
+            at.problem.problem_id,
             at.solve_cost,
             at.verify_cost,
-            labelled=complete,
-            votes_saved=unasked if complete else 0,
+            labelled=is_complete,
+            votes_saved=not_requested if is_complete else 0,
         )
-        if unasked:
+        if not_requested:
             self.on_result(self.counts)
-        if complete and self._after_votes is not None:
-            self._queue.push(
-                [partial(self._after_votes, at.solution, at.parsed, votes)], first=True
-            )
+        if is_complete and self._on_votes_complete is not None:
+            job = partial(self._on_votes_complete, at.solution, at.parsed, votes)
+            self._queue.push([job], first=True)
 
     def _vote_key(self, at: _OpenSolution, vote: int) -> str:
-        return content_key(VERIFICATION, at.solution.key, self._verified_by, self.seed, vote)
-
-
-def whole(completion: Completion) -> Completion:
-    """``completion``; raises ``EngineFailure`` for one that was aborted, of which nothing may be
-    kept.
-    """
-    if completion.generation.finish_reason is FinishReason.ABORT:
-        raise EngineFailure(f"aborted after {len(completion.generation.token_ids)} tokens")
-    return completion
+        return content_key(
+            VERIFICATION, at.solution.key, self._verification_source, self.seed, vote
+        )
 
 
 def parse_solution(solution: Solution) -> ParsedResponse | ParseFailure:
-    """The steps of a stored solution, or why it has none; a truncated or aborted one has none."""
+    """The steps of a stored solution; a truncated or aborted one is a ``ParseFailure``."""
     if solution.finish_reason != "stop":
         return ParseFailure(f"finish_reason: {solution.finish_reason}")
     return split_response(solution.text, StepFormat.PLAIN)

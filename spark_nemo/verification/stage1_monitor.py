@@ -12,8 +12,8 @@ from typing import NamedTuple
 from spark_nemo.config import Stage1Config
 from spark_nemo.utils.files import write_json_atomic
 
-from .sampler import CollectCounts
-from .token_accounting import Ledger
+from .sampler import SamplingCounts
+from .token_accounting import TokenAccounting
 
 MIN_SEEN = 200
 """Solutions or verifications needed before their failure rate stops a run.
@@ -33,7 +33,7 @@ class TooManyFailures(RuntimeError):
 
 
 def check_failure_rates(
-    counts: CollectCounts,
+    counts: SamplingCounts,
     max_failure_rate: float,
     min_seen: int = 1,
     more: Sequence[FailureCount] = (),
@@ -59,7 +59,7 @@ def check_failure_rates(
 class TokenAccountingFile:
     """The token accounting of one shard as JSON, with sums over all runs of the shard."""
 
-    def __init__(self, path: Path, accounting: Ledger) -> None:
+    def __init__(self, path: Path, accounting: TokenAccounting) -> None:
         self._path = path
         self._accounting = accounting
         self._earlier_runs = json.loads(path.read_text())["all_runs"] if path.exists() else None
@@ -86,7 +86,7 @@ class Stage1Monitor:
         self._saved_at = time.monotonic()
         self._speed = SamplingSpeed(total)
 
-    def __call__(self, counts: CollectCounts) -> None:
+    def __call__(self, counts: SamplingCounts) -> None:
         check_failure_rates(counts, self._stage.max_failure_rate, MIN_SEEN)
         now = time.monotonic()
         if now - self._shown_at >= _SHOW_EVERY_S:
@@ -96,7 +96,7 @@ class Stage1Monitor:
             self._saved_at = now
             self.accounting_file.save()
 
-    def show(self, counts: CollectCounts) -> None:
+    def show(self, counts: SamplingCounts) -> None:
         """Update the progress bar and file."""
         done = votes_done(counts, self._stage)
         note = (
@@ -123,7 +123,7 @@ class SamplingSpeed:
         self._total = total
         self._window: deque[_Sample] = deque()
 
-    def note(self, done: int, counts: CollectCounts, now: float) -> str:
+    def note(self, done: int, counts: SamplingCounts, now: float) -> str:
         """``verifications/s, tokens/s, time left``; empty until a second has passed.
 
         ``now`` is in monotonic seconds.
@@ -152,7 +152,7 @@ class SamplingSpeed:
         return ", ".join(parts)
 
 
-def votes_done(counts: CollectCounts, stage: Stage1Config) -> int:
+def votes_done(counts: SamplingCounts, stage: Stage1Config) -> int:
     """Verifications that were made or will not be made in this run."""
     of_unusable_solutions = counts.unusable_solutions * stage.verifications_per_solution
     return (

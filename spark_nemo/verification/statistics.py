@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from spark_nemo.records import ParseFailure, Solution
+from spark_nemo.records import SOLUTION, VERIFICATION, ParseFailure, Solution
 from spark_nemo.records.store import RecordStore
 
-from .sampler import SOLUTION, VERIFICATION, parse_solution
-from .store_reader import adopt_verifications
+from .sampler import parse_solution
 
 
 @dataclass(slots=True)
@@ -52,7 +51,6 @@ def store_statistics(store: RecordStore) -> StoreStatistics:
                 dict(failures.most_common()),
             )
         usable = outcomes["usable"] if kind == SOLUTION else usable
-    adopt_verifications(store)
     votes = store.children_per_parent(VERIFICATION)
     without = usable - sum(votes.values())
     statistics.votes_per_solution = {

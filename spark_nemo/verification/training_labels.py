@@ -28,9 +28,8 @@ from spark_nemo.records.store import RecordStore
 from spark_nemo.utils.files import write_json_atomic, write_text_atomic
 
 from .answer_key_baselines import ground_truth_check
-from .label_filter import Selection, select_labels
-from .store_reader import label_collected
-from .vote_choice import LabelOptions
+from .label_filter import LabelFilter, filter_labels
+from .store_reader import label_store
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +51,8 @@ def make_labels(
         )
     answers = config.labels.reference_answers
     is_correct = ground_truth_check(answers) if answers is not None else None
-    rules = Selection.of(config.labels, is_correct)
-    selected = select_labels(labelled, rules, config.run.seed)
+    rules = LabelFilter.from_config(config.labels, is_correct)
+    selected = filter_labels(labelled, rules, config.run.seed)
     log.info(
         "%s: %d labels kept, removed %s", method, len(selected.kept), selected.removed or "none"
     )
@@ -104,9 +103,7 @@ def _label(
             "run `spark-nemo stage1` first"
         )
     with RecordStore(store_folder) as store:
-        return label_collected(
-            config.stage2.method, store, config.run.seed, LabelOptions.of(config.labels)
-        )
+        return label_store(config.stage2.method, store, config.run.seed, config.labels)
 
 
 def _remedy(method: str, dropped: dict[str, int]) -> str:

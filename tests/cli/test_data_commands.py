@@ -22,7 +22,7 @@ from spark_nemo.records import (
     content_key,
 )
 from spark_nemo.records.store import RecordStore
-from spark_nemo.verification.store_reader import label_collected
+from spark_nemo.verification.store_reader import label_store
 
 SAMPLING = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 9}
 MADE_BY = {
@@ -75,8 +75,8 @@ def run(tmp_path: Path) -> Path:
         store.append(
             "c0ffee", "critique", {"text": "doubtful", "num_tokens": 3}, parent=VOTES[1].key
         )
-        labelled, _ = label_collected("step_consistency", store, 0)
-    (tmp_path / "stage1/made_by.json").write_text(json.dumps(MADE_BY))
+        labelled, _ = label_store("step_consistency", store, 0)
+    (tmp_path / "stage1/fingerprint.json").write_text(json.dumps(MADE_BY))
     (tmp_path / "stage1/stats-shard-all.json").write_text(
         json.dumps({"engine_failures": {"over N tokens": 2}})
     )
@@ -197,7 +197,7 @@ def test_verify_finds_nothing_in_a_sound_store(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Proves exit status 0, also with the unfinished record of a killed writer, which is a note;
-    the keys are those that the content under made_by.json gives.
+    the keys are those that the content under fingerprint.json gives.
     """
     assert "0 findings, 0 notes" in output(capsys, "data", "verify", run)
     data = shard(run).read_bytes()
@@ -240,8 +240,8 @@ def test_verify_names_every_fault(run: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_verify_finds_changed_settings(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Proves that a store beside another run's made_by.json does not pass for that run's."""
-    (run / "stage1/made_by.json").write_text(json.dumps({**MADE_BY, "models.verifier": "cccc"}))
+    """Proves that a store beside another run's fingerprint.json does not pass for that run's."""
+    (run / "stage1/fingerprint.json").write_text(json.dumps({**MADE_BY, "models.verifier": "cccc"}))
     assert f"{len(VOTES)} findings" in output(capsys, "data", "verify", run, status=1)
 
 
@@ -279,18 +279,18 @@ def test_explain_walks_from_a_label_to_the_models(
 
 def test_explain_says_what_it_does_not_know(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Proves the notes: no label, a solution never verified, prompts in other words, and no
-    made_by.json at all.
+    fingerprint.json at all.
     """
     shown = output(capsys, "explain", run, SOLUTIONS[2].key)
     assert "gave this solution no label" in shown and "never verified: steps_missing" in shown
-    (run / "stage1/made_by.json").write_text(
+    (run / "stage1/fingerprint.json").write_text(
         json.dumps({**MADE_BY, "stage1.prompt_set": "compact-g0-12345678"})
     )
     assert "sent in the words of compact-g0-12345678" in output(
         capsys, "explain", run, SOLUTIONS[0].key
     )
-    (run / "stage1/made_by.json").unlink()
-    assert "no made_by.json" in output(capsys, "explain", run, SOLUTIONS[0].key)
+    (run / "stage1/fingerprint.json").unlink()
+    assert "no fingerprint.json" in output(capsys, "explain", run, SOLUTIONS[0].key)
     assert "no label of this method" in output(
         capsys, "explain", run, f"single:{SOLUTIONS[0].key}", status=2
     )

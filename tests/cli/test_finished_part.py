@@ -15,7 +15,7 @@ from spark_nemo.cli.main import main
 from spark_nemo.config.compose import compose_config
 from spark_nemo.run.run_folder import mark_done
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
-from spark_nemo.verification.sampler import CollectCounts
+from spark_nemo.verification.sampler import SamplingCounts
 
 FOLDERS = {
     "sft": "sft",
@@ -46,7 +46,7 @@ class Work:
     def __init__(
         self, part: str, run_dir: Path, data: dict[str, str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        self.part, self.run_dir, self.times, self.counts = part, run_dir, 0, CollectCounts()
+        self.part, self.run_dir, self.times, self.counts = part, run_dir, 0, SamplingCounts()
         self.data = {name: Path(shutil.copy(path, run_dir)) for name, path in data.items()}
         self.folder = run_dir / FOLDERS[part]
         name = "_sample" if part == "stage1" else "_train"
@@ -54,7 +54,7 @@ class Work:
         (run_dir / "stage1/store").mkdir(parents=True)
         (run_dir / "stage1/store/a.records").write_text("labels are made of this\n")
 
-    def work(self, *_: object) -> bool | CollectCounts:
+    def work(self, *_: object) -> bool | SamplingCounts:
         self.times += 1
         (self.folder / "model").mkdir(exist_ok=True)
         (self.folder / "model/config.json").write_text("{}")
@@ -177,12 +177,12 @@ def test_without_its_model_or_by_an_older_version_a_part_is_not_finished(work: W
 @pytest.mark.parametrize(
     "counts",
     [
-        CollectCounts(postponed_verifications=1),
-        CollectCounts(engine_failures={"prompt of N tokens": 1}),
+        SamplingCounts(postponed_verifications=1),
+        SamplingCounts(engine_failures={"prompt of N tokens": 1}),
     ],
 )
 @pytest.mark.parametrize("work", ["stage1"], indirect=True)
-def test_what_an_engine_lost_is_asked_for_again(work: Work, counts: CollectCounts) -> None:
+def test_what_an_engine_lost_is_asked_for_again(work: Work, counts: SamplingCounts) -> None:
     """Stage I ends although some requests failed; the same command asks for them, as it says in its
     log.
     """

@@ -55,7 +55,7 @@ def test_stage_one_stops_when_its_last_server_dies(
         )
         timer.join()
     assert (
-        "stage I stopped before its end" in message
+        "stage I stopped early" in message
         and "no server of the policy pool is left: 1 of 1" in message
     )
     assert (

@@ -6,7 +6,6 @@ import pytest
 
 from spark_nemo.config import ConfigError, LabelsConfig, PipelineConfig
 from spark_nemo.config.compose import compose_config
-from spark_nemo.verification import LabelOptions
 
 
 @pytest.mark.parametrize(
@@ -111,7 +110,6 @@ def test_the_defaults_are_the_arguments_of_the_docstrings() -> None:
         None,
         [],
     )
-    assert LabelOptions.of(config.labels) == LabelOptions()
     assert PipelineConfig().label_methods == ["single", "outcome_consistency", "step_consistency"]
     assert (config.stage1.revised_with.temperature, config.stage1.revised_with.max_new_tokens) == (
         0.0,

@@ -16,6 +16,8 @@ from spark_nemo.config.designs import DESIGNS
 from spark_nemo.grammar import render_verification
 from spark_nemo.grammar.verification import StepJudgement
 from spark_nemo.records import (
+    SOLUTION,
+    VERIFICATION,
     AnswerVerdict,
     ParseFailure,
     Solution,
@@ -32,7 +34,6 @@ from spark_nemo.report import (
 from spark_nemo.report.collect_summary import collect_summary
 from spark_nemo.report.display_names import DESIGN_NAMES, method_name, rl_variant_name
 from spark_nemo.utils.files import write_json_atomic, write_text_atomic
-from spark_nemo.verification.sampler import SOLUTION, VERIFICATION
 
 CASES = [
     (-1, Verdict((True, True), True)),

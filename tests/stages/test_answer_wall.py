@@ -62,7 +62,11 @@ CLOSURES = {
         "RolloutEngines",
         "checker",
     ): "the same, where it is loaded",
-    ("spark_nemo.verification.label_filter", "Selection", "correct"): "balancing by ground truth",
+    (
+        "spark_nemo.verification.label_filter",
+        "LabelFilter",
+        "is_correct",
+    ): "balancing by ground truth",
     (
         "spark_nemo.rewards.hacking.constraints",
         "Constraint",

@@ -11,24 +11,24 @@ import pytest
 from world import run
 
 from spark_nemo.cli.main import main
+from spark_nemo.records import SOLUTION, VERIFICATION
 from spark_nemo.records.store import RecordStore
-from spark_nemo.verification.sampler import SOLUTION, VERIFICATION
-from spark_nemo.verification.store_reader import label_collected, stream_collected
+from spark_nemo.verification.store_reader import label_store, stream_solutions
 
 
 def test_a_collected_store_verifies(collected: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Proves that the audit derives the very keys that the collector gave, from made_by.json alone,
+    """Proves that the audit derives the very keys that the collector gave, from fingerprint.json alone,
     and that every verification names its solution as parent; under another seed all keys are wrong.
     """
     assert main(["data", "verify", str(collected)]) == 0
-    made_by = json.loads((collected / "stage1/made_by.json").read_text())
+    made_by = json.loads((collected / "stage1/fingerprint.json").read_text())
     with RecordStore(collected / "stage1/store") as store:
         keys = {kind: store.keys(kind) for kind in (SOLUTION, VERIFICATION)}
         for key, payload in store.iter(VERIFICATION):
             assert store.parent(key, VERIFICATION) == payload["solution_key"]
     copy = collected.parent / "copy"
     shutil.copytree(collected, copy, dirs_exist_ok=True)
-    (copy / "stage1/made_by.json").write_text(json.dumps({**made_by, "run.seed": 1}))
+    (copy / "stage1/fingerprint.json").write_text(json.dumps({**made_by, "run.seed": 1}))
     capsys.readouterr()
     assert main(["data", "verify", str(copy)]) == 1
     found = capsys.readouterr().out
@@ -60,8 +60,8 @@ def test_every_label_can_be_explained(
     """Proves for every label of a real run that its target verification is found and shown in full."""
     run = shutil.copytree(collected, tmp_path / "run")
     with RecordStore(run / "stage1/store") as store:
-        labelled, dropped = label_collected("step_consistency", store, 0)
-        solutions = sum(1 for _ in stream_collected(store))
+        labelled, dropped = label_store("step_consistency", store, 0)
+        solutions = sum(1 for _ in stream_solutions(store))
     assert labelled and len(labelled) + sum(dropped.values()) == solutions
     path = run / "stage2/step_consistency/labels.jsonl"
     path.parent.mkdir(parents=True)

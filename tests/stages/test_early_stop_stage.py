@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from world import run
 
-from spark_nemo.records import outcome_from_json
+from spark_nemo.records import VERIFICATION, outcome_from_json
 from spark_nemo.records.store import RecordStore
 from spark_nemo.verification.early_stop import StoppingRule, votes_taken
-from spark_nemo.verification.sampler import VERIFICATION
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +45,7 @@ def test_the_stage_takes_the_votes_that_a_replay_takes(tmp_path: Path, collected
     spared = sum(map(len, full.values())) - sum(map(len, stopped.values()))
     assert spared > 0
     stats = json.loads((tmp_path / "stage1/stats-shard-all.json").read_text())
-    ledger = json.loads((tmp_path / "stage1/ledger-shard-all.json").read_text())
+    ledger = json.loads((tmp_path / "stage1/token_accounting-shard-all.json").read_text())
     assert stats["saved_verifications"] == ledger["early_stop"]["votes_saved"] == spared
     assert ledger["this_run"]["verify"]["sampled"] == sum(map(len, stopped.values()))
     assert ledger["this_run"]["verify"]["sampled_completion_tokens"] == stats["verification_tokens"]

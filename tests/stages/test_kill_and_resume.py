@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from world import VERIFIER, rows, run, run_and_kill
 
+from spark_nemo.records import SOLUTION, VERIFICATION
 from spark_nemo.records.store import RecordStore
-from spark_nemo.verification.sampler import SOLUTION, VERIFICATION
 
 pytestmark = pytest.mark.slow
 

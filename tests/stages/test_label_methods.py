@@ -21,7 +21,7 @@ from spark_nemo.stages.stage1 import run_stage1
 from spark_nemo.toy.problem_files import write_answers
 from spark_nemo.toy.resolve import oracle_for, resolve_toy
 from spark_nemo.utils.files import write_text_atomic
-from spark_nemo.verification.stage1_critique import after_votes
+from spark_nemo.verification.stage1_critique import build_stage1_critic
 from spark_nemo.verification.training_labels import make_labels
 
 SMALL = [
@@ -94,12 +94,12 @@ def test_a_second_run_asks_for_nothing(sampled: SparkConfig) -> None:
     run_stage1(sampled)
     stats = json.loads((Path(sampled.run.dir) / "stage1/stats-shard-all.json").read_text())
     assert (
-        stats["revision"]["tokens"]
+        stats["meta_critique"]["tokens"]
         == stats["reference_guided"]["tokens"]
         == stats["verification_tokens"]
         == 0
     )
-    assert stats["revision"]["reused"] > 0
+    assert stats["meta_critique"]["reused"] > 0
 
 
 @pytest.mark.slow
@@ -175,10 +175,10 @@ def test_without_a_critic_the_verifier_criticises_itself_and_nothing_more_is_loa
     verifier = SimpleNamespace(fingerprint="verifier")
     with RecordStore(tmp_path / "store", "writer") as store:
         alone = configured(tmp_path, "toy:stage1:5", "models.critic=null")
-        after = after_votes(alone, verifier, store, tmp_path)
-        assert after is not None and after.critic is verifier
+        critic = build_stage1_critic(alone, verifier, store, tmp_path)
+        assert critic is not None and critic.critic is verifier
         votes_alone = resolve_toy(compose_config(["+experiment=toy", f"run.dir={tmp_path}"]))
-        assert after_votes(votes_alone, verifier, store, tmp_path) is None
+        assert build_stage1_critic(votes_alone, verifier, store, tmp_path) is None
 
 
 def test_an_answer_file_with_holes_is_refused_before_any_model_is_loaded(tmp_path: Path) -> None:

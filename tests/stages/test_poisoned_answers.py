@@ -15,9 +15,9 @@ import pytest
 from world import SMALL, VERIFIER, environment, rows, run
 
 import spark_nemo
+from spark_nemo.records import SOLUTION, VERIFICATION
 from spark_nemo.records.store import RecordStore
 from spark_nemo.toy.problem_files import split_problems, write_processbench
-from spark_nemo.verification.sampler import SOLUTION, VERIFICATION
 
 pytestmark = pytest.mark.slow
 POISON = "-1"

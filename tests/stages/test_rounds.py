@@ -34,7 +34,7 @@ def test_the_second_round_verifies_the_same_solutions_with_the_first_reward_mode
     assert first.keys("solution") == second.keys("solution")
     assert not first.keys("verification") & second.keys("verification")
     made_by = [
-        json.loads((folder / "stage1/made_by.json").read_text())
+        json.loads((folder / "stage1/fingerprint.json").read_text())
         for folder in (run_dir, run_dir / "round-2")
     ]
     assert made_by[0]["models.generator"] == made_by[1]["models.generator"]

@@ -1,4 +1,4 @@
-"""Solutions, votes and revisions written by hand, for the labelling tests."""
+"""Solutions, votes and critiques written by hand, for the labelling tests."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from spark_nemo.records import (
     LabelEvidence,
     LabelledSolution,
     Merge,
+    MetaCritique,
     ReferenceVerification,
-    Revision,
     Solution,
     Verdict,
     Verification,
@@ -56,15 +56,15 @@ def reference_votes(*labels, key="s"):
     return votes(*labels, key=key, kind=ReferenceVerification)
 
 
-def revision(
+def meta_critique(
     verification_key, said, critique="All of it was looked at again.", finish_reason="stop"
 ):
     """A critique and its merge; ``said`` is labels, an outcome, or None for no merge."""
     one = Critique(f"c-{verification_key}", "s", verification_key, critique, finish_reason, 7)
     if said is None:
-        return Revision(one, None)
+        return MetaCritique(one, None)
     merged = (text(said), parse_verification(text(said))) if isinstance(said, str) else ("", said)
-    return Revision(
+    return MetaCritique(
         one, Merge(f"m-{verification_key}", "s", verification_key, one.key, *merged, 12)
     )
 

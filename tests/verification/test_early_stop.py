@@ -5,21 +5,33 @@ from __future__ import annotations
 import itertools
 import random
 from fractions import Fraction
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from spark_nemo.config import ConfigError, Stage1Config
-from spark_nemo.records import Outcome, Truncated, Verdict
-from spark_nemo.verification.early_stop import StoppingRule, change_probability, votes_taken
-from spark_nemo.verification.voting import count_votes, majority
+from spark_nemo.records import Outcome, Truncated, Verdict, count_votes, majority
+from spark_nemo.verification.early_stop import (
+    StoppingRule,
+    change_probability,
+    settled_probably,
+    votes_taken,
+)
 
 FAILED = Truncated(9)
 
 
 def verdict(*steps: bool, yes: bool = True) -> Verdict:
     return Verdict(steps, yes)
+
+
+def sequential_or_exact(error: float | None, vote_batch_size: int = 1) -> StoppingRule:
+    """The rule for 16 votes: exact without ``error``."""
+    if error is None:
+        return StoppingRule(16, vote_batch_size=vote_batch_size)
+    return StoppingRule(16, partial(settled_probably, error=error), vote_batch_size)
 
 
 def majorities(outcomes: list[Outcome], with_verdict: bool, num_steps: int) -> list[bool | None]:
@@ -56,7 +68,7 @@ def test_exact_rule_stops_when_and_only_when_nothing_can_change(
                 majorities([*so_far, *rest], with_verdict, num_steps)
                 for rest in itertools.product(said, repeat=num_votes - taken)
             )
-            assert (rule.next_wave(so_far) == 0) == all(end == now for end in ends)
+            assert (rule.next_batch(so_far) == 0) == all(end == now for end in ends)
 
 
 def sequences(num_votes: int) -> st.SearchStrategy[list[Outcome]]:
@@ -74,8 +86,8 @@ def test_a_wave_holds_no_vote_that_asking_one_by_one_would_spare(
     """Proves that waves of size 1, which are longer where a decision is far, stop at the first
     decided vote.
     """
-    rule = StoppingRule(16, error)
-    one_by_one = next(taken for taken in range(17) if rule.next_wave(outcomes[:taken]) == 0)
+    rule = sequential_or_exact(error)
+    one_by_one = next(taken for taken in range(17) if rule.next_batch(outcomes[:taken]) == 0)
     assert votes_taken(rule, outcomes) == one_by_one
 
 
@@ -89,8 +101,8 @@ def test_longer_waves_cost_less_than_a_wave_more(
     For the exact rule only: under the sequential test later votes may open again what was decided.
     """
     one, many = (
-        votes_taken(StoppingRule(16, error), outcomes),
-        votes_taken(StoppingRule(16, error, size), outcomes),
+        votes_taken(sequential_or_exact(error), outcomes),
+        votes_taken(sequential_or_exact(error, size), outcomes),
     )
     assert many >= one
     if error is None:
@@ -123,7 +135,7 @@ def test_the_sequential_error_is_kept_on_average_over_its_prior() -> None:
 
     Says nothing about verifiers unlike the prior; ``benchmarks/early_stop.py`` measures one.
     """
-    draw, rule = random.Random(0), StoppingRule(16, 0.05)
+    draw, rule = random.Random(0), sequential_or_exact(0.05)
     changed = saved = 0
     for _ in range(4000):
         rate = draw.betavariate(0.5, 0.5)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark_nemo.config import LABEL_METHODS as CONFIGURED_METHODS
-from spark_nemo.config import VOTE_METHODS
+from spark_nemo.config import VOTE_METHODS, ConfigError, LabelsConfig
 from spark_nemo.records import (
     EngineError,
     LabelledSolution,
@@ -17,16 +17,11 @@ from spark_nemo.records import (
     Truncated,
     Verdict,
     Verification,
-)
-from spark_nemo.verification import (
-    LABEL_METHODS,
-    Dropped,
-    LabelOptions,
     count_votes,
-    failure_rates,
-    label_all,
     majority,
 )
+from spark_nemo.verification.labelling import LABEL_METHODS, label_all
+from spark_nemo.verification.vote_choice import Dropped, LabelInputs
 
 Y, N = True, False
 
@@ -50,7 +45,12 @@ def verdict(steps, answer=None):
 
 
 def label(method, *outcomes, seed=0, **options):
-    return LABEL_METHODS[method](solution(), votes(*outcomes), seed, LabelOptions(**options))
+    return apply(method, votes(*outcomes), seed, **options)
+
+
+def apply(method, given_votes, seed=0, of=None, **options):
+    inputs = LabelInputs(of or solution(), given_votes, seed, LabelsConfig(**options))
+    return LABEL_METHODS[method](inputs)
 
 
 verdicts_of_three = st.builds(
@@ -81,10 +81,6 @@ def test_failures_are_counted_and_never_vote():
     )
     assert (count.correct_votes, count.num_votes, count.yes_votes) == ((2, 2), 3, 2)
     assert count.failures == {"truncated": 1, "parse_failure": 1}
-    assert failure_rates([verdict("C"), Truncated(1), Truncated(2), EngineError("")]) == {
-        "engine_error": 0.25,
-        "truncated": 0.5,
-    }
 
 
 def test_verdicts_with_different_step_counts_are_refused():
@@ -225,7 +221,7 @@ def test_a_label_is_always_one_whole_verification(outcomes, method, ties, no_mat
     is consistent.
     """
     given_votes = votes(*outcomes)
-    result = LABEL_METHODS[method](solution(), given_votes, seed, LabelOptions(ties, no_match))
+    result = apply(method, given_votes, seed, ties=ties, no_match=no_match)
     if isinstance(result, Dropped):
         return
     chosen = given_votes[result.evidence.chosen_vote]
@@ -244,9 +240,7 @@ def test_the_label_does_not_depend_on_the_order_of_the_votes(outcomes, method, s
     """
     given_votes = votes(*outcomes)
     shuffled = shuffler.sample(given_votes, len(given_votes))
-    assert LABEL_METHODS[method](solution(), given_votes) == LABEL_METHODS[method](
-        solution(), shuffled
-    )
+    assert apply(method, given_votes) == apply(method, shuffled)
 
 
 def test_the_choice_depends_on_seed_and_solution_and_is_fair():
@@ -256,8 +250,11 @@ def test_the_choice_depends_on_seed_and_solution_and_is_fair():
 
     def chosen(seed):
         return [
-            LABEL_METHODS["step_consistency"](
-                solution(f"s{i}"), votes(*[verdict("CI")] * 3, key=f"s{i}"), seed
+            apply(
+                "step_consistency",
+                votes(*[verdict("CI")] * 3, key=f"s{i}"),
+                seed,
+                of=solution(f"s{i}"),
             ).evidence.chosen_vote
             for i in range(600)
         ]
@@ -297,8 +294,8 @@ def test_label_all_refuses_what_would_bias_a_vote():
         label_all("single", [solution(), solution()], one, seed=0)
     with pytest.raises(ValueError, match="choose one of single"):
         label_all("best", [solution()], one, seed=0)
-    with pytest.raises(ValueError, match="choose drop or hamming"):
-        LabelOptions(no_match="splice")
+    with pytest.raises(ConfigError, match=r"labels\.no_match"):
+        LabelsConfig(no_match="splice")
 
 
 def test_voting_beats_a_single_verification_when_errors_are_independent():
@@ -315,6 +312,6 @@ def test_voting_beats_a_single_verification_when_errors_are_independent():
             steps = tuple(t if rng.random() < 0.8 else not t for t in truth)
             outcomes.append(Verdict(steps, all(steps)))
         for method in ("single", "step_consistency"):
-            result = LABEL_METHODS[method](solution(f"s{i}"), votes(*outcomes, key=f"s{i}"))
+            result = apply(method, votes(*outcomes, key=f"s{i}"), of=solution(f"s{i}"))
             right[method] += not isinstance(result, Dropped) and result.step_labels == truth
     assert right["step_consistency"] > 180 > 130 > right["single"]

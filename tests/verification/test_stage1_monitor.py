@@ -9,7 +9,7 @@ import pytest
 
 from spark_nemo.config import Stage1Config
 from spark_nemo.run.run_folder import progress
-from spark_nemo.verification.sampler import CollectCounts
+from spark_nemo.verification.sampler import SamplingCounts
 from spark_nemo.verification.stage1_monitor import (
     SamplingSpeed,
     Stage1Monitor,
@@ -17,7 +17,7 @@ from spark_nemo.verification.stage1_monitor import (
     TooManyFailures,
     check_failure_rates,
 )
-from spark_nemo.verification.token_accounting import Distribution, Ledger
+from spark_nemo.verification.token_accounting import Distribution, TokenAccounting
 
 
 def test_a_run_that_mostly_fails_is_stopped_once_enough_was_seen(tmp_path: Path) -> None:
@@ -27,16 +27,16 @@ def test_a_run_that_mostly_fails_is_stopped_once_enough_was_seen(tmp_path: Path)
     stage = Stage1Config(max_failure_rate=0.5)
     with progress(tmp_path, 10_000, "verification") as bar:
         monitor = Stage1Monitor(stage, 10_000, bar.update)
-        monitor(CollectCounts(verifications=199, failed_verifications=199))
-        monitor(CollectCounts(verifications=200, failed_verifications=100))
+        monitor(SamplingCounts(verifications=199, failed_verifications=199))
+        monitor(SamplingCounts(verifications=200, failed_verifications=100))
         with pytest.raises(
             TooManyFailures, match=r"stage1.max_failure_rate=0.5: 101 of 200 verifications"
         ):
-            monitor(CollectCounts(verifications=200, failed_verifications=101))
+            monitor(SamplingCounts(verifications=200, failed_verifications=101))
         with pytest.raises(TooManyFailures, match="200 of 300 solutions"):
-            monitor(CollectCounts(solutions=300, unusable_solutions=200))
+            monitor(SamplingCounts(solutions=300, unusable_solutions=200))
     with pytest.raises(TooManyFailures, match="3 of 4 solutions"):
-        check_failure_rates(CollectCounts(solutions=4, unusable_solutions=3), 0.5)
+        check_failure_rates(SamplingCounts(solutions=4, unusable_solutions=3), 0.5)
 
 
 def test_speed_and_time_left_are_those_of_sampling() -> None:
@@ -45,10 +45,10 @@ def test_speed_and_time_left_are_those_of_sampling() -> None:
     """
     rates = SamplingSpeed(total=10_000)
     assert (
-        rates.note(4000, CollectCounts(verifications=4000, reused_verifications=4000), now=0.0)
+        rates.note(4000, SamplingCounts(verifications=4000, reused_verifications=4000), now=0.0)
         == ""
     )
-    counts = CollectCounts(
+    counts = SamplingCounts(
         verifications=4400,
         reused_verifications=4000,
         saved_verifications=100,
@@ -64,7 +64,7 @@ def test_the_progress_file_keeps_its_three_fields(tmp_path: Path) -> None:
     with progress(tmp_path, 100, "verification") as bar:
         monitor = Stage1Monitor(stage, 100, bar.update)
         monitor.show(
-            CollectCounts(
+            SamplingCounts(
                 solutions=5,
                 unusable_solutions=2,
                 verifications=6,
@@ -77,14 +77,14 @@ def test_the_progress_file_keeps_its_three_fields(tmp_path: Path) -> None:
     assert written == {"done": 20, "total": 100, "note": "5 solutions, 2 unusable, 1 failed"}
 
 
-def test_the_ledger_file_goes_on_counting_over_runs(tmp_path: Path) -> None:
+def test_the_token_accounting_file_adds_up_over_runs(tmp_path: Path) -> None:
     """Proves that saving twice in one run counts once, and that the next run adds to it."""
-    path = tmp_path / "ledger.json"
+    path = tmp_path / "accounting.json"
     for run, expected in ((1, 1), (2, 2)):
-        ledger = Ledger(1)
-        file = TokenAccountingFile(path, ledger)
+        accounting = TokenAccounting(1)
+        file = TokenAccountingFile(path, accounting)
         file.save()
-        ledger.parts["solve"].add_sampled(10, 20, 0.5)
+        accounting.costs["solve"].add_sampled(10, 20, 0.5)
         file.save()
         file.save()
         assert json.loads(path.read_text())["all_runs"]["solve"]["sampled"] == expected == run

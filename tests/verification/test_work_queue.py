@@ -22,7 +22,7 @@ from fake_world import (
 )
 
 from spark_nemo.records import Problem
-from spark_nemo.verification.sampler import Collector
+from spark_nemo.verification.sampler import Stage1Sampler
 from spark_nemo.verification.work_queue import WorkQueue
 
 
@@ -30,7 +30,8 @@ class NullStore:
     """Remembers nothing."""
 
     def get(self, key: str, kind: str) -> None: ...
-    def append(self, key: str, kind: str, payload: dict, *, parent: str | None = None) -> None: ...
+    def append(self, key: str, kind: str, payload: dict, *, parent: str | None = None) -> bool:
+        return True
 
 
 def run(coroutine):
@@ -65,7 +66,7 @@ def test_a_slow_problem_leaves_no_slot_idle(rule: dict) -> None:
     this: ``benchmarks/pipeline_throughput.py`` measures it.
     """
     slow = TimedEngine(lambda request: 60.0 if request.sampling.seed % 100 == 0 else 1.0)
-    collector = Collector(
+    collector = Stage1Sampler(
         stage(**rule, verifications_per_solution=4), 0, served(slow), served(slow), NullStore()
     )
     run(collector.run(problems(600), 50))
@@ -87,7 +88,7 @@ def test_votes_go_before_new_solutions_and_both_keep_going(
     """
     draw = random.Random(1)
     engine = TimedEngine(lambda request: latency(draw))
-    collector = Collector(
+    collector = Stage1Sampler(
         stage(verifications_per_solution=4), 0, served(engine), served(engine), NullStore()
     )
     run(collector.run(problems(1000), 50))
@@ -128,13 +129,13 @@ def test_problems_are_drawn_when_they_are_needed() -> None:
 
     draw = random.Random(1)
     engine = FakeEngine(lambda request: draw.expovariate(1.0))
-    collector = Collector(
-        stage(), 0, served(engine), served(engine), NullStore(), after_votes=after_votes
+    collector = Stage1Sampler(
+        stage(), 0, served(engine), served(engine), NullStore(), on_votes_complete=after_votes
     )
     run(collector.run(lazily(), 40))
     assert drawn == 600
     assert widest < 100
-    assert not collector.ledger._open_problems
+    assert not collector.accounting._open_problems
 
 
 def test_an_error_in_one_job_ends_all_and_is_raised() -> None:
@@ -145,7 +146,7 @@ def test_an_error_in_one_job_ends_all_and_is_raised() -> None:
         def append(self, key: str, kind: str, payload: dict, *, parent: str | None = None) -> None:
             raise OSError("no space")
 
-    collector = Collector(stage(), 0, served(engine), served(engine), FullStore())
+    collector = Stage1Sampler(stage(), 0, served(engine), served(engine), FullStore())
     with pytest.raises(ExceptionGroup) as caught:
         run(collector.run(problems(100), 10))
     assert caught.group_contains(OSError, match="no space")

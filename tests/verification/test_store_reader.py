@@ -2,17 +2,15 @@
 
 import tracemalloc
 
-import pytest
-
 from spark_nemo.records import ParseFailure, Solution, Verdict, Verification
 from spark_nemo.records.store import RecordStore
-from spark_nemo.verification import label_all
-from spark_nemo.verification.store_reader import label_collected, read_collected, stream_collected
+from spark_nemo.verification.labelling import label_all
+from spark_nemo.verification.store_reader import label_store, stream_solutions
 
 TEXT = "Step 1: 1+1=2\nAnswer: 2"
 
 
-def write(folder, solutions=4, votes=3, parents=True, text=TEXT):
+def write(folder, solutions=4, votes=3, text=TEXT):
     """Solutions and votes in the order in which an engine might finish them."""
     with RecordStore(folder, "w", fsync_every=1000) as store:
         for vote in reversed(range(votes)):
@@ -23,23 +21,14 @@ def write(folder, solutions=4, votes=3, parents=True, text=TEXT):
                 store.append(key, "solution", fields)
                 outcome = ParseFailure("x") if vote == 2 else Verdict((vote == 0,), vote == 0)
                 record = Verification(f"v{number}{vote}", key, vote, text, outcome, 5)
-                store.append(
-                    record.key, "verification", record.to_json(), parent=key if parents else None
-                )
+                store.append(record.key, "verification", record.to_json(), parent=key)
 
 
-@pytest.mark.parametrize("parents", [True, False])
-def test_solutions_come_with_their_verifications_in_key_order(tmp_path, parents):
-    """Stores from before records named a parent read the same; a truncated solution is left out
-    with its votes.
-    """
-    write(tmp_path, parents=parents)
+def test_solutions_come_with_their_verifications_in_key_order(tmp_path):
+    """A truncated solution is left out, with its votes."""
+    write(tmp_path)
     with RecordStore(tmp_path) as store:
-        groups = list(stream_collected(store))
-        assert read_collected(store) == (
-            [s for s, _ in groups],
-            [v for _, votes in groups for v in votes],
-        )
+        groups = list(stream_solutions(store))
     assert [solution.key for solution, _ in groups] == ["s0", "s1", "s2"]
     assert [[v.key for v in votes] for _, votes in groups] == [
         [f"v{n}{vote}" for vote in range(3)] for n in range(3)
@@ -51,8 +40,11 @@ def test_labels_of_the_stream_are_those_of_the_lists(tmp_path):
     """Streaming changes no label and no count of the dropped."""
     write(tmp_path)
     with RecordStore(tmp_path) as store:
+        groups = list(stream_solutions(store))
+        solutions = [solution for solution, _ in groups]
+        verifications = [vote for _, votes in groups for vote in votes]
         for method in ("single", "step_consistency"):
-            assert label_collected(method, store, 0) == label_all(method, *read_collected(store), 0)
+            assert label_store(method, store, 0) == label_all(method, solutions, verifications, 0)
 
 
 def test_memory_holds_one_solution_at_a_time(tmp_path):
@@ -67,7 +59,7 @@ def test_memory_holds_one_solution_at_a_time(tmp_path):
     with RecordStore(tmp_path) as store:
         tracemalloc.start()
         try:
-            assert sum(len(votes) for _, votes in stream_collected(store)) > 2 * 2000
+            assert sum(len(votes) for _, votes in stream_solutions(store)) > 2 * 2000
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()

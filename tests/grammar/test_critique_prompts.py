@@ -7,11 +7,11 @@ import re
 import pytest
 
 from spark_nemo.grammar import (
+    CRITIQUE_PROMPTS,
     PROMPT_SETS,
-    REVISION_PROMPTS,
+    critique_prompts,
     parse_verification,
     prompt_set,
-    revision_prompts,
     verdict_line,
 )
 from spark_nemo.grammar.paper_prompts import VERIFY
@@ -31,12 +31,12 @@ def test_the_versions_of_the_prompt_sets_are_those_of_the_shipped_results():
     }
 
 
-@pytest.mark.parametrize("name", sorted(REVISION_PROMPTS))
+@pytest.mark.parametrize("name", sorted(CRITIQUE_PROMPTS))
 def test_every_prompt_is_one_user_message_with_its_inputs(name):
     """Inputs stand in it as given, braces and all, and no place is left unfilled. The compact merge
     quotes neither question nor solution.
     """
-    prompts, whole = revision_prompts(name), name == "paper"
+    prompts, whole = critique_prompts(name), name == "paper"
     for messages, inputs in (
         (prompts.critique(QUESTION, SOLUTION, VERIFICATION), (QUESTION, SOLUTION, VERIFICATION)),
         (
@@ -59,7 +59,7 @@ def test_every_prompt_is_one_user_message_with_its_inputs(name):
 
 def test_a_version_covers_every_text():
     """Two sets differ, and neither version is a prompt set's."""
-    versions = {prompts.version for prompts in REVISION_PROMPTS.values()}
+    versions = {prompts.version for prompts in CRITIQUE_PROMPTS.values()}
     assert len(versions) == 2 and versions.isdisjoint(
         prompts.version for prompts in PROMPT_SETS.values()
     )
@@ -69,7 +69,7 @@ def test_the_merge_asks_for_the_format_that_the_parser_reads():
     """What the paper set prescribes, filled in, is in the grammar, for both judgements and both
     verdicts.
     """
-    (message,) = revision_prompts("paper").merge("q", "s", "v", "c", 2)
+    (message,) = critique_prompts("paper").merge("q", "s", "v", "c", 2)
     labels = re.findall(r'"(\*\*This step is \w+\.\*\*)"', message["content"])
     verdicts = re.findall(r'"(\*\*Verification: [^"]*)"', message["content"])
     assert (
@@ -82,7 +82,7 @@ def test_the_merge_asks_for_the_format_that_the_parser_reads():
 
 def test_the_critique_names_the_four_kinds_of_fault_and_its_heading():
     """What the paper's critic is asked for."""
-    (message,) = revision_prompts("paper").critique("q", "s", "v")
+    (message,) = critique_prompts("paper").critique("q", "s", "v")
     for words in (
         "Missed error",
         "False alarm",
@@ -98,7 +98,7 @@ def test_the_reference_prompt_is_the_reference_free_one_with_an_answer_in_it():
     """Both examples and the solution to mark have an expected answer, which the reference-free
     prompt has nowhere.
     """
-    (message,) = revision_prompts("paper").verify_with_reference("q", "s", "42", 3)
+    (message,) = critique_prompts("paper").verify_with_reference("q", "s", "42", 3)
     (without,) = prompt_set("paper").verify("q", "s", 3)
     assert re.findall(r"Expected Answer: (\S+)\n\n", message["content"]) == ["216", "186.45", "42"]
     assert "Expected Answer" not in without["content"] and "expected" not in VERIFY.lower()
@@ -110,4 +110,4 @@ def test_the_reference_prompt_is_the_reference_free_one_with_an_answer_in_it():
 def test_an_unknown_name_is_refused():
     """The error says which there are."""
     with pytest.raises(ValueError, match="compact, paper"):
-        revision_prompts("long")
+        critique_prompts("long")

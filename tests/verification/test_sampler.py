@@ -33,10 +33,18 @@ from spark_nemo.grammar import (
     prompt_set,
     split_response,
 )
-from spark_nemo.records import Verification, content_key, derive_seed, outcome_from_json
+from spark_nemo.records import (
+    SOLUTION,
+    VERIFICATION,
+    Problem,
+    Verification,
+    content_key,
+    derive_seed,
+    outcome_from_json,
+)
 from spark_nemo.records.store import RecordStore
 from spark_nemo.verification.early_stop import stopping_rule, votes_taken
-from spark_nemo.verification.sampler import SOLUTION, VERIFICATION, CollectCounts, Collector
+from spark_nemo.verification.sampler import SamplingCounts, Stage1Sampler
 
 RULES = [
     {},
@@ -59,19 +67,19 @@ def collect(
     slots: int = 16,
     die_after: int | None = None,
     after_votes=None,
-) -> Collector:
+) -> Stage1Sampler:
     """One run over ``count`` problems on the store in ``folder``."""
     engine = engine or FakeEngine()
     results = 0
 
-    def on_result(counts: CollectCounts) -> None:
+    def on_result(counts: SamplingCounts) -> None:
         nonlocal results
         results += 1
         if results == die_after:
             raise Killed
 
     with RecordStore(folder, writer_name="w", fsync_every=256) as store:
-        collector = Collector(
+        collector = Stage1Sampler(
             config, 3, served(engine), served(engine), store, on_result, after_votes
         )
         try:
@@ -211,7 +219,7 @@ def test_a_vote_that_could_not_be_had_is_asked_for_by_the_next_run(
     first = collect(tmp_path / "flaky", stage(**rule), flaky)
     refused = len(flaky.requests) - len(flaky.served)
     assert refused > 0
-    assert first.ledger.parts["verify"].failed == refused
+    assert first.accounting.costs["verify"].failed == refused
     assert (first.counts.postponed_verifications > 0) == bool(rule)
     engine = FakeEngine()
     second = collect(tmp_path / "flaky", stage(**rule), engine)
@@ -227,7 +235,7 @@ def test_the_votes_of_a_solution_reach_the_engine_together_with_one_prompt(tmp_p
     engine = FakeEngine()
     with RecordStore(tmp_path, writer_name="w", fsync_every=256) as store:
         generator, verifier = served(engine), served(engine)
-        collector = Collector(stage(), 3, generator, verifier, store)
+        collector = Stage1Sampler(stage(), 3, generator, verifier, store)
         asyncio.run(collector.run(problems(12), 5))
     prompts = [request.prompt_ids for request in engine.requests if is_vote(request)]
     runs = [ids for ids, before in zip(prompts, [None, *prompts]) if ids is not before]
@@ -236,7 +244,7 @@ def test_the_votes_of_a_solution_reach_the_engine_together_with_one_prompt(tmp_p
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_ledger_adds_up_to_what_the_engine_served(tmp_path: Path, rule: dict) -> None:
+def test_token_accounting_adds_up_to_what_the_engine_served(tmp_path: Path, rule: dict) -> None:
     """Proves that sampled tokens are the engine's, that reuse is not counted as sampling, and that
     parts make wholes.
 
@@ -244,33 +252,33 @@ def test_the_ledger_adds_up_to_what_the_engine_served(tmp_path: Path, rule: dict
     checked.
     """
     engine = FakeEngine(refuses=lambda request: request.sampling.seed % 9 == 0)
-    first = collect(tmp_path, stage(**rule), engine).ledger
-    sampled = first.parts["solve"].sampled + first.parts["verify"].sampled
+    first = collect(tmp_path, stage(**rule), engine).accounting
+    sampled = first.costs["solve"].sampled + first.costs["verify"].sampled
     assert sampled == len(engine.served)
-    assert first.parts["solve"].failed + first.parts["verify"].failed == len(engine.requests) - len(
+    assert first.costs["solve"].failed + first.costs["verify"].failed == len(engine.requests) - len(
         engine.served
     )
-    assert sum(p.sampled_prompt_tokens for p in first.parts.values()) == engine.prompt_tokens
+    assert sum(p.sampled_prompt_tokens for p in first.costs.values()) == engine.prompt_tokens
     assert (
-        sum(p.sampled_completion_tokens for p in first.parts.values()) == engine.completion_tokens
+        sum(p.sampled_completion_tokens for p in first.costs.values()) == engine.completion_tokens
     )
     summary = first.summary()
     for level in ("per_problem", "per_solution"):
         spread = summary[level]["completion_tokens"]
         assert spread["mean"] * spread["count"] == pytest.approx(engine.completion_tokens, rel=1e-4)
     again = FakeEngine()
-    second = collect(tmp_path, stage(**rule), again).ledger
+    second = collect(tmp_path, stage(**rule), again).accounting
     assert (
-        sum(p.sampled_completion_tokens for p in second.parts.values()) == again.completion_tokens
+        sum(p.sampled_completion_tokens for p in second.costs.values()) == again.completion_tokens
     )
-    assert sum(p.reused for p in second.parts.values()) == sampled
+    assert sum(p.reused for p in second.costs.values()) == sampled
     assert (
-        sum(p.reused_completion_tokens for p in second.parts.values()) == engine.completion_tokens
+        sum(p.reused_completion_tokens for p in second.costs.values()) == engine.completion_tokens
     )
-    assert sum(p.reused_prompt_tokens for p in second.parts.values()) == engine.prompt_tokens
+    assert sum(p.reused_prompt_tokens for p in second.costs.values()) == engine.prompt_tokens
     whole = second.summary(earlier=summary["all_runs"])["all_runs"]
     assert (
-        whole["verify"]["sampled"] == first.parts["verify"].sampled + second.parts["verify"].sampled
+        whole["verify"]["sampled"] == first.costs["verify"].sampled + second.costs["verify"].sampled
     )
 
 
@@ -278,9 +286,9 @@ def test_saved_tokens_are_estimated_close_to_the_truth(tmp_path: Path) -> None:
     """Proves the estimate on votes of similar length; it is an estimate, for nobody knows what was
     not sampled.
     """
-    full = collect(tmp_path / "full", stage()).ledger
-    stopped = collect(tmp_path / "stopped", stage(early_stop="exact")).ledger
-    saved = full.parts["verify"].completion_tokens - stopped.parts["verify"].completion_tokens
+    full = collect(tmp_path / "full", stage()).accounting
+    stopped = collect(tmp_path / "stopped", stage(early_stop="exact")).accounting
+    saved = full.costs["verify"].completion_tokens - stopped.costs["verify"].completion_tokens
     assert saved > 0
     assert stopped.tokens_saved == pytest.approx(saved, rel=0.05)
 
@@ -314,6 +322,43 @@ def test_after_votes_sees_every_solution_whose_votes_are_in(tmp_path: Path, rule
     assert seen.keys() == {
         row["solution_key"] for row in records(tmp_path).values() if "vote" in row
     }
+
+
+class SeedlessEngine(FakeEngine):
+    """Ignores seeds, as SGLang does: two requests with one prompt get different solutions."""
+
+    def __init__(self) -> None:
+        super().__init__(latency=lambda request: 0.001)
+        self.draws = 0
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        if not is_vote(request):
+            self.draws += 1
+            sampling = replace(request.sampling, seed=1000 + self.draws)
+            request = replace(request, sampling=sampling)
+        return await super().generate(request)
+
+
+def test_two_problems_with_one_question_continue_with_the_stored_solution(tmp_path: Path) -> None:
+    """Proves that a lost append continues with the stored record: both problems sample the same key
+    at once and get different texts, and every vote is about the text that was stored.
+    """
+    engine = SeedlessEngine()
+    twins = [Problem("first", "What is 3 + 4?"), Problem("second", "What is 3 + 4?")]
+    with RecordStore(tmp_path, writer_name="w", fsync_every=256) as store:
+        sampler = Stage1Sampler(stage(), 3, served(engine), served(engine), store)
+        asyncio.run(sampler.run(twins, 16))
+    stored = records(tmp_path)
+    solutions = {key: row["text"] for key, row in stored.items() if "vote" not in row}
+    assert engine.draws == 2 * len(solutions)
+    prompts = {
+        prompt_set("compact").verify("What is 3 + 4?", canonical_solution(parsed), 3)[0]["content"]
+        for text in solutions.values()
+        if isinstance(parsed := split_response(text, StepFormat.PLAIN), ParsedResponse)
+    }
+    assert prompts
+    asked = {bytes(r.prompt_ids).decode() for r in engine.requests if is_vote(r)}
+    assert asked == prompts
 
 
 class AbortingEngine(FakeEngine):

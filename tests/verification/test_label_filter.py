@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from label_cases import labelled
 
 from spark_nemo.config import LabelsConfig
-from spark_nemo.verification import REASONS, Selection, select_labels
+from spark_nemo.verification.label_filter import REASONS, LabelFilter, filter_labels
 
 worlds = st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=40).map(
     lambda rows: [labelled(f"s{i}", f"p{problem}", yes) for i, (problem, yes) in enumerate(rows)]
@@ -27,7 +27,7 @@ def test_what_is_balanced_has_as_many_yes_as_no_of_every_problem(labels, limit, 
     """For any labels: equal numbers per problem, never above the limit, never a problem with one
     verdict, nothing kept that was not given, and kept plus removed is what was given.
     """
-    selected = select_labels(labels, Selection(max_per_verdict=limit), seed)
+    selected = filter_labels(labels, LabelFilter(max_per_verdict=limit), seed)
     counts, given_counts = per_problem(selected.kept), per_problem(labels)
     for problem in {label.solution.problem_id for label in labels}:
         shared = min(given_counts[problem, True], given_counts[problem, False])
@@ -41,12 +41,12 @@ def test_what_is_balanced_has_as_many_yes_as_no_of_every_problem(labels, limit, 
 @settings(max_examples=100, deadline=None)
 def test_selection_depends_on_the_labels_and_the_seed_alone(labels, balance, seed, shuffler):
     """Not on the order, and what is kept of one problem not on the others."""
-    rules = Selection(balance=balance, max_per_problem=None if balance else 2)
-    kept = {label.solution.key for label in select_labels(labels, rules, seed).kept}
+    rules = LabelFilter(balance=balance, max_per_problem=None if balance else 2)
+    kept = {label.solution.key for label in filter_labels(labels, rules, seed).kept}
     shuffled = shuffler.sample(labels, len(labels))
-    assert kept == {label.solution.key for label in select_labels(shuffled, rules, seed).kept}
+    assert kept == {label.solution.key for label in filter_labels(shuffled, rules, seed).kept}
     alone = [label for label in labels if label.solution.problem_id == "p0"]
-    assert {label.solution.key for label in select_labels(alone, rules, seed).kept} == {
+    assert {label.solution.key for label in filter_labels(alone, rules, seed).kept} == {
         label.solution.key for label in alone if label.solution.key in kept
     }
 
@@ -61,7 +61,7 @@ def test_another_seed_keeps_others_and_every_label_has_its_chance():
     kept = Counter(
         label.solution.key
         for seed in range(60)
-        for label in select_labels(labels, Selection(), seed).kept
+        for label in filter_labels(labels, LabelFilter(), seed).kept
     )
     assert all(kept[f"n{i}"] == 60 for i in range(3))
     assert (
@@ -77,7 +77,7 @@ def test_every_removal_is_counted_under_its_reason():
         *(labelled(f"y{i}", "p", True) for i in range(6)),
         *(labelled(f"n{i}", "p", False) for i in range(4)),
     ]
-    selected = select_labels(labels, Selection(max_per_verdict=3), 0)
+    selected = filter_labels(labels, LabelFilter(max_per_verdict=3), 0)
     assert selected.removed == {"one_sided_problem": 1, "unbalanced": 2, "over_limit": 2}
     assert per_problem(selected.kept) == {("p", True): 3, ("p", False): 3}
 
@@ -88,24 +88,26 @@ def test_ground_truth_balances_what_the_closure_says_and_not_the_labels():
     """
     labels = [labelled(f"s{i}", "p", True) for i in range(6)]
     right = {"s0", "s1", "s2", "s3"}
-    rules = Selection.of(
+    rules = LabelFilter.from_config(
         LabelsConfig(balance="ground_truth", reference_answers="answers.jsonl"),
         lambda label: label.solution.key in right,
     )
-    selected = select_labels(labels, rules, 0)
+    selected = filter_labels(labels, rules, 0)
     assert per_problem(selected.kept, lambda label: label.solution.key in right) == {
         ("p", True): 2,
         ("p", False): 2,
     }
-    assert select_labels(labels, Selection(), 0).removed == {"one_sided_problem": 6}
+    assert filter_labels(labels, LabelFilter(), 0).removed == {"one_sided_problem": 6}
 
 
 def test_answers_and_balancing_go_together():
     """Nobody can hand a checker to balancing by consensus, nor ask for ground truth without one."""
     with pytest.raises(ValueError, match="only ground_truth"):
-        Selection.of(LabelsConfig(), lambda label: True)
+        LabelFilter.from_config(LabelsConfig(), lambda label: True)
     with pytest.raises(ValueError, match="only ground_truth"):
-        Selection.of(LabelsConfig(balance="ground_truth", reference_answers="answers.jsonl"))
+        LabelFilter.from_config(
+            LabelsConfig(balance="ground_truth", reference_answers="answers.jsonl")
+        )
 
 
 def test_unsure_labels_are_removed_before_the_balance_is_struck():
@@ -115,12 +117,12 @@ def test_unsure_labels_are_removed_before_the_balance_is_struck():
         labelled("split", "p", True, correct_votes=(8, 5)),
         labelled("no", "p", False, correct_votes=(8, 1)),
     ]
-    keep_all = Selection(balance=False)
-    assert select_labels(labels, keep_all, 0).kept == labels
-    agreed = select_labels(labels, Selection(min_agreement=0.7), 0)
+    keep_all = LabelFilter(balance=False)
+    assert filter_labels(labels, keep_all, 0).kept == labels
+    agreed = filter_labels(labels, LabelFilter(min_agreement=0.7), 0)
     assert {label.solution.key for label in agreed.kept} == {"sure", "no"}
     assert agreed.removed == {"low_agreement": 1}
-    entropy = select_labels(labels, Selection(balance=False, max_entropy=0.5), 0)
+    entropy = filter_labels(labels, LabelFilter(balance=False, max_entropy=0.5), 0)
     assert ([label.solution.key for label in entropy.kept], entropy.removed) == (
         ["sure"],
         {"high_entropy": 2},
@@ -130,7 +132,7 @@ def test_unsure_labels_are_removed_before_the_balance_is_struck():
 def test_a_limit_without_balance_is_per_problem():
     """Two of each problem stay, whatever they say."""
     labels = [labelled(f"{problem}{i}", problem, True) for problem in "ab" for i in range(5)]
-    selected = select_labels(labels, Selection(balance=False, max_per_problem=2), 1)
+    selected = filter_labels(labels, LabelFilter(balance=False, max_per_problem=2), 1)
     assert (Counter(label.solution.problem_id for label in selected.kept), selected.removed) == (
         {"a": 2, "b": 2},
         {"over_limit": 6},

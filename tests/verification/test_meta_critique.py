@@ -11,20 +11,23 @@ from types import SimpleNamespace
 import pytest
 from label_cases import solution, text, votes
 
-from spark_nemo.config import Stage1Config
+from spark_nemo.config import LabelsConfig, Stage1Config
 from spark_nemo.config.verification import RevisionSamplingConfig
 from spark_nemo.engines.base import EngineFailure, FinishReason
 from spark_nemo.grammar import ParsedResponse, StepFormat, split_response
-from spark_nemo.records import ReferenceVerification
-from spark_nemo.records.store import RecordStore
-from spark_nemo.verification import LabelOptions
-from spark_nemo.verification.meta_critique import CRITIQUE, MERGE, Reviser, revisions_of
-from spark_nemo.verification.reference import (
+from spark_nemo.records import (
+    CRITIQUE,
+    MERGE,
     REFERENCE_VERIFICATION,
-    ReferenceVerifier,
-    reference_verifications_of,
+    VERIFICATION,
+    ReferenceVerification,
 )
-from spark_nemo.verification.sampler import VERIFICATION
+from spark_nemo.records.store import RecordStore
+from spark_nemo.verification.meta_critique import MetaCritiqueSampler, stored_meta_critiques
+from spark_nemo.verification.reference import (
+    ReferenceSampler,
+    stored_reference_verifications,
+)
 
 
 class Critic:
@@ -44,6 +47,7 @@ class Critic:
         said, reason = said if isinstance(said, tuple) else (said, FinishReason.STOP)
         return SimpleNamespace(
             text=said,
+            prompt_ids=(),
             generation=SimpleNamespace(
                 token_ids=tuple(range(len(said.split()))), finish_reason=reason
             ),
@@ -54,17 +58,17 @@ def honest(prompt):
     return text("CI") if prompt.endswith("Merge.") else "Step 2 is wrong."
 
 
-def revise(folder, critic, given_votes, picks=("single",), sampling=RevisionSamplingConfig()):  # noqa: B008
-    """One run over one solution; its counts, and the revisions stored so far."""
+def sample(folder, critic, given_votes, picks=("single",), sampling=RevisionSamplingConfig()):  # noqa: B008
+    """One run over one solution; its counts, and the meta_critiques stored so far."""
     config = Stage1Config(
         prompt_set="compact", meta_critique=list(picks), revision_sampling=sampling
     )
     parsed = split_response(solution().text, StepFormat.PLAIN)
     assert isinstance(parsed, ParsedResponse)
     with RecordStore(folder, "writer") as store:
-        reviser = Reviser(config, LabelOptions(), 0, critic, store)
-        asyncio.run(reviser.revise(solution(), parsed, given_votes))
-        return reviser.counts, revisions_of(store, "s")
+        sampler = MetaCritiqueSampler(config, LabelsConfig(), 0, critic, store)
+        asyncio.run(sampler.sample(solution(), parsed, given_votes))
+        return sampler.counts, stored_meta_critiques(store, "s")
 
 
 def test_the_pick_gets_one_critique_and_one_merge_greedily(tmp_path: Path) -> None:
@@ -72,12 +76,12 @@ def test_the_pick_gets_one_critique_and_one_merge_greedily(tmp_path: Path) -> No
     is read as a verification, and it is stored under the verification it is about.
     """
     critic = Critic(honest)
-    counts, revisions = revise(tmp_path, critic, votes("CC", "CI"))
+    counts, meta_critiques = sample(tmp_path, critic, votes("CC", "CI"))
     (first, sampling, _), (second, _, _) = critic.asked
     assert first.endswith("Critique.") and text("CC") in first and second.endswith("Merge.")
     assert text("CC") in second and "Step 2 is wrong." in second
     assert (sampling.temperature, sampling.max_new_tokens) == (0.0, 8192)
-    assert list(revisions) == ["s-0"] and revisions["s-0"].merge.outcome.step_labels == (
+    assert list(meta_critiques) == ["s-0"] and meta_critiques["s-0"].merge.outcome.step_labels == (
         True,
         False,
     )
@@ -87,23 +91,23 @@ def test_the_pick_gets_one_critique_and_one_merge_greedily(tmp_path: Path) -> No
 def test_a_verification_that_several_picks_choose_is_criticised_once(tmp_path: Path) -> None:
     """With one usable vote, all three picks are that vote."""
     critic = Critic(honest)
-    counts, revisions = revise(
+    counts, meta_critiques = sample(
         tmp_path, critic, votes("CC"), ("single", "outcome_consistency", "step_consistency")
     )
-    assert (len(critic.asked), len(revisions), counts.nothing_picked) == (2, 1, 0)
+    assert (len(critic.asked), len(meta_critiques), counts.nothing_chosen) == (2, 1, 0)
 
 
 def test_nothing_is_asked_for_twice_and_other_settings_are_asked_anew(tmp_path: Path) -> None:
     """A second run reuses both texts; another critic or sampling is another key."""
-    revise(tmp_path, Critic(honest), votes("CC"))
+    sample(tmp_path, Critic(honest), votes("CC"))
     again = Critic(honest)
-    counts, _ = revise(tmp_path, again, votes("CC"))
+    counts, _ = sample(tmp_path, again, votes("CC"))
     assert (again.asked, counts.reused, counts.tokens) == ([], 2, 0)
     for critic, sampling in (
         (Critic(honest, "another"), RevisionSamplingConfig()),
         (again, RevisionSamplingConfig(temperature=0.5)),
     ):
-        revise(tmp_path, critic, votes("CC"), sampling=sampling)
+        sample(tmp_path, critic, votes("CC"), sampling=sampling)
         assert len(critic.asked) == 2
 
 
@@ -116,7 +120,7 @@ def test_thinking_reaches_neither_critic_nor_merge(tmp_path: Path) -> None:
     critic = Critic(
         lambda p: text("CI") if p.endswith("Merge.") else "<think>SECRET</think>Step 2 is wrong."
     )
-    revise(tmp_path, critic, [thoughtful])
+    sample(tmp_path, critic, [thoughtful])
     assert len(critic.asked) == 2 and not any("SECRET" in prompt for prompt, _, _ in critic.asked)
 
 
@@ -126,31 +130,34 @@ def test_what_an_engine_failed_to_write_is_not_stored_and_asked_for_again(
     tmp_path: Path, failing, how
 ) -> None:
     """Proves a failure costs a run and never becomes a record."""
-    counts, revisions = revise(
+    counts, meta_critiques = sample(
         tmp_path, Critic(lambda p: how if p.endswith(failing) else honest(p)), votes("CC")
     )
     assert counts.failed_critiques + counts.failed_merges == 1
-    assert all(r.merge is None for r in revisions.values()) and len(revisions) == (
+    assert all(r.merge is None for r in meta_critiques.values()) and len(meta_critiques) == (
         failing == "Merge."
     )
-    _, revisions = revise(tmp_path, Critic(honest), votes("CC"))
-    assert revisions["s-0"].merge is not None
+    _, meta_critiques = sample(tmp_path, Critic(honest), votes("CC"))
+    assert meta_critiques["s-0"].merge is not None
 
 
 def test_a_critique_that_was_cut_off_is_kept_and_not_merged(tmp_path: Path) -> None:
     """Asking again would be cut off again; the record says why there is no merge."""
     critic = Critic(lambda p: ("and then", FinishReason.LENGTH))
-    counts, revisions = revise(tmp_path, critic, votes("CC"))
+    counts, meta_critiques = sample(tmp_path, critic, votes("CC"))
     assert (len(critic.asked), counts.failed_critiques, counts.merges) == (1, 1, 0)
-    assert (revisions["s-0"].critique.finish_reason, revisions["s-0"].merge) == ("length", None)
+    assert (meta_critiques["s-0"].critique.finish_reason, meta_critiques["s-0"].merge) == (
+        "length",
+        None,
+    )
 
 
 def test_a_merge_that_does_not_parse_is_stored_as_the_failure_it_is(tmp_path: Path) -> None:
     """One step judged where the solution has two."""
-    _, revisions = revise(
+    _, meta_critiques = sample(
         tmp_path, Critic(lambda p: text("C") if p.endswith("Merge.") else "Fine."), votes("CC")
     )
-    assert "step_count" in revisions["s-0"].merge.outcome.reason
+    assert "step_count" in meta_critiques["s-0"].merge.outcome.reason
 
 
 def test_verifications_that_saw_the_answer_have_a_kind_and_type_of_their_own(
@@ -171,11 +178,11 @@ def test_verifications_that_saw_the_answer_have_a_kind_and_type_of_their_own(
     with RecordStore(tmp_path, "writer") as store:
         for answer, asked in (("3", 3), ("3", 3), ("4", 6)):
             asyncio.run(
-                ReferenceVerifier(config, 0, critic, ask(answer), store).verify(solution(), parsed)
+                ReferenceSampler(config, 0, critic, ask(answer), store).sample(solution(), parsed)
             )
             assert len(critic.asked) == asked == len(store.keys(REFERENCE_VERIFICATION))
         assert not store.keys(VERIFICATION) and not store.keys(CRITIQUE) and not store.keys(MERGE)
-        stored = reference_verifications_of(store, "s")
+        stored = stored_reference_verifications(store, "s")
     assert critic.asked[0][0] == "the answer is 3"
     assert all(type(record) is ReferenceVerification for record in stored)
     assert len({seed for _, _, seed in critic.asked}) == 6

@@ -2,7 +2,7 @@
 reference answer.
 
 A class apart from ``PromptSet``: a field more there would change the version, and with it the key,
-of every stored solution and verification. ``RevisionPrompts.version`` belongs to critiques, merges
+of every stored solution and verification. ``CritiquePrompts.version`` belongs to critiques, merges
 and reference verifications alone.
 """
 
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 from spark_nemo.records import content_key
 
-from . import paper_revision_prompts
+from . import paper_critique_prompts
 from .prompts import ChatMessages, fill_user_message
 from .version import GRAMMAR_VERSION
 
 
 @dataclass(frozen=True, slots=True)
-class RevisionPrompts:
+class CritiquePrompts:
     """Templates with ``{{question}}``, ``{{solution}}``, ``{{verification}}``, ``{{critique}}``,
     ``{{step_count}}`` and ``{{expected_answer}}`` in them; each makes one user message.
 
@@ -89,26 +89,26 @@ class RevisionPrompts:
         return self.step_count_line.replace("{{n}}", str(num_steps))
 
 
-def revision_prompts(name: str) -> RevisionPrompts:
+def critique_prompts(name: str) -> CritiquePrompts:
     """The prompts that go with the prompt set ``paper`` or ``compact``. Raises ``ValueError`` on
     another name.
     """
-    if name not in REVISION_PROMPTS:
+    if name not in CRITIQUE_PROMPTS:
         raise ValueError(
-            f"revision prompts {name!r}: choose one of {', '.join(sorted(REVISION_PROMPTS))}"
+            f"revision prompts {name!r}: choose one of {', '.join(sorted(CRITIQUE_PROMPTS))}"
         )
-    return REVISION_PROMPTS[name]
+    return CRITIQUE_PROMPTS[name]
 
 
-REVISION_PROMPTS = {
-    "paper": RevisionPrompts(
+CRITIQUE_PROMPTS = {
+    "paper": CritiquePrompts(
         name="paper",
-        critique_template=paper_revision_prompts.CRITIQUE,
-        merge_template=paper_revision_prompts.MERGE,
-        reference_template=paper_revision_prompts.VERIFY_WITH_REFERENCE,
-        step_count_line=paper_revision_prompts.STEP_COUNT_LINE,
+        critique_template=paper_critique_prompts.CRITIQUE,
+        merge_template=paper_critique_prompts.MERGE,
+        reference_template=paper_critique_prompts.VERIFY_WITH_REFERENCE,
+        step_count_line=paper_critique_prompts.STEP_COUNT_LINE,
     ),
-    "compact": RevisionPrompts(
+    "compact": CritiquePrompts(
         name="compact",
         critique_template="Problem: {{question}}\n\nStudent Solution: {{solution}}\n\n"
         "Verification: {{verification}}\n\nCritique.",

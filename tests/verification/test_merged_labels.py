@@ -9,24 +9,31 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from label_cases import reference_votes, revision, solution, text, verdict, votes
+from label_cases import meta_critique, reference_votes, solution, text, verdict, votes
 
 from spark_nemo.config import LABEL_METHODS as CONFIGURED
-from spark_nemo.config import REFERENCE_GUIDED, REVISED_METHODS
+from spark_nemo.config import REFERENCE_GUIDED, REVISED_METHODS, LabelsConfig
 from spark_nemo.grammar import Variant, parse_variant, prompt_set
 from spark_nemo.grammar.variants import AnswerVerdict
 from spark_nemo.records import EngineError, ParseFailure, Truncated, Verdict
-from spark_nemo.verification import LABEL_METHODS, Dropped, LabelOptions, label_all
-from spark_nemo.verification.cost import method_tokens
+from spark_nemo.verification.labelling import LABEL_METHODS, label_all, method_tokens
 from spark_nemo.verification.training_labels import sft_example
+from spark_nemo.verification.vote_choice import Dropped, LabelInputs
 
 REFERENCE_FREE = [method for method in CONFIGURED if method != REFERENCE_GUIDED]
 
 
-def merged(method, given_votes, said, options=LabelOptions(), **critique):  # noqa: B008
-    """The label of ``method`` when every verification has a revision saying ``said``."""
-    revisions = {v.key: revision(v.key, said, **critique) for v in given_votes}
-    return LABEL_METHODS[method](solution(), given_votes, 0, options, revisions)
+def apply(method, given_votes, meta_critiques=None, seed=0, **options):
+    inputs = LabelInputs(
+        solution(), given_votes, seed, LabelsConfig(**options), meta_critiques or {}
+    )
+    return LABEL_METHODS[method](inputs)
+
+
+def merged(method, given_votes, said, options=None, **critique):
+    """The label of ``method`` when every verification has a merge saying ``said``."""
+    meta_critiques = {v.key: meta_critique(v.key, said, **critique) for v in given_votes}
+    return apply(method, given_votes, meta_critiques, **(options or {}))
 
 
 @pytest.mark.parametrize("method", REVISED_METHODS)
@@ -34,7 +41,7 @@ def test_a_merge_that_flips_a_step_flips_the_label(method):
     """The label, its verdict and its target are the merge's and not those of the verification it
     was made from.
     """
-    unrevised = LABEL_METHODS[REVISED_METHODS[method]](solution(), votes("CC", "CC", "CI"))
+    unrevised = apply(REVISED_METHODS[method], votes("CC", "CC", "CI"))
     taken = merged(method, votes("CC", "CC", "CI"), "CI")
     assert (unrevised.step_labels, unrevised.answer_correct) == ((True, True), True)
     assert (taken.step_labels, taken.answer_correct, taken.target_text) == (
@@ -50,14 +57,10 @@ def test_the_revision_read_is_the_one_of_the_pick(method):
     dropped.
     """
     given_votes = votes("CC", "CC", "CI")
-    picked = LABEL_METHODS[REVISED_METHODS[method]](solution(), given_votes).evidence.chosen_key
-    others = {v.key: revision(v.key, "CI") for v in given_votes if v.key != picked}
-    assert LABEL_METHODS[method](solution(), given_votes, 0, LabelOptions(), others) == Dropped(
-        "critique_missing"
-    )
-    taken = LABEL_METHODS[method](
-        solution(), given_votes, 0, LabelOptions(), {**others, picked: revision(picked, "CC")}
-    )
+    picked = apply(REVISED_METHODS[method], given_votes).evidence.chosen_key
+    others = {v.key: meta_critique(v.key, "CI") for v in given_votes if v.key != picked}
+    assert apply(method, given_votes, others) == Dropped("critique_missing")
+    taken = apply(method, given_votes, {**others, picked: meta_critique(picked, "CC")})
     assert (taken.step_labels, taken.evidence.merge_key) == ((True, True), f"m-{picked}")
 
 
@@ -94,7 +97,7 @@ def test_an_incoherent_merge_is_kept_when_the_last_line_is_not_looked_at():
         "meta_critique",
         votes("CC"),
         verdict("CI", True),
-        LabelOptions(require_consistent_verdict=False),
+        {"require_consistent_verdict": False},
     )
     assert (taken.step_labels, taken.answer_correct) == ((True, False), True)
 
@@ -114,10 +117,8 @@ def test_no_reference_free_method_reads_a_verification_that_saw_the_answer(metho
 
 def test_reference_guided_reads_nothing_else():
     """The converse: a verification that saw no answer is no evidence for the baseline."""
-    with pytest.raises(ValueError, match="saw no answer"):
-        LABEL_METHODS[REFERENCE_GUIDED](
-            solution(), [*reference_votes("CC"), *votes("CC", "CI")[1:]]
-        )
+    with pytest.raises(ValueError, match="did not see the answer"):
+        apply(REFERENCE_GUIDED, [*reference_votes("CC"), *votes("CC", "CI")[1:]])
 
 
 @pytest.mark.parametrize(
@@ -131,22 +132,17 @@ def test_reference_guided_reads_nothing_else():
 def test_reference_guided_chooses_as_configured(pick, rule):
     """The rule the paper does not state is an option; step consistency is the default."""
     given_votes = reference_votes("CC", "CI", "CI")
-    taken = LABEL_METHODS[REFERENCE_GUIDED](
-        solution(), given_votes, 0, LabelOptions(reference_pick=pick)
-    )
+    taken = apply(REFERENCE_GUIDED, given_votes, reference_pick=pick)
     assert (taken.evidence.chosen_by, taken.method) == (rule, REFERENCE_GUIDED)
     assert taken.step_labels == ((True, True) if pick == "single" else (True, False))
-    assert (
-        LABEL_METHODS[REFERENCE_GUIDED](solution(), given_votes).evidence.chosen_by
-        == "step_majority"
-    )
+    assert apply(REFERENCE_GUIDED, given_votes).evidence.chosen_by == "step_majority"
 
 
 def test_the_evidence_says_how_sure_the_votes_were_and_why_this_text_is_the_label():
     """Three of four votes call step 2 incorrect: agreement 3/4, entropy 0.81 bits; it goes into the
     file as JSON.
     """
-    taken = LABEL_METHODS["step_consistency"](solution(), votes("CI", "CI", "CC", "CI"))
+    taken = apply("step_consistency", votes("CI", "CI", "CC", "CI"))
     assert taken.step_agreement == (1.0, 0.75)
     assert taken.evidence.step_entropy == (0.0, pytest.approx(0.8113, abs=1e-4))
     assert taken.reason == "one of 3 votes with the majority's label on every step"
@@ -185,10 +181,9 @@ def test_a_merged_label_renders_as_orm_prm_and_prm_cot(method, variant):
 def test_a_method_pays_for_what_it_reads():
     """Votes cost 10 tokens each, a critique 7 and a merge 12; a method needs no more than it says."""
     given_votes = votes("CC", "CC", "CI")
-    revisions = {v.key: revision(v.key, "CC") for v in given_votes}
-    cost = {
-        m: method_tokens(m, solution(), given_votes, 0, revisions=revisions) for m in REFERENCE_FREE
-    }
+    meta_critiques = {v.key: meta_critique(v.key, "CC") for v in given_votes}
+    inputs = LabelInputs(solution(), given_votes, 0, meta_critiques=meta_critiques)
+    cost = {method: method_tokens(method, inputs) for method in REFERENCE_FREE}
     assert cost == {
         "single": 10,
         "outcome_consistency": 30,
@@ -197,7 +192,8 @@ def test_a_method_pays_for_what_it_reads():
         "hybrid_outcome": 30 + 19,
         "hybrid_step": 30 + 19,
     }
-    assert method_tokens(REFERENCE_GUIDED, solution(), reference_votes("CC", "CI"), 0) == 20
+    reference_inputs = LabelInputs(solution(), reference_votes("CC", "CI"), 0)
+    assert method_tokens(REFERENCE_GUIDED, reference_inputs) == 20
 
 
 @given(
@@ -211,9 +207,9 @@ def test_a_method_pays_for_what_it_reads():
 def test_a_merged_label_depends_on_content_and_seed_alone(said, merge, method, shuffler, seed):
     """In whatever order the votes arrive, the same merge is the label."""
     given_votes = votes(*said)
-    revisions = {v.key: revision(v.key, merge) for v in given_votes}
+    meta_critiques = {v.key: meta_critique(v.key, merge) for v in given_votes}
     labels = [
-        LABEL_METHODS[method](solution(), each, seed, LabelOptions(), revisions)
+        apply(method, each, meta_critiques, seed)
         for each in (given_votes, shuffler.sample(given_votes, len(given_votes)))
     ]
     assert labels[0] == labels[1]
