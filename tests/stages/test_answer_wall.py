@@ -68,6 +68,11 @@ CLOSURES = {
         "is_correct",
     ): "balancing by ground truth",
     (
+        "spark_nemo.verification.early_stop",
+        "StoppingRule",
+        "is_settled",
+    ): "numbers of votes alone",
+    (
         "spark_nemo.rewards.hacking.constraints",
         "Constraint",
         "holds",

@@ -44,9 +44,7 @@ def test_a_finished_stage_says_so_and_more_problems_are_more_work(
     copy = tmp_path / "copy"
     shutil.copytree(collected, copy)
     again = run("stage1", copy)
-    assert again.returncode == 0 and again.stdout.startswith(
-        f"stage1 is complete in {copy}/stage1/shard-all, "
-    )
+    assert again.returncode == 0 and f"complete in {copy}/stage1/shard-all" in again.stdout
     assert json.loads((copy / "stage1/shard-all/DONE.json").read_text())["solutions"] == 20
     more = run("stage1", copy, "data.stage1_problems=toy:stage1:11")
     assert more.returncode == 0 and "is complete" not in more.stdout, more.stderr

@@ -105,7 +105,7 @@ def test_single_takes_vote_0_and_nothing_else():
     assert (taken.step_labels, taken.answer_correct, taken.target_text) == ((Y, N), N, "text 0")
     assert (taken.evidence.num_votes, taken.evidence.correct_votes) == (1, (1, 0))
     assert label("single", Truncated(7), verdict("CC")) == Dropped("vote_0_truncated")
-    assert LABEL_METHODS["single"](solution(), votes(verdict("C"))[1:]) == Dropped("vote_0_missing")
+    assert apply("single", votes(verdict("C"))[1:]) == Dropped("vote_0_missing")
 
 
 def test_outcome_consistency_follows_the_final_verdicts():
