@@ -1,7 +1,8 @@
 """Compare the Megatron tensors of Megatron-Bridge 0.3.1 with this project's, bit by bit.
 
     pip install --no-deps --target BRIDGE megatron-bridge==0.3.1 transformers==4.57.6 \\
-        'huggingface_hub<1' 'tokenizers<=0.23' requests urllib3 charset-normalizer certifi idna hydra-core omegaconf \\
+        'huggingface_hub<1' 'tokenizers<=0.23' requests urllib3 charset-normalizer certifi idna \\
+        hydra-core omegaconf \\
         antlr4-python3-runtime==4.9.3 einops
     python benchmarks/bridge_parity.py BRIDGE MODEL_FOLDER
 
@@ -120,7 +121,7 @@ def bridge_model(folder: Path) -> Any:
 
 
 def main() -> int:
-    """0 when every tensor has the same bits."""
+    """Return 0 if every tensor has the same bits."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -128,7 +129,8 @@ def main() -> int:
     parser.add_argument("model", type=Path, help="Hugging Face folder, bfloat16")
     given = parser.parse_args()
     sys.path.insert(0, str(given.bridge))
-    import megatron.core.models.gpt  # before the stand-ins: megatron-core must see that they are not there
+    # Before the empty modules: megatron-core must find the real ones missing.
+    import megatron.core.models.gpt
 
     megatron.__path__.append(str(given.bridge / "megatron"))
     import torch
@@ -169,7 +171,8 @@ def main() -> int:
         print(f"differs: {name}")
     missing = sorted(set(ours.tensors) - seen)
     print(
-        f"{len(seen)} tensors, {len(wrong)} parts differ, {len(missing)} of ours are not the bridge's {missing[:3]}"
+        f"{len(seen)} tensors, {len(wrong)} parts differ, {len(missing)} of ours are not in the "
+        f"bridge's {missing[:3]}"
     )
     return 1 if wrong or missing or not seen else 0
 

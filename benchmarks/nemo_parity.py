@@ -3,21 +3,21 @@
 Tiny models, CPU.
 
     python3.11 -m venv ENV
-    ENV/bin/pip install torch==2.13.0 psutil 'nemo_toolkit[llm]==2.7.3' nemo_run 'leptonai<0.27' 'datasets<4.5' \\
-        'pyarrow>=21,<23' 'protobuf~=5.29.5' 'packaging<25' megatron-core==0.15.3 'setuptools<81'
+    ENV/bin/pip install torch==2.13.0 psutil 'nemo_toolkit[llm]==2.7.3' nemo_run 'leptonai<0.27' \\
+        'datasets<4.5' 'pyarrow>=21,<23' 'protobuf~=5.29.5' 'packaging<25' megatron-core==0.15.3 'setuptools<81'
     python benchmarks/nemo_parity.py ENV/bin/python [qwen2 qwen3 llama]
 
 NeMo runs in ENV, this project in its own environment. For every family:
 
-1. ``llm.import_ckpt`` writes a folder from a Hugging Face one; our conversion of it must have the Hugging Face bits.
-   Without Transformer Engine that importer loses the layer norms, so they are set in its model before it saves.
-2. As NeMo left it without that, and with a norm missing from the folder: both must be errors that name the tensor.
-3. We write the folder; NeMo's ``io.load_context`` and ``ModelConnector.nemo_load`` read it. The tensors must have the
-   bits of NeMo's own import, the logits be those of transformers.
+1. ``llm.import_ckpt`` writes a folder from a Hugging Face one. Our conversion of it must have the
+   Hugging Face bits. Without Transformer Engine that importer loses the layer norms, so they are
+   set in its model before it saves.
+2. The same folder without that, and one with a missing norm, must be errors that name the tensor.
+3. We write the folder; NeMo's ``io.load_context`` and ``ModelConnector.nemo_load`` read it. The
+   tensors must have the bits of NeMo's own import, and the logits must equal those of transformers.
 
-NeMo needs what only a GPU has in four settings (fused RoPE, fused permutation, grouped experts,
-persistent norms); they are off while its objects are built here, and stay as they are in what is
-written.
+Four of NeMo's settings need a GPU (fused RoPE, fused permutation, grouped experts, persistent
+norms). They are off while its objects are built here, and unchanged in the written files.
 """
 
 from __future__ import annotations
@@ -274,9 +274,10 @@ def check(python: Path, family: str, scratch: Path) -> bool:
     with torch.no_grad():
         gap = float((reference(IDS).logits - found["logits"]).abs().max())
     print(
-        f"{family}: we wrote, NeMo read a {found['class']} with {found['config']}: {len(names)} tensors, {differ} "
-        f"differ from its own import, in one only: {only}; logits differ from transformers' by {gap:.1e}; tokens "
-        f"{found['ids']}, temperature {found['temperature']}",
+        f"{family}: we wrote, NeMo read a {found['class']} with {found['config']}: "
+        f"{len(names)} tensors, {differ} differ from its own import, in one only: {only}; "
+        f"logits differ from transformers' by {gap:.1e}; tokens {found['ids']}, "
+        f"temperature {found['temperature']}",
         flush=True,
     )
     without_norm(nemo)
@@ -319,7 +320,8 @@ def main() -> int:
     )
     if found is None or found.returncode:
         sys.exit(
-            f"{given.python} is no Python with nemo-toolkit and megatron-core: see --help for how to make one"
+            f"{given.python} is not a Python with nemo-toolkit and megatron-core; --help tells how "
+            "to make one"
         )
     print(f"nemo-toolkit and megatron-core: {found.stdout.strip()}", flush=True)
     passed = []

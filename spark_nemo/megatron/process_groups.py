@@ -72,7 +72,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Number of ranks; 1 before ``initialize``."""
+    """Return the number of ranks; 1 before ``initialize``."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -121,7 +121,7 @@ def broadcast_tensors(tensors: Mapping[str, Tensor] | None, source: int = 0) -> 
 
 
 def on_main_rank(action: Callable[[], T]) -> T:
-    """Run ``action`` on rank 0; return its result, or raise its error, on every rank. Collective."""
+    """Run ``action`` on rank 0; every rank returns its result or raises its error. Collective."""
     return broadcast_object(only_on_main_rank(action))  # type: ignore[return-value]
 
 

@@ -202,7 +202,7 @@ def sft_loss(
 def held_out_loss(
     worker: MegatronWorker, sequences: Sequence[TrainSequence], tokens_per_micro_batch: int
 ) -> float:
-    """Return the mean nats per response token without training; the same on all ranks. Collective."""
+    """Return the mean nats per response token, the same on all ranks. Collective."""
     packed = pack_for_rank(sequences, tokens_per_micro_batch, worker.dp_rank, worker.dp_size)
     rows = packed.unpack(worker.logprobs(packed.micro_batches))
     own = -math.fsum(float(row_R.double().sum()) for row_R in rows)

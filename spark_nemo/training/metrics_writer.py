@@ -50,8 +50,8 @@ class MetricsWriter:
     def truncate_from(self, step: int) -> None:
         """Drop the rows of ``step`` and later, before a resumed run writes them again.
 
-        The JSONL is rewritten atomically, without a last line that a kill has cut short. TensorBoard
-        purges the same steps.
+        The JSONL is rewritten atomically, without a last line that a kill has cut short.
+        TensorBoard purges the same steps.
         """
         if not self.is_main:
             return

@@ -28,8 +28,9 @@ class TrainSequence:
     def __post_init__(self) -> None:
         if not self.prompt_ids or not self.response_ids:
             raise ValueError(
-                f"TrainSequence: {len(self.prompt_ids)} prompt and {len(self.response_ids)} response "
-                "tokens; both need at least one (the prompt predicts the first response token)"
+                f"TrainSequence: {len(self.prompt_ids)} prompt tokens and "
+                f"{len(self.response_ids)} response tokens; both need at least one, because the "
+                "prompt predicts the first response token"
             )
         for name, values in self.extras.items():
             if values.shape != (len(self.response_ids),):

@@ -28,7 +28,7 @@ def write(file, content, folder):
 
 
 def cut(file, length, folder):
-    """Keep ``length`` bytes; a fraction is one of the file, a negative number counts from its end."""
+    """Keep ``length`` bytes, or this fraction of the file; negative counts from the end."""
     data = (folder / file).read_bytes()
     (folder / file).write_bytes(
         data[: int(len(data) * length) if isinstance(length, float) else length]
@@ -301,7 +301,7 @@ def resize(key, metadata):
 
 
 def boxes(places, metadata):
-    """Change the metadata: the embedding, stored as one box, becomes these ``(first row, rows)``."""
+    """Change the metadata: the embedding's one box becomes these ``(first row, rows)``."""
     key = next(
         key for key in metadata.state_dict_metadata if key.endswith("word_embeddings.weight")
     )

@@ -192,7 +192,8 @@ def push(folder, layout, url, run_folder):
             engine_kind="sglang",
             folder=Path(run_folder),
         )
-        sync.plan = plan_sync(  # the same in buckets of 16 KiB: this model would fit one of the smallest allowed
+        # Buckets of 16 KiB: this model would fit into one of the smallest allowed size.
+        sync.plan = plan_sync(
             worker.spec,
             "float32",
             tensor_parallel=layout.tensor_parallel,

@@ -116,7 +116,7 @@ def hf_loss(model, sequences):
 
 
 def write_reference(folder, tied):
-    """transformers' log-probabilities, loss, gradients, and weights after 5 steps of torch's AdamW."""
+    """Return transformers' logprobs, loss, gradients, and weights after 5 steps of torch's AdamW."""
     model, sequences = make_hf(folder, tied), make_sequences()
     reference = {"logprobs": [hf_logprobs(model, s).detach() for s in sequences]}
     loss = hf_loss(model, sequences)
@@ -163,7 +163,7 @@ def export(worker):
 
 
 def export_gradients(worker):
-    """The gradients of the last step under Hugging Face names, by way of the weights' own export."""
+    """Return the last step's gradients under Hugging Face names, through the weights' export."""
     with torch.no_grad():
         for parameter in worker.model.parameters():
             parameter.copy_(parameter.main_grad)
@@ -298,9 +298,7 @@ class _Allocations(TorchDispatchMode):
         self.alive += storage.nbytes()
         weakref.finalize(storage, self._freed, key)
         if self.alive > self.peak:
-            time.sleep(
-                0.05
-            )  # gloo's thread lets go of the last tensor it sent a moment after the wait for it is over
+            time.sleep(0.05)  # gloo's thread releases the last tensor a moment after the wait
             self.peak = max(self.peak, self.alive)
 
     def _freed(self, key):

@@ -1,4 +1,4 @@
-"""The command lines over checkpoints, and the output of compare, inspect and reshard. One process."""
+"""The checkpoint tools: their errors, and the output of compare, inspect and reshard."""
 
 import importlib.util
 import json
@@ -208,7 +208,7 @@ def test_help_shows_an_example(tool, capsys):
 
 
 def test_existing_output_is_not_touched(model, tmp_path, capsys):
-    """A folder that is there already is an error, and stays as it is; so is one inside the source."""
+    """An existing folder is an error, and stays as it is; so is one inside the source."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("x")
     assert run("convert_hf_to_megatron", model / "hf", tmp_path / "out") == 2
@@ -422,7 +422,7 @@ def test_options_without_effect_and_wrong_numbers_are_refused(model, tmp_path, c
 
 
 def test_tensors_are_compared_whatever_config_json_says(model, tmp_path, capsys):
-    """compare reads the stored tensors: a dtype in config.json that is not theirs does not stop it."""
+    """compare reads the stored tensors, whatever dtype config.json states."""
     folder = copy_of(model, tmp_path / "hf", dtype="float32")
     assert run("compare_checkpoints", folder, model / "megatron") == 0
     assert "0 not the same" in capsys.readouterr().out

@@ -39,7 +39,7 @@ GENERATION = '{"temperature":   0.7}'
 
 
 def make_folder(folder, family, **changes):
-    """A bfloat16 model in small shards, with a tokenizer, generation settings and code of its own."""
+    """Write a bfloat16 model in small shards, with tokenizer, generation settings and own code."""
     families.make_hf(family, folder, **changes)
     tensors = {name: x.bfloat16() for name, x in load_file(folder / "model.safetensors").items()}
     (folder / "model.safetensors").unlink()
@@ -408,7 +408,7 @@ def test_pickles_need_a_flag(folders, tmp_path):
 
 
 def test_types_are_converted_only_when_asked(folders, tmp_path):
-    """--dtype converts every tensor and config.json says so; without it the types must be config.json's."""
+    """--dtype converts every tensor and config.json's dtype; without it the types must match."""
     hf = folders["qwen2"][0]
     out = convert(hf, tmp_path / "out", "hf", dtype=torch.float32).folder
     tensors = SafetensorsFolder(out)

@@ -92,10 +92,10 @@ def test_new_model_does_not_depend_on_the_layout(launch):
 def test_trained_weights_reach_the_engine_of_rank_0(launch, case):
     """TP2 x PP2 with tied and TP2 x DP2 with untied embeddings, a vocabulary that is padded: after
     a push every tensor of the embedded engine has the trainer's checksum. A failing engine and a
-    failing gate are errors on all four ranks, also when one rank alone has seen the difference; no rank
-    waits indefinitely. A fleet that is lost in a push and returns gets it again from all four ranks,
-    which hear of the wait meanwhile; one that is lost every time is an error on all. During the
-    export no rank allocates more than the plan says, every storage counted.
+    failing gate are errors on all four ranks, also when one rank alone has seen the difference; no
+    rank waits indefinitely. A fleet that is lost in a push and returns gets it again from all four
+    ranks, which hear of the wait meanwhile; one that is lost every time is an error on all. During
+    the export no rank allocates more than the plan says, every storage counted.
     """
     result = launch[1][case]
     assert result["differing_before"] > 20 and result["differing_after"] == []

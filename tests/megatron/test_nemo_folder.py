@@ -25,7 +25,7 @@ INPUT_NORM = "module.decoder.layers.self_attention.linear_qkv.layer_norm_weight"
 
 @pytest.fixture
 def folders(tmp_path):
-    """A tied Qwen2 as a Hugging Face and as a NeMo folder, with a tokenizer that NeMo would load."""
+    """A tied Qwen2 as a Hugging Face and as a NeMo folder, with a tokenizer for NeMo."""
     hf = make_folder(tmp_path / "hf", "qwen2")
     (hf / "tokenizer_config.json").write_text("{}")
     return hf, convert(hf, tmp_path / "nemo", "nemo").folder

@@ -408,7 +408,7 @@ def test_layouts_that_do_not_divide_the_model_are_named():
 
 
 def test_batches_are_checked():
-    """Rows of other lengths and boundaries that do not rise to T are errors with the field's name."""
+    """Rows of other lengths, and boundaries that do not rise to T, are errors with their name."""
     row = torch.zeros(4, dtype=torch.int64)
     good = {
         "tokens_T": row,

@@ -1,7 +1,7 @@
 """Program of test_megatron_loops: ``python megatron_loops.py MODE FOLDER``, or under torchrun.
 
-``kill`` trains and is killed by SIGKILL in the fifth step; ``main`` trains whole, resumes the killed
-run, and makes a GRPO step; ``ranks`` does the first and the last on two data-parallel ranks.
+``kill`` trains and is killed by SIGKILL in the fifth step; ``main`` trains whole, resumes the
+killed run, and makes a GRPO step; ``ranks`` does the first and the last on two data-parallel ranks.
 Results go to ``FOLDER/MODE.json``.
 """
 

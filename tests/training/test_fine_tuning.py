@@ -55,7 +55,7 @@ def losses(folder):
 
 
 def test_every_epoch_visits_every_sequence_once_in_its_own_order():
-    """Epochs are permutations, differ from each other and with the seed, and need no stored state."""
+    """Epochs are permutations that differ from each other and with the seed, without state."""
     steps = num_sft_steps(10, 2, 4)
     visited = [batch_indices(step, 10, 4, seed=1) for step in range(steps)]
     assert [len(batch) for batch in visited] == [4, 4, 2, 4, 4, 2]

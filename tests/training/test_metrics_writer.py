@@ -72,7 +72,7 @@ def test_only_the_main_rank_writes(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_asks_and_the_second_acts(tmp_path, number):
-    """A handler is installed inside the context only; the second signal meets the previous handler."""
+    """A handler is installed inside the context only; the second signal uses the previous one."""
     seen = []
     outer = signal.signal(number, lambda *args: seen.append("second"))
     try:

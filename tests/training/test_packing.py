@@ -142,7 +142,7 @@ def test_random_lengths_are_balanced_to_a_few_percent(dp_size, quadratic_cost):
 
 def test_long_sequences_count_for_their_attention():
     """Equal tokens are not equal work: one sequence of 8,000 costs as much as three of 4,000 when c
-    = 1 / 4,000, and gets a rank of its own; by tokens alone it would have shared its rank with a fourth.
+    = 1 / 4,000, and gets its own rank; by tokens alone it would have shared it with a fourth.
     """
     sequences = make_sequences([(1, 80), (1, 40), (1, 40), (1, 40)])
     plain, aware = (

@@ -1,4 +1,4 @@
-"""Contents of Megatron's distributed checkpoint (torch_dist): keys, shapes, place of each parameter.
+"""Contents of Megatron's distributed checkpoint (torch_dist): keys, shapes, parameters' places.
 
 Its tensors do not depend on parallel ranks: the tensors of all layers are stacked under one key,
 experts on a second axis. Names are Transformer Engine's, which Megatron writes for its local layers

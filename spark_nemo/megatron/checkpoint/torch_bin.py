@@ -1,4 +1,4 @@
-"""Weights in pytorch_model*.bin, read with torch's restricted unpickler, which makes tensors only."""
+"""Weights in pytorch_model*.bin, read with torch's restricted unpickler (tensors only)."""
 
 from __future__ import annotations
 

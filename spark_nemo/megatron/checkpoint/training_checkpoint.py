@@ -102,8 +102,8 @@ def save(
                 shutil.rmtree(old)
 
     process_groups.on_main_rank(start)
-    # Saving is synchronous, so the writers' results can stay in this process. Megatron would start a
-    # manager process for them: seconds of imports, and a hang in scripts without a __main__ guard.
+    # Saving is synchronous, so the writers' results can stay in this process. Megatron would start
+    # a manager process for them: seconds of imports, and a hang in scripts without a __main__ guard.
     filesystem_async._results_queue = queue.Queue()
     with cuda_means_cpu():
         tensors = _sharded_state(model, optimizer, loading=False)
@@ -135,8 +135,8 @@ def load(
     with cuda_means_cpu():
         prime_state(optimizer)
         wanted = _sharded_state(model, optimizer, loading=True)
-        # The FP8 scales of Transformer Engine are not used, and a checkpoint written without it does
-        # not have them.
+        # The FP8 scales of Transformer Engine are not used, and a checkpoint written without it
+        # does not have them.
         wanted["model"] = {
             key: value for key, value in wanted["model"].items() if "_extra_state" not in key
         }
@@ -176,9 +176,9 @@ def _metadata(optimizer: ChainedOptimizer) -> dict[str, Any]:
     if optimizer.config.use_distributed_optimizer:
         # The only format of the distributed optimizer that another number of tensor or data ranks
         # can read. "mem_efficient" gathers the state in CPU memory on the rank that writes it.
-        # Otherwise every rank gathers its stage's whole optimizer state, on the GPU as well: twice 4
-        # bytes per parameter there (61 GB for 7.6B parameters on one tensor rank), and 12 bytes per
-        # parameter and rank in the machine's memory.
+        # Otherwise every rank gathers its stage's whole optimizer state, on the GPU as well: twice
+        # 4 bytes per parameter there (61 GB for 7.6B parameters on one tensor rank), and 12 bytes
+        # per parameter and rank in the machine's memory.
         return {
             **common,
             "distrib_optim_sharding_type": "fully_reshardable",
