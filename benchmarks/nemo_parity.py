@@ -4,7 +4,8 @@ Tiny models, CPU.
 
     python3.11 -m venv ENV
     ENV/bin/pip install torch==2.13.0 psutil 'nemo_toolkit[llm]==2.7.3' nemo_run 'leptonai<0.27' \\
-        'datasets<4.5' 'pyarrow>=21,<23' 'protobuf~=5.29.5' 'packaging<25' megatron-core==0.15.3 'setuptools<81'
+        'datasets<4.5' 'pyarrow>=21,<23' 'protobuf~=5.29.5' \\
+        'packaging<25' megatron-core==0.15.3 'setuptools<81'
     python benchmarks/nemo_parity.py ENV/bin/python [qwen2 qwen3 llama]
 
 NeMo runs in ENV, this project in its own environment. For every family:

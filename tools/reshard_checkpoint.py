@@ -51,8 +51,8 @@ def rewrite(given: argparse.Namespace) -> None:
     )
     done = reshard(given.source, given.target, layout, given.hf_config, show_progress=True)
     print(
-        f"{done.target}: {done.num_tensors} tensors in {done.num_boxes} boxes, bit for bit the same "
-        f"as in {done.source}"
+        f"{done.target}: {done.num_tensors} tensors in {done.num_boxes} boxes, bit for bit the "
+        f"same as in {done.source}"
     )
 
 

@@ -116,7 +116,7 @@ def hf_loss(model, sequences):
 
 
 def write_reference(folder, tied):
-    """Return transformers' logprobs, loss, gradients, and weights after 5 steps of torch's AdamW."""
+    """Return transformers' logprobs, loss, gradients, and weights after 5 steps of AdamW."""
     model, sequences = make_hf(folder, tied), make_sequences()
     reference = {"logprobs": [hf_logprobs(model, s).detach() for s in sequences]}
     loss = hf_loss(model, sequences)

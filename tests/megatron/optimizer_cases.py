@@ -69,7 +69,7 @@ def moves(hf, store, distributed):
             cases.loss_fn,
         )
     worker.save_checkpoint(store / "home", {})
-    gathered = training_checkpoint._sharded_state(worker.model, worker._optimizer, loading=False)[
+    gathered = training_checkpoint.sharded_state(worker.model, worker._optimizer, loading=False)[
         "optimizer"
     ].get("param_state")
     results = {

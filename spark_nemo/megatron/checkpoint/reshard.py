@@ -77,7 +77,7 @@ def reshard(
     check_stored_shapes(
         {key: tensor.shape for key, tensor in stored.weights().items()}, tensors, str(step)
     )
-    check_states(stored)
+    _check_states(stored)
     boxes = _boxes(stored, tensors, layout)
 
     def read(number: int) -> Tensor:
@@ -115,11 +115,8 @@ def reshard(
     return Resharded(step, target, len(stored.tensors), len(boxes))
 
 
-def check_states(stored: StoredCheckpoint) -> dict[str, list[str]]:
-    """Return the weights that each optimizer state ("exp_avg", ...) covers.
-
-    Raises ``ConfigError`` naming a state that is missing or has another shape than its weight.
-    """
+def _check_states(stored: StoredCheckpoint) -> None:
+    """Raise ``ConfigError`` unless each optimizer state covers all weights, in their shapes."""
     weights = stored.weights()
     found: dict[str, list[str]] = {}
     for key, tensor in stored.tensors.items():
@@ -138,7 +135,6 @@ def check_states(stored: StoredCheckpoint) -> dict[str, list[str]]:
         missing = sorted(set(weights) - set(names))
         if missing:
             raise ConfigError(f"{stored.folder} lacks tensor {STATES}{state}.{missing[0]}")
-    return found
 
 
 def _check_optimizer(stored: StoredCheckpoint) -> None:

@@ -103,10 +103,10 @@ def save(
 
     process_groups.on_main_rank(start)
     # Saving is synchronous, so the writers' results can stay in this process. Megatron would start
-    # a manager process for them: seconds of imports, and a hang in scripts without a __main__ guard.
+    # a manager process for them: seconds of imports, and a hang in scripts without a main guard.
     filesystem_async._results_queue = queue.Queue()
     with cuda_means_cpu():
-        tensors = _sharded_state(model, optimizer, loading=False)
+        tensors = sharded_state(model, optimizer, loading=False)
         tensors["step"] = scheduler.num_steps
         tensors["rng"] = torch.get_rng_state()
         dist_checkpointing.save(
@@ -134,7 +134,7 @@ def load(
     source = newest(folder)
     with cuda_means_cpu():
         prime_state(optimizer)
-        wanted = _sharded_state(model, optimizer, loading=True)
+        wanted = sharded_state(model, optimizer, loading=True)
         # The FP8 scales of Transformer Engine are not used, and a checkpoint written without it
         # does not have them.
         wanted["model"] = {
@@ -158,7 +158,8 @@ def load(
     return json.loads((source / STATE_FILE).read_text())
 
 
-def _sharded_state(model: PackedGPT, optimizer: ChainedOptimizer, loading: bool) -> dict[str, Any]:
+def sharded_state(model: PackedGPT, optimizer: ChainedOptimizer, loading: bool) -> dict[str, Any]:
+    """Return the tree of sharded tensors to save, or to load into. Collective."""
     metadata = _metadata(optimizer)
     weights = model.sharded_state_dict(metadata=metadata)
     with padding_counted(optimizer):
