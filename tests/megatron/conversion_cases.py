@@ -40,9 +40,8 @@ def layout(tp, pp, experts):
 def converted(hf, store):
     """``hf`` as a Megatron folder, made by rank 0."""
     if dist.get_rank() == 0:
-        convert(
-            hf, Path(store) / "converted", "megatron", dtype=torch.bfloat16
-        )  # the copied config.json says float32
+        # dtype: the copied config.json says float32.
+        convert(hf, Path(store) / "converted", "megatron", dtype=torch.bfloat16)
     dist.barrier()
 
 

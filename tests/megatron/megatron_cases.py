@@ -193,9 +193,8 @@ def compare(folder, layout, per_batch=3):
     result["grad_norm"] = abs(
         step.grad_norm - float(torch.stack([g.norm() for g in grads.values()]).norm())
     )
-    if (
-        not layout.distributed_optimizer
-    ):  # the distributed optimizer keeps only this rank's part of a gradient
+    # The distributed optimizer keeps only this rank's part of a gradient.
+    if not layout.distributed_optimizer:
         result["grads"] = max_difference(export_gradients(worker), grads)
 
     worker = MegatronWorker.from_hf(folder, layout, seed=0, optimizer=ADAM)
@@ -333,9 +332,8 @@ def _returning_fleet(engine):
 
     engine.update_weights = update
     fleet = Fleet({"m0": engine}, FleetLimits(backoff_s=0.3), name="policy pool")
-    fleet.served_form = (
-        engine.served_form
-    )  # what checksums are made of; no fleet of the product has embedded engines
+    # For checksums; in the package no fleet has embedded engines.
+    fleet.served_form = engine.served_form
     return fleet
 
 

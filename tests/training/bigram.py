@@ -1,8 +1,7 @@
-"""A bigram model with MegatronWorker's methods, so that the training loops can be tested without
-Megatron.
+"""A bigram model with MegatronWorker's methods, to test the training loops without Megatron.
 
-Its log-probabilities are a learnt table's: row = input token. What it does not stand for:
-attention, parallel layouts, the learning-rate schedule.
+Its log-probabilities come from a learnt table: row = input token. It does not cover attention,
+parallel layouts and the learning-rate schedule.
 """
 
 from __future__ import annotations
@@ -23,15 +22,18 @@ class BigramWorker:
         generator = torch.Generator().manual_seed(seed)
         self.table_VV = torch.randn(vocab_size, vocab_size, generator=generator).requires_grad_()
         self.optimizer = torch.optim.AdamW([self.table_VV], lr=lr)
-        self.dp_rank, self.dp_size, self.is_main, self.quadratic_cost = 0, 1, True, 0.0
+        self.dp_rank = 0
+        self.dp_size = 1
+        self.is_main = True
+        self.quadratic_cost = 0.0
         self.grads: list[torch.Tensor] = []
         self.logprob_passes = 0
 
     def _forward(self, batch, temperature):
         logprobs_TV = (self.table_VV[batch.tokens_T] / temperature).log_softmax(-1)
-        return logprobs_TV.gather(1, batch.labels_T[:, None])[:, 0], -(
-            logprobs_TV.exp() * logprobs_TV
-        ).sum(-1).detach()
+        logprobs_T = logprobs_TV.gather(1, batch.labels_T[:, None])[:, 0]
+        entropy_T = -(logprobs_TV.exp() * logprobs_TV).sum(-1).detach()
+        return logprobs_T, entropy_T
 
     @torch.no_grad()
     def logprobs(self, micro_batches, temperature=1.0):
@@ -71,9 +73,8 @@ class BigramWorker:
         folder.mkdir(parents=True, exist_ok=True)
         saved = {"table": self.table_VV, "optimizer": self.optimizer.state_dict(), "state": state}
         torch.save(saved, folder / "new.pt")
-        (folder / "new.pt").replace(
-            folder / "latest"
-        )  # a file where the worker has a pointer to a folder
+        # A file of this name, where the worker has a pointer to a folder.
+        (folder / "new.pt").replace(folder / "latest")
 
     def load_checkpoint(self, folder):
         saved = torch.load(folder / "latest", weights_only=False)

@@ -111,9 +111,7 @@ def one_step(
     )
     with torch.no_grad():
         for parameter in worker.model.parameters():
-            parameter.copy_(
-                parameter.main_grad
-            )  # so that the weights' own export brings them together
+            parameter.copy_(parameter.main_grad)  # so that the weights' export gathers them
     return (
         metrics["loss"],
         metrics["grad_norm"],
