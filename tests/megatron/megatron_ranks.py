@@ -10,7 +10,8 @@ PRELOADED = (
     "torch",
     "transformers",
     "spark_nemo.megatron.worker",
-)  # imported once: eight ranks need half a minute
+)
+"""Imported once by the fork server; eight ranks would need half a minute."""
 
 
 def run_ranks(function, world_size, *args, timeout=180):
