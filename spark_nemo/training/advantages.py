@@ -1,10 +1,9 @@
-"""One advantage per response (GRPO and its relatives), with groups given by id and never by
-position.
+"""One advantage per response: GRPO and its relatives, with groups given by id, never by position.
 
-In all of them a sample that is not valid gets exactly 0 and touches nobody's statistics, whatever
-its reward is (NaN included); a sample with nobody to compare with gets 0; results are float32 of
-shape (N,); ``ValueError`` is raised when lengths differ or a valid reward is not finite. None reads
-steps: splitting a step changes nothing but the reward.
+Common to all: an invalid sample gets exactly 0 and does not enter any statistics, whatever its
+reward is (NaN included). A sample without another one to compare with gets 0. Results are float32
+of shape (N,). ``ValueError`` is raised when lengths differ or a valid reward is not finite. Steps
+are not read: splitting a step changes nothing but the reward.
 """
 
 from __future__ import annotations
@@ -14,9 +13,7 @@ from collections.abc import Sequence
 import torch
 
 STD_EPS = 1e-6
-"""Added to a group's standard deviation. verl uses 1e-6 and TRL 1e-4; both take the unbiased std,
-as we do.
-"""
+"""Added to a group's unbiased standard deviation. verl uses 1e-6 and TRL 1e-4."""
 
 
 def group_advantages(
@@ -27,18 +24,12 @@ def group_advantages(
     std_normalize: bool,
     eps: float = STD_EPS,
 ) -> torch.Tensor:
-    """``A_i = (r_i - mean_g) / (std_g + eps)`` over the valid members of sample i's group g
-    (without the division when ``std_normalize`` is off). Source: DeepSeekMath, arXiv 2402.03300,
-    section 4.1.2.
+    """Return ``A_i = (r_i - mean_g) / (std_g + eps)`` over the valid members of i's group g.
 
-    ``std_g`` is the unbiased one (n - 1). A sample that is not valid gets exactly 0 and does not
-    touch its group's statistics, whatever its reward is (NaN included). A group with fewer than two
-    valid members gives 0: there is nothing to compare with. Groups may differ in size and be
-    interleaved, so fanned-out or filtered batches keep their meaning; a reshape by a fixed group
-    size would silently mix prompts.
-
-    Returns float32 of shape (N,). Raises ``ValueError`` when lengths differ or a valid reward is
-    not finite.
+    ``std_g`` is unbiased (n - 1); without ``std_normalize`` nothing is divided. Groups may differ in
+    size and be interleaved, so fanned-out or filtered batches keep their meaning; a reshape by a
+    fixed group size would silently mix prompts. Source: DeepSeekMath, arXiv 2402.03300, section
+    4.1.2.
     """
     rewards_N, valid_N = _checked(rewards_N, groups, valid_N)
     group_N, count_G = _group_counts(groups, valid_N)
@@ -56,9 +47,10 @@ def group_advantages(
 def rloo_advantages(
     rewards_N: torch.Tensor, groups: Sequence[int], valid_N: torch.Tensor
 ) -> torch.Tensor:
-    """``A_i = r_i - mean_{j != i} r_j`` over the other valid members of the group: leave-one-out.
-    It is GRPO without the std times n / (n - 1), so the choice matters in groups of different
-    sizes. Source: arXiv 2402.14740, equation 8.
+    """Return ``A_i = r_i - mean_{j != i} r_j`` over the other valid members of the group.
+
+    Leave-one-out is GRPO without the std times n / (n - 1), so the choice matters in groups of
+    different sizes. Source: arXiv 2402.14740, equation 8.
     """
     rewards_N, valid_N = _checked(rewards_N, groups, valid_N)
     group_N, count_G = _group_counts(groups, valid_N)
@@ -74,10 +66,11 @@ def global_advantages(
     *,
     eps: float = STD_EPS,
 ) -> torch.Tensor:
-    """``A_i = (r_i - mean) / (std + eps)`` over all valid samples of the batch, whatever their
-    group: REINFORCE++. Source: arXiv 2501.03262, its global advantage normalisation. The statistics
-    count every response once; verl counts every token, which lets long responses set the mean. Its
-    KL penalty inside the reward is not here: KL is a loss.
+    """Return ``A_i = (r_i - mean) / (std + eps)`` over the batch's valid samples (REINFORCE++).
+
+    The statistics count every response once; verl counts every token, which lets long responses set
+    the mean. The KL penalty inside the reward is left out: KL is a loss here. Source: arXiv
+    2501.03262, global advantage normalization.
     """
     rewards_N, valid_N = _checked(rewards_N, groups, valid_N)
     return group_advantages(rewards_N, [0] * len(groups), valid_N, std_normalize=True, eps=eps)
@@ -91,11 +84,12 @@ def estimate_advantages(
     *,
     std_normalize: bool = True,
 ) -> torch.Tensor:
-    """The advantages of ``rl.estimator``; ``std_normalize`` is read by grpo only.
+    """Return the advantages of ``rl.estimator``; only grpo reads ``std_normalize``.
 
     * grpo: ``group_advantages``.
-    * dr_grpo: ``r_i - mean_g``, no std, for that weighs a prompt by how easy it is. Source: arXiv 2503.20783, whose
-      other half is the constant length normalisation of the loss (``rl.loss_aggregation=length_constant``).
+    * dr_grpo: ``r_i - mean_g``; a std would weigh a prompt by how easy it is. Source: arXiv
+      2503.20783, whose other half is the constant length normalization of the loss
+      (``rl.loss_aggregation=length_constant``).
     * rloo: ``rloo_advantages``. reinforce_pp: ``global_advantages``.
     """
     match estimator:
@@ -118,13 +112,14 @@ def _checked(
     """Rewards in float64 with 0 where not valid, and the flags as bool."""
     if not len(groups) == rewards_N.numel() == valid_N.numel():
         raise ValueError(
-            f"group_advantages: {rewards_N.numel()} rewards, {len(groups)} group ids, {valid_N.numel()} valid flags"
+            f"advantages: {rewards_N.numel()} rewards, {len(groups)} group ids, "
+            f"{valid_N.numel()} valid flags: must be equally many"
         )
     valid_N = valid_N.to(torch.bool)
     rewards_N = torch.where(valid_N, rewards_N.to(torch.float64), 0.0)
     if not torch.isfinite(rewards_N).all():
         raise ValueError(
-            "group_advantages: a valid sample has a reward that is not finite; mark it invalid instead"
+            "advantages: a valid sample has a reward that is not finite; mark it invalid instead"
         )
     return rewards_N, valid_N
 

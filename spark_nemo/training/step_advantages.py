@@ -1,18 +1,16 @@
-"""Advantages per token from step labels. Each design is a pure function of one batch of scored
-responses.
+"""Advantages per token from step labels: pure functions of one batch of scored responses.
 
-Every function returns one float32 tensor [R] per response, R its number of tokens. A response that
-is not valid gets zeros and touches nobody's statistics. Groups go by id and may differ in size.
+Every design returns one float32 tensor [R] per response, R its number of tokens. An invalid
+response gets zeros and does not enter any statistics. Groups go by id and may differ in size.
 
-**Labels that cannot be used** (``ScoredResponse.labelled_steps`` is None: never verified, or another number of labels
-than of spans) are neither padded nor cut. ``parse_verifier_output``
-rejects a verification of another step count, so this
-second case needs a bug to occur; the response then falls back to what is known of it as a whole, its reward. Each
-docstring says what that is.
+**Unusable labels.** ``ScoredResponse.labelled_steps`` is None for a response that was never
+verified, or whose labels differ in number from its step spans. Labels are neither padded nor cut:
+``parse_verifier_output`` rejects a verification of another step count, so the second case takes a
+bug. The design then falls back to the reward of the whole response, as its docstring states.
 
-**Inflation**: splitting a correct step in two (same tokens, one more span) changes no response's total advantage under
-``selective``, ``prefix`` and ``capo``. It does under ``global_step`` (with or without penalty), and under ``min_form``
-if no step is incorrect.
+**Inflation.** Splitting a correct step in two (same tokens, one more span) does not change any
+response's total advantage under ``selective``, ``prefix`` and ``capo``. It does under
+``global_step``, with or without penalty, and under ``min_form`` if no step is incorrect.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from spark_nemo.records import TokenSpan
 from .advantages import STD_EPS, rloo_advantages
 
 PROCESS_SHARE, STEP_SHARE = 0.8, 0.2
-"""Global step-reward: the published code runs 80/20, whatever its docstring says."""
+"""Global step-reward: the published code computes 80/20; its docstring states another ratio."""
 MIN_FORM_TEMPERATURE = 0.1
 PREFIX_REWARD = 0.5
 CAPO_WHOLE, CAPO_WRONG_STEP = 2.0, 1.0
@@ -36,10 +34,10 @@ CAPO_WHOLE, CAPO_WRONG_STEP = 2.0, 1.0
 
 @dataclass(frozen=True, slots=True)
 class ScoredResponse:
-    """What an advantage design may know of one response.
+    """One response as an advantage design sees it.
 
-    ``reward`` is that of the response as a whole (f * y), read only when ``valid``; ``step_labels``
-    is None when no verdict exists. ``step_spans[k]`` are the tokens of step k + 1.
+    ``reward`` is the reward of the whole response (f * y), read only when ``valid``.
+    ``step_labels`` is None without a verdict. ``step_spans[k]`` are the tokens of step k + 1.
     """
 
     group: int
@@ -55,18 +53,14 @@ class ScoredResponse:
 
     @property
     def labelled_steps(self) -> tuple[tuple[TokenSpan, bool], ...] | None:
-        """Spans with their labels; None when there are no labels, no steps, or not as many of one
-        as of the other.
-        """
+        """Spans with their labels; None without labels or steps, or if their numbers differ."""
         if not self.step_labels or len(self.step_labels) != len(self.step_spans):
             return None
         return tuple(zip(self.step_spans, self.step_labels))
 
 
 def broadcast_advantages(responses: Sequence[ScoredResponse], outcome_N: Tensor) -> list[Tensor]:
-    """A response's advantage on each of its tokens. Splitting a step changes nothing: steps are not
-    read.
-    """
+    """Return each response's advantage on all of its tokens."""
     return [
         torch.full((r.num_tokens,), a) for r, a in zip(responses, outcome_N.tolist(), strict=True)
     ]
@@ -78,10 +72,12 @@ def selective_advantages(
     *,
     discount: float,
 ) -> list[Tensor]:
-    """``A_t = A`` where the label of t's step agrees with the sign of A (A >= 0 and correct, or A <
-    0 and incorrect) and ``discount * A`` where it does not; tokens outside steps keep A.
-    ``discount`` is 0 (zero) or 0.5 (half). Source: arXiv 2512.03244, selective advantage.
-    ``outcome_N`` holds A, group-normalised from f * y.
+    """Discount the advantage A of tokens whose step label disagrees with the sign of A.
+
+    ``A_t = A`` where the label of t's step agrees (A >= 0 and correct, or A < 0 and incorrect),
+    else ``discount * A`` with a discount of 0 (zero) or 0.5 (half). Tokens outside steps keep A.
+    ``outcome_N`` holds A, group-normalized from f * y. Source: arXiv 2512.03244, selective
+    advantage.
 
     Without usable labels every token keeps A.
     Resists inflation: splitting a correct step changes no response's total advantage.
@@ -95,12 +91,13 @@ def selective_advantages(
 
 
 def global_step_advantages(responses: Sequence[ScoredResponse], outcome_N: Tensor) -> list[Tensor]:
-    """``A_t = 0.8 A + 0.2 sum_{t' >= t} z_t'``, where z is the step reward (+1/n for a correct
-    step, -1/n for an incorrect one, at the step's last token) normalised by mean and unbiased std
-    over all steps of the prompt's group. Source: arXiv 2512.03244, global step-reward; RL-Tango's
-    advantage. ``outcome_N`` holds A, from f * y.
+    """Add normalized step rewards to the outcome: ``A_t = 0.8 A + 0.2 sum_{t' >= t} z_t'``.
 
-    Without usable labels a response has no step rewards and keeps 0.8 A. A group with equal step
+    z is the step reward (+1/n for a correct step, -1/n for an incorrect one, at the step's last
+    token) normalized by mean and unbiased std over all steps of the prompt's group. ``outcome_N``
+    holds A, from f * y. Source: arXiv 2512.03244, global step-reward; RL-Tango's advantage.
+
+    Without usable labels a response gets no step rewards and keeps 0.8 A. A group with equal step
     rewards has z = 0. Does *not* resist inflation: splitting a correct step in two changes 1/n, the
     group's statistics, and the total advantage of every response in the group.
     """
@@ -128,23 +125,22 @@ def global_step_penalty_advantages(
     min_steps: int,
     max_steps: int,
 ) -> list[Tensor]:
-    """``global_step_advantages`` where a response of fewer than ``min_steps`` or more than
-    ``max_steps`` steps has no step rewards: it keeps 0.8 A and, like one whose labels do not fit
-    its steps, touches nobody's step statistics (this package's reading of "step rewards 0").
-    Source: arXiv 2512.03244, global step-reward with step penalty; 3 and 20 in the published code.
+    """Drop the step rewards of responses with fewer than ``min_steps`` or more than ``max_steps``.
 
-    Does *not* resist inflation within the bounds: splitting a correct step changes what
-    ``global_step_advantages`` says it does. The bounds close the way to one all-correct step, and
-    to more steps than ``max_steps``.
+    The rest is ``global_step_advantages``. A response outside the bounds keeps 0.8 A and does not
+    enter the step statistics, this package's reading of "step rewards 0". Source: arXiv 2512.03244,
+    global step-reward with step penalty; 3 and 20 in the published code.
+
+    Does *not* resist inflation within the bounds: splitting a correct step has the effect described
+    in ``global_step_advantages``. The bounds rule out one all-correct step, and more steps than
+    ``max_steps``.
     """
-    inside = [min_steps <= len(response.step_spans) <= max_steps for response in responses]
-    return global_step_advantages(
-        [
-            response if ok else replace(response, step_labels=None)
-            for response, ok in zip(responses, inside)
-        ],
-        outcome_N,
-    )
+    bounded = []
+    for response in responses:
+        if not min_steps <= len(response.step_spans) <= max_steps:
+            response = replace(response, step_labels=None)
+        bounded.append(response)
+    return global_step_advantages(bounded, outcome_N)
 
 
 def min_form_advantages(
@@ -152,22 +148,24 @@ def min_form_advantages(
     *,
     temperature: float = MIN_FORM_TEMPERATURE,
 ) -> list[Tensor]:
-    """PURE: the value of a response is its worst step. Source: arXiv 2504.15275, with the verdict
-    in the place of the answer key. For response i of a group of K, with r*_t its step credit
-    (``min_form_credit``) at the step's last token
+    """Value a response by its worst step (PURE).
 
-        ``A_t = y_i - mean_{j != i} y_j  +  sum_{t' >= t} (r*_t' - b_i)``,   ``b_i = mean_{j != i} (sum_t r*_jt / R_j)``
+    For response i of a group of K, with r*_t its step credit (``min_form_credit``) at the step's
+    last token::
 
-    b_i is a baseline per *token*: one per step would favour responses of few steps. There is no
-    division by a std.
+        A_t = y_i - mean_{j != i} y_j  +  sum_{t' >= t} (r*_t' - b_i)
+        b_i = mean_{j != i} (sum_t r*_jt / R_j)
+
+    b_i is a baseline per *token*: a baseline per step would favour responses of few steps. Nothing
+    is divided by a std. Source: arXiv 2504.15275, with the verdict in the place of the answer key.
 
     Without usable labels a response counts as one step over all its tokens with reward 2 * reward -
-    1, so breaking the format (reward 0) is the worst step there is, not an escape from the judge. A
+    1, so breaking the format (reward 0) is the worst possible step, not an escape from the judge. A
     group with fewer than two valid members gives 0.
 
     Does *not* resist inflation in full. Splitting a correct step never changes the sum of the
     credits, hence the advantage at the first token, by more than exp(-2 / temperature). With an
-    incorrect step in the response all credit lies on the incorrect ones and no token changes
+    incorrect step in the response all credit goes to the incorrect steps and no token changes
     either. In a response of correct steps only, the same credit is spread over other step ends, so
     the total over tokens changes (either way, with the place of the cut).
     """
@@ -185,8 +183,9 @@ def min_form_advantages(
 
 
 def min_form_credit(rewards_K: Tensor, temperature: float = MIN_FORM_TEMPERATURE) -> Tensor:
-    """``r*_k = r_k softmax(-r / T)_k``; their sum tends to min_k r_k as T goes to 0. arXiv
-    2504.15275, equation 5.
+    """Return ``r*_k = r_k softmax(-r / T)_k``; the sum tends to min_k r_k as T goes to 0.
+
+    Source: arXiv 2504.15275, equation 5.
     """
     return rewards_K * torch.softmax(-rewards_K / temperature, dim=0)
 
@@ -197,13 +196,14 @@ def prefix_advantages(
     prefix_reward: float = PREFIX_REWARD,
     relu: bool = False,
 ) -> list[Tensor]:
-    """VPPO: a failed response is rewarded up to its first error. Source: arXiv 2601.18984, with the
-    verdict in the place of the answer key. ``A_t = r_t - mean_g(y)`` without division by the std,
-    where r_t is y, except that tokens before the first incorrect step of a response with verdict No
-    have r_t = ``prefix_reward``. ``relu`` keeps the prefix's advantage from being negative in a
-    group that mostly succeeds.
+    """Reward a failed response up to its first error (VPPO).
 
-    When no step is incorrect and yet the verdict is No, the error is in the answer: the prefix ends
+    ``A_t = r_t - mean_g(y)``, without division by the std. r_t is y, except that tokens before the
+    first incorrect step of a response with verdict No have r_t = ``prefix_reward``. ``relu`` keeps
+    the prefix's advantage from being negative in a group that mostly succeeds. Source: arXiv
+    2601.18984, with the verdict in the place of the answer key.
+
+    If all steps are correct and the verdict is still No, the error is in the answer: the prefix ends
     with the last step. Without usable labels there is no prefix. A group with fewer than two valid
     members gives 0. Resists inflation: splitting a correct step changes no response's total
     advantage, the prefix is a set of tokens.
@@ -226,14 +226,16 @@ def capo_advantages(
     whole: float = CAPO_WHOLE,
     wrong_step: float = CAPO_WRONG_STEP,
 ) -> list[Tensor]:
-    """CAPO: ``r_t = whole * y - wrong_step * 1[t lies in an incorrect step]``, normalised by mean
-    and unbiased std over all tokens of the group. Source: arXiv 2508.02298, with the verdict in the
-    place of the answer key; the asymmetry whole > wrong_step keeps a correct response with wrong
-    steps above a wrong one without. That the statistics are over the group's tokens is this
-    package's reading.
+    """Penalize the tokens of incorrect steps (CAPO).
 
-    Without usable labels no token is penalized. A group with fewer than two valid members, or without contrast, gives
-    0. Resists inflation: splitting a correct step changes no response's total advantage.
+    ``r_t = whole * y - wrong_step * 1[t is in an incorrect step]``, normalized by mean and unbiased
+    std over all tokens of the group (this package's reading). The asymmetry whole > wrong_step
+    keeps a correct response with wrong steps above a wrong response without. Source: arXiv
+    2508.02298, with the verdict in the place of the answer key.
+
+    Without usable labels no token is penalized. A group with fewer than two valid members, or
+    without contrast, gives 0. Resists inflation: splitting a correct step changes no response's
+    total advantage.
     """
     if not whole > wrong_step >= 0:
         raise ValueError(
@@ -243,7 +245,10 @@ def capo_advantages(
     for members in _groups(responses):
         rewards = {i: _capo_row(responses[i], whole, wrong_step) for i in members}
         all_T = torch.cat(list(rewards.values()))
-        if len(members) < 2 or all_T.numel() < 2 or (std := all_T.std()) < STD_EPS:
+        if len(members) < 2 or all_T.numel() < 2:
+            continue
+        std = all_T.std()
+        if std < STD_EPS:
             continue
         for i, row_R in rewards.items():
             rows[i] = ((row_R - all_T.mean()) / (std + STD_EPS)).to(torch.float32)
@@ -251,12 +256,9 @@ def capo_advantages(
 
 
 def step_rewards(labels: Sequence[bool]) -> Tensor:
-    """+1/n for a correct step, -1/n for an incorrect one; labels C, I, C, C give .25, -.25, .25,
-    .25. float64 [n].
-    """
-    return torch.tensor(
-        [1.0 if correct else -1.0 for correct in labels], dtype=torch.float64
-    ) / len(labels)
+    """Return +1/n for a correct step and -1/n for an incorrect one, float64 [n]."""
+    signs_K = torch.tensor([1.0 if correct else -1.0 for correct in labels], dtype=torch.float64)
+    return signs_K / len(labels)
 
 
 def _rewards(responses: Sequence[ScoredResponse]) -> tuple[Tensor, list[int], Tensor]:
@@ -279,9 +281,8 @@ def _groups(responses: Sequence[ScoredResponse]) -> list[list[int]]:
 def _at_step_ends(response: ScoredResponse, values_K: Tensor) -> Tensor:
     row_R = torch.zeros(response.num_tokens, dtype=torch.float64)
     for span, value in zip(response.step_spans, values_K.tolist(), strict=True):
-        row_R[max(span.end - 1, 0)] += (
-            value  # += : a step without a token of its own shares its neighbour's
-        )
+        # Added: a step without a token of its own shares its neighbour's.
+        row_R[max(span.end - 1, 0)] += value
     return row_R
 
 
@@ -303,7 +304,10 @@ def _prefix_end(response: ScoredResponse) -> int:
     steps = response.labelled_steps
     if steps is None or response.reward > 0:
         return 0
-    return next((span.start for span, correct in steps if not correct), steps[-1][0].end)
+    for span, correct in steps:
+        if not correct:
+            return span.start
+    return steps[-1][0].end
 
 
 def _capo_row(response: ScoredResponse, whole: float, wrong_step: float) -> Tensor:
