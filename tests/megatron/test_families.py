@@ -160,7 +160,7 @@ def test_layers_that_are_stored_one_by_one_are_read(folders, tmp_path, family):
     assert set(hf) == set(original) and all(
         torch.equal(hf[name], original[name]) for name in original
     )
-    with pytest.raises(ConfigError, match="every layer under keys of its own"):
+    with pytest.raises(ConfigError, match="non_homogeneous_layers"):
         reshard(tmp_path / "apart", tmp_path / "out", ONE, folders[family])
     names = {f"{name}_w" if name.endswith("fc1.weight") else name: () for name in stored.tensors}
     expected = GlobalTensors.like(ModelSpec.from_hf(read_hf_config(folders[family])), names)
