@@ -37,11 +37,12 @@ async def call_each(
     engines: Iterable[Engine],
     call: Callable[[Engine], Coroutine[Any, Any, object]],
     timeout_s: float,
+    action: str,
 ) -> dict[Engine, EngineFailure]:
     """Call all ``engines`` at once and return the failures by engine.
 
-    A call that takes longer than ``timeout_s`` is an ``EngineUnavailable``. Anything but an
-    ``EngineFailure`` is raised.
+    A call that takes longer than ``timeout_s`` is an ``EngineUnavailable`` that names ``action``.
+    Anything but an ``EngineFailure`` is raised.
     """
     failures: dict[Engine, EngineFailure] = {}
 
@@ -52,7 +53,7 @@ async def call_each(
         except EngineFailure as error:
             failures[engine] = error
         except TimeoutError:
-            failures[engine] = EngineUnavailable(f"no answer within {timeout_s:g} s")
+            failures[engine] = EngineUnavailable(f"{action} took over {timeout_s:g} s")
 
     await asyncio.gather(*(call_one(engine) for engine in engines))
     return failures
@@ -127,7 +128,7 @@ class BackgroundWork(Generic[Result]):
 
 
 async def until_idle(engine: Engine, timeout_s: float = 10.0) -> None:
-    """Wait until ``engine`` has no request in flight, cancelled ones included; at most ``timeout_s``."""
+    """Wait until no request is in flight, cancelled ones included; at most ``timeout_s``."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout_s
     while True:

@@ -40,7 +40,7 @@ class EngineLost(EngineFailure):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to draw tokens.
+    """Parameters of drawing tokens.
 
     ``temperature=0`` is greedy; ``top_p=1`` and ``top_k=0`` switch those cuts off. A ``seed`` makes
     a request's draws independent of what else is in the batch; None draws fresh randomness.
@@ -163,7 +163,7 @@ class Engine(abc.ABC):
         """
 
     async def weights_checksum(self) -> list[dict[str, str]]:
-        """Return a hash of every served tensor by the engine's name of it, one dict per engine rank.
+        """Return a hash of every served tensor by its name in the engine, per engine rank.
 
         Raises ``EngineFailure`` when the engine cannot tell. ``weight_sync.checksum`` has what is
         compared with it.

@@ -1,4 +1,4 @@
-"""From configuration to a running engine."""
+"""Build an engine from its configuration."""
 
 from __future__ import annotations
 
@@ -37,9 +37,10 @@ KINDS: dict[str, Build] = {"local": _local, "sglang": _sglang, "vllm": _vllm}
 def build_engine(
     config: EngineConfig, model_dir: Path | str, role: str, log_dir: Path | None = None
 ) -> Engine:
-    """The engine ``config.kind`` names for ``role`` (``policy`` or ``verifier``), serving
-    ``model_dir`` as weight version 0: embedded, or a ``Fleet`` of the role's servers, whose logs go
-    to ``log_dir``.
+    """Return the engine of kind ``config.kind`` for ``role`` (``policy`` or ``verifier``).
+
+    It serves ``model_dir`` as weight version 0 and is embedded or a ``Fleet`` of the role's
+    servers, whose logs go to ``log_dir``.
 
     Raises ``EngineFailure`` when the folder cannot be served, ``ConfigError`` when the role has no
     engines.

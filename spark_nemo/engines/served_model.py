@@ -1,6 +1,4 @@
-"""A model as the stages see it: an engine, its tokenizer and a fingerprint that changes when its
-files change.
-"""
+"""A model for the stages: an engine, its tokenizer and the fingerprint of its files."""
 
 from __future__ import annotations
 
@@ -26,16 +24,15 @@ GRAMMAR_TEXTS = (
     "**",
     "\n",
 )
-"""What every format of the grammar is written with; a tokenizer that cannot say it would make every
-reply a failure.
+"""Texts of which every format of the grammar is made.
+
+A tokenizer that cannot encode one of them would make every reply a parse failure.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One answer of a chat model: its text without the closing stop token, and the tokens behind
-    it.
-    """
+    """One answer of a chat model: its tokens, and its text without the closing stop token."""
 
     prompt_ids: tuple[int, ...]
     generation: Generation
@@ -44,13 +41,12 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """An engine with the tokenizer of the model it serves. ``fingerprint`` is that of the weights it
-    was loaded with.
-    """
+    """An engine with the tokenizer of the model it serves."""
 
     engine: Engine
     tokenizer: Tokenizer
     fingerprint: str
+    """Fingerprint of the model folder that was loaded; weight updates do not change it."""
 
     @classmethod
     def load(
@@ -59,9 +55,10 @@ class ServedModel:
         """Serve the model in ``folder`` on the engines of ``role`` (``policy`` or ``verifier``).
 
         Servers that are launched for it write to ``log_dir``. Raises ``ConfigError`` or
-        ``TokenizerError`` when the folder is no model or the role has no engines.
+        ``TokenizerError`` when the folder is not a model or the role has no engines.
         """
-        fingerprint, tokenizer = model_fingerprint(folder), Tokenizer.load(folder)
+        fingerprint = model_fingerprint(folder)
+        tokenizer = Tokenizer.load(folder)
         tokenizer.require_tokens(GRAMMAR_TEXTS)
         return cls(build_engine(config, folder, role, log_dir), tokenizer, fingerprint)
 
@@ -76,9 +73,7 @@ class ServedModel:
     async def complete_prompt(
         self, prompt_ids: tuple[int, ...], sampling: SamplingConfig, seed: int | None
     ) -> Completion:
-        """``complete`` for a chat encoded before: of many samples of one prompt, only the first
-        needs to encode it.
-        """
+        """Continue an encoded chat: many samples of one prompt encode it once."""
         params = SamplingParams(
             max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,

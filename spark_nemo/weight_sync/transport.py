@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import abc
-import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
+from typing import Any
 
-from spark_nemo.engines.base import Engine, EngineFailure, EngineUnavailable
+from spark_nemo.engines.async_utils import call_each
+from spark_nemo.engines.base import Engine, EngineFailure
 
 from .weight_stream import Export
 
@@ -88,21 +89,15 @@ async def targets_of(engine: Engine, version: int) -> AsyncIterator[Targets]:
 
 
 async def each(
-    targets: Targets, call: Callable[[Engine], Awaitable[object]], timeout_s: float, action: str
+    targets: Targets,
+    call: Callable[[Engine], Coroutine[Any, Any, object]],
+    timeout_s: float,
+    action: str,
 ) -> None:
     """Await ``call`` for all remaining targets concurrently, and record the ones that fail.
 
     A call that takes longer than ``timeout_s`` fails, too; ``action`` names it in messages.
     """
-
-    async def run(engine: Engine) -> None:
-        try:
-            async with asyncio.timeout(timeout_s):
-                await call(engine)
-        except TimeoutError:
-            name = targets.targets[engine]
-            targets.failed(engine, EngineUnavailable(f"{name}: {action} took over {timeout_s:g} s"))
-        except EngineFailure as error:
-            targets.failed(engine, error)
-
-    await asyncio.gather(*(run(engine) for engine in targets.remaining))
+    failures = await call_each(targets.remaining, call, timeout_s, action)
+    for engine, failure in failures.items():
+        targets.failed(engine, failure)

@@ -21,13 +21,14 @@ def test_call_each_returns_failures_and_timeouts_by_engine() -> None:
 
     async def scenario():
         engines = [FakeEngine(i) for i in range(3)]
-        failures = await call_each(engines, call, 1.5)
+        failures = await call_each(engines, call, 1.5, "loading")
         return {engine.number: error for engine, error in failures.items()}, now()
 
     failures, seconds = run(scenario())
     assert sorted(failures) == [1, 2] and seconds == pytest.approx(1.5)
     assert not isinstance(failures[1], EngineUnavailable)
     assert isinstance(failures[2], EngineUnavailable)
+    assert "loading took over 1.5 s" in str(failures[2])
 
 
 def test_call_each_raises_other_errors() -> None:
@@ -37,7 +38,7 @@ def test_call_each_raises_other_errors() -> None:
         raise KeyError("bug")
 
     with pytest.raises(KeyError, match="bug"):
-        run(call_each([FakeEngine()], call, 1.0))
+        run(call_each([FakeEngine()], call, 1.0, "loading"))
 
 
 def test_engine_serves_across_calls_of_run_async(engine, prompts):

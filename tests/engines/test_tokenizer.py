@@ -159,7 +159,7 @@ def without(folder, tmp_path, key):
 def test_template_may_lie_in_its_own_file(tokenizer, tokenizer_folder, tmp_path):
     """chat_template.jinja, as transformers 5 writes it, is read."""
     copy = without(tokenizer_folder, tmp_path, "chat_template")
-    with pytest.raises(TokenizerError, match=f"{copy} has no chat template"):
+    with pytest.raises(TokenizerError, match=f"{copy}: the chat template is missing"):
         Tokenizer.load(copy)
     AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / "chat_template.jinja").is_file()
@@ -171,7 +171,7 @@ def test_missing_pieces_are_named_with_the_folder(tokenizer_folder, tmp_path):
     copy = without(tokenizer_folder, tmp_path, "eos_token")
     assert Tokenizer.load(copy).eos_ids
     (copy / "generation_config.json").unlink()
-    with pytest.raises(TokenizerError, match=f"{copy} has no end-of-sequence token"):
+    with pytest.raises(TokenizerError, match=f"{copy}: the end-of-sequence token is missing"):
         Tokenizer.load(copy)
     with pytest.raises(TokenizerError, match=r"has no tokenizer\.json"):
         Tokenizer.load(tmp_path)

@@ -438,6 +438,7 @@ class Fleet(Engine):
                 update.targets,
                 lambda engine: engine.update_weights(shared, version),
                 self.limits.update_timeout_s,
+                "update_weights",
             )
             for engine, error in errors.items():
                 update.failed(engine, error)
@@ -476,6 +477,7 @@ class Fleet(Engine):
             living,
             lambda engine: engine.pause() if pausing else engine.resume(),
             self.limits.control_timeout_s,
+            "the reply",
         )
         for engine, replica in living.items():
             if engine in errors:
@@ -496,7 +498,9 @@ class Fleet(Engine):
 
         if not self._closed:
             self._ensure_started()
-            await call_each(self.replicas().values(), collect, self.limits.control_timeout_s)
+            await call_each(
+                self.replicas().values(), collect, self.limits.control_timeout_s, "health"
+            )
         return EngineHealth(
             alive=not self._closed and self._lost is None,
             paused=self._paused,
@@ -512,7 +516,7 @@ class Fleet(Engine):
             raise EngineUnavailable(self._lost)
 
     async def close(self) -> None:
-        """End requests in flight with ``EngineFailure`` and kill every launched server; idempotent."""
+        """See ``Engine.close``. Also kills every launched server; idempotent."""
         if self._closed:
             return
         self._closed = True
@@ -529,6 +533,7 @@ class Fleet(Engine):
             [replica.engine for replica in replicas if replica.engine is not None],
             lambda engine: engine.close(),
             self.limits.control_timeout_s,
+            "close",
         )
         launchers = [replica.launcher for replica in replicas if replica.launcher is not None]
         await asyncio.gather(*(launcher.stop() for launcher in launchers))
@@ -634,7 +639,7 @@ class Fleet(Engine):
         return reason
 
     def _on_task_end(self, task: asyncio.Task[None]) -> None:
-        """Fail every request when a background task ended: it never should, and they would hang."""
+        """Fail every request when a background task ended, which is a bug: they would hang."""
         if task.cancelled() or self._closed:
             return
         error = task.exception()

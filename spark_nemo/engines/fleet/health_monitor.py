@@ -15,13 +15,13 @@ log = logging.getLogger(__name__)
 OnReturn = Callable[[Engine, int], Awaitable[None]]
 _HOUR_S = 3600.0
 _WATCH_S = 0.2
-"""How often a launched process is checked."""
+"""Interval at which a launched process is checked."""
 _STALL_TICKS = 6
 _PROBE_ATTEMPTS = 3
 
 
 class SupervisedFleet(Protocol):
-    """What a supervisor reads of its fleet, and what it reports back."""
+    """The part of a fleet that a supervisor reads and reports to."""
 
     name: str
     limits: FleetLimits

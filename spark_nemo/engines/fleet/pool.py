@@ -30,7 +30,7 @@ _OWN_FILES = 1024
 
 @dataclass(frozen=True, slots=True)
 class LaunchSpec:
-    """How one kind of server is started."""
+    """Command line and environment of one kind of server."""
 
     command: Callable[[int, str, int], Sequence[str]]
     """Command line by index in the pool, host and port."""
@@ -46,7 +46,9 @@ def build_fleet(
     log_dir: Path | None,
     router: RouterHandle | None = None,
 ) -> Fleet:
-    """Return the fleet of ``role``; launched servers are still starting, so that pools start together.
+    """Return the fleet of ``role``.
+
+    Launched servers are still starting when this returns, so that pools start together.
 
     Raises ``EngineFailure`` when the interpreter of the servers does not exist.
     """
@@ -122,7 +124,7 @@ def python_of(pool: PoolConfig) -> str:
 
 
 def require_module(pool: PoolConfig, role: str, module: str, variable: str) -> None:
-    """Raise ``ConfigError`` when servers are launched with this interpreter and lack ``module``.
+    """Raise ``ConfigError`` when this interpreter launches servers and lacks ``module``.
 
     Without this check the user would find a traceback in a server's log.
     """

@@ -33,7 +33,7 @@ class FleetLimits:
     """
 
     request_timeout_s: float = 600.0
-    """Deadline of one attempt. After it the replica is probed and the request is retried elsewhere."""
+    """Deadline of one attempt; then the replica is probed and the request retried elsewhere."""
     token_timeout_s: float = 0.0
     """Added to the deadline of an attempt for each token that the request may sample."""
     total_timeout_s: float = 3600.0
@@ -50,7 +50,7 @@ class FleetLimits:
     probe_every_s: float = 10.0
     probe_timeout_s: float = 30.0
     pool_down_timeout_s: float = POOL_DOWN_TIMEOUT_S
-    """How long requests and updates wait while no replica is healthy and none is starting."""
+    """Time that requests and updates wait while no replica is healthy and none is starting."""
     control_timeout_s: float = 60.0
     """Pause, resume, health and close of one replica (wall clock)."""
     update_timeout_s: float = 1800.0
@@ -226,7 +226,7 @@ class Replica:
         self.mark_suspect(reason)
 
     def invalidate_weights(self, reason: str) -> None:
-        """Evict the replica until its next successful update: its weights are in an unknown state."""
+        """Evict the replica until its next update: its weights are in an unknown state."""
         self.version = None
         self.evict(reason)
 

@@ -27,7 +27,7 @@ class PrefixRouting:
     ) -> Replica:
         """Return one of ``serving`` (not empty).
 
-        ``avoid`` and suspect replicas are chosen only when there is no other.
+        ``avoid`` and suspect replicas are the last choice.
         """
         others = [replica for replica in serving if replica is not avoid]
         trusted = [replica for replica in others if not replica.suspect]

@@ -89,7 +89,7 @@ class RemoteEngine(Engine):
         self.limits.check(request)
 
     async def generate(self, request: GenerationRequest) -> Generation:
-        """See ``Engine.generate``. Raises ``EngineUnavailable`` when another server could serve it."""
+        """See ``Engine.generate``."""
         self._require_open()
         self._check_request(request)
         # A task of its own, so that close() can end it. Cancelling the caller cancels the task,
@@ -134,9 +134,9 @@ class RemoteEngine(Engine):
         return True
 
     async def close(self) -> None:
-        """End the requests in flight, here and on the server, and close the connections; idempotent.
+        """End the requests in flight, here and on the server, and close the connections.
 
-        The server lives on.
+        The server lives on. Idempotent.
         """
         self._closed = True
         tasks = list(self._tasks)

@@ -1,6 +1,4 @@
-"""The running requests: one row each, dense from 0, with all bookkeeping in tensors so that a step
-is vectorised.
-"""
+"""The running requests: one row each, with all bookkeeping in tensors so that a step is vectorised."""
 
 from __future__ import annotations
 
@@ -8,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 from ..base import FinishReason, Generation, GenerationRequest
 from .decoder import Decoder
@@ -22,13 +21,14 @@ PREFILL_TOKENS = 4096
 
 @dataclass(slots=True, eq=False)
 class Running:
-    """One request and the weight versions that have sampled its tokens, as (first token, version)."""
+    """One request and the weight versions that have sampled its tokens."""
 
     request: GenerationRequest
     versions: list[tuple[int, int]]
+    """(first token, version)"""
 
     def versions_of(self, count: int) -> tuple[int, ...]:
-        """The version of each of ``count`` tokens."""
+        """Return the version of each of ``count`` tokens."""
         starts = [start for start, _ in self.versions[1:]] + [count]
         stamped: list[int] = []
         for (_, version), end in zip(self.versions, starts):
@@ -58,27 +58,27 @@ class Batch:
         self._uniforms_SM, self._logprobs_SM = torch.zeros(2, max_rows, 0)
         self._tokens_SM = torch.zeros(max_rows, 0, dtype=torch.int64)
         self._integers_FS = integers
-        self._any_greedy = self._any_cut = False
+        self._any_greedy = False
+        self._any_cut = False
 
     @property
     def free(self) -> int:
-        """Rows that could be taken."""
+        """Number of free rows."""
         return self.max_rows - len(self.running)
 
     def forget_prefixes(self) -> None:
-        """Drop cached prompts (new weights, or an idle engine, whose results must not depend on its
-        past).
+        """Drop cached prompts.
+
+        For new weights, and for an idle engine, whose results must not depend on its past.
         """
         self._prefixes.clear()
 
     def emitted(self) -> list[int]:
-        """Tokens sampled so far, by row."""
+        """Return the number of tokens sampled so far, by row."""
         return self._emitted_S[: len(self.running)].tolist()
 
     def add(self, requests: Sequence[GenerationRequest], version: int) -> list[Running]:
-        """Prefill and seat ``requests`` (at most ``free`` of them); each is served by weights
-        ``version`` from now.
-        """
+        """Prefill ``requests``, at most ``free``, and give each a row; weights have ``version``."""
         first = len(self.running)
         rows = range(first, first + len(requests))
         seats: dict[tuple[int, ...], list[int]] = {}
@@ -98,12 +98,13 @@ class Batch:
         return added
 
     def _prefixes_of(self, wanted: list[tuple[int, ...]]) -> dict[tuple[int, ...], PrefixKV]:
-        """Keys and values of each prefix, from the store or prefilled in batches of similar length."""
+        """Return each prefix's keys and values, stored or prefilled in batches of similar length."""
         found = {ids: self._prefixes.get(ids) for ids in wanted}
         todo = sorted((ids for ids in wanted if found[ids] is None), key=len)
         while todo:
             count = max(1, PREFILL_TOKENS // len(todo[-1]))
-            group, todo = todo[-count:], todo[:-count]
+            group = todo[-count:]
+            todo = todo[:-count]
             found |= zip(group, self.decoder.prefill(group))
         for ids in wanted:
             if self._prefixes.get(ids) is None:
@@ -115,20 +116,17 @@ class Batch:
         width = max(request.sampling.max_new_tokens for request in requests)
         extra = width - self._tokens_SM.shape[1]
         if extra > 0:
-            pad = (0, extra)
-            self._uniforms_SM, self._logprobs_SM, self._tokens_SM = (
-                torch.nn.functional.pad(buffer, pad)
-                for buffer in (self._uniforms_SM, self._logprobs_SM, self._tokens_SM)
-            )
-        extra = (
-            max(len(request.sampling.stop_token_ids) for request in requests)
-            - self._stops_SK.shape[1]
-        )
+            self._uniforms_SM = pad(self._uniforms_SM, (0, extra))
+            self._logprobs_SM = pad(self._logprobs_SM, (0, extra))
+            self._tokens_SM = pad(self._tokens_SM, (0, extra))
+        most_stops = max(len(request.sampling.stop_token_ids) for request in requests)
+        extra = most_stops - self._stops_SK.shape[1]
         if extra > 0:
-            self._stops_SK = torch.nn.functional.pad(self._stops_SK, (0, extra), value=NO_TOKEN)
+            self._stops_SK = pad(self._stops_SK, (0, extra), value=NO_TOKEN)
 
     def _seat(self, row: int, request: GenerationRequest) -> None:
-        sampling, greedy = request.sampling, request.sampling.temperature == 0
+        sampling = request.sampling
+        greedy = sampling.temperature == 0
         self._integers_FS[:, row] = torch.tensor(
             [
                 request.prompt_ids[-1],
@@ -161,15 +159,11 @@ class Batch:
         self._any_cut = bool(((self._top_p_S[:rows] < 1) | (self._top_k_S[:rows] > 0)).any())
 
     def step(self) -> list[tuple[Running, Generation]]:
-        """Sample one token for every row; the requests that ended with it, whose rows are free
-        again.
-        """
+        """Sample one token for every row and return the requests that ended, freeing their rows."""
         rows = len(self.running)
-        emitted_N, position_N, every_N = (
-            self._emitted_S[:rows],
-            self._position_S[:rows],
-            torch.arange(rows),
-        )
+        every_N = torch.arange(rows)
+        emitted_N = self._emitted_S[:rows]
+        position_N = self._position_S[:rows]
         length = round_up(int(position_N.max()) + 1)
         self._cache.reserve(rows, length)
         logits_NV = self.decoder.decode(self._input_S[:rows], position_N, self._cache, length)
@@ -188,6 +182,7 @@ class Batch:
         self._tokens_SM[every_N, emitted_N] = tokens_N
         self._logprobs_SM[every_N, emitted_N] = logprobs_N
         self._input_S[:rows] = tokens_N
+        # Views: this advances the rows of the whole table.
         position_N += 1
         emitted_N += 1
         stopped_N = (self._stops_SK[:rows] == tokens_N.unsqueeze(1)).any(1)
@@ -211,11 +206,13 @@ class Batch:
 
     def remove(self, rows: Sequence[int]) -> None:
         """Free ``rows``; the last live rows move into the gaps, so that rows stay dense."""
-        gone, kept = set(rows), len(self.running) - len(rows)
+        gone = set(rows)
+        kept = len(self.running) - len(rows)
         holes = [row for row in sorted(gone) if row < kept]
         tails = [row for row in range(kept, len(self.running)) if row not in gone]
         if holes:
-            source_M, target_M = torch.tensor(tails), torch.tensor(holes)
+            source_M = torch.tensor(tails)
+            target_M = torch.tensor(holes)
             length = int(self._position_S[source_M].max())
             self._cache.move(source_M, target_M, length)
             self._integers_FS[:, target_M] = self._integers_FS[:, source_M]

@@ -23,7 +23,7 @@ gives no NaN.
 
 
 class Decoder:
-    """Stateless apart from its weights and the rotary table; the cache is the caller's."""
+    """A Qwen2 decoder without state: weights and rotary table here, the cache with the caller."""
 
     def __init__(self, spec: ModelSpec, weights: FusedWeights, max_context: int) -> None:
         self.spec = spec
@@ -37,7 +37,7 @@ class Decoder:
     def _project_qkv(
         self, layer: LayerWeights, x_NH: torch.Tensor, rotary_N1P: torch.Tensor
     ) -> list[torch.Tensor]:
-        """q, k, v of shape (N, heads, D); q and k rotated in place, q already scaled."""
+        """Return q, k, v of shape (N, heads, D); q and k are rotated, q is scaled."""
         spec = self.spec
         normed_NH = F.rms_norm(x_NH, (spec.hidden_size,), layer.attn_norm_H, spec.norm_eps)
         qkv_NAD = torch.addmm(layer.qkv_bias_Q, normed_NH, layer.qkv_HQ).unflatten(
@@ -50,7 +50,7 @@ class Decoder:
     def _finish_layer(
         self, layer: LayerWeights, x_NH: torch.Tensor, attended_NQ: torch.Tensor
     ) -> torch.Tensor:
-        """Output projection, residual, SwiGLU, residual."""
+        """Apply output projection, residual, SwiGLU, residual."""
         spec = self.spec
         x_NH = torch.addmm(x_NH, attended_NQ, layer.out_QH)
         normed_NH = F.rms_norm(x_NH, (spec.hidden_size,), layer.mlp_norm_H, spec.norm_eps)
@@ -60,13 +60,12 @@ class Decoder:
     def decode(
         self, tokens_N: torch.Tensor, positions_N: torch.Tensor, cache: KVCache, length: int
     ) -> torch.Tensor:
-        """Logits (N, V) after feeding one token per row 0..N-1, whose keys and values go to
-        ``positions_N``.
+        """Feed one token per row 0..N-1 at ``positions_N`` and return the logits (N, V).
 
-        ``length`` bounds every position (positions < length <= cache.length); attention reads that
-        much of the cache.
+        Attention reads ``length`` positions of the cache: positions < length <= cache.length.
         """
-        spec, rows = self.spec, tokens_N.shape[0]
+        spec = self.spec
+        rows = tokens_N.shape[0]
         groups = spec.num_heads // spec.num_kv_heads
         rotary_N1P = self._rotary_TP[positions_N].unsqueeze(1)
         rows_N = torch.arange(rows)
@@ -79,7 +78,8 @@ class Decoder:
         x_NH = self.weights.embed_VH[tokens_N]
         for index, layer in enumerate(self.weights.layers):
             q_NAD, k_NKD, v_NKD = self._project_qkv(layer, x_NH, rotary_N1P)
-            keys_NKDT, values_NKTD = cache.k_LSKDT[index, :rows], cache.v_LSKTD[index, :rows]
+            keys_NKDT = cache.k_LSKDT[index, :rows]
+            values_NKTD = cache.v_LSKTD[index, :rows]
             keys_NKDT[rows_N, :, :, positions_N] = k_NKD
             values_NKTD[rows_N, :, positions_N] = v_NKD
             q_CGD = q_NAD.reshape(-1, groups, spec.head_dim)
@@ -90,16 +90,18 @@ class Decoder:
         return torch.mm(x_NH, self.weights.head_HV)
 
     def prefill(self, prompts: Sequence[tuple[int, ...]]) -> list[PrefixKV]:
-        """Keys and values of each prompt, all of at least one token, computed as one right-padded
-        batch.
+        """Compute keys and values of all prompts (each of at least one token) as one batch.
 
-        Causality keeps the padding, which comes last, out of every real position.
+        The batch is padded on the right, where causality keeps the padding out of real positions.
         """
-        spec, count, length = self.spec, len(prompts), max(map(len, prompts))
+        spec = self.spec
+        count = len(prompts)
+        length = max(len(ids) for ids in prompts)
         tokens_BT = torch.tensor([ids + (0,) * (length - len(ids)) for ids in prompts])
         rotary_N1P = self._rotary_TP[:length].repeat(count, 1).unsqueeze(1)
         x_NH = self.weights.embed_VH[tokens_BT.flatten()]
-        keys, values = [], []
+        keys = []
+        values = []
         for index, layer in enumerate(self.weights.layers):
             q_BATD, k_BKTD, v_BKTD = (
                 part.unflatten(0, (count, length)).transpose(1, 2)
@@ -107,7 +109,8 @@ class Decoder:
             )
             keys.append(k_BKTD.transpose(2, 3))
             values.append(v_BKTD)
-            if index + 1 < spec.num_layers:  # the last layer's output would be read by nobody
+            # Only keys and values are needed: the last layer's output is not used.
+            if index + 1 < spec.num_layers:
                 out_BATD = F.scaled_dot_product_attention(
                     q_BATD, k_BKTD, v_BKTD, is_causal=True, scale=1.0, enable_gqa=True
                 )

@@ -1,12 +1,12 @@
 """The embedded engine: continuous batching in the process and event loop that own it.
 
-Requests wait in a queue; one background task seats them as rows fall free, samples one token for
-every row per step and yields to the event loop between steps. The task ends when nothing is left to
-do.
+Requests wait in a queue. One background task gives them rows as these become free, samples one
+token for every row per step and yields to the event loop between steps. It ends when no request is
+left.
 
 Determinism: the same requests, submitted in the same order with seeds, give bit-identical results
-on the same machine (one thread). An idle engine forgets its cached prompts, so what ran before does
-not matter.
+on the same machine (one thread). An idle engine forgets its cached prompts, so earlier requests
+have no effect.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .weights import checked, fuse, read_folder, read_spec, served_form, served_
 log = logging.getLogger(__name__)
 
 ADMISSION_SHARE = 16
-"""With more waiting than fits, rows are filled when 1/16 of them are free: prefills of one prompt
-waste their step.
+"""While more requests wait than fit, rows are filled once 1/16 of them are free: a prefill of one
+prompt would waste its step.
 """
 
 
@@ -48,7 +48,7 @@ class LocalEngine(Engine):
     """A Qwen2 decoder in plain torch, float32, on the CPU.
 
     ``max_context`` is cut to the model's ``max_position_embeddings``. ``tensors`` are Hugging
-    Face-named weights; ``version`` is what they are called until the first ``update_weights``.
+    Face-named weights of version ``version``.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class LocalEngine(Engine):
         self._version = version
         self._waiting: deque[_Ticket] = deque()
         self._tickets: dict[Running, _Ticket] = {}
-        self._go = asyncio.Event()
-        self._go.set()
+        self._not_paused = asyncio.Event()
+        self._not_paused.set()
         self._task: asyncio.Task[None] | None = None
         self._abandoned = False
         self._tokens_generated = 0
@@ -79,9 +79,7 @@ class LocalEngine(Engine):
     def from_folder(
         cls, folder: Path | str, *, max_batch_size: int, max_context: int, version: int = 0
     ) -> LocalEngine:
-        """Serve a Hugging Face folder. Raises ``EngineFailure`` naming what is missing or not
-        supported.
-        """
+        """Serve a Hugging Face folder. Raises ``EngineFailure`` for one that is not supported."""
         return cls(
             read_spec(folder),
             read_folder(folder),
@@ -91,9 +89,7 @@ class LocalEngine(Engine):
         )
 
     async def generate(self, request: GenerationRequest) -> Generation:
-        """See ``Engine.generate``. A cancelled caller's request leaves the batch before the next
-        step.
-        """
+        """See ``Engine.generate``. A cancelled request leaves the batch before the next step."""
         self._require_valid(request)
         ticket = _Ticket(request, asyncio.get_running_loop().create_future())
         self._waiting.append(ticket)
@@ -118,7 +114,7 @@ class LocalEngine(Engine):
         """Seat, step, answer, until nothing is waiting or running."""
         while True:
             await asyncio.sleep(0)  # let callers in and their results out
-            await self._go.wait()
+            await self._not_paused.wait()
             # Never held across an await: the mode belongs to the thread, and other engines (or a
             # trainer) run in it.
             with torch.inference_mode():
@@ -151,7 +147,7 @@ class LocalEngine(Engine):
         self._tickets |= zip(added, tickets)
 
     def _drop_abandoned(self) -> None:
-        """Let go of requests whose callers were cancelled."""
+        """Remove the requests whose callers were cancelled."""
         if not self._abandoned:
             return
         self._abandoned = False
@@ -167,7 +163,7 @@ class LocalEngine(Engine):
             self._batch.remove(rows)
 
     def _served(self, task: asyncio.Task[None]) -> None:
-        """The background task is over. If it crashed or was cancelled, nobody may wait for ever."""
+        """Fail every request if the background task crashed or was cancelled: they would hang."""
         if task.cancelled():
             self._fail_all("the local engine's task was cancelled: its event loop is shutting down")
         elif (error := task.exception()) is not None:
@@ -175,7 +171,7 @@ class LocalEngine(Engine):
             self._fail_all(f"the local engine stopped: {type(error).__name__}: {error}")
 
     def _fail_all(self, reason: str) -> None:
-        """Refuse everything from now on; what is in flight ends with ``EngineFailure``."""
+        """Fail the requests in flight and every later one."""
         self._end = self._end or reason
         for ticket in [*self._waiting, *self._tickets.values()]:
             if not ticket.future.done():
@@ -186,11 +182,10 @@ class LocalEngine(Engine):
     async def update_weights(
         self, tensors: Iterable[tuple[str, torch.Tensor]], version: int
     ) -> None:
-        """See ``Engine.update_weights``. New tensors are fused beside the old ones, then swapped in
-        at once.
+        """See ``Engine.update_weights``. All tensors are fused before they replace the old ones.
 
-        Requests in flight keep the keys and values the old weights computed (SGLang's ``in_place``
-        pause does too): their later tokens come from new weights on an old cache, which
+        Requests in flight keep the keys and values that the old weights computed, as under SGLang's
+        ``in_place`` pause. Their later tokens come from new weights on an old cache, which
         ``Generation.weight_versions`` shows.
         """
         self._require_open()
@@ -202,29 +197,27 @@ class LocalEngine(Engine):
             running.versions.append((emitted, version))
 
     def served_form(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """How the decoder holds the Hugging Face tensor ``name``; ``weights_checksum`` hashes that."""
+        """Return the Hugging Face tensor ``name`` as ``weights_checksum`` hashes it."""
         return served_form(self._spec, name, tensor)
 
     async def weights_checksum(self) -> list[dict[str, str]]:
-        """See ``Engine``. Under Hugging Face names, of the fused tensors that the next token is
-        computed with.
-        """
+        """See ``Engine.weights_checksum``; hashes the fused tensors under Hugging Face names."""
         served = served_tensors(self._spec, self._decoder.weights)
         return [{name: tensor_checksum(tensor) for name, tensor in served}]
 
     async def pause(self) -> None:
-        """No further step begins; the one in progress, if any, was complete when this was called."""
-        self._go.clear()
+        """See ``Engine.pause``. No step is in progress while a caller runs on the event loop."""
+        self._not_paused.clear()
 
     async def resume(self) -> None:
-        """Go on decoding."""
-        self._go.set()
+        """See ``Engine.resume``."""
+        self._not_paused.set()
 
     async def health(self) -> EngineHealth:
-        """A snapshot; ``alive`` is False once closed or crashed."""
+        """See ``Engine.health``; ``alive`` is False once closed or crashed."""
         return EngineHealth(
             alive=self._end is None,
-            paused=not self._go.is_set(),
+            paused=not self._not_paused.is_set(),
             running=len(self._batch.running),
             waiting=len(self._waiting),
             weight_version=self._version,
@@ -232,9 +225,10 @@ class LocalEngine(Engine):
         )
 
     async def close(self) -> None:
-        """Idempotent. Frees the cache; requests in flight end with ``EngineFailure``."""
+        """See ``Engine.close``; frees the cache. Idempotent."""
         self._fail_all("the local engine was closed")
-        task, self._task = self._task, None
+        task = self._task
+        self._task = None
         if task is not None:
             task.cancel()
             await asyncio.wait([task])

@@ -1,4 +1,4 @@
-"""Preallocated keys and values of the running requests, and of prompts prefilled a moment ago."""
+"""Preallocated keys and values of the running requests and of recently prefilled prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LENGTH_STEP = 32
 
 
 def round_up(length: int, step: int = LENGTH_STEP) -> int:
-    """The smallest multiple of ``step`` that is at least ``length``."""
+    """Return the smallest multiple of ``step`` that is at least ``length``."""
     return -(-length // step) * step
 
 
@@ -27,17 +27,16 @@ class PrefixKV:
 
     @property
     def length(self) -> int:
-        """Tokens held."""
+        """Number of tokens."""
         return self.v_LKTD.shape[2]
 
 
 class KVCache:
-    """Rows 0..n-1 belong to the running requests; writes are in place and rows move only when one
-    falls idle.
+    """Keys and values of the running requests, one row each.
 
-    Keys are stored head-dimension-major, (layer, row, kv head, D, T), so that query times keys
-    streams along T; values are (layer, row, kv head, T, D). The store grows with what is asked for
-    and never shrinks.
+    Writes are in place; rows move only when a request ends. Keys are stored head-dimension-major,
+    (layer, row, kv head, D, T), so that query times keys streams along T; values are (layer, row,
+    kv head, T, D). The store grows as needed and never shrinks.
     """
 
     def __init__(self, spec: ModelSpec) -> None:
@@ -63,16 +62,17 @@ class KVCache:
         return self.v_LSKTD.shape[3]
 
     def reserve(self, rows: int, length: int) -> None:
-        """Make room for ``rows`` rows of ``length`` tokens, keeping what is stored."""
+        """Grow to ``rows`` rows of ``length`` tokens, keeping what is stored."""
         if rows <= self.rows and length <= self.length:
             return
-        old_k, old_v, old_rows, old_length = self.k_LSKDT, self.v_LSKTD, self.rows, self.length
-        grown = (
-            old_length
-            if length <= old_length
-            else round_up(max(length, old_length + old_length // 2))
-        )
-        self._allocate(max(rows, old_rows), grown)
+        old_k = self.k_LSKDT
+        old_v = self.v_LSKTD
+        old_rows = self.rows
+        old_length = self.length
+        grown_length = old_length
+        if length > old_length:
+            grown_length = round_up(max(length, old_length + old_length // 2))
+        self._allocate(max(rows, old_rows), grown_length)
         self.k_LSKDT[:, :old_rows, :, :, :old_length] = old_k
         self.v_LSKTD[:, :old_rows, :, :old_length] = old_v
 
@@ -82,14 +82,15 @@ class KVCache:
         self.v_LSKTD[:, rows_M, :, : prefix.length] = prefix.v_LKTD.unsqueeze(1)
 
     def move(self, source_M: torch.Tensor, target_M: torch.Tensor, length: int) -> None:
-        """Copy the first ``length`` positions of rows ``source_M`` to rows ``target_M`` (disjoint)."""
+        """Copy the first ``length`` positions of rows ``source_M`` to ``target_M`` (disjoint)."""
         self.k_LSKDT[:, target_M, :, :, :length] = self.k_LSKDT[:, source_M, :, :, :length]
         self.v_LSKTD[:, target_M, :, :length] = self.v_LSKTD[:, source_M, :, :length]
 
 
 class PrefixStore:
-    """The most recently used prompts' keys and values, up to ``max_tokens`` in all (at least one
-    prompt is kept).
+    """Keys and values of the most recently used prompts, up to ``max_tokens`` in all.
+
+    At least one prompt is kept.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -98,7 +99,7 @@ class PrefixStore:
         self._tokens = 0
 
     def get(self, ids: tuple[int, ...]) -> PrefixKV | None:
-        """The entry of exactly these ids, now the most recently used one."""
+        """Return the entry of exactly these ids and make it the most recently used one."""
         if ids in self._entries:
             self._entries.move_to_end(ids)
         return self._entries.get(ids)

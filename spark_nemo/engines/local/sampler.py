@@ -1,5 +1,6 @@
-"""Drawing one token per row: inverse CDF of one uniform per token, so a row's draw ignores its
-companions.
+"""Draw one token per row by the inverse CDF of one uniform number of that row.
+
+A row's draw therefore does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
-    """Sampling parameters of N rows. Greedy rows have temperature 1 here; ``top_p=1`` and
-    ``top_k=0`` mean no cut.
+    """Sampling parameters of N rows; ``top_p=1`` and ``top_k=0`` mean no cut.
+
+    Greedy rows have temperature 1 here.
     """
 
     temperature_N: torch.Tensor
@@ -28,17 +30,15 @@ class RowSampling:
 def cut_probabilities(
     probs_NV: torch.Tensor, top_p_N: torch.Tensor, top_k_N: torch.Tensor
 ) -> torch.Tensor:
-    """``probs_NV`` with everything outside top-k, and outside the smallest set of mass >= top-p,
-    set to 0.
+    """Set probabilities outside top-k, and outside the smallest set of mass >= top-p, to 0.
 
-    top-k goes first and top-p is measured on what it leaves (Hugging Face's order). Tokens exactly
-    as probable as the last one kept stay too, so that the result does not depend on how ties are
+    top-k is applied first and top-p to the remainder, in Hugging Face's order. Tokens exactly as
+    probable as the last one kept stay too, so that the result does not depend on how ties are
     sorted.
     """
     vocab = probs_NV.shape[1]
     top_k_N1 = torch.where(top_k_N == 0, vocab, top_k_N).clamp(max=vocab).unsqueeze(1)
-    # Only the values are needed, and numpy's vectorised sort is 25 times faster than torch.sort
-    # here.
+    # numpy: only the values are needed, and its vectorised sort is 25 times faster than torch.sort.
     descending_NV = torch.from_numpy(np.sort(probs_NV.numpy(), axis=-1)).flip(-1)
     mass_NV = descending_NV.cumsum(-1)
     wanted_N1 = top_p_N.unsqueeze(1) * mass_NV.gather(1, top_k_N1 - 1)
@@ -50,10 +50,10 @@ def cut_probabilities(
 
 
 def draw(logits_NV: torch.Tensor, rows: RowSampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sampled tokens (N,) and their log-probabilities (N,) in nats.
+    """Return sampled tokens (N,) and their log-probabilities (N,) in nats.
 
-    A log-probability is that of log_softmax(logits / T), before any cut; of a greedy token, of
-    log_softmax(logits). Raises ``FloatingPointError`` when the logits are not finite.
+    A log-probability is taken from log_softmax(logits / T), before any cut; for a greedy token,
+    from log_softmax(logits). Raises ``FloatingPointError`` when the logits are not finite.
     """
     logp_NV = torch.log_softmax(logits_NV / rows.temperature_N.unsqueeze(1), dim=-1)
     probs_NV = logp_NV.exp()

@@ -218,7 +218,7 @@ class ServerControl(RemoteEngine):
         return [rank["checksums"] for rank in ranks]
 
     async def model_info(self) -> JSON:
-        """Return ``/model_info``: model_path, weight_version and more; answered also when paused."""
+        """Return ``/model_info`` (model_path, weight_version, ...); works also when paused."""
         return await self._get("/model_info")
 
     async def weight_version(self) -> int:

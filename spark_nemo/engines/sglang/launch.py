@@ -29,7 +29,7 @@ from .server import SglangServer
 CONTEXT_RESERVE = 6
 """Tokens of its context length that SGLang keeps for itself."""
 ROUTER_SLACK = 1.5
-"""The router's deadline over the fleet's, so that the fleet's, which knows of pauses, comes first."""
+"""The router's deadline over the fleet's, which knows of pauses and must come first."""
 
 
 class CheckedServer(SglangServer):

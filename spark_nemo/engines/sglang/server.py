@@ -19,9 +19,9 @@ from .protocol import PauseMode, generate_json, parse_generate_reply, require_fi
 
 PATH = "/generate"
 ABORT_TIMEOUT_S = 2.0
-"""How long a cancelled caller waits for its abort to reach the server."""
+"""Time that a cancelled caller waits for its abort to reach the server."""
 TOKEN_FIRST_S = 1.0
-"""How long a probe waits for its token before it also asks ``/health``."""
+"""Time that a probe waits for its token before it also calls ``/health``."""
 
 
 class SglangServer(ServerControl):
@@ -107,7 +107,7 @@ class SglangServer(ServerControl):
         token = asyncio.create_task(super().probe(timeout_s))
         tasks = [token]
         try:
-            # The token first: a server that rejects requests (wrong key) may be healthy all the same.
+            # The token first: a server that rejects requests (wrong key) may still be healthy.
             await asyncio.wait(tasks, timeout=min(TOKEN_FIRST_S, timeout_s / 2))
             if not token.done():
                 health = asyncio.create_task(self._call("GET", "/health", timeout_s=timeout_s))

@@ -25,7 +25,7 @@ from .server import VllmServer
 
 
 class CheckedServer(VllmServer):
-    """A client whose first probe also checks model name, context and meaning of log-probabilities."""
+    """A client whose first probe also checks model name, context and log-probabilities."""
 
     _checked = False
 

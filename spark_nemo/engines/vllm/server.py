@@ -136,7 +136,7 @@ class VllmServer(RemoteEngine):
         raise EngineFailure(f"{self.url}: a vLLM server cannot be paused by this package")
 
     async def resume(self) -> None:
-        """Do nothing: a vLLM server is never paused."""
+        """No effect: a vLLM server is never paused."""
 
     async def health(self) -> EngineHealth:
         """See ``Engine.health``. Never raises: a server that does not answer is not alive."""
