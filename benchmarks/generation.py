@@ -34,7 +34,7 @@ from spark_nemo.engines.local import LocalEngine
 
 
 def options() -> argparse.Namespace:
-    """The defaults are the small world's model and lengths."""
+    """The defaults are the toy task's model and lengths."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sizes = {
         "hidden": 128,

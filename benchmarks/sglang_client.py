@@ -120,7 +120,7 @@ async def run_ours(args: argparse.Namespace, url: str, vocab: int, seed: int) ->
 
 
 async def run_plain(args: argparse.Namespace, url: str, vocab: int, seed: int) -> Run:
-    """What one would write in ten lines: a pool of connections, workers, JSON, no checks."""
+    """Ten plain lines: a pool of connections, workers, JSON, no checks."""
     requests = iter(build_requests(args, vocab, seed))
     tokens = []
 
@@ -324,7 +324,7 @@ def wait_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
 
 
 def flush(url: str) -> None:
-    """An empty prefix cache; the server refuses while it is still busy with the last requests."""
+    """Empty the prefix cache; the server rejects this while it is still busy with the last requests."""
     for _ in range(50):
         with contextlib.suppress(urllib.error.HTTPError):
             urllib.request.urlopen(
@@ -350,7 +350,7 @@ def measure(args: argparse.Namespace, url: str) -> dict[str, list[Run]]:
     freeze_heap()
     runs: dict[str, list[Run]] = {name: [] for name in clients}
     for repeat in range(args.repeats):
-        # Another order every time: whoever goes first finds the machine as the last one left it.
+        # Another order every time: the first client finds the machine as the last one left it.
         names = list(clients)
         for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
             flush(url)

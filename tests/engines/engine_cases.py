@@ -1,6 +1,4 @@
-"""What several engine tests share: a tiny Qwen2 by transformers, requests, and a small chat
-template.
-"""
+"""Helpers of several engine tests: a tiny Qwen2 by transformers, requests, a small chat template."""
 
 import asyncio
 
@@ -46,7 +44,7 @@ def ask(prompt, **sampling) -> GenerationRequest:
 
 
 def named(model):
-    """What a trainer would send: names and tensors, without the tied copy of the embedding."""
+    """The tensors that a trainer would send: names and tensors, without the tied copy of the embedding."""
     return [
         (name, tensor)
         for name, tensor in model.state_dict().items()
@@ -55,7 +53,7 @@ def named(model):
 
 
 async def generate_all(engine, requests):
-    """All results in the order of ``requests``; a failure takes its request's place."""
+    """Return all results in the order of ``requests``; a failure takes its request's place."""
 
     async def generate(request):
         try:

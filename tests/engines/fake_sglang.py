@@ -1,7 +1,7 @@
 """A fake SGLang server: the protocol of docs/engines.md, with a hash for a model. It needs no torch
 and no spark_nemo.
 
-What it says and refuses is what 0.5.21 was seen to do;
+Its replies and rejections are those observed of 0.5.21;
 ``tests/real_sglang/test_fake_is_faithful.py`` compares the two. Its tokens depend on the weights'
 name, the last token and the position, so other weights give other tokens. In a test:
 
@@ -40,13 +40,13 @@ SAMPLING = {
     "min_new_tokens",
 }
 RESERVED_INPUT, RESERVED_TOTAL = 6, 2
-"""Of its context SGLang keeps 6 tokens from prompts and cuts what is sampled 2 tokens short of it.
+"""SGLang keeps 6 tokens of its context from prompts and samples up to 2 tokens short of it.
 """
 
 
 @dataclass
 class Faults:
-    """What is to go wrong. Counters count down with each ``/generate``."""
+    """Faults to produce. Counters count down with each ``/generate``."""
 
     token_s: float = 0.0
     hang: bool = False

@@ -1,6 +1,4 @@
-"""Fake engines that die, hang, refuse and return, for tests of a fleet; milliseconds instead of
-minutes.
-"""
+"""Fake engines that die, hang, reject and return, for tests of a fleet."""
 
 from __future__ import annotations
 
@@ -41,15 +39,22 @@ def ask(*prompt: int) -> GenerationRequest:
 
 class FakeEngine(Engine):
     """Answers with the prompt and its own number after ``delay``. ``dead``, ``hung``: what a crash
-    and a SIGSTOP look like to a client. ``spoken`` counts answers that left it.
+    and a SIGSTOP look like to a client.
     """
 
     def __init__(
         self, number: int = 0, delay: float = 0.001, max_in_flight: int | None = None
     ) -> None:
-        self.number, self.delay, self.max_in_flight = number, delay, max_in_flight
-        self.dead = self.hung = self.closed = self.paused = self.refuses_weights = False
-        self.version, self.running, self.spoken, self.probes = 0, 0, 0, 0
+        self.number = number
+        self.delay = delay
+        self.max_in_flight = max_in_flight
+        self.dead = False
+        self.hung = False
+        self.closed = False
+        self.paused = False
+        self.rejects_weights = False
+        self.version = 0
+        self.running = 0
         self.seen: list[tuple[int, ...]] = []
 
     async def _alive(self) -> None:
@@ -71,14 +76,13 @@ class FakeEngine(Engine):
             await self._alive()
         finally:
             self.running -= 1
-        self.spoken += 1
         ids = (*request.prompt_ids, self.number)
         return Generation(ids, (0.0,) * len(ids), (self.version,) * len(ids), FinishReason.STOP)
 
     async def update_weights(self, tensors, version: int) -> None:
         list(tensors)
         await self._alive()
-        if self.refuses_weights:
+        if self.rejects_weights:
             raise EngineFailure(f"engine {self.number}: tensor of another shape")
         self.version = version
 
@@ -91,7 +95,6 @@ class FakeEngine(Engine):
         self.paused = False
 
     async def health(self) -> EngineHealth:
-        self.probes += 1
         await self._alive()
         return EngineHealth(not self.dead, self.paused, self.running, 0, self.version, 0)
 

@@ -1,6 +1,4 @@
-"""A fleet of fake engines: who gets which request, and that each ends in exactly one result
-whatever dies.
-"""
+"""A fleet of fake engines: the choice of a replica, and one result per request whatever dies."""
 
 from __future__ import annotations
 
@@ -24,9 +22,9 @@ from spark_nemo.engines import (
 from spark_nemo.engines.fleet import FleetLimits
 
 
-def test_requests_spread_over_members_and_a_prompt_stays_where_it_was() -> None:
+def test_requests_spread_over_replicas_and_a_prompt_stays_where_it_was() -> None:
     """64 different prompts at once: equal shares. 16 votes about each of 8 prompts: every prompt
-    sees one member.
+    goes to one replica.
     """
 
     async def scenario():
@@ -47,7 +45,7 @@ def test_requests_spread_over_members_and_a_prompt_stays_where_it_was() -> None:
 
 
 def test_affinity_gives_way_to_load() -> None:
-    """One prompt 100 times at once does not pile up on one of two members."""
+    """One prompt 100 times at once does not pile up on one of two replicas."""
 
     async def scenario():
         engines = [FakeEngine(i, delay=0.02) for i in range(2)]
@@ -59,10 +57,8 @@ def test_affinity_gives_way_to_load() -> None:
     assert min(run(scenario())) > 35
 
 
-def test_a_dead_member_costs_a_retry_and_no_request() -> None:
-    """Requests on the one that dies are redone on the other, each answered once; the counters say
-    so.
-    """
+def test_a_dead_replica_costs_a_retry_and_no_request() -> None:
+    """Requests on the one that dies are retried on the other, each is answered once and counted."""
 
     async def scenario():
         engines = [FakeEngine(i, delay=0.02) for i in range(2)]
@@ -81,7 +77,7 @@ def test_a_dead_member_costs_a_retry_and_no_request() -> None:
     assert metrics.retried_prompt_tokens == metrics.retries
 
 
-def test_a_hung_member_is_found_by_a_probe_long_before_the_request_deadline() -> None:
+def test_a_hung_replica_is_found_by_a_probe_long_before_the_request_deadline() -> None:
     """With a request deadline of a minute, hanging requests move within the probe's time."""
 
     async def scenario():
@@ -100,8 +96,8 @@ def test_a_hung_member_is_found_by_a_probe_long_before_the_request_deadline() ->
     assert len(answers) == 20 and seconds < 2
 
 
-def test_a_slow_request_on_a_sound_member_does_not_take_it_out() -> None:
-    """A request that is over its deadline everywhere fails; the members answer probes and stay."""
+def test_a_slow_request_on_a_healthy_replica_does_not_evict_it() -> None:
+    """A request that is over its deadline everywhere fails; the replicas pass probes and stay."""
 
     async def scenario():
         engines = [FakeEngine(i, delay=10) for i in range(2)]
@@ -124,8 +120,8 @@ def test_a_slow_request_on_a_sound_member_does_not_take_it_out() -> None:
     assert metrics.outages == 0 and metrics.replicas_up == 2 and not isinstance(error, EngineLost)
 
 
-def test_the_deadline_of_a_request_begins_when_it_has_a_place() -> None:
-    """One member that takes one request at a time, 15 requests at once, a deadline of three: all
+def test_the_deadline_of_a_request_begins_when_it_has_a_slot() -> None:
+    """One replica that takes one request at a time, 15 requests at once, a deadline of three: all
     are answered at the first try, also those that waited for longer than the deadline of one
     attempt and that of all attempts.
     """
@@ -146,10 +142,10 @@ def test_the_deadline_of_a_request_begins_when_it_has_a_place() -> None:
     )
 
 
-def test_whoever_waits_for_a_place_at_a_member_that_dies_goes_elsewhere() -> None:
-    """Two members of one place each; the first dies with half of the requests waiting for it. All
-    are answered by the other, and only what had been sent counts as redone. A cancelled one gives
-    its place up.
+def test_requests_that_wait_for_a_slot_of_a_dying_replica_go_elsewhere() -> None:
+    """Two replicas of one slot each; the first dies with half of the requests waiting for it. All
+    are answered by the other, and only requests that had been sent count as retried. A cancelled
+    one gives up its slot.
     """
 
     async def scenario():
@@ -172,7 +168,7 @@ def test_whoever_waits_for_a_place_at_a_member_that_dies_goes_elsewhere() -> Non
 
 
 def test_a_request_for_many_tokens_has_more_time() -> None:
-    """A quarter of a second for each token of four: a member that needs half a second is waited
+    """A quarter of a second for each token of four: a replica that needs half a second is waited
     for, where a deadline without tokens ends the request. One and all attempts grow alike.
     """
     limits = FleetLimits(request_timeout_s=0.1, total_timeout_s=0.6, token_timeout_s=0.25)
@@ -187,8 +183,8 @@ def test_a_request_for_many_tokens_has_more_time() -> None:
         run(scenario(FleetLimits(request_timeout_s=0.1, total_timeout_s=0.6)))
 
 
-def test_a_bad_request_passes_at_once_and_blames_nobody() -> None:
-    """The engine's own words, one attempt, no outage."""
+def test_an_invalid_request_fails_at_once_and_evicts_no_replica() -> None:
+    """The engine's message, one attempt, no outage."""
 
     async def scenario():
         engines = [FakeEngine(i) for i in range(2)]
@@ -202,7 +198,7 @@ def test_a_bad_request_passes_at_once_and_blames_nobody() -> None:
 
 
 def test_a_late_answer_is_dropped() -> None:
-    """The first member cannot be cancelled and answers after its attempt was given up: one result,
+    """The first replica cannot be cancelled and answers after its attempt was given up: one result,
     one late answer.
     """
 
@@ -247,8 +243,8 @@ def test_an_aborted_answer_is_redone() -> None:
     assert answer.finish_reason is FinishReason.STOP and metrics.lost_response_tokens == 2
 
 
-def test_nobody_left_fails_everyone_in_bounded_time_and_says_why() -> None:
-    """Every waiting request and every later one gets ``EngineLost`` naming each member's last error
+def test_without_a_replica_every_request_fails_in_bounded_time_and_says_why() -> None:
+    """Every waiting request and every later one gets ``EngineLost`` naming each replica's last error
     and the wait.
     """
 
@@ -278,8 +274,8 @@ def test_nobody_left_fails_everyone_in_bounded_time_and_says_why() -> None:
     assert first < 3 and later < 0.2
 
 
-def test_a_cancelled_caller_reaches_the_member() -> None:
-    """The member's call is cancelled too, and its load goes down."""
+def test_a_cancelled_caller_cancels_the_engines_call() -> None:
+    """The load of the replica goes down."""
 
     async def scenario():
         engine = FakeEngine(0, delay=10)
@@ -295,7 +291,7 @@ def test_a_cancelled_caller_reaches_the_member() -> None:
     assert metrics.cancelled == 1 and metrics.load == {"m0": 0}
 
 
-def test_a_blocked_event_loop_is_nobodys_failure() -> None:
+def test_a_blocked_event_loop_is_not_a_failure() -> None:
     """A training step holds the loop for longer than every deadline; requests and probes in flight
     survive it.
     """
@@ -316,7 +312,7 @@ def test_a_blocked_event_loop_is_nobodys_failure() -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_random_failures_never_lose_or_double_a_request(seed: int) -> None:
     """Engines die, hang and return at random under 200 requests. Each ends in exactly one answer,
-    its own; the books balance. Proves nothing about real sockets: the tests with fake servers and
+    its own; the counts add up. Proves nothing about real sockets: the tests with fake servers and
     real ones do that.
     """
 
@@ -350,7 +346,9 @@ def test_random_failures_never_lose_or_double_a_request(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_failures_of_kept_servers_under_updates_keep_versions_straight(seed: int) -> None:
+def test_random_failures_of_launched_servers_under_updates_keep_versions_straight(
+    seed: int,
+) -> None:
     """Servers are killed at random between and during updates and restart with the folder's
     weights; with a hook, no token is ever sampled from any version but the one that was current
     when its request began or ended.
@@ -394,7 +392,7 @@ def test_random_failures_of_kept_servers_under_updates_keep_versions_straight(se
                     victim.engine.dead = True
                 for result in await asyncio.gather(*work, return_exceptions=True):
                     if isinstance(result, EngineLost):
-                        continue  # all stale: their hook failed
+                        continue  # all outdated: their hook failed
                     assert not isinstance(result, BaseException), result
                     done += 1
                     wrong += set(result.weight_versions) != {fleet.version}
@@ -437,29 +435,29 @@ def test_a_probe_that_a_blocked_event_loop_made_late_is_asked_again() -> None:
     assert metrics.outages == 0 and metrics.replicas_up == 1
 
 
-class Refusing(FakeEngine):
-    """Answers probes, and refuses generations while ``refuses`` is above 0, which counts down."""
+class Rejecting(FakeEngine):
+    """Passes probes, and rejects as many generations as ``rejections`` says."""
 
-    refuses = 0
+    rejections = 0
 
     async def generate(self, request):
-        if self.refuses > 0:
-            self.refuses -= 1
+        if self.rejections > 0:
+            self.rejections -= 1
             await asyncio.sleep(0.005)
             raise EngineUnavailable("503 for now")
         return await super().generate(request)
 
 
-def test_a_burst_of_refusals_is_one_failure() -> None:
-    """A server that is overloaded for a moment refuses 30 requests at once; killing it would cost
+def test_a_burst_of_rejections_is_one_failure() -> None:
+    """A server that is overloaded for a moment rejects 30 requests at once; killing it would cost
     minutes.
     """
 
     async def scenario():
-        engine = Refusing(0)
+        engine = Rejecting(0)
         async with running([engine]) as fleet:
             await fleet.generate(ask(0))
-            engine.refuses = 30
+            engine.rejections = 30
             await asyncio.gather(*(fleet.generate(ask(i)) for i in range(30)))
             return fleet.metrics()
 
@@ -493,14 +491,14 @@ def test_a_moment_of_rejections_does_not_evict_the_only_server() -> None:
     assert metrics.outages == 0 and metrics.answered == 41 and metrics.retries >= 40
 
 
-def test_a_server_that_serves_nobody_is_taken_out_though_it_answers_probes() -> None:
+def test_a_server_that_serves_no_request_is_evicted_though_it_passes_probes() -> None:
     """Three requests, each sent after the last one failed. It is let in again once it answers a
     probe, and so on with growing pauses; every request is answered by the other one.
     """
 
     async def scenario():
-        engines = [Refusing(0), FakeEngine(1)]
-        engines[0].refuses = 10**6
+        engines = [Rejecting(0), FakeEngine(1)]
+        engines[0].rejections = 10**6
         async with running(engines) as fleet:
             await fleet.health()
             await until(lambda: fleet.metrics().replicas_up == 2)

@@ -1,4 +1,4 @@
-"""How members of a fleet come, go and return: restarts, weights, pauses, the router."""
+"""Restarts, weights, pauses and the router of a fleet's replicas."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_server_that_never_comes_up_is_not_tried_again() -> None:
 
 
 def test_a_hung_server_of_ours_is_killed_and_restarted() -> None:
-    """SIGSTOP is no death: the probe finds it, the launcher kills it."""
+    """A SIGSTOP does not end the process: the probe finds it, the launcher kills it."""
 
     async def scenario():
         launchers = [FakeLauncher(i) for i in range(2)]
@@ -164,7 +164,7 @@ def test_a_given_server_that_returns_serves_again() -> None:
     run(scenario())
 
 
-def test_a_member_that_fails_an_update_is_taken_out_and_the_run_goes_on() -> None:
+def test_a_replica_that_fails_an_update_is_evicted_and_the_run_goes_on() -> None:
     """One of three hangs during the update: the others have the new version and serve; it may not."""
 
     async def scenario():
@@ -172,7 +172,7 @@ def test_a_member_that_fails_an_update_is_taken_out_and_the_run_goes_on() -> Non
         async with running(engines) as fleet:
             await fleet.generate(ask(1))
             await until(lambda: up(fleet) == 3)
-            engines[1].refuses_weights = True
+            engines[1].rejects_weights = True
             await fleet.update_weights(WEIGHTS, 4)
             engines[1].seen.clear()
             answers = await asyncio.gather(*(fleet.generate(ask(i)) for i in range(30)))
@@ -182,7 +182,7 @@ def test_a_member_that_fails_an_update_is_taken_out_and_the_run_goes_on() -> Non
     assert versions == {4} and version == 4 and seen == []
 
 
-def test_weights_that_every_member_refuses_change_nothing() -> None:
+def test_weights_that_every_replica_rejects_change_nothing() -> None:
     """A tensor of another shape is the caller's mistake: an error, and all serve on under the old
     version.
     """
@@ -193,7 +193,7 @@ def test_weights_that_every_member_refuses_change_nothing() -> None:
             await fleet.generate(ask(1))
             await until(lambda: up(fleet) == 2)
             for engine in engines:
-                engine.refuses_weights = True
+                engine.rejects_weights = True
             with pytest.raises(EngineFailure, match="m0: engine 0: tensor of another shape; m1: "):
                 await fleet.update_weights(WEIGHTS, 1)
             await asyncio.sleep(0.05)
@@ -239,7 +239,7 @@ def test_time_paused_is_no_deadline_and_requests_wait() -> None:
     assert waiting == 6 and metrics.retries == metrics.outages == 0 and metrics.answered == 12
 
 
-def test_who_returns_during_a_pause_is_paused_and_resumed_with_the_others() -> None:
+def test_a_server_that_returns_during_a_pause_is_paused_and_resumed_with_the_others() -> None:
     """And a server that missed the resume is resumed when it comes back."""
 
     async def scenario():
@@ -262,7 +262,7 @@ def test_who_returns_during_a_pause_is_paused_and_resumed_with_the_others() -> N
 
 
 def test_closing_ends_what_runs_and_kills_what_was_started() -> None:
-    """Requests in flight fail, kept servers stop, a second close does nothing."""
+    """Requests in flight fail, launched servers stop, a second close does nothing."""
 
     async def scenario():
         launcher = FakeLauncher(0, delay=10)
@@ -281,7 +281,7 @@ def test_closing_ends_what_runs_and_kills_what_was_started() -> None:
 
 
 class FakeRouter(FakeEngine):
-    """Passes requests on to the engines it was told of, and fails with them."""
+    """Passes requests on to its targets, and fails with them."""
 
     def __init__(self) -> None:
         super().__init__(99)
@@ -296,7 +296,7 @@ class FakeRouter(FakeEngine):
 
 
 class FakeRouterHandle(FakeLauncher, RouterHandle):
-    """Keeps a ``FakeRouter``."""
+    """Launcher of a ``FakeRouter``."""
 
     async def start(self):
         await asyncio.sleep(self.start_s)
@@ -307,8 +307,8 @@ class FakeRouterHandle(FakeLauncher, RouterHandle):
         self.engine.targets = list(engines)
 
 
-def test_a_router_gets_first_attempts_and_knows_who_is_up() -> None:
-    """All requests pass through it while it lives; a member that dies is struck from its list."""
+def test_a_router_gets_first_attempts_and_the_serving_replicas() -> None:
+    """All requests pass through it while it lives; a replica that dies is removed from its list."""
 
     async def scenario():
         launchers, router = [FakeLauncher(i, max_restarts=0) for i in range(2)], FakeRouterHandle(9)
@@ -328,7 +328,7 @@ def test_a_router_gets_first_attempts_and_knows_who_is_up() -> None:
 
 @pytest.mark.parametrize("fate", ["dead", "hung"])
 def test_a_killed_router_costs_no_request_and_is_started_again(fate: str) -> None:
-    """Requests in flight through it are redone directly; the next router is told of all members."""
+    """Requests in flight through it are retried directly; the next router gets all replicas."""
 
     async def scenario():
         launchers, router = [FakeLauncher(i, delay=0.03) for i in range(2)], FakeRouterHandle(9)
@@ -376,8 +376,8 @@ def test_a_server_that_dies_after_it_took_an_update_is_not_credited_with_it() ->
 
 
 def test_a_server_that_is_out_when_an_update_ends_has_not_got_it() -> None:
-    """The only one takes version 5 and dies, and nobody has started it again: the update reached
-    nobody, and may be repeated with its successor, which is not taken out for what its predecessor
+    """The only one takes version 5 and dies, and is not restarted yet: the update reached no
+    server and may be repeated with its successor, which is not evicted for what its predecessor
     did.
     """
 
@@ -401,7 +401,7 @@ def test_a_server_that_is_out_when_an_update_ends_has_not_got_it() -> None:
 
 
 def test_a_server_that_is_being_given_weights_is_not_lost() -> None:
-    """Large models take longer to load than a pool is patient: who is back and loads is waited for."""
+    """Loading may take longer than pool_down_timeout_s: a server that loads weights is waited for."""
 
     async def scenario():
         engine = FakeEngine(0)

@@ -1,4 +1,4 @@
-"""Weight updates, pausing, refusals, cancelling, crashing and closing of the embedded engine."""
+"""Weight updates, pausing, rejected requests, cancelling, crashing and closing of the embedded engine."""
 
 import asyncio
 import json
@@ -164,7 +164,7 @@ def test_pause_stops_tokens_and_resume_continues(engine, prompts):
     ids=["too-large", "negative", "empty", "too-long"],
 )
 def test_bad_requests_are_refused_and_hurt_nobody(engine, prompts, request_, message):
-    """The refusal says why; a good request in the same batch is served."""
+    """The error says why; a good request in the same batch is served."""
 
     async def scenario():
         bad, good = await generate_all(engine, [request_, ask(prompts[1], seed=0)])

@@ -108,7 +108,7 @@ def test_results_do_not_depend_on_batch_size_or_companions(folder, prompts, max_
 
 
 def test_same_requests_again_are_bit_identical(folder, prompts):
-    """What exact resume rests on: equal log-probabilities to the last bit, on a used engine and on
+    """Exact resume needs equal log-probabilities to the last bit, on a used engine and on
     a fresh one.
     """
     requests = mixed_requests(prompts)

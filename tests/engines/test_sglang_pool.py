@@ -106,7 +106,7 @@ def test_a_process_may_open_a_connection_for_every_request() -> None:
 def said_of_open_files(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, limits
 ) -> str:
-    """What is logged where ``limits`` (soft, hard) are the process's and 16 servers are asked."""
+    """The log of a pool of 16 servers in a process with ``limits`` (soft, hard) of open files."""
     monkeypatch.setattr("resource.getrlimit", lambda which: limits)
     monkeypatch.setattr("resource.setrlimit", lambda which, limits: None)
     allow_open_files(16 * 512)
@@ -244,7 +244,7 @@ def test_a_router_waits_as_long_as_the_longest_request_may_take(
 def test_a_context_beyond_the_models_is_cut_to_what_sglang_can_serve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The small world's models have 512 positions; SGLang keeps six."""
+    """The toy task's models have 512 positions; SGLang keeps six."""
     monkeypatch.setattr(ServerProcess, "launch", lambda self: None)
     monkeypatch.setattr(
         "spark_nemo.engines.fleet.pool.find_spec", lambda name: name
@@ -275,7 +275,7 @@ PROXIES = {
 
 def test_a_server_reaches_itself_past_the_clusters_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang asks itself over HTTP in its warm-up, by ``requests``, which takes the proxy of the
-    environment even for 127.0.0.1; when the proxy refuses, it ends itself. Proven by the rules of
+    environment even for 127.0.0.1; when the proxy rejects that, it exits. Proven by the rules of
     Python's own library.
     """
     for name, value in PROXIES.items():
@@ -290,7 +290,7 @@ def test_a_server_reaches_itself_past_the_clusters_proxy(monkeypatch: pytest.Mon
 
 
 def test_a_router_knows_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whom it will talk to is not known when it starts, and they are all of this cluster."""
+    """Its servers are not known when it starts, and all of them are of this cluster."""
     for name, value in PROXIES.items():
         monkeypatch.setenv(name, value)
     server_wrapper._bypass_proxies("router", ["--host", "127.0.0.1"])

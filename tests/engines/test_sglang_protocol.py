@@ -126,7 +126,7 @@ def test_malformed_reply_is_refused_by_field(path, value, field):
 
 
 def test_fewer_tokens_than_asked_is_no_length():
-    """SGLang samples 2 tokens less than fit into its context and calls that length: refused, not
+    """SGLang samples 2 tokens less than fit into its context and calls that length: rejected, not
     taken as finished.
     """
     short = changed(["meta_info", "finish_reason"], {"type": "length", "length": 3})
@@ -200,14 +200,14 @@ def test_without_stop_tokens_nothing_stops():
     ],
 )
 def test_limits_refuse_before_anything_is_sent(request_, message):
-    """What SGLang would refuse, cut short or die of."""
+    """Requests that SGLang would reject, cut short or die of."""
     with pytest.raises(EngineFailure, match=message):
         RequestLimits(61, 128).check(request_)
     RequestLimits(61, 128).check(ask((60,) * 100, max_new_tokens=28))
 
 
 def test_versions_are_numbers_in_strings():
-    """SGLang's own default and anything else that is no number is refused with the remedy."""
+    """SGLang's own default, and any other text that is not a number, fails with the remedy."""
     assert version_number("12", "v") == 12
     for value in ("default", "-1", 3, None, ""):
         with pytest.raises(EngineFailure, match="--weight-version 0"):

@@ -181,7 +181,7 @@ def test_failures_of_the_server_are_unavailable(fault, message):
 
 
 def test_abort_that_blames_the_request_is_a_plain_failure():
-    """No other server would do better, so nobody should redo it."""
+    """No other server would do better: the request must not be retried."""
 
     async def scenario(server, fake):
         fake.faults.abort, fake.faults.abort_status = 1, 400
@@ -207,7 +207,7 @@ def test_malformed_reply_is_a_failure_that_names_server_and_field():
 
 
 def test_killed_and_stopped_servers_are_unavailable(monkeypatch):
-    """SIGSTOP runs into deadlines, SIGKILL into refused connections; health says both without
+    """SIGSTOP runs into deadlines, SIGKILL into failed connections; health says both without
     raising.
     """
 
@@ -266,7 +266,7 @@ def test_key_is_sent_but_never_shown(caplog):
 
 
 def test_wrong_key_is_said_plainly():
-    """401 is no reason to try elsewhere."""
+    """A 401 does not lead to a retry elsewhere."""
 
     async def scenario(server, fake):
         with pytest.raises(EngineFailure, match="401: the server expects another API key"):
@@ -305,7 +305,7 @@ def test_close_ends_what_is_in_flight_and_leaves_the_server():
 
 
 def test_probe_fails_of_a_wrong_key_on_a_healthy_server():
-    """``/health`` wants no key, so it may not speak for a server that refuses every request."""
+    """``/health`` wants no key, so it proves nothing of a server that rejects every request."""
 
     async def scenario(server, fake):
         with pytest.raises(EngineFailure, match="another API key"):

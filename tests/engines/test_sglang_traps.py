@@ -17,7 +17,7 @@ BUCKET = {"names": ["a"], "dtypes": ["float32"], "shapes": [(2,)], "group_name":
 
 
 async def running(server, fake, tokens=0, **sampling):
-    """A request that the fake is generating, a token every 5 ms, and of which it has so many."""
+    """A request that the fake is generating, a token every 5 ms, once it has ``tokens`` of them."""
     fake.faults.token_s = 0.005
     task = asyncio.create_task(server.generate(ask((1,), **sampling)))
     await until(lambda: fake.running and len(next(iter(fake.running.values())).tokens) >= tokens)
@@ -25,7 +25,7 @@ async def running(server, fake, tokens=0, **sampling):
 
 
 def test_1_updates_outside_a_session_are_refused_at_once():
-    """The refusal comes back as an error while a broadcast would hang; inside a session the same
+    """The rejection comes back as an error while a broadcast would hang; inside a session the same
     calls succeed.
     """
 
@@ -88,7 +88,7 @@ def test_1_server_that_never_answers_an_update_is_unavailable():
 
 @pytest.mark.parametrize("prompt", [(1, 64), (1, -1)])
 def test_3_ids_outside_the_vocabulary_never_reach_the_server(prompt):
-    """The fake dies of them, as the real one does; the client refuses, and the server lives on."""
+    """The fake dies of them, as the real one does; the client rejects them, and the server lives on."""
 
     async def scenario(server, fake):
         with pytest.raises(EngineFailure, match="outside the vocabulary of 64"):
@@ -138,7 +138,7 @@ def test_5_seed_is_sent():
 
 
 def test_6_health_is_503_during_a_pause_and_the_client_does_not_ask_it():
-    """alive and paused, at once; a probe is refused instead of waiting for the end of the pause."""
+    """alive and paused, at once; a probe fails instead of waiting for the end of the pause."""
 
     async def scenario(server, fake):
         await server.pause()
@@ -220,7 +220,7 @@ def test_abort_pause_makes_requests_redoable():
 
 def test_9_context_is_smaller_than_it_says():
     """SGLang serves a context of 128 in full up to 122 tokens and then samples fewer: check_limits
-    refuses such a client, and a reply that is too short is refused as well.
+    rejects such a client, and a reply that is too short fails as well.
     """
 
     async def scenario(server, fake):
@@ -288,7 +288,7 @@ def test_7_update_waits_for_running_requests_when_not_paused(tmp_path):
 
 
 def test_death_of_the_server_ends_everything_in_flight(tmp_path):
-    """Requests held in an in-place pause do not wait for a server that an update by somebody else
+    """Requests held in an in-place pause do not wait for a server that another client's update
     has killed.
     """
     (tmp_path / "config.json").touch()

@@ -104,8 +104,8 @@ def test_end_of_sequence_ids_come_from_every_file(tokenizer):
 
 
 def test_a_token_that_servers_stop_at_unasked_ends_a_response(tokenizer_folder, tmp_path):
-    """Of a Llama 3.1 that was trained to end otherwise, the configuration does not name <|eom_id|>;
-    SGLang stops at it all the same, and a stop that the request did not name is refused, which ends
+    """The configuration of a Llama 3.1 that was trained to end otherwise lacks <|eom_id|>;
+    SGLang stops at it all the same, and a stop that the request did not name fails, which ends
     a run.
     """
     copy = shutil.copytree(tokenizer_folder, tmp_path / "copy")
@@ -193,7 +193,7 @@ def test_a_damaged_file_beside_the_tokenizer_is_named(tokenizer_folder, tmp_path
     "content", [b"{", b"[]", b"\xff", b'{"vocab_size": true, "max_position_embeddings": 8}']
 )
 def test_a_damaged_config_is_named_to_clients_too(tmp_path, content):
-    """What a server's client reads of config.json."""
+    """The part of config.json that a server's client reads."""
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"config\.json"):
         read_token_limits(tmp_path)

@@ -154,7 +154,7 @@ def test_a_reply_that_does_not_answer_the_request_is_refused(named: str, change:
 
 
 def test_an_aborted_request_could_be_served_elsewhere() -> None:
-    """HTTP 200 with finish_reason abort is no generation."""
+    """HTTP 200 with finish_reason abort is not a generation."""
 
     async def scenario(fake, engine):
         fake.change = lambda reply: {"choices": [{**reply["choices"][0], "finish_reason": "abort"}]}
@@ -218,7 +218,7 @@ def test_a_late_request_ends_at_the_server_too() -> None:
 
 
 def test_cancelling_and_closing_reach_the_server() -> None:
-    """A cancelled caller's request and, on close, everything else; a closed client refuses."""
+    """A cancelled caller's request and, on close, everything else; a closed client fails."""
 
     async def scenario(fake, engine):
         fake.delay_s = 30.0
@@ -304,7 +304,7 @@ def test_a_server_that_is_not_the_one_expected_is_refused_at_start(
 
 @pytest.mark.parametrize("processed", [True, False])
 def test_the_logprobs_mode_of_a_server_is_found_out(processed: bool) -> None:
-    """A server given by URL may run in vLLM's default mode, before temperature: refused with the
+    """A server given by URL may run in vLLM's default mode, before temperature: it fails with the
     flag to set.
     """
 
@@ -331,7 +331,7 @@ def test_weights_and_pauses_are_refused() -> None:
 
 
 def test_the_key_is_in_the_environment_and_not_on_the_command_line() -> None:
-    """Whoever lists processes must not see it."""
+    """A list of processes must not show it."""
     line = server_command(
         "python", "/m", port=1, served_name=NAME, max_context=64, max_batch_size=2
     )

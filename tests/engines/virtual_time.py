@@ -50,7 +50,7 @@ def run(coroutine: Coroutine[Any, Any, Result]) -> Result:
 
 
 def block_event_loop(seconds: float) -> None:
-    """What a synchronous training step does to the loop: time passes and no task runs."""
+    """Let time pass while no task runs, as a synchronous training step does."""
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualTimeLoop)
     loop.advance(seconds)

@@ -1,4 +1,4 @@
-"""One real SGLang server for the session, serving the small world's generator."""
+"""One real SGLang server for the session, serving the toy task's generator."""
 
 from pathlib import Path
 

@@ -61,7 +61,7 @@ FAMILIES = {
 
 
 def make_hf(family, folder, tokenizer_from):
-    """A float32 model with random norms and router, with the small world's tokenizer."""
+    """A float32 model with random norms and router, with the toy task's tokenizer."""
     import transformers
 
     torch.manual_seed(0)
@@ -87,7 +87,7 @@ def folders(tmp_path_factory, model_folder):
 
 @pytest.fixture(scope="module")
 def served(folders):
-    """What SGLang's modules hold: by number of tensor-parallel ranks, folder and rank."""
+    """The tensors of SGLang's modules: by number of tensor-parallel ranks, folder and rank."""
     command = [
         str(sglang_python()),
         str(Path(__file__).parent / "module_ranks.py"),

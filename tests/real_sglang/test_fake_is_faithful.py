@@ -102,8 +102,8 @@ CALLS = {
         "/update_weight_version",
         {"new_version": "0", "abort_all_requests": False},
     ),
-    # /weights_checker is not compared: the fake refuses it as 0.5.21 does on a CPU, where
-    # tests/sglang_env mends it.
+    # /weights_checker is not compared: the fake rejects it as 0.5.21 does on a CPU, where
+    # tests/sglang_env repairs it.
     "bad pause": ("POST", "/pause_generation", {"mode": "sleep"}),
     "pause": ("POST", "/pause_generation", {"mode": "retract"}),
     "flush while paused": ("POST", "/flush_cache", None),
@@ -125,7 +125,7 @@ def answers(real):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_same_status_and_fields(answers, name):
-    """Field names and types of a success are equal; of a refusal the status is, and that it is
+    """Field names and types of a success are equal; of a rejection the status and that it is
     JSON.
     """
     (status, is_json, content), fake = answers[name]
@@ -139,7 +139,7 @@ def test_same_status_and_fields(answers, name):
 
 
 def test_fields_the_client_reads_exist_in_both(real):
-    """Of the large information replies the fake has the part that is read."""
+    """The fake has the part of the large information replies that the client reads."""
     calls = [("GET", "/model_info", None), ("GET", "/server_info", None)]
     theirs, ours = asyncio.run(both(real, calls))
     for (_, _, content), (_, _, fake) in zip(theirs, ours):

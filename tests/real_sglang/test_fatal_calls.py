@@ -1,4 +1,4 @@
-"""Calls that kill a real server, which is why the client refuses to make them. Each takes a server
+"""Calls that kill a real server, which is why the client rejects them. Each takes a server
 of its own.
 """
 
@@ -53,8 +53,8 @@ async def survives(url, model, call):
 
 @pytest.mark.parametrize("call", [outside_the_vocabulary, flush_with_requests_paused_in_place])
 def test_real_and_fake_die_alike(call, model_folder, tmp_path):
-    """Afterwards nothing listens there. If this fails on a newer SGLang, the client may refuse
-    less.
+    """Afterwards nothing listens there. If this fails on a newer SGLang, the client may allow
+    more.
     """
 
     async def fake():

@@ -1,4 +1,4 @@
-"""Two real SGLang servers and sglang-router under a scored rollout batch of the small world:
+"""Two real SGLang servers and sglang-router under a scored rollout batch of the toy task:
 whatever is killed or stopped, every group is whole and nothing is counted twice.
 
 One pool for the file, in the order of the tests: the router dies, a server dies and returns with
@@ -60,7 +60,7 @@ needs_router = pytest.mark.skipif(
 
 @dataclass
 class Pool:
-    """What the tests share. ``pushed`` counts the weights that a returning server was given."""
+    """Shared by the tests. ``pushed`` counts the weights that a returning server was given."""
 
     fleet: Fleet
     session: RolloutGenerator
@@ -166,7 +166,7 @@ def disturbed(
 
 
 def busiest(candidates: list[ServerProcess]) -> ServerProcess:
-    """By what they compute just now. Behind a router nobody else knows whose turn it is: the
+    """By what they compute just now. Only the router knows which server is next: the
     cache-aware policy may give one server everything.
     """
 

@@ -24,7 +24,7 @@ from spark_nemo.engines.sglang import PauseMode, SglangServer
 from spark_nemo.toy.problem_files import split_problems
 
 CONTEXT = 506
-"""What a server with a context of 512 serves in full."""
+"""Longest request that a server with a context of 512 serves in full."""
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +34,7 @@ def tokenizer(model_folder):
 
 @pytest.fixture(scope="session")
 def prompts(tokenizer):
-    """120 prompts of the small world."""
+    """120 prompts of the toy task."""
     return [
         tokenizer.encode_chat([{"role": "user", "content": problem.question}])
         for problem in split_problems("eval", 120, 0)
@@ -198,7 +198,7 @@ def test_beyond_its_reserve_the_server_silently_samples_less(real):
 
 
 async def running_on(server):
-    """What the server itself says is running or waiting."""
+    """The server's own count of running and waiting requests."""
     load = (await server._call("GET", "/v1/loads"))["loads"][0]
     return load["num_running_reqs"] + load["num_waiting_reqs"]
 
@@ -292,7 +292,7 @@ def test_update_in_mid_generation_stamps_every_token(
 
 
 def test_in_place_pause_keeps_requests_and_refuses_a_flush(real, prompts, tokenizer, model_folder):
-    """Mode in_place: flush_cache is refused while the request is held; an update without a flush
+    """Mode in_place: flush_cache is rejected while the request is held; an update without a flush
     goes through.
     """
 

@@ -1,7 +1,7 @@
 """New weights into a real SGLang server by every transport, and what happens when they arrive wrong
 or not at all.
 
-The trainer is a one-rank Megatron worker with perturbed copies of the small world's generator. Gloo
+The trainer is a one-rank Megatron worker with perturbed copies of the toy task's generator. Gloo
 and shared memory stand for NCCL and CUDA IPC, which are proven by nothing here.
 """
 
@@ -258,7 +258,7 @@ def gate_on_samples(sync, trainer, server, prompts):
 
 @contextlib.contextmanager
 def full_disk(folder):
-    """A folder with 1 MiB of room where mounting is permitted, else a limit on the size of files."""
+    """A folder with 1 MiB of space where mounting is permitted, else a limit on the size of files."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
     if (
@@ -281,8 +281,8 @@ def full_disk(folder):
 def test_a_full_disk_leaves_the_old_weights_served(
     perturbed, server, prompts, tmp_path, model_folder
 ):
-    """No room for the new version: one error that names the folder, the server answers as before,
-    version and all, and the next push with room goes through.
+    """No space for the new version: one error that names the folder, the server answers as before,
+    version and all, and the next push with space goes through.
     """
     push(sync_for(perturbed, tmp_path, "disk", model_folder), perturbed, server, 70)
     before = greedy(server, prompts)

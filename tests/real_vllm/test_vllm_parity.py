@@ -112,7 +112,7 @@ def reference_logprobs(prompt, ids, temperature: float) -> torch.Tensor:
 
 
 def test_greedy_tokens_equal_the_embedded_engines(server, prompts) -> None:
-    """Token for token, with and without stop tokens, and log-probabilities beside them."""
+    """Token for token, with and without stop tokens, and log-probabilities too."""
     ends = tuple(Tokenizer.load(MODEL).eos_ids)
     requests = [sampled(p, stop_token_ids=stop) for p in prompts for stop in ((), ends)]
     ours, theirs = embedded(requests), serve(server, requests)
@@ -128,7 +128,7 @@ def test_greedy_tokens_equal_the_embedded_engines(server, prompts) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_after_temperature(server, prompts, temperature: float) -> None:
-    """Of sampled tokens, against transformers; the same numbers before temperature are far away at
+    """Log-probabilities of sampled tokens, against transformers; the same numbers before temperature are far away at
     0.7.
     """
     generations = serve(
@@ -248,7 +248,7 @@ def test_start_checks_pass_on_the_real_server(server) -> None:
 
 
 def test_the_prm_gives_the_same_verdicts_as_on_the_embedded_engine(server) -> None:
-    """Responses of the small world's policy, judged greedily by both; the service in between is the
+    """Responses of the toy task's policy, judged greedily by both; the service in between is the
     one RL uses.
     """
     tokenizer = Tokenizer.load(POLICY)
@@ -298,7 +298,7 @@ def test_the_prm_gives_the_same_verdicts_as_on_the_embedded_engine(server) -> No
 
 def test_the_fake_server_says_what_the_real_one_says(server) -> None:
     """Every field that the fake of tests/engines writes is there with the same type, for a stopped
-    and a full answer; and both refuse the same requests with the same status. The fake may lack
+    and a full answer; and both reject the same requests with the same status. The fake may lack
     fields.
     """
     fake_vllm = importlib.import_module("fake_vllm")
@@ -354,7 +354,7 @@ def assert_part_of(made_up: object, real: object, where: str) -> None:
 
 
 def test_vllms_default_logprobs_mode_is_recognised_and_refused(tmp_path) -> None:
-    """A second server, as somebody would start it by hand."""
+    """A second server, as a user would start it by hand."""
 
     async def scenario(raw: RealServer):
         engine = raw.engine()
