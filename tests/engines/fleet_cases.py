@@ -55,6 +55,7 @@ class FakeEngine(Engine):
         self.rejects_weights = False
         self.version = 0
         self.running = 0
+        self.probed = False
         self.seen: list[tuple[int, ...]] = []
 
     async def _alive(self) -> None:
@@ -95,6 +96,7 @@ class FakeEngine(Engine):
         self.paused = False
 
     async def health(self) -> EngineHealth:
+        self.probed = True
         await self._alive()
         return EngineHealth(not self.dead, self.paused, self.running, 0, self.version, 0)
 

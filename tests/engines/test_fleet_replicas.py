@@ -363,12 +363,7 @@ def test_a_server_that_dies_after_it_took_an_update_is_not_credited_with_it() ->
                 for engine in update.targets:
                     engine.version = 5
                 launchers[0].engine.dead = True
-                await until(
-                    lambda: (
-                        len(launchers[0].engines) == 2
-                        and fleet._replicas[0].engine is launchers[0].engine
-                    )
-                )
+                await until(lambda: len(launchers[0].engines) == 2 and launchers[0].engine.probed)
             await asyncio.gather(*(fleet.generate(ask(i)) for i in range(10)))
             return launchers[0].engine.seen, list(fleet.replicas())
 

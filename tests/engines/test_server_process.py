@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -17,21 +18,27 @@ import fake_sglang_process
 import psutil
 import pytest
 from engine_cases import generate_all
+from fake_sglang_process import fake_process, free_port
 
+from spark_nemo.config import EngineConfig, PoolConfig
 from spark_nemo.engines import (
     EngineFailure,
     EngineLost,
+    EngineUnavailable,
     GenerationRequest,
     SamplingParams,
+    build_engine,
     server_wrapper,
 )
 from spark_nemo.engines.fleet import Fleet, FleetLimits
 from spark_nemo.engines.fleet.server_launcher import ServerProcess
 from spark_nemo.engines.sglang import SglangServer
+from spark_nemo.toy.resolve import ASSETS
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="process groups and prctl as on Linux"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="needs Linux process groups and prctl"),
+]
 LIMITS = FleetLimits(
     request_timeout_s=20,
     total_timeout_s=60,
@@ -49,15 +56,17 @@ REQUESTS = [
 ]
 
 
-def connect(url: str) -> SglangServer:
+def connect(
+    url: str, request_timeout_s: float = 30.0, control_timeout_s: float = 5.0
+) -> SglangServer:
     return SglangServer(
         url,
         api_key=None,
         vocab_size=64,
         max_context=100,
         max_in_flight=64,
-        request_timeout_s=30,
-        control_timeout_s=5,
+        request_timeout_s=request_timeout_s,
+        control_timeout_s=control_timeout_s,
     )
 
 
@@ -165,6 +174,65 @@ def test_a_missing_interpreter_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(EngineFailure, match="cannot run /nowhere/python"):
         process.launch()
+
+
+def test_killed_and_stopped_servers_are_unavailable(monkeypatch):
+    """SIGSTOP runs into deadlines, SIGKILL into failed connections; health says both without
+    raising.
+    """
+
+    async def scenario(server, process):
+        await server.generate(REQUESTS[0])
+        assert (await server.health()).alive
+        for signal_, message in (
+            (signal.SIGSTOP, "no answer within"),
+            (signal.SIGKILL, "cannot connect|Disconn"),
+        ):
+            os.kill(process.pid, signal_)
+            await asyncio.sleep(0.1)
+            with pytest.raises(EngineUnavailable, match=message):
+                await server.generate(REQUESTS[0])
+            with pytest.raises(EngineUnavailable):
+                await server.probe(0.3)
+            assert not (await server.health()).alive
+        await server.close()
+
+    monkeypatch.setattr("spark_nemo.engines.sglang.server.ABORT_TIMEOUT_S", 0.2)
+    port = free_port()
+    with fake_process(port) as process:
+        asyncio.run(
+            scenario(
+                connect(f"http://127.0.0.1:{port}", request_timeout_s=1.0, control_timeout_s=0.5),
+                process,
+            )
+        )
+
+
+def test_a_process_may_open_a_connection_for_every_request() -> None:
+    """150 requests at once where 100 files may be open: the pool raises the process's own limit,
+    and nothing is sent twice. The kernel's own bounds are not proven.
+    """
+
+    async def scenario(url):
+        config = EngineConfig(
+            kind="sglang", max_context=320, max_batch_size=75, policy=PoolConfig(urls=[url])
+        )
+        fleet = build_engine(config, ASSETS / "generator", "policy")
+        try:
+            return await asyncio.gather(
+                *(fleet.generate(REQUESTS[0]) for _ in range(150))
+            ), fleet.metrics()
+        finally:
+            await fleet.close()
+
+    port, before = free_port(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    with fake_process(port, "--vocab-size", "691", "--context", "512", "--token-s", "0.1"):
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (100, before[1]))
+            answers, metrics = asyncio.run(scenario(f"http://127.0.0.1:{port}"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert len(answers) == 150 and metrics.retries == metrics.outages == 0
 
 
 FAKE_PACKAGE = {

@@ -5,14 +5,12 @@ which words.
 from __future__ import annotations
 
 import asyncio
-import resource
 import sys
 import urllib.request
 from pathlib import Path
 
 import pytest
 from fake_sglang import FakeSglang
-from fake_sglang_process import fake_process, free_port
 from fleet_cases import until
 
 from spark_nemo.config import ConfigError, EngineConfig, PoolConfig
@@ -32,6 +30,17 @@ from spark_nemo.toy.resolve import ASSETS
 
 TOY = ASSETS / "generator"
 REQUEST = GenerationRequest((5, 6), SamplingParams(max_new_tokens=8, temperature=0.0))
+
+
+def not_launched(monkeypatch: pytest.MonkeyPatch) -> list[ServerProcess]:
+    """The servers that would be launched; their processes are not started."""
+    launchers: list[ServerProcess] = []
+    monkeypatch.setattr(ServerProcess, "launch", lambda self: launchers.append(self))
+    return launchers
+
+
+def toy_server() -> FakeSglang:
+    return FakeSglang(vocab_size=691, context=512)
 
 
 def sglang(max_context: int = 320, **pool) -> EngineConfig:
@@ -55,9 +64,16 @@ def test_servers_that_this_python_cannot_launch_are_refused(
 
 
 def test_given_servers_serve_as_one_engine() -> None:
-    """Two fake servers by URL; both get work, none is ours to kill."""
+    """Two fake servers by URL; both get work and outlive the fleet."""
 
-    async def scenario(urls):
+    async def scenario():
+        async with toy_server() as first, toy_server() as second:
+            urls = [first.url, second.url]
+            answers, replicas = await answers_of(urls)
+            assert first.running == second.running == {}
+            return answers, replicas, urls
+
+    async def answers_of(urls):
         fleet = build_engine(sglang(urls=urls), TOY, "policy")
         try:
             assert isinstance(fleet, Fleet)
@@ -68,39 +84,8 @@ def test_given_servers_serve_as_one_engine() -> None:
         finally:
             await fleet.close()
 
-    ports, flags = [free_port(), free_port()], ("--vocab-size", "691", "--context", "512")
-    with fake_process(ports[0], *flags) as first, fake_process(ports[1], *flags) as second:
-        urls = [f"http://127.0.0.1:{port}" for port in ports]
-        answers, members = asyncio.run(scenario(urls))
-        assert first.poll() is None and second.poll() is None
-    assert len({answer.token_ids for answer in answers}) == 1 and members == sorted(urls)
-
-
-def test_a_process_may_open_a_connection_for_every_request() -> None:
-    """150 requests at once where 100 files may be open: the pool raises the process's own limit,
-    and nothing is sent twice. The kernel's own bounds are not proven.
-    """
-
-    async def scenario(url):
-        config = EngineConfig(
-            kind="sglang", max_context=320, max_batch_size=75, policy=PoolConfig(urls=[url])
-        )
-        fleet = build_engine(config, TOY, "policy")
-        try:
-            return await asyncio.gather(
-                *(fleet.generate(REQUEST) for _ in range(150))
-            ), fleet.metrics()
-        finally:
-            await fleet.close()
-
-    port, before = free_port(), resource.getrlimit(resource.RLIMIT_NOFILE)
-    with fake_process(port, "--vocab-size", "691", "--context", "512", "--token-s", "0.1"):
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (100, before[1]))
-            answers, metrics = asyncio.run(scenario(f"http://127.0.0.1:{port}"))
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    assert len(answers) == 150 and metrics.retries == metrics.outages == 0
+    answers, replicas, urls = asyncio.run(scenario())
+    assert len({answer.token_ids for answer in answers}) == 1 and replicas == sorted(urls)
 
 
 def said_of_open_files(
@@ -134,23 +119,18 @@ def test_a_limit_of_open_files_far_over_the_connections_is_not_complained_of(
 
 
 def test_a_given_server_with_a_shorter_context_is_not_used() -> None:
-    """SGLang would cut samples short without a word."""
+    """SGLang would cut samples short without an error."""
 
-    async def scenario(url):
-        fleet = build_engine(sglang(urls=[url], pool_down_timeout_s=0.5), TOY, "policy")
-        try:
-            await fleet.generate(REQUEST)
-        finally:
-            await fleet.close()
+    async def scenario():
+        async with FakeSglang(vocab_size=691, context=200) as fake:
+            fleet = build_engine(sglang(urls=[fake.url], pool_down_timeout_s=0.5), TOY, "policy")
+            try:
+                await fleet.generate(REQUEST)
+            finally:
+                await fleet.close()
 
-    port = free_port()
-    with (
-        fake_process(port, "--vocab-size", "691", "--context", "200"),
-        pytest.raises(
-            EngineLost, match=r"max_context=320 is over the 194 tokens.*lower engine\.max_context"
-        ),
-    ):
-        asyncio.run(scenario(f"http://127.0.0.1:{port}"))
+    with pytest.raises(EngineLost, match=r"max_context=320.*194.*lower engine\.max_context"):
+        asyncio.run(scenario())
 
 
 def test_a_server_in_its_own_warm_up_is_not_up_yet() -> None:
@@ -182,14 +162,12 @@ def test_a_server_in_its_own_warm_up_is_not_up_yet() -> None:
     asyncio.run(scenario())
 
 
-def test_a_launched_server_is_told_its_part_of_the_machine(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_of_a_launched_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Model, layout, context with SGLang's reserve, first GPU, weight version 0; the key is in the
-    environment only, a new one for every pool, and the other pool's search path stays at home.
+    environment only, a new one for every pool, and this interpreter's search path is not passed on.
     Nothing is started here.
     """
-    monkeypatch.setattr(ServerProcess, "launch", lambda self: None)
+    launchers = not_launched(monkeypatch)
     pool = {
         "servers": 2,
         "tensor_parallel": 2,
@@ -198,8 +176,9 @@ def test_a_launched_server_is_told_its_part_of_the_machine(
         "server_args": ["--dtype", "float32"],
         "server_env": {"A": "b"},
     }
-    first, second = (build_engine(sglang(**pool), TOY, "policy", tmp_path) for _ in range(2))
-    launcher = first._replicas[1].launcher
+    for _ in range(2):
+        build_engine(sglang(**pool), TOY, "policy", tmp_path)
+    launcher, other = launchers[1], launchers[3]
     words = launcher.command("127.0.0.1", 1234)
     text = " ".join(words)
     assert words[:3] == ["/env/bin/python", server_wrapper.__file__, "server"] and words[-2:] == [
@@ -218,9 +197,7 @@ def test_a_launched_server_is_told_its_part_of_the_machine(
         assert said in text
     key = launcher.environment[server_wrapper.KEY_VARIABLE]
     assert (
-        len(key) > 30
-        and key not in text
-        and key != second._replicas[1].launcher.environment[server_wrapper.KEY_VARIABLE]
+        len(key) > 30 and key not in text and key != other.environment[server_wrapper.KEY_VARIABLE]
     )
     assert launcher.environment["PYTHONPATH"] == "" and launcher.environment["A"] == "b"
     assert launcher.log_path == tmp_path / "policy-1.log"
@@ -232,7 +209,7 @@ def test_a_router_waits_as_long_as_the_longest_request_may_take(
     """sglang-router's own limit is 1800 s (its router_args.py), which a response of 32k tokens on a
     full server passes; what it cuts off is sampled again from the start. Nothing is started here.
     """
-    monkeypatch.setattr(ServerProcess, "launch", lambda self: None)
+    not_launched(monkeypatch)
     pool = {"servers": 1, "python": "/env/bin/python", "router": True}
     for more, seconds in (({}, 600 + 0.25 * 320), ({"request_timeout_s": 7200.0}, 7200)):
         words = build_engine(
@@ -245,12 +222,12 @@ def test_a_context_beyond_the_models_is_cut_to_what_sglang_can_serve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The toy task's models have 512 positions; SGLang keeps six."""
-    monkeypatch.setattr(ServerProcess, "launch", lambda self: None)
+    launchers = not_launched(monkeypatch)
     monkeypatch.setattr(
         "spark_nemo.engines.fleet.pool.find_spec", lambda name: name
     )  # as if SGLang were here
-    fleet = build_engine(sglang(max_context=4096, servers=1), TOY, "policy", tmp_path)
-    words = fleet._replicas[0].launcher.command("h", 1)
+    build_engine(sglang(max_context=4096, servers=1), TOY, "policy", tmp_path)
+    words = launchers[0].command("h", 1)
     assert words[words.index("--context-length") + 1] == "512" and words[0] == sys.executable
 
 

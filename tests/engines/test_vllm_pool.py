@@ -63,17 +63,17 @@ def test_log_probabilities_of_another_meaning_keep_a_server_out(
 def test_a_launched_server_is_guarded_and_named_by_its_role(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """serve.py becomes vLLM; the key is in the environment only. Nothing is started here."""
-    monkeypatch.setattr(ServerProcess, "launch", lambda self: None)
+    """The wrapper becomes vLLM; the key is in the environment only. Nothing is started here."""
+    launchers: list[ServerProcess] = []
+    monkeypatch.setattr(ServerProcess, "launch", lambda self: launchers.append(self))
     pool = {
         "servers": 1,
         "tensor_parallel": 2,
         "python": "/env/bin/python",
         "server_args": ["--enforce-eager"],
     }
-    launcher = (
-        build_engine(vllm(**pool), ASSETS / "verifier", "policy", tmp_path)._replicas[0].launcher
-    )
+    build_engine(vllm(**pool), ASSETS / "verifier", "policy", tmp_path)
+    (launcher,) = launchers
     words = launcher.command("127.0.0.1", 1234)
     assert words[:4] == ["/env/bin/python", server_wrapper.__file__, "exec", "/env/bin/python"]
     for said in (
