@@ -63,7 +63,7 @@ def options() -> argparse.Namespace:
 
 
 def build_model(args: argparse.Namespace) -> Qwen2ForCausalLM:
-    """Random weights: their next-token distribution is nearly flat, so stop tokens come at random."""
+    """Random weights: their next-token distribution is nearly flat, so stops are random."""
     torch.manual_seed(args.seed)
     return Qwen2ForCausalLM(
         Qwen2Config(
@@ -170,7 +170,8 @@ def main() -> None:
     }
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
-        f"{parameters} parameters, {len(requests)} requests, float32, 1 thread; tokens/s (tokens per cpu-second)"
+        f"{parameters} parameters, {len(requests)} requests, float32, 1 thread; "
+        "tokens/s (tokens per cpu-second)"
     )
     with_transformers(model, requests[: args.hf_batch], args.hf_batch)
     with_engine(engine, requests[: args.hf_batch])
@@ -188,7 +189,8 @@ def main() -> None:
     for name, (wall, processor) in medians.items():
         print(
             f"median    {name:36s} {wall:8.0f} ({processor:.0f})   "
-            f"{wall / base_wall:.2f}x by wall time, {processor / base_processor:.2f}x by processor time"
+            f"{wall / base_wall:.2f}x by wall time, "
+            f"{processor / base_processor:.2f}x by processor time"
         )
 
 

@@ -1,9 +1,9 @@
 """Requests/s of our SGLang client, of a plain asyncio + aiohttp loop and of SGLang's own bench
 client, on one server.
 
-    python benchmarks/sglang_client.py --sglang-python ENV/bin/python              # starts a real CPU server
+    python benchmarks/sglang_client.py --sglang-python ENV/bin/python          # starts a real CPU server
     python benchmarks/sglang_client.py --sglang-python ENV/bin/python --url http://127.0.0.1:30000
-    python benchmarks/sglang_client.py --sglang-python ENV/bin/python --fake       # client overhead alone
+    python benchmarks/sglang_client.py --sglang-python ENV/bin/python --fake   # client overhead alone
 
 All three send the same kind of work to the same server: prompts of ``--prompt-tokens`` ids
 (consecutive, from a random offset, as SGLang's ``random-ids`` makes them), exactly ``--new-tokens``
@@ -324,7 +324,7 @@ def wait_healthy(url: str, process: subprocess.Popen, log: Path) -> None:
 
 
 def flush(url: str) -> None:
-    """Empty the prefix cache; the server rejects this while it is still busy with the last requests."""
+    """Empty the prefix cache; the server rejects this while it is busy."""
     for _ in range(50):
         with contextlib.suppress(urllib.error.HTTPError):
             urllib.request.urlopen(
@@ -358,7 +358,7 @@ def measure(args: argparse.Namespace, url: str) -> dict[str, list[Run]]:
             print(f"  {name:13s} {run.requests / run.seconds:8.1f} requests/s", flush=True)
             if run.requests != args.requests or run.tokens != args.requests * args.new_tokens:
                 sys.exit(
-                    f"{name}: {run.requests} requests and {run.tokens} tokens: not the work that was asked for"
+                    f"{name}: {run.requests} requests and {run.tokens} tokens: not the requested work"
                 )
     return runs
 
@@ -377,7 +377,8 @@ def main() -> None:
     with server(args) as url:
         kind = "given" if args.url else "fake" if args.fake else "real"
         print(
-            f"{kind} server, {args.requests} requests of {args.prompt_tokens} + {args.new_tokens} tokens, "
+            f"{kind} server, {args.requests} requests of {args.prompt_tokens} + "
+            f"{args.new_tokens} tokens, "
             f"{args.in_flight} in flight, {args.repeats} repeats"
         )
         runs = measure(args, url)
@@ -389,7 +390,8 @@ def main() -> None:
         cpu = [run.cpu_seconds / run.requests * 1e3 for run in those if run.cpu_seconds is not None]
         spent = f", {statistics.median(cpu):.2f} CPU ms per request" if cpu else ""
         print(
-            f"{name:13s} {rates[name]:8.1f} requests/s {rates[name] * args.new_tokens:9.0f} tokens/s{spent}"
+            f"{name:13s} {rates[name]:8.1f} requests/s "
+            f"{rates[name] * args.new_tokens:9.0f} tokens/s{spent}"
         )
     best = max((name for name in rates if name != OURS), key=rates.__getitem__)
     for name in rates:

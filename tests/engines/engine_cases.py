@@ -1,4 +1,4 @@
-"""Helpers of several engine tests: a tiny Qwen2 by transformers, requests, a small chat template."""
+"""Helpers of several engine tests: a tiny Qwen2, requests, a small chat template."""
 
 import asyncio
 
@@ -10,8 +10,9 @@ from spark_nemo.engines import EngineFailure, GenerationRequest, SamplingParams
 VOCAB = 61
 CONTEXT = 128
 TEMPLATE = (
-    "{%- for message in messages %}\n{{ '<|im_start|>' + message.role + '\\n' + message['content'] | trim }}"
-    "{{ eos_token }}\n{%- endfor %}\n{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
+    "{%- for message in messages %}\n{{ '<|im_start|>' + message.role + '\\n' + message['content'] "
+    "| trim }}{{ eos_token }}\n{%- endfor %}\n{%- if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 
 
@@ -44,7 +45,7 @@ def ask(prompt, **sampling) -> GenerationRequest:
 
 
 def named(model):
-    """The tensors that a trainer would send: names and tensors, without the tied copy of the embedding."""
+    """Names and tensors that a trainer would send, without the tied copy of the embedding."""
     return [
         (name, tensor)
         for name, tensor in model.state_dict().items()

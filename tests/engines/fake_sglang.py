@@ -5,8 +5,8 @@ Its replies and rejections are those observed of 0.5.21;
 ``tests/real_sglang/test_fake_is_faithful.py`` compares the two. Its tokens depend on the weights'
 name, the last token and the position, so other weights give other tokens. In a test:
 
-    async with FakeSglang() as fake:            # in this process; look at fake.calls, set fake.faults
-    with fake_process(port) as process:         # fake_sglang_process: to be killed or stopped; POST /_faults
+    async with FakeSglang() as fake:     # in this process; look at fake.calls, set fake.faults
+    with fake_process(port) as process:  # fake_sglang_process: to be killed or stopped
 """
 
 from __future__ import annotations
@@ -203,7 +203,8 @@ class FakeSglang:
         total = len(ids) + params.get("max_new_tokens", 128)
         if total > self.context:
             return _error(
-                f"Requested token count exceeds the model's maximum context length of {self.context} tokens."
+                f"Requested token count exceeds the model's maximum context length of "
+                f"{self.context} tokens."
             )
         if len(ids) >= self.context - RESERVED_INPUT:
             return _error(

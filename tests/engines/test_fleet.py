@@ -244,7 +244,7 @@ def test_an_aborted_answer_is_redone() -> None:
 
 
 def test_without_a_replica_every_request_fails_in_bounded_time_and_says_why() -> None:
-    """Every waiting request and every later one gets ``EngineLost`` naming each replica's last error
+    """All waiting requests and every later one get ``EngineLost`` with each replica's last error
     and the wait.
     """
 

@@ -165,7 +165,7 @@ def test_a_given_server_that_returns_serves_again() -> None:
 
 
 def test_a_replica_that_fails_an_update_is_evicted_and_the_run_goes_on() -> None:
-    """One of three hangs during the update: the others have the new version and serve; it may not."""
+    """One of three fails the update: the others serve the new version; it serves nothing."""
 
     async def scenario():
         engines = [FakeEngine(i) for i in range(3)]
@@ -396,7 +396,7 @@ def test_a_server_that_is_out_when_an_update_ends_has_not_got_it() -> None:
 
 
 def test_a_server_that_is_being_given_weights_is_not_lost() -> None:
-    """Loading may take longer than pool_down_timeout_s: a server that loads weights is waited for."""
+    """A server that loads weights is waited for, also beyond pool_down_timeout_s."""
 
     async def scenario():
         engine = FakeEngine(0)

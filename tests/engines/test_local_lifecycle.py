@@ -1,4 +1,4 @@
-"""Weight updates, pausing, rejected requests, cancelling, crashing and closing of the embedded engine."""
+"""Weight updates, pauses, rejections, cancelling and the end of the embedded engine."""
 
 import asyncio
 import json
@@ -255,7 +255,7 @@ def test_cancelled_request_leaves_the_batch(engine, prompts):
 
 
 def test_other_coroutines_keep_autograd(engine, prompts):
-    """Between steps, and when the loop is left in mid-generation, torch is not in inference mode."""
+    """Between steps, and after a generation is left halfway, torch is not in inference mode."""
 
     async def scenario():
         task = asyncio.create_task(engine.generate(ask(prompts[4], seed=1)))

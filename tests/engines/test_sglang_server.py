@@ -251,7 +251,7 @@ def test_bad_urls_are_refused_without_showing_a_password(url):
 
 
 def test_close_ends_what_is_in_flight_and_leaves_the_server():
-    """Running and waiting callers get EngineUnavailable; the server is told; closing twice is fine."""
+    """All callers get EngineUnavailable and the server their aborts; closing twice is fine."""
 
     async def scenario(server, fake):
         fake.faults.hang = True

@@ -88,7 +88,7 @@ def test_1_server_that_never_answers_an_update_is_unavailable():
 
 @pytest.mark.parametrize("prompt", [(1, 64), (1, -1)])
 def test_3_ids_outside_the_vocabulary_never_reach_the_server(prompt):
-    """The fake dies of them, as the real one does; the client rejects them, and the server lives on."""
+    """The fake dies of them, as the real one does; the client rejects them."""
 
     async def scenario(server, fake):
         with pytest.raises(EngineFailure, match="outside the vocabulary of 64"):

@@ -48,7 +48,7 @@ def served_by(fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> Generation:
 
 
 def test_a_given_vllm_server_serves_through_the_fleet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checked for its name, context and kind of log-probabilities before it gets the first request."""
+    """Name, context and kind of log-probabilities are checked before the first request."""
     assert served_by(FakeVllm(), monkeypatch).token_ids
 
 

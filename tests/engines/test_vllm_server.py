@@ -205,7 +205,7 @@ def test_a_dead_server_is_unavailable_and_not_alive() -> None:
 
 
 def test_a_late_request_ends_at_the_server_too() -> None:
-    """The deadline closes the connection, on which vLLM aborts; the real test proves that it does."""
+    """The deadline closes the connection, on which vLLM aborts, as the real test proves."""
 
     async def scenario(fake, engine):
         fake.delay_s = 30.0

@@ -258,7 +258,7 @@ def gate_on_samples(sync, trainer, server, prompts):
 
 @contextlib.contextmanager
 def full_disk(folder):
-    """A folder with 1 MiB of space where mounting is permitted, else a limit on the size of files."""
+    """A folder with 1 MiB of space if mounting is permitted, else a limit of file sizes."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
     if (

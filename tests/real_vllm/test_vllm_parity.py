@@ -128,9 +128,7 @@ def test_greedy_tokens_equal_the_embedded_engines(server, prompts) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_after_temperature(server, prompts, temperature: float) -> None:
-    """Log-probabilities of sampled tokens, against transformers; the same numbers before temperature are far away at
-    0.7.
-    """
+    """Compared with transformers; log-probabilities before temperature are far away at 0.7."""
     generations = serve(
         server, [sampled(p, temperature=temperature, seed=k) for k, p in enumerate(prompts)]
     )

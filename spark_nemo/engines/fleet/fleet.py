@@ -444,7 +444,7 @@ class Fleet(Engine):
                 update.failed(engine, error)
 
     async def pause(self) -> None:
-        """See ``Engine.pause``. New requests wait here; a replica that does not pause is evicted."""
+        """See ``Engine.pause``. New requests wait; a replica that does not pause is evicted."""
         self._ensure_started()
         self._paused = True
         self._clock.stopped = True

@@ -130,8 +130,8 @@ def require_module(pool: PoolConfig, role: str, module: str, variable: str) -> N
     """
     if pool.servers and pool.python is None and find_spec(module) is None:
         raise ConfigError(
-            f"engine.{role}.servers={pool.servers}: this Python has no {module}; name one that has, "
-            f"{variable}=ENV/bin/python with the +engine presets or "
+            f"engine.{role}.servers={pool.servers}: this Python has no {module}; name one "
+            f"that has, {variable}=ENV/bin/python with the +engine presets or "
             f"engine.{role}.python=ENV/bin/python"
         )
 

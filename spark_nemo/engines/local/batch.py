@@ -1,4 +1,4 @@
-"""The running requests: one row each, with all bookkeeping in tensors so that a step is vectorised."""
+"""The running requests: one row each, with the bookkeeping in tensors to vectorise a step."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Batch:
         return added
 
     def _prefixes_of(self, wanted: list[tuple[int, ...]]) -> dict[tuple[int, ...], PrefixKV]:
-        """Return each prefix's keys and values, stored or prefilled in batches of similar length."""
+        """Return each prefix's keys and values, stored or prefilled in batches by length."""
         found = {ids: self._prefixes.get(ids) for ids in wanted}
         todo = sorted((ids for ids in wanted if found[ids] is None), key=len)
         while todo:

@@ -171,7 +171,7 @@ def _logprobs(meta: Mapping[str, Any], ids: Sequence[int]) -> tuple[float, ...]:
 
 
 def _versions_per_token(meta: Mapping[str, Any], count: int) -> tuple[int, ...]:
-    """Expand ``weight_versions``: ranges ``{version, start, end}`` that cover all tokens in order."""
+    """Expand ``weight_versions``: ranges ``{version, start, end}`` that cover the tokens."""
     field = "meta_info.weight_versions"
     if count == 0:
         return ()

@@ -40,8 +40,8 @@ def require_warm_enough(sampling: SamplingParams) -> None:
     """Raise ``EngineFailure`` for a temperature that vLLM would change."""
     if 0 < sampling.temperature < COLDEST:
         raise EngineFailure(
-            f"temperature={sampling.temperature}: vLLM would sample at {COLDEST}; use 0 or at least "
-            f"{COLDEST}"
+            f"temperature={sampling.temperature}: vLLM would sample at {COLDEST}; use 0 or at "
+            f"least {COLDEST}"
         )
 
 
@@ -93,8 +93,8 @@ def parse_completion(reply: object, request: GenerationRequest, weight_version: 
     choice = _mapping(choices[0], "choices[0]")
     if choice.get("prompt_token_ids") != list(request.prompt_ids):
         raise EngineFailure(
-            "choices[0].prompt_token_ids: not the prompt that was sent; this server changes prompts "
-            "or is too old for return_token_ids"
+            "choices[0].prompt_token_ids: not the prompt that was sent; this server changes "
+            "prompts or is too old for return_token_ids"
         )
     ids = _token_ids(choice.get("token_ids"))
     reason = _finish_reason(choice, ids, request.sampling)

@@ -118,8 +118,8 @@ class VllmServer(RemoteEngine):
             logprobs.append(top_logprob(await self._call("POST", PATH, body), likeliest))
         if abs(logprobs[0] - logprobs[1]) < _SAME_NATS:
             raise EngineFailure(
-                f"{self.url}: log-probabilities are taken before temperature; start the server with "
-                "--logprobs-mode processed_logprobs"
+                f"{self.url}: log-probabilities are taken before temperature; start the server "
+                "with --logprobs-mode processed_logprobs"
             )
 
     async def update_weights(
