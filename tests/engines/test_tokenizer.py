@@ -173,7 +173,7 @@ def test_missing_pieces_are_named_with_the_folder(tokenizer_folder, tmp_path):
     (copy / "generation_config.json").unlink()
     with pytest.raises(TokenizerError, match=f"{copy}: the end-of-sequence token is missing"):
         Tokenizer.load(copy)
-    with pytest.raises(TokenizerError, match=r"has no tokenizer\.json"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json is missing"):
         Tokenizer.load(tmp_path)
 
 
