@@ -235,7 +235,7 @@ def test_what_cannot_be_built_is_named(tmp_path: Path) -> None:
     """A role without servers, a folder without a model, an engine that this version has not."""
     with pytest.raises(ConfigError, match=r"engine\.verifier: set either"):
         build_engine(sglang(servers=1), TOY, "verifier")
-    with pytest.raises(ConfigError, match=r"no config\.json there"):
+    with pytest.raises(ConfigError, match=r"no config\.json"):
         build_engine(sglang(servers=1), tmp_path, "policy")
     with pytest.raises(ConfigError, match="pool='judge'"):
         build_engine(EngineConfig(), TOY, "judge")
