@@ -43,7 +43,7 @@ from spark_nemo.config.rollout import RolloutConfig
 from spark_nemo.engines.async_utils import run_async
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import FormatViolation, Rollout, RolloutVerdict, Verdict, derive_seed
-from spark_nemo.records.jsonl import read_problems
+from spark_nemo.records.problems import read_problems
 from spark_nemo.rewards.hacking.constraints import read_response
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rollout.engines import RolloutEngines

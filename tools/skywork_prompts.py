@@ -13,8 +13,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from spark_nemo.records.jsonl import DataFileError
-from spark_nemo.records.verl_parquet import read_verl_problems
+from spark_nemo.records.problems import read_verl_problems
+from spark_nemo.records.rows import DataFileError
 from spark_nemo.utils.files import write_text_atomic
 
 

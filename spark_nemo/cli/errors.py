@@ -6,7 +6,7 @@ from spark_nemo.config import ConfigError
 from spark_nemo.engines.base import EngineFailure
 from spark_nemo.engines.tokenizer import TokenizerError
 from spark_nemo.megatron import NonFiniteGradient
-from spark_nemo.records.jsonl import DataFileError
+from spark_nemo.records.rows import DataFileError
 from spark_nemo.records.store import StoreFull
 from spark_nemo.report import SummaryError
 from spark_nemo.rewards import FailureRateExceeded

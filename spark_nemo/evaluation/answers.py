@@ -18,7 +18,7 @@ from pathlib import Path
 
 from spark_nemo.grammar import normalize_answer
 from spark_nemo.records import Problem
-from spark_nemo.records.jsonl import id_hint
+from spark_nemo.records.rows import id_hint
 
 from .checker import AnswerGrade, shared_checker
 from .reading import DataFileError, read_rows, required_id, required_text

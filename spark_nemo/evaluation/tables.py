@@ -1,4 +1,4 @@
-"""Rows of Parquet files and of Hugging Face datasets."""
+"""Names and rows of Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from spark_nemo.records.jsonl import DataFileError
+from spark_nemo.records.rows import DataFileError, Row
 
 HF_PREFIX = "hf:"
 
@@ -55,24 +55,7 @@ def source_name(source: str | Path) -> str:
     return hub.split
 
 
-def parquet_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """Yield ``(file:row 3, row)`` of a Parquet file; raises ``DataFileError``."""
-    try:
-        import pyarrow
-        import pyarrow.parquet as parquet
-    except ImportError as error:
-        raise DataFileError(
-            f"{path}: Parquet needs pyarrow: pip install 'spark-nemo[parquet]'"
-        ) from error
-    try:
-        rows = parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DataFileError(f"{path}: cannot be read as parquet ({_one_line(error)})") from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{path}:row {number}", row
-
-
-def hub_rows(hub: HubName) -> Iterator[tuple[str, object]]:
+def hub_rows(hub: HubName) -> Iterator[tuple[str, Row]]:
     """Yield ``(hf:...:row 3, row)`` of a dataset, from the hub or the ``datasets`` cache.
 
     Without a split in the name, the dataset must have a split called ``test``, or only one. Raises
@@ -97,6 +80,8 @@ def hub_rows(hub: HubName) -> Iterator[tuple[str, object]]:
         ) from error
     if isinstance(loaded, dict):
         loaded = loaded[_only_split(hub, list(loaded))]
+    if not len(loaded):
+        raise DataFileError(f"{hub.text}: has no rows")
     for number, row in enumerate(loaded, start=1):
         yield f"{hub.text}:row {number}", row
 

@@ -16,7 +16,7 @@ from spark_nemo.models.hf_config import read_hf_config
 from spark_nemo.models.spec import ModelSpec
 from spark_nemo.planning.known_models import PUBLISHED
 from spark_nemo.planning.preflight import check_data_here, check_sync
-from spark_nemo.records.jsonl import read_problems
+from spark_nemo.records.problems import read_problems
 from spark_nemo.run.rl_variants import RLVariant, pipeline_rl_variants, rl_variant_config
 from spark_nemo.run.run_folder import stage2_folder
 from spark_nemo.run.stage_spec import STAGES, StageSpec, required_setting, setting

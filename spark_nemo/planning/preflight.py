@@ -21,7 +21,7 @@ from spark_nemo.grammar import prompt_set
 from spark_nemo.models.hf_config import read_hf_config
 from spark_nemo.models.spec import ModelSpec
 from spark_nemo.records import Problem
-from spark_nemo.records.jsonl import read_problems
+from spark_nemo.records.problems import read_problems
 from spark_nemo.run.rl_variants import pipeline_rl_variants, rl_variant_config
 from spark_nemo.run.run_folder import read_done, reward_model_path
 from spark_nemo.run.stage_spec import required_setting, setting

@@ -20,7 +20,7 @@ from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.planning.preflight import check_stage1
 from spark_nemo.records import Problem
 from spark_nemo.records.fingerprint import check_same_fingerprint
-from spark_nemo.records.jsonl import read_problems
+from spark_nemo.records.problems import read_problems
 from spark_nemo.records.store import RecordStore
 from spark_nemo.run.completion import fingerprint_before_work, record_fingerprint
 from spark_nemo.run.run_folder import Clock, mark_done, progress, shard_name, stage1_folder

@@ -23,7 +23,7 @@ from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.planning.memory_check import check_memory
 from spark_nemo.planning.preflight import check_stage3
 from spark_nemo.records.fingerprint import check_same_fingerprint
-from spark_nemo.records.jsonl import read_problems
+from spark_nemo.records.problems import read_problems
 from spark_nemo.rollout.evaluator import Evaluator
 from spark_nemo.rollout.manager import RolloutManager
 from spark_nemo.rollout.samples import rewrite_rows

@@ -10,7 +10,7 @@ from spark_nemo.config import ConfigError
 from spark_nemo.engines.tokenizer import Tokenizer
 from spark_nemo.grammar import PromptSet, StepFormat, check_format, split_response
 from spark_nemo.records import ParseFailure, PolicyExample, derive_seed
-from spark_nemo.records.jsonl import DataFileError, id_hint, id_of, json_rows, text_of
+from spark_nemo.records.rows import DataFileError, id_hint, id_of, read_rows, text_of
 
 from .packing import TrainSequence
 
@@ -28,18 +28,18 @@ def read_policy_examples(
     """
     examples: list[PolicyExample] = []
     dropped: Counter[str] = Counter()
-    questions: dict[str, tuple[str, int]] = {}
-    for number, row in json_rows(path):
+    questions: dict[str, tuple[str, str]] = {}
+    for place, row in read_rows(path):
         try:
             example = _example(row)
         except ValueError as error:
-            raise DataFileError(f"{path}:{number}: {error}") from None
+            raise DataFileError(f"{place}: {error}") from None
         # The first line of an id decides its question.
-        question, first = questions.setdefault(example.problem_id, (example.question, number))
+        question, first = questions.setdefault(example.problem_id, (example.question, place))
         if question != example.question:
             raise DataFileError(
-                f"{path}:{number}: problem_id {example.problem_id!r} has another question on line "
-                f"{first}: one id, one question{id_hint(example.problem_id)}"
+                f"{place}: problem_id {example.problem_id!r} has another question on "
+                f"{first.removeprefix(f'{path}:')}: one id, one question{id_hint(example.problem_id)}"
             )
         violation = check_format(example.response)
         if violation is None:
@@ -48,7 +48,7 @@ def read_policy_examples(
             dropped[violation.rule] += 1
         else:
             raise DataFileError(
-                f"{path}:{number}: 'response' breaks the format rule {violation.rule}"
+                f"{place}: 'response' breaks the format rule {violation.rule}"
                 f"{_detail(example.response)}; correct it, or set sft.on_invalid=drop"
             )
     if not examples:

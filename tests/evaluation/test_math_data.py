@@ -23,8 +23,7 @@ from spark_nemo.evaluation.checker import AnswerGrade
 from spark_nemo.evaluation.math_data import BENCHMARKS, benchmark_of, read_math_sets
 from spark_nemo.grammar import extract_boxed, normalize_answer
 from spark_nemo.records import Problem
-from spark_nemo.records.jsonl import read_problems
-from spark_nemo.records.verl_parquet import read_verl_problems
+from spark_nemo.records.problems import read_problems, read_verl_problems
 
 DATA = (
     Path(os.environ.get("SPARK_NEMO_DATA") or Path(__file__).parents[2].parent / "shared" / "data")

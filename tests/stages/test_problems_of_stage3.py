@@ -12,7 +12,7 @@ from world import SMALL
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.config.compose import compose_config
 from spark_nemo.planning.preflight import check_stage3
-from spark_nemo.records.jsonl import DataFileError
+from spark_nemo.records.rows import DataFileError
 from spark_nemo.toy.resolve import resolve_toy
 
 

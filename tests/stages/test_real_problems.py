@@ -16,7 +16,7 @@ import pytest
 from world import run
 
 from spark_nemo.records import SOLUTION, VERIFICATION
-from spark_nemo.records.jsonl import read_problems
+from spark_nemo.records.problems import read_problems
 from spark_nemo.records.store import RecordStore
 from spark_nemo.verification.statistics import store_statistics
 

@@ -11,7 +11,7 @@ from spark_nemo.config import ConfigError
 from spark_nemo.engines.tokenizer import Tokenizer
 from spark_nemo.grammar import prompt_set
 from spark_nemo.records import PolicyExample
-from spark_nemo.records.jsonl import DataFileError
+from spark_nemo.records.rows import DataFileError
 from spark_nemo.toy.resolve import ASSETS
 from spark_nemo.training.policy_examples import (
     policy_sequences,
@@ -54,7 +54,7 @@ def test_a_bad_row_is_named_by_file_line_and_reason(
     path = written(tmp_path, ROW, {**ROW, **changes})
     with pytest.raises(DataFileError) as raised:
         read_policy_examples(path, drop_invalid=False)
-    assert str(raised.value).startswith(f"{path}:2: ") and message in str(raised.value)
+    assert str(raised.value).startswith(f"{path}:line 2: ") and message in str(raised.value)
 
 
 def test_a_number_identifies_a_problem_here_too(tmp_path: Path) -> None:
@@ -68,7 +68,8 @@ def test_a_number_identifies_a_problem_here_too(tmp_path: Path) -> None:
         tmp_path, {**ROW, "problem_id": 7}, {**ROW, "problem_id": "7", "question": "another?"}
     )
     with pytest.raises(
-        DataFileError, match=r":2: problem_id '7' has another question .*an integer and a string"
+        DataFileError,
+        match=r":line 2: problem_id '7' has another question .*an integer and a string",
     ):
         read_policy_examples(two, drop_invalid=False)
 

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from spark_nemo.records import Problem
-from spark_nemo.records.jsonl import read_problems
+from spark_nemo.records.problems import read_problems
 from spark_nemo.utils.files import write_json_atomic, write_text_atomic
 
 
@@ -56,17 +56,17 @@ GOOD = b'{"problem_id": "a", "question": "q"}'
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "p.jsonl: the file is empty"),
-        (b"\n", "p.jsonl: the file is empty"),
-        (GOOD + b"\n\n", "p.jsonl:2: empty line"),
-        (GOOD + b"\n{", "p.jsonl:2: not JSON"),
-        (GOOD + b"\n" + b"[" * 100_000, "p.jsonl:2: not JSON"),
-        (GOOD + b'\n{"problem_id": "\xff"}', "p.jsonl:2: not JSON"),
-        (GOOD + b"\n3", "p.jsonl:2: a JSON object"),
-        (GOOD + b"\n" + GOOD, "p.jsonl:2: problem_id 'a' is already on line 1"),
+        (b"", "p.jsonl: has no rows"),
+        (b"\n", "p.jsonl: has no rows"),
+        (GOOD + b"\n\n", "p.jsonl:line 2: empty line"),
+        (GOOD + b"\n{", "p.jsonl:line 2: not valid JSON"),
+        (GOOD + b"\n" + b"[" * 100_000, "p.jsonl:line 2: not valid JSON"),
+        (GOOD + b'\n{"problem_id": "\xff"}', "p.jsonl:line 2: not valid JSON"),
+        (GOOD + b"\n3", "p.jsonl:line 2: must be a JSON object"),
+        (GOOD + b"\n" + GOOD, "p.jsonl:line 2: problem_id 'a' is already on line 1"),
         (
             b'{"problem_id": 1, "question": "q"}\n{"problem_id": "1", "question": "r"}',
-            "p.jsonl:2: problem_id '1' is already on line 1 (an integer and a string of its digits are one id)",
+            "p.jsonl:line 2: problem_id '1' is already on line 1 (an integer and a string of its digits are one id)",
         ),
         (
             b'{"question": "q"}',
@@ -74,15 +74,18 @@ GOOD = b'{"problem_id": "a", "question": "q"}'
         ),
         (
             b'{"problem_id": 3.0, "question": "q"}',
-            "p.jsonl:1: 'problem_id' must be a string or an integer, not float",
+            "p.jsonl:line 1: 'problem_id' must be a string or an integer, not float",
         ),
         (
             b'{"id": true, "question": "q"}',
-            "p.jsonl:1: 'problem_id' must be a string or an integer, not bool",
+            "p.jsonl:line 1: 'problem_id' must be a string or an integer, not bool",
         ),
-        (b'{"problem_id": "a", "question": 3}', "p.jsonl:1: 'question' must be a string, not int"),
-        (b'{"problem_id": "a", "question": " "}', "p.jsonl:1: problem 'a'"),
-        (b'{"problem_id": "a", "question": "\\ud800"}', "p.jsonl:1: 'question' holds half"),
+        (
+            b'{"problem_id": "a", "question": 3}',
+            "p.jsonl:line 1: 'question' must be a string, not int",
+        ),
+        (b'{"problem_id": "a", "question": " "}', "p.jsonl:line 1: problem 'a'"),
+        (b'{"problem_id": "a", "question": "\\ud800"}', "p.jsonl:line 1: 'question' holds half"),
     ],
 )
 def test_faults_name_file_and_line(tmp_path, content, message):
