@@ -49,7 +49,7 @@ class DistributedTransport(Transport):
     def __init__(self, engine_tensor_parallel: int, timeout_s: float) -> None:
         self.engine_tensor_parallel = engine_tensor_parallel
         self.timeout_s = timeout_s
-        self._group: _Group | None = None
+        self._group: WeightUpdateGroup | None = None
 
     async def send(self, export: Export, targets: Targets, version: int) -> None:
         """See ``Transport``."""
@@ -173,7 +173,7 @@ class DistributedTransport(Transport):
         if group is not None and same_processes and group.engines == targets.remaining:
             return
         await self._drop_group(targets.remaining)
-        group = _Group(targets.remaining, self.engine_tensor_parallel, self.timeout_s)
+        group = WeightUpdateGroup(targets.remaining, self.engine_tensor_parallel, self.timeout_s)
 
         async def join(engine: Any) -> None:
             await engine.init_weights_update_group(
@@ -222,7 +222,7 @@ class DistributedTransport(Transport):
             await self._drop_group(self._group.engines)
 
 
-class _Group:
+class WeightUpdateGroup:
     """The trainer's end of a process group: rank 0. SGLang's ranks follow in ``engines`` order."""
 
     def __init__(

@@ -22,7 +22,7 @@ CONFIG = {
     "max_position_embeddings": 128,
     "initializer_range": 0.2,
 }
-"""37: the vocabulary is padded on both sides."""
+"""A vocabulary of 37 is padded on both sides."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def worker():
 
 @pytest.fixture
 def perturbed(worker):
-    """The trainer with new weights, other than in every test before."""
+    """The trainer with weights that no test before had."""
     with torch.no_grad():
         for parameter in worker.model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

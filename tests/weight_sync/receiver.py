@@ -1,9 +1,8 @@
-"""A fake SGLang server that really receives weights, in a process of its own: ``python receiver.py
---port P``.
+"""A fake SGLang server that really receives weights: ``python receiver.py --port P``.
 
-It speaks the protocol of ``tests/engines/fake_sglang.py`` and adds what that one only pretends: it
-reads safetensors with the safetensors library, joins process groups as SGLang does, maps shared
-tensors, fuses q/k/v and gate/up by concatenation, stacks experts, and hashes what it has.
+It extends ``tests/engines/fake_sglang.py``: it reads safetensors with the safetensors library, joins
+process groups as SGLang does, maps shared tensors, fuses q/k/v and gate/up by concatenation, stacks
+experts, and hashes its parameters.
 ``tricks`` (POST /_faults) make it misbehave.
 """
 
@@ -28,11 +27,14 @@ from fake_sglang import FakeSglang, _success
 
 
 class Receiver(FakeSglang):
-    """``weights``: Hugging Face name -> tensor, as last received."""
+    """``weights`` maps Hugging Face names to the tensors received last."""
 
     def __init__(self, **more):
         super().__init__(**more)
-        self.weights, self.joined, self.tricks, self.received = {}, {}, {}, 0
+        self.weights = {}
+        self.joined = {}
+        self.tricks = {}
+        self.received = 0
 
     async def set_faults(self, request):
         self.tricks, self.received = request["body"], 0
@@ -84,8 +86,8 @@ class Receiver(FakeSglang):
 
     async def update_weights_from_distributed(self, request):
         body = request["body"]
-        if self.tricks.get("refuse"):
-            return _success("refused by trick", False)
+        if self.tricks.get("reject"):
+            return _success("rejected by trick", False)
         self.received += 1
         if self.received == self.tricks.get("die_at"):
             os._exit(1)
@@ -148,9 +150,8 @@ class Receiver(FakeSglang):
 
 
 async def serve(port):
-    dist.init_process_group(
-        "gloo", store=dist.HashStore(), rank=0, world_size=1
-    )  # as SGLang has one of its own
+    # SGLang has a default group of its own, too.
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     await Receiver(on_death=lambda: os._exit(1)).start(port)
     await asyncio.Event().wait()
 

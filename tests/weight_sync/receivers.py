@@ -1,4 +1,4 @@
-"""Starting ``receiver.py`` processes and talking to them."""
+"""Start ``receiver.py`` processes and talk to them."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ class ReceiverProcess:
         )
 
     def start(self):
-        """The first process, or after its death another at the same address."""
+        """Start a process; after its death, another one at the same address."""
         self.process = subprocess.Popen(
             self.command, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         )
@@ -50,7 +50,7 @@ class ReceiverProcess:
         urllib.request.urlopen(request, timeout=5).close()
 
     def until_ready(self):
-        """It needs some seconds, mostly to import torch."""
+        """Wait for it to import torch and listen, which takes some seconds."""
         for _ in range(600):
             assert self.process.poll() is None
             with (
@@ -63,7 +63,7 @@ class ReceiverProcess:
 
 @contextlib.contextmanager
 def start_receivers(count):
-    """``count`` servers at once; they need some seconds, mostly to import torch."""
+    """Start ``count`` servers at once; they need some seconds, mostly to import torch."""
     running = []
     try:
         for _ in range(count):

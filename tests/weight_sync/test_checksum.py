@@ -38,8 +38,8 @@ def stacked(tensors, prefix, names, ranges):
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 def test_fused_sharded_padded(tp):
-    """bfloat16, engine TP 1, 2 and 4 (more ranks than the 2 key-value heads): every rank's fused
-    q/k/v, gate/up, column slices and zero-padded vocabulary hash as if they had been built.
+    """In bfloat16 and with more ranks than the 2 key-value heads, every rank's fused q/k/v, gate/up,
+    column slices and zero-padded vocabulary hash as if they had been built.
     """
     tensors = {
         name: torch.randn(shape).bfloat16() for name, shape in hf_tensor_shapes(SPEC).items()
@@ -83,7 +83,7 @@ def test_fused_sharded_padded(tp):
 
 
 def test_an_unfinished_export_has_no_checksum():
-    """A tensor that never came is an error that names it, not a hash of the rest."""
+    """A missing tensor is an error that names it, not a hash of the rest."""
     plan = plan_sync(
         SPEC,
         "float32",
@@ -122,9 +122,8 @@ def test_differences_are_named():
 )
 @pytest.mark.parametrize("block", [1000, 8192, 100000])
 def test_the_hash_of_gpu_tensors(count, dtype, expected, block):
-    """SGLang's hash for tensors on a GPU, in whatever blocks they come. The values are from sglang
-    0.5.21's own Triton kernel, run by Triton's interpreter on a CPU; that it gives the same on a
-    GPU is not shown here.
+    """SGLang's hash for tensors on a GPU does not depend on the blocks. The values are from sglang
+    0.5.21's own Triton kernel, run by Triton's interpreter on a CPU, not on a GPU.
     """
     row = ((torch.arange(count) % 97 - 40) / 8).to(dtype)
     digest = WordDigest(row.nbytes, row.device)
@@ -147,9 +146,8 @@ class Kernels(TorchDispatchMode):
 
 @pytest.mark.parametrize("size", [40, 1 << 10, (2 << 20) + 8])
 def test_many_small_pieces_are_hashed_together(size):
-    """A piece is overwritten once it has been seen, as an export may do, and the hash is that of
-    the whole all the same; a thousand experts' small pieces cost some calls each, not the fifty of
-    a hash of their own. Seconds on a GPU were not measured.
+    """A piece may be overwritten once it was added, as an export does. A thousand small pieces of
+    experts cost some calls each, not the fifty of a hash of their own.
     """
     count = 2 if size > 1 << 20 else 1000
     whole = torch.randn(count * size)

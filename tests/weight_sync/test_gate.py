@@ -1,5 +1,4 @@
-"""A corrupted tensor in the engine is found: by checksum, and without checksums by the first-step
-gate.
+"""A corrupted tensor in the engine is found by checksum, or else by the first-step gate.
 
 The embedded engine samples; the small trainer makes the step.
 """
@@ -85,7 +84,7 @@ def weights(worker):
 
 
 @pytest.mark.parametrize("updates", [1, 2])
-def test_the_gate_opens_for_the_same_weights(perturbed, engine, sync, updates):
+def test_the_gate_passes_for_the_same_weights(perturbed, engine, sync, updates):
     """After a sync, engine and trainer agree to float32 rounding on tokens sampled at a
     temperature: the step is made, and reports the mismatch and a KL estimate. The gate costs no
     forward pass.
@@ -100,9 +99,7 @@ def test_the_gate_opens_for_the_same_weights(perturbed, engine, sync, updates):
         metrics = train(perturbed, sample(engine), FirstStepGate(FLOAT32), updates)
     finally:
         del perturbed.logprobs
-    assert len(passes) == (
-        updates if updates > 1 else 0
-    )  # those of the old log-probabilities, gate or not
+    assert len(passes) == (updates if updates > 1 else 0)  # the old log-probabilities need them
     assert (
         metrics["engine_logprob_diff_mean"] < 1e-4
         and abs(metrics["engine_kl"]) < 1e-6
@@ -111,9 +108,9 @@ def test_the_gate_opens_for_the_same_weights(perturbed, engine, sync, updates):
 
 
 @pytest.mark.parametrize("updates", [1, 2])
-def test_a_corrupted_tensor_shuts_the_gate(perturbed, engine, sync, updates):
-    """Checksums off: the run refuses to train, no weight has changed, and the error names bounds,
-    tensor and tokens.
+def test_a_corrupted_tensor_fails_the_gate(perturbed, engine, sync, updates):
+    """Without checksums the step fails, no weight changes, and the error names bounds, tensor and
+    tokens.
     """
     run_async(sync.push(perturbed, engine, 1))
     corrupt(engine)
@@ -134,7 +131,7 @@ def test_a_corrupted_tensor_shuts_the_gate(perturbed, engine, sync, updates):
 
 
 def test_the_checksum_finds_it_first(perturbed, engine, sync):
-    """An engine that corrupts a tensor while loading is refused at the push, by the tensor's name."""
+    """An engine that corrupts a tensor while loading fails the push with the tensor's name."""
     update = engine.update_weights
 
     async def torn(tensors, version):
@@ -148,8 +145,8 @@ def test_the_checksum_finds_it_first(perturbed, engine, sync):
         run_async(sync.push(perturbed, engine, 1))
 
 
-def test_equal_weights_that_compute_differently_are_told_apart(perturbed, engine, sync):
-    """A wrong rotary base is in no tensor: the gate shuts and says that all tensors are equal."""
+def test_equal_weights_with_other_results_are_reported(perturbed, engine, sync):
+    """A wrong rotary base is not in any tensor: the gate fails and reports that all are equal."""
     run_async(sync.push(perturbed, engine, 1))
     engine._decoder._rotary_TP = engine._decoder._rotary_TP.conj().resolve_conj()
     gate = FirstStepGate(FLOAT32, lambda: run_async(sync.differing_tensors(perturbed, engine)))
@@ -158,8 +155,8 @@ def test_equal_weights_that_compute_differently_are_told_apart(perturbed, engine
 
 
 def test_every_served_tensor_is_hashed(perturbed, engine, sync):
-    """Whichever of the embedded engine's fused tensors changes, a checksum changes, also for the
-    copy of a tied head.
+    """A change of any fused tensor of the embedded engine changes a checksum, the copy of a tied
+    head included.
     """
     run_async(sync.push(perturbed, engine, 1))
     (before,) = run_async(engine.weights_checksum())
@@ -178,9 +175,7 @@ def test_every_served_tensor_is_hashed(perturbed, engine, sync):
 
 
 def test_nan_does_not_pass():
-    """A log-probability that is no number is an infinite difference, not one that no comparison
-    catches.
-    """
+    """NaN counts as an infinite difference: every comparison with NaN itself is false."""
     gate = FirstStepGate(WeightSyncConfig(max_mean_mismatch=1.0))
     row = torch.zeros(3)
     gate.observe(torch.tensor([0.0, float("nan"), 0.0]), row, row.long(), row == 0)
@@ -188,9 +183,9 @@ def test_nan_does_not_pass():
         gate.decide()
 
 
-def test_bounds_are_each_their_own():
-    """One token far off passes a bound on the mean and not one on tokens; the mean is over the
-    tokens inside only.
+def test_mean_and_token_bounds_are_independent():
+    """One token far off passes the bound on the mean and fails the bound on tokens. Masked tokens
+    are not in the mean.
     """
     logprobs, tokens = torch.zeros(100), torch.arange(100)
     logprobs[7] = -3.0

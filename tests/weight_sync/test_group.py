@@ -1,5 +1,6 @@
-"""The trainer's end of a weight-update group: its address, how it is left, what NCCL and torch are
-told. NCCL itself is not here; what is said of it is from its documentation and from torch's
+"""The trainer's end of a weight-update group: its address, leaving it, settings of NCCL and torch.
+
+NCCL itself does not run here: its behaviour is taken from its documentation and from torch's
 ProcessGroupNCCL.cpp.
 """
 
@@ -14,18 +15,18 @@ from spark_nemo.engines.base import EngineFailure
 from spark_nemo.weight_sync import distributed
 from spark_nemo.weight_sync.distributed import (
     DistributedTransport,
-    _Group,
+    WeightUpdateGroup,
     use_sglang_nccl_settings,
 )
 
 
 class Server:
-    """Leaves its group only once all servers of the machine and the trainer are leaving, as NCCL's
-    destroy does.
-    """
+    """Leaves its group only once all servers of the machine and the trainer leave, as with NCCL."""
 
     def __init__(self, url, everyone=None):
-        self.url, self.everyone, self.left = url, everyone, False
+        self.url = url
+        self.everyone = everyone
+        self.left = False
 
     async def destroy_weights_update_group(self, name):
         try:
@@ -40,15 +41,19 @@ class Group:
     name = "g"
 
     def __init__(self, engines):
-        self.engines, self.begun, self.broken, self.left = engines, threading.Event(), None, False
+        self.engines = engines
+        self.begun = threading.Event()
+        self.broken = None
+        self.left = False
 
     def leave(self, broken):
-        self.broken, self.left = broken, self.begun.wait(2.0)
+        self.broken = broken
+        self.left = self.begun.wait(2.0)
 
 
 def test_a_group_is_left_by_all_at_once():
-    """Servers that are told one after the other would wait for each other, and for the trainer,
-    till each call's limit: half an hour for 32 servers. The event loop goes on meanwhile.
+    """Servers called one after the other would wait for each other and for the trainer until each
+    call's timeout: half an hour for 32 servers. The event loop is not blocked meanwhile.
     """
 
     async def scenario():
@@ -64,9 +69,7 @@ def test_a_group_is_left_by_all_at_once():
 
 
 def test_a_group_that_lost_a_server_is_aborted_not_destroyed(monkeypatch):
-    """torch's destroy waits for the broadcast that the lost server will never join, in the
-    trainer's event loop.
-    """
+    """torch's destroy waits for the broadcast that the lost server never joins."""
     called = []
     monkeypatch.setattr(dist, "destroy_process_group", lambda group: called.append("destroy"))
     monkeypatch.setattr(
@@ -76,7 +79,7 @@ def test_a_group_that_lost_a_server_is_aborted_not_destroyed(monkeypatch):
     async def scenario(reachable):
         servers = [Server(f"http://127.0.0.1:{i}", asyncio.Barrier(reachable)) for i in (1, 2)]
         transport = DistributedTransport(1, 5.0)
-        transport._group = group = _Group(servers, 1, 5.0)
+        transport._group = group = WeightUpdateGroup(servers, 1, 5.0)
         group._group = object()
         await transport._drop_group(servers[:reachable])
 
@@ -94,8 +97,8 @@ def test_a_group_that_lost_a_server_is_aborted_not_destroyed(monkeypatch):
     ],
 )
 def test_the_trainers_address_can_be_reached_by_every_server(urls, own, monkeypatch):
-    """One server beside the trainer and one elsewhere: the other would look for the trainer at its
-    own 127.0.0.1, and hang there for half an hour.
+    """One server on the trainer's machine and one on another: given 127.0.0.1, the second would
+    look for the trainer on its own machine, and hang for half an hour.
     """
     monkeypatch.setattr(
         distributed,
@@ -103,13 +106,13 @@ def test_the_trainers_address_can_be_reached_by_every_server(urls, own, monkeypa
         lambda url: "127.0.0.1" if "127" in url else "10.0.0.9",
     )
     monkeypatch.setattr(distributed, "free_port", lambda address: 1234)
-    assert _Group([Server(url) for url in urls], 1, 5.0).address == own
+    assert WeightUpdateGroup([Server(url) for url in urls], 1, 5.0).address == own
 
 
 def test_a_server_with_an_ipv6_address_has_a_group(monkeypatch):
-    """Its address is found, and written with brackets where a URL is wanted."""
+    """The address is found, and written with brackets in a URL."""
     assert distributed.local_address_towards("http://[::1]:30000") == "::1"
-    group, asked = _Group([Server("http://[::1]:30000")], 1, 5.0), []
+    group, asked = WeightUpdateGroup([Server("http://[::1]:30000")], 1, 5.0), []
 
     def rendezvous(url, *_, **__):
         asked.append(url)
@@ -121,10 +124,10 @@ def test_a_server_with_an_ipv6_address_has_a_group(monkeypatch):
     assert asked == [f"tcp://[::1]:{group.port}"]
 
 
-def test_torch_may_not_end_the_trainer_when_a_server_fails(monkeypatch):
-    """Its watchdog ends the process when a collective of a group fails or is late, unless the group
-    was made with TORCH_NCCL_ASYNC_ERROR_HANDLING=0. The trainer's own groups keep what the user has
-    set.
+def test_a_failing_server_does_not_end_the_trainer(monkeypatch):
+    """torch's watchdog ends the process when a collective of a group fails or times out, unless the
+    group was made with TORCH_NCCL_ASYNC_ERROR_HANDLING=0. The trainer's own groups keep the user's
+    value.
     """
     seen = []
 
@@ -135,14 +138,13 @@ def test_torch_may_not_end_the_trainer_when_a_server_fails(monkeypatch):
     monkeypatch.setenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     monkeypatch.setattr(dist.distributed_c10d, "_new_process_group_helper", helper)
     with pytest.raises(ValueError, match="enough"):
-        _Group([], 1, 5.0).join()
+        WeightUpdateGroup([], 1, 5.0).join()
     assert seen == ["0"] and os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "1"
 
 
-def test_nccl_allocates_here_as_it_does_in_the_servers(monkeypatch):
-    """SGLang sets NCCL_CUMEM_ENABLE=0 in its processes where nothing is set
-    (entrypoints/engine.py); NCCL's default here would be 1, and ranks that differ do not come
-    together. Who has set it keeps it.
+def test_nccl_has_the_same_settings_as_in_the_servers(monkeypatch):
+    """SGLang sets NCCL_CUMEM_ENABLE=0 unless it is set (entrypoints/engine.py). NCCL's default would
+    be 1, and ranks that differ do not connect. The user's value is kept.
     """
     monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
     use_sglang_nccl_settings()

@@ -1,6 +1,4 @@
-"""Pushing weights from a trainer into an engine of the same process. The engine here only
-remembers.
-"""
+"""Push weights from a trainer into an engine of the same process, here a recording one."""
 
 import json
 from pathlib import Path
@@ -27,15 +25,17 @@ CONFIG = {
 }
 
 
-class RememberingEngine(Engine):
-    """Keeps what it was given; refuses after ``refuse_after`` tensors."""
+class RecordingEngine(Engine):
+    """Records the tensors; fails after ``fail_after`` of them."""
 
-    def __init__(self, refuse_after=None):
-        self.tensors, self.version, self.refuse_after = {}, 0, refuse_after
+    def __init__(self, fail_after=None):
+        self.tensors = {}
+        self.version = 0
+        self.fail_after = fail_after
 
     async def update_weights(self, tensors, version):
         for count, (name, tensor) in enumerate(tensors):
-            if count == self.refuse_after:
+            if count == self.fail_after:
                 raise EngineFailure(f"unknown tensor {name}")
             self.tensors[name] = tensor
         self.version = version
@@ -67,9 +67,9 @@ def train(worker):
     worker.train_step([batch], lambda logprobs, entropy, batch: (-logprobs.sum(), {}))
 
 
-def test_engine_gets_what_the_trainer_has(worker):
+def test_the_engine_receives_every_tensor(worker):
     """The engine holds every exported tensor under its version, and keeps it when training goes on."""
-    engine = RememberingEngine()
+    engine = RecordingEngine()
     push(worker, engine, version=3)
     exported = {name: tensor.clone() for name, tensor in worker.export_hf()}
     train(worker)
@@ -78,10 +78,10 @@ def test_engine_gets_what_the_trainer_has(worker):
     assert any(not torch.equal(tensor, exported[name]) for name, tensor in worker.export_hf())
 
 
-def test_refusal_reaches_the_caller(worker):
-    """An engine that refuses half-way leaves no unfinished export behind: the next push works."""
+def test_a_failed_update_reaches_the_caller(worker):
+    """An engine that fails half-way leaves no unfinished export behind: the next push works."""
     with pytest.raises(EngineFailure, match="weights version 4: unknown tensor"):
-        push(worker, RememberingEngine(refuse_after=5), version=4)
-    engine = RememberingEngine()
+        push(worker, RecordingEngine(fail_after=5), version=4)
+    engine = RecordingEngine()
     push(worker, engine, version=5)
     assert engine.version == 5

@@ -1,6 +1,6 @@
-"""The sync plan for the published shapes of real models: no weights, no processes, only numbers.
+"""Sync plans for the published sizes of real models, without weights or processes.
 
-shapes/*.json hold the numbers of the published config.json files; each names its source.
+shapes/*.json hold the sizes of the published config.json files; each names its source.
 """
 
 import json
@@ -41,7 +41,7 @@ def plan(model, tp=1, engine=1, bucket=BUCKET):
 
 
 def covers(ranges, length):
-    """Do these [start, stop) ranges cover 0..length, each element once?"""
+    """Return True if these [start, stop) ranges cover 0..length, each element once."""
     ordered = sorted(ranges)
     return (
         ordered[0][0] == 0
@@ -51,9 +51,7 @@ def covers(ranges, length):
 
 
 def once_per_element(slices, shape):
-    """Every element of a tensor is in exactly one of ``slices``, or in all of them whole (a replica
-    on every rank).
-    """
+    """Return True if each element is in one of ``slices``, or the whole tensor in each of them."""
     held = [s for s in slices if s is not None]
     columns = (0, shape[1]) if len(shape) == 2 else None
     if all(s.rows == (0, shape[0]) and s.columns == columns for s in held):
@@ -211,8 +209,8 @@ def test_experts_that_cannot_be_split_are_named(change, tp, message):
     ],
 )
 def test_other_layouts_of_experts_are_rejected(words):
-    """Server arguments under which SGLang stores experts in another way than the plan says; a dense
-    model may have them, and Triton's kernels are what the plan is for.
+    """Arguments that change SGLang's layout of experts are rejected, but not for a dense model; the
+    plan is for Triton's kernels.
     """
     mixture = spec_of("qwen3-30b-a3b")
     with pytest.raises(ConfigError, match=f"engine.policy.server_args: {words[0].split('=')[0]} "):

@@ -1,8 +1,7 @@
-"""A whole push into servers that really receive, one transport after the other.
+"""A whole push into servers that really receive, by every transport.
 
 The servers are ``receiver.py``: SGLang's protocol, its process groups and its layout of parameters,
-without SGLang. tests/real_sglang does the same with the real one. NCCL and CUDA IPC are proven by
-neither.
+without SGLang. tests/real_sglang does the same with SGLang. Neither covers NCCL and CUDA IPC.
 """
 
 import errno
@@ -72,9 +71,8 @@ def push(sync, worker, engine, version):
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_every_tensor_arrives(perturbed, server, tmp_path, transport):
-    """After a push the server's hash of every parameter, made from its own fused copies, is the
-    trainer's; it has the new version, generates again, and the trainer held one bucket and one
-    tensor at most.
+    """After a push the server's hash of every parameter equals the trainer's, and it has the new
+    version and is not paused. The trainer held at most one bucket and one tensor.
     """
     sync = sync_for(perturbed, tmp_path, transport)
     push(sync, perturbed, server.engine, version=7)
@@ -90,8 +88,8 @@ def test_every_tensor_arrives(perturbed, server, tmp_path, transport):
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_corrupted_tensor_is_named(perturbed, server, tmp_path, transport):
-    """One changed element of up_proj in the server's memory: the push fails and names the parameter
-    it is part of.
+    """One changed element of up_proj in the server's memory fails the push with the parameter's
+    name.
     """
     server.tricks(corrupt="model.layers.1.mlp.up_proj.weight")
     with pytest.raises(
@@ -101,8 +99,8 @@ def test_a_corrupted_tensor_is_named(perturbed, server, tmp_path, transport):
         push(sync_for(perturbed, tmp_path, transport), perturbed, server.engine, version=8)
 
 
-def test_no_checksums_is_said_not_hidden(perturbed, server, tmp_path, caplog):
-    """A server that cannot hash: ``require`` fails, ``auto`` goes on and says so once."""
+def test_missing_checksums_are_logged_once(perturbed, server, tmp_path, caplog):
+    """A server cannot hash: ``require`` fails, ``auto`` goes on and logs it once."""
     server.tricks(no_checksums=True)
     with pytest.raises(EngineFailure, match="cannot report checksums"):
         push(sync_for(perturbed, tmp_path, "tensor"), perturbed, server.engine, 9)
@@ -114,11 +112,11 @@ def test_no_checksums_is_said_not_hidden(perturbed, server, tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ("trick", "message"),
-    [({"refuse": True}, "refused by trick"), ({"never_join": True}, r"over 2 s|within 2 s")],
+    [({"reject": True}, "rejected by trick"), ({"never_join": True}, r"over 2 s|within 2 s")],
 )
 def test_a_server_that_does_not_join_cannot_hang_the_trainer(perturbed, tmp_path, trick, message):
-    """Refusing an update, and never entering the process group, both end in an error within the
-    time limit; the broadcast would wait for ever.
+    """Rejecting an update, and never joining the process group, both end in an error within the time
+    limit; the broadcast alone would wait indefinitely.
     """
     with start_receivers(1) as (one,):
         one.tricks(**trick)
@@ -130,9 +128,9 @@ def test_a_server_that_does_not_join_cannot_hang_the_trainer(perturbed, tmp_path
         assert time.monotonic() - started < 12
 
 
-def test_a_server_lost_half_way_costs_the_others_a_second_push(perturbed, tmp_path):
-    """One server of a fleet of two dies at the third bucket: the group is built again without it,
-    the other gets everything, checked by checksum, and the fleet goes on with that one.
+def test_the_others_receive_again_when_a_server_dies(perturbed, tmp_path):
+    """One of two servers dies at the third bucket: the group is built again without it, the other
+    receives everything, and the fleet goes on with the other.
     """
     with start_receivers(2) as (first, second):
         second.tricks(die_at=3)
@@ -152,27 +150,22 @@ def test_a_server_lost_half_way_costs_the_others_a_second_push(perturbed, tmp_pa
 def test_the_servers_of_a_killed_run_take_the_weights_of_the_next(
     perturbed, tmp_path, server, monkeypatch
 ):
-    """A trainer that dies leaves its process group behind in servers that live on; the run that
-    follows counts its groups from the beginning and must not ask for the same name, which torch
-    refuses.
+    """A trainer that dies leaves its process group in servers that live on. The next run numbers its
+    groups from 0, too, and must use another name: torch rejects one that exists.
     """
     for version in (5, 6):
         sync = sync_for(perturbed, tmp_path, "distributed")
-        monkeypatch.setattr(
-            "spark_nemo.weight_sync.distributed._group_numbers", itertools.count()
-        )  # as in a new process
+        # As in a new process.
+        monkeypatch.setattr("spark_nemo.weight_sync.distributed._group_numbers", itertools.count())
         run_async(sync.push(perturbed, server.engine, version))
-        sync.transport._group.leave()  # the trainer's end is gone, the server has not been told
+        sync.transport._group.leave()  # the server does not notice
         assert run_async(server.engine.weight_version()) == version
 
 
-def test_the_only_server_is_killed_in_a_broadcast_and_started_again_at_its_address(
-    perturbed, tmp_path
-):
-    """Given by URL, it dies at the third bucket; the push waits, and the next process gets
-    everything through a group of its own. Then it is started again between two pushes, and nobody
-    has noticed: it is the same engine to the trainer, and is not taken for a member of the group.
-    Checked by checksum each time.
+def test_a_server_restarted_at_its_address_joins_a_new_group(perturbed, tmp_path):
+    """The only server, given by URL, dies at the third bucket: the push waits, and the next process
+    receives everything through a new group. Then it is restarted between two pushes, unnoticed by
+    the fleet: it is not taken for a member of the old group.
     """
     with start_receivers(1) as (one,):
         fleet, sync = (
@@ -205,10 +198,8 @@ def test_the_only_server_is_killed_in_a_broadcast_and_started_again_at_its_addre
             run_async(fleet.close())
 
 
-def test_a_server_of_a_fleet_with_wrong_weights_is_taken_out(perturbed, tmp_path):
-    """One server of two corrupts a tensor: it is condemned with the tensor's name, the other serves
-    the new version.
-    """
+def test_a_replica_with_wrong_weights_is_evicted(perturbed, tmp_path):
+    """One of two servers corrupts a tensor: it is evicted, the other serves the new version."""
     with start_receivers(2) as (first, second):
         first.tricks(corrupt="model.norm.weight")
         fleet = Fleet({"first": first.engine, "second": second.engine})
@@ -220,9 +211,10 @@ def test_a_server_of_a_fleet_with_wrong_weights_is_taken_out(perturbed, tmp_path
 
 
 def test_shared_memory_lasts_for_every_server(perturbed, tmp_path):
-    """Two servers of this machine map the same buffer, bucket after bucket: both get everything.
-    Opening a handle gives a reference back, so each server needs one of its own, and each
-    tensor-parallel rank (tests/real_sglang).
+    """Two servers map the same buffer, bucket after bucket, and both receive everything.
+
+    Opening a handle gives a reference back, so every server needs a handle of its own, and so does
+    every tensor-parallel rank (tests/real_sglang).
     """
     with start_receivers(2) as (first, second):
         fleet = Fleet({"first": first.engine, "second": second.engine})
@@ -234,8 +226,8 @@ def test_shared_memory_lasts_for_every_server(perturbed, tmp_path):
 
 
 def test_disk_keeps_one_version(perturbed, server, tmp_path):
-    """Each version is a complete model folder; the one before goes once all servers have the new
-    one, and nothing unfinished is left. A server that returns can be brought to it alone.
+    """Each version is a complete model folder, and the previous one is removed once all servers have
+    loaded it. A server that returns can load it alone.
     """
     sync = sync_for(perturbed, tmp_path, "disk")
     for version in (11, 12):
@@ -254,16 +246,14 @@ def test_disk_keeps_one_version(perturbed, server, tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_weights_served(perturbed, server, tmp_path):
-    """Writing fails half-way (a file size limit stands for the full disk): one error that names the
-    folder, the server was not asked to load, it still serves the version before, and that version
-    is still on disk.
+    """Writing fails half-way (by a file size limit): one error names the folder, and the previous
+    version is still served and on disk.
     """
     sync = sync_for(perturbed, tmp_path, "disk")
     push(sync, perturbed, server.engine, 20)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (3000, before[1])
-    )  # python ignores SIGXFSZ: the write fails with EFBIG
+    # Python ignores SIGXFSZ, so the write fails with EFBIG.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
     try:
         with pytest.raises(
             EngineFailure, match=rf"cannot write .*version-21: {os.strerror(errno.EFBIG)}"
@@ -277,7 +267,7 @@ def test_a_full_disk_leaves_the_old_weights_served(perturbed, server, tmp_path):
 
 
 def test_handles_stay_on_one_machine(perturbed, tmp_path):
-    """A server at another machine's address is refused before anything is sent."""
+    """A server at another machine's address is rejected before anything is sent."""
     from spark_nemo.weight_sync.shared_memory import check_same_machine
 
     check_same_machine("http://127.0.0.1:1")
@@ -286,7 +276,7 @@ def test_handles_stay_on_one_machine(perturbed, tmp_path):
 
 
 def test_restore_needs_a_transport_that_keeps_the_weights(perturbed, tmp_path, server):
-    """By broadcast or handle a single server cannot be caught up in the middle of a step: it waits."""
+    """A broadcast or handle cannot bring a single server up to date: it waits for the next push."""
     for transport in ("distributed", "tensor"):
         with pytest.raises(EngineFailure, match="waits for the next sync"):
             run_async(sync_for(perturbed, tmp_path, transport).restore(server.engine, 1))

@@ -1,9 +1,8 @@
-"""A pool that loses its last server in the middle of a push: the push waits for a return as
-requests do.
+"""A pool loses its last server during a push: the push waits for a return, as requests do.
 
-The fleet, the push and the disk transport are the real ones, the engines those of
-tests/engines/fleet_cases.py. That every rank takes part in what is repeated is shown in
-tests/megatron/test_four_ranks.py.
+The fleet, the push and the disk transport are real, the engines those of
+tests/engines/fleet_cases.py. tests/megatron/test_four_ranks.py shows that every rank takes part in a
+repeated push.
 """
 
 import asyncio
@@ -27,13 +26,16 @@ STEPS = ("pause", "update_weights_from_disk", "flush_cache", "weights_checksum")
 
 
 class Server(FakeEngine):
-    """Counts what it loaded. ``dies_in``: the call in which it dies, and is not there to answer;
-    ``refusal``: what it says about new weights while it lives on.
+    """Records the versions it loaded.
+
+    It dies in the call named ``dies_in``; with ``rejection`` it lives and rejects new weights.
     """
 
-    def __init__(self, number=0, dies_in=None, refusal=None):
+    def __init__(self, number=0, dies_in=None, rejection=None):
         super().__init__(number)
-        self.dies_in, self.refusal, self.loaded = dies_in, refusal, []
+        self.dies_in = dies_in
+        self.rejection = rejection
+        self.loaded = []
 
     async def _step(self, name):
         if name == self.dies_in:
@@ -46,8 +48,8 @@ class Server(FakeEngine):
 
     async def update_weights_from_disk(self, folder, version, *, flush_cache, timeout_s):
         await self._step("update_weights_from_disk")
-        if self.refusal:
-            raise EngineFailure(self.refusal)
+        if self.rejection:
+            raise EngineFailure(self.rejection)
         assert json.loads((Path(folder) / "config.json").read_text())
         self.version = version
         self.loaded.append(version)
@@ -61,16 +63,17 @@ class Server(FakeEngine):
 
 
 class DyingLauncher(FakeLauncher):
-    """Its first life dies in the call of that name, the others do not, unless ``cursed``."""
+    """The first process dies in the call ``dies_in``, later ones only with ``all_die``."""
 
-    def __init__(self, dies_in, cursed=False, **more):
+    def __init__(self, dies_in, all_die=False, **more):
         super().__init__(**more)
-        self.dies_in, self.cursed = dies_in, cursed
+        self.dies_in = dies_in
+        self.all_die = all_die
 
     async def start(self):
         await asyncio.sleep(self.start_s)
         self.engines.append(
-            Server(len(self.engines), self.dies_in if self.cursed or not self.engines else None)
+            Server(len(self.engines), self.dies_in if self.all_die or not self.engines else None)
         )
         return self.engine
 
@@ -98,8 +101,9 @@ def waits(caplog):
 
 
 def run_push(worker, folder, members, version=5, limits=QUICK, meanwhile=None, transport=None):
-    """Push ``version`` into a fleet of ``members``. What the fleet serves afterwards, and how long
-    the push took.
+    """Push ``version`` into a fleet of ``members``.
+
+    Returns (versions served, the fleet's version, paused), or (error, seconds).
     """
 
     async def scenario():
@@ -123,12 +127,11 @@ def run_push(worker, folder, members, version=5, limits=QUICK, meanwhile=None, t
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_the_only_server_dies_in_a_push_and_gets_the_version_when_it_is_back(
+def test_the_only_server_dies_in_a_push_and_is_updated_after_its_restart(
     perturbed, tmp_path, caplog, step
 ):
-    """Whatever the server was asked for when it died: it is restarted, given the version, and the
-    next request is served with it by a fleet that is not paused. The log has one warning that says
-    who is waited for, and how long.
+    """In every step of a push: the server is restarted and updated, and the next request is served
+    with the new version by a fleet that is not paused. One warning names the pool and the timeout.
     """
     launcher = DyingLauncher(step)
     assert run_push(perturbed, tmp_path, [launcher]) == ({5}, 5, False)
@@ -139,12 +142,8 @@ def test_the_only_server_dies_in_a_push_and_gets_the_version_when_it_is_back(
     assert "policy pool" in told and "up to 0.4 s" in told and "0 of 3 restarts used" in told
 
 
-def test_a_server_that_somebody_else_runs_returns_with_its_folders_weights(
-    perturbed, tmp_path, caplog
-):
-    """Given by URL: nobody here can restart it, its owner does after a while. It has lost all
-    weights but those of its folder, and is not trusted before it is given some.
-    """
+def test_a_server_given_by_url_is_updated_when_its_owner_restarts_it(perturbed, tmp_path, caplog):
+    """After the restart it has the weights of its folder, and serves only after an update."""
     server = Server(dies_in="update_weights_from_disk")
 
     async def owner():
@@ -157,8 +156,8 @@ def test_a_server_that_somebody_else_runs_returns_with_its_folders_weights(
 
 
 def test_a_version_before_is_restored_while_the_next_one_waits(perturbed, tmp_path):
-    """The pool dies in the second push: who returns is given the first version at once, which is
-    still on disk, then the second; and only the second is kept.
+    """The pool dies in the second push: the returning server first loads the previous version, which
+    is still on disk, then the second; only the second is kept.
     """
     launcher = DyingLauncher(None)
 
@@ -175,7 +174,7 @@ def test_a_version_before_is_restored_while_the_next_one_waits(perturbed, tmp_pa
 
 
 def test_a_pool_that_is_out_when_a_push_begins_is_waited_for(perturbed, tmp_path):
-    """The death came a moment before, in the training step."""
+    """The server died before the push, in the training step."""
     launcher = DyingLauncher(None, start_s=0.05)
 
     async def scenario():
@@ -190,9 +189,9 @@ def test_a_pool_that_is_out_when_a_push_begins_is_waited_for(perturbed, tmp_path
     assert asyncio.run(scenario()) == 3 and len(launcher.engines) == 2
 
 
-def test_without_a_restore_who_returns_gets_the_push_itself(perturbed, tmp_path):
-    """By broadcast or handle nobody can be caught up alone: a server that waits for the next update
-    is a target.
+def test_without_restore_a_returning_server_receives_the_push_itself(perturbed, tmp_path):
+    """A broadcast or handle cannot update one server alone, so a server that waits for the next
+    update is a target.
     """
     launcher = DyingLauncher(None)
 
@@ -205,9 +204,9 @@ def test_without_a_restore_who_returns_gets_the_push_itself(perturbed, tmp_path)
     assert len(launcher.engines) == 2
 
 
-def test_a_server_that_never_returns_ends_the_run_after_lost_timeout(perturbed, tmp_path, caplog):
-    """Named, with what it died of, and not sooner than the pool's patience, which a pause does not
-    count.
+def test_a_server_that_never_returns_ends_the_run_after_the_timeout(perturbed, tmp_path, caplog):
+    """The error names the server and its last failure, not before ``pool_down_timeout_s``, which
+    does not count pauses.
     """
     error, seconds = run_push(perturbed, tmp_path, [Server(dies_in="update_weights_from_disk")])
     assert error.startswith(
@@ -218,25 +217,25 @@ def test_a_server_that_never_returns_ends_the_run_after_lost_timeout(perturbed, 
 
 
 @pytest.mark.parametrize(
-    "refusal", ["unknown tensor lm_head.weight", "3 of 16 tensors are served differently"]
+    "rejection", ["unknown tensor lm_head.weight", "3 of 16 tensors are served differently"]
 )
-def test_a_refusal_is_not_waited_for(perturbed, tmp_path, caplog, refusal):
-    """Wrong names, wrong weights: the same push would end the same way."""
+def test_a_rejection_is_not_retried(perturbed, tmp_path, caplog, rejection):
+    """With wrong names or wrong weights the same push would end the same way."""
     error, seconds = run_push(
         perturbed,
         tmp_path,
-        [Server(refusal=refusal)],
+        [Server(rejection=rejection)],
         limits=dataclasses.replace(QUICK, pool_down_timeout_s=60),
     )
-    assert refusal in error and seconds < 2 and not waits(caplog)
+    assert rejection in error and seconds < 2 and not waits(caplog)
 
 
-def test_a_refusal_beside_a_death_is_not_waited_for_either(perturbed, tmp_path, caplog):
-    """The one that lives said what is wrong."""
+def test_a_rejection_and_a_death_together_are_not_retried(perturbed, tmp_path, caplog):
+    """The server that is alive reported the cause."""
     error, _ = run_push(
         perturbed,
         tmp_path,
-        [Server(0, refusal="unknown tensor"), Server(1, dies_in="update_weights_from_disk")],
+        [Server(0, rejection="unknown tensor"), Server(1, dies_in="update_weights_from_disk")],
     )
     assert "unknown tensor" in error and "connection refused" in error and not waits(caplog)
 
@@ -248,8 +247,8 @@ def test_one_of_two_that_dies_is_not_waited_for(perturbed, tmp_path, caplog):
     assert members[0].loaded == [5] and not waits(caplog)
 
 
-def test_a_pool_that_is_given_up_ends_the_run_at_once(perturbed, tmp_path, caplog):
-    """No restart is left: nothing can come back, however patient the pool is."""
+def test_a_failed_pool_ends_the_run_at_once(perturbed, tmp_path, caplog):
+    """Without restarts left no server can return, whatever the timeout."""
     error, seconds = run_push(
         perturbed,
         tmp_path,
@@ -263,9 +262,9 @@ def test_a_pool_that_is_given_up_ends_the_run_at_once(perturbed, tmp_path, caplo
     assert seconds < 3
 
 
-def test_a_pool_that_dies_of_every_push_is_given_up(perturbed, tmp_path):
-    """It comes back each time and could for ever: the weights may be what kills it."""
-    launcher = DyingLauncher("flush_cache", cursed=True, max_restarts=99)
+def test_a_pool_that_dies_in_every_push_ends_the_run(perturbed, tmp_path):
+    """It returns each time, but the weights may be what kills it."""
+    launcher = DyingLauncher("flush_cache", all_die=True, max_restarts=99)
     error, _ = run_push(perturbed, tmp_path, [launcher], transport=NoRestore())
     assert "reached no server of the policy pool" in error
     assert (
@@ -274,9 +273,7 @@ def test_a_pool_that_dies_of_every_push_is_given_up(perturbed, tmp_path):
 
 
 def test_a_server_that_dies_after_its_checksum_has_not_got_the_version(perturbed, tmp_path):
-    """It took everything and died before the update ended: the push is repeated with its successor,
-    and not counted as done with nobody left.
-    """
+    """It dies before the update ends: the push is repeated with the restarted server."""
     launcher = DyingLauncher(None)
 
     class DiesAtTheEnd(NoRestore):
@@ -290,7 +287,7 @@ def test_a_server_that_dies_after_its_checksum_has_not_got_the_version(perturbed
 
 
 def test_a_server_without_a_fleet_is_not_waited_for(perturbed, tmp_path):
-    """Nobody would see it return."""
+    """A single engine has no health monitor that would notice its return."""
     with pytest.raises(EngineFailure, match="connection refused") as raised:
         asyncio.run(sync_for(perturbed, tmp_path).push(perturbed, Server(dies_in="flush_cache"), 1))
     assert not isinstance(raised.value, EngineUnavailable)
