@@ -1,5 +1,5 @@
-"""A tiny random model of every family, what transformers says about it, and what workers under many
-layouts say.
+"""A tiny random model of every family, with the results of transformers and of workers under many
+layouts.
 """
 
 import itertools
@@ -81,8 +81,8 @@ def make_hf(family, folder, **changes):
 
 
 def write_reference(family, folder, **changes):
-    """The model, a bfloat16 copy in ``folder/bf16``, and transformers' log-probabilities, loss and
-    gradients.
+    """Save the model, a bfloat16 copy in ``folder/bf16``, and transformers' log-probabilities, loss
+    and gradients.
     """
     folder, sequences = Path(folder), cases.make_sequences()
     model = make_hf(family, folder, **changes)
@@ -105,7 +105,7 @@ def write_reference(family, folder, **changes):
 
 
 def _file_names(model):
-    """Gradients under the names of the checkpoint file, where every expert has its own tensors."""
+    """Yield gradients under the checkpoint's names, where every expert has its own tensors."""
     for name, parameter in model.named_parameters():
         grad = parameter.grad.clone()
         stem, _, which = name.rpartition(".experts.")
@@ -122,9 +122,7 @@ def _file_names(model):
 
 
 def compare(folder, layout):
-    """Largest absolute differences to transformers' numbers under ``layout``; the same on every
-    rank.
-    """
+    """Return the largest absolute differences to transformers' results, the same on every rank."""
     folder, sequences = Path(folder), cases.make_sequences()
     reference = torch.load(folder / "reference.pt")
     worker = MegatronWorker.from_hf(folder, layout, seed=0, optimizer=cases.NO_CLIP)
@@ -168,7 +166,7 @@ def export_bfloat16(folder, layout):
 
 
 def push(folder, layout, url, run_folder):
-    """Trained experts from eight ranks into the test server at ``url``, by two transports."""
+    """Push trained experts from eight ranks into the test server at ``url``, by two transports."""
     worker = MegatronWorker.from_hf(folder, layout, seed=0, optimizer=cases.ADAM)
     worker.train_step(cases.share(worker, cases.make_sequences()), cases.loss_fn)
     engine = (
@@ -236,7 +234,7 @@ def layout(tp, pp, ep=1, dtype="float32", split_rows=False, **more):
 
 
 def family_ranks(folders, store):
-    """Every family under every layout. Rank 0 writes what the tests assert."""
+    """Run every family under every layout. Rank 0 writes the results."""
     results = {}
     for (name, sizes), family in itertools.product(LAYOUTS.items(), FAMILIES):
         experts = family == "qwen3_moe"
@@ -280,9 +278,7 @@ def _write(results, store, name):
 
 
 def checkpoint_keys(spec):
-    """Keys of a distributed checkpoint by the family's table: stacked axes, and the first layer's
-    (expert's) rule.
-    """
+    """Return the keys of a distributed checkpoint, each with its stacked axes and first parameter."""
     keys = {}
     for param in map_params(spec):
         name, stacked = param.megatron_names[-1], ()
@@ -298,7 +294,7 @@ def checkpoint_keys(spec):
 
 
 def shards_of(entry):
-    """The sharded tensors of an entry of a sharded state dict; fused gate and up are two."""
+    """Return the sharded tensors of an entry of a sharded state dict; gate and up are two."""
     built = entry.build() if isinstance(entry, ShardedTensorFactory) else entry
     if isinstance(built, dict):
         return [shard for value in built.values() for shard in shards_of(value)]

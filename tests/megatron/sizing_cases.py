@@ -1,4 +1,4 @@
-"""Memory of small models that are really built, to compare with ``megatron.sizing``."""
+"""Measured memory of small models, to compare with ``megatron.sizing``."""
 
 import json
 import weakref
@@ -42,8 +42,7 @@ def hf_config(model):
 
 
 def layouts(world_size, model="qwen2_tied"):
-    """Layouts to measure: all numerics, recomputations and optimizers for the first model, one of
-    each for the others.
+    """Return the layouts to measure: all combinations for the first model, a few for the others.
 
     Experts under tensor parallelism need sequence parallelism.
     """
@@ -74,9 +73,8 @@ def layouts(world_size, model="qwen2_tied"):
 
 
 def measure(model, layout):
-    """Bytes of this rank's weights, gradient buffers and optimizer state after a step, of the
-    gradients' copies that the optimizer steps with, and the most that its graphs held; and the norm
-    of the gradient.
+    """Return bytes of this rank's weights, gradients, gradient copies, optimizer state and graphs
+    in a step, and the gradient norm.
     """
     worker = MegatronWorker.from_config(
         hf_config(model), layout, seed=0, optimizer=OptimizerConfig()
@@ -117,9 +115,7 @@ def measure(model, layout):
 
 
 def step_peak(config, layout, lengths):
-    """The most bytes alive in a step's forward and backward passes beyond weights, gradients and
-    optimizer state.
-    """
+    """Return the most bytes alive in a step in addition to weights, gradients and optimizer state."""
     worker = MegatronWorker.from_config(config, layout, seed=0, optimizer=OptimizerConfig())
     batch, peak = cases.pack(cases.make_sequences(0, lengths)), []
     worker.train_step([batch], cases.loss_fn, with_entropy=True)
@@ -140,16 +136,14 @@ def step_peak(config, layout, lengths):
 
 
 def storages(tensors):
-    """Size of every storage behind ``tensors``, each once."""
+    """Return the size of every storage behind ``tensors``, each once."""
     return {
         each.data_ptr(): each.nbytes() for each in (tensor.untyped_storage() for tensor in tensors)
     }
 
 
 class SavedForBackward:
-    """Bytes of the storages that autograd keeps alive for a backward pass, each once, parameters
-    left out.
-    """
+    """Counts the storages that autograd keeps for a backward pass, each once, without parameters."""
 
     def __init__(self, parameters):
         self.parameters, self.users = set(storages(parameters)), {}

@@ -1,10 +1,8 @@
 """Models of up to 72 billion parameters on the meta device, dense and with experts.
 
-No weight is allocated, no rank but this process runs.
-
-Proves names, shapes, counts and coverage for the layouts that the recipes use; a wrong order of
-rows inside a tensor would not show here (tests/weight_sync/test_plan.py and test_four_ranks.py see
-it, on small models).
+No weight is allocated, and only this process runs. Proves names, shapes, counts and coverage for the
+layouts that the recipes use. A wrong order of rows inside a tensor would not show here, but in
+test_families.py and test_four_ranks.py, on small models.
 """
 
 import json
@@ -54,8 +52,8 @@ def case(model, tp, pp, dp=1, ep=1):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "tp", "pp"), CASES)
-def test_every_stage_is_built_as_the_table_says(model, tp, pp):
-    """The module that Megatron really builds has the names and shapes that the table has for it, so
+def test_every_stage_is_built_as_mapped(model, tp, pp):
+    """The module that Megatron builds has the names and shapes of the mapping, so
     every parameter is loaded and none has two rules, and ``sizing`` counts it exactly. Built for
     every stage on its first tensor rank, and on the last stage's last one; the ranks between run
     the same code with the same sizes.
@@ -93,9 +91,9 @@ def test_mapping_covers_every_tensor_once(model, tp, pp):
 
 
 @pytest.mark.slow
-def test_a_stage_with_experts_is_built_as_the_table_says():
+def test_a_stage_with_experts_is_built_as_mapped():
     """Qwen3-30B-A3B at TP4 x PP2 x EP4: the module of the first and the last rank has the names and
-    shapes of the table, 32 of the 128 experts of its 24 layers among them. The others run the same
+    shapes of the mapping, 32 of the 128 experts of its 24 layers among them. The others run the same
     code.
     """
     spec, layout = case(MIXTURE, 4, 2, ep=4)
@@ -125,9 +123,9 @@ def test_every_expert_is_on_one_expert_parallel_rank(tp, pp, dp, ep):
 
 
 @pytest.mark.parametrize(("tp", "dp", "ep"), [(1, 4, 4), (2, 2, 4), (2, 1, 2), (2, 2, 1)])
-def test_experts_are_built_as_the_table_says(tp, dp, ep):
+def test_experts_are_built_as_mapped(tp, dp, ep):
     """A mixture of 8 experts over expert-parallel ranks: the first and the last rank of each stage
-    have the names and shapes that the table has for them. Widths are small; what an expert-parallel
+    have the names and shapes of the mapping. Widths are small; what an expert-parallel
     rank allocates is not measured.
     """
     config = {

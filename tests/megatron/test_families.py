@@ -102,7 +102,7 @@ def test_equals_transformers(folders, family):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_equal_transformers(tmp_path, variant):
-    """Tied and untied embeddings, one key-value head, Llama without its stretch, experts weighted
+    """Tied and untied embeddings, one key-value head, Llama without scaled frequencies, experts weighted
     as they are.
     """
     family, changes = VARIANTS[variant]
@@ -113,7 +113,7 @@ def test_variants_equal_transformers(tmp_path, variant):
 @pytest.mark.parametrize("family", cases.FAMILIES)
 def test_checkpoint_names_are_the_rules_last_names(folders, family):
     """The keys and shapes that megatron-core writes into a distributed checkpoint follow from the
-    table: the rule's Transformer Engine name without the layer, stacked over layers and experts;
+    mapping: the Transformer Engine name without the layer, stacked over layers and experts;
     and the values of a layer are ``to_shards(..., 1)``. Converters rely on it. Transformer Engine
     itself is not here to ask.
     """
@@ -196,8 +196,8 @@ def test_transforms_are_inverses(family, tp):
 @pytest.mark.parametrize("stages", [1, 2])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_expert_is_somewhere(stages, ranks):
-    """However experts are spread, every Hugging Face tensor has one place, and no rank has two
-    under one name.
+    """For any number of expert-parallel ranks, every Hugging Face tensor has one place, and no rank
+    has two under one name.
     """
     spec = ModelSpec.from_hf({"model_type": "qwen3_moe", **NUMBERS})
     rules = list(map_params(spec, stages, ranks))
@@ -209,8 +209,8 @@ def test_every_expert_is_somewhere(stages, ranks):
 
 
 @pytest.mark.parametrize("model", PUBLISHED)
-def test_tables_weigh_what_the_published_models_weigh(model):
-    """The tensors of a family's table have together exactly the bytes that the published checkpoint
+def test_mapped_tensors_have_the_published_size(model):
+    """The mapped tensors have together exactly the bytes that the published checkpoint
     says it has. Their names are those of transformers, which wrote the folders of the other tests.
     """
     config = json.loads(
@@ -246,7 +246,7 @@ def test_tables_weigh_what_the_published_models_weigh(model):
 )
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
 def test_frequencies_equal_transformers(stretch, key):
-    """Llama's stretched frequencies are transformers', as numbers, for the published settings and
+    """Llama's scaled frequencies equal transformers' for the published settings and
     for others, read from the config of transformers 4 (rope_scaling and rope_theta) and 5
     (rope_parameters).
     """
@@ -368,9 +368,9 @@ def test_frequencies_equal_transformers(stretch, key):
         ),
     ],
 )
-def test_what_we_do_not_compute_is_refused(family, change, message):
-    """A setting that would change the numbers ends in an error that names it and its file, never in
-    other numbers.
+def test_unsupported_settings_are_named(family, change, message):
+    """An unsupported setting is an error that names it and its file: ignoring it would train another
+    model.
     """
     with pytest.raises(ConfigError, match=f"^some/config.json:? .*{message}"):
         ModelSpec.from_hf({"model_type": family, **NUMBERS, **change}, "some/config.json")
@@ -507,7 +507,7 @@ def test_embedding_head_and_tokenizer_must_agree(folders, tmp_path):
 
 
 def test_the_embedded_engine_says_what_it_serves(folders):
-    """Other families than Qwen2 are for SGLang; the error says so."""
+    """The error for another family than Qwen2 names the engine to choose."""
     with pytest.raises(
         EngineFailure, match=r"model_type='qwen3': .*serves qwen2 only; use engine.kind=sglang"
     ):
@@ -515,7 +515,7 @@ def test_the_embedded_engine_says_what_it_serves(folders):
 
 
 def test_every_family_knows_its_own_name():
-    """A family is found by config.json's model_type, and its table is used."""
+    """A family is found by config.json's model_type, and its rules are used."""
     assert all(name == family.model_type for name, family in FAMILIES.items())
     moe = hf_tensor_shapes(ModelSpec.from_hf({"model_type": "qwen3_moe", **NUMBERS}))
     assert (
