@@ -108,7 +108,7 @@ def _flags(group: argparse._ArgumentGroup, kind: type, texts: dict[str, str]) ->
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from spark_nemo.planning.capacity_planner import make_plan
+    from spark_nemo.planning.capacity_planner import plan_capacity
     from spark_nemo.planning.capacity_table import plan_json, plan_text
     from spark_nemo.planning.cluster import Cluster, Rates
 
@@ -131,7 +131,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         kind: kind(**{field.name: getattr(arguments, field.name) for field in fields(kind)})
         for kind in (Cluster, Rates)
     }
-    plan = make_plan(
+    plan = plan_capacity(
         config,
         arguments.stage,
         given[Cluster],

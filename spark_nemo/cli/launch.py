@@ -1,8 +1,8 @@
-"""Start the trainer ranks of one machine; under Slurm or torchrun they are there already.
+"""Start the trainer ranks of one machine; under Slurm or torchrun they are running already.
 
-Not with torch's launcher: it forwards a Ctrl-C that the ranks already had (the second one kills
-them before their checkpoint), leaves them running when it is terminated itself, and reports every
-status but 0 as a failure.
+torch's launcher is not used. It forwards a Ctrl-C that the ranks already received, and the second
+one kills them before their checkpoint. It leaves them running when it is terminated itself, and
+reports every status but 0 as a failure.
 """
 
 from __future__ import annotations
@@ -20,20 +20,19 @@ from spark_nemo.utils.slurm import slurm_task
 
 _POLL_S = 0.1
 _GRACE_S = 20.0
-"""How long the other ranks may go on when one has ended with a status other than 0."""
+"""Seconds that the other ranks may go on after one ended with a status other than 0."""
 
 
 def must_launch(layout: MegatronConfig) -> bool:
-    """Does the layout need several ranks that nobody has started yet?"""
+    """Return whether the layout needs several ranks and no launcher has started them."""
     return layout.world_size > 1 and "RANK" not in os.environ and slurm_task() is None
 
 
 def launch_ranks(layout: MegatronConfig, arguments: Sequence[str]) -> int:
-    """Run this very command once per rank on this machine; 0, or the status of the first rank that
-    ended otherwise.
+    """Run this command once per rank; return 0, or the status of the first rank that failed.
 
     SIGINT and SIGTERM are passed on as SIGTERM: the first lets the ranks write their checkpoint, a
-    second kills them. A rank that fails takes the others along, which could only wait for it.
+    second kills them. A rank that fails ends the others, which could only wait for it.
     """
     shared = {
         "WORLD_SIZE": str(layout.world_size),
@@ -65,15 +64,15 @@ def launch_ranks(layout: MegatronConfig, arguments: Sequence[str]) -> int:
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
-    status, deadline = 0, float("inf")
+    status = 0
+    deadline = float("inf")
     while time.monotonic() < deadline:
         codes = [rank.poll() for rank in ranks]
-        if status == 0 and (ended := [code for code in codes if code]):
-            # A shell's way to say "ended by a signal".
-            status, deadline = (
-                (ended[0] if ended[0] > 0 else 128 - ended[0]),
-                time.monotonic() + _GRACE_S,
-            )
+        failed = [code for code in codes if code]
+        if failed and status == 0:
+            # As a shell reports a process that a signal ended.
+            status = failed[0] if failed[0] > 0 else 128 - failed[0]
+            deadline = time.monotonic() + _GRACE_S
         if None not in codes:
             break
         time.sleep(_POLL_S)

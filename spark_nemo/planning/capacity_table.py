@@ -1,11 +1,11 @@
-"""A plan as a table for people and as JSON for programs."""
+"""Show a capacity plan as a table or as JSON."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from typing import Any
 
-from .capacity_planner import EnginePlan, Plan
+from .capacity_planner import CapacityPlan, EnginePlan
 from .cluster import GB
 from .layouts import Candidate
 from .workload import PROBLEMS
@@ -13,9 +13,10 @@ from .workload import PROBLEMS
 _SHOWN = 8
 
 
-def plan_text(plan: Plan) -> str:
-    """Memory of the worst rank by component, engines, seconds of a step, and the line to paste. GB
-    are 10^9 bytes.
+def plan_text(plan: CapacityPlan) -> str:
+    """Return the table: engines, memory of the worst rank, step times, settings to paste.
+
+    GB are 10^9 bytes.
     """
     cluster = plan.cluster
     lines = [
@@ -50,7 +51,7 @@ def _engine_line(engine: EnginePlan) -> str:
     )
 
 
-def _trainer_lines(plan: Plan) -> list[str]:
+def _trainer_lines(plan: CapacityPlan) -> list[str]:
     training = plan.work.training
     assert training is not None
     lines = [
@@ -59,10 +60,13 @@ def _trainer_lines(plan: Plan) -> list[str]:
         "  TP  PP   DP  EP recompute  weights  grads  optim  activ  logits+tmp  sync   peak   free    s/step",
     ]
     lines += [_layout_line(each, plan) for each in plan.layouts[:_SHOWN]]
-    if (more := len(plan.layouts) - _SHOWN) > 0:
+    more = len(plan.layouts) - _SHOWN
+    if more > 0:
         lines.append(f"  and {more} more that fit (--json lists all)")
-    if plan.refused:
-        lines.append(f"  {plan.refused} other layouts do not fit (every recompute setting counted)")
+    if plan.too_large:
+        lines.append(
+            f"  {plan.too_large} other layouts do not fit (every recompute setting counted)"
+        )
     if training.snapshots:
         per_node = plan.layouts[0].worst.snapshot * plan.cluster.gpus_per_node / GB
         lines.append(
@@ -71,7 +75,7 @@ def _trainer_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _layout_line(each: Candidate, plan: Plan) -> str:
+def _layout_line(each: Candidate, plan: CapacityPlan) -> str:
     layout, rank = each.layout, each.worst
     return (
         f"{layout.tensor_parallel:4d}{layout.pipeline_parallel:4d}{layout.data_parallel:5d}"
@@ -82,8 +86,8 @@ def _layout_line(each: Candidate, plan: Plan) -> str:
     )
 
 
-def plan_json(plan: Plan) -> dict[str, Any]:
-    """Everything in bytes and seconds; ``layouts`` has all that fit, fastest first."""
+def plan_json(plan: CapacityPlan) -> dict[str, Any]:
+    """Return the plan in bytes and seconds, with every layout that fits, fastest first."""
     return {
         "stage": plan.work.stage,
         "cluster": asdict(plan.cluster),
@@ -100,13 +104,13 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         ],
         "trainer_gpus": plan.trainer_gpus,
         "layouts": [_layout_json(each, plan) for each in plan.layouts],
-        "refused": plan.refused,
+        "too_large": plan.too_large,
         "step_seconds": plan.step_seconds,
         "overrides": plan.overrides,
     }
 
 
-def _layout_json(each: Candidate, plan: Plan) -> dict[str, Any]:
+def _layout_json(each: Candidate, plan: CapacityPlan) -> dict[str, Any]:
     rank = each.worst
     return {
         "layout": asdict(each.layout),

@@ -1,4 +1,4 @@
-"""Which layouts of a trainer fit, how far the others are from it, and what would help."""
+"""Trainer layouts that fit a cluster, by how much the others miss, and which settings would help."""
 
 from __future__ import annotations
 
@@ -26,159 +26,147 @@ class Candidate:
 
     @property
     def step_seconds(self) -> float:
-        """Of the trainer's phases."""
+        """Seconds of the trainer's phases together."""
         return sum(self.seconds.values())
 
     def shortage(self, cluster: Cluster) -> int:
-        """Bytes that the worst rank lacks; negative are left over."""
+        """Return the bytes that the worst rank lacks; a negative number is left over."""
         return self.worst.peak - cluster.usable_bytes
 
 
+@dataclass(frozen=True)
+class MemoryModel:
+    """What a rank's memory depends on besides the layout."""
+
+    work: Training
+    sync_bytes: int = 0
+    transformer_engine: bool = True
+
+    def worst_rank(self, layout: MegatronConfig) -> RankMemory:
+        """Return the largest rank of ``layout``. Raises ``ConfigError`` for an impossible split."""
+        ranks = rank_memory(
+            self.work.model.spec,
+            layout,
+            self.work.batch(layout.data_parallel, layout.tokens_per_micro_batch),
+            transformer_engine=self.transformer_engine,
+            sync_bytes=self.sync_bytes,
+            snapshots=self.work.snapshots,
+        )
+        return worst_rank(ranks)
+
+
 def evaluate(
-    work: Training,
-    layout: MegatronConfig,
-    cluster: Cluster,
-    rates: Rates,
-    sync_bytes: int = 0,
-    transformer_engine: bool = True,
+    memory: MemoryModel, layout: MegatronConfig, cluster: Cluster, rates: Rates
 ) -> Candidate:
-    """Raises ``ConfigError`` when the model cannot be split so."""
-    stages = rank_memory(
-        work.model.spec,
-        layout,
-        work.batch(layout.data_parallel, layout.tokens_per_micro_batch),
-        transformer_engine=transformer_engine,
-        sync_bytes=sync_bytes,
-        snapshots=work.snapshots,
-    )
-    worst = worst_rank(stages)
-    return Candidate(layout, worst, training_seconds(work, layout, worst, cluster, rates))
+    """Return memory and times of a layout. Raises ``ConfigError`` for an impossible split."""
+    worst = memory.worst_rank(layout)
+    return Candidate(layout, worst, training_seconds(memory.work, layout, worst, cluster, rates))
 
 
 def candidates(
-    work: Training,
-    base: MegatronConfig,
-    gpus: int,
-    cluster: Cluster,
-    rates: Rates,
-    sync_bytes: int = 0,
+    memory: MemoryModel, base: MegatronConfig, gpus: int, cluster: Cluster, rates: Rates
 ) -> list[Candidate]:
-    """Every layout of all ``gpus`` that the model can be split into, fastest first; fits or not.
+    """Return every possible layout of all ``gpus``, fastest first, whether it fits or not.
 
-    Tensor parallel stays in a node and is a power of two; dtype, optimizer and micro-batches are
-    ``base``'s.
+    Tensor parallel stays in a node and is a power of two. dtype, optimizer and micro-batches are
+    those of ``base``.
     """
     found = []
-    for tp, pp, ep in _sizes(work, gpus, cluster):
+    for tensor_parallel, pipeline_parallel, expert_parallel in _sizes(memory.work, gpus, cluster):
         for recompute in RECOMPUTE:
             layout = replace(
                 base,
-                tensor_parallel=tp,
-                pipeline_parallel=pp,
-                data_parallel=gpus // (tp * pp),
-                expert_parallel=ep,
-                sequence_parallel=tp > 1,
+                tensor_parallel=tensor_parallel,
+                pipeline_parallel=pipeline_parallel,
+                data_parallel=gpus // (tensor_parallel * pipeline_parallel),
+                expert_parallel=expert_parallel,
+                sequence_parallel=tensor_parallel > 1,
                 recompute_granularity=recompute,
             )
             try:
-                found.append(evaluate(work, layout, cluster, rates, sync_bytes))
+                found.append(evaluate(memory, layout, cluster, rates))
             except ConfigError:
-                continue  # the model cannot be split so
-    return sorted(
-        found,
-        key=lambda each: (each.step_seconds, RECOMPUTE.index(each.layout.recompute_granularity)),
-    )
+                continue  # the model cannot be split this way
+    return sorted(found, key=_speed)
 
 
-def _sizes(work: Training, gpus: int, cluster: Cluster) -> Iterator[tuple[int, int, int]]:
-    tp = 1
-    while tp <= cluster.gpus_per_node:
-        for pp in range(1, min(_MAX_PIPELINE, work.model.spec.num_layers) + 1):
-            if work.model.spec.num_layers % pp or gpus % (tp * pp):
-                continue
-            experts = work.model.spec.experts
-            ep = 1
-            while ep <= (experts.count if experts else 1):
-                yield tp, pp, ep
-                ep *= 2
-        tp *= 2
+def advice(memory: MemoryModel, layout: MegatronConfig, usable_bytes: int) -> list[str]:
+    """Return one line for each setting that needs less memory than ``layout``.
 
-
-def advice(
-    work: Training,
-    candidate: Candidate,
-    cluster: Cluster,
-    rates: Rates,
-    sync_bytes: int = 0,
-    transformer_engine: bool = True,
-) -> list[str]:
-    """One line per setting that needs fewer bytes than ``candidate``: what makes it fit first, then
-    what needs no more GPUs.
+    Settings that make it fit come first, then settings that do not need more GPUs.
     """
-    layout, lines = candidate.layout, []
-    for order, (text, other) in enumerate(_knobs(work, layout)):
+    peak = memory.worst_rank(layout).peak
+    lines = []
+    for order, (text, other) in enumerate(_alternatives(memory.work, layout)):
         try:
-            changed = evaluate(
-                work, other, cluster, rates, sync_bytes, transformer_engine=transformer_engine
-            )
+            other_peak = memory.worst_rank(other).peak
         except ConfigError:
             continue
-        saved = candidate.worst.peak - changed.worst.peak
-        if saved > 0:
-            verdict = (
-                "fits"
-                if changed.shortage(cluster) <= 0
-                else f"lacks {changed.shortage(cluster) / GB:.1f} GB"
-            )
-            line = f"{text} saves {saved / GB:.1f} GB: {verdict}"
-            lines.append(
-                (changed.shortage(cluster) > 0, other.world_size > layout.world_size, order, line)
-            )
-    if longest := _longest_that_fits(work, layout, cluster, rates, sync_bytes, transformer_engine):
-        line = (
-            f"sequences and micro-batches of {longest:,} tokens instead of {work.longest:,}: fits"
-        )
+        if other_peak >= peak:
+            continue
+        missing = other_peak - usable_bytes
+        verdict = "fits" if missing <= 0 else f"lacks {missing / GB:.1f} GB"
+        line = f"{text} saves {(peak - other_peak) / GB:.1f} GB: {verdict}"
+        more_gpus = other.world_size > layout.world_size
+        lines.append((missing > 0, more_gpus, order, line))
+    longest = _longest_that_fits(memory, layout, usable_bytes)
+    if longest:
+        planned = memory.work.longest
+        line = f"sequences and micro-batches of {longest:,} tokens instead of {planned:,}: fits"
         lines.append((False, False, 1, line))  # after recomputation
     return [line for *_, line in sorted(lines)]
 
 
-def _longest_that_fits(
-    work: Training,
-    layout: MegatronConfig,
-    cluster: Cluster,
-    rates: Rates,
-    sync_bytes: int,
-    transformer_engine: bool,
-) -> int:
-    """Tokens of the longest sequence with which ``layout`` fits, in steps of 16, where a
-    micro-batch is one sequence, at least an eighth of what was planned; else 0. Data are often
-    shorter than their limit.
+def _speed(candidate: Candidate) -> tuple[float, int]:
+    recompute = RECOMPUTE.index(candidate.layout.recompute_granularity)
+    return candidate.step_seconds, recompute
+
+
+def _sizes(work: Training, gpus: int, cluster: Cluster) -> Iterator[tuple[int, int, int]]:
+    """Yield tensor, pipeline and expert parallel sizes that divide the GPUs and the model."""
+    spec = work.model.spec
+    num_experts = spec.experts.count if spec.experts else 1
+    tensor_parallel = 1
+    while tensor_parallel <= cluster.gpus_per_node:
+        for pipeline_parallel in range(1, min(_MAX_PIPELINE, spec.num_layers) + 1):
+            if spec.num_layers % pipeline_parallel or gpus % (tensor_parallel * pipeline_parallel):
+                continue
+            expert_parallel = 1
+            while expert_parallel <= num_experts:
+                yield tensor_parallel, pipeline_parallel, expert_parallel
+                expert_parallel *= 2
+        tensor_parallel *= 2
+
+
+def _longest_that_fits(memory: MemoryModel, layout: MegatronConfig, usable_bytes: int) -> int:
+    """Return the longest sequence with which ``layout`` fits, in steps of 16 tokens; 0 if none.
+
+    A micro-batch is then one sequence. The result is at least an eighth of what was planned: data
+    are often shorter than their limit.
     """
+    work = memory.work
 
-    def fits(tokens: int) -> bool:
-        shorter = replace(layout, tokens_per_micro_batch=tokens)
-        return (
-            evaluate(
-                replace(work, longest=tokens),
-                shorter,
-                cluster,
-                rates,
-                sync_bytes,
-                transformer_engine=transformer_engine,
-            ).shortage(cluster)
-            <= 0
-        )
+    def fits(sixteens: int) -> bool:
+        tokens = 16 * sixteens
+        shorter = replace(memory, work=replace(work, longest=tokens))
+        small_batches = replace(layout, tokens_per_micro_batch=tokens)
+        return shorter.worst_rank(small_batches).peak <= usable_bytes
 
-    low, high = work.longest // 8 // 16, -(-work.longest // 16)
-    if layout.tokens_per_micro_batch > work.longest or low < 1 or not fits(16 * low):
+    low = work.longest // 8 // 16
+    high = -(-work.longest // 16)
+    if layout.tokens_per_micro_batch > work.longest or low < 1 or not fits(low):
         return 0
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(16 * middle) else (low, middle)
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
     return 16 * low
 
 
-def _knobs(work: Training, layout: MegatronConfig) -> Iterator[tuple[str, MegatronConfig]]:
+def _alternatives(work: Training, layout: MegatronConfig) -> Iterator[tuple[str, MegatronConfig]]:
+    """Yield settings that may save memory, as text and as layout, the cheapest first."""
     for recompute in RECOMPUTE[RECOMPUTE.index(layout.recompute_granularity) + 1 :]:
         yield (
             f"megatron.recompute_granularity={recompute}",
@@ -190,7 +178,8 @@ def _knobs(work: Training, layout: MegatronConfig) -> Iterator[tuple[str, Megatr
         yield "megatron.distributed_optimizer=true", replace(layout, distributed_optimizer=True)
     if layout.dtype == "float32":
         yield "megatron.dtype=bfloat16", replace(layout, dtype="bfloat16")
-    else:  # without data parallelism float32 takes less: the optimizer needs no copies
+    else:
+        # Without data parallelism float32 needs less: the optimizer keeps no copies.
         other = "bfloat16" if layout.grad_reduce_dtype == "float32" else "float32"
         yield f"megatron.grad_reduce_dtype={other}", replace(layout, grad_reduce_dtype=other)
     if layout.tokens_per_micro_batch > work.longest:

@@ -1,6 +1,4 @@
-"""Child processes that do not outlive their parent: a killed run must not write on behind the back
-of the next one.
-"""
+"""Child processes that end with their parent: a killed run must not write on after it."""
 
 from __future__ import annotations
 
@@ -21,10 +19,9 @@ def start_child(
     environment: Mapping[str, str] | None = None,
     output: IO[bytes] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """``spark-nemo`` with ``arguments`` in a session of its own, so that Ctrl-C reaches the parent
-    alone.
+    """Start ``spark-nemo`` with ``arguments``; ``output`` takes its stdout and stderr.
 
-    ``output`` takes stdout and stderr; None leaves them where the parent's go.
+    The child has a session of its own, so that Ctrl-C reaches the parent alone.
     """
     return subprocess.Popen(
         [sys.executable, "-m", "spark_nemo.cli.main", *arguments],
@@ -37,15 +34,14 @@ def start_child(
 
 
 def die_with_parent() -> None:
-    """In a child of ``start_child``: have the kernel kill this process when its parent dies (on
-    Linux). Else nothing.
+    """Have the kernel kill this child of ``start_child`` when its parent dies (Linux only).
 
-    SIGKILL, because a checkpoint written now could meet the run that was started in place of the
-    parent's.
+    With SIGKILL: a checkpoint written now could collide with the run that replaced the parent's.
     """
     parent = os.environ.pop(_PARENT, None)
     if parent is None or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(parent):  # it was dead before we asked
+    # The parent may have died before the call above.
+    if os.getppid() != int(parent):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -19,8 +19,8 @@ from spark_nemo.config import ConfigError, MegatronConfig, RLConfig, SamplingCon
 from spark_nemo.config.compose import compose_config
 from spark_nemo.config.sft import SftConfig
 from spark_nemo.models.spec import ModelSpec
-from spark_nemo.planning import memory_check as layout_check
-from spark_nemo.planning.capacity_planner import make_plan
+from spark_nemo.planning import memory_check
+from spark_nemo.planning.capacity_planner import plan_capacity
 from spark_nemo.planning.cluster import Cluster, Rates
 from spark_nemo.planning.engine_memory import engine_weight_bytes, kv_bytes_per_token
 from spark_nemo.planning.step_time import forward_flops_per_token
@@ -58,7 +58,7 @@ def check(published, cluster, tmp_path, **changed):
         megatron=layout(published, cluster.gpus, **changed),
         sft=SftConfig(max_length=published.longest, batch_size=published.batch),
     )
-    return make_plan(config, "sft", cluster, Rates(), model=str(tmp_path), check=True)
+    return plan_capacity(config, "sft", cluster, Rates(), model=str(tmp_path), check=True)
 
 
 @pytest.mark.parametrize("published", ACCEPTED, ids=lambda p: p.source)
@@ -103,7 +103,7 @@ def test_rl_on_a_quarter_lacks_gpus_for_its_servers(published, tmp_path):
         with pytest.raises(
             ConfigError, match=r"GB too much|megatron.* needs [0-9]+ GPUs|does not fit an engine"
         ):
-            make_plan(config, "stage3", quarter, Rates(), model=str(tmp_path), check=True)
+            plan_capacity(config, "stage3", quarter, Rates(), model=str(tmp_path), check=True)
 
 
 @pytest.mark.parametrize("source", ["LLAMA3_8B_SFT", "LLAMA3_70B_SFT", SFT_70B])
@@ -125,11 +125,11 @@ def test_longest_sequence_decides(tmp_path):
     are not.
     """
     (published,) = [each for each in ACCEPTED if each.source == SFT_70B]
-    with pytest.raises(ConfigError, match=r"17\.4 GB too much") as refused:
+    with pytest.raises(ConfigError, match=r"17\.4 GB too much") as raised:
         check(replace(published, tokens=LIMIT_70B), Cluster(8), tmp_path)
     found = re.search(
         r"sequences and micro-batches of ([0-9,]+) tokens instead of 4,096: fits",
-        str(refused.value),
+        str(raised.value),
     )
     longest = int(found[1].replace(",", ""))
     assert LONGEST_70B <= longest < LIMIT_70B
@@ -335,17 +335,17 @@ def test_stages_check_the_machine_before_they_start(monkeypatch, tmp_path):
     passes, a 14B model does not, and ranks that torchrun or Slurm puts elsewhere take no share.
     """
     assert not torch.cuda.is_available()
-    layout_check.check_memory(resolve_toy(compose_config(["+experiment=toy"])), "stage2", "stage3")
+    memory_check.check_memory(resolve_toy(compose_config(["+experiment=toy"])), "stage2", "stage3")
     (tmp_path / "config.json").write_text((SHAPES / "qwen2.5-14b.json").read_text())
     config = compose_config([f"models.reward_base={tmp_path}", "megatron.data_parallel=4"])
     monkeypatch.setattr(
-        layout_check.psutil, "virtual_memory", lambda: SimpleNamespace(total=256_000_000_000)
+        memory_check.psutil, "virtual_memory", lambda: SimpleNamespace(total=256_000_000_000)
     )
     refusal = r"in stage2 needs .* 256.0 GB for 4 rank\(s\), 64.0 GB each: .* too much; megatron"
     with pytest.raises(ConfigError, match=refusal):
-        layout_check.check_memory(config, "stage2")
-    assert layout_check.local_ranks(4) == 4
+        memory_check.check_memory(config, "stage2")
+    assert memory_check.local_ranks(4) == 4
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2(x2)")
-    assert layout_check.local_ranks(4) == 2
+    assert memory_check.local_ranks(4) == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    assert layout_check.local_ranks(4) == 1
+    assert memory_check.local_ranks(4) == 1

@@ -68,12 +68,12 @@ def test_a_second_process_is_told_who_has_the_part(tmp_path: Path) -> None:
             pytest.raises(
                 ConfigError,
                 match=rf"shard-0-of-2 is being worked on by process {other.pid} on .* since "
-                r"20\d\d-.*: wait for it or end it",
-            ) as refused,
+                r"20\d\d-.*; wait for it or end it",
+            ) as raised,
             run_lock(tmp_path / "stage1/shard-0-of-2"),
         ):
             pass
-        assert "\n" not in str(refused.value)
+        assert "\n" not in str(raised.value)
         for free in ("stage1/shard-1-of-2", "stage3/rlvr", "."):
             with run_lock(tmp_path / free):
                 pass
