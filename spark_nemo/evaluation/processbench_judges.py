@@ -23,7 +23,7 @@ from spark_nemo.grammar import (
     parse_verifier_output,
     render_solution,
 )
-from spark_nemo.grammar.critic_prompt import CRITIC_VERSION, critic_messages
+from spark_nemo.grammar.processbench_prompt import CRITIC_VERSION, critic_messages
 from spark_nemo.grammar.prompts import ChatMessages
 from spark_nemo.records import EngineError, derive_seed, outcome_kind
 from spark_nemo.utils.files import write_json_atomic

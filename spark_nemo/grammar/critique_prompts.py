@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from spark_nemo.records import content_key
 
 from . import paper_critique_prompts
-from .prompts import ChatMessages, fill_user_message
-from .version import GRAMMAR_VERSION
+from .prompts import GRAMMAR_VERSION, ChatMessages, fill_user_message
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from spark_nemo.records import FormatViolation, ParsedResponse, ParseFailure
 
-from .boxed import find_boxes
+from .markers import find_boxes
 from .steps import StepFormat, split_response
 
 

@@ -13,8 +13,9 @@ from spark_nemo.records import content_key
 
 from . import paper_prompts
 from .variants import Variant
-from .version import GRAMMAR_VERSION
 
+GRAMMAR_VERSION = "1"
+"""Version of the text grammar: part of the keys of everything that is stored or trained on."""
 ChatMessages = list[dict[str, str]]
 
 _ORM = "Problem: {{question}}\n\nSolution: {{solution}}\n\nIs the answer correct (Yes/No)?"

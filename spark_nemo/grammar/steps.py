@@ -9,14 +9,12 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from itertools import accumulate
 
 from spark_nemo.records import ParsedResponse, ParseFailure, Step, TokenSpan
 
-from .boxed import find_boxes
-from .headers import ANSWER_HEADER, ANY_HEADER, STEP_HEADER, after_header
+from .markers import ANSWER_HEADER, ANY_HEADER, STEP_HEADER, after_header, find_boxes
 
 
 class StepFormat(StrEnum):
@@ -30,51 +28,11 @@ class StepFormat(StrEnum):
     PLAIN = "plain"
 
 
-class RegionKind(StrEnum):
-    """What a stretch of a response is. TRAILING is the white space after the answer."""
-
-    PREAMBLE = "preamble"
-    STEP = "step"
-    CLOSING = "closing"
-    ANSWER = "answer"
-    TRAILING = "trailing"
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """Characters ``[start, end)`` of a response; ``step`` is the 0-based step for STEP regions and
-    None otherwise.
-    """
-
-    kind: RegionKind
-    start: int
-    end: int
-    step: int | None = None
-
-
 def split_response(text: str, fmt: StepFormat) -> ParsedResponse | ParseFailure:
     """Parse a response (special tokens removed). Never raises on any text; a failure names the rule
     broken.
     """
     return _split_tagged(text) if StepFormat(fmt) is StepFormat.TAGGED else _split_plain(text)
-
-
-def regions(text: str, fmt: StepFormat) -> tuple[Region, ...] | ParseFailure:
-    """Non-empty regions that tile the whole response in order, without gap or overlap."""
-    parsed = split_response(text, fmt)
-    if isinstance(parsed, ParseFailure):
-        return parsed
-    tiles = [
-        Region(RegionKind.PREAMBLE, 0, parsed.steps[0].start),
-        *(
-            Region(RegionKind.STEP, step.start, step.end, index)
-            for index, step in enumerate(parsed.steps)
-        ),
-        Region(RegionKind.CLOSING, parsed.steps[-1].end, parsed.answer_start),
-        Region(RegionKind.ANSWER, parsed.answer_start, parsed.answer_end),
-        Region(RegionKind.TRAILING, parsed.answer_end, len(text)),
-    ]
-    return tuple(tile for tile in tiles if tile.start < tile.end)
 
 
 def render_solution(steps: Sequence[str], answer: str | None) -> str:

@@ -19,7 +19,7 @@ from spark_nemo.records import (
     Verdict,
 )
 
-from .headers import FLAGS
+from .markers import FLAGS
 from .verification import (
     StepJudgement,
     after_thinking,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from spark_nemo.records import Outcome, ParseFailure, Verdict
 
-from .headers import FLAGS, STEP_HEADER, after_header
+from .markers import FLAGS, STEP_HEADER, after_header
 
 _LABEL = re.compile(r"\*\*This step is (?P<negation>in)?correct\.?\*\*", FLAGS)
 # A verdict has a line of its own: a question quoted in prose is not one.
@@ -127,19 +127,6 @@ def parse_verification(text: str, num_steps: int | None = None) -> Outcome:
     """``parse_judgements`` reduced to its verdict."""
     parsed = parse_judgements(text, num_steps)
     return parsed if isinstance(parsed, ParseFailure) else parsed.verdict
-
-
-def canonical_verification(text: str, num_steps: int | None = None) -> str | ParseFailure:
-    """A verification in the canonical spelling, without thinking and stray prose: fit to be a
-    training target.
-    """
-    parsed = parse_judgements(text, num_steps)
-    if isinstance(parsed, ParseFailure):
-        return parsed
-    try:
-        return render_verification(parsed.judgements, parsed.answer_correct)
-    except ValueError as error:
-        return ParseFailure(f"not_canonical: {error}")
 
 
 def after_thinking(text: str) -> str | ParseFailure:

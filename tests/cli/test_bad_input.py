@@ -109,8 +109,8 @@ def test_a_tokenizer_that_cannot_say_the_format_is_named(
     ("text", "place"),
     [
         ("", "problems.jsonl"),
-        ("{}\n", "problems.jsonl:1"),
-        ('{"problem_id": "a", "question": "1+1?"}\nnot json\n', "problems.jsonl:2"),
+        ("{}\n", "problems.jsonl:line 1"),
+        ('{"problem_id": "a", "question": "1+1?"}\nnot json\n', "problems.jsonl:line 2"),
     ],
 )
 def test_a_malformed_problems_file_is_named_with_its_line(

@@ -22,7 +22,7 @@ from spark_nemo.evaluation.processbench_judges import (
 )
 from spark_nemo.evaluation.saved_predictions import score_saved_predictions
 from spark_nemo.grammar import prompt_set
-from spark_nemo.grammar.critic_prompt import critic_messages
+from spark_nemo.grammar.processbench_prompt import critic_messages
 from spark_nemo.toy.resolve import ASSETS
 
 SAMPLED = SamplingConfig(temperature=1.0, top_p=0.9, max_new_tokens=50)

@@ -9,12 +9,10 @@ from hypothesis import strategies as st
 
 from spark_nemo.grammar import (
     ParsedResponse,
-    RegionKind,
     StepFormat,
     canonical_solution,
     decode_tokens,
     legal_step_text,
-    regions,
     render_solution,
     split_response,
     token_spans,
@@ -57,19 +55,14 @@ def test_truncated_responses_split_or_fail(solution, fmt, data):
 
 @quick
 @given(solutions(), st.sampled_from(StepFormat), st.sampled_from(["", "\n", " \n\n"]))
-def test_regions_tile_the_response(solution, fmt, gap):
-    """Regions cover every character once and in order, and the step regions are the steps' ranges."""
-    text = (
-        gap
-        + (tagged(*solution, gap) if fmt is StepFormat.TAGGED else render_solution(*solution))
-        + gap
-    )
-    tiles = regions(text, fmt)
-    assume(not isinstance(tiles, ParseFailure))
-    assert "".join(text[tile.start : tile.end] for tile in tiles) == text
-    assert all(before.end == after.start for before, after in itertools.pairwise(tiles))
-    steps = [(tile.start, tile.end) for tile in tiles if tile.kind is RegionKind.STEP]
-    assert steps == [(step.start, step.end) for step in split_response(text, fmt).steps]
+def test_steps_touch_and_end_before_the_answer(solution, fmt, gap):
+    """Steps follow each other without gap or overlap, and the answer comes after the last."""
+    body = tagged(*solution, gap) if fmt is StepFormat.TAGGED else render_solution(*solution)
+    parsed = split_response(gap + body + gap, fmt)
+    assume(not isinstance(parsed, ParseFailure))
+    for before, after in itertools.pairwise(parsed.steps):
+        assert before.start < before.end == after.start
+    assert parsed.steps[-1].end <= parsed.answer_start < parsed.answer_end
 
 
 @st.composite

@@ -1,3 +1,0 @@
-"""The version of the text grammar; whatever is stored or trained on carries it."""
-
-GRAMMAR_VERSION = "1"
