@@ -1,6 +1,6 @@
-"""What a verification came to: a verdict, or one of four named ways of not getting one.
+"""The result of a verification: a verdict, or one of four named failures to get one.
 
-A caller has to say what each failure costs (see ``config.FailurePolicy``); none of them can be read
+The caller decides what each failure costs (see ``config.FailurePolicy``); none of them can be read
 as a number.
 """
 
@@ -28,46 +28,47 @@ class Verdict:
 
     @property
     def first_error(self) -> int:
-        """0-based index of the first step judged incorrect; -1 when there is none (ProcessBench's
-        convention).
-        """
-        return next((k for k, correct in enumerate(self.step_labels) if not correct), -1)
+        """0-based index of the first step judged incorrect; -1 without one, as in ProcessBench."""
+        for index, correct in enumerate(self.step_labels):
+            if not correct:
+                return index
+        return -1
 
 
 @dataclass(frozen=True, slots=True)
 class ParseFailure:
-    """The verifier finished, but its text is not in the grammar; ``reason`` names the first rule it
-    broke.
-    """
+    """A verification whose text is not in the grammar; ``reason`` names the first broken rule."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Truncated:
-    """The verifier ran into its token limit after ``num_tokens`` tokens."""
+    """A verification that reached the token limit after ``num_tokens`` tokens."""
 
     num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class EngineError:
-    """The engine gave no text: aborted, refused, timed out or died."""
+    """A request without text: the engine aborted or rejected it, timed out or died."""
 
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class FormatViolation:
-    """The *response under judgement* broke a format rule, so it was never shown to the verifier."""
+    """A response that broke a format rule and was therefore never shown to the verifier."""
 
     rule: str
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerVerdict:
-    """What an ORM says of a whole solution. It has no field ``step_labels``, not an empty one:
-    whatever counts steps fails on it instead of seeing a solution without steps.
+    """An ORM's verdict on a whole solution.
+
+    It does not have ``step_labels``, not even empty ones: code that counts steps fails on it
+    instead of seeing a solution without steps.
     """
 
     answer_correct: bool
@@ -76,43 +77,39 @@ class AnswerVerdict:
 Failure = ParseFailure | Truncated | EngineError | FormatViolation
 Outcome = Verdict | Failure
 VariantOutcome = Verdict | AnswerVerdict | Failure
-"""Of any kind of reward model. Labels are made of ``Outcome`` only."""
+"""Outcome of any kind of reward model. Labels are made from ``Outcome`` only."""
+
+
+_TYPES: dict[str, type] = {
+    "verdict": Verdict,
+    "answer_verdict": AnswerVerdict,
+    "parse_failure": ParseFailure,
+    "truncated": Truncated,
+    "engine_error": EngineError,
+    "format_violation": FormatViolation,
+}
+_KINDS = {outcome_type: kind for kind, outcome_type in _TYPES.items()}
 
 
 def outcome_kind(outcome: VariantOutcome) -> str:
-    """Snake-case name of the case, used as the metric key (``verdict``, ``parse_failure``, ...)."""
-    return {
-        Verdict: "verdict",
-        AnswerVerdict: "answer_verdict",
-        ParseFailure: "parse_failure",
-        Truncated: "truncated",
-        EngineError: "engine_error",
-        FormatViolation: "format_violation",
-    }[type(outcome)]
+    """Return the snake-case name of the type, used as a metric key (``parse_failure``, ...)."""
+    return _KINDS[type(outcome)]
 
 
 def outcome_to_json(outcome: VariantOutcome) -> dict[str, object]:
-    """A plain dict that ``outcome_from_json`` turns back into an equal object."""
-    fields = {name: getattr(outcome, name) for name in outcome.__dataclass_fields__}
+    """Return a plain dict that ``outcome_from_json`` turns back into an equal object."""
+    values = {name: getattr(outcome, name) for name in outcome.__dataclass_fields__}
     if isinstance(outcome, Verdict):
-        fields["step_labels"] = list(outcome.step_labels)
-    return {"kind": outcome_kind(outcome), **fields}
+        values["step_labels"] = list(outcome.step_labels)
+    return {"kind": outcome_kind(outcome), **values}
 
 
 def outcome_from_json(data: dict[str, object]) -> VariantOutcome:
-    """Inverse of ``outcome_to_json``. Raises ``ValueError`` on an unknown kind."""
-    fields = {key: value for key, value in data.items() if key != "kind"}
-    match data.get("kind"):
-        case "verdict":
-            return Verdict(tuple(fields["step_labels"]), bool(fields["answer_correct"]))  # type: ignore[arg-type]
-        case "answer_verdict":
-            return AnswerVerdict(**fields)  # type: ignore[arg-type]
-        case "parse_failure":
-            return ParseFailure(**fields)  # type: ignore[arg-type]
-        case "truncated":
-            return Truncated(**fields)  # type: ignore[arg-type]
-        case "engine_error":
-            return EngineError(**fields)  # type: ignore[arg-type]
-        case "format_violation":
-            return FormatViolation(**fields)  # type: ignore[arg-type]
-    raise ValueError(f"unknown outcome kind {data.get('kind')!r}")
+    """Return the outcome of ``outcome_to_json``; raises ``ValueError`` on an unknown kind."""
+    kind = data.get("kind")
+    if kind not in _TYPES:
+        raise ValueError(f"unknown outcome kind {kind!r}")
+    values = {name: value for name, value in data.items() if name != "kind"}
+    if kind == "verdict":
+        values["step_labels"] = tuple(values["step_labels"])  # type: ignore[arg-type]
+    return _TYPES[kind](**values)  # type: ignore[index]

@@ -203,8 +203,8 @@ def prefix_advantages(
     the prefix's advantage from being negative in a group that mostly succeeds. Source: arXiv
     2601.18984, with the verdict in the place of the answer key.
 
-    If all steps are correct and the verdict is still No, the error is in the answer: the prefix ends
-    with the last step. Without usable labels there is no prefix. A group with fewer than two valid
+    If all steps are correct and the verdict remains No, the error is in the answer: the prefix ends
+    with the last step. Without usable labels the prefix is empty. A group with fewer than two valid
     members gives 0. Resists inflation: splitting a correct step changes no response's total
     advantage, the prefix is a set of tokens.
     """
