@@ -87,8 +87,8 @@ def train_on_rollouts(
                 _with_logprobs(worker, micro_batches, REFERENCE_LOGPROBS, temperature)
                 for micro_batches in packed
             ]
-    # With one minibatch the policy has not changed since the rollout: the old log-probabilities are
-    # the current ones, and their forward pass is saved.
+    # The old policy is the one before the first minibatch's step. With one minibatch its
+    # log-probabilities are the current ones, and their forward pass is saved.
     if len(packed) > 1:
         packed = [
             _with_logprobs(worker, micro_batches, OLD_LOGPROBS, temperature)

@@ -55,9 +55,9 @@ def grpo_loss(
     DeepSeekMath, arXiv 2402.03300, equation 3; the module's docstring lists the terms.
 
     ``batch.extras`` holds ADVANTAGES, WEIGHTS and ENGINE_LOGPROBS; REFERENCE_LOGPROBS when there is
-    a KL term; OLD_LOGPROBS when the policy has changed since the rollout. Without OLD_LOGPROBS the
-    old policy is the current one: the ratio is exactly 1 and only its gradient matters. Positions
-    outside the loss mask contribute nothing, whatever values (NaN included) they hold.
+    a KL term; OLD_LOGPROBS when a step has several minibatches. Without OLD_LOGPROBS the old policy
+    is the current one: the ratio is exactly 1 and only its gradient matters. Positions outside the
+    loss mask contribute nothing, whatever values (NaN included) they hold.
 
     The metric ``engine_kl`` estimates KL(engine, trainer) from the engine's samples (k3). Metrics
     are sums, so maxima go into ``running_max``, which keeps the largest value over all calls.

@@ -39,7 +39,8 @@ def read_policy_examples(
         if question != example.question:
             raise DataFileError(
                 f"{place}: problem_id {example.problem_id!r} has another question on "
-                f"{first.removeprefix(f'{path}:')}: one id, one question{id_hint(example.problem_id)}"
+                f"{first.removeprefix(f'{path}:')}: one id, one question"
+                f"{id_hint(example.problem_id)}"
             )
         violation = check_format(example.response)
         if violation is None:
