@@ -144,12 +144,12 @@ class FakeLauncher(ServerLauncher):
 
 
 @contextlib.asynccontextmanager
-async def running(members, limits: FleetLimits = QUICK, **settings) -> AsyncIterator[Fleet]:
+async def running(replicas, limits: FleetLimits = QUICK, **settings) -> AsyncIterator[Fleet]:
     """A fleet that is closed at the end."""
     named = (
-        members
-        if isinstance(members, dict)
-        else {f"m{i}": member for i, member in enumerate(members)}
+        replicas
+        if isinstance(replicas, dict)
+        else {f"m{i}": replica for i, replica in enumerate(replicas)}
     )
     fleet = Fleet(named, limits, **settings)
     try:

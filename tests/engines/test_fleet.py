@@ -198,7 +198,7 @@ def test_an_invalid_request_fails_at_once_and_evicts_no_replica() -> None:
 
 
 def test_a_late_answer_is_dropped() -> None:
-    """The first replica cannot be cancelled and answers after its attempt was given up: one result,
+    """The first replica cannot be cancelled and answers after its attempt was abandoned: one result,
     one late answer.
     """
 
@@ -223,7 +223,7 @@ def test_a_late_answer_is_dropped() -> None:
     assert metrics.late_answers == 1 and metrics.lost_response_tokens == 3
 
 
-def test_an_aborted_answer_is_redone() -> None:
+def test_an_aborted_answer_is_retried() -> None:
     """A server that is shut down sends what it has with finish_reason=abort: no sample is cut short
     by that.
     """

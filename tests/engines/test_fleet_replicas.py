@@ -72,8 +72,8 @@ def test_without_current_weights_a_returning_server_waits_for_the_next_update(
             await until(lambda: up(fleet) == 2)
             return before, launchers[0].engine.version, list(fleet.replicas())
 
-    before, version, members = run(scenario())
-    assert before == ([], 1) and version == 2 and members == ["m0", "m1"]
+    before, version, replicas = run(scenario())
+    assert before == ([], 1) and version == 2 and replicas == ["m0", "m1"]
 
 
 def test_a_server_restarted_under_its_folders_weights_needs_no_hook() -> None:
@@ -199,8 +199,8 @@ def test_weights_that_every_replica_rejects_change_nothing() -> None:
             await asyncio.sleep(0.05)
             return up(fleet), fleet.version, (await fleet.generate(ask(2))).weight_versions
 
-    members, version, versions = run(scenario())
-    assert members == 2 and version == 0 and set(versions) == {0}
+    replicas, version, versions = run(scenario())
+    assert replicas == 2 and version == 0 and set(versions) == {0}
 
 
 def test_an_update_waits_until_all_servers_have_started_once() -> None:
@@ -219,7 +219,7 @@ def test_an_update_waits_until_all_servers_have_started_once() -> None:
 
 def test_time_paused_is_no_deadline_and_requests_wait() -> None:
     """A pause of several deadlines: what ran goes on, what came meanwhile is served after it,
-    nothing is redone.
+    nothing is retried.
     """
 
     async def scenario():

@@ -145,28 +145,28 @@ def disturbed(
     """A scored batch while most of whose requests run the busiest of ``candidates`` gets a signal,
     with its group; the metrics' changes are those of this batch.
     """
-    struck: list[ServerProcess] = []
+    killed: list[ServerProcess] = []
 
-    def strike() -> None:
+    def kill_one() -> None:
         # In a thread: the embedded verifier holds the event loop for longer than the servers need
         # for a batch.
         while sum(pool.fleet.metrics().load.values()) < GROUPS * GROUP_SIZE / 2:
             time.sleep(0.005)
-        struck.append(busiest(candidates))
-        os.killpg(struck[0].pid, number)
+        killed.append(busiest(candidates))
+        os.killpg(killed[0].pid, number)
 
-    before, thread = pool.fleet.metrics(), threading.Thread(target=strike)
+    before, thread = pool.fleet.metrics(), threading.Thread(target=kill_one)
     thread.start()
     batch = run_async(pool.session.generate_batch(problems(), 0))
     thread.join(timeout=30)
-    after, victim = pool.fleet.metrics(), struck[0]
-    for name in ("requests", "answered", "retries", "refused", "outages"):
+    after, victim = pool.fleet.metrics(), killed[0]
+    for name in ("requests", "answered", "retries", "failed", "outages"):
         setattr(after, name, getattr(after, name) - getattr(before, name))
     return batch, after, victim
 
 
 def busiest(candidates: list[ServerProcess]) -> ServerProcess:
-    """By what they compute just now. Only the router knows which server is next: the
+    """Return the server that computes most just now. Only the router knows which server is next: the
     cache-aware policy may give one server everything.
     """
 

@@ -234,7 +234,7 @@ def test_cancellation_and_deadline_reach_the_server(real, prompts, tokenizer):
     on_server(real, lambda server: asyncio.wait_for(until_running(server, 0), 0.5))
 
 
-def test_aborted_requests_can_be_redone(real, prompts, tokenizer):
+def test_aborted_requests_can_be_retried(real, prompts, tokenizer):
     """abort_all ends them with HTTP 200; the client says EngineUnavailable, and the same request is
     then served.
     """
