@@ -491,6 +491,38 @@ def test_a_moment_of_rejections_does_not_evict_the_only_server() -> None:
     assert metrics.outages == 0 and metrics.answered == 41 and metrics.retries >= 40
 
 
+def test_a_pause_between_two_probes_of_a_rejecting_server_does_not_evict_it() -> None:
+    """A launched server rejects one request and one probe; before the probe is repeated, the fleet
+    is paused, when the server answers no probe. After the pause it serves again.
+    """
+
+    class RejectsOnce(FakeEngine):
+        rejections = 0
+
+        async def probe(self, timeout_s: float) -> None:
+            if self.paused:
+                raise EngineFailure("a paused server answers no probe")
+            if self.rejections:
+                self.rejections -= 1
+                raise EngineUnavailable("503 for now")
+
+    async def scenario():
+        engine = RejectsOnce(0)
+        launcher = FakeLauncher(engine_of=lambda: engine)
+        async with running([launcher], FleetLimits(probe_every_s=1.0)) as fleet:
+            await fleet.generate(ask(0))
+            engine.rejections = 1
+            await until(lambda: not engine.rejections)
+            await fleet.pause()
+            await asyncio.sleep(5.0)
+            await fleet.resume()
+            await asyncio.sleep(5.0)
+            return fleet.metrics()
+
+    metrics = run(scenario())
+    assert metrics.outages == 0 and metrics.replicas_up == 1
+
+
 def test_a_server_that_serves_no_request_is_evicted_though_it_passes_probes() -> None:
     """Three requests, each sent after the last one failed. It is let in again once it answers a
     probe, and so on with growing pauses; every request is answered by the other one.

@@ -166,8 +166,9 @@ def disturbed(
 
 
 def busiest(candidates: list[ServerProcess]) -> ServerProcess:
-    """Return the server that computes most just now. Only the router knows which server is next: the
-    cache-aware policy may give one server everything.
+    """Return the server that computes most just now.
+
+    Only the router knows which server is next: its policy may give one server everything.
     """
 
     def seconds(server: ServerProcess) -> float:

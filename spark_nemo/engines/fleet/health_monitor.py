@@ -129,6 +129,10 @@ class ServerSupervisor:
                 break
             rejections += 1
             await asyncio.sleep(self._limits.backoff_s)
+            if self._replica.paused:
+                # Paused meanwhile: it answers no probe now, so it is probed after the pause.
+                self._replica.suspect = True
+                return None
         return error
 
     async def _probe_once(self) -> str | None:
