@@ -37,7 +37,6 @@ from pathlib import Path
 import torch
 
 from spark_nemo.config import SparkConfig
-from spark_nemo.config.compose import compose_config
 from spark_nemo.config.hacking import ConstraintsConfig
 from spark_nemo.config.rollout import RolloutConfig
 from spark_nemo.engines.async_utils import run_async
@@ -49,6 +48,7 @@ from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rollout.engines import RolloutEngines
 from spark_nemo.rollout.timeline import TRAIN, VERIFY, Timeline, seconds
 from spark_nemo.rollout.worker import RolloutWorker
+from spark_nemo.run.compose import compose_config
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
 from spark_nemo.training.grpo_trainer import GRPOTrainer
 from spark_nemo.weight_sync.synchronizer import WeightSync
@@ -165,9 +165,8 @@ def configured(folder: Path, arguments: argparse.Namespace) -> SparkConfig:
             [
                 "+experiment=toy",
                 f"run.dir={folder}",
-                f"rl.reward_model={ASSETS / 'verifier'}",
-                "rl.kl_estimator=none",
-                "rl.kl_coef=null",
+                f"rl.reward.model={ASSETS / 'verifier'}",
+                "rl/kl=none",
                 f"rl.steps={arguments.steps}",
                 f"engine.max_batch_size={arguments.rows}",
                 f"rl.prompts_per_step={arguments.prompts}",

@@ -13,8 +13,8 @@ from studies.label_table import label_section
 from studies.seed_runs import command_line, run_seeds, seed_arguments
 
 from spark_nemo.config import ConfigError
-from spark_nemo.config.compose import compose_config
 from spark_nemo.report.label_scores import label_scores
+from spark_nemo.run.compose import compose_config
 from spark_nemo.toy.resolve import oracle_for, resolve_toy
 
 

@@ -21,6 +21,7 @@ from typing import Any, get_type_hints
 
 from spark_nemo.cli.main import build_parser
 from spark_nemo.config import SparkConfig
+from spark_nemo.config.registry import GROUPS
 
 
 def pages() -> dict[str, str]:
@@ -43,16 +44,25 @@ def settings_page() -> str:
         "# Settings",
         "",
         "Every setting with its default, generated from the dataclasses in `spark_nemo/config/`. "
-        "Set one on the command line (`rl.steps=50`) or in an experiment file.",
+        "Set one on the command line (`rl.steps=50`) or in an experiment file. A section whose title "
+        "has a slash is a choice (`rl/reward=step_average`): its settings exist only with it.",
     ]
-    for name, section in _sections("", SparkConfig):
-        lines += ["", f"## {name}", "", inspect.cleandoc(section.__doc__ or ""), ""]
-        lines += ["| setting | type | default | meaning |", "|---|---|---|---|"]
+    seen: set[str] = set()
+    for title, name, section in _sections("", SparkConfig):
+        if title in seen:  # a nested choice that several options have
+            continue
+        seen.add(title)
+        lines += ["", f"## {title}", "", inspect.cleandoc(section.__doc__ or ""), ""]
         docs = attribute_docs(section)
         hints = get_type_hints(section)
-        for field in fields(section):
-            if is_dataclass(hints[field.name]):
-                continue
+        own = [
+            field
+            for field in fields(section)
+            if not is_dataclass(hints[field.name]) and field.name != "name"
+        ]
+        if own:
+            lines += ["| setting | type | default | meaning |", "|---|---|---|---|"]
+        for field in own:
             meaning = " ".join(docs.get(field.name, "").replace("|", "\\|").split())
             lines.append(
                 f"| `{name}.{field.name}` | {_type_name(section, field)} | `{_default(field)}` "
@@ -83,15 +93,24 @@ def attribute_docs(section: type) -> dict[str, str]:
     return docs
 
 
-def _sections(name: str, section: type) -> Iterator[tuple[str, type]]:
-    """Yield every section that has settings of its own, with its dotted name."""
+def _sections(name: str, section: type, title: str = "") -> Iterator[tuple[str, str, type]]:
+    """Yield every section that has settings of its own: its title, dotted name and dataclass."""
     hints = get_type_hints(section)
-    if name and not all(is_dataclass(hint) for hint in hints.values()):
-        yield name, section
+    if title or (name and not all(is_dataclass(hint) for hint in hints.values())):
+        yield title or name, name, section
     for field in fields(section):
-        if is_dataclass(hints[field.name]):
-            inner = f"{name}.{field.name}" if name else field.name
+        if not is_dataclass(hints[field.name]):
+            continue
+        inner = f"{name}.{field.name}" if name else field.name
+        group = inner.replace(".", "/")
+        if group not in GROUPS:
             yield from _sections(inner, hints[field.name])
+            continue
+        by_settings: dict[type, list[str]] = {}
+        for option_name, option in GROUPS[group].items():
+            by_settings.setdefault(type(option.settings), []).append(option_name)
+        for settings, names in by_settings.items():
+            yield from _sections(inner, settings, f"{group}={', '.join(names)}")
 
 
 def _type_name(section: type, field: Field[Any]) -> str:

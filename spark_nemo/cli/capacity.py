@@ -9,7 +9,7 @@ import json
 from dataclasses import fields
 
 from spark_nemo.config import ConfigError
-from spark_nemo.config.compose import compose_config, config_yaml
+from spark_nemo.run.compose import compose_config, config_yaml
 
 STAGES = ("stage1", "stage2", "stage3", "sft")
 EXAMPLES = """examples:

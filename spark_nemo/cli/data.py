@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from spark_nemo.config import ConfigError
-from spark_nemo.config.designs import VARIANTS
+from spark_nemo.config.reward import VARIANTS
 from spark_nemo.records.shards import shard_paths
 from spark_nemo.records.store import RecordStore
 

@@ -30,7 +30,7 @@ from spark_nemo.cli.explain import add_explain_command
 from spark_nemo.cli.slurm_manifest import add_plan_arguments, slurm_manifest
 from spark_nemo.cli.status import run_status
 from spark_nemo.config import ConfigError, SparkConfig
-from spark_nemo.config.compose import compose_config, config_yaml
+from spark_nemo.run.compose import compose_config, config_yaml
 from spark_nemo.run.stage_spec import STAGES
 from spark_nemo.run.subprocess_utils import die_with_parent
 from spark_nemo.toy.resolve import oracle_for, resolve_toy

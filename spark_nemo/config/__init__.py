@@ -1,11 +1,10 @@
-"""Configuration: dataclasses that hold every default and refuse what would have no effect. No
-torch.
-"""
+"""Configuration: dataclasses that hold every default, in config groups. No torch."""
 
 from .engine import EngineConfig, PoolConfig, SamplingConfig
 from .errors import ConfigError
 from .labels import LABEL_METHODS, REFERENCE_GUIDED, REVISED_METHODS, VOTE_METHODS, LabelsConfig
-from .rl import FailurePolicy, RLConfig
+from .reward import FailurePolicy, ModelReward
+from .rl import RLConfig
 from .schema import (
     DataConfig,
     EvaluationConfig,
@@ -32,6 +31,7 @@ __all__ = [
     "FineTuningConfig",
     "LabelsConfig",
     "MegatronConfig",
+    "ModelReward",
     "ModelsConfig",
     "OptimizerConfig",
     "PipelineConfig",

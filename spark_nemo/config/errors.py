@@ -23,6 +23,15 @@ def at_least(name: str, value: float, bound: float) -> None:
         raise ConfigError(f"{name}={value}: must be at least {bound}")
 
 
+def number_or_auto(name: str, value: float | str, least: float) -> None:
+    """Raise ``ConfigError`` unless ``value`` is ``auto`` or a number of at least ``least``."""
+    if value == "auto":
+        return
+    if isinstance(value, str):
+        raise ConfigError(f"{name}={value!r}: must be a number or auto")
+    at_least(name, value, least)
+
+
 def in_unit_interval(name: str, value: float) -> None:
     """Raise ``ConfigError`` unless ``0 <= value <= 1``."""
     if not 0 <= value <= 1:

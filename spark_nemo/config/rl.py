@@ -1,76 +1,204 @@
-"""Stage III: rewards, advantages, loss."""
+"""Stage III: advantages, loss, and the choices they are made of."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from operator import attrgetter
+from typing import ClassVar
 
-from .designs import (
-    ADVANTAGES,
-    BASELINES,
-    MODEL_REWARDS,
-    NEEDS_STEP_LABELS,
-    OWN_BASELINE,
-    STEP_BOUNDS,
-    VARIANTS,
-    VERIFIER_KNOBS,
-    unread_failures,
-)
+from .designs import check_design, check_variant
 from .engine import SamplingConfig
-from .errors import ConfigError, at_least, in_unit_interval, one_of, without_effect
+from .errors import ConfigError, at_least, one_of
 from .hacking import HackingConfig
-from .rollout import RolloutConfig
+from .registry import Choice, register_option
+from .reward import (
+    FailurePolicy,
+    FallibleReward,
+    GatedReward,
+    MaskFailures,
+    ModelReward,
+    RewardConfig,
+)
+from .rollout import DynamicSampling, RolloutConfig
 from .trainer import OptimizerConfig
 
 
 @dataclass
-class FailurePolicy:
-    """What a verification that gave no verdict costs. Nothing becomes a score unless this says so.
+class AdvantageConfig(Choice):
+    """An advantage without settings (``rl/advantage``)."""
 
-    Read where a reward model is asked; of the baselines only rlvr, whose answer checker may give no
-    answer, reads it, without ``retries``.
+    name: str = "outcome"
+
+    def outcome_reward(self, reward: float, num_steps: int) -> float:
+        """Return the reward of a response with ``num_steps`` steps."""
+        return reward
+
+
+@dataclass
+class SelectiveAdvantage(AdvantageConfig):
+    """Selective advantages: a token keeps its advantage where its step's label agrees."""
+
+    name: str = "selective"
+    min_steps: int = 1
+    """A response with fewer steps has outcome reward 0. The published code has 4; the paper has no
+    bound.
     """
-
-    action: str | None = None
-    """mask: leave the sample out. penalize: give it ``penalty``. None is mask."""
-    penalty: float | None = None
-    retries: int | None = None
-    """Fresh attempts before the action applies. None is 1."""
-    max_rate: float | None = None
-    """The run stops when more than this share of a step's verifications fail after their retries. A
-    step with so few that one failure alone would be above it is judged together with the next ones;
-    at the end all count. None is 0.2.
+    max_steps: int | None = None
+    """A response with more steps has outcome reward 0. The published code has 20. None is no limit.
+    A step that is split may cross either bound.
     """
 
     def __post_init__(self) -> None:
-        if self.action is not None:
-            one_of("failures.action", self.action, {"mask", "penalize"})
-        at_least("failures.retries", self.num_retries, 0)
-        in_unit_interval("failures.max_rate", self.bound)
-        if self.action == "penalize" and self.penalty is None:
+        _check_step_bounds(self.min_steps, self.max_steps)
+
+    def outcome_reward(self, reward: float, num_steps: int) -> float:
+        """Return the reward, or 0 outside the bounds."""
+        inside = self.min_steps <= num_steps and (
+            self.max_steps is None or num_steps <= self.max_steps
+        )
+        return reward if inside else 0.0
+
+
+@dataclass
+class StepPenaltyAdvantage(AdvantageConfig):
+    """Global step rewards without pay for too few or too many steps."""
+
+    name: str = "global_step_penalty"
+    min_steps: int = 3
+    """A response with fewer steps has no step rewards."""
+    max_steps: int = 20
+    """A response with more steps has no step rewards."""
+
+    def __post_init__(self) -> None:
+        _check_step_bounds(self.min_steps, self.max_steps)
+
+
+def _check_step_bounds(low: int, high: int | None) -> None:
+    at_least("rl.advantage.min_steps", low, 1)
+    if high is None:
+        return
+    at_least("rl.advantage.max_steps", high, 1)
+    if low > high:
+        raise ConfigError(f"rl.advantage.min_steps={low}: at most rl.advantage.max_steps={high}")
+
+
+@dataclass
+class EstimatorConfig(Choice):
+    """From rewards to one advantage per response (``rl/estimator``), without settings."""
+
+    name: str = "none"
+
+
+@dataclass
+class GrpoEstimator(EstimatorConfig):
+    """GRPO: rewards centred on their group's mean."""
+
+    name: str = "grpo"
+    std_normalize: bool = True
+    """Divide a group's centred rewards by their standard deviation."""
+
+
+@dataclass
+class ShapingConfig(Choice):
+    """No reward but that of the design (``rl/shaping=none``)."""
+
+    name: str = "none"
+
+
+@dataclass
+class OverlongShaping(ShapingConfig):
+    """DAPO's soft punishment of over-long responses, added to the reward."""
+
+    name: str = "overlong"
+    buffer: int = 512
+    """Over the last tokens before rl.sampling.max_new_tokens, this many, it falls from 0 to -1."""
+
+    def __post_init__(self) -> None:
+        at_least("rl.shaping.buffer", self.buffer, 1)
+
+
+@dataclass
+class KLConfig(Choice):
+    """No KL term in the loss (``rl/kl=none``)."""
+
+    name: str = "none"
+
+
+@dataclass
+class KLPenalty(KLConfig):
+    """An estimate of KL(policy, reference) in the loss: k1, k2 or k3."""
+
+    name: str = "k3"
+    coef: float = 1e-3
+    """Weight of the KL term."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.coef < math.inf:
+            raise ConfigError(f"rl.kl.coef={self.coef}: must be positive and finite")
+
+
+@dataclass
+class LossConfig(Choice):
+    """One optimizer step per batch (``rl/loss=on_policy``): the policy ratio is 1, so nothing is
+    clipped.
+    """
+
+    name: str = "on_policy"
+    aggregation: str = "auto"
+    """Mean over tokens (token_mean), over sequences (sequence_mean) or over a constant length
+    (length_constant). auto: length_constant with rl/estimator=dr_grpo, otherwise token_mean.
+    """
+    tis_clip: float | None = 2.0
+    """Upper bound of the truncated importance weight between engine and trainer log-probabilities.
+    None does not weigh.
+    """
+
+    num_minibatches: ClassVar[int] = 1
+    importance_sampling_level: ClassVar[str] = "token"
+    clip_low: ClassVar[float] = 0.2
+    clip_high: ClassVar[float] = 0.2
+
+    def __post_init__(self) -> None:
+        one_of(
+            "rl.loss.aggregation",
+            self.aggregation,
+            {"auto", "token_mean", "sequence_mean", "length_constant"},
+        )
+        if self.tis_clip is not None:
+            at_least("rl.loss.tis_clip", self.tis_clip, 1)
+
+
+@dataclass
+class ClippedLoss(LossConfig):
+    """Several optimizer steps per batch (``rl/loss=clipped``), with PPO's clipped ratio."""
+
+    name: str = "clipped"
+    num_minibatches: int = 2
+    """Optimizer steps per rollout batch; the batch is split by groups."""
+    importance_sampling_level: str = "token"
+    """What is clipped: the ratio of a token, or of a sequence (GSPO; its objective is the one with
+    rl.loss.aggregation=sequence_mean).
+    """
+    clip_low: float = 0.2
+    """Lower clip of the ratio: 1 - clip_low."""
+    clip_high: float = 0.2
+    """Upper clip of the ratio: 1 + clip_high."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of(
+            "rl.loss.importance_sampling_level",
+            self.importance_sampling_level,
+            {"token", "sequence"},
+        )
+        if self.num_minibatches < 2:
             raise ConfigError(
-                "failures.action=penalize needs failures.penalty (the reward of a failed verification)"
+                f"rl.loss.num_minibatches={self.num_minibatches}: must be at least 2; one step per "
+                "batch is rl/loss=on_policy"
             )
-        if self.penalty is not None and not math.isfinite(self.penalty):
-            raise ConfigError(f"failures.penalty={self.penalty}: a reward must be finite")
-        if self.masks and self.penalty is not None:
-            raise without_effect("failures.penalty", self.penalty, "with failures.action=mask")
-
-    @property
-    def masks(self) -> bool:
-        """``action``, resolved: is a sample without a verdict left out?"""
-        return self.action != "penalize"
-
-    @property
-    def num_retries(self) -> int:
-        """``retries``, resolved."""
-        return 1 if self.retries is None else self.retries
-
-    @property
-    def bound(self) -> float:
-        """``max_rate``, resolved."""
-        return 0.2 if self.max_rate is None else self.max_rate
+        for name in ("clip_low", "clip_high"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"rl.loss.{name}={getattr(self, name)}: must be positive")
 
 
 @dataclass
@@ -78,300 +206,159 @@ class RLConfig:
     """GRPO. The names follow the field: a *group* is the rollouts of one prompt."""
 
     steps: int = 100
+    """Training steps."""
     prompts_per_step: int = 256
+    """Groups per training step."""
     group_size: int = 16
-    num_minibatches: int = 1
-    """Optimizer steps per rollout batch; the batch is split by groups."""
-    reward: str = "process_aware"
-    """From the reward model: process_aware (format gate times final verdict), step_average,
-    step_augmented. Baselines: rlvr (answer key, declared), majority (the group's own majority
-    answer), random (a coin).
-    """
-    advantage: str = "outcome"
-    """Per response: outcome. Per token, from step labels: selective, selective_half, global_step,
-    global_step_penalty, min_form, prefix or capo; all are defined on rl.reward=process_aware.
-    """
-    reward_model: str | None = None
-    """Folder of the reward model; None takes stage II's result in ``run.dir``. Baselines have none.
-    """
-    reward_variant: str | None = None
-    """What kind of reward model is asked: prm_cot, prm, or orm, which has no step labels. None is
-    stage2.variant. Baselines have none.
-    """
-    selective_min_steps: int | None = None
-    """Of selective and selective_half: a response of fewer steps has outcome reward 0. None is no
-    bound, as in the paper; the published code has 4.
-    """
-    selective_max_steps: int | None = None
-    """The same for more steps; the published code has 20. A step that is split may cross either
-    bound.
-    """
-    step_penalty_min: int | None = None
-    """Of global_step_penalty: a response of fewer steps has no step rewards. None is 3, as in the
-    published code.
-    """
-    step_penalty_max: int | None = None
-    """The same for more steps. None is 20."""
-    overlong_buffer: int | None = None
-    """DAPO's soft over-long punishment, added to the reward: over the last so many tokens before
-    rl.sampling.max_new_tokens it falls from 0 to -1. None adds nothing."""
+    """Rollouts of one prompt."""
     prompt_set: str = "paper"
+    """Words of the prompts: paper, or compact for the toy task's models."""
+    reward: RewardConfig = field(default_factory=ModelReward)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    estimator: EstimatorConfig = field(default_factory=GrpoEstimator)
+    shaping: ShapingConfig = field(default_factory=ShapingConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    verifier_sampling: SamplingConfig = field(
-        default_factory=lambda: SamplingConfig(temperature=0.0, max_new_tokens=4096)
-    )
-    """How the reward model is sampled as a reward; not read by the baselines."""
-    verifier_votes: int = 1
-    """Verifications of every rollout; step labels and the verdict are the majority's. More than one
-    needs verifier_sampling.temperature > 0.
-    """
-    verifier_min_votes: int | None = None
-    """Verdicts that a rollout needs; with fewer it counts as a failed verification. None is more
-    than half of the votes.
-    """
-    verifier_queue: int | None = None
-    """Verifications at the engines at once; the others wait for a place. None is twice what they
-    decode together.
-    """
-    verifier_deadline: float | None = None
-    """Seconds a verification may take once it has its place; then it is an EngineError. None is
-    1800, and 0.25 for each token that it may sample.
-    """
-    verifier_cache: int | None = None
-    """Verification results that are remembered (the least recently used one goes first). 0 is off,
-    None is 65536.
-    """
-    failures: FailurePolicy = field(default_factory=FailurePolicy)
-    estimator: str = "grpo"
-    """From rewards to one advantage per response: grpo, dr_grpo (no std), rloo or reinforce_pp
-    (batch statistics).
-    """
-    std_normalize: bool | None = None
-    """Divide a group's centred rewards by their standard deviation; only read by grpo. None is
-    True.
-    """
-    loss_aggregation: str | None = None
-    """token_mean, sequence_mean or length_constant. None is token_mean; dr_grpo is length_constant
-    and nothing else.
-    """
-    importance_sampling_level: str = "token"
-    """What is clipped: token, or sequence (GSPO; its objective is the one with
-    loss_aggregation=sequence_mean). Only read when num_minibatches > 1.
-    """
-    clip_low: float | None = None
-    """Lower clip of the ratio, 1 - clip_low; only read when num_minibatches > 1. None is 0.2."""
-    clip_high: float | None = None
-    """Upper clip of the ratio, 1 + clip_high; only read when num_minibatches > 1. None is 0.2."""
-    kl_estimator: str = "none"
-    """Estimator of KL(policy, reference) in the loss: none, k1, k2 or k3."""
-    kl_coef: float | None = None
-    tis_clip: float | None = 2.0
-    """Truncated importance sampling between engine and trainer log-probabilities; None switches it
-    off.
-    """
+    """Sampling of the rollouts."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-6))
     eval_every: int = 10
+    """Training steps between two evaluations."""
     save_every: int = 50
+    """Training steps between two checkpoints."""
     hacking: HackingConfig = field(default_factory=HackingConfig)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "prompts_per_step", "num_minibatches", "eval_every", "save_every"):
+        for name in ("steps", "prompts_per_step", "eval_every", "save_every"):
             at_least(f"rl.{name}", getattr(self, name), 1)
         at_least("rl.group_size", self.group_size, 2)
-        one_of("rl.reward", self.reward, MODEL_REWARDS | BASELINES)
-        if self.loss_aggregation is not None:
-            one_of(
-                "rl.loss_aggregation",
-                self.loss_aggregation,
-                {"token_mean", "sequence_mean", "length_constant"},
-            )
-        one_of("rl.kl_estimator", self.kl_estimator, {"none", "k1", "k2", "k3"})
         one_of("rl.prompt_set", self.prompt_set, {"paper", "compact"})
-        if self.kl_estimator == "none" and self.kl_coef is not None:
-            raise without_effect("rl.kl_coef", self.kl_coef, "with rl.kl_estimator=none")
-        if self.kl_estimator != "none" and not 0 < (self.kl_coef or 0) < math.inf:
-            raise ConfigError(
-                f"rl.kl_estimator={self.kl_estimator} needs a positive, finite rl.kl_coef, "
-                f"not rl.kl_coef={self.kl_coef}"
-            )
-        if self.num_minibatches > self.prompts_per_step:
-            raise ConfigError(
-                f"rl.num_minibatches={self.num_minibatches}: at most rl.prompts_per_step={self.prompts_per_step}"
-            )
-        for name in ("clip_low", "clip_high"):
-            value = getattr(self, name)
-            if value is not None and self.num_minibatches == 1:
-                raise without_effect(
-                    f"rl.{name}", value, "with rl.num_minibatches=1 (the ratio is always 1)"
-                )
-            if value is not None and not value > 0:
-                raise ConfigError(f"rl.{name}={value}: must be positive")
-        if self.tis_clip is not None:
-            at_least("rl.tis_clip", self.tis_clip, 1)
-        self._check_verifier()
-        self._check_estimator()
-        self._check_advantage()
-        self._check_shaping()
-        self.rollout.check(self.steps, self.tis_clip, self.estimator)
-        self.hacking.check_rl(
-            self.reward,
-            self.advantage,
-            self.sampling.max_new_tokens,
-            asks_reward_model=self.asks_reward_model,
-        )
+        check_design(self.reward.name, self.advantage.name, self.estimator.name, self.shaping.name)
+        if isinstance(self.reward, ModelReward):
+            check_variant(self.design, self.reward.variant, "rl.reward.variant")
+        self._check_loss()
+        self._check_rollout()
+        self._check_lengths()
 
     @property
     def asks_reward_model(self) -> bool:
-        """Is the reward made from a reward model's verdicts?"""
-        return self.reward in MODEL_REWARDS
+        """True if the reward is made from a reward model's verdicts."""
+        return isinstance(self.reward, ModelReward)
+
+    @property
+    def named_reward_model(self) -> str | None:
+        """Folder of the reward model where the configuration names one; None where stage II makes
+        it, or for a baseline.
+        """
+        if isinstance(self.reward, ModelReward) and self.reward.model != "auto":
+            return self.reward.model
+        return None
 
     @property
     def design(self) -> str:
-        """What an arm of the pipeline is called after: the advantage where it reads step labels,
-        else the reward.
+        """Name of the reward design: the advantage's where it reads step labels, else the
+        reward's.
         """
-        return self.reward if self.advantage == "outcome" else self.advantage
+        return self.reward.name if self.advantage.name == "outcome" else self.advantage.name
 
     @property
-    def step_penalty_bounds(self) -> tuple[int, int]:
-        """``step_penalty_min`` and ``step_penalty_max``, resolved."""
-        return self.step_penalty_min or 3, self.step_penalty_max or 20
-
-    @property
-    def min_votes(self) -> int:
-        """``verifier_min_votes``, resolved."""
-        return self.verifier_min_votes or self.verifier_votes // 2 + 1
+    def failures(self) -> FailurePolicy:
+        """What a missing reward costs. Rewards that cannot fail have no such setting."""
+        return self.reward.failures if isinstance(self.reward, FallibleReward) else MaskFailures()
 
     @property
     def aggregation(self) -> str:
-        """``loss_aggregation``, resolved."""
-        return self.loss_aggregation or (
-            "length_constant" if self.estimator == "dr_grpo" else "token_mean"
-        )
+        """``loss.aggregation`` with auto resolved."""
+        if self.loss.aggregation != "auto":
+            return self.loss.aggregation
+        return "length_constant" if self.estimator.name == "dr_grpo" else "token_mean"
 
-    def _check_verifier(self) -> None:
-        at_least("rl.verifier_votes", self.verifier_votes, 1)
-        for name, bound in (
-            ("verifier_min_votes", 1),
-            ("verifier_queue", 1),
-            ("verifier_cache", 0),
-        ):
-            if (value := getattr(self, name)) is not None:
-                at_least(f"rl.{name}", value, bound)
-        if self.verifier_deadline is not None and not 0 < self.verifier_deadline < math.inf:
+    def _check_loss(self) -> None:
+        if self.loss.num_minibatches > self.prompts_per_step:
             raise ConfigError(
-                f"rl.verifier_deadline={self.verifier_deadline}: must be positive and finite"
+                f"rl.loss.num_minibatches={self.loss.num_minibatches}: at most "
+                f"rl.prompts_per_step={self.prompts_per_step}"
             )
-        if not self.asks_reward_model:
-            for name, unset in {
-                **VERIFIER_KNOBS,
-                "reward_model": None,
-                "reward_variant": None,
-            }.items():
-                if (value := getattr(self, name)) != unset:
-                    raise without_effect(f"rl.{name}", value, f"with rl.reward={self.reward}")
-        for name in unread_failures(self.reward):
-            if (value := attrgetter(name)(self)) is not None:
-                raise without_effect(
-                    f"rl.{name}",
-                    value,
-                    f"with rl.reward={self.reward}, which asks no reward model "
-                    "(null unsets what a recipe has set)",
-                )
-        if self.reward_variant is not None:
-            one_of("rl.reward_variant", self.reward_variant, VARIANTS)
-            check_variant(self.design, self.reward_variant, "rl.reward_variant")
-        if self.verifier_votes > 1 and self.verifier_sampling.temperature == 0:
+        if self.estimator.name == "dr_grpo" and self.aggregation != "length_constant":
             raise ConfigError(
-                f"rl.verifier_votes={self.verifier_votes}: greedy votes are all the same; give "
-                "rl.verifier_sampling.temperature a positive value or ask for one vote"
-            )
-        if self.verifier_min_votes is not None and self.verifier_votes == 1:
-            raise without_effect(
-                "rl.verifier_min_votes", self.verifier_min_votes, "with rl.verifier_votes=1"
-            )
-        if (self.verifier_min_votes or 1) > self.verifier_votes:
-            raise ConfigError(
-                f"rl.verifier_min_votes={self.verifier_min_votes}: at most "
-                f"rl.verifier_votes={self.verifier_votes}"
+                f"rl.loss.aggregation={self.loss.aggregation}: rl/estimator=dr_grpo is "
+                "length_constant; remove it, or choose rl/estimator=grpo with "
+                "rl.estimator.std_normalize=false"
             )
 
-    def _check_estimator(self) -> None:
-        one_of("rl.estimator", self.estimator, {"grpo", "dr_grpo", "rloo", "reinforce_pp"})
-        one_of(
-            "rl.importance_sampling_level", self.importance_sampling_level, {"token", "sequence"}
-        )
-        if self.importance_sampling_level != "token" and self.num_minibatches == 1:
-            raise without_effect(
-                "rl.importance_sampling_level",
-                self.importance_sampling_level,
-                "with rl.num_minibatches=1 (the ratio is always 1)",
-            )
-        if self.std_normalize is not None and self.estimator != "grpo":
-            raise without_effect(
-                "rl.std_normalize", self.std_normalize, f"with rl.estimator={self.estimator}"
-            )
-        if self.estimator == "dr_grpo" and self.aggregation != "length_constant":
+    def _check_rollout(self) -> None:
+        if self.rollout.one_step_off and self.steps == 1:
             raise ConfigError(
-                f"rl.loss_aggregation={self.loss_aggregation}: dr_grpo is length_constant; remove it or "
-                "choose rl.estimator=grpo with rl.std_normalize=false"
+                "rl.rollout.one_step_off=true with rl.steps=1: the first batch is on-policy; set "
+                "more steps or false"
+            )
+        if self.rollout.one_step_off and self.loss.tis_clip is None:
+            raise ConfigError(
+                "rl.rollout.one_step_off=true trains on samples of older weights: set "
+                "rl.loss.tis_clip (2.0 is usual), which corrects for it"
+            )
+        dynamic = isinstance(self.rollout.filter, DynamicSampling)
+        if dynamic and self.estimator.name == "reinforce_pp":
+            raise ConfigError(
+                "rl/rollout/filter=dynamic drops groups without advantages, and "
+                "rl/estimator=reinforce_pp compares with the whole batch, so that every group has "
+                "some: remove one of the two"
             )
 
-    def _check_advantage(self) -> None:
-        one_of("rl.advantage", self.advantage, {"outcome"} | ADVANTAGES)
-        if self.advantage != "outcome" and self.reward != "process_aware":
+    def _check_lengths(self) -> None:
+        longest = self.sampling.max_new_tokens
+        if isinstance(self.shaping, OverlongShaping) and self.shaping.buffer > longest:
             raise ConfigError(
-                f"rl.advantage={self.advantage} reads step labels and the verdict as its reward: "
-                f"choose rl.reward=process_aware instead of {self.reward}, or rl.advantage=outcome"
+                f"rl.shaping.buffer={self.shaping.buffer}: at most rl.sampling.max_new_tokens={longest}"
             )
-        if self.advantage in OWN_BASELINE:
-            because = f"with rl.advantage={self.advantage} (it has a baseline of its own)"
-            if self.estimator != "grpo":
-                raise without_effect("rl.estimator", self.estimator, because)
-            if self.std_normalize is not None:
-                raise without_effect("rl.std_normalize", self.std_normalize, because)
-
-    def _check_shaping(self) -> None:
-        for name, readers in STEP_BOUNDS.items():
-            if (value := getattr(self, name)) is not None:
-                at_least(f"rl.{name}", value, 1)
-                if self.design not in readers:
-                    raise without_effect(
-                        f"rl.{name}",
-                        value,
-                        f"with the reward design {self.design}: only "
-                        f"{', '.join(sorted(readers))} reads it",
-                    )
-        low, high = self.step_penalty_bounds
-        for names, bounds in (
-            ("selective_", (self.selective_min_steps, self.selective_max_steps)),
-            ("step_penalty_", (low, high)),
-        ):
-            if None not in bounds and bounds[0] > bounds[1]:
-                raise ConfigError(
-                    f"rl.{names}*: at least {bounds[0]} steps and at most {bounds[1]} leaves no response"
-                )
-        if self.overlong_buffer is None:
+        if not isinstance(self.reward, GatedReward):
             return
-        if not 1 <= self.overlong_buffer <= self.sampling.max_new_tokens:
+        rules = self.reward.constraints
+        if rules.max_tokens is not None and rules.max_tokens >= longest:
             raise ConfigError(
-                f"rl.overlong_buffer={self.overlong_buffer}: must lie in 1.."
-                f"{self.sampling.max_new_tokens}, the tokens of rl.sampling.max_new_tokens"
+                f"rl.reward.constraints.max_tokens={rules.max_tokens}: must be below "
+                f"rl.sampling.max_new_tokens={longest}, which no response exceeds"
             )
-        if self.advantage in OWN_BASELINE:
+        if rules.min_tokens is not None and rules.min_tokens > longest:
             raise ConfigError(
-                f"rl.overlong_buffer={self.overlong_buffer}: rl.advantage={self.advantage} takes the "
-                "reward for the verdict, which a punishment of length would falsify; remove it"
+                f"rl.reward.constraints.min_tokens={rules.min_tokens}: no response can have more than "
+                f"rl.sampling.max_new_tokens={longest}"
+            )
+        if not rules.format_gate and self.advantage.name != "outcome":
+            raise ConfigError(
+                "rl.reward.constraints.format_gate=false: steps of a text that does not parse have "
+                f"no tokens, which rl/advantage={self.advantage.name} needs; choose "
+                "rl/advantage=outcome"
             )
 
 
-def check_variant(design: str, variant: str, field: str) -> None:
-    """Raise ``ConfigError`` that names ``field`` when the design needs step labels and the variant
-    gives none.
-    """
-    if variant == "orm" and design in NEEDS_STEP_LABELS:
-        raise ConfigError(
-            f"{field}=orm: an ORM labels no steps, which the reward design {design} is made of; choose "
-            "prm or prm_cot, or the design process_aware"
-        )
+register_option("rl/advantage", AdvantageConfig())
+for _advantage in (
+    SelectiveAdvantage(),
+    SelectiveAdvantage(name="selective_half"),
+    AdvantageConfig(name="global_step"),
+    StepPenaltyAdvantage(),
+):
+    register_option("rl/advantage", _advantage, needs_step_labels=True)
+for _name in ("min_form", "prefix", "capo"):
+    register_option(
+        "rl/advantage",
+        AdvantageConfig(name=_name),
+        brings={"rl/estimator": "none"},
+        needs_step_labels=True,
+    )
+for _estimator in (
+    EstimatorConfig(),
+    GrpoEstimator(),
+    EstimatorConfig(name="dr_grpo"),
+    EstimatorConfig(name="rloo"),
+    EstimatorConfig(name="reinforce_pp"),
+):
+    register_option("rl/estimator", _estimator)
+for _shaping in (ShapingConfig(), OverlongShaping()):
+    register_option("rl/shaping", _shaping)
+for _kl in (KLConfig(), KLPenalty(name="k1"), KLPenalty(name="k2"), KLPenalty(name="k3")):
+    register_option("rl/kl", _kl)
+for _loss in (LossConfig(), ClippedLoss()):
+    register_option("rl/loss", _loss)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from .designs import DESIGNS, VARIANTS, asks_reward_model, variant_suffix
+from .designs import designs, reads_answer_keys, variant_suffix
 from .engine import EngineConfig, check_cuts
 from .errors import ConfigError, at_least, check_finite, one_of, without_effect
 from .labels import LABEL_METHODS, REFERENCE_GUIDED, REVISED_METHODS, VOTE_METHODS, LabelsConfig
+from .reward import VARIANTS, ModelReward
 from .rl import RLConfig
 from .sft import SftConfig
 from .trainer import MegatronConfig
@@ -64,7 +65,9 @@ class DataConfig:
     eval_problems: str = ""
     """With answers; read by evaluation only (and by the RLVR baseline through ``rl_answers``)."""
     rl_answers: str | None = None
-    """Answer keys of ``rl_problems``: allowed only with ``rl.reward=rlvr``."""
+    """Answer keys of ``rl_problems``: allowed only with a reward that declares to read them, such as
+    ``rl/reward=rlvr``.
+    """
     processbench: str = ""
     sft_examples: str = ""
     """Responses in the policy's format (JSONL with ``problem_id``, ``question`` and ``response``);
@@ -110,7 +113,7 @@ class PipelineConfig:
     model is stage III's.
     """
     rewards: list[str] = field(default_factory=lambda: ["process_aware"])
-    """Reward designs, an arm of stage III for each: a name of rl.reward, or of rl.advantage (on
+    """Reward designs, an RL run for each: an option of rl/reward, or of rl/advantage (on
     process_aware).
     """
     variants: list[str] = field(default_factory=list)
@@ -130,7 +133,7 @@ class PipelineConfig:
         for method in self.label_methods:
             one_of("pipeline.label_methods", method, set(LABEL_METHODS))
         for reward in self.rewards:
-            one_of("pipeline.rewards", reward, DESIGNS)
+            one_of("pipeline.rewards", reward, designs())
         for variant in self.variants:
             one_of("pipeline.variants", variant, VARIANTS)
         if self.variants and not self.label_methods:
@@ -140,9 +143,11 @@ class PipelineConfig:
         for name in ("label_methods", "rewards", "variants"):
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ConfigError(f"pipeline.{name}={getattr(self, name)}: name each only once")
-        if self.rl_answers is not None and "rlvr" not in self.rewards:
+        if self.rl_answers is not None and not any(map(reads_answer_keys, self.rewards)):
             raise without_effect(
-                "pipeline.rl_answers", self.rl_answers, "without rlvr in pipeline.rewards"
+                "pipeline.rl_answers",
+                self.rl_answers,
+                "without a design in pipeline.rewards that reads answer keys, such as rlvr",
             )
 
 
@@ -172,9 +177,9 @@ class SparkConfig:
                 f"pipeline.parallel_jobs={self.pipeline.parallel_jobs} with launched servers: each job "
                 "would launch its own on the same devices; set 1, or name running servers by urls"
             )
-        if self.data.rl_answers is not None and self.rl.reward != "rlvr":
+        if self.data.rl_answers is not None and not reads_answer_keys(self.rl.design):
             raise without_effect(
-                "data.rl_answers", self.data.rl_answers, f"with rl.reward={self.rl.reward}"
+                "data.rl_answers", self.data.rl_answers, f"with rl/reward={self.rl.reward.name}"
             )
         self._check_variants()
         if self.pipeline.rounds > 1 and self.stage2.variant != "prm_cot":
@@ -192,15 +197,11 @@ class SparkConfig:
 
     @property
     def reward_variant(self) -> str | None:
-        """``rl.reward_variant``, resolved: the kind of reward model that stage III asks, None for a
-        baseline.
-        """
-        return self.reward_variant_asked if asks_reward_model(self.rl.design) else None
-
-    @property
-    def reward_variant_asked(self) -> str:
-        """The kind that a reward model is asked as, whether or not the reward asks one."""
-        return self.rl.reward_variant or self.stage2.variant
+        """Kind of the reward model that stage III queries; None for a baseline."""
+        reward = self.rl.reward
+        if not isinstance(reward, ModelReward):
+            return None
+        return self.stage2.variant if reward.variant == "auto" else reward.variant
 
     @property
     def rl_variant(self) -> str:

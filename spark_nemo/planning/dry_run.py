@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spark_nemo.config import ConfigError, PoolConfig, SparkConfig
+from spark_nemo.config.designs import reads_answer_keys
 from spark_nemo.config.engine import POOLS
 from spark_nemo.models.hf_config import read_hf_config
 from spark_nemo.models.spec import ModelSpec
@@ -147,8 +148,12 @@ def check_without_files(config: SparkConfig, part: str = "pipeline") -> None:
                     f"stage2.method={config.stage2.method} rewards stage III: add it to "
                     "pipeline.label_methods"
                 )
-    elif part == "stage3" and config.rl.reward == "rlvr" and config.data.rl_answers is None:
-        raise ConfigError("rl.reward=rlvr needs data.rl_answers (JSONL with problem_id and answer)")
+    elif (
+        part == "stage3" and reads_answer_keys(config.rl.design) and config.data.rl_answers is None
+    ):
+        raise ConfigError(
+            f"rl/reward={config.rl.design} needs data.rl_answers (JSONL with problem_id and answer)"
+        )
 
 
 def _check_sft_length(config: SparkConfig) -> None:
@@ -190,9 +195,9 @@ def _texts(config: SparkConfig, parts: Parts) -> Iterator[tuple[str, str, int, i
     if any(arm.variant for arm in parts.stage3):
         rows.append(
             (
-                "rl.verifier_sampling",
-                "rl.reward_model" if config.rl.reward_model else "models.reward_base",
-                response + config.rl.verifier_sampling.max_new_tokens,
+                "rl.reward.sampling",
+                "rl.reward.model" if config.rl.named_reward_model else "models.reward_base",
+                response + config.rl.reward.sampling.max_new_tokens,
             )
         )
     for field, model, tokens in rows:
@@ -206,8 +211,8 @@ def _models(config: SparkConfig, parts: Parts) -> list[str]:
     used = [field for field in parts.fields if field.startswith("models.")]
     if parts.stage1 and config.models.critic is not None:
         used.append("models.critic")
-    if config.rl.reward_model is not None and any(arm.variant for arm in parts.stage3):
-        used.append("rl.reward_model")
+    if config.rl.named_reward_model is not None and any(arm.variant for arm in parts.stage3):
+        used.append("rl.reward.model")
     lines = []
     for field in used:
         value, shape = setting(config, field), _hf_config(config, field)
@@ -303,11 +308,11 @@ def _training(config: SparkConfig, arm: RLVariant) -> list[str]:
     rollouts = rl.steps * rl.prompts_per_step * rl.group_size
     verified = "no verifications"
     if arm.variant:
-        judged = rollouts * rl.verifier_votes
-        tokens = judged * rl.verifier_sampling.max_new_tokens
+        judged = rollouts * rl.reward.votes
+        tokens = judged * rl.reward.sampling.max_new_tokens
         # A verification that fails may be tried again; that is not the expected case but belongs to
         # a bound.
-        retries = rl.failures.num_retries
+        retries = rl.reward.retries
         verified = (
             f"{judged:,} verifications of at most {tokens:,} tokens, {tokens * (1 + retries):,} if all were "
             f"retried {retries} times"
@@ -422,7 +427,7 @@ def _hf_config(config: SparkConfig, field: str) -> dict[str, Any] | None:
     folder = Path(setting(config, field))
     if (folder / "config.json").exists():
         return read_hf_config(folder)
-    source = {"models.policy": "models.policy_base", "rl.reward_model": "models.reward_base"}.get(
+    source = {"models.policy": "models.policy_base", "rl.reward.model": "models.reward_base"}.get(
         field
     )
     if (

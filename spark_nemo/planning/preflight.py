@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from spark_nemo.config import ConfigError, EvaluationConfig, SamplingConfig, SparkConfig
-from spark_nemo.config.rl import check_variant
+from spark_nemo.config.designs import check_variant, reads_answer_keys
+from spark_nemo.config.reward import HeldoutVerifier
+from spark_nemo.config.rollout import DynamicSampling
 from spark_nemo.engines.base import EngineFailure
 from spark_nemo.engines.local import read_spec
 from spark_nemo.engines.served_model import GRAMMAR_TEXTS
@@ -130,7 +132,7 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
     held_out = read_math(required_setting(config, "data.eval_problems"))
     _fits(config, "rl.sampling", rl.sampling)
     _fits(config, "evaluation", config.evaluation)
-    if rl.rollout.over_sampling_ratio is None and rl.prompts_per_step > len(problems):
+    if not isinstance(rl.rollout.filter, DynamicSampling) and rl.prompts_per_step > len(problems):
         raise ConfigError(
             f"rl.prompts_per_step={rl.prompts_per_step}: data.rl_problems={config.data.rl_problems} has "
             f"{len(problems)} problems, and a step draws none twice"
@@ -147,33 +149,34 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
         raise ConfigError(
             "rl.sampling.temperature=0: a group of equal responses has no advantage; use 1.0"
         )
-    if rl.reward == "rlvr":
+    if reads_answer_keys(rl.design):
         if config.data.rl_answers is None:
             raise ConfigError(
-                "rl.reward=rlvr needs data.rl_answers (JSONL with problem_id and answer)"
+                f"rl/reward={rl.design} needs data.rl_answers (JSONL with problem_id and answer)"
             )
         _has_answers(config, "data.rl_answers", "data.rl_problems")
     if not rl.asks_reward_model:
         return
-    _fits(config, "rl.verifier_sampling", rl.verifier_sampling)
+    _fits(config, "rl.reward.sampling", rl.reward.sampling)
     assert config.reward_variant is not None, "the reward asks a model"
-    check_variant(rl.design, config.reward_variant, "rl.reward_variant (or stage2.variant)")
+    check_variant(rl.design, config.reward_variant, "rl.reward.variant (or stage2.variant)")
     if not reward_model_comes_later:
         folder = reward_model_folder(config)
-        _served_folder(config, folder, "rl.reward_model")
+        _served_folder(config, folder, "rl.reward.model")
         made = (read_done(folder.parent) or {}).get("variant", config.reward_variant)
         if made != config.reward_variant:
             raise ConfigError(
-                f"rl.reward_variant={config.reward_variant} (or stage2.variant): {folder} was trained as "
-                f"{made}; set rl.reward_variant={made} or name another rl.reward_model"
+                f"rl.reward.variant={config.reward_variant} (or stage2.variant): {folder} was trained as "
+                f"{made}; set rl.reward.variant={made} or name another rl.reward.model"
             )
-    if rl.hacking.heldout_verifier is not None:
+    if isinstance(rl.reward.heldout, HeldoutVerifier):
+        model = rl.reward.heldout.model
         if config.engine.kind != "local" and config.engine.pool("verifier").urls:
             raise ConfigError(
-                f"rl.hacking.heldout_verifier={rl.hacking.heldout_verifier}: engine.verifier.urls serve "
+                f"rl.reward.heldout.model={model}: engine.verifier.urls serve "
                 "the reward model; launch servers with engine.verifier.servers"
             )
-        _served_folder(config, Path(rl.hacking.heldout_verifier), "rl.hacking.heldout_verifier")
+        _served_folder(config, Path(model), "rl.reward.heldout.model")
 
 
 def check_pipeline(config: SparkConfig) -> None:
@@ -221,7 +224,7 @@ def reward_model_folder(config: SparkConfig) -> Path:
     folder = reward_model_path(config)
     if not (folder / "config.json").exists():
         raise ConfigError(
-            f"rl.reward_model={folder}: no model there; run `spark-nemo stage2` or name one"
+            f"rl.reward.model={folder}: no model there; run `spark-nemo stage2` or name one"
         )
     return folder
 

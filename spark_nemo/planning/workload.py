@@ -9,6 +9,7 @@ from pathlib import Path
 
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.config.errors import one_of
+from spark_nemo.config.rl import KLPenalty
 from spark_nemo.megatron.sizing.rank import TrainBatch
 from spark_nemo.models.hf_config import read_hf_config
 from spark_nemo.models.spec import ModelSpec
@@ -112,13 +113,13 @@ def training(config: SparkConfig, stage: str, model: str | None = None) -> Train
         )
     rl = config.rl
     trained = find_model(model or config.models.policy, "models.policy", config.models.policy_base)
-    new, has_reference = rl.sampling.max_new_tokens, rl.kl_estimator != "none"
+    new, has_reference = rl.sampling.max_new_tokens, isinstance(rl.kl, KLPenalty)
     return Training(
         trained,
         rl.prompts_per_step * rl.group_size,
         _prompt_room(trained, new) + new,
-        rl.num_minibatches,
-        has_reference + (rl.num_minibatches > 1),
+        rl.loss.num_minibatches,
+        has_reference + (rl.loss.num_minibatches > 1),
         2 if has_reference else 0,
         syncs=True,
     )
@@ -155,18 +156,18 @@ def _stage3(config: SparkConfig, work: Training) -> tuple[Generation, ...]:
         )
     ]
     if rl.asks_reward_model:
-        name = rl.reward_model or config.models.reward_base
+        name = config.models.reward_base if rl.reward.model == "auto" else rl.reward.model
         verifier = (
-            find_model(name, "rl.reward_model", config.models.reward_base) if name else policy
+            find_model(name, "rl.reward.model", config.models.reward_base) if name else policy
         )
         generations.append(
             Generation(
                 "verifier",
                 verifier,
                 work.sequences,
-                work.sequences * rl.verifier_votes,
+                work.sequences * rl.reward.votes,
                 PROMPT_ROOM + new,
-                rl.verifier_sampling.max_new_tokens,
+                rl.reward.sampling.max_new_tokens,
             )
         )
     return tuple(generations)

@@ -11,13 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from spark_nemo.config import LABEL_METHODS, REFERENCE_GUIDED, SparkConfig
-from spark_nemo.config.designs import (
-    READS_ANSWER_KEYS,
-    VARIANTS,
-    asks_reward_model,
-    variant_suffix,
-)
+from spark_nemo.config.designs import asks_reward_model, reads_answer_keys, variant_suffix
 from spark_nemo.config.hacking import DETECTORS
+from spark_nemo.config.reward import VARIANTS
 from spark_nemo.evaluation import (
     f1_difference,
     f1_estimate,
@@ -108,9 +104,9 @@ def answer_key_readers(folders: Sequence[Path], config: SparkConfig) -> dict[str
             found[_place(path.parent, top)] = reason
     for path in sorted(top.glob("stage3/*/")):
         design, variant = split_folder(path.name)
-        if design in READS_ANSWER_KEYS:
+        if reads_answer_keys(design):
             found[_place(path, top)] = "the reward is the answer key"
-        elif asks_reward_model(design) and config.rl.reward_model is None:
+        elif asks_reward_model(design) and config.rl.named_reward_model is None:
             # Stage III takes its reward model from the last round.
             model = f"{config.stage2.method}{variant_suffix(variant)}"
             if _place(folders[-1] / "stage2" / model, top) in found:

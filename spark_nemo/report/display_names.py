@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from spark_nemo.config.designs import READS_ANSWER_KEYS, VARIANTS
+from spark_nemo.config.designs import reads_answer_keys
+from spark_nemo.config.reward import VARIANTS
 
 METHOD_NAMES = {
     "single": "Single verification",
@@ -54,7 +55,7 @@ def rl_variant_name(key: str) -> str:
     name = DESIGN_NAMES.get(design, words(design))
     if variant:
         name += f", {VARIANT_NAMES[variant]}"
-    if design in READS_ANSWER_KEYS:
+    if reads_answer_keys(design):
         name += ", with answer keys"
     return name
 
@@ -75,7 +76,7 @@ def ordered_rl_variants(keys: Iterable[str]) -> list[str]:
             return 0
         if key == "spark":
             return 1
-        return 3 if split_folder(key)[0] in READS_ANSWER_KEYS else 2
+        return 3 if reads_answer_keys(split_folder(key)[0]) else 2
 
     return sorted(dict.fromkeys(keys), key=rank)
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spark_nemo.config import SparkConfig
-from spark_nemo.config.designs import VARIANTS, variant_suffix
+from spark_nemo.config.designs import variant_suffix
+from spark_nemo.config.reward import VARIANTS
 from spark_nemo.evaluation import label_quality
 from spark_nemo.evaluation.bootstrap import Estimate
 from spark_nemo.grammar import ParsedResponse

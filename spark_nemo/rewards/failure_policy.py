@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from spark_nemo.config import FailurePolicy
+from spark_nemo.config.reward import FailurePolicy, PenalizeFailures
 from spark_nemo.records import Failure, outcome_kind
 
 
 class FailureRateExceeded(RuntimeError):
-    """More verifications failed than ``rl.failures.max_rate`` allows."""
+    """More verifications failed than ``rl.reward.failures.max_rate`` allows."""
 
 
 @dataclass
@@ -110,7 +110,7 @@ def apply_failure_policy(
             f"num_verifications={total}: fewer than the {failed.total()} failures in the batch"
         )
     rates = {kind: count / total for kind, count in sorted(failed.items())}
-    masked = policy.masks
+    masked = not isinstance(policy, PenalizeFailures)
     cost = math.nan if masked else policy.penalty
     rewards = tuple(cost if isinstance(score, Failure) else float(score) for score in scores)
     return RewardBatch(
@@ -123,5 +123,5 @@ def _judge(failed: Counter[str], total: int, bound: float) -> None:
         kind, count = failed.most_common(1)[0]
         raise FailureRateExceeded(
             f"{failed.total() / total:.1%} of {total} verifications failed (mostly {kind}: {count}), above "
-            f"rl.failures.max_rate={bound}: fix the verifier or raise the bound"
+            f"rl.reward.failures.max_rate={bound}: fix the verifier or raise the bound"
         )

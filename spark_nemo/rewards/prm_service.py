@@ -16,7 +16,8 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass
 from functools import cached_property
 
-from spark_nemo.config import RLConfig, SamplingConfig
+from spark_nemo.config import SamplingConfig
+from spark_nemo.config.reward import ModelReward
 from spark_nemo.engines.base import EngineFailure, EngineLost
 from spark_nemo.engines.fleet import TOKEN_TIMEOUT_S
 from spark_nemo.engines.served_model import ServedModel
@@ -43,18 +44,16 @@ class ServiceLimits:
             )
 
     @classmethod
-    def from_config(cls, rl: RLConfig, slots: int) -> ServiceLimits:
+    def from_config(cls, reward: ModelReward, slots: int) -> ServiceLimits:
         """The configured limits, for engines that decode ``slots`` verifications together. Not set,
         ``queue`` is as many and as many again next in line: who waits longer for an engine does so
         before its deadline begins.
         """
-        by_length = cls().deadline + TOKEN_TIMEOUT_S * rl.verifier_sampling.max_new_tokens
-        named = {
-            "queue": 2 * slots if rl.verifier_queue is None else rl.verifier_queue,
-            "deadline": by_length if rl.verifier_deadline is None else rl.verifier_deadline,
-            "cache_entries": rl.verifier_cache,
-        }
-        return cls(**{name: value for name, value in named.items() if value is not None})
+        queue = 2 * slots if reward.queue == "auto" else reward.queue
+        deadline = reward.deadline_s
+        if deadline == "auto":
+            deadline = cls().deadline + TOKEN_TIMEOUT_S * reward.sampling.max_new_tokens
+        return cls(queue, deadline, reward.cache)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +259,7 @@ class PRMService:
                 self._counts.deadline_missed += 1
                 return Answer(
                     EngineError(
-                        f"deadline: no verification within {self.limits.deadline:g} s (rl.verifier_deadline)"
+                        f"deadline: no verification within {self.limits.deadline:g} s (rl.reward.deadline_s)"
                     ),
                     0,
                 ), set()

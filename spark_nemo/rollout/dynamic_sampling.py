@@ -34,7 +34,7 @@ Group = list[Rollout]
 
 def max_prompts(config: RLConfig) -> int:
     """Return the largest number of prompts that one step can start."""
-    return config.rollout.rounds * config.rollout.started(config.prompts_per_step)
+    return config.rollout.filter.max_rounds * config.rollout.filter.started(config.prompts_per_step)
 
 
 async def dynamic_batch(
@@ -44,7 +44,7 @@ async def dynamic_batch(
 
     The metrics are means over all examined groups, kept or not, so that dropping groups does not
     flatter the reward; ``dynamic/useful_fraction`` is the kept share. After
-    ``rl.rollout.max_rounds`` rounds the batch holds the useful groups found so far. Without any, it
+    ``rl.rollout.filter.max_rounds`` rounds the batch holds the useful groups found so far. Without any, it
     holds the first ``prompts_per_step`` groups, which leave the policy unchanged. Raises what
     ``RolloutGenerator.generate_batch`` raises.
     """
@@ -54,9 +54,9 @@ async def dynamic_batch(
     rounds = 0
     missing = config.prompts_per_step
     await generator.refresh()
-    while missing and rounds < config.rollout.rounds:
+    while missing and rounds < config.rollout.filter.max_rounds:
         rounds += 1
-        numbers = range(len(groups), len(groups) + config.rollout.started(missing))
+        numbers = range(len(groups), len(groups) + config.rollout.filter.started(missing))
         starts = [
             partial(
                 generator.generate_group,

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spark_nemo.config import ConfigError, SparkConfig
+from spark_nemo.config.designs import reads_answer_keys
+from spark_nemo.config.reward import HeldoutVerifier
 from spark_nemo.engines.async_utils import freeze_heap, run_async
 from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.evaluation.answers import grade_answers, read_answer_keys
@@ -43,7 +45,7 @@ class RolloutEngines:
         """
         folder.mkdir(parents=True, exist_ok=True)
         rl = config.rl
-        checker = answer_checker(config) if rl.reward == "rlvr" else None
+        checker = answer_checker(config) if reads_answer_keys(rl.design) else None
         judge = None
         held_out = None
         if rl.asks_reward_model:
@@ -53,9 +55,9 @@ class RolloutEngines:
             judge = reward_judge(config, served, Variant(config.reward_variant))
         policy = ServedModel.load(config.engine, config.models.policy, "policy", folder / SERVERS)
         freeze_heap()
-        if judge is not None and rl.hacking.heldout_verifier is not None:
+        if judge is not None and isinstance(rl.reward.heldout, HeldoutVerifier):
             served = ServedModel.load(
-                config.engine, rl.hacking.heldout_verifier, "verifier", folder / SERVERS / "heldout"
+                config.engine, rl.reward.heldout.model, "verifier", folder / SERVERS / "heldout"
             )
             held_out = reward_judge(config, served, Variant.PRM_COT)
         return cls(policy, judge, held_out, checker)
@@ -80,20 +82,20 @@ def reward_judge(config: SparkConfig, served: ServedModel, variant: Variant) -> 
 
     It is prompted with the words that stage II trained it on, not with the policy's prompt set.
     """
-    rl = config.rl
+    reward = config.rl.reward
     service = PRMService(
         served,
         prompt_set(config.stage1.prompt_set),
-        rl.verifier_sampling,
-        ServiceLimits.from_config(rl, config.engine.slots("verifier")),
+        reward.sampling,
+        ServiceLimits.from_config(reward, config.engine.slots("verifier")),
         variant,
     )
     return RewardJudge(
         service,
-        retries=rl.failures.num_retries,
-        votes=rl.verifier_votes,
-        min_votes=rl.min_votes,
-        constraints=rl.hacking.constraints,
+        retries=reward.retries,
+        votes=reward.votes,
+        min_votes=reward.votes_needed,
+        constraints=reward.constraints,
     )
 
 
@@ -101,7 +103,7 @@ def answer_checker(config: SparkConfig) -> Checker:
     """Build the RLVR baseline's reward: the one place where an answer key reaches training.
 
     An answer that could not be compared within the checker's limits is neither right nor wrong;
-    ``rl.failures`` decides what it costs.
+    ``rl.reward.failures`` decides what it costs.
     """
     path = config.data.rl_answers
     assert path is not None, "check_stage3 requires it"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from spark_nemo.config import RLConfig
+from spark_nemo.config.rl import OverlongShaping
 from spark_nemo.engines.async_utils import all_or_none
 from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.grammar import (
@@ -105,7 +105,7 @@ class RolloutGenerator:
                 for rollout in rollouts
             )
         if count_failures:
-            self.failures.add(scores, num_verifications, self.config.failures.bound)
+            self.failures.add(scores, num_verifications, self.config.failures.max_rate)
         rewards = apply_failure_policy(
             scores, self.config.failures, num_verifications=num_verifications
         )
@@ -153,7 +153,7 @@ class RolloutGenerator:
         return rollout
 
     def _scores(self, rollouts: Sequence[Rollout], step: int) -> list[float | Failure]:
-        match self.config.reward:
+        match self.config.reward.name:
             case "majority":
                 return list(majority_rewards(rollouts, normalize_answer))
             case "random":
@@ -161,7 +161,7 @@ class RolloutGenerator:
                 first = rollouts[0].group * self.config.group_size
                 return [
                     random_reward(
-                        read_response(rollout, self.config.hacking.constraints),
+                        read_response(rollout, self.config.reward.constraints),
                         derive_seed("random-reward", self.seed, step, position),
                     )
                     for position, rollout in enumerate(rollouts, start=first)
@@ -176,19 +176,16 @@ def model_reward(config: RLConfig, rollout: Rollout) -> float | Failure:
     """Return ``rl.reward`` of a rollout that has the reward model's verdict, before shaping."""
     verdict = rollout.verdict
     assert verdict is not None, "the judge sets it"
-    return MODEL_REWARDS[config.reward](verdict.violation, verdict.outcome)
+    return MODEL_REWARDS[config.reward.name](verdict.violation, verdict.outcome)
 
 
 def shape_reward(config: RLConfig, rollout: Rollout, score: float | Failure) -> float | Failure:
     """Apply the configured bounds on steps and length to a score; a failure stays a failure."""
     if not isinstance(score, float):
         return score
-    min_steps = config.selective_min_steps or 0
-    max_steps = config.selective_max_steps or math.inf
-    if not min_steps <= len(rollout.step_spans) <= max_steps:
-        score = 0.0
-    if config.overlong_buffer is not None:
+    score = config.advantage.outcome_reward(score, len(rollout.step_spans))
+    if isinstance(config.shaping, OverlongShaping):
         score += overlong_penalty(
-            len(rollout.response_ids), config.sampling.max_new_tokens, config.overlong_buffer
+            len(rollout.response_ids), config.sampling.max_new_tokens, config.shaping.buffer
         )
     return score

@@ -16,7 +16,7 @@ from pathlib import Path
 from spark_nemo.config import SparkConfig
 from spark_nemo.records import Problem, derive_seed
 from spark_nemo.rewards.hacking.detectors import baseline, detector_rates, flags, new_alarms
-from spark_nemo.rewards.hacking.divergence import ALARM, SAMPLES, compared, gap_growth, reward_gap
+from spark_nemo.rewards.hacking.divergence import compared, gap_growth, reward_gap
 from spark_nemo.rewards.hacking.probes import build_probes, score_probes
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService
@@ -29,7 +29,6 @@ from .generator import model_reward, shape_reward
 log = logging.getLogger(__name__)
 HACKING = "hacking.jsonl"
 TOP_REWARDS = "top_rewards.jsonl"
-PROBED_PROBLEMS = 8
 
 
 @dataclass(frozen=True)
@@ -93,14 +92,13 @@ class RewardHackingMonitor:
     async def probe(self, problems: Sequence[Problem], step: int) -> list[dict[str, object]]:
         """Return the row of hacking.jsonl: the reward model's verdicts on adversarial responses.
 
-        Empty without a reward model or with ``rl.hacking.probes=0``.
+        Empty without a reward model or with ``rl.reward.probes=0``.
         """
-        hacking = self.config.rl.hacking
-        count = PROBED_PROBLEMS if hacking.probes is None else hacking.probes
-        if self.probe_service is None or not count:
+        reward = self.config.rl.reward
+        if self.probe_service is None or not reward.probes:
             return []
         scores = await score_probes(
-            self.probe_service, build_probes(problems[:count]), hacking.constraints
+            self.probe_service, build_probes(problems[: reward.probes]), reward.constraints
         )
         for score in scores:
             if score.accepted and score.refused_by is None:
@@ -119,12 +117,15 @@ class RewardHackingMonitor:
     ) -> dict[str, float]:
         """Return the reward gap to the held-out verifier, at the steps where it is measured."""
         rl = self.config.rl
-        hacking = rl.hacking
-        if self.held_out is None or step % (hacking.divergence_every or rl.eval_every):
+        if self.held_out is None:
+            return {}
+        heldout = rl.reward.heldout
+        every = rl.eval_every if heldout.every == "auto" else heldout.every
+        if step % every:
             return {}
         chosen = compared(
             [rollout.valid for rollout in batch.rollouts],
-            hacking.divergence_samples or SAMPLES,
+            heldout.samples,
             self.config.run.seed,
             step,
         )
@@ -139,15 +140,14 @@ class RewardHackingMonitor:
             judged = replace(rollout, verdict=verdict)
             held_out_scores.append(shape_reward(rl, judged, model_reward(rl, judged)))
         metrics = reward_gap([rollout.reward for rollout in rollouts], held_out_scores)
-        alarm = ALARM if hacking.divergence_alarm is None else hacking.divergence_alarm
         growth = gap_growth(metrics, rows)
-        if growth >= alarm:
+        if growth >= heldout.alarm:
             log.warning(
                 "step %d: the reward has grown %.2f away from the held-out verifier's "
-                "(rl.hacking.divergence_alarm=%g)",
+                "(rl.reward.heldout.alarm=%g)",
                 step,
                 growth,
-                alarm,
+                heldout.alarm,
             )
         return metrics
 

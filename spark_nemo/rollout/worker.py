@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from spark_nemo.config import SparkConfig
+from spark_nemo.config.rollout import DynamicSampling
 from spark_nemo.engines.async_utils import run_async
 from spark_nemo.engines.base import Engine
 from spark_nemo.engines.fleet import Fleet
@@ -78,7 +79,7 @@ class RolloutWorker:
 
     async def generate_batch(self, problems: Sequence[Problem], step: int) -> RolloutBatch:
         """Return a scored batch; a few of its rollouts are kept for a person to read."""
-        if self._config.rl.rollout.over_sampling_ratio is None:
+        if not isinstance(self._config.rl.rollout.filter, DynamicSampling):
             batch = await self.generator.generate_batch(problems, step)
         else:
             batch = await dynamic_batch(self.generator, problems, step)
@@ -94,7 +95,7 @@ class RolloutWorker:
 
     def check_failures(self) -> None:
         """Raise ``FailureRateExceeded`` when the whole run's share is above the bound."""
-        self.generator.failures.finish(self._config.rl.failures.bound)
+        self.generator.failures.finish(self._config.rl.reward.failures.max_rate)
 
     def on_server_return(self, restore: Callable[[Engine, int], Awaitable[None]]) -> None:
         """Give the current weights to a policy server that returns in the middle of a step."""

@@ -10,9 +10,8 @@ from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.run.local_executor import Job, parallel_jobs
 from spark_nemo.run.rl_variants import (
     RLVariant,
-    as_overrides,
     pipeline_rl_variants,
-    rl_variant_settings,
+    rl_variant_overrides,
     unsupported_rl_variants,
 )
 from spark_nemo.run.run_folder import (
@@ -136,7 +135,7 @@ def _reward_model_job(config: SparkConfig, number: int, variant: str) -> str:
 
 def _stage3_job(config: SparkConfig, overrides: Sequence[str], arm: RLVariant) -> Job:
     arguments, needs = (
-        ["stage3", *overrides, *as_overrides(rl_variant_settings(config, arm))],
+        ["stage3", *overrides, *rl_variant_overrides(config, arm)],
         frozenset(),
     )
     if arm.comes_from_stage2(config):
@@ -145,5 +144,5 @@ def _stage3_job(config: SparkConfig, overrides: Sequence[str], arm: RLVariant) -
             last = stage2_folder(
                 round_run(config.run, config.pipeline.rounds), config.stage2.method, arm.variant
             )
-            arguments.append(f"rl.reward_model={last / 'model'}")
+            arguments.append(f"rl.reward.model={last / 'model'}")
     return Job(f"stage3-{arm.name}", tuple(arguments), stage3_folder(config.run, arm.name), needs)

@@ -1,30 +1,28 @@
-"""The arms of the pipeline's stage III: a reward design with a kind of reward model, or a baseline
-alone.
-"""
+"""RL variants of the pipeline: a reward design with a kind of reward model, or a baseline alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from operator import attrgetter
-from typing import Any
 
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.config.designs import (
-    NEEDS_STEP_LABELS,
-    READS_ANSWER_KEYS,
     asks_reward_model,
-    reward_and_advantage,
-    unread_knobs,
+    design_choices,
+    needs_step_labels,
+    reads_answer_keys,
     variant_suffix,
 )
-from spark_nemo.config.errors import without_effect
+from spark_nemo.config.registry import carried_over, option
+from spark_nemo.config.reward import ModelReward
+
+_GROUPS = ("rl/reward", "rl/advantage", "rl/estimator", "rl/shaping")
+"""Config groups that a reward design decides on."""
 
 
 @dataclass(frozen=True, slots=True)
 class RLVariant:
-    """One RL run of the pipeline. ``variant`` is the kind of reward model it asks, None for a
-    baseline.
+    """One RL run of the pipeline. ``variant`` is the kind of reward model that it queries, None for
+    a baseline.
     """
 
     design: str
@@ -32,120 +30,122 @@ class RLVariant:
 
     @property
     def name(self) -> str:
-        """Of its folder, job and row in the report: equal to ``SparkConfig.rl_variant`` of its
+        """Name of its folder, job and row in the report; equal to ``SparkConfig.rl_variant`` of its
         configuration.
         """
         return f"{self.design}{variant_suffix(self.variant)}"
 
     @property
     def reads_answer_keys(self) -> bool:
-        """Is it a baseline that trains on answers?"""
-        return self.design in READS_ANSWER_KEYS
+        """True for a baseline that trains on answers."""
+        return reads_answer_keys(self.design)
 
     def comes_from_stage2(self, config: SparkConfig) -> bool:
-        """Does stage II of the same pipeline make its reward model?"""
-        return self.variant is not None and config.rl.reward_model is None
+        """True if stage II of the same pipeline makes its reward model."""
+        return self.variant is not None and config.rl.named_reward_model is None
 
 
 def pipeline_rl_variants(config: SparkConfig) -> list[RLVariant]:
-    """``pipeline.rewards`` times the kinds of reward model, without what an ORM cannot reward
-    (``unsupported_rl_variants``).
+    """Return ``pipeline.rewards`` times the kinds of reward model, without
+    ``unsupported_rl_variants``.
 
-    Raises ``ConfigError`` for a design that is left out with every kind, and for settings that
-    would contradict the list.
+    Raises ``ConfigError`` for a design that no kind supports, and for settings that contradict the
+    list.
     """
-    rl, pipeline = config.rl, config.pipeline
-    if rl.reward_model is not None and len(pipeline.variants) > 1:
+    pipeline = config.pipeline
+    named = config.rl.named_reward_model
+    if named is not None and len(pipeline.variants) > 1:
         raise ConfigError(
-            f"pipeline.variants={pipeline.variants} with rl.reward_model={rl.reward_model}: a named "
-            "model is of one kind; remove one of the two"
+            f"pipeline.variants={pipeline.variants} with rl.reward.model={named}: a named model is "
+            "of one kind; remove one of the two"
         )
-    if rl.reward_model is None and rl.reward_variant is not None:
-        raise without_effect(
-            "rl.reward_variant",
-            rl.reward_variant,
-            "in the pipeline, whose arms ask each of pipeline.variants",
-        )
-    variants = [rl.reward_variant] if rl.reward_variant is not None else config.reward_models
-    arms = []
-    for design in pipeline.rewards:
-        asked = [
-            variant for variant in variants if variant != "orm" or design not in NEEDS_STEP_LABELS
-        ]
-        if not asks_reward_model(design):
-            arms.append(RLVariant(design, None))
-        elif not asked:
+    kinds = config.reward_models
+    chosen = config.rl.reward.variant if isinstance(config.rl.reward, ModelReward) else "auto"
+    if chosen != "auto":
+        if named is None:
             raise ConfigError(
-                f"pipeline.rewards has {design}, which is made of step labels, and an ORM gives none: "
+                f"rl.reward.variant={chosen}: the pipeline queries each of pipeline.variants; name "
+                "the kinds there, or set rl.reward.model"
+            )
+        kinds = [chosen]
+    found = []
+    for design in pipeline.rewards:
+        supported = [kind for kind in kinds if kind != "orm" or not needs_step_labels(design)]
+        if not asks_reward_model(design):
+            found.append(RLVariant(design, None))
+        elif not supported:
+            raise ConfigError(
+                f"pipeline.rewards has {design}, which needs step labels, and an ORM produces none: "
                 "add prm or prm_cot to pipeline.variants, or remove it"
             )
         else:
-            arms += [RLVariant(design, variant) for variant in asked]
-    return arms
+            found += [RLVariant(design, kind) for kind in supported]
+    return found
 
 
 def unsupported_rl_variants(config: SparkConfig) -> list[RLVariant]:
-    """The arms that ``pipeline_rl_variants`` has not: designs made of step labels with an ORM, which gives
-    none.
-    """
+    """Return the RL variants that cannot exist: designs that need step labels, with an ORM."""
+    if "orm" not in config.pipeline.variants:
+        return []
     return [
-        RLVariant(design, "orm")
-        for design in config.pipeline.rewards
-        if design in NEEDS_STEP_LABELS and "orm" in config.pipeline.variants
+        RLVariant(design, "orm") for design in config.pipeline.rewards if needs_step_labels(design)
     ]
 
 
-def rl_variant_settings(config: SparkConfig, arm: RLVariant) -> dict[str, object]:
-    """What makes the arm's configuration out of the pipeline's, by dotted name: its design, its
-    reward model, and settings taken back that its design does not read.
+def rl_variant_config(config: SparkConfig, variant: RLVariant) -> SparkConfig:
+    """Return the configuration that the variant's job has.
 
-    Raises ``ConfigError`` for an arm that needs answer keys where there are none.
+    Settings that the variant's options share with the pipeline's stay, the others are left out.
+    Raises ``ConfigError`` like the job would.
     """
-    reward, advantage = reward_and_advantage(arm.design)
-    settings: dict[str, object] = {"rl.reward": reward}
-    if config.rl.advantage != advantage:
-        settings["rl.advantage"] = advantage
-    if arm.variant is not None and arm.variant != config.reward_variant_asked:
-        settings["rl.reward_variant"] = arm.variant
-    if config.data.rl_answers is not None:
-        settings["data.rl_answers"] = None
-    if arm.reads_answer_keys:
-        if config.pipeline.rl_answers is None:
-            raise ConfigError(
-                "pipeline.rewards has rlvr: set pipeline.rl_answers (JSONL with problem_id and answer)"
-            )
-        settings["data.rl_answers"] = config.pipeline.rl_answers
-    for name, unset in unread_knobs(arm.design).items():
-        if attrgetter(name)(config.rl) != unset:
-            settings[f"rl.{name}"] = unset
-    unread = config.rl.hacking.unread(reward, asks_reward_model=asks_reward_model(arm.design))
-    return {**settings, **{f"rl.hacking.{name}": unset for name, unset in unread.items()}}
-
-
-def rl_variant_config(config: SparkConfig, arm: RLVariant) -> SparkConfig:
-    """The configuration that the arm's job will have. Raises ``ConfigError`` like the job would."""
-    # All at once and inside out: a setting alone may contradict the others.
-    return _with(
+    changed = {}
+    for group, name in _choices(config, variant).items():
+        field = group.rpartition("/")[2]
+        changed[field] = carried_over(getattr(config.rl, field), option(group, name).settings)
+    if isinstance(changed["reward"], ModelReward) and variant.variant != _asked_kind(config):
+        changed["reward"] = replace(changed["reward"], variant=variant.variant)
+    return replace(
         config,
-        {tuple(name.split(".")): value for name, value in rl_variant_settings(config, arm).items()},
+        rl=replace(config.rl, **changed),
+        data=replace(config.data, rl_answers=_answers(config, variant)),
     )
 
 
-def _with(section: Any, values: Mapping[tuple[str, ...], object]) -> Any:
-    """A copy of a configuration dataclass with ``values`` at their paths."""
-    changed = {path[0]: value for path, value in values.items() if len(path) == 1}
-    for name in {path[0] for path in values if len(path) > 1}:
-        inner = {path[1:]: value for path, value in values.items() if path[0] == name}
-        changed[name] = _with(getattr(section, name), inner)
-    return replace(section, **changed)
+def rl_variant_overrides(config: SparkConfig, variant: RLVariant) -> list[str]:
+    """Return the overrides that make the variant's configuration, after the pipeline's own."""
+    own = rl_variant_config(config, variant)
+    words = []
+    for group, name in _choices(config, variant).items():
+        field = group.rpartition("/")[2]
+        if field == "reward" or name != getattr(config.rl, field).name:
+            words.append(f"++{group}={name}")
+    if isinstance(own.rl.reward, ModelReward) and own.rl.reward.variant != "auto":
+        words.append(f"rl.reward.variant={own.rl.reward.variant}")
+    if own.data.rl_answers != config.data.rl_answers:
+        words.append(f"data.rl_answers={own.data.rl_answers or 'null'}")
+    return words
 
 
-def as_overrides(settings: Mapping[str, object]) -> list[str]:
-    """Settings as Hydra overrides."""
-    return [f"{name}={_written(value)}" for name, value in settings.items()]
+def _choices(config: SparkConfig, variant: RLVariant) -> dict[str, str]:
+    """Return the option of every group that a design decides on."""
+    choices = {group: getattr(config.rl, group.rpartition("/")[2]).name for group in _GROUPS}
+    if choices["rl/estimator"] == "none":
+        choices["rl/estimator"] = "grpo"  # the pipeline's own advantage uses no estimator
+    return choices | design_choices(variant.design)
 
 
-def _written(value: object) -> str:
-    return (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
+def _asked_kind(config: SparkConfig) -> str:
+    """Return the kind of reward model that the pipeline's own settings ask for."""
+    return config.reward_variant or config.stage2.variant
+
+
+def _answers(config: SparkConfig, variant: RLVariant) -> str | None:
+    """Return the answer keys of a variant that declares to read them."""
+    if not variant.reads_answer_keys:
+        return None
+    if config.pipeline.rl_answers is None:
+        raise ConfigError(
+            f"pipeline.rewards has {variant.design}, which reads answer keys: set "
+            "pipeline.rl_answers (JSONL with problem_id and answer)"
+        )
+    return config.pipeline.rl_answers

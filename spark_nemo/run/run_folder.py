@@ -65,8 +65,8 @@ def stage3_folder(run: RunConfig, arm: str) -> Path:
 
 def reward_model_path(config: SparkConfig) -> Path:
     """Folder of stage III's reward model: the configured one, or stage II's result in this run."""
-    if config.rl.reward_model is not None:
-        return Path(config.rl.reward_model)
+    if config.rl.named_reward_model is not None:
+        return Path(config.rl.named_reward_model)
     return stage2_folder(config.run, config.stage2.method, config.reward_variant) / "model"
 
 

@@ -116,7 +116,6 @@ STAGE3 = StageSpec(
     same_on_resume=(
         "run.seed",
         "rl",
-        "rl.hacking.constraints",
         "reward_variant",
         "models.policy",
         "data.rl_problems",
@@ -124,14 +123,17 @@ STAGE3 = StageSpec(
     free_on_resume=(
         "rl.eval_every",
         "rl.save_every",
-        "rl.failures",
-        "rl.verifier_queue",
-        "rl.verifier_deadline",
-        "rl.verifier_cache",
-        # Detectors and probes watch a run and change nothing in it.
+        "rl.reward.failures",
+        "rl.reward.retries",
+        "rl.reward.queue",
+        "rl.reward.deadline_s",
+        "rl.reward.cache",
+        # Detectors, probes and the held-out verifier monitor a run and change nothing in it.
+        "rl.reward.probes",
+        "rl.reward.heldout",
         "rl.hacking",
         # ``reward_variant`` is the resolved value: writing the default out changes nothing.
-        "rl.reward_variant",
+        "rl.reward.variant",
     ),
 )
 STAGES = {spec.name: spec for spec in (SFT, STAGE1, STAGE2, STAGE3)}
@@ -143,10 +145,13 @@ PIPELINE_FREE_ON_RESUME = (
     "sft",
     "data.sft_examples",
     "models.policy_base",
-    "rl.failures",
+    "rl.reward.failures",
+    "rl.reward.retries",
+    "rl.reward.probes",
+    "rl.reward.heldout",
     "rl.save_every",
     "rl.hacking",
-    "rl.reward_variant",
+    "rl.reward.variant",
     "stage1.max_failure_rate",
     "stage2.save_every",
 )
@@ -154,7 +159,6 @@ PIPELINE_FREE_ON_RESUME = (
 PIPELINE_SAME_ON_RESUME = (
     # Decides which reward model stage III asks.
     "pipeline.rounds",
-    "rl.hacking.constraints",
 )
 """Exceptions below ``PIPELINE_FREE_ON_RESUME``."""
 

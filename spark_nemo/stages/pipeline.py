@@ -13,12 +13,12 @@ from pathlib import Path
 import yaml
 
 from spark_nemo.config import SparkConfig
-from spark_nemo.config.compose import config_yaml
 from spark_nemo.planning.memory_check import check_memory
 from spark_nemo.planning.preflight import check_pipeline
 from spark_nemo.records.fingerprint import check_same_fingerprint, flatten_settings
 from spark_nemo.report.collect_summary import Oracle, collect_summary
 from spark_nemo.report.page import write_report
+from spark_nemo.run.compose import config_yaml
 from spark_nemo.run.job_graph import build_job_graph
 from spark_nemo.run.local_executor import parallel_jobs, run_job_graph
 from spark_nemo.run.run_lock import run_lock

@@ -132,7 +132,7 @@ def _build_worker(config: SparkConfig, folder: Path) -> tuple[MegatronWorker, We
         config.megatron,
         config.run.seed,
         config.rl.optimizer,
-        total_steps=config.rl.steps * config.rl.num_minibatches,
+        total_steps=config.rl.steps * config.rl.loss.num_minibatches,
     )
     sync = WeightSync.build(
         config.weight_sync,

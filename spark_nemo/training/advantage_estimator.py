@@ -30,17 +30,18 @@ def compute_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> Tensor 
 
     A pure function of the rollouts, so that every rank computes the same.
     """
-    outcome_N = estimate_advantages(
-        config.estimator,
-        torch.tensor([rollout.reward for rollout in rollouts]),
-        [rollout.group for rollout in rollouts],
-        torch.tensor([rollout.valid for rollout in rollouts]),
-        std_normalize=config.std_normalize is not False,
-    )
-    if config.advantage == "outcome":
-        return outcome_N
+    if config.advantage.name == "outcome":
+        return _outcome_advantages(rollouts, config)
     responses = scored_responses(rollouts)
-    match config.advantage:
+    match config.advantage.name:
+        case "min_form":
+            return min_form_advantages(responses)
+        case "prefix":
+            return prefix_advantages(responses)
+        case "capo":
+            return capo_advantages(responses)
+    outcome_N = _outcome_advantages(rollouts, config)
+    match config.advantage.name:
         case "selective":
             return selective_advantages(responses, outcome_N, discount=0.0)
         case "selective_half":
@@ -48,17 +49,23 @@ def compute_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> Tensor 
         case "global_step":
             return global_step_advantages(responses, outcome_N)
         case "global_step_penalty":
-            low, high = config.step_penalty_bounds
             return global_step_penalty_advantages(
-                responses, outcome_N, min_steps=low, max_steps=high
+                responses,
+                outcome_N,
+                min_steps=config.advantage.min_steps,
+                max_steps=config.advantage.max_steps,
             )
-        case "min_form":
-            return min_form_advantages(responses)
-        case "prefix":
-            return prefix_advantages(responses)
-        case "capo":
-            return capo_advantages(responses)
-    raise ValueError(f"rl.advantage={config.advantage!r}: unknown")
+    raise ValueError(f"rl/advantage={config.advantage.name}: unknown")
+
+
+def _outcome_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> Tensor:
+    return estimate_advantages(
+        config.estimator.name,
+        torch.tensor([rollout.reward for rollout in rollouts]),
+        [rollout.group for rollout in rollouts],
+        torch.tensor([rollout.valid for rollout in rollouts]),
+        std_normalize=getattr(config.estimator, "std_normalize", False),
+    )
 
 
 def scored_responses(rollouts: Sequence[Rollout]) -> list[ScoredResponse]:

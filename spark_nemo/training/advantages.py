@@ -89,7 +89,7 @@ def estimate_advantages(
     * grpo: ``group_advantages``.
     * dr_grpo: ``r_i - mean_g``; a std would weigh a prompt by how easy it is. Source: arXiv
       2503.20783, whose other half is the constant length normalization of the loss
-      (``rl.loss_aggregation=length_constant``).
+      (``rl.loss.aggregation=length_constant``).
     * rloo: ``rloo_advantages``. reinforce_pp: ``global_advantages``.
     """
     match estimator:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spark_nemo.config import RLConfig
+from spark_nemo.config.rl import KLPenalty
 from spark_nemo.megatron.packed_batch import PackedBatch
 from spark_nemo.megatron.process_groups import gather_objects
 from spark_nemo.megatron.worker import LossFn, MegatronWorker, StepResult
@@ -42,7 +43,7 @@ def train_on_rollouts(
     reference: Mapping[str, Tensor] | None = None,
     gate: FirstStepGate | None = None,
 ) -> dict[str, float]:
-    """Make ``config.num_minibatches`` optimizer steps on one batch and return its metrics.
+    """Make ``config.loss.num_minibatches`` optimizer steps on one batch and return its metrics.
 
     ``advantages`` has one element per rollout: a scalar for all of its tokens, or a tensor [R] with
     one advantage per response token. ``reference`` is the ``worker.snapshot()`` that the KL term
@@ -62,10 +63,10 @@ def train_on_rollouts(
     Raises ``ValueError`` when the KL term has no reference or nothing is left to train on, and
     ``WeightMismatch`` from the gate.
     """
-    has_kl = config.kl_estimator != "none"
+    has_kl = isinstance(config.kl, KLPenalty)
     if has_kl and reference is None:
         raise ValueError(
-            f"rl.kl_estimator={config.kl_estimator}: the reference snapshot is missing; pass "
+            f"rl/kl={config.kl.name}: the reference snapshot is missing; pass "
             "reference=worker.snapshot()"
         )
     kept = [i for i, rollout in enumerate(rollouts) if rollout.valid and rollout.response_ids]
@@ -178,14 +179,16 @@ def _minibatches(
 ) -> list[list[TrainSequence]]:
     """Return the sequences to compute, one list per optimizer step."""
     minibatches = []
-    for part in split_by_groups([rollout.group for rollout in rollouts], config.num_minibatches):
+    for part in split_by_groups(
+        [rollout.group for rollout in rollouts], config.loss.num_minibatches
+    ):
         sequences = build_sequences(
             [rollouts[i] for i in part],
             [advantages[i] for i in part],
             config.aggregation,
             config.sampling.max_new_tokens,
         )
-        if config.kl_estimator == "none":
+        if not isinstance(config.kl, KLPenalty):
             sequences = drop_zero_advantages(sequences)
         minibatches.append(sequences)
     return minibatches

@@ -2,7 +2,7 @@
 
 Each response token t of sequence s contributes
 
-    w_s * (rho_st * -min(r_st A_st, clip(r_st, 1 - clip_low, 1 + clip_high) A_st) + kl_coef * KL_st)
+    w_s * (rho_st * -min(r_st A_st, clip(r_st, 1 - clip_low, 1 + clip_high) A_st) + coef * KL_st)
 
 * A: advantage (``training/advantages.py``, ``training/step_advantages.py``)
 * r: ratio of current to old policy, per token or per sequence (``sequence_log_ratio``, GSPO)
@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from spark_nemo.config import RLConfig
+from spark_nemo.config.rl import KLPenalty
 from spark_nemo.megatron.packed_batch import PackedBatch
 
-DEFAULT_CLIP = 0.2
 MAX_LOG_RATIO = 20.0
 """Bound on |log ratio| before exp, as in verl: an outlier token gives a large loss, not inf."""
 
@@ -73,15 +73,15 @@ def grpo_loss(
     engine_T = extras[ENGINE_LOGPROBS]
 
     log_ratio_T = logprobs_T - old_T
-    if config.importance_sampling_level == "sequence":
+    if config.loss.importance_sampling_level == "sequence":
         log_ratio_T = masked(sequence_log_ratio(log_ratio_T, inside_T, batch.cu_seqlens_N))
     log_ratio_T = log_ratio_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio_T = log_ratio_T.exp()
     loss_T, at_low_T, at_high_T = clipped_surrogate(
         ratio_T,
         extras[ADVANTAGES],
-        clip_low=DEFAULT_CLIP if config.clip_low is None else config.clip_low,
-        clip_high=DEFAULT_CLIP if config.clip_high is None else config.clip_high,
+        clip_low=config.loss.clip_low,
+        clip_high=config.loss.clip_high,
     )
     mismatch_T = (old_T - engine_T).abs()
     metrics_T = {
@@ -92,14 +92,14 @@ def grpo_loss(
         "engine_logprob_diff_mean": mismatch_T,
         "engine_kl": kl_estimate(engine_T, old_T, "k3"),
     }
-    if config.tis_clip is not None:
-        importance_T = importance_weights(old_T, engine_T, config.tis_clip)
+    if config.loss.tis_clip is not None:
+        importance_T = importance_weights(old_T, engine_T, config.loss.tis_clip)
         loss_T = importance_T * loss_T
         metrics_T["importance_mean"] = importance_T
-        metrics_T["importance_capped"] = importance_T >= config.tis_clip
-    if config.kl_estimator != "none":
-        kl_T = kl_estimate(logprobs_T, extras[REFERENCE_LOGPROBS], config.kl_estimator)
-        loss_T = loss_T + config.kl_coef * kl_T
+        metrics_T["importance_capped"] = importance_T >= config.loss.tis_clip
+    if isinstance(config.kl, KLPenalty):
+        kl_T = kl_estimate(logprobs_T, extras[REFERENCE_LOGPROBS], config.kl.name)
+        loss_T = loss_T + config.kl.coef * kl_T
         metrics_T["reference_kl"] = kl_T
     if entropy_T is not None:
         metrics_T["entropy"] = entropy_T

@@ -32,8 +32,8 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     [
         ("rl.group_sizes=8", "group_sizes"),
         ("rl.group_size=many", "many"),
-        ("rl.kl_estimator=none", "rl.kl_coef"),
-        ("rl.clip_high=0.28", "rl.clip_high"),
+        ("rl.hacking.alarm=0.1", "rl.hacking.detectors.alarm"),
+        ("rl.loss.clip_high=0.28", "rl.loss.clip_high"),
         ("stage1.shard=1", "stage1.shard"),
         ("megatron.sequence_parallel=true", "megatron.sequence_parallel"),
         ("data.rl_answers=toy:rl:10", "data.rl_answers"),
@@ -61,7 +61,7 @@ def test_a_missing_model_folder_is_named(
             *TOY,
             f"run.dir={tmp_path}",
             f"{field}={tmp_path}/nowhere",
-            *([f"rl.reward_model={ASSETS}/verifier"] if stage == "stage3" else []),
+            *([f"rl.reward.model={ASSETS}/verifier"] if stage == "stage3" else []),
         )
         assert "nowhere" in message
     assert not (tmp_path / "stage1/store").exists()
@@ -76,7 +76,7 @@ def test_a_model_that_the_embedded_engine_does_not_serve_is_refused_before_any_w
     other = shutil.copytree(ASSETS / "verifier", tmp_path / "llama")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
-    for stage, field in (("stage1", "models.verifier"), ("stage3", "rl.reward_model")):
+    for stage, field in (("stage1", "models.verifier"), ("stage3", "rl.reward.model")):
         message = error_of(capsys, stage, *TOY, f"run.dir={tmp_path}/run", f"{field}={other}")
         assert f"{field}: {other}" in message and "model_type='llama'" in message
         assert "add +engine=sglang" in message
@@ -192,7 +192,7 @@ def test_a_layout_that_does_not_fit_the_model_is_refused_before_ranks_start(
     three tracebacks.
     """
     message = error_of(
-        capsys, "stage3", *TOY, f"run.dir={tmp_path}", layout, f"rl.reward_model={ASSETS}/verifier"
+        capsys, "stage3", *TOY, f"run.dir={tmp_path}", layout, f"rl.reward.model={ASSETS}/verifier"
     )
     assert layout.split("=")[0] in message
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from spark_nemo.cli.main import main
-from spark_nemo.config.compose import compose_config
+from spark_nemo.run.compose import compose_config
 from spark_nemo.run.run_folder import mark_done
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
 from spark_nemo.verification.sampler import SamplingCounts
@@ -29,7 +29,7 @@ SETTINGS = [
     "pipeline.rewards=[process_aware]",
     "pipeline.rl_answers=null",
     "rl.prompts_per_step=4",
-    f"rl.reward_model={ASSETS / 'verifier'}",
+    f"rl.reward.model={ASSETS / 'verifier'}",
 ]
 DATA = {
     "stage1_problems": "stage1:10",
@@ -118,7 +118,7 @@ def test_a_finished_part_says_so_and_is_not_done_again(
         ("stage2", "labels.balance=consensus"),
         ("stage3", "rl.steps=9"),
         ("stage3", "evaluation.samples_per_problem=9"),
-        ("stage3", f"rl.reward_model={ASSETS / 'critic'}"),
+        ("stage3", f"rl.reward.model={ASSETS / 'critic'}"),
     ],
     indirect=["work"],
 )

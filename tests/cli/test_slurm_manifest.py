@@ -44,8 +44,8 @@ def test_the_chain_and_its_folder(capsys: pytest.CaptureFixture[str], tmp_path: 
         f"{m}\tstage2.method={m}" for m in ("step_consistency", "single", "outcome_consistency")
     ]
     assert said["ARM"] == [
-        "process_aware\tstep_consistency\trl.reward=process_aware",
-        "rlvr\t-\trl.reward=rlvr\tdata.rl_answers=${pipeline.rl_answers}",
+        "process_aware\tstep_consistency\t++rl/reward=process_aware",
+        "rlvr\t-\t++rl/reward=rlvr\tdata.rl_answers=${pipeline.rl_answers}",
     ]
     assert all(Path(path).exists() for path in said["NEEDS"])
     assert (
@@ -71,7 +71,7 @@ def test_every_arm_is_a_job_with_its_own_reward_model(
         "pipeline.rl_answers=null",
         "pipeline.variants=[prm_cot,orm]",
         "pipeline.label_methods=[step_consistency]",
-        "rl.verifier_queue=9",
+        "rl.reward.queue=9",
     )
     assert (
         said["MODEL"][1]
@@ -83,8 +83,8 @@ def test_every_arm_is_a_job_with_its_own_reward_model(
         ["selective", "step_consistency"],
         ["random", "-"],
     ]
-    assert said["ARM"][1].endswith("rl.reward=process_aware\trl.reward_variant=orm")
-    assert said["ARM"][3].endswith("rl.reward=random\trl.verifier_queue=null")
+    assert said["ARM"][1].endswith("++rl/reward=process_aware\trl.reward.variant=orm")
+    assert said["ARM"][3].endswith("++rl/reward=random")
 
 
 def test_servers_are_described_word_by_word(
@@ -97,7 +97,7 @@ def test_servers_are_described_word_by_word(
         capsys,
         "stage3",
         f"run.dir={tmp_path}",
-        "rl.reward=random",
+        "rl/reward=random",
         "engine.kind=sglang",
         "pipeline.parallel_jobs=1",
         "engine.policy.servers=2",
@@ -127,7 +127,7 @@ def test_servers_are_described_word_by_word(
             "--k: evaluate processbench has no",
         ),
         (["--stage", "pipeline", "--", *TOY, "pipeline.rounds=2"], "one round"),
-        (["--stage", "stage3", "--", *TOY, "rl.reward_model=/nowhere"], "/nowhere"),
+        (["--stage", "stage3", "--", *TOY, "rl.reward.model=/nowhere"], "/nowhere"),
     ],
 )
 def test_what_cannot_run_is_one_line(

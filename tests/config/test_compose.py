@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spark_nemo.config import ConfigError, SamplingConfig, SparkConfig
-from spark_nemo.config.compose import compose_config, config_folder, config_yaml
+from spark_nemo.run.compose import compose_config, config_folder, config_yaml
 
 
 def test_no_override_gives_the_dataclass_defaults() -> None:
@@ -66,10 +66,10 @@ FLOATS = {
     "engine.policy.request_timeout_s": ["engine.kind=sglang", "engine.policy.servers=1"],
     "weight_sync.max_mean_mismatch": [],
     "weight_sync.timeout_s": [],
-    "rl.tis_clip": [],
-    "rl.failures.penalty": ["rl.failures.action=penalize"],
-    "rl.clip_low": ["rl.num_minibatches=2"],
-    "rl.kl_coef": ["rl.kl_estimator=k3"],
+    "rl.loss.tis_clip": [],
+    "rl.reward.failures.penalty": ["rl/reward/failures=penalize"],
+    "rl.loss.clip_low": ["rl/loss=clipped"],
+    "rl.kl.coef": ["rl/kl=k3"],
     "rl.sampling.temperature": [],
     "evaluation.temperature": [],
     "rl.hacking.detectors.inflation": [],

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from spark_nemo.config import ConfigError, EngineConfig, PoolConfig
-from spark_nemo.config.compose import compose_config
 from spark_nemo.planning.dry_run import dry_run
+from spark_nemo.run.compose import compose_config
 from spark_nemo.run.local_executor import parallel_jobs
 
 TWO = ["engine.kind=sglang", "engine.policy.servers=2", "pipeline.parallel_jobs=1"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from spark_nemo.config import ConfigError, LabelsConfig, PipelineConfig
-from spark_nemo.config.compose import compose_config
+from spark_nemo.run.compose import compose_config
 
 
 @pytest.mark.parametrize(

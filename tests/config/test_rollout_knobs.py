@@ -1,45 +1,50 @@
-"""Settings of rl.rollout that cannot do what they say are refused."""
+"""Settings of rl.rollout that cannot do what they say are rejected."""
 
 from __future__ import annotations
 
 import pytest
 
-from spark_nemo.config import ConfigError, RLConfig
-from spark_nemo.config.compose import compose_config
-from spark_nemo.config.rollout import RolloutConfig
+from spark_nemo.config import ConfigError
+from spark_nemo.config.rollout import DynamicSampling, RolloutConfig
+from spark_nemo.run.compose import compose_config
+
+DYNAMIC = "rl/rollout/filter=dynamic"
 
 
 @pytest.mark.parametrize(
-    ("knobs", "rl", "message"),
+    ("overrides", "message"),
     [
-        ({"over_sampling_ratio": 0.5}, {}, "at least 1"),
-        ({"max_rounds": 2}, {}, "no effect without rl.rollout.over_sampling_ratio"),
-        ({"over_sampling_ratio": 2.0, "max_rounds": 0}, {}, "at least 1"),
-        ({"over_sampling_ratio": 2.0}, {"estimator": "reinforce_pp"}, "remove one of the two"),
-        ({"one_step_off": True}, {"tis_clip": None}, "set rl.tis_clip"),
-        ({"one_step_off": True}, {"steps": 1}, "no effect with rl.steps=1"),
+        ([DYNAMIC, "rl.rollout.filter.over_sampling_ratio=0.5"], "at least 1"),
+        (["rl.rollout.filter.max_rounds=2"], f"exists with {DYNAMIC}"),
+        ([DYNAMIC, "rl.rollout.filter.max_rounds=0"], "at least 1"),
+        ([DYNAMIC, "rl/estimator=reinforce_pp"], "remove one of the two"),
+        (["rl.rollout.one_step_off=true", "rl.loss.tis_clip=null"], "set rl.loss.tis_clip"),
+        (["rl.rollout.one_step_off=true", "rl.steps=1"], "rl.steps=1"),
     ],
 )
-def test_a_rollout_knob_that_does_not_fit_is_an_error(knobs: dict, rl: dict, message: str) -> None:
+def test_a_rollout_setting_that_does_not_fit_is_an_error(
+    overrides: list[str], message: str
+) -> None:
     """The message names the field; nothing is silently ignored."""
     with pytest.raises(ConfigError, match=message):
-        RLConfig(rollout=RolloutConfig(**knobs), **rl)
+        compose_config(overrides)
 
 
-def test_rounds_and_starts_are_resolved() -> None:
-    """Missing prompts times over_sampling_ratio, rounded up; four rounds where nothing is said."""
-    assert RolloutConfig(over_sampling_ratio=1.5).started(3) == 5
-    assert RolloutConfig(over_sampling_ratio=1.5).rounds == 4
+def test_missing_prompts_are_over_sampled() -> None:
+    """The number to start is rounded up."""
+    assert DynamicSampling(over_sampling_ratio=1.5).started(3) == 5
 
 
-def test_the_knobs_are_set_from_the_command_line() -> None:
-    """And are off unless they are."""
+def test_dynamic_sampling_and_one_step_off_are_chosen_together() -> None:
+    """Both are off unless they are chosen."""
     on = compose_config(
         [
-            "rl.rollout.over_sampling_ratio=2",
-            "rl.rollout.max_rounds=3",
+            DYNAMIC,
+            "rl.rollout.filter.over_sampling_ratio=2",
+            "rl.rollout.filter.max_rounds=3",
             "rl.rollout.one_step_off=true",
         ]
     )
-    assert on.rl.rollout == RolloutConfig(one_step_off=True, over_sampling_ratio=2.0, max_rounds=3)
+    filter = DynamicSampling(over_sampling_ratio=2.0, max_rounds=3)
+    assert on.rl.rollout == RolloutConfig(one_step_off=True, filter=filter)
     assert compose_config([]).rl.rollout == RolloutConfig()

@@ -5,7 +5,7 @@ name.
 import pytest
 
 from spark_nemo.config import ConfigError, SparkConfig, WeightSyncConfig
-from spark_nemo.config.compose import compose_config
+from spark_nemo.run.compose import compose_config
 
 
 @pytest.mark.parametrize(

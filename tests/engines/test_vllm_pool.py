@@ -9,7 +9,6 @@ import pytest
 from fake_vllm import KEY, NAME, FakeVllm
 
 from spark_nemo.config import ConfigError, EngineConfig, PoolConfig
-from spark_nemo.config.compose import compose_config
 from spark_nemo.engines import (
     EngineLost,
     Generation,
@@ -20,6 +19,7 @@ from spark_nemo.engines import (
 )
 from spark_nemo.engines.fleet.server_launcher import ServerProcess
 from spark_nemo.planning.preflight import check_stage3
+from spark_nemo.run.compose import compose_config
 from spark_nemo.toy.resolve import ASSETS
 
 REQUEST = GenerationRequest((5, 6), SamplingParams(max_new_tokens=4, temperature=0.0))

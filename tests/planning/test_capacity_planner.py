@@ -16,7 +16,7 @@ from published_layouts import ACCEPTED, LIMIT_70B, LONGEST_70B, SFT_70B
 
 from spark_nemo.cli.main import main
 from spark_nemo.config import ConfigError, MegatronConfig, RLConfig, SamplingConfig, SparkConfig
-from spark_nemo.config.compose import compose_config
+from spark_nemo.config.registry import choose
 from spark_nemo.config.sft import SftConfig
 from spark_nemo.models.spec import ModelSpec
 from spark_nemo.planning import memory_check
@@ -25,6 +25,7 @@ from spark_nemo.planning.cluster import Cluster, Rates
 from spark_nemo.planning.engine_memory import engine_weight_bytes, kv_bytes_per_token
 from spark_nemo.planning.step_time import forward_flops_per_token
 from spark_nemo.planning.workload import Model
+from spark_nemo.run.compose import compose_config
 from spark_nemo.toy.resolve import resolve_toy
 
 SHAPES = Path(__file__).parents[1] / "weight_sync" / "shapes"
@@ -89,10 +90,10 @@ def test_rl_on_a_quarter_lacks_gpus_for_its_servers(published, tmp_path):
     (tmp_path / "config.json").write_text((SHAPES / f"{published.model}.json").read_text())
     quarter = Cluster(1, published.nodes * 8 // 4)
     rl = RLConfig(
-        reward="majority",
+        reward=choose("rl/reward", "majority"),
         prompts_per_step=64,
         group_size=32,
-        num_minibatches=4,
+        loss=choose("rl/loss", "clipped", num_minibatches=4),
         sampling=SamplingConfig(max_new_tokens=3072),
     )
     for data_parallel in (
@@ -244,7 +245,7 @@ def test_a_mixture_is_planned_with_its_weight_sync(capsys, tmp_path):
                 "3",
                 "--model",
                 str(tmp_path),
-                "rl.reward_model=Qwen2.5-14B-Instruct",
+                "rl.reward.model=Qwen2.5-14B-Instruct",
             ]
         )
         == 0

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from spark_nemo.config import ConfigError, SparkConfig
-from spark_nemo.config.compose import compose_config
 from spark_nemo.planning.dry_run import dry_run
 from spark_nemo.planning.preflight import check_stage1, check_stage2, check_stage3
+from spark_nemo.run.compose import compose_config
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
 
 SERVERS = (
@@ -43,7 +43,8 @@ def small(tmp_path: Path, *overrides: str) -> SparkConfig:
                 "data.eval_problems=toy:eval:4",
                 "data.processbench=toy:processbench:12",
                 "rl.prompts_per_step=4",
-                f"rl.reward_model={ASSETS / 'verifier'}",
+                f"rl.reward.model={ASSETS / 'verifier'}",
+                *(["rl/reward/heldout=verifier"] if "heldout" in "".join(overrides) else []),
                 *overrides,
             ]
         )
@@ -57,8 +58,8 @@ def small(tmp_path: Path, *overrides: str) -> SparkConfig:
         (check_stage1, "models.verifier"),
         (check_stage2, "models.reward_base"),
         (check_stage3, "models.policy"),
-        (check_stage3, "rl.reward_model"),
-        (check_stage3, "rl.hacking.heldout_verifier"),
+        (check_stage3, "rl.reward.model"),
+        (check_stage3, "rl.reward.heldout.model"),
     ],
 )
 def test_the_embedded_engine_refuses_another_family(tmp_path: Path, check, field: str) -> None:
@@ -92,4 +93,4 @@ def test_a_policy_that_weight_sync_does_not_support_is_rejected(tmp_path: Path) 
     with pytest.raises(ConfigError, match=why):
         dry_run(config, "stage3")
     check_stage1(small(tmp_path, f"models.generator={other}", *SERVERS))
-    check_stage3(small(tmp_path, f"rl.reward_model={other}", *SERVERS))
+    check_stage3(small(tmp_path, f"rl.reward.model={other}", *SERVERS))

@@ -27,13 +27,12 @@ from real_server import sglang_python
 
 from spark_nemo.config import (
     EngineConfig,
-    FailurePolicy,
     MegatronConfig,
     RLConfig,
     SamplingConfig,
     WeightSyncConfig,
 )
-from spark_nemo.config.compose import compose_config
+from spark_nemo.config.reward import MaskFailures, ModelReward
 from spark_nemo.engines import Engine, GenerationRequest, SamplingParams, run_async
 from spark_nemo.engines.fleet import Fleet, FleetMetrics
 from spark_nemo.engines.fleet.server_launcher import ServerProcess
@@ -46,6 +45,7 @@ from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService
 from spark_nemo.rollout.batch import RolloutBatch
 from spark_nemo.rollout.generator import RolloutGenerator
+from spark_nemo.run.compose import compose_config
 from spark_nemo.toy.problem_files import split_problems
 from spark_nemo.weight_sync.synchronizer import WeightSync
 
@@ -111,11 +111,14 @@ def pool(
         group_size=GROUP_SIZE,
         prompt_set="compact",
         sampling=SamplingConfig(max_new_tokens=60),
-        verifier_sampling=SamplingConfig(temperature=0.0, max_new_tokens=120),
-        failures=FailurePolicy(max_rate=0.9, retries=0),
+        reward=ModelReward(
+            sampling=SamplingConfig(temperature=0.0, max_new_tokens=120),
+            failures=MaskFailures(max_rate=0.9),
+            retries=0,
+        ),
     )
     prompts = prompt_set("compact")
-    service = PRMService(judge, prompts, rl.verifier_sampling)
+    service = PRMService(judge, prompts, rl.reward.sampling)
     session = RolloutGenerator(policy, prompts, rl, 0, RewardJudge(service, retries=0), None)
     launchers = [replica.launcher for replica in fleet._replicas]
     try:

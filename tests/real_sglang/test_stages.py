@@ -91,7 +91,7 @@ def test_stage_three_trains_on_what_the_servers_sample(
         run_dir,
         *RL,
         *SERVERS,
-        f"rl.reward_model={other_folder}",
+        f"rl.reward.model={other_folder}",
         "weight_sync.checksums=require",
         "weight_sync.max_token_mismatch=1e-3",
         f"weight_sync.transport={transport}",

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from example_summary import example_summary
 
-from spark_nemo.config.compose import compose_config
 from spark_nemo.report import read_summary, report_page
 from spark_nemo.report.collect_summary import answer_key_readers
+from spark_nemo.run.compose import compose_config
 from spark_nemo.utils.files import write_json_atomic
 
 

@@ -10,8 +10,8 @@ import time
 import pytest
 from studies.exploits import EXPLOITS, write_honest
 
-from spark_nemo.config import ConfigError, RLConfig
-from spark_nemo.config.hacking import ConstraintsConfig, HackingConfig
+from spark_nemo.config import ConfigError
+from spark_nemo.config.hacking import ConstraintsConfig
 from spark_nemo.grammar import (
     ParsedResponse,
     StepFormat,
@@ -24,6 +24,7 @@ from spark_nemo.grammar import (
 from spark_nemo.records import FormatViolation, Problem, Rollout
 from spark_nemo.rewards.hacking import CONSTRAINTS, read_response
 from spark_nemo.rewards.hacking.text_patterns import judge_directed
+from spark_nemo.run.compose import compose_config
 from spark_nemo.toy.habits import ERROR_RICH, write_solution
 from spark_nemo.toy.problems import sample_problem
 
@@ -236,49 +237,48 @@ def test_the_simulators_exploits_pass_the_open_rules_and_break_the_closed_ones(e
         ({"constraints": {"min_tokens": 1}}, "min_tokens"),
         ({"constraints": {"min_steps": 4, "max_steps": 3}}, "min_steps"),
         ({"constraints": {"min_tokens": 9, "max_tokens": 8}}, "min_tokens"),
-        ({"divergence_every": 5}, "divergence_every"),
-        ({"divergence_alarm": 0.1}, "divergence_alarm"),
-        ({"heldout_verifier": "x", "divergence_alarm": 0.0}, "divergence_alarm"),
-        ({"probes": -1}, "probes"),
     ],
 )
-def test_settings_that_cannot_be_meant_are_refused(settings: dict, field: str) -> None:
+def test_settings_that_cannot_be_meant_are_rejected(settings: dict, field: str) -> None:
     """The error names the field."""
     with pytest.raises(ConfigError, match=field):
-        HackingConfig(
-            **{
-                name: ConstraintsConfig(**value) if name == "constraints" else value
-                for name, value in settings.items()
-            }
-        )
+        ConstraintsConfig(**settings["constraints"])
 
 
 @pytest.mark.parametrize(
-    ("rl", "hacking", "field"),
+    ("overrides", "field"),
     [
-        ({"reward": "rlvr"}, HackingConfig(ConstraintsConfig(max_steps=9)), "max_steps"),
+        (["rl/reward=rlvr", "rl.reward.constraints.max_steps=9"], "max_steps"),
+        (["rl/reward=majority", "rl.reward.constraints.no_empty_steps=false"], "no_empty_steps"),
+        (["rl/reward=rlvr", "rl.reward.probes=4"], "probes"),
+        (["rl/reward=random", "rl/reward/heldout=verifier"], "heldout"),
+        (["rl.reward.probes=-1"], "probes"),
+        (["rl.reward.constraints.max_tokens=100000"], "max_tokens"),
+        (["rl.reward.constraints.min_tokens=100000"], "min_tokens"),
+        (["rl/advantage=capo", "rl.reward.constraints.format_gate=false"], "format_gate"),
+        (["rl/reward/heldout=verifier"], "heldout.model"),
+        (["rl.reward.heldout.every=5"], "exists with rl/reward/heldout=verifier"),
         (
-            {"reward": "majority"},
-            HackingConfig(ConstraintsConfig(no_empty_steps=False)),
-            "no_empty_steps",
+            [
+                "rl/reward/heldout=verifier",
+                "rl.reward.heldout.model=x",
+                "rl.reward.heldout.alarm=0.0",
+            ],
+            "alarm",
         ),
-        ({"reward": "rlvr"}, HackingConfig(probes=4), "probes"),
-        ({"reward": "random"}, HackingConfig(heldout_verifier="x"), "heldout_verifier"),
-        ({}, HackingConfig(ConstraintsConfig(max_tokens=100_000)), "max_tokens"),
-        ({}, HackingConfig(ConstraintsConfig(min_tokens=100_000)), "min_tokens"),
-        ({"advantage": "capo"}, HackingConfig(ConstraintsConfig(format_gate=False)), "format_gate"),
     ],
 )
-def test_a_setting_without_effect_under_the_reward_is_refused(
-    rl: dict, hacking: HackingConfig, field: str
+def test_a_setting_without_effect_under_the_reward_does_not_exist(
+    overrides: list[str], field: str
 ) -> None:
     """A baseline without a gate has no constraints, one without a reward model no probes and no
     second verifier.
     """
     with pytest.raises(ConfigError, match=field):
-        RLConfig(**rl, hacking=hacking)
+        compose_config(overrides)
 
 
 def test_the_random_baseline_has_the_constraints_too() -> None:
     """Its reward is gated, so a band has an effect there."""
-    assert RLConfig(reward="random", hacking=HackingConfig(ConstraintsConfig(max_steps=9)))
+    config = compose_config(["rl/reward=random", "rl.reward.constraints.max_steps=9"])
+    assert config.rl.reward.constraints.max_steps == 9

@@ -18,7 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spark_nemo.config import RLConfig
-from spark_nemo.config.designs import DESIGNS, OWN_BASELINE, reward_and_advantage
+from spark_nemo.config.designs import (
+    design_settings,
+    designs,
+    has_own_baseline,
+    reward_and_advantage,
+)
+from spark_nemo.config.registry import choose
 from spark_nemo.grammar import ParsedResponse
 from spark_nemo.records import ParseFailure, Problem, Rollout, RolloutVerdict, TokenSpan, Verdict
 from spark_nemo.rewards import (
@@ -136,12 +142,12 @@ def totals(design: str, responses: list[Response], estimator: str = "grpo") -> l
     III.
     """
     reward, advantage = reward_and_advantage(design)
-    config = RLConfig(
-        reward=reward,
-        advantage=advantage,
-        estimator="grpo" if design in OWN_BASELINE else estimator,
-        step_penalty_min=1 if design == "global_step_penalty" else None,
-    )
+    settings = design_settings(design)
+    if not has_own_baseline(advantage):
+        settings["estimator"] = choose("rl/estimator", estimator)
+    if design == "global_step_penalty":
+        settings["advantage"] = replace(settings["advantage"], min_steps=1)
+    config = RLConfig(**settings)
     rollouts = [r.rollout() for r in responses]
     match reward:
         case "rlvr":
@@ -169,7 +175,7 @@ def totals(design: str, responses: list[Response], estimator: str = "grpo") -> l
 
 def test_every_design_declares_itself() -> None:
     """And its docstring says the same, so that the table here cannot drift from what people read."""
-    assert DECLARED.keys() == DESIGNS, "say of a new design whether it resists inflation"
+    assert sorted(DECLARED) == designs(), "say of a new design whether it resists inflation"
     for name, (claim, function) in DECLARED.items():
         text = " ".join(function.__doc__.split())
         assert claim in text and {RESISTS, DOES_NOT}.difference({claim}).pop() not in text, name
@@ -186,7 +192,7 @@ def test_a_design_that_resists_pays_nothing_for_a_split_step(
     """No response's total advantage moves, not only that of the one that is split, whatever labels,
     verdicts, failures, group sizes and estimator. Does not prove anything about the tokens that a
     policy adds when it really inflates, nor about bounds on the number of steps
-    (rl.selective_min_steps and the like), which a split may cross.
+    (rl.advantage.min_steps and the like), which a split may cross.
     """
     batch, split = pair
     assert totals(design, split, estimator) == pytest.approx(

@@ -16,14 +16,14 @@ import pytest
 import torch
 
 from spark_nemo.config import SparkConfig
-from spark_nemo.config.compose import compose_config
 from spark_nemo.config.designs import (
-    ADVANTAGES,
-    NEEDS_STEP_LABELS,
-    OWN_BASELINE,
-    VARIANTS,
+    designs,
+    has_own_baseline,
+    needs_step_labels,
     reward_and_advantage,
+    step_advantages,
 )
+from spark_nemo.config.reward import VARIANTS
 from spark_nemo.engines.base import FinishReason, Generation
 from spark_nemo.engines.served_model import Completion, ServedModel
 from spark_nemo.grammar import Variant, prompt_set
@@ -42,6 +42,7 @@ from spark_nemo.rollout import engines
 from spark_nemo.rollout.batch import RolloutBatch
 from spark_nemo.rollout.timeline import Timeline
 from spark_nemo.rollout.worker import RolloutWorker
+from spark_nemo.run.compose import compose_config
 from spark_nemo.training.advantage_estimator import compute_advantages
 from spark_nemo.training.step_advantages import ScoredResponse, global_step_advantages
 from spark_nemo.verification.training_labels import sft_example
@@ -93,12 +94,12 @@ def config_of(design: str, *overrides: str) -> SparkConfig:
     return compose_config(
         [
             "+experiment=toy",
-            f"rl.reward={reward}",
-            f"rl.advantage={advantage}",
+            f"rl/reward={reward}",
+            f"rl/advantage={advantage}",
             "rl.group_size=2",
-            "rl.failures.max_rate=1.0",
-            "rl.failures.retries=0",
-            "rl.verifier_cache=0",
+            "rl.reward.failures.max_rate=1.0",
+            "rl.reward.retries=0",
+            "rl.reward.cache=0",
             *overrides,
         ]
     )
@@ -130,7 +131,7 @@ def batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ("design", "variant"),
     [
         (design, variant)
-        for design in sorted(NEEDS_STEP_LABELS | {"process_aware"})
+        for design in ["process_aware", *filter(needs_step_labels, designs())]
         for variant in VARIANTS
         if variant != "orm" or design == "process_aware"
     ],
@@ -142,7 +143,7 @@ def test_no_design_sends_another_prompt_than_its_reward_model_was_trained_with(
     sent the ORM's to a PRM-CoT. Here: of every design and kind, what is sent is the message of the
     kind's training examples.
     """
-    config = config_of(design, f"rl.reward_variant={variant}")
+    config = config_of(design, f"rl.reward.variant={variant}")
     label = LabelledSolution(
         "single",
         Solution("s", "p", QUESTION, PLAIN, "stop", 9),
@@ -156,7 +157,7 @@ def test_no_design_sends_another_prompt_than_its_reward_model_was_trained_with(
     assert model.messages == [trained, trained]
 
 
-@pytest.mark.parametrize("design", sorted(ADVANTAGES))
+@pytest.mark.parametrize("design", step_advantages())
 @pytest.mark.parametrize("labels", [(False,), (True, False, True)])
 def test_labels_of_another_number_of_steps_touch_no_token(
     batch, design: str, labels: tuple[bool, ...]
@@ -165,7 +166,7 @@ def test_labels_of_another_number_of_steps_touch_no_token(
     response is, bit for bit, one whose verification could not be read, also where that has a
     declared price instead of being masked.
     """
-    config = config_of(design, "rl.failures.action=penalize", "rl.failures.penalty=0.0")
+    config = config_of(design, "rl/reward/failures=penalize", "rl.reward.failures.penalty=0.0")
     good = f"{analyses(True, False)}\n\n{YES}"
     rows = [
         compute_advantages(batch(config, (RESPONSE,), (good, said))[0].rollouts, config.rl)
@@ -188,7 +189,7 @@ def test_a_yes_before_the_final_no_does_not_win(batch, variant: str) -> None:
     word or none).
     """
     scored, _ = batch(
-        config_of("process_aware", f"rl.reward_variant={variant}"), (RESPONSE,), (EARLY[variant],)
+        config_of("process_aware", f"rl.reward.variant={variant}"), (RESPONSE,), (EARLY[variant],)
     )
     paid = [rollout.reward for rollout in scored.rollouts if rollout.valid]
     assert paid == ([] if variant == "orm" else [0.0, 0.0])
@@ -199,7 +200,7 @@ def test_what_cannot_be_read_is_counted_and_is_no_zero(batch, variant: str) -> N
     """Defect 4: an unreadable verification silently was a reward of 0. Here it is masked with a NaN
     that nothing can average, has a rate of its own, and too many stop the run.
     """
-    asked = [f"rl.reward_variant={variant}"]
+    asked = [f"rl.reward.variant={variant}"]
     scored, _ = batch(config_of("process_aware", *asked), (RESPONSE,), ("The answer seems fine.",))
     assert all(not rollout.valid and math.isnan(rollout.reward) for rollout in scored.rollouts)
     assert (
@@ -207,7 +208,7 @@ def test_what_cannot_be_read_is_counted_and_is_no_zero(batch, variant: str) -> N
     )
     with pytest.raises(FailureRateExceeded, match="parse_failure: 2"):
         batch(
-            config_of("process_aware", *asked, "rl.failures.max_rate=0.9"),
+            config_of("process_aware", *asked, "rl.reward.failures.max_rate=0.9"),
             (RESPONSE,),
             ("The answer seems fine.",),
         )
@@ -265,7 +266,7 @@ def group(number: int, *verdicts: bool) -> list[Rollout]:
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "dr_grpo", "rloo"])
-@pytest.mark.parametrize("design", ["process_aware", *sorted(ADVANTAGES)])
+@pytest.mark.parametrize("design", ["process_aware", *step_advantages()])
 def test_groups_of_different_sizes_are_normalised_each_by_itself(
     design: str, estimator: str
 ) -> None:
@@ -274,12 +275,13 @@ def test_groups_of_different_sizes_are_normalised_each_by_itself(
     batch, without a word. Here groups of 4, 2 and 3, also interleaved, have the advantages that
     each has alone. REINFORCE++ is over the batch by definition.
     """
-    if design in OWN_BASELINE and estimator != "grpo":
-        pytest.skip("reads no estimator")
+    own_baseline = design != "process_aware" and has_own_baseline(design)
+    if own_baseline and estimator != "grpo":
+        pytest.skip("uses no estimator")
     config = config_of(
         design,
-        f"rl.estimator={estimator}",
-        *(["rl.step_penalty_min=2"] if design == "global_step_penalty" else []),
+        *([] if own_baseline else [f"rl/estimator={estimator}"]),
+        *(["rl.advantage.min_steps=2"] if design == "global_step_penalty" else []),
     ).rl
     groups = [
         group(0, True, False, False, True),

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from spark_nemo.config import RLConfig, SamplingConfig
+from spark_nemo.config import SamplingConfig
+from spark_nemo.config.reward import ModelReward
 from spark_nemo.engines.base import EngineFailure, FinishReason, Generation
 from spark_nemo.engines.served_model import Completion
 from spark_nemo.grammar import (
@@ -120,15 +121,13 @@ def test_limits_follow_the_servers_and_the_length_of_a_verification() -> None:
     """
     small, large = (
         ServiceLimits.from_config(
-            RLConfig(verifier_sampling=SamplingConfig(max_new_tokens=tokens)), slots
+            ModelReward(sampling=SamplingConfig(temperature=0.0, max_new_tokens=tokens)), slots
         )
         for tokens, slots in ((2048, 64), (16384, 16 * 256))
     )
     assert (small.queue, large.queue) == (128, 8192)
     assert small.deadline == 1800 + 0.25 * 2048 and large.deadline == 1800 + 0.25 * 16384
-    named = ServiceLimits.from_config(
-        RLConfig(verifier_queue=7, verifier_deadline=60.0, verifier_cache=0), 64
-    )
+    named = ServiceLimits.from_config(ModelReward(queue=7, deadline_s=60.0, cache=0), 64)
     assert named == ServiceLimits(7, 60.0, 0)
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from spark_nemo.config import FailurePolicy
+from spark_nemo.config.reward import MaskFailures, PenalizeFailures
 from spark_nemo.records import (
     EngineError,
     FormatViolation,
@@ -57,7 +57,7 @@ def test_a_well_formed_response_must_have_been_verified():
 def test_mask_leaves_failures_out_and_reports_their_rates():
     """Masked rewards are NaN and not valid; rates are per kind and relative to what was verified."""
     scores = [1.0, Truncated(9), 0.0, ParseFailure("x"), 0.0, 1.0]
-    batch = apply_failure_policy(scores, FailurePolicy(max_rate=0.5), num_verifications=5)
+    batch = apply_failure_policy(scores, MaskFailures(max_rate=0.5), num_verifications=5)
     assert batch.valid == (True, False, True, False, True, True)
     assert [reward for reward, valid in zip(batch.rewards, batch.valid) if valid] == [
         1.0,
@@ -72,7 +72,7 @@ def test_mask_leaves_failures_out_and_reports_their_rates():
 
 def test_penalize_gives_the_declared_number():
     """Only the configuration can turn a failure into a reward."""
-    policy = FailurePolicy(action="penalize", penalty=-0.25, max_rate=1.0)
+    policy = PenalizeFailures(penalty=-0.25, max_rate=1.0)
     batch = apply_failure_policy([Truncated(9), 1.0], policy)
     assert batch.rewards == (-0.25, 1.0)
     assert batch.valid == (True, True)
@@ -86,7 +86,7 @@ def test_too_many_failures_stop_the_run():
     FailureCount().add(scores, 4, 0.75)
     with pytest.raises(FailureRateExceeded) as error:
         FailureCount().add(scores, 4, 0.5)
-    for part in ("75.0%", "0.5", "truncated: 2", "rl.failures.max_rate"):
+    for part in ("75.0%", "0.5", "truncated: 2", "rl.reward.failures.max_rate"):
         assert part in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -140,14 +140,14 @@ def test_a_resumed_run_counts_on():
 def test_the_format_gate_does_not_dilute_the_failure_rate():
     """Four gated responses and two failed verifications of four: the rate is 1/2, not 1/4."""
     scores = [0.0] * 4 + [LOST, LOST, 1.0, 1.0]
-    assert apply_failure_policy(scores, FailurePolicy(), num_verifications=4).failure_rate == 0.5
+    assert apply_failure_policy(scores, MaskFailures(), num_verifications=4).failure_rate == 0.5
     with pytest.raises(FailureRateExceeded, match=r"50\.0% of 4"):
         FailureCount().add(scores, 4, 0.4)
 
 
 def test_no_verification_at_all_is_no_failure():
     """A step whose every response broke the format must not divide by zero."""
-    batch = apply_failure_policy([0.0, 0.0], FailurePolicy(), num_verifications=0)
+    batch = apply_failure_policy([0.0, 0.0], MaskFailures(), num_verifications=0)
     assert batch.failure_rate == 0.0
     assert batch.valid == (True, True)
 

@@ -10,7 +10,8 @@ import pytest
 from fake_sglang import FakeSglang
 
 from spark_nemo.config import EngineConfig, RLConfig, SamplingConfig
-from spark_nemo.config.rollout import RolloutConfig
+from spark_nemo.config.reward import AnswerKeyReward
+from spark_nemo.config.rollout import DynamicSampling, RolloutConfig
 from spark_nemo.engines.async_utils import until_idle
 from spark_nemo.engines.base import FinishReason, Generation, GenerationRequest, SamplingParams
 from spark_nemo.engines.fleet import Fleet
@@ -69,13 +70,13 @@ class SlowPolicy:
 
 
 def generator_of(
-    policy, wanted: int, over_sampling_ratio: float, rounds: int | None = None, **knobs
+    policy, wanted: int, over_sampling_ratio: float, rounds: int = 4, **knobs
 ) -> RolloutGenerator:
     config = RLConfig(
-        reward="rlvr",
+        reward=AnswerKeyReward(),
         group_size=2,
         prompts_per_step=wanted,
-        rollout=RolloutConfig(over_sampling_ratio=over_sampling_ratio, max_rounds=rounds),
+        rollout=RolloutConfig(filter=DynamicSampling("dynamic", over_sampling_ratio, rounds)),
         **knobs,
     )
     return RolloutGenerator(
@@ -93,7 +94,7 @@ def sampled(
     names: tuple[str, ...],
     wanted: int,
     over_sampling_ratio: float,
-    rounds=None,
+    rounds=4,
 ):
     policy = SlowPolicy(delays)
     generator = generator_of(policy, wanted, over_sampling_ratio, rounds)
@@ -187,7 +188,7 @@ def test_the_data_cursor_takes_every_problem_once_per_epoch() -> None:
     assert (
         max_prompts(
             RLConfig(
-                prompts_per_step=3, rollout=RolloutConfig(over_sampling_ratio=1.5, max_rounds=2)
+                prompts_per_step=3, rollout=RolloutConfig(filter=DynamicSampling("dynamic", 1.5, 2))
             )
         )
         == 10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,12 +11,13 @@ import pytest
 from spark_nemo.config import (
     ConfigError,
     DataConfig,
-    FailurePolicy,
     RLConfig,
     SamplingConfig,
     SparkConfig,
 )
-from spark_nemo.config.designs import MODEL_REWARDS, unread_failures
+from spark_nemo.config.designs import design_settings
+from spark_nemo.config.reward import AnswerKeyReward, HeldoutVerifier, MaskFailures, ModelReward
+from spark_nemo.config.rl import AdvantageConfig, OverlongShaping, SelectiveAdvantage
 from spark_nemo.engines.base import EngineLost, FinishReason, Generation
 from spark_nemo.engines.served_model import Completion
 from spark_nemo.evaluation.checker import AnswerGrade
@@ -107,9 +109,12 @@ class Scripted:
     complete_prompt = complete
 
 
+VERIFIER_SAMPLING = ModelReward().sampling
+
+
 def generator_of(
     reward: str,
-    advantage: str = "outcome",
+    advantage: AdvantageConfig = AdvantageConfig(),  # noqa: B008
     variant: Variant = Variant.PRM_COT,
     replies=JUDGE,
     max_rate: float = 0.5,
@@ -117,23 +122,16 @@ def generator_of(
     **settings,
 ):
     """One group of four: fine, one step wrong, verification of another step count, no format."""
-    failures = {
-        name: value
-        for name, value in (("max_rate", max_rate), ("retries", 0))
-        if f"failures.{name}" not in unread_failures(reward)
-    }
-    config = RLConfig(
-        reward=reward,
-        advantage=advantage,
-        group_size=4,
-        failures=FailurePolicy(**failures),
-        **settings,
-    )
+    chosen = design_settings(reward if advantage.name == "outcome" else advantage.name)
+    chosen["advantage"] = advantage
+    if hasattr(chosen["reward"], "failures"):
+        chosen["reward"] = replace(chosen["reward"], failures=MaskFailures(max_rate=max_rate))
+    if isinstance(chosen["reward"], ModelReward):
+        chosen["reward"] = replace(chosen["reward"], retries=0)
+    config = RLConfig(**(chosen | settings), group_size=4)
     model = Scripted(replies)
     # Without a cache, for the script answers the same greedy request differently.
-    service = PRMService(
-        model, PROMPTS, config.verifier_sampling, ServiceLimits(cache_entries=0), variant
-    )
+    service = PRMService(model, PROMPTS, VERIFIER_SAMPLING, ServiceLimits(cache_entries=0), variant)
     judge = RewardJudge(service, 0) if config.asks_reward_model else None
     return RolloutGenerator(Scripted(POLICY), PROMPTS, config, 0, judge, checker), model, config
 
@@ -209,7 +207,7 @@ def test_a_run_counts_what_was_shown_and_a_checkpoint_keeps_it(tmp_path) -> None
         counted.finish(0.3)
 
 
-@pytest.mark.parametrize("reward", sorted(MODEL_REWARDS))
+@pytest.mark.parametrize("reward", ["process_aware", "step_augmented", "step_average"])
 def test_every_reward_from_the_model_sends_the_step_wise_prompt(reward: str) -> None:
     """The published code sends the ORM's prompt to the PRM-CoT for some of its rewards. What broke
     the format is not sent at all.
@@ -228,7 +226,7 @@ PRM = [f"{line}\n{verification((True,), 'Yes').splitlines()[-1]}" for line in LI
 ORM = ["Yes", "No", "Yes, I think"]
 
 
-@pytest.mark.parametrize("reward", sorted(MODEL_REWARDS))
+@pytest.mark.parametrize("reward", ["process_aware", "step_augmented", "step_average"])
 def test_a_prm_gives_the_rewards_of_a_prm_cot_that_says_the_same(reward: str) -> None:
     """Labels and verdicts without analyses, read by a parser of its own: the analyses' text is a
     failure to it, and its lines are one to the PRM-CoT's parser.
@@ -284,7 +282,7 @@ def test_a_reward_model_is_asked_with_the_very_words_it_was_trained_on(
     )
     trained, _ = sft_example(label, prompt_set(prompts), variant)
     model = Scripted(["nothing"])
-    service = PRMService(model, prompt_set(prompts), RLConfig().verifier_sampling, variant=variant)
+    service = PRMService(model, prompt_set(prompts), VERIFIER_SAMPLING, variant=variant)
     text = response("7")
     parsed = split_response(text, StepFormat.TAGGED)
     rollout = Rollout(
@@ -298,10 +296,10 @@ def test_a_selective_response_outside_its_bounds_has_no_outcome() -> None:
     """Both responses have two steps; a bound of three takes the reward of all, and a failure stays
     a failure.
     """
-    inside = scored("process_aware", "selective", selective_min_steps=2, selective_max_steps=2)[0]
+    inside = scored("process_aware", SelectiveAdvantage(min_steps=2, max_steps=2))[0]
     assert rewards(inside)[:2] == (1.0, 1.0)
-    for bounds in ({"selective_min_steps": 3}, {"selective_max_steps": 1}):
-        outside = scored("process_aware", "selective", **bounds)[0]
+    for bounds in ({"min_steps": 3}, {"max_steps": 1}):
+        outside = scored("process_aware", SelectiveAdvantage(**bounds))[0]
         assert rewards(outside)[:2] == (0.0, 0.0) and valid(outside) == valid(inside)
 
 
@@ -312,7 +310,9 @@ def test_the_overlong_punishment_is_added_to_whatever_the_reward_is(reward: str)
     """
     limit = 200
     plain = scored(reward)[0]
-    batch = scored(reward, sampling=SamplingConfig(max_new_tokens=limit), overlong_buffer=limit)[0]
+    batch = scored(
+        reward, sampling=SamplingConfig(max_new_tokens=limit), shaping=OverlongShaping(buffer=limit)
+    )[0]
     for rollout, ok, before, after in zip(
         batch.rollouts, valid(batch), rewards(plain), rewards(batch)
     ):
@@ -325,7 +325,7 @@ def test_sampled_step_spans_meet_the_labels_they_belong_to() -> None:
     """The half that is judged wrong is, in bytes, the second step and nothing else: spans travel
     from the sampled tokens to the advantage.
     """
-    batch, _, config = scored("process_aware", "capo")
+    batch, _, config = scored("process_aware", AdvantageConfig("capo"))
     row = compute_advantages(batch.rollouts, config)[1]
     punished = bytes(
         i for i, a in zip(batch.rollouts[1].response_ids, row.tolist()) if a < row.max()
@@ -335,7 +335,7 @@ def test_sampled_step_spans_meet_the_labels_they_belong_to() -> None:
 
 def test_an_answer_that_nobody_could_compare_is_no_reward(tmp_path, monkeypatch) -> None:
     """math-verify that is late or dies says nothing about a response: the RLVR baseline masks it
-    and counts it, as rl.failures says. It used to be a reward of 0.
+    and counts it, as rl.reward.failures says. It used to be a reward of 0.
     """
     path = tmp_path / "keys.jsonl"
     path.write_text('{"problem_id": "p", "answer": "7"}\n')
@@ -344,7 +344,7 @@ def test_an_answer_that_nobody_could_compare_is_no_reward(tmp_path, monkeypatch)
         engines, "grade_answers", lambda pairs: [says[answer] for answer, _ in pairs]
     )
     checker = engines.answer_checker(
-        SparkConfig(rl=RLConfig(reward="rlvr"), data=DataConfig(rl_answers=str(path)))
+        SparkConfig(rl=RLConfig(reward=AnswerKeyReward()), data=DataConfig(rl_answers=str(path)))
     )
     batch = scored("rlvr", checker=checker)[0]
     assert rewards(batch)[:2] == (1.0, 1.0) and valid(batch) == (
@@ -361,8 +361,8 @@ def test_an_answer_that_nobody_could_compare_is_no_reward(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     "settings",
     [
-        {"overlong_buffer": 200, "sampling": SamplingConfig(max_new_tokens=200)},
-        {"advantage": "selective", "selective_min_steps": 3},
+        {"shaping": OverlongShaping(buffer=200), "sampling": SamplingConfig(max_new_tokens=200)},
+        {"advantage": SelectiveAdvantage(min_steps=3)},
     ],
 )
 def test_a_held_out_verifier_that_agrees_leaves_no_gap(tmp_path, settings: dict) -> None:
@@ -371,9 +371,11 @@ def test_a_held_out_verifier_that_agrees_leaves_no_gap(tmp_path, settings: dict)
     """
     batch, _, config = scored("process_aware", **settings)
     limits = ServiceLimits(cache_entries=0)
-    service = PRMService(Scripted(JUDGE), PROMPTS, config.verifier_sampling, limits)
+    service = PRMService(Scripted(JUDGE), PROMPTS, VERIFIER_SAMPLING, limits)
     held_out = RewardJudge(service, 0)
-    monitor = RewardHackingMonitor(SparkConfig(rl=config), tmp_path, held_out=held_out)
+    heldout = replace(config.reward, heldout=HeldoutVerifier(model="other"))
+    judged = SparkConfig(rl=replace(config, reward=heldout))
+    monitor = RewardHackingMonitor(judged, tmp_path, held_out=held_out)
     assert asyncio.run(monitor.metrics(batch, 0))["hacking/reward_gap"] == 0
     assert rewards(batch) != rewards(scored("process_aware")[0])
 
@@ -409,10 +411,9 @@ def test_nothing_of_a_batch_goes_on_when_a_part_of_it_has_failed() -> None:
             await asyncio.sleep(60)
 
     async def run() -> set:
-        config = RLConfig(
-            group_size=2, verifier_votes=2, verifier_sampling=SamplingConfig(temperature=1.0)
-        )
-        judge = RewardJudge(PRMService(Slow([]), PROMPTS, config.verifier_sampling), 0, votes=2)
+        sampling = SamplingConfig(temperature=1.0)
+        config = RLConfig(group_size=2, reward=ModelReward(votes=2, sampling=sampling))
+        judge = RewardJudge(PRMService(Slow([]), PROMPTS, sampling), 0, votes=2)
         generator = RolloutGenerator(Lost([response("7")]), PROMPTS, config, 0, judge, None)
         with pytest.raises(EngineLost):
             await generator.generate_batch([Problem(name, "3 + 4?") for name in "abc"], 0)

@@ -8,6 +8,7 @@ import math
 import pytest
 
 from spark_nemo.config import EngineConfig, RLConfig, SamplingConfig
+from spark_nemo.config.reward import ModelReward
 from spark_nemo.engines.served_model import ServedModel
 from spark_nemo.grammar import prompt_set
 from spark_nemo.records import Problem
@@ -30,9 +31,10 @@ def two_steps(
     """Two batches of one policy. The second has the first's problems, as a second epoch would."""
     rl = RLConfig(
         group_size=6,
-        verifier_votes=votes,
+        reward=ModelReward(
+            votes=votes, sampling=SamplingConfig(temperature=temperature, max_new_tokens=120)
+        ),
         sampling=SamplingConfig(temperature=0.7, max_new_tokens=120),
-        verifier_sampling=SamplingConfig(temperature=temperature, max_new_tokens=120),
     )
 
     async def run():
@@ -41,9 +43,9 @@ def two_steps(
             for name, role in (("generator", "policy"), ("verifier", "verifier"))
         )
         service = PRMService(
-            model, PROMPTS, rl.verifier_sampling, ServiceLimits(cache_entries=entries)
+            model, PROMPTS, rl.reward.sampling, ServiceLimits(cache_entries=entries)
         )
-        judge = RewardJudge(service, 1, votes, rl.min_votes)
+        judge = RewardJudge(service, 1, votes, rl.reward.votes_needed)
         generator = RolloutGenerator(policy, PROMPTS, rl, 0, judge, None)
         batches, counts = [], []
         for step in range(2):

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from spark_nemo.config import ConfigError, SparkConfig
-from spark_nemo.config.compose import compose_config
-from spark_nemo.config.designs import BASELINES, DESIGNS, NEEDS_STEP_LABELS, VARIANTS
+from spark_nemo.config.designs import asks_reward_model, designs, needs_step_labels
+from spark_nemo.config.reward import VARIANTS, ModelReward
 from spark_nemo.planning.dry_run import dry_run
 from spark_nemo.planning.preflight import check_pipeline, check_stage3
+from spark_nemo.run.compose import compose_config
 from spark_nemo.run.job_graph import build_job_graph
 from spark_nemo.run.rl_variants import RLVariant, pipeline_rl_variants, rl_variant_config
 from spark_nemo.run.run_folder import mark_done, stage2_folder
@@ -22,15 +23,16 @@ from spark_nemo.toy.resolve import ASSETS, resolve_toy
 EVERYTHING = [
     "+experiment=toy",
     "run.dir=runs/x",
-    f"pipeline.rewards=[{','.join(sorted(DESIGNS))}]",
+    f"pipeline.rewards=[{','.join(designs())}]",
     "pipeline.variants=[prm_cot,prm,orm]",
 ]
 KNOBS = [
-    "rl.verifier_votes=3",
-    "rl.verifier_sampling.temperature=1.0",
-    "rl.verifier_queue=7",
-    "rl.estimator=rloo",
-    "rl.overlong_buffer=20",
+    "rl.reward.votes=3",
+    "rl.reward.sampling.temperature=1.0",
+    "rl.reward.queue=7",
+    "rl/estimator=rloo",
+    "rl/shaping=overlong",
+    "rl.shaping.buffer=20",
 ]
 """Set for the whole pipeline; no design reads all of them."""
 
@@ -54,12 +56,12 @@ def test_the_demo_has_the_jobs_folders_and_arguments_it_always_had() -> None:
     assert jobs["stage3-process_aware"].arguments == (
         "stage3",
         *overrides,
-        "rl.reward=process_aware",
+        "++rl/reward=process_aware",
     )
     assert jobs["stage3-rlvr"].arguments == (
         "stage3",
         *overrides,
-        "rl.reward=rlvr",
+        "++rl/reward=rlvr",
         "data.rl_answers=toy:rl:2000",
     )
 
@@ -74,35 +76,35 @@ def test_designs_times_kinds_of_reward_model_without_what_an_orm_cannot_reward(
         jobs = jobs_of(EVERYTHING)
     arms = pipeline_rl_variants(compose_config(EVERYTHING))
     by_design = {
-        design: [arm.variant for arm in arms if arm.design == design] for design in DESIGNS
+        design: [arm.variant for arm in arms if arm.design == design] for design in designs()
     }
-    assert all(by_design[design] == [None] for design in BASELINES)
+    assert all(by_design[design] == [None] for design in designs() if not asks_reward_model(design))
     assert by_design["process_aware"] == list(VARIANTS)
-    assert all(by_design[design] == ["prm_cot", "prm"] for design in NEEDS_STEP_LABELS)
-    assert [f"no arm {d}-orm" in caplog.text for d in sorted(DESIGNS)] == [
-        d in NEEDS_STEP_LABELS for d in sorted(DESIGNS)
+    assert all(
+        by_design[design] == ["prm_cot", "prm"] for design in designs() if needs_step_labels(design)
+    )
+    assert [f"no arm {d}-orm" in caplog.text for d in designs()] == [
+        needs_step_labels(d) for d in designs()
     ]
     assert len(jobs) == 2 + 3 + 2 + len(
         arms
     )  # shards, kinds of the own method, the other methods, arms
 
 
-def test_what_failures_cost_is_taken_back_where_nothing_fails() -> None:
-    """Set for the whole pipeline, it reaches the arms that ask a reward model; the answer checker
-    is not asked again, and votes and coins never fail. Each arm is a configuration that is
+def test_what_failures_cost_goes_to_the_designs_that_can_fail() -> None:
+    """Set for the whole pipeline, it reaches the variants that query a reward model; the answer
+    checker is not retried, and votes and coins never fail. Each variant is a configuration that is
     accepted.
     """
-    config = compose_config([*EVERYTHING, "rl.failures.max_rate=1.0", "rl.failures.retries=3"])
-    read = {
-        arm.design: (made.max_rate, made.retries)
-        for arm in pipeline_rl_variants(config)
-        if (made := rl_variant_config(config, arm).rl.failures)
-    }
-    assert read.pop("rlvr") == (1.0, None) and read.pop("majority") == read.pop("random") == (
-        None,
-        None,
-    )
-    assert set(read.values()) == {(1.0, 3)}
+    config = compose_config([*EVERYTHING, "rl.reward.failures.max_rate=1.0", "rl.reward.retries=3"])
+    for variant in pipeline_rl_variants(config):
+        reward = rl_variant_config(config, variant).rl.reward
+        if isinstance(reward, ModelReward):
+            assert (reward.failures.max_rate, reward.retries) == (1.0, 3)
+        elif variant.design == "rlvr":
+            assert reward.failures.max_rate == 1.0 and not hasattr(reward, "retries")
+        else:
+            assert not hasattr(reward, "failures")
 
 
 def test_an_arm_waits_for_its_own_reward_model_and_a_baseline_for_nobody() -> None:
@@ -111,7 +113,9 @@ def test_an_arm_waits_for_its_own_reward_model_and_a_baseline_for_nobody() -> No
     assert jobs["stage3-selective"].after == {"stage2-step_consistency"}
     assert jobs["stage3-selective-prm"].after == {"stage2-step_consistency-prm"}
     assert jobs["stage3-process_aware-orm"].after == {"stage2-step_consistency-orm"}
-    assert {jobs[f"stage3-{baseline}"].after for baseline in BASELINES} == {frozenset()}
+    assert {jobs[f"stage3-{baseline}"].after for baseline in ("rlvr", "majority", "random")} == {
+        frozenset()
+    }
     assert str(jobs["stage3-process_aware-orm"].folder) == "runs/x/stage3/process_aware-orm"
     orm = jobs["stage2-step_consistency-orm"]
     assert (
@@ -126,8 +130,8 @@ def test_an_arm_waits_for_its_own_reward_model_and_a_baseline_for_nobody() -> No
     [
         [],
         KNOBS,
-        ["rl.advantage=selective", "rl.selective_min_steps=4"],
-        ["rl.advantage=global_step_penalty", "rl.step_penalty_max=6"],
+        ["rl/advantage=selective", "rl.advantage.min_steps=4"],
+        ["rl/advantage=global_step_penalty", "rl.advantage.max_steps=6"],
     ],
 )
 def test_every_job_is_configured_as_its_arm_was_checked(more: list[str]) -> None:
@@ -153,11 +157,11 @@ def test_every_job_is_configured_as_its_arm_was_checked(more: list[str]) -> None
     [
         (
             ["pipeline.rewards=[capo]", "pipeline.rl_answers=null", "stage2.variant=orm"],
-            "an ORM gives none",
+            "an ORM produces none",
         ),
         (["pipeline.variants=[prm,orm]"], "add stage2.variant=prm_cot"),
-        (["pipeline.variants=[prm_cot,prm]", "rl.reward_model=x"], "rl.reward_model=x"),
-        (["rl.reward_variant=prm"], "rl.reward_variant=prm has no effect"),
+        (["pipeline.variants=[prm_cot,prm]", "rl.reward.model=x"], "rl.reward.model=x"),
+        (["rl.reward.variant=prm"], "rl.reward.variant=prm"),
         (
             [
                 "pipeline.variants=[prm_cot]",
@@ -237,7 +241,10 @@ def test_a_reward_model_is_asked_as_what_it_was_trained_as(tmp_path: Path) -> No
     mark_done(folder, {"variant": "prm_cot"})
     check_stage3(config)
     named = replace(
-        config, rl=replace(config.rl, reward_model=str(folder / "model"), reward_variant="prm")
+        config,
+        rl=replace(
+            config.rl, reward=replace(config.rl.reward, model=str(folder / "model"), variant="prm")
+        ),
     )
     with pytest.raises(ConfigError, match="trained as prm_cot"):
         check_stage3(named)
@@ -245,10 +252,10 @@ def test_a_reward_model_is_asked_as_what_it_was_trained_as(tmp_path: Path) -> No
 
 
 def test_an_orm_cannot_reward_steps_whichever_way_it_is_named(tmp_path: Path) -> None:
-    """By stage2.variant as by rl.reward_variant."""
-    with pytest.raises(ConfigError, match="an ORM labels no steps"):
+    """By stage2.variant as by rl.reward.variant."""
+    with pytest.raises(ConfigError, match="an ORM does not produce"):
         check_stage3(
-            small(tmp_path, "stage2.variant=orm", "rl.reward=step_average"),
+            small(tmp_path, "stage2.variant=orm", "rl/reward=step_average"),
             reward_model_comes_later=True,
         )
     check_stage3(small(tmp_path, "stage2.variant=orm"), reward_model_comes_later=True)
@@ -267,22 +274,22 @@ def test_the_plan_names_every_arm_and_marks_the_one_that_reads_answers() -> None
 
 
 def test_a_pipeline_with_votes_can_have_the_baseline_without_a_verifier() -> None:
-    """Proves that settings which the baseline does not read are unset for its job alone."""
+    """Proves that the job of the baseline leaves out settings that it does not have."""
     asked = [
         "+experiment=toy",
-        "rl.verifier_votes=3",
-        "rl.verifier_sampling.temperature=1.0",
-        "rl.verifier_deadline=9",
-        "rl.hacking.probes=4",
-        "rl.hacking.constraints.max_steps=9",
-        "rl.hacking.constraints.no_empty_steps=false",
+        "rl.reward.votes=3",
+        "rl.reward.sampling.temperature=1.0",
+        "rl.reward.deadline_s=9",
+        "rl.reward.probes=4",
+        "rl.reward.constraints.max_steps=9",
+        "rl.reward.constraints.no_empty_steps=false",
         "pipeline.rewards=[process_aware,rlvr]",
         "pipeline.rl_answers=keys.jsonl",
     ]
     config = compose_config(asked)
-    votes = {
-        job.name.removeprefix("stage3-"): compose_config(list(job.arguments[1:])).rl.verifier_votes
+    rewards = {
+        job.name.removeprefix("stage3-"): compose_config(list(job.arguments[1:])).rl.reward
         for job in build_job_graph(config, asked)
         if job.name.startswith("stage3-")
     }
-    assert votes == {"process_aware": 3, "rlvr": 1}
+    assert rewards["process_aware"].votes == 3 and not hasattr(rewards["rlvr"], "votes")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from spark_nemo.config import SparkConfig
-from spark_nemo.config.compose import compose_config
 from spark_nemo.records.fingerprint import flatten_settings
 from spark_nemo.run.completion import resume_fingerprint, stage_fingerprint
+from spark_nemo.run.compose import compose_config
 from spark_nemo.run.stage_spec import (
     PIPELINE_FREE_ON_RESUME,
     PIPELINE_SAME_ON_RESUME,
@@ -53,10 +53,10 @@ def test_what_resume_must_keep_is_an_input(stage: str) -> None:
     ("override", "changed"),
     [
         ("rl.group_size=3", {"rl.group_size"}),
-        ("rl.hacking.constraints.max_steps=9", {"rl.hacking.constraints.max_steps"}),
-        ("rl.hacking.probes=3", set()),
+        ("rl.reward.constraints.max_steps=9", {"rl.reward.constraints.max_steps"}),
+        ("rl.reward.probes=3", set()),
         ("rl.save_every=7", set()),
-        ("rl.reward_variant=prm_cot", set()),
+        ("rl.reward.variant=prm_cot", set()),
         ("evaluation.samples_per_problem=9", set()),
         ("stage1.solutions_per_problem=9", set()),
     ],
@@ -73,7 +73,7 @@ def test_stage3_resumes_with_the_data_and_models_that_it_began_with(tmp_path: Pa
     """Proves that problems, policy and reward model count by content: another file under the same
     name is another run, and the same file in another place is not.
     """
-    config = composed(tmp_path, f"rl.reward_model={ASSETS / 'verifier'}")
+    config = composed(tmp_path, f"rl.reward.model={ASSETS / 'verifier'}")
     before = resume_fingerprint(config, "stage3")
     problems = Path(config.data.rl_problems)
     moved = problems.with_name("elsewhere.jsonl")
@@ -86,9 +86,12 @@ def test_stage3_resumes_with_the_data_and_models_that_it_began_with(tmp_path: Pa
     problems.write_bytes(moved.read_bytes())
     other = replace(config, models=replace(config.models, policy=str(ASSETS / "critic")))
     assert differing(before, resume_fingerprint(other, "stage3")) == {"models.policy"}
-    judged = replace(config, rl=replace(config.rl, reward_model=str(ASSETS / "critic")))
+    judged = replace(
+        config,
+        rl=replace(config.rl, reward=replace(config.rl.reward, model=str(ASSETS / "critic"))),
+    )
     assert differing(before, resume_fingerprint(judged, "stage3")) == {
-        "rl.reward_model",
+        "rl.reward.model",
         "the reward model",
     }
 
@@ -101,7 +104,7 @@ def test_a_pipeline_may_change_how_it_works_and_not_what_it_makes() -> None:
         "pipeline.rounds",
         "rl.steps",
         "stage1.prompt_set",
-        "rl.hacking.constraints.max_steps",
+        "rl.reward.constraints.max_steps",
     } < kept
-    assert not {"pipeline.parallel_jobs", "rl.failures.retries", "rl.hacking.probes"} & kept
+    assert not {"pipeline.parallel_jobs", "rl.reward.retries", "rl.reward.probes"} & kept
     assert not [name for name in kept if name.startswith(("engine.", "sft."))]

@@ -31,7 +31,7 @@ SMALL = [
     "rl.eval_every=50",
     "evaluation.samples_per_problem=1",
 ]
-RL = [*SMALL, f"rl.reward_model={ASSETS / 'verifier'}", "megatron.data_parallel=2"]
+RL = [*SMALL, f"rl.reward.model={ASSETS / 'verifier'}", "megatron.data_parallel=2"]
 """Stage III on two ranks without stages I and II: the shipped verifier rewards."""
 BATCH = ("--time=10", "--exclusive")
 

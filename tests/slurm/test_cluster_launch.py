@@ -30,12 +30,12 @@ def cases(
         "illegal value": (
             "stage3_rl.sh",
             (),
-            [*RL, run, "rl.reward=kind words"],
+            [*RL, run, "rl/reward=kind words"],
             TWO,
             {},
             "kind words",
         ),
-        "unquoted sign": ("stage3_rl.sh", (), [*RL, run, "rl.reward=a{b"], TWO, {}, "a{b"),
+        "unquoted sign": ("stage3_rl.sh", (), [*RL, run, "rl/reward=a{b"], TWO, {}, "a{b"),
         "missing model": (
             "stage2_prm.sh",
             (),

@@ -145,7 +145,7 @@ def run_all(folder: Path, runs: list[Run]) -> None:
         write_answers("eval", 6, 0, folder),
     )
     common = [
-        f"rl.reward_model={VERIFIER}",
+        f"rl.reward.model={VERIFIER}",
         "pipeline.rewards=[process_aware]",
         "pipeline.rl_answers=null",
         f"data.rl_problems={problems}",

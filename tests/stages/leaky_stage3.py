@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 from spark_nemo.cli.main import main
-from spark_nemo.config.compose import compose_config
 from spark_nemo.grammar import extract_boxed
 from spark_nemo.rollout.generator import RolloutGenerator
+from spark_nemo.run.compose import compose_config
 
 honest_score = RolloutGenerator.score
 

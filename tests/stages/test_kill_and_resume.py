@@ -84,9 +84,10 @@ def test_stage3_losses_after_sigkill_equal_an_undisturbed_run(tmp_path: Path) ->
     """
     folders = {name: tmp_path / name for name in ("calm", "killed")}
     judge = (
-        f"rl.reward_model={VERIFIER}",
-        f"rl.hacking.heldout_verifier={VERIFIER}",
-        "rl.hacking.divergence_every=2",
+        f"rl.reward.model={VERIFIER}",
+        "rl/reward/heldout=verifier",
+        f"rl.reward.heldout.model={VERIFIER}",
+        "rl.reward.heldout.every=2",
     )
     metrics = folders["killed"] / "stage3/process_aware/metrics.jsonl"
     done = run("stage3", folders["calm"], *judge)

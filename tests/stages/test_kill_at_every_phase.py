@@ -22,8 +22,9 @@ MODES = {
     "default": [],
     "ahead": [
         "rl.rollout.one_step_off=true",
-        "rl.rollout.over_sampling_ratio=1.4",
-        "rl.rollout.max_rounds=2",
+        "rl/rollout/filter=dynamic",
+        "rl.rollout.filter.over_sampling_ratio=1.4",
+        "rl.rollout.filter.max_rounds=2",
     ],
 }
 """Batches are made when they are needed, or one step ahead with dynamic sampling."""

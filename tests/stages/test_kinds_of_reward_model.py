@@ -31,12 +31,12 @@ def test_an_orm_is_trained_scored_and_asked(tmp_path: Path, collected: Path) -> 
     done = run(
         "stage3",
         folder,
-        "rl.reward_variant=orm",
+        "rl.reward.variant=orm",
         "rl.steps=1",
         "rl.eval_every=1",
-        "rl.failures.max_rate=1.0",
-        "rl.failures.action=penalize",
-        "rl.failures.penalty=0.0",
+        "rl.reward.failures.max_rate=1.0",
+        "rl/reward/failures=penalize",
+        "rl.reward.failures.penalty=0.0",
     )
     assert done.returncode == 0, done.stderr[-2000:]
     arm = folder / "stage3/process_aware-orm"

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from spark_nemo.config import LABEL_METHODS, REFERENCE_GUIDED, ConfigError, SparkConfig
-from spark_nemo.config.compose import compose_config
 from spark_nemo.records import LabelledSolution
 from spark_nemo.records.store import RecordStore
 from spark_nemo.report.label_scores import label_scores
+from spark_nemo.run.compose import compose_config
 from spark_nemo.run.run_folder import stage1_folder, stage2_folder
 from spark_nemo.stages.stage1 import run_stage1
 from spark_nemo.toy.problem_files import write_answers

@@ -20,7 +20,7 @@ LAYOUTS = {
 def first_step(stage: str, folder: Path, layout: str, *overrides: str) -> dict:
     short = {
         "stage2": ["stage2.epochs=1", "stage2.batch_size=64"],
-        "stage3": [f"rl.reward_model={VERIFIER}", "rl.steps=1"],
+        "stage3": [f"rl.reward.model={VERIFIER}", "rl.steps=1"],
     }[stage]
     done = run(stage, folder, *LAYOUTS[layout], *short, *overrides)
     assert done.returncode == 0, done.stderr
@@ -71,7 +71,7 @@ def test_the_first_loss_with_step_advantages_does_not_depend_on_the_layout(tmp_p
     every split alike.
     """
     steps = {
-        name: first_step("stage3", tmp_path / name, name, "rl.advantage=global_step")
+        name: first_step("stage3", tmp_path / name, name, "rl/advantage=global_step")
         for name in ("one", "tp2", "pp2", "dp2")
     }
     for name, step in steps.items():
@@ -85,10 +85,11 @@ def test_a_step_ahead_with_dynamic_sampling_does_not_depend_on_the_layout(tmp_pa
     agree.
     """
     knobs = [
-        f"rl.reward_model={VERIFIER}",
+        f"rl.reward.model={VERIFIER}",
         "rl.steps=2",
         "rl.rollout.one_step_off=true",
-        "rl.rollout.over_sampling_ratio=1.5",
+        "rl/rollout/filter=dynamic",
+        "rl.rollout.filter.over_sampling_ratio=1.5",
     ]
     steps = {}
     for layout in ("one", "dp2"):

@@ -8,8 +8,8 @@ import shutil
 import pytest
 
 from spark_nemo.config import ConfigError
-from spark_nemo.config.compose import compose_config
 from spark_nemo.planning.preflight import check_stage3
+from spark_nemo.run.compose import compose_config
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
 
 MIXTURE = {
@@ -50,7 +50,7 @@ def test_stage_three_takes_a_mixture_that_can_be_pushed(tmp_path, changes, words
                 f"models.policy={tmp_path}",
                 "engine.kind=sglang",
                 "engine.policy.servers=1",
-                "rl.reward=rlvr",
+                "rl/reward=rlvr",
                 "data.rl_answers=toy:rl:2000",
                 "pipeline.parallel_jobs=1",
                 f"engine.policy.server_args=[{','.join(words)}]",

@@ -170,7 +170,7 @@ def test_one_answer_read_in_training_code_is_noticed(tmp_path: Path) -> None:
             *files,
             *RL,
             f"run.dir={tmp_path / name}",
-            f"rl.reward_model={VERIFIER}",
+            f"rl.reward.model={VERIFIER}",
         ]
         here = {**environment(), "PYTHONPATH": str(Path(spark_nemo.__file__).parents[1])}
         done = subprocess.run(

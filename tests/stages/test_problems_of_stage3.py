@@ -10,15 +10,15 @@ import pytest
 from world import SMALL
 
 from spark_nemo.config import ConfigError, SparkConfig
-from spark_nemo.config.compose import compose_config
 from spark_nemo.planning.preflight import check_stage3
 from spark_nemo.records.rows import DataFileError
+from spark_nemo.run.compose import compose_config
 from spark_nemo.toy.resolve import resolve_toy
 
 
 def small(folder: Path, *overrides: str) -> SparkConfig:
     return resolve_toy(
-        compose_config([*SMALL, f"run.dir={folder}", "rl.reward=random", *overrides])
+        compose_config([*SMALL, f"run.dir={folder}", "rl/reward=random", *overrides])
     )
 
 
@@ -50,7 +50,14 @@ def test_a_step_needs_as_many_problems_as_it_has_prompts(tmp_path: Path) -> None
     check_stage3(small(tmp_path, "rl.prompts_per_step=40"))
     with pytest.raises(ConfigError, match=r"rl\.prompts_per_step=41.*40 problems"):
         check_stage3(small(tmp_path, "rl.prompts_per_step=41"))
-    check_stage3(small(tmp_path, "rl.prompts_per_step=41", "rl.rollout.over_sampling_ratio=1"))
+    check_stage3(
+        small(
+            tmp_path,
+            "rl.prompts_per_step=41",
+            "rl/rollout/filter=dynamic",
+            "rl.rollout.filter.over_sampling_ratio=1",
+        )
+    )
 
 
 def test_held_out_problems_may_be_a_benchmark_as_it_is_distributed(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from world import run
 
 from spark_nemo.cli.main import main
 from spark_nemo.config import ConfigError
-from spark_nemo.config.compose import compose_config
 from spark_nemo.records.store import RecordStore
+from spark_nemo.run.compose import compose_config
 from spark_nemo.run.job_graph import build_job_graph
 
 ROUNDS = (
@@ -56,7 +56,7 @@ def test_stage_three_waits_for_the_last_round_and_is_rewarded_by_it() -> None:
     jobs = {job.name: job for job in build_job_graph(compose_config(overrides), overrides)}
     rl = jobs["stage3-process_aware"]
     assert rl.after == {"round3-stage2-step_consistency"}
-    assert "rl.reward_model=runs/x/round-3/stage2/step_consistency/model" in rl.arguments
+    assert "rl.reward.model=runs/x/round-3/stage2/step_consistency/model" in rl.arguments
     assert jobs["round2-stage1-0"].after == {"stage2-step_consistency"}
     assert jobs["stage2-single"].after == jobs["stage2-step_consistency"].after
 

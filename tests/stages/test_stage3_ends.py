@@ -8,9 +8,9 @@ import pytest
 from world import SMALL
 
 from spark_nemo.config import SparkConfig
-from spark_nemo.config.compose import compose_config
 from spark_nemo.megatron import NonFiniteGradient
 from spark_nemo.rollout.manager import RolloutManager
+from spark_nemo.run.compose import compose_config
 from spark_nemo.stages import stage3
 from spark_nemo.toy.resolve import resolve_toy
 from spark_nemo.training.grpo_trainer import GRPOTrainer
@@ -24,7 +24,7 @@ def tiny(folder: Path, *overrides: str) -> SparkConfig:
             [
                 *SMALL,
                 f"run.dir={folder}",
-                "rl.reward=random",
+                "rl/reward=random",
                 "rl.prompts_per_step=2",
                 "rl.group_size=2",
                 "rl.sampling.max_new_tokens=24",

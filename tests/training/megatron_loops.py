@@ -20,6 +20,7 @@ from spark_nemo.config import (
     RLConfig,
     SamplingConfig,
 )
+from spark_nemo.config.rl import ClippedLoss, KLPenalty
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import Problem, Rollout
 from spark_nemo.training.fine_tuning import num_sft_steps, sft_loss, train_sft
@@ -85,10 +86,8 @@ def grpo_step(trained: MegatronWorker) -> dict[str, float]:
     The engine's log-probabilities are the trainer's own, so that the reported mismatch must vanish.
     """
     config = RLConfig(
-        num_minibatches=2,
-        kl_estimator="k3",
-        kl_coef=0.1,
-        loss_aggregation="sequence_mean",
+        loss=ClippedLoss(num_minibatches=2, aggregation="sequence_mean"),
+        kl=KLPenalty(coef=0.1),
         sampling=SamplingConfig(temperature=0.8),
     )
     bare = [

@@ -7,13 +7,14 @@ take the same steps under every layout. Losses and gradients go to ``FOLDER/one.
 
 import random
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 
 from spark_nemo.config import MegatronConfig, OptimizerConfig, RLConfig
-from spark_nemo.config.designs import ADVANTAGES
+from spark_nemo.config.designs import design_settings, step_advantages
 from spark_nemo.megatron import process_groups
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import (
@@ -95,9 +96,10 @@ def one_step(
     """Loss, gradient norm and gradients (under Hugging Face names) of a fresh model's first step.
     Collective.
     """
-    config = RLConfig(
-        advantage=design, step_penalty_min=2 if design == "global_step_penalty" else None
-    )
+    settings = design_settings(design)
+    if design == "global_step_penalty":
+        settings["advantage"] = replace(settings["advantage"], min_steps=2)
+    config = RLConfig(**settings)
     worker = MegatronWorker.from_config(
         MODEL, layout, 0, OptimizerConfig(lr=1e-3, clip_grad=0.0), 1
     )
@@ -121,7 +123,7 @@ def one_step(
 
 def main(folder: Path, ranks: int) -> None:
     results = {}
-    for design in sorted(ADVANTAGES):
+    for design in step_advantages():
         if ranks == 1:
             alone = MegatronConfig(dtype="float32", distributed_optimizer=False)
             results |= {(design, budget): one_step(alone, design, budget) for budget in BUDGETS}
@@ -135,7 +137,7 @@ def main(folder: Path, ranks: int) -> None:
             sequence_parallel=sequence,
         )
         results |= {
-            (design, name): one_step(layout, design, BUDGETS[1]) for design in sorted(ADVANTAGES)
+            (design, name): one_step(layout, design, BUDGETS[1]) for design in step_advantages()
         }
     if process_groups.rank() == 0:
         torch.save(results, folder / ("one.pt" if ranks == 1 else "four.pt"))

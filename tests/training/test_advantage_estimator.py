@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spark_nemo.config import RLConfig
-from spark_nemo.config.designs import ADVANTAGES
+from spark_nemo.config.designs import design_settings, step_advantages
 from spark_nemo.records import (
     AnswerVerdict,
     FormatViolation,
@@ -23,7 +23,7 @@ from spark_nemo.records import (
 from spark_nemo.training.advantage_estimator import compute_advantages, scored_responses
 from spark_nemo.training.advantages import group_advantages
 
-PER_TOKEN = sorted(ADVANTAGES)
+PER_TOKEN = step_advantages()
 SPANS = (TokenSpan(0, 2), TokenSpan(2, 4))
 
 
@@ -53,9 +53,10 @@ def rollout(group: int, verdict: RolloutVerdict) -> Rollout:
 
 def configured(advantage: str) -> RLConfig:
     """Bounds that two steps lie in."""
-    return RLConfig(
-        advantage=advantage, step_penalty_min=2 if advantage == "global_step_penalty" else None
-    )
+    settings = {} if advantage == "outcome" else design_settings(advantage)
+    if advantage == "global_step_penalty":
+        settings["advantage"] = replace(settings["advantage"], min_steps=2)
+    return RLConfig(**settings)
 
 
 def scored(*verdicts: RolloutVerdict, groups: tuple[int, ...]) -> list[Rollout]:
@@ -129,4 +130,4 @@ def test_labels_of_another_count_are_reported_and_not_used(
     batch = scored(RolloutVerdict(None, Verdict((True, False, True), True)), NO, groups=(0, 0))
     assert [r.labelled_steps is None for r in scored_responses(batch)] == [True, False]
     assert "3 step labels for 2 sampled steps" in caplog.text
-    assert len(set(compute_advantages(batch, RLConfig(advantage="selective"))[0].tolist())) == 1
+    assert len(set(compute_advantages(batch, configured("selective"))[0].tolist())) == 1

@@ -9,6 +9,7 @@ import torch
 from bigram import BigramWorker
 
 from spark_nemo.config import RLConfig, SamplingConfig
+from spark_nemo.config.rl import ClippedLoss, KLPenalty, LossConfig
 from spark_nemo.records import Problem, Rollout
 from spark_nemo.training.advantages import group_advantages
 from spark_nemo.training.grpo import build_sequences, split_by_groups, train_on_rollouts
@@ -38,7 +39,7 @@ def batch(seed=0):
 
 
 def step(worker, rollouts, advantages_N, config=None, **kwargs):
-    config = config or RLConfig(tis_clip=None)
+    config = config or RLConfig(loss=LossConfig(tis_clip=None))
     return train_on_rollouts(
         worker, rollouts, advantages_N, config, tokens_per_micro_batch=8, **kwargs
     )
@@ -50,7 +51,7 @@ def test_masked_rollouts_leave_no_trace():
     """
     rollouts, advantages_N = batch()
     rollouts[1].valid = rollouts[3].valid = False
-    config = RLConfig(kl_estimator="k3", kl_coef=0.1, loss_aggregation="sequence_mean")
+    config = RLConfig(kl=KLPenalty(coef=0.1), loss=LossConfig(aggregation="sequence_mean"))
     masked, filtered = BigramWorker(), BigramWorker()
     reference = BigramWorker(seed=5).snapshot()
     kept = [i for i in range(7) if rollouts[i].valid]
@@ -82,7 +83,7 @@ def test_ranks_together_make_the_gradient_of_one_process(aggregation, dp_size, s
     """
     rollouts, advantages = batch()
     advantages = per_token(advantages) if stepwise else advantages
-    config = RLConfig(tis_clip=None, loss_aggregation=aggregation)
+    config = RLConfig(loss=LossConfig(tis_clip=None, aggregation=aggregation))
     alone, together = BigramWorker(), BigramWorker()
     step(alone, rollouts, advantages, config)
     sequences = build_sequences(rollouts, advantages, aggregation, config.sampling.max_new_tokens)
@@ -102,7 +103,7 @@ def test_leaving_out_zero_advantages_does_not_change_the_gradient(aggregation):
     """
     rollouts, advantages_N = batch()
     advantages_N[:5] = 0.0
-    config = RLConfig(loss_aggregation=aggregation)
+    config = RLConfig(loss=LossConfig(aggregation=aggregation))
     short, full = BigramWorker(), BigramWorker()
     metrics = step(short, rollouts, advantages_N, config)
     full.train_step(
@@ -123,7 +124,7 @@ def test_an_advantage_of_zero_on_the_first_token_alone_does_not_leave_a_rollout_
     metrics = step(short, rollouts, rows)
     full.train_step(
         pack(build_sequences(rollouts, rows, "token_mean"), 8).micro_batches,
-        partial(grpo_loss, config=RLConfig(tis_clip=None)),
+        partial(grpo_loss, config=RLConfig(loss=LossConfig(tis_clip=None))),
     )
     torch.testing.assert_close(short.grads[0], full.grads[0])
     assert metrics["computed_fraction"] == 5 / 7
@@ -157,14 +158,14 @@ def test_one_update_needs_no_extra_pass_and_kl_only_the_reference():
     """The passes the configuration does not need are not made."""
     for config, passes in [
         (RLConfig(), 0),
-        (RLConfig(kl_estimator="k1", kl_coef=0.1), 1),
-        (RLConfig(num_minibatches=3), 3),
-        (RLConfig(num_minibatches=3, kl_estimator="k2", kl_coef=0.1), 6),
+        (RLConfig(kl=KLPenalty("k1", 0.1)), 1),
+        (RLConfig(loss=ClippedLoss(num_minibatches=3)), 3),
+        (RLConfig(loss=ClippedLoss(num_minibatches=3), kl=KLPenalty("k2", 0.1)), 6),
     ]:
         worker = BigramWorker()
         step(worker, *batch(), config, reference=worker.snapshot())
         assert worker.logprob_passes == passes
-        assert len(worker.grads) == config.num_minibatches
+        assert len(worker.grads) == config.loss.num_minibatches
 
 
 def test_several_updates_share_the_old_policy():
@@ -172,7 +173,9 @@ def test_several_updates_share_the_old_policy():
     are not.
     """
     rollouts, advantages_N = batch()
-    config = RLConfig(num_minibatches=3, clip_low=0.01, clip_high=0.01, tis_clip=None)
+    config = RLConfig(
+        loss=ClippedLoss(num_minibatches=3, clip_low=0.01, clip_high=0.01, tis_clip=None)
+    )
     metrics = step(BigramWorker(lr=0.5), rollouts, advantages_N, config)
     assert metrics["ratio_max"] > 1.01
     assert metrics["clip_fraction_low"] + metrics["clip_fraction_high"] > 0
@@ -217,5 +220,5 @@ def test_what_cannot_be_trained_on_is_named():
             BigramWorker(),
             rollouts,
             advantages_N,
-            RLConfig(kl_estimator="k3", kl_coef=0.1),
+            RLConfig(kl=KLPenalty(coef=0.1)),
         )

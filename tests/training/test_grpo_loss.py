@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spark_nemo.config import RLConfig
+from spark_nemo.config.rl import ClippedLoss, KLPenalty, LossConfig
 from spark_nemo.training.fine_tuning import sft_loss
 from spark_nemo.training.grpo_loss import (
     ADVANTAGES,
@@ -65,7 +66,9 @@ def loss_and_metrics(sequences, budget, loss_fn):
     }
 
 
-CONFIG = RLConfig(num_minibatches=2, clip_low=0.2, clip_high=0.3, kl_estimator="k3", kl_coef=0.05)
+CONFIG = RLConfig(
+    loss=ClippedLoss(num_minibatches=2, clip_low=0.2, clip_high=0.3), kl=KLPenalty(coef=0.05)
+)
 
 
 @pytest.mark.parametrize("ratio", ["token", "sequence"])
@@ -74,7 +77,10 @@ def test_the_loss_does_not_depend_on_micro_batching(aggregation, ratio):
     """One pack, a few, or one sequence each: equal loss and metrics up to float rounding. Ranks are
     but another cut.
     """
-    loss_fn = partial(grpo_loss, config=replace(CONFIG, importance_sampling_level=ratio))
+    loss_fn = partial(
+        grpo_loss,
+        config=replace(CONFIG, loss=replace(CONFIG.loss, importance_sampling_level=ratio)),
+    )
     sequences = random_sequences(aggregation)
     loss, metrics = loss_and_metrics(sequences, 1000, loss_fn)
     for budget in (1, 7, 12):
@@ -110,14 +116,14 @@ def naive_token_loss(new, old, engine, reference, advantage):
     """One token by the book, with if instead of min and clamp."""
     ratio = math.exp(new - old)
     if advantage >= 0:
-        surrogate = min(ratio, 1 + CONFIG.clip_high) * advantage
+        surrogate = min(ratio, 1 + CONFIG.loss.clip_high) * advantage
     else:
-        surrogate = max(ratio, 1 - CONFIG.clip_low) * advantage
+        surrogate = max(ratio, 1 - CONFIG.loss.clip_low) * advantage
     importance = math.exp(old - engine)
-    if importance > CONFIG.tis_clip:
-        importance = CONFIG.tis_clip
+    if importance > CONFIG.loss.tis_clip:
+        importance = CONFIG.loss.tis_clip
     kl = math.exp(reference - new) - (reference - new) - 1
-    return -importance * surrogate + CONFIG.kl_coef * kl
+    return -importance * surrogate + CONFIG.kl.coef * kl
 
 
 @given(st.floats(0.1, 3.0), st.floats(-2, 2), st.floats(0.05, 0.5), st.floats(0.05, 0.5))
@@ -199,7 +205,7 @@ def test_without_old_logprobs_the_ratio_is_one_and_the_gradient_reinforce():
     new_T = batch.extras["new"].clone().requires_grad_()
     maxima = {}
     loss, metrics = grpo_loss(
-        new_T, None, batch, config=RLConfig(tis_clip=None), running_max=maxima
+        new_T, None, batch, config=RLConfig(loss=LossConfig(tis_clip=None)), running_max=maxima
     )
     loss.backward()
     torch.testing.assert_close(new_T.grad, -batch.extras[ADVANTAGES] * batch.loss_mask_T)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from step_ranks import BUDGETS, LAYOUTS
 
-from spark_nemo.config.designs import ADVANTAGES
+from spark_nemo.config.designs import step_advantages
 
 SCRIPT = str(Path(__file__).with_name("step_ranks.py"))
 pytestmark = pytest.mark.slow
@@ -60,7 +60,7 @@ def differences(steps: dict, first: tuple, second: tuple) -> tuple[float, float,
     )
 
 
-@pytest.mark.parametrize("design", sorted(ADVANTAGES))
+@pytest.mark.parametrize("design", step_advantages())
 @pytest.mark.parametrize("other", [*BUDGETS[1:], *LAYOUTS])
 def test_the_step_is_that_of_one_process_and_one_pack(
     steps: dict, design: str, other: int | str
@@ -75,7 +75,7 @@ def test_the_step_is_that_of_one_process_and_one_pack(
 
 def test_the_designs_have_different_gradients(steps: dict) -> None:
     """So that the agreement above is not that of an advantage which never arrived."""
-    for first, second in pairwise(sorted(ADVANTAGES)):
+    for first, second in pairwise(step_advantages()):
         if {first, second} != {"global_step", "global_step_penalty"}:
             assert differences(steps, (first, BUDGETS[0]), (second, BUDGETS[0]))[2] > 1e-3, (
                 first,

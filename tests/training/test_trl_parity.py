@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from spark_nemo.config import RLConfig
+from spark_nemo.config.rl import ClippedLoss, KLPenalty
 from spark_nemo.training.advantages import estimate_advantages, group_advantages, rloo_advantages
 from spark_nemo.training.grpo_loss import (
     ADVANTAGES,
@@ -90,14 +91,15 @@ def our_loss(mask_NT, advantages_N, rows, aggregation, ratio):
     d new [N, T].
     """
     config = RLConfig(
-        num_minibatches=2,
-        clip_low=EPSILON_LOW,
-        clip_high=EPSILON_HIGH,
-        kl_estimator="k3",
-        kl_coef=BETA,
-        tis_clip=CAP,
-        loss_aggregation=aggregation,
-        importance_sampling_level=ratio,
+        loss=ClippedLoss(
+            num_minibatches=2,
+            clip_low=EPSILON_LOW,
+            clip_high=EPSILON_HIGH,
+            tis_clip=CAP,
+            aggregation=aggregation,
+            importance_sampling_level=ratio,
+        ),
+        kl=KLPenalty(coef=BETA),
     )
     lengths = [int(row_T.sum()) for row_T in mask_NT]
     sequences = [

@@ -10,6 +10,7 @@ import torch
 from engine_cases import generate_all
 
 from spark_nemo.config import RLConfig, SamplingConfig, WeightSyncConfig
+from spark_nemo.config.rl import ClippedLoss, LossConfig
 from spark_nemo.engines.async_utils import run_async
 from spark_nemo.engines.base import EngineFailure, GenerationRequest, SamplingParams
 from spark_nemo.engines.local import LocalEngine
@@ -68,8 +69,9 @@ def sample(engine):
 
 
 def train(worker, rollouts, gate, updates=1):
+    several = ClippedLoss(num_minibatches=updates) if updates > 1 else LossConfig()
     config = RLConfig(
-        num_minibatches=updates,
+        loss=several,
         prompts_per_step=4,
         sampling=SamplingConfig(temperature=TEMPERATURE),
     )

@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 
 from spark_nemo.config import FineTuningConfig, MegatronConfig, OptimizerConfig, SparkConfig
-from spark_nemo.config.compose import compose_config
 from spark_nemo.config.hacking import ConstraintsConfig
 from spark_nemo.engines.base import (
     Engine,
@@ -40,6 +39,7 @@ from spark_nemo.grammar import (
     render_verification,
     split_response,
 )
+from spark_nemo.run.compose import compose_config
 from spark_nemo.run.run_folder import read_done, stage3_folder
 from spark_nemo.stages.stage3 import run_stage3
 from spark_nemo.toy.corpus import PROMPTS, sampled_problems
@@ -64,12 +64,11 @@ SMALL_RUN = (
     "rl.prompts_per_step=12",
     "rl.group_size=12",
     "rl.sampling.max_new_tokens=90",
-    "rl.kl_estimator=none",
-    "rl.kl_coef=null",
+    "rl/kl=none",
     "rl.optimizer.lr=4e-4",
     "rl.optimizer.warmup_fraction=0.2",
     "rl.hacking.detectors.baseline_steps=1",
-    "rl.hacking.probes=0",
+    "rl.reward.probes=0",
     "rl.eval_every=1000",
     "rl.save_every=1000",
     "evaluation.samples_per_problem=2",
@@ -187,13 +186,12 @@ def simulator_config(run: SimulatorRun, runs: Path) -> SparkConfig:
             f"run.dir={runs / run.name}",
             f"run.seed={run.seed}",
             f"models.policy={base}",
-            "rl.reward=process_aware",
-            f"rl.reward_model={ASSETS / 'verifier'}",
+            f"rl.reward.model={ASSETS / 'verifier'}",
         ]
     )
     settings = exploit.closed_by if run.constrained else exploit.opened_by
-    hacking = replace(config.rl.hacking, constraints=ConstraintsConfig(**settings))
-    return resolve_toy(replace(config, rl=replace(config.rl, hacking=hacking)))
+    reward = replace(config.rl.reward, constraints=ConstraintsConfig(**settings))
+    return resolve_toy(replace(config, rl=replace(config.rl, reward=reward)))
 
 
 def run_simulator(run: SimulatorRun, runs: Path) -> dict[str, float]:
@@ -203,7 +201,7 @@ def run_simulator(run: SimulatorRun, runs: Path) -> dict[str, float]:
         return json.loads(path.read_text())
     exploit = BY_NAME[run.exploit]
     config = simulator_config(run, runs)
-    folder = stage3_folder(config.run, config.rl.reward)
+    folder = stage3_folder(config.run, config.rl.reward.name)
     if read_done(folder) is None:
         judge = ScriptedJudge.served(ASSETS / "verifier", exploit)
         if not run_stage3(config, judge):

@@ -1,4 +1,4 @@
-"""The rules a response has to keep, as a table; ``rl.hacking.constraints`` says which of them are
+"""The rules a response has to keep, as a table; ``rl.reward.constraints`` says which of them are
 on.
 
 The format gate comes first and is ``grammar.check_format``, whole: one box, in the one answer,

@@ -13,7 +13,6 @@ from spark_nemo.records import Failure, derive_seed
 
 GAP, TRAINING, HELD_OUT = "hacking/reward_gap", "hacking/reward_training", "hacking/reward_heldout"
 FAILED = "hacking/heldout_failures"
-SAMPLES, ALARM = 32, 0.1
 
 
 def compared(valid: Sequence[bool], count: int, seed: int, step: int) -> list[int]:
