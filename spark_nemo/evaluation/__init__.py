@@ -1,4 +1,4 @@
-"""Held-out evaluation: the only package that reads answers, true step labels and ProcessBench labels.
+"""Held-out evaluation: the only package that reads answers and true step labels.
 
 Imports no torch.
 """

@@ -3,7 +3,7 @@
 Symbolic comparison may run indefinitely or fill the memory (``9^{9^{9^9}}``). math-verify's own
 limits are signals, which do not interrupt a long C computation and work in the main thread only.
 A worker is a separate Python process (``checker_worker``), started on first use, that exchanges
-JSON lines and replies through a forked child. A child that exceeds its limit is killed and replaced.
+JSON lines and replies through a forked child. A child beyond its limit is killed and replaced.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ START_LIMIT_S = 120.0
 MEMORY_LIMIT_BYTES = 2 << 30
 """Address space of a worker's child; a comparison that needs more is ``CRASHED``."""
 GRACE_S = 2.0
-"""Time after its limit in which a worker may still report a timeout; then the worker itself hangs."""
+"""Time after its limit for a worker to report a timeout; without a report the worker hangs."""
 
 
 class AnswerGrade(StrEnum):
@@ -81,7 +81,7 @@ class MathChecker:
                     self._start()
                 return self._ask(question.encode() + b"\n")
             except BaseException:
-                # After Ctrl-C, too: the pending reply would be read as the reply to the next question.
+                # After Ctrl-C, too: the next question would read the pending reply.
                 self.close()
                 raise
 
@@ -178,7 +178,7 @@ class CheckerPool:
         return total
 
     def grade(self, gold: str, answer: str) -> AnswerGrade:
-        """Grade like ``MathChecker.grade``; waiting for a free worker does not count as its time."""
+        """Grade with the next free worker; waiting for it does not count as its time."""
         checker = self._free.get()
         try:
             return checker.grade(gold, answer)

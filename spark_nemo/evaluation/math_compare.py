@@ -19,7 +19,7 @@ Metrics = dict[str, tuple[str, Values]]
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One metric of ``first`` minus ``second``; benchmark ``average`` is the mean over benchmarks."""
+    """One metric of ``first`` minus ``second`` on a benchmark, or ``average`` over benchmarks."""
 
     benchmark: str
     name: str
@@ -35,7 +35,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class MathComparison:
-    """Differences, metrics that only one of the runs has, and each run's number of ungraded answers."""
+    """Differences, metrics of one run alone, and each run's number of ungraded answers."""
 
     differences: list[Difference]
     only_first: list[str]

@@ -53,7 +53,7 @@ Row = dict[str, object]
 
 
 def benchmark_of(source: str | Path) -> str | None:
-    """Return the benchmark in a source's name (``MATH-500.parquet``, ``hf:math-ai/aime25``), or None."""
+    """Return the benchmark in a source's name, such as ``hf:math-ai/aime25``, or None."""
     return _SPELLINGS.get(re.sub("[^a-z0-9]", "", source_name(source).lower()))
 
 
@@ -143,7 +143,7 @@ def _identifier(place: str, row: Row, question: str, question_field: str) -> tup
 
 
 def _answer(place: str, row: Row) -> str:
-    """Return the answer field, or the last box of the worked solution when there is no such field."""
+    """Return the answer field, or without one the last box of the worked solution."""
     if not any(name in row for name in _ANSWERS):
         # Minerva Math has its answers in solutions only.
         for name in _SOLUTIONS:
@@ -162,8 +162,8 @@ def _answer(place: str, row: Row) -> str:
     if type(value) is float:
         if not isfinite(value) or abs(value) > _MAX_EXACT:
             raise DataFileError(
-                f"{place}: field {field!r} is {str(value)[:40]!r}, but must be a finite number up to "
-                "2^53"
+                f"{place}: field {field!r} is {str(value)[:40]!r}, but must be a finite "
+                "number up to 2^53"
             )
         # AMC 2023 writes whole numbers as 27.0.
         return str(int(value)) if value == int(value) else str(value)

@@ -35,7 +35,7 @@ class ProcessBenchCase:
 
 @dataclass(frozen=True, slots=True)
 class ProcessBenchScore:
-    """Fractions in [0, 1]: ``acc_error`` over cases with an error, ``acc_correct`` over the others."""
+    """Fractions in [0, 1]; ``acc_error`` is over cases with an error, ``acc_correct`` without."""
 
     acc_error: float
     acc_correct: float

@@ -93,8 +93,8 @@ class RewardModelJudge(Judge):
                 steps.append(legal_step_text(step))
             except ValueError:
                 raise DataFileError(
-                    f"case {case.case_id!r}: step {index} of 'steps', {step!r}, has no content, and the "
-                    "reward model's prompt cannot show it; leave the case out"
+                    f"case {case.case_id!r}: step {index} of 'steps', {step!r}, has no content, "
+                    "and the reward model's prompt cannot show it; leave the case out"
                 ) from None
         solution = render_solution(steps, None)
         return self.prompts.reward(self.variant, case.problem, solution)
@@ -234,7 +234,7 @@ async def ask_all(
     replies = await asyncio.gather(*(ask(case, vote) for case in cases for vote in range(votes)))
     if not (await served.engine.health()).alive:
         raise EngineFailure(
-            "the engine stopped during the evaluation on ProcessBench, so it has no score; run it again"
+            "the engine stopped during the evaluation on ProcessBench; run it again for a score"
         )
     return [replies[start : start + votes] for start in range(0, len(replies), votes)]
 

@@ -1,4 +1,4 @@
-"""Summarise a run: ``summary.json``, a self-contained ``report.html``, and comparisons over seeds."""
+"""Summaries of runs (``summary.json``, ``report.html``) and comparisons over seeds."""
 
 from .page import REPORT_FILE, SUMMARY_FILE, report_page, write_report
 from .seed_comparison import (

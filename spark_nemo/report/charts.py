@@ -171,7 +171,7 @@ def line_chart(
 def interval_chart(
     bars: Sequence[Bar], axis_label: str, description: str, bounds: Bounds = (None, None)
 ) -> Markup:
-    """Draw one row per bar: its name above a whisker from low to high with a marker at the value."""
+    """Draw one row per bar: its name above a whisker with a marker at the value."""
     ends = [end for bar in bars for end in (bar.value, bar.low, bar.high) if end is not None]
     low = min(ends) if bounds[0] is None else bounds[0]
     high = max(ends) if bounds[1] is None else bounds[1]
@@ -216,7 +216,7 @@ def interval_chart(
 
 
 def running_window(count: int) -> int:
-    """Return the points to average for a line of ``count`` points: 1 for short lines, else a tenth."""
+    """Return how many of ``count`` points to average: 1 for short lines, else about a tenth."""
     return 1 if count <= 25 else max(3, count // 10) | 1
 
 
@@ -231,7 +231,7 @@ def running_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Return round numbers that span low to high, in steps of 1, 2, 2.5 or 5 times a power of ten."""
+    """Return round numbers that span low to high; steps are 1, 2, 2.5 or 5 times 10^k."""
     if high <= low:
         low -= abs(low) * 0.1 or 0.5
         high += abs(high) * 0.1 or 0.5

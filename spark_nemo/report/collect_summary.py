@@ -1,4 +1,4 @@
-"""Collect the ``Summary`` of a run from the files in its folder; stages that did not run are absent."""
+"""Collect the ``Summary`` of a run from its folder; stages that did not run are absent."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def _place(folder: Path, top: Path) -> str:
 
 
 def _showed_answers(folder: Path) -> bool:
-    """Return True if stage I showed answers to a verifier, as the reference-guided baseline does."""
+    """Return True if stage I showed answers to a verifier (the reference-guided baseline)."""
     paths = folder.glob("stage1/stats-*.json")
     return any(json.loads(path.read_text()).get("reference_guided") for path in paths)
 

@@ -1,4 +1,4 @@
-"""Score a run's labels against the true step labels: accuracy, share kept and token cost by method."""
+"""Score a run's labels against the true step labels: accuracy, share kept and cost by method."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _steps(solution: Solution) -> tuple[str, ...]:
 
 
 def _removed(folder: Path, method: str) -> dict[str, int]:
-    """Return the number of labels that stage II's filters removed, by rule; empty before stage II."""
+    """Return the number of labels that stage II's filters removed, by rule."""
     # Reward models of all kinds have the same labels.
     for variant in VARIANTS:
         path = folder / "stage2" / f"{method}{variant_suffix(variant)}" / "labels.json"

@@ -272,7 +272,7 @@ class Quantity(NamedTuple):
 
 
 def _curves(stage: Stage3Summary, rl_variants: Sequence[str]) -> dict[str, Markup]:
-    """Draw every quantity that an RL variant recorded; a variant without it does not have a line."""
+    """Draw every quantity that at least one RL variant recorded."""
     quantities = {
         "reward": Quantity(
             lambda point: point.reward, "mean reward, times 100", percent_tick, WIDTH

@@ -36,8 +36,8 @@ POLICY_FAMILY = "Policies: held-out problems solved"
 NOTES = (
     "Intervals are Student's 95% over seeds. A pair is compared seed by seed, over the seeds that "
     "both have.",
-    "“Does not differ” means that these seeds do not show a difference. It does not mean that there "
-    "is none.",
+    "“Does not differ” means that these seeds do not show a difference. It does not mean that "
+    "there is none.",
     "Of twenty pairs without any difference, one is expected to be marked “differs” by chance.",
     "A dash means that there is only one seed, which says nothing about training again.",
 )

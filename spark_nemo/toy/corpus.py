@@ -151,7 +151,7 @@ def write_verification(
     habits: VerifierHabits,
     rng: random.Random,
 ) -> str:
-    """Verify ``solution`` as a verifier with these habits; it always sees whether it is complete."""
+    """Verify ``solution`` as a verifier with these habits, which never mistakes completeness."""
     judgements = []
     left = problem.start
     for index, step in enumerate(solution.steps):

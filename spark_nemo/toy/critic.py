@@ -58,7 +58,7 @@ class CriticHabits:
 
 FAULTLESS_CRITIC = CriticHabits(forget_borrow=0.0, careless=0.0)
 CRITICISED = VerifierHabits(miscompute=0.04)
-"""The verifier in the critic's corpus; its arithmetic fails at times, so there are wrong reasons."""
+"""The verifier in the critic's corpus; its arithmetic sometimes fails, so it has wrong reasons."""
 
 
 @dataclass(frozen=True, slots=True)

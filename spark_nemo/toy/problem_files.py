@@ -58,7 +58,7 @@ def write_answers(split: str, count: int, seed: int, folder: Path) -> Path:
 
 
 def write_policy_examples(count: int, seed: int, folder: Path) -> Path:
-    """Write responses in the policy's format with the generator's mistakes; they teach the format."""
+    """Write responses with the generator's mistakes, which teach the policy's format."""
     rng = random.Random(f"toy sft {seed}")
     rows = []
     for problem in split_problems("sft", count, seed):

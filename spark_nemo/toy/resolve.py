@@ -58,7 +58,8 @@ def _file(field: str, name: str, value: str | None, config: SparkConfig) -> str 
     split, _, count = value.removeprefix(_PREFIX).partition(":")
     if split not in problem_files.SPLITS or not count.isdigit():
         raise ConfigError(
-            f"{field}={value}: write toy:SPLIT:COUNT with SPLIT one of {', '.join(problem_files.SPLITS)}"
+            f"{field}={value}: write toy:SPLIT:COUNT with SPLIT one of "
+            f"{', '.join(problem_files.SPLITS)}"
         )
     folder = Path(config.run.dir) / "data"
     seed = config.run.seed

@@ -166,7 +166,7 @@ def test_a_timeout_is_counted():
 
 
 def test_a_worker_that_dies_is_counted_and_replaced():
-    """The worker is killed from outside during a question, as the kernel does when memory runs out."""
+    """The worker is killed during a question, as by the kernel when memory runs out."""
     checker = MathChecker()
     assert equal(checker, "1", "1.0")
     checker._process.poll = lambda: None
@@ -243,7 +243,7 @@ def test_a_malformed_line_is_named(tmp_path, row, message):
     [("math500", "answer", 500), ("aime24", "answer", 30), ("amc23", "answer", 40)],
 )
 def test_every_real_key_matches_itself_and_not_the_next(name, field, count):
-    """On public sets a key equals itself in another notation, and neighbouring keys do not match."""
+    """A real key equals itself in another notation, and neighbouring keys do not match."""
     path = DATA / f"{name}.jsonl"
     if not path.exists():
         pytest.skip(f"{path} is not here: set SPARK_NEMO_DATA")

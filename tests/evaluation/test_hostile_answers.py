@@ -250,7 +250,7 @@ The test process would not do: after other tests its address space is beyond the
     ids=["killed", "exit", "too much memory"],
 )
 def test_a_child_that_ends_is_a_crash_and_is_replaced(harm: str) -> None:
-    """A kill, an exit and an allocation beyond the limit are crashes; the next question is graded."""
+    """A kill, an exit and too large an allocation are crashes; the next question is graded."""
     done = subprocess.run(
         [sys.executable, "-c", ASK_TWICE.format(harm=harm)], capture_output=True, text=True
     )

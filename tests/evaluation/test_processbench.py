@@ -106,7 +106,7 @@ def test_the_overall_number_is_the_plain_mean_of_the_splits():
 
 
 def test_predictions_of_a_generative_prm():
-    """The verdict's first wrong step, 0-based; a failure predicts nothing, least of all "no error"."""
+    """A verdict predicts its first wrong step, 0-based; a failure predicts nothing."""
     assert predict_first_error(Verdict((True, False, True), False)) == 1
     assert predict_first_error(Verdict((True, True), True)) == -1
     assert predict_first_error(ParseFailure("x")) is None
@@ -132,7 +132,7 @@ def test_the_last_box_of_a_critic_wins_and_must_hold_an_integer(text, expected):
 
 
 def test_majority_over_critics():
-    """Strings vote, None does not, the first seen wins a tie; a word that wins is not a prediction."""
+    """Strings vote, the first seen wins a tie, and a word that wins is not a prediction."""
     assert majority_vote(["2", None, "0", "0"]) == 0
     assert majority_vote(["2", "0"]) == 2
     assert majority_vote(["01", "1", "01"]) == 1

@@ -58,7 +58,7 @@ def test_the_interval_covers_the_truth_about_as_often_as_its_level():
 
 
 def test_pairing_narrows_the_interval_of_a_difference():
-    """Two models that err on the same cases: paired, the interval excludes 0; separate ones overlap."""
+    """Two models err on the same cases: the paired interval excludes 0, separate ones overlap."""
     rng = np.random.default_rng(0)
     worse = rng.random(300) < 0.6
     better = worse | (rng.random(300) < 0.1)
@@ -161,7 +161,7 @@ def labelled(key, labels):
 
 
 def test_label_quality_counts_steps_first_errors_and_what_was_kept():
-    """Three of four solutions kept: 6 of 7 steps correct, every first error. Then one wrong label."""
+    """Three of four solutions kept, with 6 of 7 steps correct and every first error."""
     truths = {"a": [1, 0, 0], "b": [1, 1], "c": [0, 0], "d": [1]}
     quality = label_quality(
         [labelled("a", [1, 0, 1]), labelled("b", [1, 1]), labelled("c", [0, 0])], truths

@@ -43,7 +43,7 @@ def test_it_is_never_below_the_processbench_score_of_the_same_predictions(rows) 
 
 
 def test_an_orms_verdict_is_no_prediction_of_a_step() -> None:
-    """Not even a wrong one: that would be a ProcessBench score of something that never took part."""
+    """An ORM's verdict is not even a wrong prediction: it would become a ProcessBench score."""
     with pytest.raises(ValueError, match="names no step"):
         predict_first_error(AnswerVerdict(True))
     outcomes = [AnswerVerdict(True), Verdict((True,), False), ParseFailure("x"), Truncated(3)]

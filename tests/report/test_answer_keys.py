@@ -30,7 +30,7 @@ def readers(top: Path, *overrides: str) -> dict[str, str]:
 
 
 def test_every_declared_baseline_is_named_and_nothing_else(tmp_path: Path) -> None:
-    """Each of the three ways in which an answer reaches training is found in the run's own files."""
+    """Each of the three ways from an answer to training is found in the run's own files."""
     top = run_folder(
         tmp_path,
         "process_aware",
@@ -58,7 +58,7 @@ def test_a_policy_whose_reward_model_learned_from_answers_is_named_too(tmp_path:
 
 
 def test_the_page_states_which_training_read_answer_keys() -> None:
-    """The page names the readers or states that there are none; without a record it does neither."""
+    """The page names the readers or states that there are none; without a record, neither."""
     summary = example_summary()
     assert read_summary(summary).reads_answer_keys is None
     page = report_page(summary)

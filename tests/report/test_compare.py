@@ -1,4 +1,4 @@
-"""Comparison of runs over seeds: intervals against figures worked out by hand, verdicts, the page."""
+"""Comparison of runs over seeds: intervals worked out by hand, verdicts, the page."""
 
 from __future__ import annotations
 

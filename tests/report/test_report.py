@@ -125,7 +125,7 @@ def test_missing_curves_and_labels_are_left_out():
 
 
 def test_steps_have_a_symbol_and_a_label_in_addition_to_the_colour():
-    """Judged correct, judged incorrect, not judged, and a warning where the reward model was wrong."""
+    """Steps are judged correct, incorrect or not at all, with a warning at wrong judgements."""
     page = report_page(example_summary())
     text = Page(page).text
     assert "✓ 9*4" not in text and "✗ 9*4=35" in text and "– 2+2=4" in text

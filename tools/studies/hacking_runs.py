@@ -177,7 +177,7 @@ def build_base(exploit: Exploit, folder: Path) -> Path:
 
 
 def simulator_config(run: SimulatorRun, runs: Path) -> SparkConfig:
-    """Return the configuration of a run; both runs of an exploit differ in its constraints alone."""
+    """Return the configuration of a run; an exploit's runs differ in its constraints alone."""
     exploit = BY_NAME[run.exploit]
     base = build_base(exploit, runs / "base" / exploit.name)
     config = compose_config(
