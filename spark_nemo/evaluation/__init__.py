@@ -3,6 +3,8 @@
 Imports no torch.
 """
 
+from spark_nemo.records.rows import DataFileError
+
 from .accuracy import GradedSample, mean_accuracy
 from .answers import (
     AnswerKey,
@@ -31,7 +33,6 @@ from .processbench import (
     read_processbench,
     score_processbench,
 )
-from .reading import DataFileError
 
 __all__ = [
     "AnswerKey",

@@ -18,10 +18,10 @@ from pathlib import Path
 
 from spark_nemo.grammar import normalize_answer
 from spark_nemo.records import Problem
-from spark_nemo.records.rows import id_hint
+from spark_nemo.records.rows import DataFileError, id_hint
 
 from .checker import AnswerGrade, shared_checker
-from .reading import DataFileError, read_rows, required_id, required_text
+from .data_rows import read_rows, required_id, required_text
 
 MAX_ANSWER_CHARS = 1000
 """Longest prediction that is compared; a longer one is wrong unless it equals the key literally."""

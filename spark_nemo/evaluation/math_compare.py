@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from spark_nemo.records.rows import DataFileError
+
 from .answers import EvalProblem
 from .bootstrap import DEFAULT_SAMPLES, Estimate, grouped_mean_estimate, mean_difference
-from .reading import DataFileError
 from .saved_completions import MathScore, SavedCompletion, read_completions, score_sets
 
 Values = dict[str, float]

@@ -15,10 +15,11 @@ from pathlib import Path
 
 from spark_nemo.grammar import extract_boxed
 from spark_nemo.records import Problem, content_key
+from spark_nemo.records.rows import DataFileError
 
 from .answers import EvalProblem, read_eval_problems
-from .reading import DataFileError, read_rows, required_id, required_text
-from .tables import source_name
+from .data_rows import read_rows, required_id, required_text
+from .hub_datasets import source_name
 
 logger = logging.getLogger(__name__)
 

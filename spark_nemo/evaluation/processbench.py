@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from spark_nemo.records import AnswerVerdict, VariantOutcome, Verdict
+from spark_nemo.records.rows import DataFileError
 
 from .bootstrap import Hits
-from .reading import DataFileError, read_rows, required, required_text
+from .data_rows import read_rows, required, required_text
 
 _BOX = "\\boxed{"
 

@@ -26,10 +26,10 @@ from spark_nemo.grammar import (
 from spark_nemo.grammar.processbench_prompt import CRITIC_VERSION, critic_messages
 from spark_nemo.grammar.prompts import ChatMessages
 from spark_nemo.records import EngineError, derive_seed, outcome_kind
+from spark_nemo.records.rows import DataFileError
 from spark_nemo.utils.files import write_json_atomic
 
 from .processbench import ProcessBenchCase, boxed_vote, majority_vote, predict_first_error
-from .reading import DataFileError
 from .saved_predictions import SavedScore, score_votes
 
 

@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spark_nemo.grammar import extract_boxed
+from spark_nemo.records.rows import DataFileError
 from spark_nemo.utils.files import write_text_atomic
 
 from .accuracy import GradedSample, greedy_values, majority_values, pass_at_k_values, problem_rates
 from .answers import EvalProblem, grade_answers
 from .bootstrap import DEFAULT_SAMPLES, Estimate, grouped_mean_estimate, mean_estimate
 from .checker import AnswerGrade
-from .reading import DataFileError, read_rows, required, required_id
+from .data_rows import read_rows, required, required_id
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 
+from spark_nemo.records.rows import DataFileError
+
 from .bootstrap import Estimate, f1_estimate
+from .data_rows import read_rows, required_text
+from .hub_datasets import source_name
 from .processbench import (
     ProcessBenchCase,
     ProcessBenchScore,
@@ -22,8 +26,6 @@ from .processbench import (
     read_processbench,
     score_processbench,
 )
-from .reading import DataFileError, read_rows, required_text
-from .tables import source_name
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from spark_nemo.evaluation import DataFileError, read_math, read_processbench
-from spark_nemo.evaluation.tables import HubName, source_name
+from spark_nemo.evaluation.hub_datasets import HubName, source_name
 
 ROWS = [{"id": i, "problem": f"{i} + 1?", "answer": str(i + 1)} for i in range(3)]
 

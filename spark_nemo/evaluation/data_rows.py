@@ -1,4 +1,4 @@
-"""Reading evaluation files. Every error names the file, the line or row, and the field."""
+"""Rows of evaluation data and their required fields; every error names file, row and field."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 from spark_nemo.records.rows import DataFileError, Row
 from spark_nemo.records.rows import read_rows as file_rows
 
-from .tables import HubName, hub_rows
+from .hub_datasets import HubName, hub_rows
 
 T = TypeVar("T")
 
@@ -28,9 +28,7 @@ def read_rows(source: str | Path) -> Iterator[tuple[str, Row]]:
 
 
 def required(place: str, row: dict[str, object], field: str, kind: type[T], meaning: str) -> T:
-    """``row[field]``, which must be there and of exactly this type (a bool is not an int). Raises
-    ``DataFileError``.
-    """
+    """Return ``row[field]``, exactly of type ``kind``; raises ``DataFileError``."""
     if field not in row:
         raise DataFileError(f"{place}: field {field!r} is missing: {meaning}")
     if type(row[field]) is not kind:
@@ -41,7 +39,7 @@ def required(place: str, row: dict[str, object], field: str, kind: type[T], mean
 
 
 def required_text(place: str, row: dict[str, object], field: str, meaning: str) -> str:
-    """A required string that is not blank and that UTF-8 can hold. Raises ``DataFileError``."""
+    """Return a string that is not blank and that UTF-8 can encode; raises ``DataFileError``."""
     text = required(place, row, field, str, meaning)
     if not text.strip():
         raise DataFileError(f"{place}: field {field!r} is blank, but must be {meaning}")
@@ -55,9 +53,7 @@ def required_text(place: str, row: dict[str, object], field: str, meaning: str) 
 
 
 def required_id(place: str, row: dict[str, object], field: str, meaning: str) -> str:
-    """``required_text``, or an integer as text: 1 and "1" are one identifier. Raises
-    ``DataFileError``.
-    """
+    """Return a string, or an integer as text: 1 and "1" are one id; raises ``DataFileError``."""
     value = row.get(field)
     return str(value) if type(value) is int else required_text(place, row, field, meaning)
 
