@@ -13,7 +13,8 @@ import torch
 
 from spark_nemo.engines.local.checksum import ByteDigest
 
-_MASK32, _MASK64 = (1 << 32) - 1, (1 << 64) - 1
+_MASK32 = (1 << 32) - 1
+_MASK64 = (1 << 64) - 1
 _SEEDS = (0x243F6A88, ((0x243F6A88 * 0x9E3779B1) ^ 0xDEADBEEF) & _MASK32)
 _POSITION_MIX = ((0x27D4EB2D, 15), (0x165667B1, 13))
 _TILE = 8192
@@ -82,7 +83,8 @@ class WordDigest:
         index_N = torch.arange(
             self._position, self._position + words_N.numel(), device=words_N.device
         )
-        position_N, tile_N = index_N.to(torch.int32), index_N // _TILE
+        position_N = index_N.to(torch.int32)
+        tile_N = index_N // _TILE
         for sums_K, seed, (factor, turn) in zip(self._sums_2K, _SEEDS, _POSITION_MIX):
             place_N = (position_N * _signed(factor) + _signed(seed)) ^ (
                 (position_N << turn) | _shifted(position_N, 32 - turn)
