@@ -22,12 +22,12 @@ from spark_nemo.config.errors import ConfigError
 from spark_nemo.models.hf_folder import (
     WEIGHT_INDEX,
     check_weight_file,
-    flush_to_disk,
     read_weight_index,
     weight_files,
 )
 from spark_nemo.models.spec import ModelSpec
 from spark_nemo.records import derive_seed
+from spark_nemo.utils.files import fsync_path
 
 MAX_SHARD_BYTES = 4 << 30
 _DTYPE_NAMES = {
@@ -214,7 +214,7 @@ class SafetensorsWriter:
         self._missing.discard(name)
         if not self._missing:
             self._stream.close()
-            flush_to_disk(self._temporary)
+            fsync_path(self._temporary)
             os.rename(self._temporary, self.path)
 
     def close(self) -> None:

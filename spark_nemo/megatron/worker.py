@@ -21,10 +21,11 @@ from torch import Tensor
 from spark_nemo.config import MegatronConfig, OptimizerConfig
 from spark_nemo.config.errors import ConfigError
 from spark_nemo.models.hf_config import read_hf_config
-from spark_nemo.models.hf_folder import atomic_folder, write_model_files
+from spark_nemo.models.hf_folder import write_model_files
 from spark_nemo.models.param_mapping import hf_tensor_shapes
 from spark_nemo.models.spec import ModelSpec
 from spark_nemo.models.tokenizer_check import check_tokenizer
+from spark_nemo.utils.files import atomic_folder
 
 from . import NonFiniteGradient, checkpoint, hf_files, hf_weights, process_groups
 from .cpu_compat import device, on_this_device, seed_everything

@@ -1,4 +1,4 @@
-"""Files of a Hugging Face model folder: check them, copy them, replace a folder atomically.
+"""Files of a Hugging Face model folder: check, copy and write them.
 
 A folder may be untrusted. Its index must not name files outside it, and its Python files are
 neither run nor copied.
@@ -6,12 +6,8 @@ neither run nor copied.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,41 +106,3 @@ def write_model_files(
     dtype_key = "torch_dtype" if "torch_dtype" in hf_config else "dtype"
     config[dtype_key] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-
-
-@contextlib.contextmanager
-def atomic_folder(target: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces ``target`` on success and is removed on failure."""
-    target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
-    temporary.chmod(0o755)  # mkdtemp makes it private
-    try:
-        yield temporary
-        replace_folder(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def replace_folder(temporary: Path, target: Path) -> None:
-    """Flush the files of ``temporary`` to disk and rename it to ``target``, replacing that."""
-    for path in temporary.rglob("*"):
-        if path.is_file():
-            flush_to_disk(path)
-    # A folder cannot be renamed over a full one: move the old one out of the way first.
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(temporary, target)
-    flush_to_disk(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def flush_to_disk(path: Path) -> None:
-    """Call fsync on a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from spark_nemo.utils.files import fsync_directory
+from spark_nemo.utils.files import fsync_path
 
 SHARD_SUFFIX = ".records"
 # The usual beginning of a record, from which the names are read without parsing the payload.
@@ -67,7 +67,7 @@ class ShardWriter:
         self.clean = True
         """False when part of a line could not be taken back; then nothing may be appended any more.
         """
-        fsync_directory(folder)
+        fsync_path(folder)
 
     def write(self, line: bytes) -> int:
         """Append one line and return its offset. One ``os.write``, more only where the kernel takes

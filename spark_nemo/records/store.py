@@ -18,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TypeVar
 
-from spark_nemo.utils.files import fsync_directory
+from spark_nemo.utils.files import fsync_path
 
 from .index import Entry, IndexFailure, IndexFile, ShardState, StoreIndex
 from .shards import Names, ShardWriter, checked_body, encode_line, read_lines, shard_paths
@@ -85,7 +85,7 @@ class RecordStore:
         self._index_file: IndexFile | None = None
         if writer_name is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            fsync_directory(self.folder.parent)
+            fsync_path(self.folder.parent)
         elif not self.folder.is_dir():
             raise FileNotFoundError(
                 f"{self.folder}: no record store there: check the path or run the stage before"

@@ -1,9 +1,10 @@
-"""Write files as a whole: after a crash a file has its old content or its new content."""
+"""Write files and folders as a whole: after a crash they have their old or their new content."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_directory(path.parent)
+    fsync_path(path.parent)
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
@@ -42,9 +43,38 @@ def write_json_atomic(path: str | Path, obj: object) -> None:
     write_text_atomic(path, json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def fsync_directory(path: Path) -> None:
-    """Make the creation or renaming of a file in this directory durable."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+@contextmanager
+def atomic_folder(target: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder that replaces ``target`` on success and is removed on failure."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    temporary.chmod(0o755)  # mkdtemp makes it private
+    try:
+        yield temporary
+        replace_folder(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(temporary: Path, target: Path) -> None:
+    """Flush the files of ``temporary`` to disk and rename it to ``target``, replacing that."""
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            fsync_path(path)
+    # A folder cannot be renamed over a full one: move the old one out of the way first.
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(temporary, target)
+    fsync_path(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def fsync_path(path: Path) -> None:
+    """Make a file's content, or the creation and renaming of files in a folder, durable."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

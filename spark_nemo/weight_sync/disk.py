@@ -10,7 +10,8 @@ from typing import Any
 
 from spark_nemo.engines.base import Engine, EngineFailure
 from spark_nemo.megatron.hf_files import dtype_name, write_tensors
-from spark_nemo.models.hf_folder import atomic_folder, write_model_files
+from spark_nemo.models.hf_folder import write_model_files
+from spark_nemo.utils.files import atomic_folder
 
 from .transport import Targets, Transport, each
 from .weight_stream import Export

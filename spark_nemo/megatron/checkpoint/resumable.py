@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spark_nemo.config.errors import ConfigError
-from spark_nemo.models.hf_folder import replace_folder
-from spark_nemo.utils.files import write_text_atomic
+from spark_nemo.utils.files import replace_folder, write_text_atomic
 
 logger = logging.getLogger(__name__)
 

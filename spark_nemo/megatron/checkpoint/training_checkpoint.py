@@ -26,8 +26,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from spark_nemo.config.errors import ConfigError
-from spark_nemo.models.hf_folder import replace_folder
-from spark_nemo.utils.files import write_text_atomic
+from spark_nemo.utils.files import replace_folder, write_text_atomic
 
 from .. import process_groups
 from ..cpu_compat import cuda_means_cpu
