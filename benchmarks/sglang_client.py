@@ -1,7 +1,7 @@
 """Requests/s of our SGLang client, of a plain asyncio + aiohttp loop and of SGLang's own bench
 client, on one server.
 
-    python benchmarks/sglang_client.py --sglang-python ENV/bin/python          # starts a real CPU server
+    python benchmarks/sglang_client.py --sglang-python ENV/bin/python         # starts a real CPU server
     python benchmarks/sglang_client.py --sglang-python ENV/bin/python --url http://127.0.0.1:30000
     python benchmarks/sglang_client.py --sglang-python ENV/bin/python --fake   # client overhead alone
 
@@ -107,7 +107,7 @@ async def run_ours(args: argparse.Namespace, url: str, vocab: int, seed: int) ->
         vocab_size=vocab,
         max_context=args.prompt_tokens + args.new_tokens,
         max_in_flight=args.in_flight,
-        request_timeout_s=600,
+        request_timeout_s=None,
         control_timeout_s=60,
     )
     try:

@@ -39,9 +39,9 @@ SAMPLING = {
     "presence_penalty",
     "min_new_tokens",
 }
-RESERVED_INPUT, RESERVED_TOTAL = 6, 2
-"""SGLang keeps 6 tokens of its context from prompts and samples up to 2 tokens short of it.
-"""
+RESERVED_INPUT = 6
+RESERVED_TOTAL = 2
+"""SGLang keeps 6 tokens of its context from prompts and samples up to 2 tokens short of it."""
 
 
 @dataclass
@@ -86,18 +86,23 @@ class FakeSglang:
         health_wait_s: float = 0.2,
         on_death: Callable[[], None] | None = None,
     ) -> None:
-        self.vocab_size, self.context, self.eos_id = vocab_size, context, eos_id
-        self.api_key, self.model, self.version = api_key, model, version
+        self.vocab_size = vocab_size
+        self.context = context
+        self.eos_id = eos_id
+        self.api_key = api_key
+        self.model = model
+        self.version = version
         self.health_wait_s = health_wait_s
         self.faults = Faults()
-        self.spoil: Callable[[dict], object] = lambda reply: reply
+        self.edit_reply: Callable[[dict], object] = lambda reply: reply
         self.calls: list[tuple[str, dict]] = []
         self.authorizations: list[str | None] = []
         self.running: dict[str, Running] = {}
         self.pause: str | None = None
         self.session = False
         self.groups: set[str] = set()
-        self.flushes = self.most_running = 0
+        self.flushes = 0
+        self.most_running = 0
         self.dead = False
         self._open: dict[int, web.Request] = {}
         self._on_death = on_death
@@ -124,7 +129,8 @@ class FakeSglang:
         self.url = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"
 
     async def stop(self) -> None:
-        runner, self._runner = self._runner, None
+        runner = self._runner
+        self._runner = None
         if runner is not None:
             await runner.cleanup()
 
@@ -164,7 +170,8 @@ class FakeSglang:
     # generation
 
     async def generate(self, request: web.Request) -> web.Response:
-        body, faults = request["body"], self.faults
+        body = request["body"]
+        faults = self.faults
         if faults.drop:
             faults.drop -= 1
             self._drop(request)
@@ -188,10 +195,11 @@ class FakeSglang:
             finish = await self._sample(request, body, state)
         finally:
             self.running.pop(rid, None)
-        return web.json_response(self.spoil(self._reply(rid, body, state, finish)))
+        return web.json_response(self.edit_reply(self._reply(rid, body, state, finish)))
 
     def _refusal(self, body: dict) -> web.Response | None:
-        ids, params = body.get("input_ids"), body.get("sampling_params") or {}
+        ids = body.get("input_ids")
+        params = body.get("sampling_params") or {}
         if ids is None:
             return _error("Either text, input_ids or input_embeds should be provided.")
         if not ids:
@@ -214,7 +222,8 @@ class FakeSglang:
         return None
 
     async def _sample(self, request: web.Request, body: dict, state: Running) -> dict:
-        ids, params = list(body["input_ids"]), body.get("sampling_params") or {}
+        ids = list(body["input_ids"])
+        params = body.get("sampling_params") or {}
         room = min(params.get("max_new_tokens", 128), self.context - RESERVED_TOTAL - len(ids))
         stops = (
             set() if params.get("ignore_eos") else {self.eos_id, *params.get("stop_token_ids", ())}

@@ -25,22 +25,22 @@ def logprobs_after(token: int, temperature: float = 1.0) -> list[float]:
 
 
 class FakeVllm:
-    """``delay_s`` before every answer; ``statuses`` are answered first, one per request; ``change``
-    edits a reply.
+    """A server that waits ``delay_s`` before every reply, which ``change`` may edit.
 
-    ``bodies`` are the requests seen, ``cancelled`` those whose client went away, ``most`` the most
-    at one time.
+    ``statuses`` are returned first, one per request. ``bodies`` are the requests received,
+    ``cancelled`` counts those whose client disconnected, ``most`` is the most at one time.
     """
 
     def __init__(self, processed: bool = True) -> None:
-        self.delay_s, self.statuses, self.change, self.healthy = 0.0, [], lambda reply: reply, True
-        self.processed, self.bodies, self.cancelled, self.running, self.most = (
-            processed,
-            [],
-            0,
-            0,
-            0,
-        )
+        self.processed = processed
+        self.healthy = True
+        self.delay_s = 0.0
+        self.statuses = []
+        self.change = lambda reply: reply
+        self.bodies = []
+        self.cancelled = 0
+        self.running = 0
+        self.most = 0
 
     @contextlib.asynccontextmanager
     async def serve(self) -> AsyncIterator[str]:

@@ -193,10 +193,10 @@ def test_malformed_reply_is_a_failure_that_names_server_and_field():
     """A wrong server is not retried and gives no score."""
 
     async def scenario(server, fake):
-        fake.spoil = lambda reply: {**reply, "output_ids": None}
+        fake.edit_reply = lambda reply: {**reply, "output_ids": None}
         with pytest.raises(EngineFailure, match=f"{fake.url}/generate: output_ids: expected"):
             await server.generate(ask((1,)))
-        fake.spoil = lambda reply: "<html>"
+        fake.edit_reply = lambda reply: "<html>"
         with pytest.raises(EngineFailure, match="reply: expected an object, got str"):
             await server.generate(ask((1,)))
 
@@ -220,7 +220,7 @@ def test_key_is_sent_but_never_shown(caplog):
         with pytest.raises(EngineUnavailable) as caught:
             await server.generate(ask((1,)))
         texts.append(f"{caught.value!r} {caught.value.__cause__!r}")
-        fake.faults.drop, fake.spoil = 0, lambda reply: {"error": {"message": f"no {KEY}"}}
+        fake.faults.drop, fake.edit_reply = 0, lambda reply: {"error": {"message": f"no {KEY}"}}
         with pytest.raises(EngineFailure) as caught:
             await server.generate(ask((1,)))
         texts.append(str(caught.value))
