@@ -402,7 +402,7 @@ def test_random_failures_of_launched_servers_under_updates_keep_versions_straigh
     assert wrong == 0 and done > 200
 
 
-def test_a_probe_that_a_blocked_event_loop_made_late_is_asked_again() -> None:
+def test_a_probe_that_a_blocked_event_loop_made_late_is_repeated() -> None:
     """A client with a deadline of its own sees it pass while a training step holds the loop: the
     server was sound.
     """

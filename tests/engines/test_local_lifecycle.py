@@ -84,13 +84,13 @@ def untied_head(tensors):
     return [*tensors, ("lm_head.weight", torch.zeros(VOCAB, 32))], "lm_head.weight differs"
 
 
-@pytest.mark.parametrize("spoil", [missing, unknown, misshapen, twice, untied_head])
-def test_refused_update_changes_nothing(engine, other_model, prompts, spoil):
+@pytest.mark.parametrize("corrupt", [missing, unknown, misshapen, twice, untied_head])
+def test_rejected_update_changes_nothing(engine, other_model, prompts, corrupt):
     """The error names the tensor; generations and version stay as they were."""
 
     async def scenario():
         before = await engine.generate(ask(prompts[4], seed=1))
-        tensors, message = spoil(named(other_model))
+        tensors, message = corrupt(named(other_model))
         with pytest.raises(EngineFailure, match=message):
             await engine.update_weights(tensors, version=8)
         assert (await engine.health()).weight_version == 0
@@ -163,7 +163,7 @@ def test_pause_stops_tokens_and_resume_continues(engine, prompts):
     ],
     ids=["too-large", "negative", "empty", "too-long"],
 )
-def test_bad_requests_are_refused_and_hurt_nobody(engine, prompts, request_, message):
+def test_bad_requests_are_rejected_alone(engine, prompts, request_, message):
     """The error says why; a good request in the same batch is served."""
 
     async def scenario():
@@ -285,7 +285,7 @@ def test_factory_builds_the_configured_engine(folder):
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1.0}}, "rope type 'yarn'"),
     ],
 )
-def test_unsupported_architecture_is_refused(folder, tmp_path, change, message):
+def test_unsupported_architecture_is_rejected(folder, tmp_path, change, message):
     """A folder this decoder would compute wrongly does not load."""
     (tmp_path / "config.json").write_text(
         json.dumps(json.loads((folder / "config.json").read_text()) | change)
@@ -294,7 +294,7 @@ def test_unsupported_architecture_is_refused(folder, tmp_path, change, message):
         LocalEngine.from_folder(tmp_path, max_batch_size=1, max_context=16)
 
 
-def test_folder_without_weights_is_refused(folder, tmp_path):
+def test_folder_without_weights_is_rejected(folder, tmp_path):
     """The error names the folder."""
     with pytest.raises(EngineFailure, match=r"no config\.json"):
         LocalEngine.from_folder(tmp_path, max_batch_size=1, max_context=16)

@@ -83,7 +83,7 @@ def test_any_uniform_gives_a_possible_token(uniform, seed):
     assert logprobs_N.item() == torch.log_softmax(logits_NV, -1)[0, tokens_N.item()].item()
 
 
-def test_not_finite_logits_are_refused():
+def test_not_finite_logits_are_rejected():
     """NaN weights end in an error, not in a token."""
     with pytest.raises(FloatingPointError, match="not finite"):
         draw(torch.full((2, 5), float("nan")), rows(2))

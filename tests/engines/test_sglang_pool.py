@@ -50,7 +50,7 @@ def sglang(max_context: int = 320, **pool) -> EngineConfig:
 
 
 @pytest.mark.parametrize(("kind", "module"), [("sglang", "sglang"), ("vllm", "vllm")])
-def test_servers_that_this_python_cannot_launch_are_refused(
+def test_servers_that_this_python_cannot_launch_are_rejected(
     kind: str, module: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Proves one line instead of restarts and a traceback in a log; another environment's packages
@@ -98,7 +98,7 @@ def said_of_open_files(
     return caplog.text
 
 
-def test_a_hard_limit_of_open_files_below_the_connections_is_said(
+def test_a_hard_limit_of_open_files_below_the_connections_is_logged(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Before any request fails of it, with the two ways out."""

@@ -117,7 +117,7 @@ def test_full_length_and_abort_before_the_first_token():
         ),
     ],
 )
-def test_malformed_reply_is_refused_by_field(path, value, field):
+def test_malformed_reply_fails_by_field(path, value, field):
     """A reply that does not say what it must raises and names the field; no default ever takes its
     place.
     """
@@ -125,7 +125,7 @@ def test_malformed_reply_is_refused_by_field(path, value, field):
         parse_generate_reply(changed(path, value), REQUEST)
 
 
-def test_fewer_tokens_than_asked_is_no_length():
+def test_fewer_tokens_than_requested_is_not_length():
     """SGLang samples 2 tokens less than fit into its context and calls that length: rejected, not
     taken as finished.
     """
@@ -136,7 +136,7 @@ def test_fewer_tokens_than_asked_is_no_length():
         parse_generate_reply(short, ask((1, 2), max_new_tokens=5))
 
 
-def test_stop_at_a_token_that_was_not_asked_for_is_refused():
+def test_stop_at_a_token_that_was_not_requested_is_rejected():
     """SGLang also stops at the model's own end tokens; our engines stop at the request's only."""
     with pytest.raises(EngineFailure, match="matched=9: not a stop token"):
         parse_generate_reply(REPLY, ask((1, 2), max_new_tokens=3, stop_token_ids=(8,)))
@@ -159,7 +159,7 @@ def test_abort_tells_whose_fault_it_was(status, kind):
     require_finished(REPLY)
 
 
-def test_request_says_what_was_asked():
+def test_the_body_of_a_request():
     """Ids, our request id, log-probabilities of new tokens only; greedy is temperature 0; top_k
     only when it cuts.
     """
@@ -199,7 +199,7 @@ def test_without_stop_tokens_nothing_stops():
         (ask((1,) * 100, max_new_tokens=29), "prompt of 100 tokens.*129.*128"),
     ],
 )
-def test_limits_refuse_before_anything_is_sent(request_, message):
+def test_limits_reject_before_anything_is_sent(request_, message):
     """Requests that SGLang would reject, cut short or die of."""
     with pytest.raises(EngineFailure, match=message):
         RequestLimits(61, 128).check(request_)

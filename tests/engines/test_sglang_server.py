@@ -74,7 +74,7 @@ def test_generation_is_what_the_server_sampled():
     with_fake(scenario, fake=FakeSglang(version="3"))
 
 
-def test_stop_token_is_the_last_and_only_asked_for_ones_stop():
+def test_stop_token_is_the_last_and_only_requested_ones_stop():
     """Every token is a stop token, so one comes; without stop tokens the model's own end token is
     passed over.
     """
@@ -230,7 +230,7 @@ def test_key_is_sent_but_never_shown(caplog):
     with_fake(scenario, fake=FakeSglang(api_key=KEY), api_key=KEY)
 
 
-def test_wrong_key_is_said_plainly():
+def test_a_wrong_key_is_reported():
     """A 401 does not lead to a retry elsewhere."""
 
     async def scenario(server, fake):
@@ -243,7 +243,7 @@ def test_wrong_key_is_said_plainly():
 @pytest.mark.parametrize(
     "url", ["http://me:secret@host:1", "host:1", "http://host:1/v1", "ftp://host"]
 )
-def test_bad_urls_are_refused_without_showing_a_password(url):
+def test_bad_urls_are_rejected_without_showing_a_password(url):
     """Only http://host:port; credentials in a URL would end up in logs."""
     with pytest.raises(ValueError, match="server url") as caught:
         client(url)

@@ -24,7 +24,7 @@ async def running(server, fake, tokens=0, **sampling):
     return task
 
 
-def test_1_updates_outside_a_session_are_refused_at_once():
+def test_1_updates_outside_a_session_are_rejected_at_once():
     """The rejection comes back as an error while a broadcast would hang; inside a session the same
     calls succeed.
     """
@@ -154,7 +154,7 @@ def test_6_health_is_503_during_a_pause_and_the_client_does_not_ask_it():
 
 
 @pytest.mark.parametrize("mode", [None, PauseMode.IN_PLACE])
-def test_7_update_that_would_kill_or_block_is_refused(mode, tmp_path):
+def test_7_update_that_would_kill_or_block_is_rejected(mode, tmp_path):
     """0.5.21 asserts that the flush succeeded, which requests paused in place prevent; not paused,
     it would wait for them. Without a flush the paused update goes through, and the tokens carry
     both versions.
@@ -246,7 +246,7 @@ def test_9_context_is_smaller_than_it_says():
     with_fake(scenario)
 
 
-def test_refused_control_calls_carry_the_servers_words(tmp_path):
+def test_rejected_control_calls_carry_the_servers_message(tmp_path):
     """A missing folder and the checksum that 0.5.21 cannot do without CUDA."""
 
     async def scenario(server, fake):

@@ -88,7 +88,7 @@ def test_token_bytes_of_any_ids_agree_with_decode(tokenizer, ids):
     ) == tokenizer.decode(ids)
 
 
-def test_unknown_id_is_refused(tokenizer):
+def test_unknown_id_is_rejected(tokenizer):
     """An id outside the vocabulary has no bytes."""
     with pytest.raises(ValueError, match="token id 99999"):
         tokenizer.token_bytes([99999])
@@ -103,7 +103,7 @@ def test_end_of_sequence_ids_come_from_every_file(tokenizer):
     assert tokenizer.decode_response(()) == ""
 
 
-def test_a_token_that_servers_stop_at_unasked_ends_a_response(tokenizer_folder, tmp_path):
+def test_a_token_that_servers_always_stop_at_ends_a_response(tokenizer_folder, tmp_path):
     """The configuration of a Llama 3.1 that was trained to end otherwise lacks <|eom_id|>;
     SGLang stops at it all the same, and a stop that the request did not name fails, which ends
     a run.
@@ -181,7 +181,7 @@ def test_missing_pieces_are_named_with_the_folder(tokenizer_folder, tmp_path):
     "file", ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json"]
 )
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"], ids=["cut", "list", "latin"])
-def test_a_damaged_file_beside_the_tokenizer_is_named(tokenizer_folder, tmp_path, file, content):
+def test_a_damaged_file_of_the_tokenizer_is_named(tokenizer_folder, tmp_path, file, content):
     """A person has to find the file: the error says which."""
     shutil.copytree(tokenizer_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / file).write_bytes(content)

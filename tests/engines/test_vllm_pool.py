@@ -89,7 +89,7 @@ def test_a_launched_server_is_guarded_and_named_by_its_role(
     )
 
 
-def test_what_vllm_cannot_do_is_refused() -> None:
+def test_what_vllm_cannot_do_is_rejected() -> None:
     """GPUs are chosen by its environment; stage III's policy changes its weights."""
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES"):
         build_engine(vllm(servers=1, first_gpu=1), ASSETS / "verifier", "policy")

@@ -113,7 +113,7 @@ def test_under_a_cut_there_are_no_logprobs_rather_than_other_ones(cut: dict) -> 
         "empty",
     ],
 )
-def test_what_would_be_refused_or_changed_is_not_sent(request_: GenerationRequest) -> None:
+def test_what_would_be_rejected_or_changed_is_not_sent(request_: GenerationRequest) -> None:
     """Also a temperature that vLLM raises without telling."""
 
     async def scenario(fake, engine):
@@ -136,7 +136,7 @@ def test_what_would_be_refused_or_changed_is_not_sent(request_: GenerationReques
         ("stop token", {"finish_reason": "stop", "stop_reason": 5}),
     ],
 )
-def test_a_reply_that_does_not_answer_the_request_is_refused(named: str, change: dict) -> None:
+def test_a_reply_that_does_not_answer_the_request_is_rejected(named: str, change: dict) -> None:
     """Above all ids that are not those the log-probabilities belong to; the message names the
     field.
     """
@@ -180,7 +180,7 @@ def test_a_failed_request_is_sent_once(status: int, error: type[EngineFailure]) 
     with_server(scenario)
 
 
-def test_another_key_is_said_without_showing_the_key() -> None:
+def test_a_wrong_key_is_reported_without_showing_the_key() -> None:
     """The commonest mistake of a server given by URL."""
 
     async def scenario(fake, engine):
@@ -290,7 +290,7 @@ def test_a_probe_does_not_wait_behind_generations() -> None:
         ({"served_name": "other"}, "served-model-name"),
     ],
 )
-def test_a_server_that_is_not_the_one_expected_is_refused_at_start(
+def test_a_server_that_is_not_the_one_expected_is_rejected_at_start(
     settings: dict, named: str
 ) -> None:
     """A shorter context would cut responses; another name is another model."""
@@ -319,7 +319,7 @@ def test_the_logprobs_mode_of_a_server_is_found_out(processed: bool) -> None:
     with_server(scenario, FakeVllm(processed))
 
 
-def test_weights_and_pauses_are_refused() -> None:
+def test_weights_and_pauses_are_rejected() -> None:
     """A trainer must not believe that its weights arrived, nor that sampling stopped."""
 
     async def scenario(fake, engine):

@@ -168,7 +168,7 @@ def test_seed_has_no_effect_without_deterministic_inference(real, prompts, token
     assert [g.token_ids for g in first] != [g.token_ids for g in second]
 
 
-def test_context_is_refused_here_and_filled_exactly_there(real, prompts):
+def test_context_is_rejected_here_and_filled_exactly_there(real, prompts):
     """506 of 512 tokens can be had in full; the limits agree with the server's own figure."""
 
     async def scenario(server):
@@ -291,7 +291,7 @@ def test_update_in_mid_generation_stamps_every_token(
     assert max(abs(a - b) for a, b in zip(result.logprobs[old:], after.logprobs)) < 1e-3
 
 
-def test_in_place_pause_keeps_requests_and_refuses_a_flush(real, prompts, tokenizer, model_folder):
+def test_in_place_pause_keeps_requests_and_rejects_a_flush(real, prompts, tokenizer, model_folder):
     """Mode in_place: flush_cache is rejected while the request is held; an update without a flush
     goes through.
     """

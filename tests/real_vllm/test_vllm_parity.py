@@ -166,7 +166,7 @@ def test_sampled_tokens_follow_the_distribution_their_logprobs_name(server) -> N
     assert chi < len(common) + 5 * math.sqrt(2 * len(common))
 
 
-def test_a_seed_repeats_a_request_whatever_runs_beside_it(server, prompts) -> None:
+def test_a_seed_repeats_a_request_whatever_else_runs(server, prompts) -> None:
     """Unlike SGLang's. The draws are not those of the embedded engine."""
     requests = [sampled(p, temperature=1.0, seed=5) for p in prompts]
     crowd = serve(server, requests)
@@ -179,7 +179,7 @@ def test_under_top_p_there_are_no_logprobs(server, prompts) -> None:
     assert len(generation.token_ids) == 48 and all(map(math.isnan, generation.logprobs))
 
 
-def test_the_server_refuses_what_it_cannot_serve_and_lives(server, prompts) -> None:
+def test_the_server_rejects_what_it_cannot_serve_and_lives(server, prompts) -> None:
     """Sent past the client's own check: an id outside the vocabulary and too many new tokens are
     400s, no crash (the first kills an SGLang server).
     """
@@ -351,7 +351,7 @@ def assert_part_of(made_up: object, real: object, where: str) -> None:
         assert_part_of(made_up[0], real[0], f"{where}[0]")
 
 
-def test_vllms_default_logprobs_mode_is_recognised_and_refused(tmp_path) -> None:
+def test_vllms_default_logprobs_mode_is_recognised_and_rejected(tmp_path) -> None:
     """A second server, as a user would start it by hand."""
 
     async def scenario(raw: RealServer):
