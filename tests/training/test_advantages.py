@@ -79,7 +79,7 @@ def test_a_group_without_contrast_gives_exactly_zero():
 
 
 def test_a_valid_reward_must_be_a_number():
-    """A NaN that nobody masked would poison its whole group."""
+    """An unmasked NaN would poison its whole group."""
     with pytest.raises(ValueError, match="not finite"):
         advantages([1.0, math.nan], [0, 0])
 

@@ -91,7 +91,7 @@ def test_splitting_a_correct_step_changes_the_total_exactly_where_the_docstring_
 
 
 def test_min_form_keeps_the_first_tokens_credit_when_a_step_is_split() -> None:
-    """The sum of the credits is the worst step, however many good ones stand beside it: what
+    """The sum of the credits is the worst step, however many good ones surround it: what
     min-form does promise.
     """
     for labels in ((1.0, 1.0), (1.0, -1.0, 1.0)):
