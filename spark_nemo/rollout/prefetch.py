@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spark_nemo.config import RLConfig
+from spark_nemo.config.rollout import DynamicSampling
 from spark_nemo.engines.async_utils import BackgroundWork, run_async
 from spark_nemo.records import Problem
 from spark_nemo.training.fine_tuning import batch_indices
@@ -84,7 +85,7 @@ class RolloutPrefetcher:
 
     def _prompts(self, step: int) -> list[Problem]:
         config = self._config
-        if config.rollout.over_sampling_ratio is None:
+        if not isinstance(config.rollout.filter, DynamicSampling):
             indices = batch_indices(step, len(self._problems), config.prompts_per_step, self._seed)
         else:
             indices = prompt_indices(

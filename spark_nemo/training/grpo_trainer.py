@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from spark_nemo.config import RLConfig
+from spark_nemo.config.rl import KLPenalty
 from spark_nemo.megatron.worker import MegatronWorker
 from spark_nemo.records import Rollout
 from spark_nemo.weight_sync.logprob_gate import FirstStepGate
@@ -34,7 +35,7 @@ class GRPOTrainer:
         self._config = config
         self._tokens_per_micro_batch = tokens_per_micro_batch
         self._gate = first_step_gate
-        self._reference = worker.snapshot() if config.kl_estimator != "none" else None
+        self._reference = worker.snapshot() if isinstance(config.kl, KLPenalty) else None
 
     def update(self, step: int, rollouts: Sequence[Rollout]) -> dict[str, float]:
         """Train on scored rollouts and return the metrics of ``train_on_rollouts``. Collective."""
