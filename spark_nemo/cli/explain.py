@@ -59,7 +59,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 def explain(lineage: Lineage, all_texts: bool, models: Mapping[str, str] = {}) -> Iterator[str]:
     """The lines to print. ``models`` are the folders of the models by role, where they are known."""
     solution = lineage.solution
-    yield f"{lineage.asked[0]} {lineage.asked[1]}"
+    yield f"{lineage.requested[0]} {lineage.requested[1]}"
     yield from (f"note: {note}" for note in lineage.notes)
     if not lineage.labels:
         yield from _section("label", "none: stage II gave this solution no label, or has not run")
@@ -69,7 +69,7 @@ def explain(lineage: Lineage, all_texts: bool, models: Mapping[str, str] = {}) -
         yield from _label(label, lineage)
         if source := chosen_verification(label, lineage.descendants):
             chosen.add(source.key)
-    yield from _made(lineage.descendants, {*chosen, lineage.asked[1]}, all_texts)
+    yield from _made(lineage.descendants, {*chosen, lineage.requested[1]}, all_texts)
     yield from _section(
         f"solution {solution.key}",
         f"{solution.num_tokens} tokens, finish_reason {solution.finish_reason}\n{solution.text}",
@@ -78,7 +78,9 @@ def explain(lineage: Lineage, all_texts: bool, models: Mapping[str, str] = {}) -
     for name, prompt in (("generator", lineage.solve_prompt), ("verifier", lineage.verify_prompt)):
         for message in prompt or []:
             yield from _section(f"prompt to the {name} ({message['role']})", message["content"])
-    yield from _section("made by", "\n".join(_made_by(lineage.made_by, models)) or "not recorded")
+    yield from _section(
+        "made by", "\n".join(_fingerprint(lineage.fingerprint, models)) or "not recorded"
+    )
 
 
 def _label(label: Mapping[str, object], lineage: Lineage) -> Iterator[str]:
@@ -150,8 +152,8 @@ def _outcome(payload: Mapping[str, object]) -> str:
     return f"steps {steps}, answer {_yes(outcome['answer_correct'])}, {tokens}"
 
 
-def _made_by(made_by: Mapping[str, object], models: Mapping[str, str]) -> Iterator[str]:
-    for name, value in made_by.items():
+def _fingerprint(fingerprint: Mapping[str, object], models: Mapping[str, str]) -> Iterator[str]:
+    for name, value in fingerprint.items():
         where = (
             f" ({models[name.removeprefix('models.')]})"
             if name.removeprefix("models.") in models

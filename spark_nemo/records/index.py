@@ -1,13 +1,11 @@
-"""Where each record of a store lies, on disk, so that a store's memory does not grow with its
-records.
+"""Index of a store's records on disk, so that memory does not grow with the records.
 
-The index is a cache of the shards and never a source of truth: one that is missing, damaged, of
-another format or does not fit the shards is thrown away and made again by reading them. Every
-opener has an index of its own, so nothing is locked across nodes: a writer keeps
-``.index/<writer>@<host>.sqlite`` and resumes from it; a reader, and a second writer of the same
-name on one host, uses SQLite's unnamed temporary file (in ``SQLITE_TMPDIR``, ``TMPDIR`` or
-``/tmp``), which is gone with its process. ``.index`` may be deleted whenever nobody writes; about
-120 bytes a record are kept there.
+The index is a cache of the shards, never a source of truth: if it is missing, damaged, of another
+format or does not fit the shards, it is discarded and rebuilt by reading them. Every opener has its
+own index, so nothing is locked across nodes. A writer keeps ``.index/<writer>@<host>.sqlite`` and
+resumes from it. A reader, and a second writer of the same name on one host, uses SQLite's unnamed
+temporary file (in ``SQLITE_TMPDIR``, ``TMPDIR`` or ``/tmp``), which disappears with the process.
+``.index`` may be deleted while no writer runs; it has about 120 bytes per record.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 INDEX_FOLDER = ".index"
 IndexFailure = sqlite3.Error
-"""What any call of ``StoreIndex`` raises when the index cannot be read or written."""
+"""Exception of every ``StoreIndex`` method if the index cannot be read or written."""
 _FORMAT = 1
 _CACHE_KIB = 2048
 _PAGE = 512
@@ -40,7 +38,7 @@ _COLUMNS = "record.id, record.key, record.parent, record.shard, record.start, re
 
 
 class Entry(NamedTuple):
-    """Where one record lies: ``length`` bytes from byte ``start`` of the shard with this id."""
+    """Location of one record: ``length`` bytes from byte ``start`` of the shard with this id."""
 
     row: int
     key: str
@@ -52,7 +50,7 @@ class Entry(NamedTuple):
 
 @dataclass(slots=True)
 class ShardState:
-    """How far a shard is indexed: its records up to byte ``scanned``, the last of them at ``last``."""
+    """Progress of indexing a shard: records up to byte ``scanned``, the last one at ``last``."""
 
     id: int
     name: str
@@ -62,12 +60,10 @@ class ShardState:
 
 
 class StoreIndex:
-    """The index of one opener. Every method may raise ``IndexFailure``; then throw the index away
-    and make another.
-    """
+    """Index of one opener. After an ``IndexFailure``, discard it and build another."""
 
     def __init__(self, path: Path | None) -> None:
-        """Open or create the file, which the caller must own; None is a temporary one."""
+        """Open or create the file, which the caller must own; None is a temporary file."""
         self.path = path
         self.pending = 0
         """Changes since the last commit."""
@@ -103,13 +99,15 @@ class StoreIndex:
             self._database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_FORMAT}; COMMIT;")
         elif version != _FORMAT:
             raise sqlite3.DatabaseError(f"index format {version}, not {_FORMAT}")
-        elif (found := execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-            raise sqlite3.DatabaseError(found)
+        else:
+            found = execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found != "ok":
+                raise sqlite3.DatabaseError(found)
         if not self._database.in_transaction:
             execute("BEGIN")
 
     def add_shard(self, name: str) -> ShardState:
-        """Take a shard in."""
+        """Add a shard."""
         row = self._database.execute(
             "INSERT INTO shard (name, scanned, last) VALUES (?, 0, 0)", (name,)
         ).lastrowid
@@ -122,9 +120,7 @@ class StoreIndex:
         return self._names[shard]
 
     def add(self, records: Iterable[tuple[str, str, str | None, int, int, int]]) -> None:
-        """Add ``(kind, key, parent, shard, start, length)``; of a kind's key the first one added
-        stays.
-        """
+        """Add ``(kind, key, parent, shard, start, length)``; the first record of a key counts."""
         rows = [(self._kind(kind), *rest) for kind, *rest in records]
         self._database.executemany(
             "INSERT OR IGNORE INTO record (kind, key, parent, shard, start, length) VALUES (?, ?, ?, ?, ?, ?)",
@@ -133,14 +129,14 @@ class StoreIndex:
         self.pending += len(rows)
 
     def find(self, kind: str, key: str) -> Entry | None:
-        """Where a record lies, None when there is none."""
+        """Location of a record, or None."""
         row = self._database.execute(
             f"SELECT {_COLUMNS} FROM record WHERE kind=? AND key=?", (self._kinds.get(kind), key)
         ).fetchone()
         return None if row is None else Entry(*row)
 
     def has(self, kind: str, key: str) -> bool:
-        """Whether there is a record of this kind and key."""
+        """True if a record of this kind and key is indexed."""
         found = self._database.execute(
             "SELECT 1 FROM record WHERE kind=? AND key=?", (self._kinds.get(kind), key)
         )
@@ -154,18 +150,18 @@ class StoreIndex:
         self.pending += 1
 
     def kinds(self) -> list[str]:
-        """Kinds met so far, in the order met."""
+        """Kinds in the order first added."""
         return list(self._kinds)
 
     def in_order_read(self, kind: str) -> Iterator[Entry]:
-        """Entries of a kind in the order they were added, up to the last one there is now."""
+        """Yield entries of a kind in the order they were added, up to the current last one."""
         end = self._database.execute("SELECT max(id) FROM record").fetchone()[0] or 0
         return self._pages(
             "kind=? AND id>? AND id<=?", "id", (self._kinds.get(kind),), 0, 0, (end,)
         )
 
     def in_key_order(self, kind: str) -> Iterator[Entry]:
-        """Entries of a kind in the order of their keys."""
+        """Yield entries of a kind in the order of their keys."""
         return self._pages("kind=? AND key>?", "key", (self._kinds.get(kind),), "", 1)
 
     def children(self, parent: str, kind: str) -> list[Entry]:
@@ -177,19 +173,8 @@ class StoreIndex:
         )
         return [Entry(*row) for row in rows]
 
-    def without_parent(self, kind: str) -> Iterator[Entry]:
-        """Entries of a kind that name no parent, in the order added."""
-        return self._pages(
-            "kind=? AND parent IS NULL AND id>?", "id", (self._kinds.get(kind),), 0, 0
-        )
-
-    def set_parent(self, row: int, parent: str) -> None:
-        """Name the parent of an entry, for this index only."""
-        self._database.execute("UPDATE record SET parent=? WHERE id=?", (parent, row))
-        self.pending += 1
-
     def keys_with_prefix(self, kind: str, prefix: str, limit: int) -> list[str]:
-        """Up to ``limit`` keys of a kind that begin so, in order."""
+        """At most ``limit`` keys of a kind that begin with ``prefix``, in order."""
         rows = self._database.execute(
             "SELECT key FROM record WHERE kind=? AND key>=? AND key<? ORDER BY key LIMIT ?",
             (self._kinds.get(kind), prefix, prefix + "\U0010ffff", limit),
@@ -197,7 +182,7 @@ class StoreIndex:
         return [row[0] for row in rows]
 
     def keys(self, kind: str) -> Iterator[str]:
-        """All keys of a kind, in no particular order."""
+        """Yield all keys of a kind, in no particular order."""
         rows = self._database.execute(
             "SELECT key FROM record WHERE kind=?", (self._kinds.get(kind),)
         )
@@ -212,7 +197,7 @@ class StoreIndex:
         return {(shard, kind): number for shard, kind, number in rows}
 
     def children_per_parent(self, kind: str) -> dict[int, int]:
-        """How many parents have so many children of this kind, by the number of children."""
+        """Number of parents by their number of children of this kind."""
         rows = self._database.execute(
             "SELECT children, count(*) FROM (SELECT count(*) AS children FROM record WHERE kind=? AND parent NOTNULL "
             "GROUP BY parent) GROUP BY children",
@@ -221,7 +206,7 @@ class StoreIndex:
         return dict(rows.fetchall())
 
     def commit(self) -> None:
-        """Make what was added last a kill, with how far every shard was scanned."""
+        """Make the added records, and the progress of every shard, survive a kill."""
         self._database.executemany(
             "UPDATE shard SET scanned=?, last=?, checksum=? WHERE id=?",
             [
@@ -234,7 +219,7 @@ class StoreIndex:
         self.pending = 0
 
     def close(self) -> None:
-        """Let go of the file; what was not committed is not in it."""
+        """Close the file, which has only what was committed."""
         self._database.close()
 
     def _kind(self, name: str) -> int:
@@ -253,9 +238,9 @@ class StoreIndex:
         column: int,
         last: tuple[object, ...] = (),
     ) -> Iterator[Entry]:
-        # Page by page, because a cursor that stays open while its table changes may skip or repeat
-        # rows. In the order of ids the index by key must not be used: SQLite, which has no
-        # statistics, prefers it and sorts the whole kind anew for every page.
+        # Page by page: a cursor that stays open while its table changes may skip or repeat rows.
+        # Pages by id must not use the index by key: SQLite has no statistics, prefers it, and would
+        # sort the whole kind again for every page.
         table = "record NOT INDEXED" if order == "id" else "record"
         query = f"SELECT {_COLUMNS} FROM {table} WHERE {where} ORDER BY {order} LIMIT {_PAGE}"
         while rows := self._database.execute(query, (*before, after, *last)).fetchall():
@@ -264,13 +249,13 @@ class StoreIndex:
 
 
 class IndexFile:
-    """A writer's own index file, held by a lock that the kernel lets go of when the process ends."""
+    """A writer's own index file, under a lock that the kernel releases when the process ends."""
 
     def __init__(self, store: Path, writer_name: str) -> None:
-        """Raises ``OSError`` when another process has it or the folder cannot be written or locked."""
+        """Lock the file. Raises ``OSError`` if another process has it or the folder is read-only."""
         folder = store / INDEX_FOLDER
         folder.mkdir(exist_ok=True)
-        # With the host, because on a network file system a lock may hold on its own node only.
+        # By host: on a network file system a lock may hold on its own node only.
         name = f"{writer_name}@{platform.node() or 'localhost'}"
         self.path = folder / f"{name}.sqlite"
         self._lock = (folder / f"{name}.lock").open("ab")
@@ -281,20 +266,20 @@ class IndexFile:
             raise
 
     def open(self, is_current: bool = True) -> StoreIndex:
-        """The index in the file; a new one when it cannot be used or ``is_current`` is False."""
+        """Open the index in the file; create a new one if it is unusable or not current."""
         if is_current:
             try:
                 return StoreIndex(self.path)
             except IndexFailure as error:
-                logger.info("%s: %s: made again from the shards", self.path, error)
+                logger.info("%s: %s; rebuilding the index from the shards", self.path, error)
         self.remove()
         return StoreIndex(self.path)
 
     def remove(self) -> None:
-        """Delete the file and its log. Its index must be closed."""
+        """Delete the file and its log; the index must be closed."""
         for suffix in ("", "-wal", "-shm", "-journal"):
             Path(f"{self.path}{suffix}").unlink(missing_ok=True)
 
     def release(self) -> None:
-        """Let another opener have the file."""
+        """Release the lock."""
         self._lock.close()

@@ -1,8 +1,7 @@
-"""The files of a record store: one record per line, appended by one writer, readable without this
-code.
+"""Shard files of a record store: one record per line, appended by one writer.
 
-A line is the CRC-32 of what follows the tab as 8 hex digits, a tab, and ASCII JSON with ``key``,
-``kind``, ``parent`` (absent when there is none) and ``payload``.
+A line is the CRC-32 of the text after the tab as 8 hex digits, a tab, and ASCII JSON with ``key``,
+``kind``, ``parent`` (optional) and ``payload``.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from pathlib import Path
 from spark_nemo.utils.files import fsync_path
 
 SHARD_SUFFIX = ".records"
-# The usual beginning of a record, from which the names are read without parsing the payload.
+# Usual beginning of a record: its names can be read without parsing the payload.
 _HEAD = re.compile(
     rb'\{"key": "([^"\\]+)", "kind": "([^"\\]+)", (?:"parent": "([^"\\]+)", )?"payload": \{'
 )
@@ -27,7 +26,7 @@ _HEAD = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """What a record is found by."""
+    """Names by which a record is found."""
 
     key: str
     kind: str
@@ -36,10 +35,11 @@ class Names:
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of a shard at byte ``offset``; ``names`` is None when no intact record is in it.
+    """One line of a shard at byte ``offset``; ``names`` is None if it has no intact record.
 
-    ``torn``: it does not end in a newline, so its writer is writing it or was killed. ``salvaged``:
-    a damaged newline had glued a damaged record to this one, which begins at ``offset``.
+    ``torn``: the line does not end in a newline, so its writer is writing it or was killed.
+    ``salvaged``: a damaged newline had joined a damaged record and this one, which begins at
+    ``offset``.
     """
 
     offset: int
@@ -51,7 +51,7 @@ class Line:
 
 
 class ShardWriter:
-    """Appends whole lines to a new file; after a failed write the file ends where it did before."""
+    """Writer of whole lines to a new file; a failed write is truncated away."""
 
     def __init__(self, folder: Path, writer_name: str) -> None:
         for number in count():
@@ -65,16 +65,15 @@ class ShardWriter:
                 continue
         self.end = 0
         self.clean = True
-        """False when part of a line could not be taken back; then nothing may be appended any more.
-        """
+        """False if part of a line could not be truncated; then nothing may be appended."""
         fsync_path(folder)
 
     def write(self, line: bytes) -> int:
-        """Append one line and return its offset. One ``os.write``, more only where the kernel takes
-        less.
-        """
-        start, rest = self.end, memoryview(line)
+        """Append one line and return its offset."""
+        start = self.end
+        rest = memoryview(line)
         try:
+            # One write, unless the kernel accepts only part of the line.
             while rest:
                 rest = rest[os.write(self.handle, rest) :]
             self.end = start + len(line)
@@ -88,7 +87,7 @@ class ShardWriter:
 
 
 def encode_line(names: Names, payload: dict[str, object]) -> bytes:
-    """The line of a record. Raises ``ValueError`` or ``TypeError`` for a payload that is no JSON."""
+    """The line of a record. Raises ``ValueError`` or ``TypeError`` if the payload is not JSON."""
     parent = {} if names.parent is None else {"parent": names.parent}
     record = {"key": names.key, "kind": names.kind, **parent, "payload": payload}
     body = json.dumps(record, allow_nan=False).encode("ascii")
@@ -96,13 +95,13 @@ def encode_line(names: Names, payload: dict[str, object]) -> bytes:
 
 
 def checked_body(line: bytes) -> bytes | None:
-    """The JSON of a line whose checksum fits, else None."""
+    """JSON of a line, or None if its checksum does not fit."""
     checksum, tab, body = line.removesuffix(b"\n").partition(b"\t")
     return body if tab and checksum == b"%08x" % zlib.crc32(body) else None
 
 
 def read_lines(path: Path, start: int = 0) -> Iterator[Line]:
-    """Every line from byte ``start`` on, checked. A damaged line gives a ``Line`` without names."""
+    """Yield every line from byte ``start``, checked; a damaged line has no names."""
     offset = start
     with path.open("rb") as file:
         file.seek(start)
@@ -114,21 +113,18 @@ def read_lines(path: Path, start: int = 0) -> Iterator[Line]:
             if names is not None:
                 yield Line(offset, len(text), names, text[:8].decode("ascii"))
             else:
-                # A damaged newline glues two records together; the second still begins before the
-                # last tab.
-                glued = max(0, text.rfind(b"\t") - 8)
-                names = _names(text[glued:]) if glued else None
-                yield Line(offset, glued if names else len(text), None)
+                # A damaged newline joins two records; the second begins before the last tab.
+                joined = max(0, text.rfind(b"\t") - 8)
+                names = _names(text[joined:]) if joined else None
+                yield Line(offset, joined if names else len(text), None)
                 if names is not None:
-                    checksum = text[glued : glued + 8].decode("ascii")
-                    yield Line(offset + glued, len(text) - glued, names, checksum, salvaged=True)
+                    checksum = text[joined : joined + 8].decode("ascii")
+                    yield Line(offset + joined, len(text) - joined, names, checksum, salvaged=True)
             offset += len(text)
 
 
 def read_record(path: Path, line: Line) -> dict[str, object]:
-    """The whole record of an intact line of ``read_lines``: ``key``, ``kind``, ``payload`` and
-    perhaps ``parent``.
-    """
+    """Record of an intact line: ``key``, ``kind``, ``payload`` and optionally ``parent``."""
     with path.open("rb") as file:
         file.seek(line.offset)
         body = checked_body(file.read(line.length))
@@ -138,16 +134,17 @@ def read_record(path: Path, line: Line) -> dict[str, object]:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The shards of a store in the order of their names."""
+    """Shards of a store in the order of their names."""
     return sorted(folder.glob(f"*{SHARD_SUFFIX}"))
 
 
 def _names(line: bytes) -> Names | None:
-    """Names of a line, None when it is no intact record."""
+    """Names of a line, or None if it is not an intact record."""
     body = checked_body(line)
     if body is None:
         return None
-    if head := _HEAD.match(body):
+    head = _HEAD.match(body)
+    if head is not None:
         key, kind, parent = head.groups()
         return Names(
             key.decode("ascii"), kind.decode("ascii"), parent.decode("ascii") if parent else None

@@ -1,8 +1,8 @@
 """An append-only store of JSON records in a folder of shard files (see ``shards`` for the format).
 
-Every writer appends to a fresh shard of its own, so writers need no locks and nobody ever appends
-to a torn line. Where a record lies is kept in an index on disk (see ``index``), a cache: the shards
-alone are the store.
+Every writer appends to a new shard of its own, so writers need no locks and never append to a torn
+line. An index on disk (see ``index``) finds records by key; it is a cache, the shards alone are the
+store.
 """
 
 from __future__ import annotations
@@ -31,30 +31,25 @@ _WRITER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _OPEN_SHARDS = 32
 _COMMIT_EVERY = 4096
-"""Records after which the index is committed; a killed writer's next start reads about so many
-lines again.
-"""
+"""Records between two commits of the index, and the most that a restart reads again."""
 
 
 class StoreFull(RuntimeError):
-    """The disk, quota or file size limit has no room for a record. Everything acknowledged before
-    is intact.
-    """
+    """The disk, quota or file size limit is exhausted; every acknowledged record is intact."""
 
 
 class RecordStore:
-    """Records by key in one folder. Use it from one thread at a time; any number of processes may
-    have it open.
+    """Records by key in one folder, for one thread; any number of processes may have it open.
 
     ``writer_name`` names this process's shards; without it the store is read-only and the folder
-    must exist. A key names one record of its kind: appending it again does nothing, and when two
-    writers wrote it, the one read first (shards in order of their names) counts. ``append`` returns
-    once the record is on disk, or with ``fsync_every=n`` once every n-th one is; ``flush``, also
-    done on closing, settles the rest. A record may name a ``parent``, the key of the record it is
-    about. Memory does not grow with the number of records, but for ``keys``.
+    must exist. A key names one record of its kind: a second append does nothing, and if two
+    writers wrote it, the first one read (shards in order of their names) counts. ``append`` returns
+    when the record is on disk; with ``fsync_every=n`` only every n-th append waits for the disk,
+    and ``flush`` or ``close`` writes the rest. A record may name a ``parent``, the key of the
+    record it is about. Memory does not grow with the number of records, except for ``keys``.
 
-    Raises ``ValueError`` on a bad name, payload or a read-only append, ``StoreFull`` when there is
-    no room.
+    Raises ``ValueError`` for an invalid name or payload and for a read-only append, and
+    ``StoreFull`` if the disk is full.
     """
 
     def __init__(
@@ -68,19 +63,18 @@ class RecordStore:
             raise ValueError(f"RecordStore fsync_every={fsync_every}: must be at least 1")
         self.folder = Path(folder)
         self.corrupt_records = 0
-        """Lines met so far that fail their checksum; each was logged with file and byte offset, and
-        skipped. A writer that resumes from its index meets only what it reads; a reader meets every
-        line on opening.
+        """Skipped lines with a bad checksum, each logged with file and byte offset.
+
+        A reader checks every line on opening; a writer that resumes from its index checks the lines
+        it reads.
         """
         self.torn_tails = 0
-        """Shards that ended in an unfinished line at the last refresh: a killed writer's
-        unacknowledged record.
-        """
+        """Shards whose last line is unfinished: the unacknowledged record of a killed writer."""
         self._writer_name = writer_name
         self._fsync_every = fsync_every
         self._files: OrderedDict[int, FileIO] = OrderedDict()
         self._writer: ShardWriter | None = None
-        self._unsettled: list[tuple[str, str]] = []
+        self._unsynced: list[tuple[str, str]] = []
         self._index: StoreIndex | None = None
         self._index_file: IndexFile | None = None
         if writer_name is not None:
@@ -88,7 +82,7 @@ class RecordStore:
             fsync_path(self.folder.parent)
         elif not self.folder.is_dir():
             raise FileNotFoundError(
-                f"{self.folder}: no record store there: check the path or run the stage before"
+                f"{self.folder}: no record store here; check the path or run the earlier stage first"
             )
         self._open_index()
 
@@ -99,19 +93,17 @@ class RecordStore:
         self.close()
 
     def refresh(self) -> None:
-        """Take in what other writers have added since the last look."""
+        """Index the records that other writers have added since the last refresh."""
         self._ask(self._scan_all)
 
     def append(self, key: str, kind: str, payload: Payload, *, parent: str | None = None) -> bool:
-        """Write one record; False, and nothing is written, when this key of this kind is there
-        already.
-        """
+        """Write one record; return False without writing if the key of this kind is in the store."""
         if self._writer_name is None:
             raise ValueError(f"{self.folder}: opened without a writer_name, so for reading only")
         if not key or not kind or parent == "" or not isinstance(payload, dict):
             raise ValueError(
                 f"{self.folder}: record {key!r}: key, kind and parent must not be empty, "
-                "the payload must be a dict"
+                "and the payload must be a dict"
             )
         if self._ask(lambda index: index.has(kind, key)):
             return False
@@ -122,38 +114,37 @@ class RecordStore:
             offset = self._writer.write(line)
         except OSError as error:
             self._abandon_unless_clean()
-            raise self._named(error, f"writing a record of {len(line)} bytes") from error
+            raise self._with_context(error, f"writing a record of {len(line)} bytes") from error
         # Before the index may fail: a new index reads the shards, this line included.
-        self._unsettled.append((kind, key))
+        self._unsynced.append((kind, key))
         self._ask(lambda index: self._add_own(index, kind, key, parent, offset, line))
-        if len(self._unsettled) >= self._fsync_every:
+        if len(self._unsynced) >= self._fsync_every:
             self.flush()
         return True
 
     def flush(self) -> None:
-        """Put every appended record on disk. When that fails, those not yet settled count as never
-        appended.
-        """
-        if self._writer is None or not self._unsettled:
+        """Write every appended record to disk; if that fails, unwritten ones are taken back."""
+        if self._writer is None or not self._unsynced:
             return
         try:
             os.fsync(self._writer.handle)
         except OSError as error:
             # After a failed fsync the kernel may have dropped the pages: only a new file can be
             # trusted.
-            for kind, key in self._unsettled:
+            for kind, key in self._unsynced:
                 self._ask(lambda index, kind=kind, key=key: index.forget(kind, key))
-            lost, self._unsettled = len(self._unsettled), []
+            lost = len(self._unsynced)
+            self._unsynced = []
             self._writer.clean = False
             self._abandon_unless_clean()
-            raise self._named(error, f"syncing {lost} records, which are taken back") from error
-        self._unsettled = []
+            raise self._with_context(
+                error, f"syncing {lost} records, which are taken back"
+            ) from error
+        self._unsynced = []
         self._ask(lambda index: index.commit() if index.pending >= _COMMIT_EVERY else None)
 
     def close(self) -> None:
-        """Flush and let go of the shard and the index. The store can still be read, from a new
-        index.
-        """
+        """Flush and release shard and index. Reading afterwards builds a new index."""
         try:
             self.flush()
         finally:
@@ -166,15 +157,11 @@ class RecordStore:
             self._close_index(keep=True)
 
     def kinds(self) -> list[str]:
-        """Kinds of the records there are, in the order first met."""
+        """Kinds of the stored records, in the order first read."""
         return self._ask(lambda index: index.kinds())
 
     def keys(self, kind: str) -> set[str]:
-        """Keys of the records of a kind, as of opening, the last refresh and this store's own
-        appends.
-
-        This set is in memory: for a store of any size stream with ``iter``.
-        """
+        """Keys of a kind, in memory; for a large store stream with ``iter``."""
         return self._ask(lambda index: set(index.keys(kind)))
 
     def keys_with_prefix(self, kind: str, prefix: str, limit: int) -> list[str]:
@@ -182,14 +169,13 @@ class RecordStore:
         return self._ask(lambda index: index.keys_with_prefix(kind, prefix, limit))
 
     def counts(self) -> dict[tuple[str, str], int]:
-        """Number of records by shard file name and kind; a record that two shards hold counts once."""
+        """Number of records by shard file name and kind; duplicates in two shards count once."""
         return self._ask(lambda index: index.counts())
 
     def iter(self, kind: str, *, by_key: bool = False) -> Iterator[tuple[str, Payload]]:
-        """Stream ``(key, payload)``, each key once, in the order read (which is fastest) or in the
-        order of the keys.
+        """Stream ``(key, payload)``, each key once, in the order read (fastest) or of the keys.
 
-        One gone bad since is logged and skipped.
+        A record that was damaged meanwhile is logged and skipped.
         """
         entries = self._ask(
             lambda index: index.in_key_order(kind) if by_key else index.in_order_read(kind)
@@ -197,42 +183,30 @@ class RecordStore:
         return self._payloads(kind, entries)
 
     def children(self, parent: str, kind: str) -> Iterator[tuple[str, Payload]]:
-        """Stream ``(key, payload)`` of the records of a kind that name this parent, in the order of
-        their keys.
-        """
+        """Stream ``(key, payload)`` of a kind's records with this parent, in the order of keys."""
         return self._payloads(kind, self._ask(lambda index: index.children(parent, kind)))
 
     def children_per_parent(self, kind: str) -> dict[int, int]:
-        """How many parents have so many children of this kind, by the number of children."""
+        """Number of parents by their number of children of this kind."""
         return self._ask(lambda index: index.children_per_parent(kind))
 
-    def adopt(self, kind: str, parent_of: Callable[[Payload], str | None]) -> None:
-        """Give records written without a parent the one that ``parent_of`` finds in the payload, in
-        this index only.
-        """
-        for entry in self._ask(lambda index: index.without_parent(kind)):
-            payload = self._read(kind, entry)
-            parent = None if payload is None else parent_of(payload)
-            if parent is not None:
-                self._ask(lambda index, row=entry.row, parent=parent: index.set_parent(row, parent))
-
     def get(self, key: str, kind: str | None = None) -> Payload | None:
-        """The payload of a key, of the given kind or of the first kind that has it; None when there
-        is none.
-        """
-        for name in self.kinds() if kind is None else (kind,):
+        """Payload of a key, of the given kind or of the first kind that has it, or None."""
+        kinds = self.kinds() if kind is None else [kind]
+        for name in kinds:
             entry = self._ask(lambda index, name=name: index.find(name, key))
-            if entry is not None and (payload := self._read(name, entry)) is not None:
+            payload = self._read(name, entry) if entry is not None else None
+            if payload is not None:
                 return payload
         return None
 
     def parent(self, key: str, kind: str) -> str | None:
-        """The parent that a record names; None when it names none or does not exist."""
+        """Key of a record's parent; None without a parent or without the record."""
         entry = self._ask(lambda index: index.find(kind, key))
         return None if entry is None else entry.parent
 
     def location(self, key: str, kind: str) -> tuple[str, int] | None:
-        """Shard file name and byte offset of the record that counts; None when there is none."""
+        """Shard file name and byte offset of the record that ``get`` returns, or None."""
         entry = self._ask(lambda index: index.find(kind, key))
         return None if entry is None else (self._shard_name(entry.shard), entry.start)
 
@@ -241,21 +215,21 @@ class RecordStore:
         for entry in entries:
             if self._index is not index:
                 raise RuntimeError(
-                    f"{self.folder}: closed, or its index replaced, while being read: read it again"
+                    f"{self.folder}: closed, or its index replaced, while being read; read it again"
                 )
             payload = self._read(kind, entry)
             if payload is not None:
                 yield entry.key, payload
 
     def _read(self, kind: str, entry: Entry) -> Payload | None:
-        """The payload at an entry; None when the line there has gone bad, which is then forgotten."""
+        """Payload at an entry; None if the line is damaged, which is then dropped from the index."""
         body = checked_body(os.pread(self._file(entry.shard).fileno(), entry.length, entry.start))
         if body is not None:
             data = json.loads(body)
             if (data["key"], data["kind"]) == (entry.key, kind):
                 return data["payload"]
         self._report_corrupt(self._shard_name(entry.shard), entry.start)
-        # Forgotten, so that the record can be made and appended again.
+        # Dropped, so that the record can be made and appended again.
         self._ask(lambda index: index.forget(kind, entry.key))
         return None
 
@@ -276,16 +250,15 @@ class RecordStore:
     ) -> None:
         name = self._writer.path.name
         state = index.shards.get(name) or index.add_shard(name)
-        if state.scanned <= offset:  # else a new index has read the line already
+        # Otherwise a new index has read the line already.
+        if state.scanned <= offset:
             index.add([(kind, key, parent, state.id, offset, len(line))])
-            state.scanned, state.last, state.checksum = (
-                offset + len(line),
-                offset,
-                line[:8].decode("ascii"),
-            )
+            state.scanned = offset + len(line)
+            state.last = offset
+            state.checksum = line[:8].decode("ascii")
 
     def _open_index(self) -> None:
-        """This writer's own index as far as it fits the shards, a temporary one for everybody else."""
+        """Open the writer's own index if it fits the shards, else a temporary one."""
         if self._writer_name is not None:
             try:
                 self._index_file = IndexFile(self.folder, self._writer_name)
@@ -296,7 +269,7 @@ class RecordStore:
                 self._index = index
             except (OSError, IndexFailure) as error:
                 logger.info(
-                    "%s: no index file for %s (%s): a temporary one",
+                    "%s: no index file for %s (%s); using a temporary index",
                     self.folder,
                     self._writer_name,
                     error,
@@ -305,7 +278,7 @@ class RecordStore:
         self._ask(self._scan_all)
 
     def _is_current(self, index: StoreIndex) -> bool:
-        """Whether every shard in the index is there with the last indexed record where it was."""
+        """True if every indexed shard exists with its last indexed record in place."""
         for state in index.shards.values():
             path = self.folder / state.name
             if not path.is_file() or path.stat().st_size < state.scanned:
@@ -319,12 +292,14 @@ class RecordStore:
         return True
 
     def _ask(self, question: Callable[[StoreIndex], T]) -> T:
-        """Ask the index; when it fails, as on a full disk, ask a new temporary one."""
+        """Query the index; if it fails, as on a full disk, query a new temporary one."""
         if self._index is not None:
             try:
                 return question(self._index)
             except IndexFailure as error:
-                logger.warning("%s: index: %s: made again in a temporary file", self.folder, error)
+                logger.warning(
+                    "%s: index: %s; rebuilding it in a temporary file", self.folder, error
+                )
                 self._close_index(keep=False)
         try:
             self._index = StoreIndex(None)
@@ -333,26 +308,28 @@ class RecordStore:
         except IndexFailure as error:
             self._close_index(keep=False)
             raise StoreFull(
-                f"{self.folder}: a temporary index cannot be written ({error}): set SQLITE_TMPDIR to a "
-                "folder with space; every acknowledged record is intact"
+                f"{self.folder}: a temporary index cannot be written ({error}); set SQLITE_TMPDIR "
+                "to a folder with space; every acknowledged record is intact"
             ) from error
 
     def _close_index(self, keep: bool) -> None:
-        index, self._index = self._index, None
-        file, self._index_file = self._index_file, None
+        index = self._index
+        file = self._index_file
+        self._index = None
+        self._index_file = None
         if index is not None:
             try:
                 if keep and file is not None:
                     index.commit()
             except IndexFailure as error:
-                logger.warning("%s: index not kept: %s", self.folder, error)
+                logger.warning("%s: index discarded: %s", self.folder, error)
                 keep = False
             index.close()
         if file is not None:
             if not keep:
                 file.remove()
             file.release()
-        # Shard numbers are the index's own.
+        # Open files are by shard number, which is the index's own.
         for open_file in self._files.values():
             open_file.close()
         self._files.clear()
@@ -379,7 +356,8 @@ class RecordStore:
                 found.append(
                     (names.kind, names.key, names.parent, state.id, line.offset, line.length)
                 )
-                state.last, state.checksum = line.offset, line.checksum
+                state.last = line.offset
+                state.checksum = line.checksum
             state.scanned = line.offset + line.length
             if len(found) >= _COMMIT_EVERY:
                 index.add(found)
@@ -393,13 +371,13 @@ class RecordStore:
         logger.warning("%s: byte %d: corrupt record, skipped", self.folder / shard, offset)
 
     def _abandon_unless_clean(self) -> None:
-        """Go on in a fresh shard when this one may end in part of a record."""
+        """Continue in a new shard if this one may end in part of a record."""
         if self._writer is not None and not self._writer.clean:
             os.close(self._writer.handle)
             self._writer = None
 
-    def _named(self, error: OSError, doing: str) -> Exception:
-        message = f"{self.folder}: {doing}: {error.strerror}: every acknowledged record is intact"
+    def _with_context(self, error: OSError, doing: str) -> Exception:
+        message = f"{self.folder}: {doing}: {error.strerror}; every acknowledged record is intact"
         if error.errno in _FULL:
-            return StoreFull(f"{message}, free space and run again")
+            return StoreFull(f"{message}; free space and rerun the command")
         return OSError(error.errno, message)

@@ -1,20 +1,14 @@
-"""Records and labels as flat rows, to JSONL or Parquet.
+"""Export of records and labels as flat rows, to JSONL or Parquet.
 
-Columns by kind; a field that is not listed goes, as JSON, into ``extra``:
-
-- ``solution``: key, problem_id, question, text, finish_reason, num_tokens, usable, num_steps
-- ``verification``: key, solution_key, vote, text, num_tokens, outcome, failure, step_labels, answer_correct
-- ``label``: method, solution_key, problem_id, question, solution_text, step_labels, answer_correct, target_text,
-  correct_votes, num_votes, yes_votes, chosen_vote, matching_votes
-- any other kind: key, parent, text, num_tokens
-
-``failure`` is the reason of an outcome other than ``verdict``; what a row does not have is null.
+``COLUMNS`` are the columns by kind; other kinds have ``key``, ``parent``, ``text`` and
+``num_tokens``. A field that is not listed goes, as JSON, into ``extra``. ``failure`` is the reason of
+an outcome other than ``verdict``. Missing values are null.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -72,19 +66,19 @@ _OTHER = {"key": "string", "parent": "string", "text": "string", "num_tokens": "
 
 
 def store_rows(store: RecordStore, kind: str) -> Iterator[Row]:
-    """The records of a kind as rows, in the order read."""
-    flatten = {SOLUTION: _solution, VERIFICATION: _verification}.get(kind)
+    """Yield the records of a kind as rows, in the order read."""
     for key, payload in store.iter(kind):
-        row = (
-            {**payload, "parent": store.parent(key, kind), "key": key}
-            if flatten is None
-            else flatten(payload)
-        )
+        if kind == SOLUTION:
+            row = _solution(payload)
+        elif kind == VERIFICATION:
+            row = _verification(payload)
+        else:
+            row = {**payload, "parent": store.parent(key, kind), "key": key}
         yield _columns(kind, row)
 
 
 def label_rows(files: Iterable[Path]) -> Iterator[Row]:
-    """The rows of stage II's labels.jsonl files, flattened."""
+    """Yield the rows of stage II's labels.jsonl files, flattened."""
     for path in files:
         with path.open(encoding="utf-8") as lines:
             for line in lines:
@@ -92,23 +86,20 @@ def label_rows(files: Iterable[Path]) -> Iterator[Row]:
 
 
 def write_rows(path: Path, kind: str | None, rows: Iterable[Row]) -> int:
-    """Write JSONL, or Parquet when the name ends in .parquet, streaming and atomically; returns the
-    number of rows.
+    """Write a .jsonl or .parquet file, streaming and atomically; return the number of rows.
 
-    Raises ``ConfigError`` for another ending, Parquet of more than one kind (``kind`` None), or
-    without pyarrow.
+    Raises ``ConfigError`` for another file name, and for Parquet of several kinds (``kind`` None)
+    or without pyarrow.
     """
-    writers: dict[str, Callable[[Path, str | None, Iterable[Row]], int]] = {
-        ".jsonl": _write_jsonl,
-        ".parquet": _write_parquet,
-    }
-    if path.suffix not in writers:
-        raise ConfigError(f"{path}: the name must end in {' or '.join(writers)}")
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise ConfigError(f"{path}: the name must end in .jsonl or .parquet")
     with atomic_file(path) as temporary:
-        return writers[path.suffix](temporary, kind, rows)
+        if path.suffix == ".jsonl":
+            return _write_jsonl(temporary, rows)
+        return _write_parquet(temporary, kind, rows)
 
 
-def _write_jsonl(path: Path, kind: str | None, rows: Iterable[Row]) -> int:
+def _write_jsonl(path: Path, rows: Iterable[Row]) -> int:
     number = 0
     with path.open("w", encoding="utf-8", newline="") as file:
         for row in rows:
@@ -123,11 +114,11 @@ def _write_parquet(path: Path, kind: str | None, rows: Iterable[Row]) -> int:
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise ConfigError(
-            "Parquet needs pyarrow: pip install 'spark-nemo[parquet]', or write .jsonl"
+            "Parquet needs pyarrow; pip install 'spark-nemo[parquet]', or write .jsonl"
         ) from error
     if kind is None:
         raise ConfigError(
-            "a Parquet file has the columns of one kind: name it with --kind, or write .jsonl"
+            "a Parquet file has the columns of one kind; name it with --kind, or write .jsonl"
         )
     types = {
         "string": pyarrow.string(),
@@ -138,9 +129,10 @@ def _write_parquet(path: Path, kind: str | None, rows: Iterable[Row]) -> int:
     }
     columns = {"kind": "string", **COLUMNS.get(kind, _OTHER), "extra": "string"}
     schema = pyarrow.schema([(name, types[type_]) for name, type_ in columns.items()])
-    number, rest = 0, iter(rows)
+    number = 0
+    remaining = iter(rows)
     with parquet.ParquetWriter(path, schema) as writer:
-        while group := list(islice(rest, _ROWS_PER_GROUP)):
+        while group := list(islice(remaining, _ROWS_PER_GROUP)):
             writer.write_table(pyarrow.Table.from_pylist(group, schema))
             number += len(group)
     return number
@@ -166,14 +158,12 @@ def _solution(payload: Row) -> Row:
 
 def _verification(payload: Row) -> Row:
     outcome = dict(payload["outcome"])
-    kind, labels, answer = (
-        outcome.pop("kind"),
-        outcome.pop("step_labels", None),
-        outcome.pop("answer_correct", None),
-    )
-    failure = (
-        None if kind == "verdict" else ", ".join(str(value) for value in outcome.values()) or kind
-    )
+    kind = outcome.pop("kind")
+    labels = outcome.pop("step_labels", None)
+    answer = outcome.pop("answer_correct", None)
+    failure = None
+    if kind != "verdict":
+        failure = ", ".join(str(value) for value in outcome.values()) or kind
     return {
         **{name: value for name, value in payload.items() if name != "outcome"},
         "outcome": kind,
@@ -184,7 +174,8 @@ def _verification(payload: Row) -> Row:
 
 
 def _label(row: Row) -> Row:
-    solution, evidence = dict(row["solution"]), dict(row["evidence"])
+    solution = dict(row["solution"])
+    evidence = dict(row["evidence"])
     rest = {name: value for name, value in row.items() if name not in ("solution", "evidence")}
     return {
         **evidence,

@@ -238,7 +238,7 @@ def _label_by_merge(method: str, choice_name: str, inputs: LabelInputs) -> Label
         return Dropped(f"merge_{outcome_kind(merge.outcome)}")
     if len(merge.outcome.step_labels) != len(choice.verification.outcome.step_labels):
         return Dropped("merge_step_count")
-    # The merge prompt asks for a last line that agrees with the steps, whatever the vote said.
+    # The merge prompt asks for a last line that agrees with the steps, whatever the vote did.
     if inputs.labels.require_consistent_verdict and not is_coherent(merge.outcome):
         return Dropped("merge_incoherent")
     return _labelled(method, inputs.solution, choice, merge)

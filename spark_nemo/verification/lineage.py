@@ -1,6 +1,4 @@
-"""From a training example back to what it was made of: votes, verifications, solution, problem,
-prompts and models.
-"""
+"""Lineage of a training example: votes, verifications, solution, problem, prompts and models."""
 
 from __future__ import annotations
 
@@ -23,9 +21,7 @@ _SHOWN_MATCHES = 5
 
 @dataclass(frozen=True, slots=True)
 class Descendant:
-    """A record made from the solution: a verification, or what was made of one. ``parent`` is the
-    key of its source.
-    """
+    """A record made from the solution, directly or through others; ``parent`` is its source."""
 
     kind: str
     key: str
@@ -35,59 +31,60 @@ class Descendant:
 
 @dataclass(frozen=True, slots=True)
 class Lineage:
-    """All that one solution and its labels were made of. ``labels`` are rows of labels.jsonl, one
-    per method.
-    """
+    """Sources of one solution and its labels; ``labels`` are rows of labels.jsonl by method."""
 
-    asked: tuple[str, str]
-    """Kind and key of the record that was asked for."""
+    requested: tuple[str, str]
+    """Kind and key of the record that the user named."""
     solution: Solution
     labels: Sequence[Payload]
     descendants: Sequence[Descendant]
-    """Verifications first, in the order of their votes; then what was made of them."""
-    made_by: Payload
+    """Verifications first, in the order of their votes; then the records made from them."""
+    fingerprint: Payload
     solve_prompt: ChatMessages | None
     verify_prompt: ChatMessages | None
     notes: Sequence[str]
-    """What could not be found, or may differ from what was sent."""
+    """Parts that were not found, or may differ from what was sent."""
 
 
 def find_record(store: RecordStore, name: str) -> tuple[str, str]:
-    """Kind and key of the one record whose key is ``name`` or begins with it.
+    """Kind and key of the only record whose key is ``name`` or begins with it.
 
-    Raises ``ConfigError`` when there is none, or more than one, naming the first few.
+    Raises ``ConfigError`` if there is none, or more than one, naming the first few.
     """
-    matches = []
-    for kind in store.kinds():
-        for key in store.keys_with_prefix(kind, name, _SHOWN_MATCHES + 1):
-            matches.append((kind, key))
+    matches = [
+        (kind, key)
+        for kind in store.kinds()
+        for key in store.keys_with_prefix(kind, name, _SHOWN_MATCHES + 1)
+    ]
     exact = [match for match in matches if match[1] == name]
     matches = exact or matches
     if not matches:
-        raise ConfigError(f"{name}: no record of {store.folder} begins so")
+        raise ConfigError(f"{name}: no record of {store.folder} has a key that begins with this")
     if len(matches) > 1:
         shown = ", ".join(f"{kind} {key}" for kind, key in matches[:_SHOWN_MATCHES])
         more = ", ..." if len(matches) > _SHOWN_MATCHES else ""
         raise ConfigError(
-            f"{name}: more than one record begins so: {shown}{more}: write more of it"
+            f"{name}: several records have keys that begin with this: {shown}{more}; write more of it"
         )
     return matches[0]
 
 
-def trace(store: RecordStore, name: str, label_files: Sequence[Path], made_by: Payload) -> Lineage:
-    """The lineage of a solution, a verification, anything made of them, or a label.
+def trace(
+    store: RecordStore, name: str, label_files: Sequence[Path], fingerprint: Payload
+) -> Lineage:
+    """Lineage of a solution, a verification, a record made from them, or a label.
 
-    ``name`` is a key, the beginning of one, or ``method:key`` for a label, whose key is its
-    solution's; the labels of other methods are left out then. Raises ``ConfigError`` when it does
-    not name one record, or its solution is gone.
+    ``name`` is a key, the beginning of one, or ``method:key`` for a label, which has the key of its
+    solution; labels of other methods are then left out. Raises ``ConfigError`` if it does not name
+    exactly one record, or if the solution is missing.
     """
     method, _, key_part = name.rpartition(":")
-    asked = find_record(store, key_part)
-    solution_key = _solution_of(store, *asked)
+    requested = find_record(store, key_part)
+    solution_key = _solution_of(store, *requested)
     row = store.get(solution_key, SOLUTION)
     if row is None:
         raise ConfigError(
-            f"{asked[0]} {asked[1]}: its solution {solution_key} is not in {store.folder}"
+            f"{requested[0]} {requested[1]}: its solution {solution_key} is not in {store.folder}"
         )
     solution = Solution.from_json(row)
     labels = [
@@ -95,27 +92,30 @@ def trace(store: RecordStore, name: str, label_files: Sequence[Path], made_by: P
     ]
     if method and not labels:
         raise ConfigError(f"{name}: no label of this method for solution {solution_key}")
-    prompts, notes = _prompts(made_by)
+    prompts, notes = _prompts(fingerprint)
     parsed = parse_solution(solution)
-    usable = isinstance(parsed, ParsedResponse)
-    if not usable:
+    solve_prompt = prompts.solve(solution.question) if prompts is not None else None
+    verify_prompt = None
+    if not isinstance(parsed, ParsedResponse):
         notes.append(f"the solution was never verified: {parsed.reason}")
+    elif prompts is not None:
+        verify_prompt = prompts.verify(
+            solution.question, canonical_solution(parsed), len(parsed.steps)
+        )
     return Lineage(
-        asked,
-        solution,
-        labels,
-        list(_descendants(store, solution_key)),
-        made_by,
-        prompts.solve(solution.question) if prompts else None,
-        prompts.verify(solution.question, canonical_solution(parsed), len(parsed.steps))
-        if prompts and usable
-        else None,
-        notes,
+        requested=requested,
+        solution=solution,
+        labels=labels,
+        descendants=list(_descendants(store, solution_key)),
+        fingerprint=fingerprint,
+        solve_prompt=solve_prompt,
+        verify_prompt=verify_prompt,
+        notes=notes,
     )
 
 
 def chosen_verification(label: Payload, descendants: Sequence[Descendant]) -> Descendant | None:
-    """The verification that a label's evidence names, by its key or else by its vote."""
+    """The verification that a label was made from, by the key or else the vote in its evidence."""
     evidence = label["evidence"]
     if key := evidence.get("chosen_key"):
         return next((d for d in descendants if d.key == key), None)
@@ -126,12 +126,12 @@ def chosen_verification(label: Payload, descendants: Sequence[Descendant]) -> De
 
 
 def _solution_of(store: RecordStore, kind: str, key: str) -> str:
-    """Walk up the parents to a solution; the last one met where the chain is broken."""
+    """Key of the solution above a record; the last key found if the chain is broken."""
     met = {key}
     while kind != SOLUTION:
         parent = store.parent(key, kind)
         if parent is None:
-            raise ConfigError(f"{kind} {key}: names no parent, so what it was made of is not known")
+            raise ConfigError(f"{kind} {key}: names no parent, so its solution is not known")
         kinds = [name for name in store.kinds() if store.location(parent, name)]
         if not kinds or parent in met:
             return parent
@@ -141,7 +141,7 @@ def _solution_of(store: RecordStore, kind: str, key: str) -> str:
 
 
 def _descendants(store: RecordStore, key: str) -> Iterator[Descendant]:
-    """Children by kind (verifications first), each generation before the next."""
+    """Yield children by kind (verifications first), each generation before the next."""
     kinds = sorted(store.kinds(), key=lambda kind: (kind != VERIFICATION, kind))
     generation, met = [key], {key}
     while generation:
@@ -161,25 +161,26 @@ def _labels(files: Sequence[Path], solution_key: str) -> Iterator[Payload]:
     for path in files:
         with path.open(encoding="utf-8") as lines:
             for line in lines:
-                if (
-                    solution_key in line
-                    and (label := json.loads(line))["solution"]["key"] == solution_key
-                ):
+                # A substring test first: parsing every line of a large file takes minutes.
+                if solution_key not in line:
+                    continue
+                label = json.loads(line)
+                if label["solution"]["key"] == solution_key:
                     yield label
 
 
-def _prompts(made_by: Payload) -> tuple[PromptSet | None, list[str]]:
-    """The prompt set that was recorded, as it is today, and a note when it has changed since."""
-    recorded = str(made_by.get("stage1.prompt_set", ""))
+def _prompts(fingerprint: Payload) -> tuple[PromptSet | None, list[str]]:
+    """The recorded prompt set as it is today, and a note if it has changed since."""
+    recorded = str(fingerprint.get("stage1.prompt_set", ""))
     if not recorded:
         return None, [
-            "no fingerprint.json beside the store: prompts, models and sampling are not known"
+            "no fingerprint.json next to the store: prompts, models and sampling are not known"
         ]
     name = recorded.rsplit("-g", 1)[0]
     try:
         prompts = prompt_set(name)
     except ValueError:
-        return None, [f"the prompts were those of {recorded}, which this version does not have"]
+        return None, [f"the prompts were {recorded}, which this version does not have"]
     if prompts.version != recorded:
         return prompts, [
             f"the prompts were sent in the words of {recorded}; shown are today's, {prompts.version}"

@@ -47,7 +47,7 @@ class MetaCritiqueCounts:
     merges: int = 0
     failed_merges: int = 0
     nothing_chosen: int = 0
-    """Vote choices that dropped the solution, so that there is no verification to criticise."""
+    """Vote choices that dropped the solution, so that no verification is criticised."""
     reused: int = 0
     tokens: int = 0
 

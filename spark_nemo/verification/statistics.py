@@ -1,4 +1,4 @@
-"""What a store of stage I holds, in numbers."""
+"""Statistics of a stage I store."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from .sampler import parse_solution
 
 @dataclass(slots=True)
 class StoreStatistics:
-    """Counts by kind of record. ``failures`` are by kind and reason: for a solution why it has no
-    steps, for anything with an outcome the outcome's kind and, of a parse failure, the rule that
-    was broken.
+    """Counts by kind of record.
+
+    ``failures`` are by kind and reason: why a solution has no steps, or the kind of a failed
+    outcome and the grammar rule that was broken.
     """
 
     records: dict[str, int] = field(default_factory=dict)
@@ -36,7 +37,8 @@ def store_statistics(store: RecordStore) -> StoreStatistics:
     for kind in sorted(store.kinds()):
         outcomes: Counter[str] = Counter()
         failures: Counter[str] = Counter()
-        number = tokens = 0
+        number = 0
+        tokens = 0
         for _, payload in store.iter(kind):
             number += 1
             tokens += int(payload.get("num_tokens", 0))
@@ -44,35 +46,30 @@ def store_statistics(store: RecordStore) -> StoreStatistics:
             outcomes[outcome] += 1
             if reason is not None:
                 failures[reason] += 1
-        statistics.records[kind], statistics.tokens[kind] = number, tokens
+        statistics.records[kind] = number
+        statistics.tokens[kind] = tokens
         if set(outcomes) != {""}:
-            statistics.outcomes[kind], statistics.failures[kind] = (
-                dict(outcomes),
-                dict(failures.most_common()),
-            )
-        usable = outcomes["usable"] if kind == SOLUTION else usable
+            statistics.outcomes[kind] = dict(outcomes)
+            statistics.failures[kind] = dict(failures.most_common())
+        if kind == SOLUTION:
+            usable = outcomes["usable"]
     votes = store.children_per_parent(VERIFICATION)
-    without = usable - sum(votes.values())
-    statistics.votes_per_solution = {
-        **({0: without} if without > 0 else {}),
-        **dict(sorted(votes.items())),
-    }
+    without_votes = usable - sum(votes.values())
+    if without_votes > 0:
+        votes[0] = without_votes
+    statistics.votes_per_solution = dict(sorted(votes.items()))
     for (shard, kind), number in sorted(store.counts().items()):
         statistics.shards.setdefault(shard, {})[kind] = number
     return statistics
 
 
 def outcome_and_reason(kind: str, payload: dict[str, object]) -> tuple[str, str | None]:
-    """The outcome of a record (empty when its kind has none), and of a failure the reason without
-    its particulars.
-    """
+    """Outcome of a record (empty if its kind has none), and the reason of a failure."""
     if kind == SOLUTION:
         parsed = parse_solution(Solution.from_json(payload))
-        return (
-            ("unusable", _rule(parsed.reason))
-            if isinstance(parsed, ParseFailure)
-            else ("usable", None)
-        )
+        if isinstance(parsed, ParseFailure):
+            return "unusable", _rule(parsed.reason)
+        return "usable", None
     outcome = payload.get("outcome")
     if not isinstance(outcome, dict):
         return "", None
@@ -84,7 +81,5 @@ def outcome_and_reason(kind: str, payload: dict[str, object]) -> tuple[str, str 
 
 
 def _rule(reason: str) -> str:
-    """``step_count: 3 steps judged, 2 in the solution`` is ``step_count``; a finish reason is
-    whole.
-    """
+    """Reason without its details: ``step_count: 3 steps judged, ...`` is ``step_count``."""
     return reason if reason.startswith("finish_reason") else reason.partition(":")[0]

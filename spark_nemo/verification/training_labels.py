@@ -39,7 +39,7 @@ def make_labels(
 ) -> list[LabelledSolution]:
     """Labels of ``stage2.method``, also written to ``labels.jsonl``; all counts to ``labels.json``.
 
-    Raises ``ConfigError`` if there is no store or no label is left, with a setting that would help.
+    Raises ``ConfigError`` without a store or without any label, naming a setting that would help.
     """
     method = config.stage2.method
     labelled, dropped = _label(config, store_folder)

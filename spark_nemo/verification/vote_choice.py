@@ -60,7 +60,7 @@ class Dropped:
 def choose_single(inputs: LabelInputs) -> VoteChoice | Dropped:
     """Choose vote 0; drop the solution if vote 0 failed, even if later votes are usable.
 
-    The method stands for a budget of N = 1. Taking the first vote that parses would give it up to
+    The method is for a budget of N = 1. Taking the first vote that parses would give it up to
     N attempts, and keep solutions on the strength of one rare verification.
     """
     first = next((v for v in inputs.verifications if v.vote == 0), None)

@@ -233,7 +233,7 @@ def test_verify_names_every_fault(run: Path, capsys: pytest.CaptureFixture[str])
             f"about {stray.solution_key}, which is not",
             "feed is not the key",
             f"f00d holds the payload of {SOLUTIONS[0].key}",
-            "differs from the record of the same key",
+            "differs from the record in use",
         ),
     ):
         assert words in line and ": byte " in line

@@ -179,29 +179,6 @@ def test_children_are_found_by_the_parent_they_name(tmp_path):
         assert [key for key, _ in store.children("s1", "vote")][-1] == "v99"
 
 
-def test_records_without_a_parent_can_be_adopted(tmp_path):
-    """Old records get theirs from the payload, in the index only: the shard stays byte for byte
-    what it was.
-    """
-    with RecordStore(tmp_path, "w", fsync_every=1000) as store:
-        for number in range(1200):  # more than a page
-            store.append(
-                f"v{number:04d}",
-                "vote",
-                {"of": f"s{number % 2}"},
-                parent="s0" if number == 0 else None,
-            )
-    data = (tmp_path / "w.000000.records").read_bytes()
-    assert data.count(b'"parent"') == 1
-    reader = RecordStore(tmp_path)
-    reader.adopt("vote", lambda payload: payload["of"])
-    assert [key for key, _ in reader.children("s1", "vote")] == [
-        f"v{n:04d}" for n in range(1, 1200, 2)
-    ]
-    assert sum(1 for _ in reader.children("s0", "vote")) == 600
-    assert (tmp_path / "w.000000.records").read_bytes() == data
-
-
 def test_streams_come_in_the_order_asked_for(tmp_path):
     """In the order written, or by key, over many pages; records appended meanwhile do not join the
     stream.
@@ -224,9 +201,8 @@ def test_streams_come_in_the_order_asked_for(tmp_path):
     [
         lambda index: index.in_order_read("vote"),
         lambda index: index.in_key_order("vote"),
-        lambda index: index.without_parent("vote"),
     ],
-    ids=["order read", "key order", "without parent"],
+    ids=["order read", "key order"],
 )
 def test_four_times_the_records_are_four_times_the_work(tmp_path, walk):
     """Counted in SQLite's own steps, so no clock is asked: a page must not cost more the more

@@ -61,9 +61,9 @@ def test_verdicts_with_and_without_steps_are_not_one_vote() -> None:
     """Two kinds of reward model were mixed up. Nor does an ORM's verdict ever make a label of stage
     I.
     """
-    with pytest.raises(ValueError, match="labels none"):
+    with pytest.raises(ValueError, match="no step labels"):
         aggregate_votes([YES, Verdict((T,), T)], 1)
-    with pytest.raises(ValueError, match="labels none"):
+    with pytest.raises(ValueError, match="no step labels"):
         count_votes([YES, YES])
 
 
