@@ -44,9 +44,9 @@ async def dynamic_batch(
 
     The metrics are means over all examined groups, kept or not, so that dropping groups does not
     flatter the reward; ``dynamic/useful_fraction`` is the kept share. After
-    ``rl.rollout.filter.max_rounds`` rounds the batch holds the useful groups found so far. Without any, it
-    holds the first ``prompts_per_step`` groups, which leave the policy unchanged. Raises what
-    ``RolloutGenerator.generate_batch`` raises.
+    ``rl.rollout.filter.max_rounds`` rounds the batch holds the useful groups found so far. Without
+    any, it holds the first ``prompts_per_step`` groups, which leave the policy unchanged. Raises
+    what ``RolloutGenerator.generate_batch`` raises.
     """
     config = generator.config
     groups: list[Group] = []
