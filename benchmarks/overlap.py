@@ -76,7 +76,7 @@ class Elsewhere:
 
 @dataclass
 class Afterwards:
-    """A judge that starts when all responses of the batch are finished; it records when it worked."""
+    """A judge that waits for all responses of the batch, and records when it worked."""
 
     inner: RewardJudge | Elsewhere
     responses: int

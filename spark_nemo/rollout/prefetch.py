@@ -24,10 +24,10 @@ GenerateBatch = Callable[[Sequence[Problem], int], Coroutine[Any, Any, RolloutBa
 class RolloutPrefetcher:
     """Batches in step order, on the main rank.
 
-    ``next`` returns a step's batch. ``prefetch`` starts the following one in a background thread
+    ``next`` returns a step's batch. ``prefetch`` starts the following one in a background thread,
     and ``wait`` ends with it. In between, no other code may use the engines: they belong to the
-    event loop that the thread runs. ``cursor`` counts the prompts that dynamic sampling has consumed,
-    those of the prefetched batch included.
+    event loop that the thread runs. ``cursor`` counts the prompts that dynamic sampling has
+    consumed, those of the prefetched batch included.
     """
 
     def __init__(
