@@ -95,7 +95,7 @@ class RolloutWorker:
 
     def check_failures(self) -> None:
         """Raise ``FailureRateExceeded`` when the whole run's share is above the bound."""
-        self.generator.failures.finish(self._config.rl.reward.failures.max_rate)
+        self.generator.failures.finish(self._config.rl.failures.max_rate)
 
     def on_server_return(self, restore: Callable[[Engine, int], Awaitable[None]]) -> None:
         """Give the current weights to a policy server that returns in the middle of a step."""
