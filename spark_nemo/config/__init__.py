@@ -1,5 +1,6 @@
 """Configuration: dataclasses that hold every default, in config groups. No torch."""
 
+from .designs import register_advantage, register_reward
 from .engine import EngineConfig, PoolConfig, SamplingConfig
 from .errors import ConfigError
 from .labels import LABEL_METHODS, REFERENCE_GUIDED, REVISED_METHODS, VOTE_METHODS, LabelsConfig
@@ -44,4 +45,6 @@ __all__ = [
     "Stage1Config",
     "Stage2Config",
     "WeightSyncConfig",
+    "register_advantage",
+    "register_reward",
 ]

@@ -7,11 +7,76 @@ An RL variant is a design with the kind of reward model that it queries; a basel
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 from .errors import ConfigError
-from .registry import GROUPS, Choice, choose, option
-from .reward import VARIANTS, ModelReward
+from .registry import GROUPS, Choice, choose, option, register_function, register_option
+from .reward import VARIANTS, ModelReward, RewardConfig
 
 REWARD, ADVANTAGE = "rl/reward", "rl/advantage"
+
+
+Design = TypeVar("Design", bound=Callable[..., Any])
+
+
+def register_reward(
+    name: str,
+    *,
+    config: type[RewardConfig] = ModelReward,
+    needs_step_labels: bool = False,
+    reads_answer_keys: bool = False,
+) -> Callable[[Design], Design]:
+    """Register the decorated function as the reward ``rl/reward=name``.
+
+    The function gets ``(rollouts, config, context)`` and returns one reward per rollout, or the
+    ``Failure`` that left the rollout without one. ``config`` is the dataclass of its settings: a
+    ``ModelReward`` queries a reward model and finds its verdict in ``rollout.verdict``, a
+    ``GatedReward`` has the format gate's constraints, a ``RewardConfig`` has no settings. Only a
+    reward with ``reads_answer_keys`` gets the answer checker.
+    """
+
+    def register(function: Design) -> Design:
+        if name not in GROUPS[REWARD]:
+            register_option(
+                REWARD,
+                config(name=name),
+                needs_step_labels=needs_step_labels,
+                reads_answer_keys=reads_answer_keys,
+            )
+        register_function(REWARD, name, function)
+        return function
+
+    return register
+
+
+def register_advantage(
+    name: str,
+    *,
+    config: type[Choice] | None = None,
+    needs_step_labels: bool = True,
+    own_baseline: bool = False,
+) -> Callable[[Design], Design]:
+    """Register the decorated function as the advantage ``rl/advantage=name``.
+
+    The function gets ``(responses, outcome_N, config)`` and returns one tensor of token advantages
+    per response. ``outcome_N`` holds the estimator's advantages; with ``own_baseline`` there is no
+    estimator and it is None. ``config`` is an ``AdvantageConfig`` with the advantage's settings.
+    """
+
+    def register(function: Design) -> Design:
+        if name not in GROUPS[ADVANTAGE]:
+            settings = config or type(GROUPS[ADVANTAGE]["outcome"].settings)
+            register_option(
+                ADVANTAGE,
+                settings(name=name),
+                brings={"rl/estimator": "none"} if own_baseline else None,
+                needs_step_labels=needs_step_labels,
+            )
+        register_function(ADVANTAGE, name, function)
+        return function
+
+    return register
 
 
 def designs() -> list[str]:
@@ -87,7 +152,7 @@ def check_design(reward: str, advantage: str, estimator: str, shaping: str) -> N
     """Raise ``ConfigError`` for options of these groups that contradict each other."""
     if advantage == "outcome":
         return
-    if reward != "process_aware":
+    if reward != "process_aware" and option(ADVANTAGE, advantage).needs_step_labels:
         raise ConfigError(
             f"rl/advantage={advantage} reads step labels and the verdict as its reward: choose "
             f"rl/reward=process_aware instead of {reward}, or rl/advantage=outcome"

@@ -7,7 +7,7 @@ A choice is made with a slash (``rl/reward=step_average``), its settings are set
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -37,6 +37,8 @@ class Option:
     """True for a reward or advantage that a reward model without step labels cannot serve."""
     reads_answer_keys: bool = False
     """True for a declared baseline that trains on answers."""
+    function: Callable[..., Any] | None = None
+    """Code of the option: of a reward or an advantage."""
 
 
 GROUPS: dict[str, dict[str, Option]] = {}
@@ -55,6 +57,11 @@ def register_option(
     GROUPS.setdefault(group, {})[settings.name] = Option(
         settings, brings or {}, needs_step_labels, reads_answer_keys
     )
+
+
+def register_function(group: str, name: str, function: Callable[..., Any]) -> None:
+    """Give an option its code."""
+    GROUPS[group][name] = replace(option(group, name), function=function)
 
 
 def option(group: str, name: str) -> Option:

@@ -155,6 +155,11 @@ class PipelineConfig:
 class SparkConfig:
     """The whole configuration; every subcommand reads the same tree."""
 
+    plugins: list[str] = field(default_factory=list)
+    """Modules that register rewards or advantages of your own, by import path from the current
+    folder.
+    """
+
     run: RunConfig = field(default_factory=RunConfig)
     models: ModelsConfig = field(default_factory=ModelsConfig)
     data: DataConfig = field(default_factory=DataConfig)

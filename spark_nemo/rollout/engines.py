@@ -17,9 +17,9 @@ from spark_nemo.evaluation.checker import AnswerGrade
 from spark_nemo.grammar import Variant, extract_boxed, prompt_set
 from spark_nemo.planning.preflight import reward_model_folder
 from spark_nemo.records import EngineError, Failure
+from spark_nemo.rewards import Checker
 from spark_nemo.rewards.judge import RewardJudge
 from spark_nemo.rewards.prm_service import PRMService, ServiceLimits
-from spark_nemo.rewards.rlvr import Checker
 
 SERVERS = "servers"
 """Folder of the logs of launched servers."""

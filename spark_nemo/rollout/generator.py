@@ -13,34 +13,22 @@ from spark_nemo.grammar import (
     PromptSet,
     StepFormat,
     decode_tokens,
-    normalize_answer,
     split_response,
     token_spans,
 )
 from spark_nemo.records import Failure, ParsedResponse, Problem, Rollout, derive_seed
 from spark_nemo.rewards import (
+    Checker,
     FailureCount,
+    RewardContext,
     apply_failure_policy,
-    majority_rewards,
-    process_aware_reward,
-    random_reward,
-    rlvr_rewards,
-    step_augmented_reward,
-    step_average_reward,
+    compute_scores,
 )
-from spark_nemo.rewards.hacking.constraints import read_response
+from spark_nemo.rewards.designs import overlong_penalty
 from spark_nemo.rewards.judge import RewardJudge
-from spark_nemo.rewards.rlvr import Checker
-from spark_nemo.rewards.shaping import overlong_penalty
 
 from .batch import RolloutBatch, batch_metrics
 from .timeline import GENERATE, VERIFY, Timeline
-
-MODEL_REWARDS = {
-    "process_aware": process_aware_reward,
-    "step_average": step_average_reward,
-    "step_augmented": step_augmented_reward,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +82,12 @@ class RolloutGenerator:
 
         Raises ``FailureRateExceeded``, unless ``count_failures`` is off.
         """
+        context = RewardContext(self.seed, step, self.config.group_size, self.checker)
         scores = [
             shape_reward(self.config, rollout, score)
-            for rollout, score in zip(rollouts, self._scores(rollouts, step), strict=True)
+            for rollout, score in zip(
+                rollouts, compute_scores(rollouts, self.config.reward, context), strict=True
+            )
         ]
         num_verifications = len(scores)
         if self.judge is not None:
@@ -151,32 +142,6 @@ class RolloutGenerator:
             with self.timeline.during(VERIFY, step):
                 rollout.verdict = await self.judge.judge(rollout)
         return rollout
-
-    def _scores(self, rollouts: Sequence[Rollout], step: int) -> list[float | Failure]:
-        match self.config.reward.name:
-            case "majority":
-                return list(majority_rewards(rollouts, normalize_answer))
-            case "random":
-                # The place in the step's batch, also for a group that is scored alone.
-                first = rollouts[0].group * self.config.group_size
-                return [
-                    random_reward(
-                        read_response(rollout, self.config.reward.constraints),
-                        derive_seed("random-reward", self.seed, step, position),
-                    )
-                    for position, rollout in enumerate(rollouts, start=first)
-                ]
-            case "rlvr":
-                assert self.checker is not None
-                return rlvr_rewards(rollouts, self.checker)
-        return [model_reward(self.config, rollout) for rollout in rollouts]
-
-
-def model_reward(config: RLConfig, rollout: Rollout) -> float | Failure:
-    """Return ``rl.reward`` of a rollout that has the reward model's verdict, before shaping."""
-    verdict = rollout.verdict
-    assert verdict is not None, "the judge sets it"
-    return MODEL_REWARDS[config.reward.name](verdict.violation, verdict.outcome)
 
 
 def shape_reward(config: RLConfig, rollout: Rollout, score: float | Failure) -> float | Failure:

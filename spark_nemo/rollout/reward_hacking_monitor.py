@@ -15,6 +15,7 @@ from pathlib import Path
 
 from spark_nemo.config import SparkConfig
 from spark_nemo.records import Problem, derive_seed
+from spark_nemo.rewards import RewardContext, compute_scores
 from spark_nemo.rewards.hacking.detectors import baseline, detector_rates, flags, new_alarms
 from spark_nemo.rewards.hacking.divergence import compared, gap_growth, reward_gap
 from spark_nemo.rewards.hacking.probes import build_probes, score_probes
@@ -24,7 +25,7 @@ from spark_nemo.training.metrics_writer import METRICS_FILE, read_metrics
 
 from .batch import RolloutBatch
 from .engines import RolloutEngines, reward_judge
-from .generator import model_reward, shape_reward
+from .generator import shape_reward
 
 log = logging.getLogger(__name__)
 HACKING = "hacking.jsonl"
@@ -135,10 +136,12 @@ class RewardHackingMonitor:
         rollouts = [batch.rollouts[index] for index in chosen]
         verdicts = await asyncio.gather(*map(self.held_out.judge, rollouts))
         # Shaped as in training: a penalty on one side alone would look like a closing gap.
-        held_out_scores = []
-        for rollout, verdict in zip(rollouts, verdicts):
-            judged = replace(rollout, verdict=verdict)
-            held_out_scores.append(shape_reward(rl, judged, model_reward(rl, judged)))
+        judged = [replace(rollout, verdict=verdict) for rollout, verdict in zip(rollouts, verdicts)]
+        context = RewardContext(self.config.run.seed, step, rl.group_size)
+        held_out_scores = [
+            shape_reward(rl, rollout, score)
+            for rollout, score in zip(judged, compute_scores(judged, rl.reward, context))
+        ]
         metrics = reward_gap([rollout.reward for rollout in rollouts], held_out_scores)
         growth = gap_growth(metrics, rows)
         if growth >= heldout.alarm:

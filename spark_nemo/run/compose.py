@@ -14,8 +14,10 @@ they count. Merging them is done here, because Hydra knows neither of two rules:
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from functools import reduce
@@ -62,7 +64,9 @@ def compose_config(overrides: Sequence[str]) -> SparkConfig:
     type or an illegal value.
     """
     try:
-        words = _parse(overrides)
+        words = OverridesParser.create().parse_overrides(list(overrides))
+        _import_plugins(words)
+        _check_choices(words)
         switches = [number for number, word in enumerate(words) if _is_switch(word)]
         first = switches[0] if switches else len(words)
         choices, recipes = _chosen(words)
@@ -102,10 +106,42 @@ class _Recipe:
     settings: dict[str, Any]
 
 
-def _parse(overrides: Sequence[str]) -> list[Override]:
-    """Parse the overrides and check those that choose an option."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    for word in parsed:
+def _import_plugins(words: Sequence[Override]) -> None:
+    """Import the modules that the command line and its recipes name, so that they register."""
+    names: list[str] = []
+    for word in words:
+        if word.key_or_group in _RECIPES:
+            value = word.value()
+            for name in value if isinstance(value, list) else [value]:
+                names += _plugins_of(f"{word.key_or_group}/{name}")
+        elif word.key_or_group == "plugins":
+            names += word.value() or []
+    if os.getcwd() not in sys.path:  # the installed command has its own folder there instead
+        sys.path.insert(0, os.getcwd())
+    for name in names:
+        try:
+            importlib.import_module(str(name))
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"plugins={name}: {error}; run the command in the folder that holds the module"
+            ) from error
+
+
+def _plugins_of(path: str) -> list[str]:
+    """Return the plugins that a recipe and the recipes it extends name."""
+    if not (config_folder() / f"{path}.yaml").exists():
+        return []  # Hydra reports the unknown name
+    content = _load(path)
+    names = list(content.get("plugins", []))
+    for entry in content.get("defaults", []):
+        if isinstance(entry, str) and entry.startswith("/"):
+            names += _plugins_of(entry.lstrip("/"))
+    return names
+
+
+def _check_choices(words: Sequence[Override]) -> None:
+    """Check the overrides that choose an option or a recipe."""
+    for word in words:
         key = word.key_or_group
         if word.is_delete():
             raise ConfigError(f"{word.input_line}: a setting cannot be removed; set it to a value")
@@ -119,7 +155,6 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
             near = difflib.get_close_matches(key, GROUPS, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(GROUPS))}"
             raise ConfigError(f"{word.input_line}: {key} is not a choice; {hint}")
-    return parsed
 
 
 def _is_switch(word: Override) -> bool:

@@ -141,6 +141,7 @@ PIPELINE_STAGES = ("stage1", "stage2", "stage3")
 
 PIPELINE_FREE_ON_RESUME = (
     "pipeline",
+    "plugins",
     "engine",
     "sft",
     "data.sft_examples",

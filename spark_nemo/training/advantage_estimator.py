@@ -9,18 +9,11 @@ import torch
 from torch import Tensor
 
 from spark_nemo.config import RLConfig
+from spark_nemo.config.registry import option
 from spark_nemo.records import AnswerVerdict, Rollout, Verdict
 
 from .advantages import estimate_advantages
-from .step_advantages import (
-    ScoredResponse,
-    capo_advantages,
-    global_step_advantages,
-    global_step_penalty_advantages,
-    min_form_advantages,
-    prefix_advantages,
-    selective_advantages,
-)
+from .step_advantages import ScoredResponse
 
 log = logging.getLogger(__name__)
 
@@ -32,30 +25,11 @@ def compute_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> Tensor 
     """
     if config.advantage.name == "outcome":
         return _outcome_advantages(rollouts, config)
-    responses = scored_responses(rollouts)
-    match config.advantage.name:
-        case "min_form":
-            return min_form_advantages(responses)
-        case "prefix":
-            return prefix_advantages(responses)
-        case "capo":
-            return capo_advantages(responses)
-    outcome_N = _outcome_advantages(rollouts, config)
-    match config.advantage.name:
-        case "selective":
-            return selective_advantages(responses, outcome_N, discount=0.0)
-        case "selective_half":
-            return selective_advantages(responses, outcome_N, discount=0.5)
-        case "global_step":
-            return global_step_advantages(responses, outcome_N)
-        case "global_step_penalty":
-            return global_step_penalty_advantages(
-                responses,
-                outcome_N,
-                min_steps=config.advantage.min_steps,
-                max_steps=config.advantage.max_steps,
-            )
-    raise ValueError(f"rl/advantage={config.advantage.name}: unknown")
+    advantage = option("rl/advantage", config.advantage.name)
+    assert advantage.function is not None, f"rl/advantage={config.advantage.name} has no function"
+    uses_estimator = config.estimator.name != "none"
+    outcome_N = _outcome_advantages(rollouts, config) if uses_estimator else None
+    return advantage.function(scored_responses(rollouts), outcome_N, config.advantage)
 
 
 def _outcome_advantages(rollouts: Sequence[Rollout], config: RLConfig) -> Tensor:

@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from spark_nemo.config.designs import register_advantage
+from spark_nemo.config.rl import AdvantageConfig, StepPenaltyAdvantage
 from spark_nemo.records import TokenSpan
 
 from .advantages import STD_EPS, rloo_advantages
@@ -253,6 +255,57 @@ def capo_advantages(
         for i, row_R in rewards.items():
             rows[i] = ((row_R - all_T.mean()) / (std + STD_EPS)).to(torch.float32)
     return rows
+
+
+@register_advantage("selective")
+def _selective(
+    responses: Sequence[ScoredResponse], outcome_N: Tensor, config: AdvantageConfig
+) -> list[Tensor]:
+    return selective_advantages(responses, outcome_N, discount=0.0)
+
+
+@register_advantage("selective_half")
+def _selective_half(
+    responses: Sequence[ScoredResponse], outcome_N: Tensor, config: AdvantageConfig
+) -> list[Tensor]:
+    return selective_advantages(responses, outcome_N, discount=0.5)
+
+
+@register_advantage("global_step")
+def _global_step(
+    responses: Sequence[ScoredResponse], outcome_N: Tensor, config: AdvantageConfig
+) -> list[Tensor]:
+    return global_step_advantages(responses, outcome_N)
+
+
+@register_advantage("global_step_penalty")
+def _global_step_penalty(
+    responses: Sequence[ScoredResponse], outcome_N: Tensor, config: StepPenaltyAdvantage
+) -> list[Tensor]:
+    return global_step_penalty_advantages(
+        responses, outcome_N, min_steps=config.min_steps, max_steps=config.max_steps
+    )
+
+
+@register_advantage("min_form")
+def _min_form(
+    responses: Sequence[ScoredResponse], outcome_N: None, config: AdvantageConfig
+) -> list[Tensor]:
+    return min_form_advantages(responses)
+
+
+@register_advantage("prefix")
+def _prefix(
+    responses: Sequence[ScoredResponse], outcome_N: None, config: AdvantageConfig
+) -> list[Tensor]:
+    return prefix_advantages(responses)
+
+
+@register_advantage("capo")
+def _capo(
+    responses: Sequence[ScoredResponse], outcome_N: None, config: AdvantageConfig
+) -> list[Tensor]:
+    return capo_advantages(responses)
 
 
 def step_rewards(labels: Sequence[bool]) -> Tensor:

@@ -39,7 +39,8 @@ def documented() -> list[tuple[str, str]]:
         (page.name, line)
         for page in PAGES
         for line in commands(page.read_text())
-        if " ... " not in f"{line} " and line != "--help"
+        # tests/stages/test_plugins.py runs the commands with the reader's own module.
+        if " ... " not in f"{line} " and line != "--help" and "my_designs" not in line
     ]
 
 

@@ -25,9 +25,18 @@ from spark_nemo.config.designs import (
     reward_and_advantage,
 )
 from spark_nemo.config.registry import choose
-from spark_nemo.grammar import ParsedResponse
-from spark_nemo.records import ParseFailure, Problem, Rollout, RolloutVerdict, TokenSpan, Verdict
+from spark_nemo.records import (
+    ParsedResponse,
+    ParseFailure,
+    Problem,
+    Rollout,
+    RolloutVerdict,
+    TokenSpan,
+    Verdict,
+)
 from spark_nemo.rewards import (
+    RewardContext,
+    compute_scores,
     majority_rewards,
     process_aware_reward,
     random_reward,
@@ -35,7 +44,6 @@ from spark_nemo.rewards import (
     step_augmented_reward,
     step_average_reward,
 )
-from spark_nemo.rollout.generator import MODEL_REWARDS
 from spark_nemo.training.advantage_estimator import compute_advantages
 from spark_nemo.training.step_advantages import (
     capo_advantages,
@@ -149,21 +157,17 @@ def totals(design: str, responses: list[Response], estimator: str = "grpo") -> l
         settings["advantage"] = replace(settings["advantage"], min_steps=1)
     config = RLConfig(**settings)
     rollouts = [r.rollout() for r in responses]
-    match reward:
-        case "rlvr":
-            scores = rlvr_rewards(
-                rollouts, lambda shown: [r"\boxed{7}" in text for _, text in shown]
-            )
-        case "majority":
-            scores = majority_rewards(rollouts, str)
-        case "random":
-            scores = [
-                random_reward(ParsedResponse("", (), "7", 0, 0), k) for k in range(len(rollouts))
-            ]
-        case _:
-            scores = [
-                MODEL_REWARDS[reward](r.verdict.violation, r.verdict.outcome) for r in rollouts
-            ]
+    if reward == "random":
+        parsed = ParsedResponse("", (), "7", 0, 0)
+        scores = [random_reward(parsed, seed) for seed in range(len(rollouts))]
+    else:
+        context = RewardContext(
+            seed=0,
+            step=0,
+            group_size=len(rollouts),
+            checker=lambda shown: [r"\boxed{7}" in text for _, text in shown],
+        )
+        scores = compute_scores(rollouts, config.reward, context)
     for rollout, score in zip(rollouts, scores, strict=True):
         rollout.valid = isinstance(score, float)
         rollout.reward = score if rollout.valid else math.nan

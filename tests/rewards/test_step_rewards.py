@@ -6,7 +6,7 @@ import pytest
 
 from spark_nemo.records import AnswerVerdict, FormatViolation, ParseFailure, Verdict
 from spark_nemo.rewards import process_aware_reward, step_augmented_reward, step_average_reward
-from spark_nemo.rewards.shaping import overlong_penalty
+from spark_nemo.rewards.designs import overlong_penalty
 
 CICC = Verdict((True, False, True, True), True)
 SPLIT = Verdict((True, True, False, True, True), True)

@@ -14,7 +14,7 @@ from spark_nemo.records import (
     Verdict,
     count_votes,
 )
-from spark_nemo.rewards import aggregate_votes
+from spark_nemo.rewards.judge import aggregate_votes
 
 T, F = True, False
 LOST, CUT, GONE = ParseFailure("verdict_missing"), Truncated(9), EngineError("gone")
