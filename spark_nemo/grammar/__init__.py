@@ -1,4 +1,4 @@
-"""The one text grammar of generator, verifier, reward model, format gate and evaluation. No torch."""
+"""Text grammar shared by generator, verifier, reward model, format gate and evaluation. No torch."""
 
 from spark_nemo.records import ParsedResponse, Step
 

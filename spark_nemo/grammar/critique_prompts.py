@@ -1,9 +1,7 @@
-"""Prompts about a verification: criticise it, merge verification and critique, verify with a
-reference answer.
+"""Prompts for critiques, merges, and verifications with a reference answer.
 
-A class apart from ``PromptSet``: a field more there would change the version, and with it the key,
-of every stored solution and verification. ``CritiquePrompts.version`` belongs to critiques, merges
-and reference verifications alone.
+They are not fields of ``PromptSet``: another field there would change its version, and with it the
+key of every stored solution and verification.
 """
 
 from __future__ import annotations
@@ -21,8 +19,8 @@ class CritiquePrompts:
     """Templates with ``{{question}}``, ``{{solution}}``, ``{{verification}}``, ``{{critique}}``,
     ``{{step_count}}`` and ``{{expected_answer}}`` in them; each makes one user message.
 
-    Texts put in are without thinking: ``after_thinking`` has cut it off. The compact merge repeats
-    neither the problem nor the solution: verification and critique quote the steps.
+    The texts filled in have no thinking (``after_thinking``). The compact merge prompt has neither
+    problem nor solution, because verification and critique quote the steps.
     """
 
     name: str
@@ -38,7 +36,7 @@ class CritiquePrompts:
         return f"{self.name}-g{GRAMMAR_VERSION}-{digest[:8]}"
 
     def critique(self, question: str, solution_text: str, verification: str) -> ChatMessages:
-        """Ask for the faults of a verification."""
+        """Prompt for a critique of a verification."""
         return fill_user_message(
             self.critique_template,
             question=question,
@@ -54,9 +52,7 @@ class CritiquePrompts:
         critique: str,
         num_steps: int,
     ) -> ChatMessages:
-        """Ask for one verification, in the verification format, made of a verification and its
-        critique.
-        """
+        """Prompt for one verification that merges a verification and its critique."""
         return fill_user_message(
             self.merge_template,
             question=question,
@@ -73,9 +69,7 @@ class CritiquePrompts:
         expected_answer: str,
         num_steps: int,
     ) -> ChatMessages:
-        """The declared baseline: ask for a verification and give the answer away. No reference-free
-        method may.
-        """
+        """Prompt of the reference-guided baseline: a verification with the expected answer."""
         return fill_user_message(
             self.reference_template,
             question=question,
@@ -89,12 +83,10 @@ class CritiquePrompts:
 
 
 def critique_prompts(name: str) -> CritiquePrompts:
-    """The prompts that go with the prompt set ``paper`` or ``compact``. Raises ``ValueError`` on
-    another name.
-    """
+    """Prompts of the prompt set ``paper`` or ``compact``. Raises ``ValueError`` for another name."""
     if name not in CRITIQUE_PROMPTS:
         raise ValueError(
-            f"revision prompts {name!r}: choose one of {', '.join(sorted(CRITIQUE_PROMPTS))}"
+            f"critique prompts {name!r}: choose one of {', '.join(sorted(CRITIQUE_PROMPTS))}"
         )
     return CRITIQUE_PROMPTS[name]
 

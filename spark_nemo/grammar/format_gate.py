@@ -1,9 +1,8 @@
-r"""The format gate of the reward: a response that breaks one of these rules is never shown to the
-reward model.
+r"""Format gate of the reward: a response that breaks a rule is never shown to the reward model.
 
-The published gate stops at the first four rules, so a box may stand anywhere and
-``\boxed{9}<answer>nine</answer>`` passes. Here the box has to be inside the answer tag, and the
-steps have to parse: the verifier sees nothing else.
+The published gate ends after the first four rules, so a box may be anywhere and
+``\boxed{9}<answer>nine</answer>`` passes. Here the box must be inside the answer tag, and the steps
+must parse: the verifier sees nothing else.
 """
 
 from __future__ import annotations
@@ -19,9 +18,7 @@ from .steps import StepFormat, split_response
 
 @dataclass(frozen=True, slots=True)
 class FormatRule:
-    """``holds(text)`` is False when the response breaks the rule. A rule may rely on those listed
-    before it.
-    """
+    """A rule; ``holds(text)`` may rely on the rules listed before it."""
 
     name: str
     holds: Callable[[str], bool]
@@ -43,8 +40,7 @@ def _box_in_answer(text: str) -> bool:
 
 
 RULES: tuple[FormatRule, ...] = (
-    # Counts the bare command, so that a broken or double-backslash box cannot accompany the real
-    # one.
+    # Count the bare command, so that a broken or double-backslash box cannot accompany the real one.
     FormatRule("one_box", lambda text: text.count("\\boxed") == 1),
     FormatRule("box_complete_on_one_line", _box_is_complete),
     FormatRule("one_answer_tag", _one_answer_tag),

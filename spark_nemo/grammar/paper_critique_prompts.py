@@ -1,7 +1,7 @@
-"""The full instructions for critique, merge and reference-guided verification, in our own words.
+"""Full instructions for critique, merge and reference-guided verification, in our own words.
 
-What each must contain is from the paper's description (arXiv 2512.03244; DeepCritic for critique
-and merge). The inputs have tags so that a solution's own headings cannot be taken for the prompt's.
+Their contents follow the paper's description (arXiv 2512.03244; DeepCritic for critique and merge).
+The inputs are in tags, so that headings of a solution cannot be taken for headings of the prompt.
 """
 
 from __future__ import annotations

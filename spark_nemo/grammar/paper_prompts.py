@@ -1,6 +1,6 @@
-r"""The full instructions of the ``paper`` prompt set, in our own words.
+r"""Full instructions of the ``paper`` prompt set, in our own words.
 
-The worked examples go through the renderers, so they are in the grammar by construction.
+The renderers write the worked examples, so these are in the grammar by construction.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-r"""How any chat model is asked to find the first wrong paragraph of a solution: ProcessBench's kind
-of prompt.
+r"""Prompt that asks any chat model for the first wrong paragraph of a solution, as ProcessBench does.
 
-The structure is that of the benchmark's own prompt (arXiv 2412.06559: numbered paragraphs in tags,
-the earliest wrong index or -1 in a box); the words are ours, so figures may differ a little from
-those under the original words.
+The structure is the benchmark's own (arXiv 2412.06559: numbered paragraphs in tags, the earliest
+wrong index or -1 in a box). The words are ours, so scores may differ a little from published ones.
 """
 
 from __future__ import annotations
@@ -33,11 +31,11 @@ index of the earliest paragraph that contains an error is your answer. When no p
 Write your check first, then give your answer, which is the index alone, in \\boxed{}."""
 
 CRITIC_VERSION = f"critic-{content_key(CRITIC)[:8]}"
-"""Saved beside results: figures under other words are other figures."""
+"""Version saved with results: scores of different prompts are not comparable."""
 
 
 def critic_messages(question: str, steps: Sequence[str]) -> ChatMessages:
-    """The one user message about a solution whose paragraphs are ``steps``, shown as they are."""
+    """User message about a solution whose paragraphs are ``steps``, shown unchanged."""
     paragraphs = "\n\n".join(
         f"<paragraph_{index}>\n{step}\n</paragraph_{index}>" for index, step in enumerate(steps)
     )

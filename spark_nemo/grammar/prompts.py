@@ -1,7 +1,7 @@
-"""Chat prompts in the one grammar. The texts are data: ``paper_prompts`` holds the long ones.
+"""Chat prompts in the text grammar; ``paper_prompts`` has the long texts.
 
-``PromptSet.version`` depends on every character of the set and on the grammar, so results made
-under other words can never be taken for these.
+``PromptSet.version`` depends on every character of the set and on the grammar, so that results of
+different prompts never share a key.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Splits a response into steps and maps steps to the tokens that were sampled.
+"""Steps of a response, and the sampled tokens of each step.
 
-Whatever the source format, the verifier and the reward model see the one plain text of
-``render_solution``.
+The verifier and the reward model see every response in the plain format of ``render_solution``.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from .markers import ANSWER_HEADER, ANY_HEADER, STEP_HEADER, after_header, find_
 
 
 class StepFormat(StrEnum):
-    r"""How a response marks its steps.
+    r"""Format in which a response marks its steps.
 
     TAGGED is the policy's ``<think><step>..</step>..</think><answer>\boxed{..}</answer>``; PLAIN is
-    the generator's ``Step 1: ..`` to ``Answer: ..`` (see ``headers`` for the spellings accepted).
+    the generator's ``Step 1: ..`` to ``Answer: ..`` (accepted spellings: ``markers``).
     """
 
     TAGGED = "tagged"
@@ -29,18 +28,18 @@ class StepFormat(StrEnum):
 
 
 def split_response(text: str, fmt: StepFormat) -> ParsedResponse | ParseFailure:
-    """Parse a response (special tokens removed). Never raises on any text; a failure names the rule
-    broken.
-    """
-    return _split_tagged(text) if StepFormat(fmt) is StepFormat.TAGGED else _split_plain(text)
+    """Parse a response (special tokens removed). Never raises; a failure names the broken rule."""
+    if StepFormat(fmt) is StepFormat.TAGGED:
+        return _split_tagged(text)
+    return _split_plain(text)
 
 
 def render_solution(steps: Sequence[str], answer: str | None) -> str:
     """``Step 1: ..`` lines and ``Answer: ..``; the inverse of the PLAIN split.
 
-    ``answer=None`` leaves the answer line out (foreign solutions that have none; such a text does
-    not parse back). Raises ``ValueError`` naming the step when a text would read back as something
-    else; ``legal_step_text`` repairs foreign steps.
+    ``answer=None`` omits the answer line, for benchmark solutions without one; such a text does not
+    parse back. Raises ``ValueError`` naming the step if a text would parse as something else;
+    ``legal_step_text`` repairs benchmark steps.
     """
     if not steps:
         raise ValueError("render_solution: a solution needs at least one step")
@@ -63,10 +62,10 @@ def canonical_solution(parsed: ParsedResponse) -> str:
 
 
 def legal_step_text(text: str) -> str:
-    """Make a step of foreign origin (a benchmark's paragraph) fit for ``render_solution``.
+    """Make a benchmark's paragraph a legal step for ``render_solution``.
 
-    A header the text begins with is dropped; a colon of any header inside becomes a dash. Raises
-    ``ValueError`` when nothing is left.
+    A leading header is dropped, and the colon of any other header becomes a dash. Raises
+    ``ValueError`` if nothing is left.
     """
     stripped = text.strip()
     header = STEP_HEADER.match(stripped)
@@ -77,26 +76,24 @@ def legal_step_text(text: str) -> str:
 
 
 def decode_tokens(token_bytes: Sequence[bytes]) -> str:
-    """The text of sampled tokens: their bytes joined, then UTF-8 with U+FFFD for what is not valid."""
+    """Text of sampled tokens: their bytes joined, with U+FFFD for invalid UTF-8."""
     return b"".join(token_bytes).decode("utf-8", errors="replace")
 
 
 def token_spans(token_bytes: Sequence[bytes], parsed: ParsedResponse) -> tuple[TokenSpan, ...]:
-    """Each step's token range, from the bytes of the tokens as sampled.
+    """Token range of each step, from the bytes of the sampled tokens.
 
-    A token belongs to the step that holds its first byte (an empty token: the byte that would come
-    next), so ranges never overlap and each starts where the one before it ends. A step inside one
-    longer token gets an empty range. Tokens after the text (the end-of-sequence token) belong to no
-    step. Raises ``ValueError`` when the tokens do not decode to ``parsed.text`` plus at most such a
-    tail.
+    A token belongs to the step that has its first byte (an empty token: the byte after it), so
+    ranges never overlap and each starts where the previous one ends. A step inside one longer token
+    gets an empty range. Tokens after the text (the end-of-sequence token) belong to no step. Raises
+    ``ValueError`` if the tokens do not decode to ``parsed.text`` plus at most such a tail.
     """
     data = b"".join(token_bytes)
     text, char_to_byte = _decode_with_offsets(data)
     if not text.startswith(parsed.text):
-        at = next(
-            (i for i, (a, b) in enumerate(zip(text, parsed.text)) if a != b),
-            min(len(text), len(parsed.text)),
-        )
+        pairs = enumerate(zip(text, parsed.text))
+        differing = [index for index, (a, b) in pairs if a != b]
+        at = differing[0] if differing else min(len(text), len(parsed.text))
         raise ValueError(
             f"token_spans: the tokens' bytes and the parsed text differ from character {at} on"
         )
@@ -111,9 +108,7 @@ def token_spans(token_bytes: Sequence[bytes], parsed: ParsedResponse) -> tuple[T
 
 
 def _decode_with_offsets(data: bytes) -> tuple[str, list[int]]:
-    """``data.decode("utf-8", "replace")`` and the byte offset of every character, closed by
-    ``len(data)``.
-    """
+    """``data.decode("utf-8", "replace")``, and the byte offset of every character and of the end."""
     if data.isascii():
         return data.decode("ascii"), list(range(len(data) + 1))
     characters: list[str] = []
@@ -121,12 +116,11 @@ def _decode_with_offsets(data: bytes) -> tuple[str, list[int]]:
     position = 0
     while position < len(data):
         try:
-            good, bad_length = data[position:].decode("utf-8"), 0
+            good = data[position:].decode("utf-8")
+            bad_length = 0
         except UnicodeDecodeError as error:
-            good, bad_length = (
-                data[position : position + error.start].decode("utf-8"),
-                error.end - error.start,
-            )
+            good = data[position : position + error.start].decode("utf-8")
+            bad_length = error.end - error.start
         for character in good:
             characters.append(character)
             offsets.append(position)
@@ -147,31 +141,34 @@ def _split_tagged(text: str) -> ParsedResponse | ParseFailure:
     num_steps = (len(tags) - 4) // 2
     expected = ["<think>", *["<step>", "</step>"] * num_steps, "</think>", "<answer>", "</answer>"]
     if num_steps < 1 or names != expected:
-        found = next((name for name, want in zip(names, expected) if name != want), "the end")
+        misplaced = [name for name, want in zip(names, expected) if name != want]
+        found = misplaced[0] if misplaced else "the end"
         return ParseFailure(f"tag_order: {found} is out of place, missing or repeated")
     ends = [0, *(tag.end() for tag in tags)]
     starts = [*(tag.start() for tag in tags), len(text)]
-    # Between two tags there is content after <step> and <answer>, and white space everywhere else.
+    # Only <step> and <answer> are followed by content; other gaps are white space.
     for gap, opener in enumerate(["", *names]):
         if opener not in ("<step>", "<answer>") and text[ends[gap] : starts[gap]].strip():
             return ParseFailure(f"text_outside_tags: after {opener or 'the beginning'}")
     steps = []
     for index in range(num_steps):
-        opening, closing, following = tags[1 + 2 * index], tags[2 + 2 * index], tags[3 + 2 * index]
+        opening = tags[1 + 2 * index]
+        closing = tags[2 + 2 * index]
+        following = tags[3 + 2 * index]
         body = _tagged_step_text(text[opening.end() : closing.start()].strip(), index + 1)
         if isinstance(body, ParseFailure):
             return body
         steps.append(Step(body, opening.start(), following.start()))
-    answer_tag, answer_close = tags[-2], tags[-1]
+    answer_tag = tags[-2]
+    answer_close = tags[-1]
     answer = _clean_answer(text[answer_tag.end() : answer_close.start()])
     return _with_answer(text, steps, answer, answer_tag.start(), answer_close.end())
 
 
 def _tagged_step_text(body: str, number: int) -> str | ParseFailure:
-    """A tagged step's content; a ``Step k:`` of its own number at its beginning is tolerated and
-    dropped.
-    """
-    if reason := _step_fault(body):
+    """Content of a tagged step; a leading ``Step k:`` with its own number is dropped."""
+    reason = _step_fault(body)
+    if reason is not None:
         return ParseFailure(f"{reason.partition(':')[0]}: step {number}")
     header = STEP_HEADER.match(body)
     if header is None:
@@ -193,10 +190,10 @@ def _split_plain(text: str) -> ParsedResponse | ParseFailure:
             return ParseFailure(
                 f"step_numbering: Step {header['number'][:8]} where Step {number} was expected"
             )
-    if len(answers) != 1:
-        return ParseFailure(
-            "answer_missing" if not answers else f"answer_repeated: {len(answers)} 'Answer:' lines"
-        )
+    if not answers:
+        return ParseFailure("answer_missing")
+    if len(answers) > 1:
+        return ParseFailure(f"answer_repeated: {len(answers)} 'Answer:' lines")
     answer_header = answers[0]
     if answer_header.start() < headers[-1].start():
         return ParseFailure("answer_not_last: a step follows the 'Answer:' line")
@@ -226,19 +223,20 @@ def _with_answer(
 
 
 def _clean_answer(text: str) -> str:
-    """The content of the answer's box when it has exactly one, else the answer itself, stripped."""
+    """Content of the answer's box if it has exactly one, else the answer itself, stripped."""
     boxes = find_boxes(text)
-    return (boxes[0].content if len(boxes) == 1 else text).strip()
+    if len(boxes) == 1:
+        return boxes[0].content.strip()
+    return text.strip()
 
 
 def _step_fault(text: str) -> str | None:
-    """Why ``Step k: {text}`` would not read back as this step; None when it does."""
+    """Reason why ``Step k: {text}`` would not parse as this step, or None."""
     if not text:
         return "step_empty: the text is empty"
     if text != text.strip():
         return "step_unstripped: white space at an end of the text"
-    # Its first line may look like a header: in plain text it follows "Step k: " and so does not
-    # start a line.
+    # The first line may look like a header: in plain text it follows "Step k: ".
     newline = text.find("\n")
     if newline >= 0 and ANY_HEADER.search(text, newline + 1):
         return "step_contains_header: a line of the text looks like a 'Step k:' or 'Answer:' line"

@@ -1,7 +1,7 @@
-"""The three kinds of generative reward model: what each is trained to write, and how that is read.
+"""Kinds of generative reward model: their training targets and their parsers.
 
-ORM writes ``Yes`` or ``No``. PRM writes ``Step k: Correct`` or ``Step k: Incorrect`` per line, then
-the verdict line. PRM-CoT writes the verification text of ``verification``.
+An ORM writes ``Yes`` or ``No``. A PRM writes ``Step k: Correct`` or ``Step k: Incorrect`` per line,
+then the verdict line. A PRM-CoT writes the verification text of ``verification``.
 """
 
 from __future__ import annotations
@@ -49,10 +49,9 @@ _PRM_LINE = re.compile(
 def render_target(
     variant: Variant, judgements: Sequence[StepJudgement], answer_correct: bool
 ) -> str:
-    """The completion to train on. ORM reads no judgements, PRM only their labels.
+    """Completion to train on. An ORM reads no judgements, a PRM only their labels.
 
-    Raises ``ValueError`` when there are no judgements but labels are needed, and like
-    ``render_verification``.
+    Raises ``ValueError`` if labels are needed without judgements, and as ``render_verification``.
     """
     variant = Variant(variant)
     if variant is Variant.ORM:
@@ -69,13 +68,13 @@ def render_target(
 
 
 def parse_variant(variant: Variant, text: str, num_steps: int | None = None) -> VariantOutcome:
-    """Read a reward model's completion. ORM gives an ``AnswerVerdict`` and reads no step count.
-    Never raises.
-    """
+    """Parse a reward model's completion; an ORM's is an ``AnswerVerdict``. Never raises."""
     variant = Variant(variant)
     if variant is Variant.PRM_COT:
         return parse_verification(text, num_steps)
-    return _parse_orm(text) if variant is Variant.ORM else _parse_prm(text, num_steps)
+    if variant is Variant.ORM:
+        return _parse_orm(text)
+    return _parse_prm(text, num_steps)
 
 
 def parse_verifier_output(
@@ -85,43 +84,38 @@ def parse_verifier_output(
     num_steps: int | None,
     variant: Variant = Variant.PRM_COT,
 ) -> VariantOutcome:
-    """What one engine generation came to: ``length`` is Truncated, ``abort`` an EngineError,
-    ``stop`` is parsed.
+    """Outcome of one generation: ``length`` is Truncated, ``abort`` an EngineError.
 
-    An ``Outcome`` for the step-wise variants. Raises ``ValueError`` on another finish reason.
+    An ``Outcome`` for the step-wise variants. Raises ``ValueError`` for another finish reason.
     """
-    match finish_reason:
-        case "length":
-            return Truncated(num_tokens)
-        case "abort":
-            return EngineError(f"aborted after {num_tokens} tokens")
-        case "stop":
-            return parse_variant(variant, text, num_steps)
+    if finish_reason == "length":
+        return Truncated(num_tokens)
+    if finish_reason == "abort":
+        return EngineError(f"aborted after {num_tokens} tokens")
+    if finish_reason == "stop":
+        return parse_variant(variant, text, num_steps)
     raise ValueError(f"finish_reason {finish_reason!r}: must be stop, length or abort")
 
 
 def _parse_orm(text: str) -> AnswerVerdict | ParseFailure:
-    """``Yes`` or ``No`` alone; white space around it, ASCII case and one closing period do not
-    matter.
-    """
+    """Parse ``Yes`` or ``No``, whatever its case, white space or one closing period."""
     body = after_thinking(text)
     if isinstance(body, ParseFailure):
         return body
-    match body.strip().removesuffix(".").lower():
-        case "yes":
-            return AnswerVerdict(True)
-        case "no":
-            return AnswerVerdict(False)
-    return ParseFailure("orm_answer: neither Yes nor No")
+    answer = body.strip().removesuffix(".").lower()
+    if answer not in ("yes", "no"):
+        return ParseFailure("orm_answer: neither Yes nor No")
+    return AnswerVerdict(answer == "yes")
 
 
 def _parse_prm(text: str, num_steps: int | None) -> Verdict | ParseFailure:
-    """Step lines, then verdict lines that agree, blank lines anywhere and nothing else."""
+    """Parse step lines, then verdict lines that agree; only blank lines in addition."""
     body = after_thinking(text)
     if isinstance(body, ParseFailure):
         return body
     labels = list(_PRM_LINE.finditer(body))
-    if fault := numbering_fault([label["number"] for label in labels], num_steps):
+    fault = numbering_fault([label["number"] for label in labels], num_steps)
+    if fault is not None:
         return fault
     for line in body.split("\n"):
         if line.strip() and not _PRM_LINE.fullmatch(line) and not is_verdict_line(line):

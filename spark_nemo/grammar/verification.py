@@ -1,4 +1,4 @@
-"""The verification text: written as a training target, read as a verdict.
+"""Verification text: written as a training target, parsed to a verdict.
 
     ## Step 1: <title>
     <analysis>
@@ -6,10 +6,10 @@
 
     **Verification: Is the answer correct (Yes/No)? Yes**
 
-Read with some tolerance, where the meaning is not in doubt: one to six ``#`` or ``**Step k: ..**``
-as header, a label anywhere in its block and without its period, a verdict line without bold,
-``Verification:`` or ``(Yes/No)``, and prose before the first header, after a label and after the
-verdict line (ignored). ASCII case is ignored.
+The parser tolerates variants whose meaning is clear: one to six ``#`` or ``**Step k: ..**`` as
+header, a label anywhere in its block or without its period, and a verdict line without bold,
+``Verification:`` or ``(Yes/No)``. Prose before the first header, after a label and after the
+verdict line is ignored, and so is ASCII case.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from spark_nemo.records import Outcome, ParseFailure, Verdict
 from .markers import FLAGS, STEP_HEADER, after_header
 
 _LABEL = re.compile(r"\*\*This step is (?P<negation>in)?correct\.?\*\*", FLAGS)
-# A verdict has a line of its own: a question quoted in prose is not one.
+# A verdict is a line of its own: a question quoted in prose does not count.
 _VERDICT_LINE = re.compile(
     r"^[ \t]*+\**+[ \t]*+(?:Verification:[ \t]*+\**+[ \t]*+)?Is the answer correct[ \t]*+(?:\(Yes/No\))?[ \t]*+\?"
     r"[ \t]*+\**+[ \t]*+(?P<verdict>Yes|No)\.?[ \t]*+\**+\.?[ \t\r]*+$",
@@ -34,7 +34,7 @@ _THINK, _END_THINK = "<think>", "</think>"
 
 @dataclass(frozen=True, slots=True)
 class StepJudgement:
-    """What a verification says about one step. Title and analysis may be empty."""
+    """Judgement of one step; title and analysis may be empty."""
 
     title: str
     analysis: str
@@ -50,30 +50,31 @@ class ParsedVerification:
 
     @property
     def verdict(self) -> Verdict:
-        """Labels and final line alone."""
+        """Step labels and final verdict."""
         return Verdict(
             tuple(judgement.correct for judgement in self.judgements), self.answer_correct
         )
 
 
 def verdict_line(answer_correct: bool) -> str:
-    """The line every step-wise verification ends with."""
+    """Last line of every step-wise verification."""
     return f"**Verification: Is the answer correct (Yes/No)? {'Yes' if answer_correct else 'No'}**"
 
 
 def render_verification(judgements: Sequence[StepJudgement], answer_correct: bool) -> str:
-    """The canonical text; ``parse_judgements`` reads it back exactly.
+    """Canonical text, the inverse of ``parse_judgements``.
 
-    An empty analysis has no line. Raises ``ValueError`` naming the step when there is none, or when
-    a title or an analysis has white space at an end or contains a header, a label, a verdict line
-    or a think tag.
+    An empty analysis has no line. Raises ``ValueError`` without judgements, and naming the step if
+    a title or analysis has white space at an end or contains a header, a label, a verdict line or a
+    think tag.
     """
     if not judgements:
         raise ValueError("render_verification: at least one judgement is needed")
     blocks = []
     for number, judgement in enumerate(judgements, start=1):
         for name, value in (("title", judgement.title), ("analysis", judgement.analysis)):
-            if fault := _fault(value):
+            fault = _fault(value)
+            if fault is not None:
                 raise ValueError(f"render_verification: {name} of step {number} {fault}")
         if "\n" in judgement.title:
             raise ValueError(f"render_verification: title of step {number} is more than one line")
@@ -84,21 +85,22 @@ def render_verification(judgements: Sequence[StepJudgement], answer_correct: boo
 
 
 def parse_judgements(text: str, num_steps: int | None = None) -> ParsedVerification | ParseFailure:
-    """Read a verification; thinking up to the last ``</think>`` is cut off first. Never raises on
-    any text.
+    """Parse a verification after its thinking (the last ``</think>``). Never raises.
 
-    Steps must be numbered 1..n, each with exactly one label, and be ``num_steps`` many unless that
-    is None: nothing is padded or cut. Of the verdict lines only those after the last label count,
+    Steps must be numbered 1..n, each with exactly one label, and ``n`` must equal ``num_steps``
+    unless that is None: nothing is padded or cut. Verdict lines count only after the last label,
     and they must agree.
     """
     body = after_thinking(text)
     if isinstance(body, ParseFailure):
         return body
     headers = [match for match in STEP_HEADER.finditer(body) if match["hash"] or match["bold"]]
-    if fault := numbering_fault([match["number"] for match in headers], num_steps):
+    fault = numbering_fault([match["number"] for match in headers], num_steps)
+    if fault is not None:
         return fault
     bounds = [*(match.start() for match in headers), len(body)]
-    judgements, last_label_end = [], 0
+    judgements = []
+    last_label_end = 0
     for index, header in enumerate(headers):
         labels = list(_LABEL.finditer(body, header.end(), bounds[index + 1]))
         if len(labels) != 1:
@@ -130,13 +132,13 @@ def parse_verification(text: str, num_steps: int | None = None) -> Outcome:
 
 
 def after_thinking(text: str) -> str | ParseFailure:
-    """The text after the last ``</think>``. A ``<think>`` left open is a failure, never guessed at."""
+    """Text after the last ``</think>``; a ``<think>`` without an end is a failure."""
     body = text.rpartition(_END_THINK)[2]
     return ParseFailure("think_unclosed") if _THINK in body else body
 
 
 def parse_verdict_lines(body: str, start: int) -> bool | ParseFailure:
-    """What the verdict lines from ``start`` on agree to."""
+    """Verdict on which the verdict lines from ``start`` on agree."""
     verdicts = {match["verdict"].lower() for match in _VERDICT_LINE.finditer(body, start)}
     if not verdicts:
         return ParseFailure("verdict_missing: no verdict line after the last step")
@@ -146,14 +148,12 @@ def parse_verdict_lines(body: str, start: int) -> bool | ParseFailure:
 
 
 def is_verdict_line(line: str) -> bool:
-    """True when a single line is a verdict line."""
+    """True if a single line is a verdict line."""
     return _VERDICT_LINE.fullmatch(line) is not None
 
 
 def numbering_fault(numbers: list[str], num_steps: int | None) -> ParseFailure | None:
-    """The rule that step numbers as written break: at least one, 1..n in order, and ``num_steps``
-    many if known.
-    """
+    """Broken rule of the written step numbers: at least one, 1..n in order, n as known."""
     if not numbers:
         return ParseFailure("steps_missing: no step header")
     for expected, number in enumerate(numbers, start=1):
@@ -167,7 +167,7 @@ def numbering_fault(numbers: list[str], num_steps: int | None) -> ParseFailure |
 
 
 def _fault(value: str) -> str | None:
-    """What in a title or analysis would read back as something else."""
+    """Reason why a title or analysis would not parse back, or None."""
     if value != value.strip():
         return "has white space at an end: strip it"
     if any(match["hash"] or match["bold"] for match in STEP_HEADER.finditer(value)):

@@ -1,5 +1,7 @@
-"""The policy's format SFT: a base model learns to write steps in tags and its answer in a box,
-before stage III.
+"""Format SFT of the policy, before stage III.
+
+In: a base model and example responses in the policy's format. Out: ``model/``, which writes steps in
+tags and its answer in a box, and its loss on held-out examples.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SftData:
-    """What is trained on, what only measured, and what became of the rest of the file."""
+    """Examples to train on, examples to validate on, and counts of all examples of the file."""
 
     trained: list[TrainSequence]
     held_out: list[TrainSequence]
@@ -37,17 +39,18 @@ class SftData:
 
 
 def run_sft(config: SparkConfig) -> bool:
-    """Check every example, fine-tune, export ``model/``. Returns False when asked to stop; run
-    again to go on.
+    """Check every example, fine-tune, export. Returns False if stopped early; run again to resume.
 
-    Collective over the trainer ranks. Raises ``ConfigError`` or ``DataFileError`` on bad input, or
-    when another process is at it, before any work.
+    Collective over the trainer ranks. Raises ``ConfigError`` or ``DataFileError`` before any work,
+    on bad input or while another process runs this stage.
     """
     data = sft_data(config)
     check_memory(config, "sft")
-    folder, fingerprint = sft_folder(config.run), fingerprint_before_work(config, "sft")
+    folder = sft_folder(config.run)
+    fingerprint = fingerprint_before_work(config, "sft")
     with run_lock(folder):
-        if finished := _train(config, data, folder):
+        finished = _train(config, data, folder)
+        if finished:
             record_fingerprint(folder, fingerprint)
         return finished
 
@@ -89,31 +92,31 @@ def _train(config: SparkConfig, data: SftData, folder: Path) -> bool:
 
 
 def sft_data(config: SparkConfig) -> SftData:
-    """Settings and examples, checked; the examples divided and tokenised. Loads no model.
+    """Check settings and examples; split and tokenise the examples. Loads no model.
 
-    Raises ``ConfigError`` for settings that cannot work or when nothing is left to train on, and
-    ``DataFileError``.
+    Raises ``ConfigError`` for settings that cannot work or without any example left to train on,
+    and ``DataFileError``.
     """
     check_sft(config)
-    stage, tokenizer = config.sft, Tokenizer.load(config.models.policy_base)
+    stage = config.sft
+    tokenizer = Tokenizer.load(config.models.policy_base)
     examples, dropped = read_policy_examples(
         config.data.sft_examples, drop_invalid=stage.on_invalid == "drop"
     )
-    sides, too_long = [], 0
-    for side in split_held_out(examples, stage.val_fraction, config.run.seed):
-        kept, longer = drop_longer_than(
-            policy_sequences(side, prompt_set(config.rl.prompt_set), tokenizer), stage.max_length
-        )
-        sides.append(kept)
-        too_long += longer
-    if not sides[0]:
-        raise ConfigError(f"sft.max_length={stage.max_length}: every example is longer")
-    return SftData(
-        *sides,
-        {
-            "examples": len(sides[0]),
-            "held_out": len(sides[1]),
-            "too_long": too_long,
-            "dropped": dict(sorted(dropped.items())),
-        },
+    prompts = prompt_set(config.rl.prompt_set)
+    train_side, val_side = split_held_out(examples, stage.val_fraction, config.run.seed)
+    trained, num_long = drop_longer_than(
+        policy_sequences(train_side, prompts, tokenizer), stage.max_length
     )
+    held_out, num_long_held_out = drop_longer_than(
+        policy_sequences(val_side, prompts, tokenizer), stage.max_length
+    )
+    if not trained:
+        raise ConfigError(f"sft.max_length={stage.max_length}: every example is longer; raise it")
+    counts = {
+        "examples": len(trained),
+        "held_out": len(held_out),
+        "too_long": num_long + num_long_held_out,
+        "dropped": dict(sorted(dropped.items())),
+    }
+    return SftData(trained, held_out, counts)

@@ -1,8 +1,8 @@
-"""Stage II: a generative reward model, fine-tuned on one method's labels and scored on
-ProcessBench-format cases.
+"""Stage II: the generative reward model.
 
-A PRM or PRM-CoT has a ProcessBench F1; an ORM, which names no step, a score of its verdicts under
-other names.
+In: the store of stage I and a base model. One method labels the solutions, the base is fine-tuned
+on the labels, and the result is scored on ProcessBench-format cases: a PRM or PRM-CoT by F1, an ORM,
+which names no step, by its verdicts. Out: ``model/`` and its score.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ log = logging.getLogger(__name__)
 
 
 def run_stage2(config: SparkConfig) -> bool:
-    """Label, fine-tune, export, evaluate. Returns False when asked to stop before the end; run
-    again to go on.
+    """Label, fine-tune, export, score. Returns False if stopped early; run again to resume.
 
-    Collective over the trainer ranks. Raises ``ConfigError`` on bad input, or when another process
-    is at it, before any work.
+    Collective over the trainer ranks. Raises ``ConfigError`` before any work, on bad input or while
+    another process runs this stage.
     """
     check_stage2(config)
     check_memory(config, "stage2")
     folder = stage2_folder(config.run, config.stage2.method, config.stage2.variant)
     fingerprint = fingerprint_before_work(config, "stage2")
     with run_lock(folder):
-        if finished := _train(config, folder):
+        finished = _train(config, folder)
+        if finished:
             record_fingerprint(folder, fingerprint)
         return finished
 
@@ -82,7 +82,7 @@ def _train(config: SparkConfig, folder: Path) -> bool:
 
 
 def _scored(folder: Path, config: SparkConfig) -> dict[str, float]:
-    """The finished model's one figure, by its name."""
+    """Score of the trained model, by its name."""
     if config.stage2.variant == Variant.ORM:
         whole = score_orm(folder / "model", config, folder / WHOLE_SOLUTION)
         return {"verdict_harmonic_mean": whole.verdict_harmonic_mean}
@@ -92,7 +92,9 @@ def _scored(folder: Path, config: SparkConfig) -> dict[str, float]:
 def _sequences(
     config: SparkConfig, labelled: list[LabelledSolution], tokenizer: Tokenizer
 ) -> list[TrainSequence]:
-    prompts, variant = prompt_set(config.stage1.prompt_set), Variant(config.stage2.variant)
+    """Tokenised training examples; overlong ones are dropped."""
+    prompts = prompt_set(config.stage1.prompt_set)
+    variant = Variant(config.stage2.variant)
     sequences = []
     for label in labelled:
         messages, target = sft_example(label, prompts, variant)
@@ -101,11 +103,13 @@ def _sequences(
     kept, num_dropped = drop_longer_than(sequences, config.stage2.max_length)
     if num_dropped:
         log.warning(
-            "%d of %d examples are longer than stage2.max_length=%d and were left out",
+            "%d of %d examples are longer than stage2.max_length=%d and were dropped",
             num_dropped,
             len(sequences),
             config.stage2.max_length,
         )
     if not kept:
-        raise ConfigError(f"stage2.max_length={config.stage2.max_length}: every example is longer")
+        raise ConfigError(
+            f"stage2.max_length={config.stage2.max_length}: every example is longer; raise it"
+        )
     return kept
