@@ -207,6 +207,17 @@ def test_a_run_counts_what_was_shown_and_a_checkpoint_keeps_it(tmp_path) -> None
         counted.finish(0.3)
 
 
+@pytest.mark.parametrize("reward", ["majority", "random", "rlvr"])
+def test_a_run_of_a_baseline_passes_the_check_of_failures_at_its_end(tmp_path, reward: str) -> None:
+    """Majority and random rewards have no failure policy of their own, since they cannot fail."""
+    problem = Problem("p", "3 + 4?")
+    generator, _, config = generator_of(reward)
+    loaded = engines.RolloutEngines(generator.policy, None, None, generator.checker)
+    worker = RolloutWorker(SparkConfig(rl=config), [problem], tmp_path, Timeline(), loaded)
+    asyncio.run(worker.generate_batch([problem], 0))
+    worker.check_failures()
+
+
 @pytest.mark.parametrize("reward", ["process_aware", "step_augmented", "step_average"])
 def test_every_reward_from_the_model_sends_the_step_wise_prompt(reward: str) -> None:
     """The published code sends the ORM's prompt to the PRM-CoT for some of its rewards. What broke
