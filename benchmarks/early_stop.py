@@ -1,4 +1,4 @@
-"""What early stopping saves, by replay: ``python benchmarks/early_stop.py runs/full [--run
+"""Tokens that early stopping saves, by replay: ``python benchmarks/early_stop.py runs/full [--run
 exact=runs/a ...]``.
 
 ``runs/full`` is a run folder whose stage I took every vote::
@@ -42,7 +42,7 @@ class Vote(NamedTuple):
 
 
 Votes = dict[str, list[Vote]]
-"""Of each solution, by its key, in vote order."""
+"""Votes of each solution, by its key, in vote order."""
 
 
 def read_votes(run_dir: Path) -> Votes:
@@ -86,14 +86,14 @@ def report(rule: StoppingRule, label: str, votes: Votes) -> None:
 
 
 def majorities(outcomes: Sequence[Outcome]) -> tuple[list[bool | None], bool | None]:
-    """Of each step, and of the final verdict; None is a tie."""
+    """Majority of each step, and of the final verdict; None is a tie."""
     count = count_votes(outcomes)
     steps = [majority(votes, count.num_votes) for votes in count.correct_votes]
     return steps, majority(count.yes_votes, count.num_votes)
 
 
 def check_run(rule: StoppingRule, name: str, full: Votes, stopped: Votes) -> bool:
-    """Whether a real run took exactly the votes the replay takes."""
+    """True if a real run took exactly the votes that the replay takes."""
     wanted = {
         key: votes[: votes_taken(rule, [vote.outcome for vote in votes])]
         for key, votes in full.items()

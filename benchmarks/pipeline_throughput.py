@@ -1,11 +1,11 @@
-"""Does stage I's pipeline keep an engine busy, and does its memory stay flat?
+"""Engine utilisation and memory of stage I's sampling pipeline.
 
 The engine is a fake: ``--slots`` requests at once, each ``--latency`` seconds, the texts canned and
 in the grammar. Keys, prompts, parsing, waves, ledger and (with ``--store DIR``) the record store
 are the real ones. Printed:
 
 * share of capacity: what the slots served, over what they could have, from the second latency to the moment the last
-  new problem was drawn. A slot that stands empty while the pipeline stores a result and asks for the next is missing
+  new problem was drawn. A slot that is empty while the pipeline stores a result and asks for the next is missing
   to 100 %, and so is the time by which a busy event loop notices a finished request late.
 * CPU seconds per request: what one process can do at most is its inverse.
 * resident memory when each power of ten of solutions was reached, and at the end.
@@ -76,9 +76,7 @@ class CannedTokenizer:
 
 
 class SlottedEngine(Engine):
-    """Serves so many requests at once, each in the same time; the others wait. Sums up the time its
-    slots are taken.
-    """
+    """Engine with a fixed number of slots and one latency; it sums up the time its slots are taken."""
 
     def __init__(self, slots: int, latency: float) -> None:
         self.requests = self._in_flight = 0
@@ -141,7 +139,7 @@ class NullStore:
 
 
 class Meter:
-    """What the benchmark looks at while the pipeline runs."""
+    """Measurements while the pipeline runs."""
 
     def __init__(self, engine: SlottedEngine, problems: int, warm_up: float) -> None:
         self._engine, self._problems, self._warm_up = engine, problems, warm_up

@@ -155,7 +155,7 @@ def test_unambiguous_spellings_are_read(text):
     ],
 )
 def test_render_refuses_what_would_break_the_grammar(title, analysis, match):
-    """An analysis that forges structure is refused with its place named."""
+    """An analysis that forges structure is rejected with its place named."""
     with pytest.raises(ValueError, match=match):
         render_verification(
             [StepJudgement("ok", "ok", True), StepJudgement(title, analysis, True)], True

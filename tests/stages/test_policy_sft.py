@@ -77,7 +77,7 @@ def test_a_finished_run_is_left_as_it_is(trained: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (trained / "sft").rglob("*")}
     again = run("sft", trained, *TINY)
     assert again.returncode == 0 and again.stdout.startswith(
-        f"sft is already complete in {trained}/sft; "
+        f"sft is already complete in {trained}/sft"
     ), again.stderr
     assert {path: path.stat().st_mtime_ns for path in (trained / "sft").rglob("*")} == before
 

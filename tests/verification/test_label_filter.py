@@ -1,4 +1,4 @@
-"""Which labels are trained on: balance per problem, limits, and how sure the votes have to be."""
+"""Filter of labels before training: balance per problem, limits, and how sure the votes have to be."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def test_outcome_consistency_follows_the_final_verdicts():
 
 
 def test_outcome_tie_is_dropped_or_counted_as_incorrect():
-    """One Yes and one No: by default there is no label."""
+    """One Yes and one No: by default a solution has no label."""
     tied = (verdict("CC"), verdict("CI"))
     assert label("outcome_consistency", *tied) == Dropped("tie")
     assert label("outcome_consistency", *tied, ties="incorrect").target_text == "text 1"

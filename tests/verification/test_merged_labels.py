@@ -104,7 +104,7 @@ def test_an_incoherent_merge_is_kept_when_the_last_line_is_not_looked_at():
 
 @pytest.mark.parametrize("method", REFERENCE_FREE)
 def test_no_reference_free_method_reads_a_verification_that_saw_the_answer(method):
-    """Proves every other method refuses the type, alone and among honest votes. That stages never
+    """Proves every other method rejects the type, alone and among honest votes. That stages never
     hand them over is tests/stages/test_label_methods.py's to prove.
     """
     mixed = [*votes("CC"), *reference_votes("CC", "CI", "CI")[1:]]
@@ -116,7 +116,7 @@ def test_no_reference_free_method_reads_a_verification_that_saw_the_answer(metho
 
 
 def test_reference_guided_reads_nothing_else():
-    """The converse: a verification that saw no answer is no evidence for the baseline."""
+    """The converse: a verification that saw no answer is not evidence for the baseline."""
     with pytest.raises(ValueError, match="did not see the answer"):
         apply(REFERENCE_GUIDED, [*reference_votes("CC"), *votes("CC", "CI")[1:]])
 

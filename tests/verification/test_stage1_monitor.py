@@ -1,4 +1,4 @@
-"""What stage I shows while it runs, and when it gives up."""
+"""Progress of stage I while it runs, and the bound on its failure rate."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ RULES = [
 
 
 class Killed(Exception):
-    """Stands for SIGKILL: nothing after it runs in the collector."""
+    """Models SIGKILL: nothing after it runs in the collector."""
 
 
 def collect(
@@ -104,10 +104,10 @@ def test_without_early_stopping_every_vote_has_the_key_and_seed_it_always_had(
     tmp_path: Path,
 ) -> None:
     """Proves that stores made before the pipeline was rebuilt are still found: keys and seeds
-    written down anew here.
+    written down again here.
 
     Nothing is missing, nothing is extra. That a real engine says the same was checked once on the
-    small world's full stage I (16,320 records, equal but for ``num_prompt_tokens``).
+    toy task's full stage I (16,320 records, equal but for ``num_prompt_tokens``).
     """
     config, prompts, wanted = stage(), prompt_set("compact"), {}
     made_by = {
@@ -211,7 +211,7 @@ def test_growing_n_asks_only_for_the_new_votes(tmp_path: Path, rule: dict) -> No
 def test_a_vote_that_could_not_be_had_is_asked_for_by_the_next_run(
     tmp_path: Path, rule: dict
 ) -> None:
-    """Proves that an engine failure is no vote, is not stored, and changes nothing about what is
+    """Proves that an engine failure is not a vote, is not stored, and changes nothing about what is
     taken in the end.
     """
     collect(tmp_path / "calm", stage(**rule))
@@ -248,7 +248,7 @@ def test_token_accounting_adds_up_to_what_the_engine_served(tmp_path: Path, rule
     """Proves that sampled tokens are the engine's, that reuse is not counted as sampling, and that
     parts make wholes.
 
-    Refused requests (whose tokens nobody knows) are counted and have no tokens. Seconds are not
+    Rejected requests (whose tokens are unknown) are counted and have no tokens. Seconds are not
     checked.
     """
     engine = FakeEngine(refuses=lambda request: request.sampling.seed % 9 == 0)
@@ -283,7 +283,7 @@ def test_token_accounting_adds_up_to_what_the_engine_served(tmp_path: Path, rule
 
 
 def test_saved_tokens_are_estimated_close_to_the_truth(tmp_path: Path) -> None:
-    """Proves the estimate on votes of similar length; it is an estimate, for nobody knows what was
+    """Proves the estimate on votes of similar length; it is an estimate, because the true number was
     not sampled.
     """
     full = collect(tmp_path / "full", stage()).accounting
@@ -389,7 +389,7 @@ class AbortingEngine(FakeEngine):
 def test_an_aborted_request_is_asked_again_by_the_next_run(
     tmp_path: Path, rule: dict, what
 ) -> None:
-    """Half an answer of an engine that was stopped is no outcome: nothing of it is stored, and
+    """Half an answer of an engine that was stopped is not an outcome: nothing of it is stored, and
     after the next run the store holds what a run without aborts makes. Does not prove that a real
     engine says abort when it should.
     """
