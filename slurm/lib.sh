@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Shared by the scripts in this folder, which source it with SLURM_DIR set. Functions only; docs/cluster.md says what
-# happens when. Scripts declare OPTIONS, call parse_arguments, then begin_job; what is read of a plan is in capitals.
+# Functions of the scripts in this folder, which source it with SLURM_DIR set; docs/cluster.md describes the behaviour.
+# Scripts declare OPTIONS, call parse_arguments, then begin_job. Variables read from the manifest are in capitals.
 set -uo pipefail
 # shellcheck source=slurm/servers.sh
 source "${SLURM_DIR:?}/servers.sh"
@@ -9,16 +9,16 @@ ROOT=$(cd "$SLURM_DIR/.." && pwd)
 JOB=${SLURM_JOB_ID:-}
 RESTART=${SLURM_RESTART_COUNT:-0}
 STOPPING=""          # limit (Slurm's warning signal) or cancel (scancel, preemption)
-SIGNALS=0            # how many there were
-LOG_DIR="" PART="" PART_DIR="" RUN_DIR="" DONE_FILE="" ENGINE="" WORLD_SIZE=1 TOTAL=0
-declare -ga MODELS=() ARMS=()  # read by pipeline.sh
+SIGNALS=0            # number of signals received
+LOG_DIR="" STAGE_RUN="" STAGE_RUN_DIR="" RUN_DIR="" DONE_FILE="" ENGINE="" WORLD_SIZE=1 TOTAL=0
+declare -ga REWARD_MODELS=() RL_VARIANTS=()  # read by pipeline.sh
 STARTED=$(date +%s)
 DONE_BEFORE=0
 POLICY_SERVERS="" VERIFIER_SERVERS="" POLICY_GPUS=1 VERIFIER_GPUS=1 POLICY_PYTHON="" VERIFIER_PYTHON=""
 POLICY_WORD=() VERIFIER_WORD=() POLICY_ENV=() VERIFIER_ENV=()
 STEP_PIDS=()
 
-# --- words
+# --- messages and state
 
 log() {
     local line
@@ -27,7 +27,7 @@ log() {
     if [[ -n $LOG_DIR ]]; then printf '%s\n' "$line" >> "$LOG_DIR/job.log"; fi
 }
 
-# fail REASON [STATUS]: the end of a job that cannot go on. Its last words are the reason.
+# fail REASON [STATUS]: end a job that cannot continue. The reason is the last line of its log.
 fail() {
     set_state failed "$1"
     if [[ -n $LOG_DIR && ! -s $LOG_DIR/error.txt ]]; then printf '%s\n' "$1" > "$LOG_DIR/error.txt"; fi
@@ -35,7 +35,7 @@ fail() {
     exit "${2:-1}"
 }
 
-# set_state STATE [REASON]: for `spark-nemo status`.
+# set_state STATE [REASON]: write the state that `spark-nemo status` reads.
 set_state() {
     [[ -n $LOG_DIR ]] || return 0
     printf '%s=%s\n' STATE "$1" REASON "${2:-}" JOB "$JOB" RESTART "$RESTART" NODES "${SLURM_JOB_NODELIST:-}" \
@@ -47,9 +47,9 @@ set_state() {
 
 declare -A OPTIONS=()
 OVERRIDES=()
-STAGE3_OVERRIDES=()  # of the one option that may be repeated
+STAGE3_OVERRIDES=()  # values of --stage3-override, the one option that may be repeated
 
-# The lines of the script that start with "#: ".
+# usage SCRIPT: print the lines of the script that start with "#: ".
 usage() { sed -n 's/^#: \{0,1\}//p' "$SLURM_DIR/$1"; }
 
 # parse_arguments SCRIPT ARGUMENTS...
@@ -73,7 +73,7 @@ parse_arguments() {
     done
 }
 
-# need_number NAME MINIMUM: an option that must be a whole number.
+# need_number NAME MINIMUM: fail unless the option is a whole number of at least MINIMUM.
 need_number() {
     if [[ ! ${OPTIONS[$1]} =~ ^[0-9]+$ ]] || (( OPTIONS[$1] < $2 )); then
         fail "--$1=${OPTIONS[$1]}: must be a number, at least $2" 2
@@ -89,24 +89,24 @@ load_site() {
     : "${PYTHON:=$ROOT/.venv/bin/python}" "${GPUS_PER_NODE:=0}" "${MAX_REQUEUES:=50}" "${MAX_RESTARTS:=5}"
     : "${GPU_COUNT_COMMAND:=nvidia-smi --list-gpus | wc -l}" "${TRAINER_IMAGE:=}" "${ROLLOUT_IMAGE:=}" "${MOUNTS:=}"
     (( GPUS_PER_NODE )) && : "${RANKS_PER_NODE:=$GPUS_PER_NODE}"
-    # 0, on CPU clusters: as many as there are, evenly over the nodes.
+    # 0, on CPU clusters: the ranks of the layout, evenly over the nodes.
     : "${RANKS_PER_NODE:=0}" "${SERVER_START_TIMEOUT:=1800}"
     # Stage I, stage II's score and evaluations start their servers themselves, from the same environment.
     if [[ -n ${ROLLOUT_PYTHON:-} ]]; then export SPARK_SGLANG_PYTHON=${SPARK_SGLANG_PYTHON:-$ROLLOUT_PYTHON}; fi
     : "${ROLLOUT_PYTHON:=$PYTHON}"
     : "${SERVER_PROGRAM:=$ROOT/spark_nemo/engines/server_wrapper.py}"
-    # Of the shell that sbatch was typed in, when that was a step of another job: this job has other CPUs.
+    # Set if sbatch was called in a step of another job: this job has other CPUs.
     unset "${!SLURM_CPU_BIND@}"
     # Slurm 22.05 and later do not hand the allocation's cpus-per-task to srun.
     if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
-    # Compiled kernels on each node's own disk: in a home on NFS, Triton's default, nodes meet each other's stale files.
+    # Compiled kernels go to each node's own disk: in a home on NFS, Triton's default, nodes read each other's stale files.
     if [[ -n $JOB ]]; then export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-$UID-$JOB}; fi
     cd "$ROOT" || fail "cannot enter $ROOT"
 }
 
-# image_options ROLE: fills IMAGE_OPTIONS and COMMAND, the way to run Python for trainer or rollout. Writable, and only
-# for the step: kernels are compiled into $HOME/.cache, and enroot's own default is a read-only file system.
+# image_options ROLE: set IMAGE_OPTIONS and COMMAND, which run Python for trainer or rollout. The container is writable
+# for the step: kernels are compiled into $HOME/.cache, and enroot's default is a read-only file system.
 image_options() {
     local image=$TRAINER_IMAGE mounts
     IMAGE_OPTIONS=() COMMAND=("$PYTHON")
@@ -119,33 +119,33 @@ image_options() {
     fi
 }
 
-# --- the plan: configuration composed and checked by Python, on this node, before anything else runs
+# --- the manifest: settings composed and checked by Python, on this node, before anything else runs
 
 declare -a NEEDS=()
 
-# read_plan STAGE ARGUMENTS...: sets RUN_DIR, PART, PART_DIR, DONE_FILE, WORLD_SIZE, ...
-read_plan() {
+# read_manifest STAGE ARGUMENTS...: set RUN_DIR, STAGE_RUN, STAGE_RUN_DIR, DONE_FILE, WORLD_SIZE, ...
+read_manifest() {
     local stage=$1 text name value launcher=()
     shift
-    # Stage III's plan looks for the reward model there; the mounts are made before the plan can say where it is.
+    # Stage III's manifest looks for the reward model in the run folder, and mounts are made before the manifest exists.
     for name in "${OVERRIDES[@]}"; do
         if [[ $name == run.dir=* && -d ${name#*=} ]]; then RUN_DIR=$(realpath "${name#*=}"); fi
     done
     image_options trainer
     RUN_DIR=""
-    # On the login node there are no containers: there PYTHON does it (docs/cluster.md, step 2).
+    # The login node has no containers: PYTHON runs there (docs/cluster.md, step 2).
     if [[ -z $JOB ]]; then COMMAND=("$PYTHON")
     elif (( ${#IMAGE_OPTIONS[@]} )); then launcher=(srun --nodes=1 --ntasks=1 "${IMAGE_OPTIONS[@]}"); fi
     text=$("${launcher[@]}" "${COMMAND[@]}" -m spark_nemo.cli.main slurm-manifest --stage "$stage" "$@" -- \
-        "${OVERRIDES[@]}") || fail "the configuration was refused; the line above says why" 2
+        "${OVERRIDES[@]}") || fail "invalid configuration; see the line above" 2
     while IFS='=' read -r name value; do
         case $name in
             NEEDS) NEEDS+=("$value") ;;
-            RUN_DIR|PART|PART_DIR|DONE_FILE|ENGINE|WORLD_SIZE|TOTAL|\
+            RUN_DIR|STAGE_RUN|STAGE_RUN_DIR|DONE_FILE|ENGINE|WORLD_SIZE|TOTAL|\
             POLICY_SERVERS|VERIFIER_SERVERS|POLICY_GPUS|VERIFIER_GPUS|POLICY_PYTHON|VERIFIER_PYTHON)
                 declare -g "$name=$value" ;;
-            MODEL) MODELS+=("$value") ;;
-            ARM) ARMS+=("$value") ;;
+            REWARD_MODEL) REWARD_MODELS+=("$value") ;;
+            RL_VARIANT) RL_VARIANTS+=("$value") ;;
             POLICY_WORD) POLICY_WORD+=("$value") ;;
             VERIFIER_WORD) VERIFIER_WORD+=("$value") ;;
             POLICY_ENV) POLICY_ENV+=("$value") ;;
@@ -153,81 +153,81 @@ read_plan() {
         esac
     done <<< "$text"
     # Slurm 22.05 ends srun with 0 when a container does not start.
-    [[ -n $RUN_DIR ]] || fail "no plan came back: does the image ${TRAINER_IMAGE:-} start?" 2
+    [[ -n $RUN_DIR ]] || fail "slurm-manifest printed nothing: does the image ${TRAINER_IMAGE:-} start?" 2
 }
 
 # --- beginning of a job
 
-# begin_job STAGE PLAN_ARGUMENTS...: plan, log folder, traps; ends here when the part is done or makes no progress.
-# With ALWAYS_AGAIN=1 an older result does not count as done.
+# begin_job STAGE MANIFEST_ARGUMENTS...: manifest, log folder, traps. Ends the job here if the stage run is done or makes
+# no progress. With ALWAYS_AGAIN=1 an older result does not count as done.
 begin_job() {
     [[ -n $JOB ]] || fail "not in a Slurm job: submit with sbatch (see --help)" 2
     trap on_limit USR1
     trap on_cancel TERM INT
-    read_plan "$@"
-    if [[ -z ${ALWAYS_AGAIN:-} && -e $DONE_FILE ]]; then log "$PART is done already"; exit 0; fi
-    : "${PART_DIR:=$RUN_DIR/logs/$PART}"
-    LOG_DIR=$RUN_DIR/logs/$PART/$JOB.$RESTART
-    mkdir -p "$LOG_DIR" "$PART_DIR" || { LOG_DIR=""; fail "cannot write to $RUN_DIR"; }
-    ln -sfn "$JOB.$RESTART" "$RUN_DIR/logs/$PART/latest"
+    read_manifest "$@"
+    if [[ -z ${ALWAYS_AGAIN:-} && -e $DONE_FILE ]]; then log "$STAGE_RUN is done already"; exit 0; fi
+    : "${STAGE_RUN_DIR:=$RUN_DIR/logs/$STAGE_RUN}"
+    LOG_DIR=$RUN_DIR/logs/$STAGE_RUN/$JOB.$RESTART
+    mkdir -p "$LOG_DIR" "$STAGE_RUN_DIR" || { LOG_DIR=""; fail "cannot write to $RUN_DIR"; }
+    ln -sfn "$JOB.$RESTART" "$RUN_DIR/logs/$STAGE_RUN/latest"
     printf '%q ' "${OVERRIDES[@]}" > "$LOG_DIR/overrides"
-    rm -f "$PART_DIR/STOP"
-    # What preflight looks for on the other nodes, and the time that a result must be newer than.
+    rm -f "$STAGE_RUN_DIR/STOP"
+    # Preflight looks for this file on the other nodes; a result must be newer than it.
     : > "$LOG_DIR/visible"
     mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    # SGLang asks itself over HTTP before it says that it is ready, and does what http_proxy says.
+    # SGLang sends itself an HTTP request before it reports ready, and follows http_proxy.
     no_proxy=localhost,127.0.0.1,$(join_by , "${NODES[@]}")${no_proxy:+,$no_proxy}
     export no_proxy NO_PROXY=$no_proxy
     DONE_BEFORE=$(count_done)
     set_state running
-    log "$PART on ${NODES[*]}, logs in $LOG_DIR"
-    refuse_without_progress
+    log "$STAGE_RUN on ${NODES[*]}, logs in $LOG_DIR"
+    fail_without_progress
 }
 
-# What this part has to show for itself; grows with every checkpoint or stored verification.
+# progress_mark: print what has been done; it changes with every checkpoint or stored verification.
 progress_mark() {
-    sed -n 's/.*"done": *\([0-9]*\).*/\1/p' "$PART_DIR/progress.json" 2>/dev/null || cat "$PART_DIR/checkpoints/latest" 2>/dev/null
+    sed -n 's/.*"done": *\([0-9]*\).*/\1/p' "$STAGE_RUN_DIR/progress.json" 2>/dev/null || cat "$STAGE_RUN_DIR/checkpoints/latest" 2>/dev/null
 }
 
 count_done() {
     local mark
     mark=$(progress_mark)
-    if [[ $PART == stage1/* ]]; then echo "${mark:-0}"; return; fi
+    if [[ $STAGE_RUN == stage1/* ]]; then echo "${mark:-0}"; return; fi
     mark=${mark##*step-}
     echo "$(( 10#${mark:-0} ))"
 }
 
-# Three restarts in a row that began where the one before began: the fourth does not try again.
-refuse_without_progress() {
-    local attempts=$RUN_DIR/logs/$PART/attempts.tsv mark same
+# Fail the fourth start in a row that begins where the one before began.
+fail_without_progress() {
+    local attempts=$RUN_DIR/logs/$STAGE_RUN/attempts.tsv mark same
     mark=$(progress_mark)
     printf '%s\t%s\t%s\t%s\n' "$JOB" "$RESTART" "$(date +%FT%T%z)" "${mark:-nothing}" >> "$attempts"
     same=$(tail -n 4 "$attempts" | awk -F'\t' -v job="$JOB" -v mark="${mark:-nothing}" '$1 == job && $4 == mark' | wc -l)
     if (( same == 4 )); then
-        fail "no progress in three requeues: still at ${mark:-the beginning}. Look at $RUN_DIR/logs/$PART, then submit again"
+        fail "no progress in three requeues: still at ${mark:-the beginning}. Look at $RUN_DIR/logs/$STAGE_RUN, then submit again"
     fi
 }
 
-# --- signals: nothing is forwarded, a file asks for the checkpoint (the trainer's rank 0 polls it between steps)
+# --- signals: nothing is forwarded; the STOP file requests a checkpoint (rank 0 checks for it between steps)
 
-on_limit() { STOPPING=limit SIGNALS=$(( SIGNALS + 1 )); log "the time limit is near: asking for a checkpoint"; ask_to_stop; }
-on_cancel() { STOPPING=cancel SIGNALS=$(( SIGNALS + 1 )); log "cancelled or preempted: asking for a checkpoint"; ask_to_stop; }
-ask_to_stop() { if [[ -n $PART_DIR ]]; then : > "$PART_DIR/STOP"; fi; }
+on_limit() { STOPPING=limit SIGNALS=$(( SIGNALS + 1 )); log "the time limit is near: requesting a checkpoint"; request_stop; }
+on_cancel() { STOPPING=cancel SIGNALS=$(( SIGNALS + 1 )); log "cancelled or preempted: requesting a checkpoint"; request_stop; }
+request_stop() { if [[ -n $STAGE_RUN_DIR ]]; then : > "$STAGE_RUN_DIR/STOP"; fi; }
 
-# wait_for PID: the status of a background process; a trap does not end the wait.
+# wait_for PID: return the status of a background process; a trap does not end the wait.
 wait_for() {
     local status before
     while :; do
         before=$SIGNALS
         wait "$1"; status=$?
-        # A trap interrupts `wait`; bash can be asked again, also about a process that has ended meanwhile.
+        # A trap interrupts `wait`; waiting again also works for a process that has ended meanwhile.
         (( SIGNALS > before )) || return "$status"
     done
 }
 
 # --- nodes
 
-# preflight: every node sees run folder, models and data, finds the head node and has its GPUs.
+# preflight: check that every node sees run folder, models and data, resolves the head node and has its GPUs.
 preflight() {
     local answers=$LOG_DIR/preflight.txt node bad=() options=() path image
     check_cpus
@@ -254,7 +254,7 @@ preflight() {
     log "preflight ok, ranks meet at $MASTER_ADDR:$MASTER_PORT"
 }
 
-# check_cpus: without --exclusive or --cpus-per-task Slurm gives a job one CPU per node, which eight ranks would share.
+# check_cpus: fail if ranks would share one CPU. Without --exclusive or --cpus-per-task Slurm gives a job one CPU per node.
 check_cpus() {
     local least
     least=$(tr ',' '\n' <<< "${SLURM_JOB_CPUS_PER_NODE:-}" | sed 's/(.*//' | sort -n | head -n 1)
@@ -269,27 +269,27 @@ first_port() { echo $(( 10000 + JOB * 16 % 20000 )); }
 
 join_by() { local IFS=$1; shift; echo "$*"; }
 
-# nodes_lost: names of this job's nodes that do not answer, as when one has just crashed.
+# nodes_lost: print this job's nodes that do not respond, for example after a crash.
 nodes_lost() {
     local node alive
     alive=$(timeout 30 srun --nodes="${#NODES[@]}" --ntasks="${#NODES[@]}" --ntasks-per-node=1 --overlap --no-kill \
         --kill-on-bad-exit=0 printenv SLURMD_NODENAME 2>/dev/null < /dev/null)
-    # This script's own node is alive: if not even that one answered, it was srun that failed.
+    # This script's own node is alive: if it did not respond either, srun itself failed.
     grep -qx "${SLURMD_NODENAME:-${NODES[0]}}" <<< "$alive" || return 0
     for node in "${NODES[@]}"; do grep -qx "$node" <<< "$alive" || echo "$node"; done
 }
 
-# nodes_needed: for the ranks of the layout.
+# nodes_needed: print the number of nodes for the ranks of the layout.
 nodes_needed() { echo $(( RANKS_PER_NODE ? (WORLD_SIZE + RANKS_PER_NODE - 1) / RANKS_PER_NODE : 1 )); }
 
-# check_ranks NODES: do the ranks of the layout fill this many nodes?
+# check_ranks NODES: fail unless the ranks of the layout fill this number of nodes.
 check_ranks() {
     if (( RANKS_PER_NODE == 0 && $1 > 0 && WORLD_SIZE % ($1 > 0 ? $1 : 1) == 0 || $1 == $(nodes_needed) )); then return 0; fi
     fail "impossible layout: $WORLD_SIZE trainer ranks, RANKS_PER_NODE=$RANKS_PER_NODE, need $(nodes_needed) nodes for \
-training, and $1 are left for it: change sbatch --nodes or the megatron.* sizes" 2
+training, and $1 are available: change sbatch --nodes or the megatron.* sizes" 2
 }
 
-# check_servers NODES: are there nodes for servers exactly when the engine has servers?
+# check_servers NODES: fail if there are nodes for servers and the engine has none.
 check_servers() {
     if (( $1 )) && [[ $ENGINE == local ]]; then
         fail "--policy-nodes and --verifier-nodes have no effect with engine.kind=local: remove them or choose another engine" 2
@@ -298,12 +298,12 @@ check_servers() {
 
 # --- steps
 
-# start_step ROLE NODES TASKS IMAGE ARGUMENTS...: one supervised srun in the background, its pid in STEP_PID.
-# --wait=0: the main rank scores the model for long after the others have ended well; any other number of seconds, or the
-# site's WaitTime, would end it.
+# start_step ROLE NODES TASKS IMAGE ARGUMENTS...: run one supervised srun in the background; its pid is in STEP_PID.
+# --wait=0: the main rank still scores the model long after the others ended; any other number of seconds, or the site's
+# WaitTime, would end it.
 start_step() {
     local role=$1 nodes=$2 tasks=$3 count
-    if [[ -n $STOPPING ]]; then finish 0; fi  # asked to stop before there was anything to stop
+    if [[ -n $STOPPING ]]; then finish 0; fi  # stopped before there was a step to stop
     image_options "$4"
     shift 4
     count=$(tr ',' '\n' <<< "$nodes" | wc -l)
@@ -316,18 +316,19 @@ start_step() {
 
 # --- end of a job
 
-# finish STATUS: by the marker, never by the status: Slurm 22.05 reports 0 for a dead node and a missing image.
+# finish STATUS: end the job. The DONE marker decides, never the status: Slurm 22.05 reports 0 for a dead node and a
+# missing image.
 finish() {
     local status=$1 lost
     kill "${STEP_PIDS[@]}" 2>/dev/null
     if [[ -e $DONE_FILE && ( -z ${ALWAYS_AGAIN:-} || $DONE_FILE -nt $LOG_DIR/visible ) ]]; then
         set_state 'done'
-        log "$PART is done"
+        log "$STAGE_RUN is done"
         exit 0
     fi
     if [[ $STOPPING != limit ]] && preempted; then requeue "preempted"; fi
     case $STOPPING in
-        cancel) set_state cancelled "submit the same again to go on"; log "cancelled, resumable"; exit 143 ;;
+        cancel) set_state cancelled "submit the same command to resume"; log "cancelled, resumable"; exit 143 ;;
         limit) requeue "time limit" ;;
     esac
     if [[ -e $LOG_DIR/broken ]]; then
@@ -336,28 +337,29 @@ finish() {
         tail -n 40 "$LOG_DIR"/*-*-[0-9]*.log | tee "$LOG_DIR/error.txt" >&2
         fail "$(cat "$LOG_DIR/broken")"
     fi
-    if [[ -e $PART_DIR/STOP ]]; then
-        fail "stopped by hand with $PART_DIR/STOP; submit the same again to go on" 3
+    if [[ -e $STAGE_RUN_DIR/STOP ]]; then
+        fail "stopped by hand with $STAGE_RUN_DIR/STOP; submit the same command to resume" 3
     fi
     lost=$(nodes_lost)
     if [[ -n $lost ]]; then requeue "lost ${lost//$'\n'/ }"; fi
     first_error > "$LOG_DIR/error.txt"
     cat "$LOG_DIR/error.txt" >&2
-    fail "$PART ended without its marker $DONE_FILE (srun said $status)" "$(( status ? status : 1 ))"
+    fail "$STAGE_RUN ended without its marker $DONE_FILE (srun returned $status)" "$(( status ? status : 1 ))"
 }
 
-# own_name: this job to scontrol. One task of an array has the array's own number as its job id, which means all of them.
+# own_name: print this job's name for scontrol. The first task of an array has the array's number as its job id, which
+# stands for all tasks.
 own_name() { echo "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$JOB}"; }
 
-# preempted: is this job in the grace time of a preemption? Then its steps were sent TERM, this script was not, and a job
-# that now ends on its own is not requeued.
+# preempted: succeed in the grace time of a preemption. Slurm then sent TERM to the steps and not to this script, and it
+# does not requeue a job that ends on its own.
 preempted() {
     local shown
     shown=$(scontrol show job "$(own_name)")
     [[ $shown == *JobState=RUNNING* && $shown =~ [[:space:]]PreemptTime=[0-9] ]]
 }
 
-# requeue REASON: this job again, from its checkpoint. Does not return.
+# requeue REASON: run this job again, from its checkpoint. Does not return.
 requeue() {
     local name
     name=$(own_name)
@@ -365,14 +367,14 @@ requeue() {
     set_state requeued "$1"
     log "requeue: $1"
     scontrol requeue "$name" || fail "$1, and Slurm did not requeue job $name"
-    # Slurm ends this script now; no other word of it may follow.
+    # Slurm ends this script now; it must not write anything more.
     trap 'exit 0' TERM INT
     sleep 600 &
     wait $!
     fail "$1, and nothing happened after scontrol requeue $name"
 }
 
-# first_error: what the rank said that failed first. The others fail after it, for they miss it.
+# first_error: print the error of the rank that failed first. The others fail because it is gone.
 first_error() {
     local file
     # shellcheck disable=SC2012  # names are our own

@@ -1,5 +1,5 @@
-"""Is this node fit for the job? Run once per node by preflight; prints ``NODE ok PORT`` or ``NODE
-REASON``.
+"""Check this node for the job. Preflight runs it once per node; it prints ``NODE ok PORT`` or
+``NODE REASON``.
 
 Standard library only, so that it runs in every image. PORT is the first of ``--ports`` free ones in
 a row, where ranks can meet and servers listen.
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def trouble(arguments: argparse.Namespace) -> str:
-    """What is wrong here, or an empty string."""
+    """Return what is wrong on this node, or an empty string."""
     for path in [arguments.canary, *arguments.needs]:
         if not Path(path).exists():
             return f"does not see {path}: is it on a file system that all nodes share, and mounted in the image?"
@@ -53,7 +53,7 @@ def trouble(arguments: argparse.Namespace) -> str:
     if int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1 and (name := unreachable_name()):
         return (
             f"resolves its own name {name} to itself alone (127...), where servers and gloo would listen "
-            "unreachable for the other nodes: mend /etc/hosts, or for gloo alone set GLOO_SOCKET_IFNAME in "
+            "unreachable for the other nodes: correct /etc/hosts, or for gloo alone set GLOO_SOCKET_IFNAME in "
             "slurm/site.env"
         )
     if arguments.gpus:
@@ -71,9 +71,10 @@ def trouble(arguments: argparse.Namespace) -> str:
 
 
 def unreachable_name() -> str:
-    """A name of this node that servers (its name in Slurm) or gloo (its host name) listen at, if
-    nobody else can reach them there; Debian's installer writes ``127.0.1.1 NAME`` into /etc/hosts.
-    Else an empty string.
+    """Return a name of this node that resolves to itself alone, or an empty string.
+
+    Servers listen at the node's name in Slurm, gloo at its host name: other nodes could not reach
+    them. Debian's installer writes ``127.0.1.1 NAME`` into /etc/hosts.
     """
     names = [os.environ.get("SLURMD_NODENAME", "")]
     if not os.environ.get("GLOO_SOCKET_IFNAME"):
@@ -89,9 +90,7 @@ def unreachable_name() -> str:
 
 
 def first_free(first: int, count: int) -> int:
-    """The first of ``count`` neighbouring ports that nobody listens on, 0 when there are none near
-    ``first``.
-    """
+    """Return the first of ``count`` free neighbouring ports, or 0 if there are none near ``first``."""
     for start in range(first, first + TRIED_PORTS):
         if all(is_free(port) for port in range(start, start + count)):
             return start
@@ -99,7 +98,7 @@ def first_free(first: int, count: int) -> int:
 
 
 def is_free(port: int) -> bool:
-    """Can this port be listened on?"""
+    """Return whether a server could listen on this port."""
     with socket.socket() as probe:
         try:
             probe.bind(("", port))

@@ -1,19 +1,19 @@
 #!/bin/bash
-#: The three stages and the report as a chain of Slurm jobs. Run it on the login node; it checks everything, submits,
-#: prints the job ids and ends.
+#: Submit the three stages and the report as a chain of Slurm jobs. Run it on the login node: it checks everything,
+#: submits, prints the job ids and ends.
 #:
 #:   slurm/pipeline.sh --shards 8 --train-nodes 4 -- +experiment=spark/base run.dir=runs/mine
 #:
 #: --shards N           array tasks of stage I (default 8), each with its own engines
-#: --at-once N          of them running together (default: all)
+#: --at-once N          shards running at the same time (default: all)
 #: --train-nodes N      nodes for the trainer's ranks in stages II and III (default: what the layout needs)
 #: --policy-nodes N     more nodes in stage III for the policy's servers (default 0: engines as configured)
 #: --verifier-nodes N   more nodes in stage III for the reward model's servers (default 0)
 #: --stage3-override X   one more Hydra override for stage III only, such as its engines; may be repeated
 #: --stage1-options S, --train-options S   more sbatch options, as one word list, for stage I or stages II and III
-#: after --             Hydra's overrides, the same for every job. Submitting the same line again goes on.
+#: after --             Hydra's overrides, the same for every job. Submitting the same line again resumes.
 #:
-#: A job starts when those it reads from are done; when one fails, those behind it are cancelled.
+#: A job starts when the jobs whose results it reads are done; when one fails, the jobs that depend on it are cancelled.
 #: Watch with: spark-nemo status RUN
 SLURM_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=slurm/lib.sh
@@ -24,14 +24,14 @@ parse_arguments pipeline.sh "$@"
 load_site
 for name in shards policy-nodes verifier-nodes; do need_number "$name" $(( ${#name} == 6 )); done
 
-read_plan pipeline
+read_manifest pipeline
 : "${OPTIONS[train-nodes]:=$(nodes_needed)}"
 need_number train-nodes 1
 nodes=$(( OPTIONS[train-nodes] + OPTIONS[policy-nodes] + OPTIONS[verifier-nodes] ))
 check_ranks "${OPTIONS[train-nodes]}"
 if (( ${#STAGE3_OVERRIDES[@]} )); then
     text=$("$PYTHON" -m spark_nemo.cli.main stage3 --print-config -- "${OVERRIDES[@]}" "${STAGE3_OVERRIDES[@]}") ||
-        fail "stage III's configuration was refused; the line above says why" 2
+        fail "invalid configuration of stage III; see the line above" 2
     ENGINE=$(sed -n 's/^  kind: //p' <<< "$text" | head -n 1)
 fi
 check_servers "$(( OPTIONS[policy-nodes] + OPTIONS[verifier-nodes] ))"
@@ -43,13 +43,13 @@ servers=(--policy-nodes "${OPTIONS[policy-nodes]}" --verifier-nodes "${OPTIONS[v
 mkdir -p "$RUN_DIR/logs/slurm" || fail "cannot write to $RUN_DIR"
 chain=$RUN_DIR/logs/chain.tsv
 
-# check SBATCH_ARGUMENTS...: would Slurm take it?
+# check SBATCH_ARGUMENTS...: fail unless Slurm accepts the job.
 check() {
     local answer
-    answer=$(sbatch --test-only "$@" 2>&1) || fail "sbatch refuses ${*:1:3} ...: $answer" 2
+    answer=$(sbatch --test-only "$@" 2>&1) || fail "sbatch rejects ${*:1:3} ...: $answer" 2
 }
 
-# submit PART AFTER SBATCH_ARGUMENTS...: AFTER is a list of job ids, or empty. The id goes to JOB_ID and to the chain file.
+# submit STAGE_RUN AFTER SBATCH_ARGUMENTS...: AFTER is a list of job ids, or empty. The id goes to JOB_ID and to the chain file.
 submit() {
     local part=$1 after=$2 depends=()
     shift 2
@@ -70,16 +70,16 @@ submit stage1 "" "${stage1[@]}" -- "${OVERRIDES[@]}"
 generated=$JOB_ID ends=()
 declare -A trained=()
 log "stage I   $generated (${OPTIONS[shards]} shards)"
-for line in "${MODELS[@]}"; do  # folder, overrides
+for line in "${REWARD_MODELS[@]}"; do  # folder, overrides
     IFS=$'\t' read -ra words <<< "$line"
     submit "stage2/${words[0]}" "$generated" "${stage2[@]}" -- "${OVERRIDES[@]}" "${words[@]:1}"
     log "stage II  $JOB_ID (${words[0]})"
     trained[${words[0]}]=$JOB_ID
     ends+=("$JOB_ID")
 done
-for line in "${ARMS[@]}"; do  # folder, its reward model's folder (- for none), overrides
+for line in "${RL_VARIANTS[@]}"; do  # folder, its reward model's folder (- for none), overrides
     IFS=$'\t' read -ra words <<< "$line"
-    # A baseline waits for nobody.
+    # A baseline does not depend on a reward model.
     submit "stage3/${words[0]}" "${trained[${words[1]}]:-}" "${stage3[@]}" -- "${OVERRIDES[@]}" "${STAGE3_OVERRIDES[@]}" \
         "${words[@]:2}"
     log "stage III $JOB_ID (${words[0]})"

@@ -23,7 +23,7 @@ load_site
 
 need_number collective 0
 (( ${#OVERRIDES[@]} )) || OVERRIDES=(run.dir=runs/preflight)
-PART=preflight ALWAYS_AGAIN=1
+STAGE_RUN=preflight ALWAYS_AGAIN=1
 stage=pipeline
 [[ ${OVERRIDES[*]} != run.dir=runs/preflight ]] || stage=nodes
 begin_job $stage

@@ -1,5 +1,6 @@
-"""Do these servers answer? Prints those that do not and ends with 0 when all do. Standard library
-only.
+"""Check that servers respond: print those that do not, exit with 0 when all do.
+
+Standard library only, so that it runs in every image.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import urllib.request
 
 PROBE_S = 5.0
 DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Past the proxy that a cluster may have for the world outside."""
+"""Bypasses the proxy that a cluster may have for outgoing connections."""
 
 
 def trouble(url: str) -> str:
-    """Why the server is not ready, or an empty string. The key comes from the environment, never
-    from arguments.
+    """Return why the server is not ready, or an empty string.
+
+    The API key comes from the environment: other users can read command lines.
     """
     request = urllib.request.Request(f"{url}/health")
     if key := os.environ.get("SPARK_NEMO_API_KEY"):
@@ -29,10 +31,10 @@ def trouble(url: str) -> str:
 
 
 def main() -> int:
-    """Ask every URL once."""
+    """Send one request to every URL."""
     troubles = {url: text for url in sys.argv[1:] if (text := trouble(url))}
     for url, text in troubles.items():
-        print(f"{url} does not answer: {text}")
+        print(f"{url} does not respond: {text}")
     return 1 if troubles else 0
 
 

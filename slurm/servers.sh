@@ -1,9 +1,9 @@
 # shellcheck shell=bash disable=SC2154,SC2153  # sourced by lib.sh, whose names these are
-# Rollout servers: each in a step of its own, started again when it dies.
+# Rollout servers: each runs in a step of its own and is restarted when it dies.
 
-# start_servers ROLE NODES...: as many on each of these nodes as its GPUs hold, or engine.ROLE.servers without GPUs.
-# SERVERS tells the trainer where they are.
-# The servers' key travels in the environment: command lines are for everybody to read.
+# start_servers ROLE NODES...: fill the GPUs of each node with servers, or start engine.ROLE.servers without GPUs. SERVERS
+# are the trainer's options with their addresses. The API key is passed in the environment: every user of a node can read
+# command lines.
 start_servers() {
     local role=$1 count=$POLICY_SERVERS gpus=$POLICY_GPUS python=$POLICY_PYTHON node port i urls=()
     local words=("${POLICY_WORD[@]}") variables=("${POLICY_ENV[@]}")
@@ -13,9 +13,9 @@ start_servers() {
         count=$VERIFIER_SERVERS gpus=$VERIFIER_GPUS python=$VERIFIER_PYTHON
         words=("${VERIFIER_WORD[@]}") variables=("${VERIFIER_ENV[@]}")
     fi
-    [[ -n $count ]] || fail "--$role-nodes needs engine.$role.servers: what is started where servers are launched" 2
+    [[ -n $count ]] || fail "--$role-nodes needs engine.$role.servers: the number of servers to start" 2
     if (( GPUS_PER_NODE )); then
-        # A node of its own is filled.
+        # Servers have the node to themselves.
         count=$(( GPUS_PER_NODE / gpus ))
         (( count )) ||
             fail "impossible layout: engine.$role.tensor_parallel=$gpus on nodes of GPUS_PER_NODE=$GPUS_PER_NODE" 2
@@ -37,7 +37,8 @@ start_servers() {
     log "$role servers: ${urls[*]}"
 }
 
-# keep_server NAME NODE VARIABLES... -- ARGUMENTS...: in the background until it has died MAX_RESTARTS + 1 times.
+# keep_server NAME NODE VARIABLES... -- ARGUMENTS...: run a server in the background; restart it at most MAX_RESTARTS
+# times.
 keep_server() {
     local name=$1 node=$2 variables=()
     shift 2
@@ -55,28 +56,28 @@ keep_server() {
                 2>> "$LOG_DIR/$name.srun.log" < /dev/null &
             step=$!
             wait "$step"; status=$?
-            log "server $name ended (srun said $status) in its life $(( life + 1 ))"
+            log "server $name ended (srun returned $status), start $(( life + 1 ))"
             sleep 1
         done
-        echo "server $name died $(( MAX_RESTARTS + 1 )) times; the end of $LOG_DIR/$name.log says why" > "$LOG_DIR/broken"
-        ask_to_stop
+        echo "server $name died $(( MAX_RESTARTS + 1 )) times; see the end of $LOG_DIR/$name.log" > "$LOG_DIR/broken"
+        request_stop
     ) &
     STEP_PIDS+=($!)
 }
 
-# wait_servers: until every server answers, or one is beyond help.
+# wait_servers: wait until every server responds, or one is out of restarts.
 wait_servers() {
     (( ${#URLS[@]} )) || return 0
     local deadline=$(( $(date +%s) + SERVER_START_TIMEOUT )) python=$PYTHON
-    # With images PYTHON is the login node's, and may not run here; any Python will do.
+    # With images PYTHON is the login node's and may not run here; any Python works.
     "$python" -c '' 2>/dev/null || python=python3
-    "$python" -c '' || fail "neither PYTHON=$PYTHON nor python3 runs on this node, and one must ask for the servers"
+    "$python" -c '' || fail "neither PYTHON=$PYTHON nor python3 runs on this node, and one is needed to check the servers"
     until "$python" "$SLURM_DIR/server_check.py" "${URLS[@]}" > "$LOG_DIR/servers.txt"; do
         [[ -z $STOPPING ]] || finish 0
         if [[ -e $LOG_DIR/broken ]]; then finish 1; fi
         (( $(date +%s) < deadline )) || fail "after SERVER_START_TIMEOUT=$SERVER_START_TIMEOUT s: $(tr '\n' ' ' < "$LOG_DIR/servers.txt")"
         sleep 2
     done
-    log "${#URLS[@]} servers answer"
+    log "${#URLS[@]} servers respond"
 }
 URLS=() SERVERS=()

@@ -78,26 +78,26 @@ def _jobs(config: SparkConfig) -> Iterator[tuple[str, str]]:
             for word in own
         ]
         if stage == "stage2":
-            yield "MODEL", "\t".join([job.folder.name, *own])
+            yield "REWARD_MODEL", "\t".join([job.folder.name, *own])
         if stage == "stage3":
             needs = next((name.removeprefix("stage2-") for name in job.after), "-")
-            yield "ARM", "\t".join([job.folder.name, needs, *own])
+            yield "RL_VARIANT", "\t".join([job.folder.name, needs, *own])
 
 
 def _part(stage: str, config: SparkConfig, arguments: argparse.Namespace) -> dict[str, str]:
     if stage == "report":
-        return {"PART": "report", "DONE_FILE": str(Path(config.run.dir).resolve() / "report.html")}
+        return {"STAGE_RUN": "report", "DONE_FILE": str(Path(config.run.dir).resolve() / "report.html")}
     if stage not in STAGES:
         result = model_output(stage.removeprefix("evaluate-"), config, arguments)
-        return {"PART": f"evaluate/{result.stem}", "DONE_FILE": str(result.resolve())}
+        return {"STAGE_RUN": f"evaluate/{result.stem}", "DONE_FILE": str(result.resolve())}
     _check_stage(stage, config)
     folder = STAGES[stage].folder(config)
     ranks = config.megatron.world_size if STAGES[stage].trained_model is not None else 1
     # Only stage III's number of steps is known before the job runs; 0 stands for unknown.
     total = config.rl.steps if stage == "stage3" else 0
     return {
-        "PART": str(folder.relative_to(config.run.dir)),
-        "PART_DIR": str(folder.resolve()),
+        "STAGE_RUN": str(folder.relative_to(config.run.dir)),
+        "STAGE_RUN_DIR": str(folder.resolve()),
         "DONE_FILE": str((folder / DONE).resolve()),
         "WORLD_SIZE": str(ranks),
         "TOTAL": str(total),

@@ -40,10 +40,10 @@ def test_the_chain_and_its_folder(capsys: pytest.CaptureFixture[str], tmp_path: 
     run = tmp_path / "a run"
     said = plan(capsys, "pipeline", f"run.dir='{run}'", "megatron.data_parallel=2")
     assert said["RUN_DIR"] == [str(run)] and said["WORLD_SIZE"] == ["2"]
-    assert said["MODEL"] == [
+    assert said["REWARD_MODEL"] == [
         f"{m}\tstage2.method={m}" for m in ("step_consistency", "single", "outcome_consistency")
     ]
-    assert said["ARM"] == [
+    assert said["RL_VARIANT"] == [
         "process_aware\tstep_consistency\t++rl/reward=process_aware",
         "rlvr\t-\t++rl/reward=rlvr\tdata.rl_answers=${pipeline.rl_answers}",
     ]
@@ -74,17 +74,17 @@ def test_every_arm_is_a_job_with_its_own_reward_model(
         "rl.reward.queue=9",
     )
     assert (
-        said["MODEL"][1]
+        said["REWARD_MODEL"][1]
         == "step_consistency-orm\tstage2.method=step_consistency\tstage2.variant=orm"
     )
-    assert [line.split("\t")[:2] for line in said["ARM"]] == [
+    assert [line.split("\t")[:2] for line in said["RL_VARIANT"]] == [
         ["process_aware", "step_consistency"],
         ["process_aware-orm", "step_consistency-orm"],
         ["selective", "step_consistency"],
         ["random", "-"],
     ]
-    assert said["ARM"][1].endswith("++rl/reward=process_aware\trl.reward.variant=orm")
-    assert said["ARM"][3].endswith("++rl/reward=random")
+    assert said["RL_VARIANT"][1].endswith("++rl/reward=process_aware\trl.reward.variant=orm")
+    assert said["RL_VARIANT"][3].endswith("++rl/reward=random")
 
 
 def test_servers_are_described_word_by_word(
@@ -160,7 +160,7 @@ def test_an_evaluation_is_planned_with_its_own_options(
     )
     said = plan(capsys, "evaluate-processbench", f"run.dir={tmp_path}/run", options=options)
     written = f"{tmp_path.name}-model-processbench-critic-8votes"
-    assert said["PART"] == [f"evaluate/{written}"] and said["DONE_FILE"] == [
+    assert said["STAGE_RUN"] == [f"evaluate/{written}"] and said["DONE_FILE"] == [
         f"{tmp_path}/run/evaluate/{written}.json"
     ]
     assert said["NEEDS"] == [f"{tmp_path}/a.json", f"{tmp_path}/model"]
@@ -173,7 +173,7 @@ def test_the_format_sft_needs_its_base_and_its_examples(
     nodes are used.
     """
     said = plan(capsys, "sft", f"run.dir={tmp_path}/run", "data.sft_examples=toy:sft:20")
-    assert said["PART"] == ["sft"] and said["DONE_FILE"] == [str(tmp_path / "run/sft/DONE.json")]
+    assert said["STAGE_RUN"] == ["sft"] and said["DONE_FILE"] == [str(tmp_path / "run/sft/DONE.json")]
     assert len(said["NEEDS"]) == 2 and said["NEEDS"][1].endswith("sft-20-seed0_examples.jsonl")
     examples = Path(said["NEEDS"][1])
     examples.write_text(examples.read_text().replace("</think>", "", 1))

@@ -25,7 +25,7 @@ from slurm_world import (
 from spark_nemo.records.store import RecordStore
 
 STEPS = [*RL, "rl.steps=12", "rl.save_every=2"]
-PART = "stage3/process_aware"
+STAGE_RUN = "stage3/process_aware"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
         cwd=REPO,
     )
     assert done.returncode == 0, done.stderr
-    return rows(run / PART / "metrics.jsonl")
+    return rows(run / STAGE_RUN / "metrics.jsonl")
 
 
 def train(slurm: Cluster, folder: Path, run: Path, *options: object, **settings: object) -> int:
@@ -56,7 +56,7 @@ def train(slurm: Cluster, folder: Path, run: Path, *options: object, **settings:
 
 
 def has_steps(run: Path, count: int) -> bool:
-    return len(rows(run / PART / "metrics.jsonl")) >= count
+    return len(rows(run / STAGE_RUN / "metrics.jsonl")) >= count
 
 
 def test_limit_signal_becomes_checkpoint_and_requeue_beside_another_job(
@@ -87,7 +87,7 @@ def test_limit_signal_becomes_checkpoint_and_requeue_beside_another_job(
     slurm.until(lambda: has_steps(limited, 1), "step")
     slurm.run("scancel", "--batch", "--signal=USR1", jobs[1])
     slurm.wait_state(jobs[1], {"PENDING"})
-    assert 1 <= len(rows(limited / PART / "metrics.jsonl")) < 12, (
+    assert 1 <= len(rows(limited / STAGE_RUN / "metrics.jsonl")) < 12, (
         "the signal came too late to test anything"
     )
     ended = [slurm.wait_state(job) for job in jobs]
@@ -97,13 +97,13 @@ def test_limit_signal_becomes_checkpoint_and_requeue_beside_another_job(
     ], output(tmp_path, jobs[1])
     assert {job["NodeList"] for job in ended[:1]} == {"node[0-1]"}
     for run in (quiet, limited):
-        assert rows(run / PART / "metrics.jsonl") == undisturbed
-    logs = limited / "logs" / PART
+        assert rows(run / STAGE_RUN / "metrics.jsonl") == undisturbed
+    logs = limited / "logs" / STAGE_RUN
     assert "STATE=requeued\nREASON=time limit" in (logs / f"{jobs[1]}.0/state").read_text()
     assert (logs / f"{jobs[1]}.0/trainer-1.log").exists() and (
         logs / "latest"
     ).resolve().name == f"{jobs[1]}.1"
-    assert not (limited / PART / "STOP").exists()
+    assert not (limited / STAGE_RUN / "STOP").exists()
 
 
 @pytest.mark.parametrize("which", ["batch host", "other node"])
@@ -115,13 +115,13 @@ def test_node_crash_in_stage_3(
     """
     run = tmp_path / "run"
     job = train(slurm, tmp_path, run)
-    slurm.until(lambda: (run / PART / "checkpoints/latest").exists(), "checkpoint")
+    slurm.until(lambda: (run / STAGE_RUN / "checkpoints/latest").exists(), "checkpoint")
     names = slurm.run("scontrol", "show", "hostnames", slurm.job(job)["NodeList"]).stdout.split()
     slurm.crash_node(names[0 if which == "batch host" else 1])
     slurm.until(lambda: slurm.job(job)["Restarts"] == "1", f"restart\n{output(tmp_path, job)}")
     ended = slurm.wait_state(job)
     assert ended["JobState"] == "COMPLETED", output(tmp_path, job)
-    assert rows(run / PART / "metrics.jsonl") == undisturbed
+    assert rows(run / STAGE_RUN / "metrics.jsonl") == undisturbed
 
 
 def test_node_crash_and_limit_signal_in_stage_1(slurm: Cluster, tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_cancelled_job_leaves_no_process_and_can_go_on(
     assert not has_steps(run, 12), "the signal came too late to test anything"
     again = train(slurm, tmp_path, run)
     assert slurm.wait_state(again)["JobState"] == "COMPLETED", output(tmp_path, again)
-    assert rows(run / PART / "metrics.jsonl") == undisturbed
+    assert rows(run / STAGE_RUN / "metrics.jsonl") == undisturbed
 
 
 def test_three_requeues_without_progress_are_enough(slurm: Cluster, tmp_path: Path) -> None:
@@ -183,7 +183,9 @@ def test_three_requeues_without_progress_are_enough(slurm: Cluster, tmp_path: Pa
     run = tmp_path / "run"
     job = train(slurm, tmp_path, run)
     for restart in range(3):
-        slurm.until((run / "logs" / PART / f"{job}.{restart}/job.log").exists, f"attempt {restart}")
+        slurm.until(
+            (run / "logs" / STAGE_RUN / f"{job}.{restart}/job.log").exists, f"attempt {restart}"
+        )
         slurm.run("scontrol", "requeue", job)
     ended = slurm.wait_state(job)
     assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "3"), output(tmp_path, job)
@@ -213,4 +215,4 @@ exec {sys.executable} "$@"
         sys.executable, "-m", "spark_nemo.cli.main", "status", run, env=site(tmp_path)
     ).stdout
     assert "failed" in status and "OSError: the disk is gone" in status, status
-    assert "disk is gone" in logged(run, PART, "trainer-1.log")
+    assert "disk is gone" in logged(run, STAGE_RUN, "trainer-1.log")

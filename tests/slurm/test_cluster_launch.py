@@ -257,18 +257,19 @@ SLURM_DIR={repo}/slurm
 source "$SLURM_DIR/lib.sh"
 load_site
 trap on_limit USR1; trap on_cancel TERM
-RUN_DIR={folder}/run PART=stage3/servers PART_DIR=$RUN_DIR/stage3/servers LOG_DIR=$RUN_DIR/logs/$PART/$JOB.0
-DONE_FILE=$PART_DIR/DONE.json POLICY_SERVERS=1 VERIFIER_SERVERS=1 POLICY_WORD=(--model-path "my model")
+RUN_DIR={folder}/run STAGE_RUN=stage3/servers STAGE_RUN_DIR=$RUN_DIR/stage3/servers
+LOG_DIR=$RUN_DIR/logs/$STAGE_RUN/$JOB.0
+DONE_FILE=$STAGE_RUN_DIR/DONE.json POLICY_SERVERS=1 VERIFIER_SERVERS=1 POLICY_WORD=(--model-path "my model")
 VERIFIER_WORD=(${{DIE:-}}) VERIFIER_ENV=(A="b c")
-mkdir -p "$LOG_DIR" "$PART_DIR"; touch "$LOG_DIR/visible"
-ln -sfn "$JOB.0" "$RUN_DIR/logs/$PART/latest"
+mkdir -p "$LOG_DIR" "$STAGE_RUN_DIR"; touch "$LOG_DIR/visible"
+ln -sfn "$JOB.0" "$RUN_DIR/logs/$STAGE_RUN/latest"
 mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 preflight
 start_servers policy "${{NODES[@]:1:2}}"
 start_servers verifier "${{NODES[@]:3:1}}"
 wait_servers
 printf '%s\\n' "${{SERVERS[@]}}" > "$RUN_DIR/servers"
-until [[ -e $PART_DIR/STOP || -e $RUN_DIR/enough ]]; do sleep 0.2; done &
+until [[ -e $STAGE_RUN_DIR/STOP || -e $RUN_DIR/enough ]]; do sleep 0.2; done &
 STEP_PIDS+=($!)
 wait_for $!
 [[ ! -e $RUN_DIR/enough ]] || touch "$DONE_FILE"

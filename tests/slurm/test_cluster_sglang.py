@@ -17,7 +17,7 @@ from slurm_world import REPO, SMALL, logged, rows, site
 pytestmark = pytest.mark.skipif(
     "SPARK_SGLANG_PYTHON" not in os.environ, reason="$SPARK_SGLANG_PYTHON is not set"
 )
-PART = "stage3/process_aware"
+STAGE_RUN = "stage3/process_aware"
 
 
 @pytest.mark.timeout(900)
@@ -63,8 +63,8 @@ def test_chain_with_servers_on_nodes_of_their_own_and_one_killed(
     )
     jobs = [int(job) for job in submitted.stdout.splitlines()[-1].split()]
     slurm.until(
-        lambda: rows(run / PART / "metrics.jsonl"),
-        f"first step\n{logged(run, PART, 'job.log')}",
+        lambda: rows(run / STAGE_RUN / "metrics.jsonl"),
+        f"first step\n{logged(run, STAGE_RUN, 'job.log')}",
         500,
     )
     processes = slurm.run("ps", "-eo", "pid,args").stdout.splitlines()
@@ -75,11 +75,11 @@ def test_chain_with_servers_on_nodes_of_their_own_and_one_killed(
     slurm.run("kill", "-KILL", policy[0].split()[0])
     ended = [slurm.wait_state(job, timeout=400)["JobState"] for job in jobs]
     said = "".join(path.read_text() for path in (run / "logs/slurm").glob("*.out"))
-    assert ended == ["COMPLETED"] * 4, said + logged(run, PART, "*.log")
+    assert ended == ["COMPLETED"] * 4, said + logged(run, STAGE_RUN, "*.log")
     assert (
         re.search(r"server policy-node\d-0 ended", said) and "verifier servers: http://node" in said
     )
-    assert len(rows(run / PART / "metrics.jsonl")) == 4
+    assert len(rows(run / STAGE_RUN / "metrics.jsonl")) == 4
     assert (run / "report.html").exists()
     status = slurm.run(
         sys.executable, "-m", "spark_nemo.cli.main", "status", run, env=site(tmp_path)

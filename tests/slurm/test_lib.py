@@ -91,7 +91,7 @@ def test_a_preempted_job_goes_on_later(tmp_path: Path, shown: str, requeued: boo
         f"""scontrol() {{ printf '%s\n' '{shown}'; }}
         requeue() {{ echo "requeue: $1"; exit; }}
         nodes_lost() {{ :; }}
-        STEP_PIDS=(99999999) DONE_FILE=$LOG_DIR/none PART_DIR=$LOG_DIR PART=stage3/x; finish 5""",
+        STEP_PIDS=(99999999) DONE_FILE=$LOG_DIR/none STAGE_RUN_DIR=$LOG_DIR STAGE_RUN=stage3/x; finish 5""",
     )
     assert ("requeue: preempted" in said) == requeued, said
     assert ("ended without its marker" in said) != requeued, said
@@ -111,7 +111,7 @@ def test_nodes_talk_past_the_proxy(tmp_path: Path) -> None:
     """Every node of the job, and the node itself, is an exception; the site's own exceptions stay."""
     said, _ = in_lib(
         tmp_path,
-        "read_plan() { RUN_DIR=$LOG_DIR/run PART=stage2 PART_DIR=$RUN_DIR DONE_FILE=none; }\n"
+        "read_manifest() { RUN_DIR=$LOG_DIR/run STAGE_RUN=stage2 STAGE_RUN_DIR=$RUN_DIR DONE_FILE=none; }\n"
         'load_site; begin_job stage2 > /dev/null; echo "$no_proxy"; echo "$NO_PROXY"',
         SLURM_JOB_NODELIST="node[1-2]",
         http_proxy="http://proxy:3128",
@@ -129,11 +129,11 @@ def test_the_plan_in_a_container_sees_the_run_folder(tmp_path: Path) -> None:
     run.mkdir()
     said, called = in_lib(
         tmp_path,
-        f'load_site; OVERRIDES=(run.dir={run}); read_plan stage3; echo "[$RUN_DIR]"',
+        f'load_site; OVERRIDES=(run.dir={run}); read_manifest stage3; echo "[$RUN_DIR]"',
         TRAINER_IMAGE="/images/trainer.sqsh",
     )
     assert f",{run}:{run} " in called and " --container-writable " in called
-    assert "no plan came back" in said, (
+    assert "slurm-manifest printed nothing" in said, (
         "what is guessed for the mounts is not taken for the plan's answer"
     )
 
