@@ -86,7 +86,10 @@ def _jobs(config: SparkConfig) -> Iterator[tuple[str, str]]:
 
 def _part(stage: str, config: SparkConfig, arguments: argparse.Namespace) -> dict[str, str]:
     if stage == "report":
-        return {"STAGE_RUN": "report", "DONE_FILE": str(Path(config.run.dir).resolve() / "report.html")}
+        return {
+            "STAGE_RUN": "report",
+            "DONE_FILE": str(Path(config.run.dir).resolve() / "report.html"),
+        }
     if stage not in STAGES:
         result = model_output(stage.removeprefix("evaluate-"), config, arguments)
         return {"STAGE_RUN": f"evaluate/{result.stem}", "DONE_FILE": str(result.resolve())}

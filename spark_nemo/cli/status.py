@@ -1,15 +1,16 @@
-"""``spark-nemo status RUN``: how far a run is, from the run folder's files only: a chain of Slurm
-jobs, or parts that were started by hand, whose lock tells whether anybody is at them.
+"""``spark-nemo status RUN``: the progress of a run, from the run folder's files only.
+
+It covers a chain of Slurm jobs, and stage runs started by hand: their lock tells whether a process
+is working on them. A stage run has the name of its folder, such as ``stage1/shard-0-of-8`` or
+``stage3/process_aware``.
 
 ::
 
     run.dir/logs/
-      chain.tsv                          part and job id of what slurm/pipeline.sh submitted
-      slurm/                             what the batch scripts of the chain said
-      <part>/latest -> <job>.<restart>   one folder per job and restart
-      <part>/<job>.<restart>/            state, job.log, one log per role and rank, error.txt after a failure
-
-A part is a stage's folder, such as ``stage1/shard-0-of-8`` or ``stage3/process_aware``.
+      chain.tsv                               stage run and job id of what slurm/pipeline.sh submitted
+      slurm/                                  output of the chain's batch scripts
+      <stage run>/latest -> <job>.<restart>   one folder per job and restart
+      <stage run>/<job>.<restart>/            state, job.log, one log per role and rank, error.txt
 """
 
 from __future__ import annotations
@@ -27,16 +28,17 @@ from spark_nemo.config import ConfigError
 from spark_nemo.run.run_folder import DONE, PROGRESS
 from spark_nemo.run.run_lock import LOCK, lock_owner
 
-LOGS, STATE, ERROR, CHAIN = "logs", "state", "error.txt", "chain.tsv"
+LOGS = "logs"
+STATE = "state"
+ERROR = "error.txt"
+CHAIN = "chain.tsv"
 _SHOWN_ERROR_LINES = 12
 _FAILED = " FAILED: "
 
 
 @dataclass(frozen=True)
-class PartStatus:
-    """One part; ``total`` and ``per_second`` are None while nothing tells them. Times are seconds
-    since 1970.
-    """
+class StageRunStatus:
+    """Progress of one stage run. ``total`` and ``per_second`` are None while unknown."""
 
     name: str
     state: str
@@ -44,61 +46,69 @@ class PartStatus:
     done: int
     total: int | None
     per_second: float | None
-    last_sign: float | None
+    last_update: float | None
+    """Seconds since 1970."""
     note: str
     error: str
 
     @property
     def seconds_left(self) -> float | None:
-        """At the rate of this attempt."""
+        """Seconds left at the rate of this attempt."""
         if self.total is None or not self.per_second or self.state == "done":
             return None
         return (self.total - self.done) / self.per_second
 
 
 def run_status(run_dir: Path) -> str:
-    """The table that ``spark-nemo status`` prints. Raises ``ConfigError`` when there is nothing to
-    tell.
-    """
+    """Return the table to print. Raises ``ConfigError`` if the folder has no stage run."""
     if not run_dir.is_dir():
-        raise ConfigError(f"{run_dir}: no such run folder")
-    parts = read_status(run_dir)
-    if not parts:
+        raise ConfigError(f"{run_dir}: no such folder; name a run folder (run.dir)")
+    runs = read_status(run_dir)
+    if not runs:
         raise ConfigError(f"{run_dir}: no stage has been started or submitted there")
     rows = [
-        (p.name, p.state, p.job, _shown_progress(p), _shown_rate(p), _shown_left(p), _shown_note(p))
-        for p in parts
+        (
+            run.name,
+            run.state,
+            run.job,
+            _shown_progress(run),
+            _shown_rate(run),
+            _shown_left(run),
+            _shown_note(run),
+        )
+        for run in runs
     ]
-    rows.insert(0, ("part", "state", "job", "progress", "rate", "time left", ""))
+    rows.insert(0, ("stage run", "state", "job", "progress", "rate", "time left", ""))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
     ]
-    for part in parts:
-        if part.error:
-            lines += ["", f"{part.name}, job {part.job}, last error:"]
-            lines += [f"  {line}" for line in part.error.split("\n")]
+    for run in runs:
+        if run.error:
+            lines += ["", f"{run.name}, job {run.job}, last error:"]
+            lines += [f"  {line}" for line in run.error.split("\n")]
     return "\n".join(lines)
 
 
-def read_status(run_dir: Path) -> list[PartStatus]:
-    """Every part that was submitted, started or finished, in the order of the stages."""
+def read_status(run_dir: Path) -> list[StageRunStatus]:
+    """Return every stage run that was submitted, started or finished, in stage order."""
     submitted = _submitted(run_dir)
     started = {
         path.parent.relative_to(run_dir / LOGS).as_posix()
         for pattern in ("*/latest", "*/*/latest")
         for path in (run_dir / LOGS).glob(pattern)
     }
-    present = {path.parent.relative_to(run_dir).as_posix() for path in _part_files(run_dir)}
+    present = {path.parent.relative_to(run_dir).as_posix() for path in _stage_run_files(run_dir)}
     config_file = run_dir / "config.yaml"
     config = yaml.safe_load(config_file.read_text()) if config_file.exists() else {}
     names = [*submitted, *sorted((started | present) - submitted.keys())]
     return [
-        _part(run_dir, name, submitted.get(name, ""), config) for name in sorted(names, key=_stage)
+        _stage_run(run_dir, name, submitted.get(name, ""), config)
+        for name in sorted(names, key=_stage)
     ]
 
 
-def _part_files(run_dir: Path) -> Iterator[Path]:
+def _stage_run_files(run_dir: Path) -> Iterator[Path]:
     for stage in ("stage1", "stage2", "stage3"):
         for name in (DONE, PROGRESS, "metrics.jsonl", LOCK):
             yield from run_dir.glob(f"{stage}/*/{name}")
@@ -107,21 +117,21 @@ def _part_files(run_dir: Path) -> Iterator[Path]:
     )
 
 
-def _stage(part: str) -> str:
+def _stage(run: str) -> str:
     return {"report": "stage9", "evaluate": "stage8", "sft": "stage0"}.get(
-        stage := part.split("/")[0], stage
+        stage := run.split("/")[0], stage
     )
 
 
 def _submitted(run_dir: Path) -> dict[str, str]:
     path = run_dir / LOGS / CHAIN
     rows = [line.split("\t") for line in path.read_text().splitlines()] if path.exists() else []
-    return {part: job for part, job in rows}
+    return {run: job for run, job in rows}
 
 
-def _part(run_dir: Path, name: str, job: str, config: dict) -> PartStatus:
+def _stage_run(run_dir: Path, name: str, job: str, config: dict) -> StageRunStatus:
     folder, log = run_dir / name, run_dir / LOGS / name / "latest"
-    state = _state(log / STATE) or _refused(run_dir, job) or ({} if job else _by_lock(folder))
+    state = _state(log / STATE) or _failed_early(run_dir, job) or ({} if job else _by_lock(folder))
     finished = (folder / DONE).exists() or state.get("STATE") == "done"
     done, total = _progress(folder, config)
     total = total or int(state.get("TOTAL") or 0) or None
@@ -130,23 +140,23 @@ def _part(run_dir: Path, name: str, job: str, config: dict) -> PartStatus:
         for path in (log / STATE, folder / "metrics.jsonl", folder / PROGRESS)
         if path.exists()
     ]
-    last_sign = max(signs, default=None)
+    last_update = max(signs, default=None)
     rate = None
-    if last_sign is not None and "STARTED" in state and not finished:
+    if last_update is not None and "STARTED" in state and not finished:
         made, seconds = (
             done - int(state.get("DONE_BEFORE") or 0),
-            last_sign - float(state["STARTED"]),
+            last_update - float(state["STARTED"]),
         )
         rate = made / seconds if made > 0 and seconds > 0 else None
     error = log / ERROR
-    return PartStatus(
+    return StageRunStatus(
         name,
         "done" if finished else state.get("STATE", "waiting"),
         state.get("JOB", job),
         done,
         total,
         rate,
-        last_sign,
+        last_update,
         "" if finished else state.get("REASON", ""),
         "\n".join(error.read_text(errors="replace").splitlines()[-_SHOWN_ERROR_LINES:])
         if error.exists() and not finished
@@ -155,11 +165,11 @@ def _part(run_dir: Path, name: str, job: str, config: dict) -> PartStatus:
 
 
 def _by_lock(folder: Path) -> dict[str, str]:
-    """Of a part that no Slurm job left a word about."""
+    """Return the state of a stage run without Slurm logs, from its lock."""
     try:
         owner = lock_owner(folder)
     except OSError as error:
-        return {"STATE": "unknown", "REASON": f"its lock cannot be asked ({error.strerror})"}
+        return {"STATE": "unknown", "REASON": f"its lock cannot be read ({error.strerror})"}
     if owner is None:
         return {"STATE": "interrupted", "REASON": "the same command resumes it"}
     return {
@@ -169,7 +179,7 @@ def _by_lock(folder: Path) -> dict[str, str]:
 
 
 def _progress(folder: Path, config: dict) -> tuple[int, int | None]:
-    """Steps (or verifications) done and in total."""
+    """Return the steps (or verifications) done, and the total if it is known."""
     if (folder / PROGRESS).exists():
         progress = json.loads((folder / PROGRESS).read_text())
         return progress["done"], progress["total"]
@@ -195,8 +205,11 @@ def _state(path: Path) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if "=" in line)
 
 
-def _refused(run_dir: Path, job: str) -> dict[str, str]:
-    """A job that ended before it had a log folder said why in Slurm's own output file."""
+def _failed_early(run_dir: Path, job: str) -> dict[str, str]:
+    """Return the failure of a job that ended before it had a log folder.
+
+    Its reason is in Slurm's own output file.
+    """
     for path in (
         (run_dir / LOGS / "slurm").glob(f"*-{job if '_' in job else job + '_*'}.out") if job else ()
     ):
@@ -206,30 +219,28 @@ def _refused(run_dir: Path, job: str) -> dict[str, str]:
     return {}
 
 
-def _shown_progress(part: PartStatus) -> str:
-    unit = "verifications" if part.name.startswith("stage1") else "steps"
-    if not part.name.startswith(("stage", "sft")):
+def _shown_progress(run: StageRunStatus) -> str:
+    unit = "verifications" if run.name.startswith("stage1") else "steps"
+    if not run.name.startswith(("stage", "sft")):
         return ""
-    return f"{part.done:,} of {part.total:,} {unit}" if part.total else f"{part.done:,} {unit}"
+    return f"{run.done:,} of {run.total:,} {unit}" if run.total else f"{run.done:,} {unit}"
 
 
-def _shown_rate(part: PartStatus) -> str:
-    if part.per_second is None:
+def _shown_rate(run: StageRunStatus) -> str:
+    if run.per_second is None:
         return ""
-    return (
-        f"{part.per_second:.1f}/s" if part.per_second >= 1 else f"{1 / part.per_second:.1f} s each"
-    )
+    return f"{run.per_second:.1f}/s" if run.per_second >= 1 else f"{1 / run.per_second:.1f} s each"
 
 
-def _shown_left(part: PartStatus) -> str:
-    return "" if part.seconds_left is None else _duration(part.seconds_left)
+def _shown_left(run: StageRunStatus) -> str:
+    return "" if run.seconds_left is None else _duration(run.seconds_left)
 
 
-def _shown_note(part: PartStatus) -> str:
-    if part.state == "running" and part.last_sign is not None:
-        sign = f"last sign of life {_duration(time.time() - part.last_sign)} ago"
-        return f"{part.note}, {sign}" if part.note else sign
-    return part.note
+def _shown_note(run: StageRunStatus) -> str:
+    if run.state == "running" and run.last_update is not None:
+        sign = f"last update {_duration(time.time() - run.last_update)} ago"
+        return f"{run.note}, {sign}" if run.note else sign
+    return run.note
 
 
 def _duration(seconds: float) -> str:

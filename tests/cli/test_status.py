@@ -124,7 +124,7 @@ def test_nothing_to_tell_is_an_error(tmp_path: Path) -> None:
     """A misspelt run folder must not look like a run that has not begun."""
     with pytest.raises(ConfigError, match="no stage"):
         run_status(tmp_path)
-    with pytest.raises(ConfigError, match="no such run folder"):
+    with pytest.raises(ConfigError, match="no such folder"):
         run_status(tmp_path / "absent")
 
 

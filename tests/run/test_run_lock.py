@@ -107,9 +107,7 @@ def test_the_status_tells_who_is_at_a_part_and_what_was_interrupted(tmp_path: Pa
     with holder(part) as other:
         (part / "metrics.jsonl").write_text('{"step": 0}\n')
         written = (part / LOCK).read_text()
-        assert re.search(
-            rf" running .* 1 steps .*process {other.pid} on .*, last sign of life", line()
-        )
+        assert re.search(rf" running .* 1 steps .*process {other.pid} on .*, last update", line())
         assert (part / LOCK).read_text() == written
     assert (part / LOCK).read_text(), "it was killed"
     for ended in ("killed", "stopped"):
