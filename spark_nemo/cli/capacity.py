@@ -93,7 +93,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
             "kv_share": "share of a GPU that an engine takes for weights and KV cache",
         },
     )
-    parser.set_defaults(run=_plan)
+    parser.set_defaults(run=_plan, parser=parser)
 
 
 def _flags(group: argparse._ArgumentGroup, kind: type, texts: dict[str, str]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spark_nemo.cli.arguments import add_command, add_config_arguments, configured
 from spark_nemo.config import ConfigError, SparkConfig
 
 if TYPE_CHECKING:
@@ -17,7 +18,70 @@ if TYPE_CHECKING:
     from spark_nemo.evaluation.saved_completions import MathScore
     from spark_nemo.evaluation.saved_predictions import SavedScore
 
+EXAMPLES = """examples:
+  spark-nemo evaluate math --model runs/first/stage3/process_aware/model +experiment=toy
+  spark-nemo evaluate processbench --model models/chat --critic --data gsm8k.json math.json +experiment=spark/base
+  spark-nemo evaluate processbench --predictions run1.jsonl run2.jsonl --data gsm8k.json
+  spark-nemo evaluate compare a.jsonl b.jsonl --data math500.jsonl aime24.jsonl
+"""
 _SOURCES = "JSONL, JSON, Parquet or hf:owner/name[:config][:split]"
+
+
+def add_evaluate_commands(commands: argparse._SubParsersAction) -> None:
+    """Add ``evaluate`` and its three subcommands."""
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="score a model or saved outputs on mathematics or ProcessBench",
+        description="Score a model or saved outputs, or compare two scored runs.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = evaluate.add_subparsers(required=True, metavar="BENCHMARK")
+    math = add_command(
+        kinds, "math", "score final answers of held-out problems", _math, examples=EXAMPLES
+    )
+    processbench = add_command(
+        kinds,
+        "processbench",
+        "score how well a model finds the first wrong step",
+        _processbench,
+        examples=EXAMPLES,
+    )
+    compare = add_command(
+        kinds,
+        "compare",
+        "compare two runs of `evaluate math`, paired by problem",
+        _compare,
+        examples=EXAMPLES,
+    )
+    for kind, command in (("math", math), ("processbench", processbench)):
+        add_config_arguments(command)
+        add_evaluate_arguments(kind, command)
+    add_compare_arguments(compare)
+
+
+def _math(arguments: argparse.Namespace) -> int:
+    return _evaluate("math", arguments)
+
+
+def _processbench(arguments: argparse.Namespace) -> int:
+    return _evaluate("processbench", arguments)
+
+
+def _evaluate(kind: str, arguments: argparse.Namespace) -> int:
+    overrides_after_data(arguments)
+    if arguments.predictions is not None:
+        print(score_saved(kind, arguments))
+        return 0
+    config = configured(arguments)
+    if config is not None:
+        print(score_model(kind, config, arguments))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    print(compare_saved(arguments))
+    return 0
 
 
 def add_evaluate_arguments(kind: str, command: argparse.ArgumentParser) -> None:

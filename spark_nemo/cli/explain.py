@@ -45,7 +45,7 @@ def add_explain_command(commands: argparse._SubParsersAction) -> None:
         action="store_true",
         help="print the texts of all verifications, not the chosen only",
     )
-    command.set_defaults(run=_explain)
+    command.set_defaults(run=_explain, parser=command)
 
 
 def _explain(arguments: argparse.Namespace) -> int:

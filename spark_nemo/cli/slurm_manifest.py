@@ -11,18 +11,39 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from spark_nemo.cli.arguments import add_command, add_config_arguments, configured
 from spark_nemo.cli.evaluate import add_asking_arguments, model_output, refuse_the_others
 from spark_nemo.config import ConfigError, SparkConfig
+from spark_nemo.run.compose import compose_config
 from spark_nemo.run.run_folder import DONE, reward_model_path
 from spark_nemo.run.stage_spec import PIPELINE_STAGES, STAGES, setting
 
 JOBS = (*STAGES, "pipeline", "nodes", "report", "evaluate-math", "evaluate-processbench")
 
 
-def add_plan_arguments(command: argparse.ArgumentParser) -> None:
-    """The stage, and for evaluations what ``spark-nemo evaluate`` will be given."""
+def add_slurm_manifest_command(commands: argparse._SubParsersAction) -> None:
+    """Add ``slurm-manifest``."""
+    command = add_command(
+        commands,
+        "slurm-manifest",
+        "check the settings and print what the scripts in slurm/ need to know, as NAME=value lines",
+        _slurm_manifest,
+    )
+    add_config_arguments(command)
     command.add_argument("--stage", choices=JOBS, required=True)
     add_asking_arguments(command)
+
+
+def _slurm_manifest(arguments: argparse.Namespace) -> int:
+    from spark_nemo.planning.dry_run import check_without_files
+
+    config = configured(arguments)
+    if config is None:
+        return 0
+    if arguments.stage == "pipeline":
+        check_without_files(compose_config(arguments.overrides))
+    print(slurm_manifest(config, arguments))
+    return 0
 
 
 def slurm_manifest(config: SparkConfig, arguments: argparse.Namespace) -> str:

@@ -15,6 +15,7 @@ is working on them. A stage run has the name of its folder, such as ``stage1/sha
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import time
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import yaml
 
+from spark_nemo.cli.arguments import add_command
 from spark_nemo.config import ConfigError
 from spark_nemo.run.run_folder import DONE, PROGRESS
 from spark_nemo.run.run_lock import LOCK, lock_owner
@@ -57,6 +59,19 @@ class StageRunStatus:
         if self.total is None or not self.per_second or self.state == "done":
             return None
         return (self.total - self.done) / self.per_second
+
+
+def add_status_command(commands: argparse._SubParsersAction) -> None:
+    """Add ``status``."""
+    command = add_command(
+        commands, "status", "show how far a run is, here or on a cluster, from its files", _status
+    )
+    command.add_argument("run_dir", type=Path, metavar="RUN", help="run folder (run.dir)")
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    print(run_status(arguments.run_dir))
+    return 0
 
 
 def run_status(run_dir: Path) -> str:

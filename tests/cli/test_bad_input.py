@@ -148,7 +148,7 @@ def test_a_report_of_nothing_is_refused(capsys: pytest.CaptureFixture[str], tmp_
     """Proves that a misspelt or forgotten run folder is not answered with an empty page in a new
     folder.
     """
-    assert "nothing to report" in error_of(capsys, "report", f"run.dir={tmp_path}/typo")
+    assert "no stage has run there" in error_of(capsys, "report", f"run.dir={tmp_path}/typo")
     assert f"run.dir={tmp_path}" in error_of(capsys, "report", str(tmp_path))
     assert not list(tmp_path.iterdir())
 

@@ -173,7 +173,9 @@ def test_the_format_sft_needs_its_base_and_its_examples(
     nodes are used.
     """
     said = plan(capsys, "sft", f"run.dir={tmp_path}/run", "data.sft_examples=toy:sft:20")
-    assert said["STAGE_RUN"] == ["sft"] and said["DONE_FILE"] == [str(tmp_path / "run/sft/DONE.json")]
+    assert said["STAGE_RUN"] == ["sft"] and said["DONE_FILE"] == [
+        str(tmp_path / "run/sft/DONE.json")
+    ]
     assert len(said["NEEDS"]) == 2 and said["NEEDS"][1].endswith("sft-20-seed0_examples.jsonl")
     examples = Path(said["NEEDS"][1])
     examples.write_text(examples.read_text().replace("</think>", "", 1))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from spark_nemo.cli.main import _parse
+from spark_nemo.cli.arguments import parse_arguments
+from spark_nemo.cli.main import build_parser
 from spark_nemo.config import SparkConfig
 from spark_nemo.run.compose import compose_config, setting_names
 
@@ -51,7 +52,7 @@ def test_a_command_of_the_documentation_parses_and_its_settings_compose(
     """Proves subcommands, flags and overrides, value by value; starts nothing, so files and models
     may be missing.
     """
-    arguments = _parse(shlex.split(line))
+    arguments = parse_arguments(build_parser(), shlex.split(line))
     overrides = [
         word
         for word in getattr(arguments, "overrides", [])
