@@ -1,6 +1,4 @@
-"""The cluster, and the rates that estimates assume. Every default is an assumption with a name,
-none is measured.
-"""
+"""The cluster and the rates that estimates assume. No default is measured."""
 
 from __future__ import annotations
 
@@ -20,13 +18,14 @@ class Cluster:
     nodes: int
     gpus_per_node: int = 8
     gpu_memory_gb: float = 84.9
-    """10^9 bytes of one GPU as CUDA tells them: on an H100 sold as 80 GB the 79.10 GiB that
-    PyTorch's out-of-memory errors name. nvidia-smi shows 81,559 MiB, 85.5
+    """10^9 bytes of one GPU as CUDA reports them: 79.10 GiB on an H100 sold as 80 GB.
+
+    PyTorch's out-of-memory errors name this figure; nvidia-smi shows 81,559 MiB, 85.5
     (github.com/modal-labs/modal-client/pull/2797).
     """
     reserve: float = 0.1
-    """Share of a GPU's memory that no figure of ours accounts for: the CUDA context, NCCL's
-    buffers, the kernels' workspaces and the allocator's fragmentation. Assumed.
+    """Share of a GPU's memory for the CUDA context, NCCL's buffers, the kernels' workspaces and the
+    allocator's fragmentation, which are not counted. Assumed.
     """
 
     def __post_init__(self) -> None:
@@ -39,20 +38,18 @@ class Cluster:
 
     @property
     def gpus(self) -> int:
-        """All of them."""
+        """GPUs of all nodes."""
         return self.nodes * self.gpus_per_node
 
     @property
     def usable_bytes(self) -> int:
-        """Of one GPU, without the reserve."""
+        """Bytes of one GPU without the reserve."""
         return int(self.gpu_memory_gb * GB * (1 - self.reserve))
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What is achieved, not what a data sheet promises. The defaults are guesses for H100 SXM in
-    bfloat16.
-    """
+    """Achieved rates, not those of a data sheet. The defaults are guesses for H100 SXM in bfloat16."""
 
     train_tflops: float = 400.0
     """Per GPU in matrix products of a training step: 40 % of 989."""

@@ -1,6 +1,4 @@
-"""``--dry-run``: what a subcommand would do, from the configuration alone. Starts and writes
-nothing.
-"""
+"""``--dry-run``: describe what a command would do, from its settings; start and write nothing."""
 
 from __future__ import annotations
 
@@ -22,21 +20,15 @@ from spark_nemo.run.rl_variants import RLVariant, pipeline_rl_variants, rl_varia
 from spark_nemo.run.run_folder import stage2_folder
 from spark_nemo.run.stage_spec import STAGES, StageSpec, required_setting, setting
 
-PROMPT_ROOM, COMPACT_ROOM = 1024, 16
-"""Tokens that must be left for a problem: the longest prompt of the paper's policy SFT, and next to
-nothing for the small models that the compact prompts are for.
-"""
+PROMPT_ROOM = 1024
+"""Tokens that must be left for a problem: the longest prompt of the paper's policy SFT."""
+_COMPACT_PROMPT_ROOM = 16  # of the small models that use the compact prompts
 _GPUS_PER_NODE = 8
 
 
-PARTS = ("sft", "stage1", "stage2", "stage3", "pipeline")
-
-
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """What a subcommand does: of stage II, label methods with kinds of reward model; of stage III,
-    arms.
-    """
+class StageRuns:
+    """Stage runs that a command makes; ``stage2`` has label methods with kinds of reward model."""
 
     sft: bool = False
     stage1: bool = False
@@ -44,10 +36,10 @@ class Parts:
     stage3: tuple[RLVariant, ...] = ()
 
     @classmethod
-    def of(cls, config: SparkConfig, part: str) -> Parts:
-        """Of a subcommand's name."""
+    def of(cls, config: SparkConfig, command: str) -> StageRuns:
+        """Return the stage runs of a command."""
         own = config.stage2.method
-        match part:
+        match command:
             case "sft":
                 return cls(sft=True)
             case "stage1":
@@ -65,7 +57,7 @@ class Parts:
 
     @property
     def specs(self) -> list[StageSpec]:
-        """The table's rows of the stages that run."""
+        """Stages that run."""
         runs = {
             "sft": self.sft,
             "stage1": self.stage1,
@@ -85,49 +77,51 @@ class Parts:
         return [spec.trained_model for spec in self.specs if spec.trained_model is not None]
 
 
-def dry_run(config: SparkConfig, part: str = "pipeline") -> str:
-    """Validate settings, and the data files that are on this machine, and describe what subcommand
-    ``part`` would do, one fact per line.
+def dry_run(config: SparkConfig, command: str = "pipeline") -> str:
+    """Check settings and data files, and describe what ``command`` would do, one fact per line.
 
-    Token counts are upper bounds: every generation at its limit. Raises ``ConfigError`` for a
-    layout that does not fit a trained model, or a context that leaves no room for a prompt,
-    ``DataFileError`` for a row that cannot be read.
+    Data files that are not on this machine are not checked. Token counts are upper bounds: every
+    generation at its limit. Raises ``ConfigError`` for a layout that does not fit a trained model
+    or a context without room for a prompt, and ``DataFileError`` for a row that cannot be read.
     """
-    check_without_files(config, part)
-    parts = Parts.of(config, part)
-    check_data_here(config, _read_fields(parts, part))
+    check_without_files(config, command)
+    runs = StageRuns.of(config, command)
+    check_data_here(config, _read_fields(runs, command))
     lines = [
         f"run.dir      {config.run.dir}, seed {config.run.seed}",
-        *_models(config, parts),
-        *_ranks(config, parts),
+        *_models(config, runs),
+        *_ranks(config, runs),
     ]
-    if parts.sft:
+    if runs.sft:
         lines += _format_sft(config)
-    if parts.stage1:
+    if runs.stage1:
         lines += _verification_data(config)
-    if parts.stage2:
-        lines += _reward_models(config, parts)
-    for arm in parts.stage3:
-        lines += _training(config, arm)
-    return "\n".join([*lines, *_files(config, parts, part), *_engine(config, parts)])
+    if runs.stage2:
+        lines += _reward_models(config, runs)
+    for variant in runs.stage3:
+        lines += _training(config, variant)
+    return "\n".join([*lines, *_files(config, runs, command), *_engine(config, runs)])
 
 
-def check_without_files(config: SparkConfig, part: str = "pipeline") -> None:
-    """Names set, layouts, contexts, and what the pipeline's parts need of each other. Raises
-    ``ConfigError``.
+def check_without_files(config: SparkConfig, command: str = "pipeline") -> None:
+    """Check everything that needs no files: settings, layouts, contexts, and what the pipeline's
+    stages need from each other. Raises ``ConfigError``.
     """
-    parts = Parts.of(config, part)
-    for field in parts.fields:
+    runs = StageRuns.of(config, command)
+    for field in runs.fields:
         required_setting(config, field)
-    for field in parts.trained:
-        if (shape := _hf_config(config, field)) is not None:
+    for field in runs.trained:
+        shape = _hf_config(config, field)
+        if shape is not None:
             ModelSpec.from_hf(shape, field).check_layout(config.megatron)
             if field == "models.policy":
                 check_sync(shape, field)
     room = (
-        PROMPT_ROOM if "paper" in (config.stage1.prompt_set, config.rl.prompt_set) else COMPACT_ROOM
+        PROMPT_ROOM
+        if "paper" in (config.stage1.prompt_set, config.rl.prompt_set)
+        else _COMPACT_PROMPT_ROOM
     )
-    for field, model, tokens, limit in _texts(config, parts):
+    for field, model, tokens, limit in _texts(config, runs):
         if tokens + room > limit:
             raise ConfigError(
                 f"{field}: {tokens + room} tokens with {room} for the problem, but "
@@ -135,13 +129,13 @@ def check_without_files(config: SparkConfig, part: str = "pipeline") -> None:
                 f"a context of {limit} here: lower max_new_tokens"
                 + ("" if limit < config.engine.max_context else " or raise engine.max_context")
             )
-    if parts.sft:
+    if runs.sft:
         _check_sft_length(config)
-    if part == "pipeline":
-        for arm in parts.stage3:
-            rl_variant_config(config, arm)
+    if command == "pipeline":
+        for variant in runs.stage3:
+            rl_variant_config(config, variant)
             if (
-                arm.comes_from_stage2(config)
+                variant.comes_from_stage2(config)
                 and config.stage2.method not in config.pipeline.label_methods
             ):
                 raise ConfigError(
@@ -149,7 +143,9 @@ def check_without_files(config: SparkConfig, part: str = "pipeline") -> None:
                     "pipeline.label_methods"
                 )
     elif (
-        part == "stage3" and reads_answer_keys(config.rl.design) and config.data.rl_answers is None
+        command == "stage3"
+        and reads_answer_keys(config.rl.design)
+        and config.data.rl_answers is None
     ):
         raise ConfigError(
             f"rl/reward={config.rl.design} needs data.rl_answers (JSONL with problem_id and answer)"
@@ -165,20 +161,21 @@ def _check_sft_length(config: SparkConfig) -> None:
         )
 
 
-def _texts(config: SparkConfig, parts: Parts) -> Iterator[tuple[str, str, int, int]]:
-    """``(field, model field, tokens of its longest text without the problem, the context there
-    is)`` of every kind.
+def _texts(config: SparkConfig, runs: StageRuns) -> Iterator[tuple[str, str, int, int]]:
+    """Yield ``(setting, model, tokens, context)`` for each kind of text.
+
+    ``tokens`` are those of the longest text without the problem.
     """
     written = config.stage1.generator_sampling.max_new_tokens
     verified = written + config.stage1.verifier_sampling.max_new_tokens
     response = config.rl.sampling.max_new_tokens
     rows = []
-    if parts.stage1:
+    if runs.stage1:
         rows += [
             ("stage1.generator_sampling", "models.generator", written),
             ("stage1.verifier_sampling", "models.verifier", verified),
         ]
-    if parts.stage1 and config.stage1.meta_critique:
+    if runs.stage1 and config.stage1.meta_critique:
         # A merge reads solution, verification and critique.
         rows.append(
             (
@@ -187,12 +184,12 @@ def _texts(config: SparkConfig, parts: Parts) -> Iterator[tuple[str, str, int, i
                 verified + 2 * config.stage1.revised_with.max_new_tokens,
             )
         )
-    if parts.stage3:
+    if runs.stage3:
         rows += [
             ("rl.sampling", "models.policy", response),
             ("evaluation", "models.policy", config.evaluation.max_new_tokens),
         ]
-    if any(arm.variant for arm in parts.stage3):
+    if any(variant.variant for variant in runs.stage3):
         rows.append(
             (
                 "rl.reward.sampling",
@@ -202,16 +199,16 @@ def _texts(config: SparkConfig, parts: Parts) -> Iterator[tuple[str, str, int, i
         )
     for field, model, tokens in rows:
         shape = _hf_config(config, model)
-        # A model of unknown size, such as the small world's, is checked when it is loaded.
+        # A model of unknown size, such as the toy task's, is checked when it is loaded.
         if shape is not None:
             yield field, model, tokens, min(_context(shape), config.engine.max_context)
 
 
-def _models(config: SparkConfig, parts: Parts) -> list[str]:
-    used = [field for field in parts.fields if field.startswith("models.")]
-    if parts.stage1 and config.models.critic is not None:
+def _models(config: SparkConfig, runs: StageRuns) -> list[str]:
+    used = [field for field in runs.fields if field.startswith("models.")]
+    if runs.stage1 and config.models.critic is not None:
         used.append("models.critic")
-    if config.rl.named_reward_model is not None and any(arm.variant for arm in parts.stage3):
+    if config.rl.named_reward_model is not None and any(variant.variant for variant in runs.stage3):
         used.append("rl.reward.model")
     lines = []
     for field in used:
@@ -231,7 +228,7 @@ def _models(config: SparkConfig, parts: Parts) -> list[str]:
         ):
             missing = f"; `spark-nemo sft` makes it of {config.models.policy_base}"
         lines.append(f"model        {field.removeprefix('models.')}: {value} ({size}{missing})")
-    if parts.stage3 and (shape := _hf_config(config, "models.policy")):
+    if runs.stage3 and (shape := _hf_config(config, "models.policy")):
         room = min(config.engine.max_context, _context(shape)) - config.rl.sampling.max_new_tokens
         lines.append(
             f"context      policy: {room:,} prompt + {config.rl.sampling.max_new_tokens:,} response tokens; "
@@ -240,11 +237,11 @@ def _models(config: SparkConfig, parts: Parts) -> list[str]:
     return lines
 
 
-def _ranks(config: SparkConfig, parts: Parts) -> list[str]:
-    if not parts.trained:
-        return ["ranks        none: this part only generates"]
+def _ranks(config: SparkConfig, runs: StageRuns) -> list[str]:
+    if not runs.trained:
+        return ["ranks        none: this stage only generates"]
     m, world = config.megatron, config.megatron.world_size
-    every = "; every stage the same" if len(parts.trained) > 1 else ""
+    every = "; every stage the same" if len(runs.trained) > 1 else ""
     return [
         f"ranks        {world} trainer ranks = TP {m.tensor_parallel} x PP {m.pipeline_parallel} x DP "
         f"{m.data_parallel}, {-(-world // _GPUS_PER_NODE)} node(s) of {_GPUS_PER_NODE} GPUs{every}"
@@ -277,7 +274,7 @@ def _verification_data(config: SparkConfig) -> list[str]:
     if one.meta_critique:
         revised = problems * solutions * len(one.meta_critique)
         lines.append(
-            f"stage I      critiques of the picks by {', '.join(one.meta_critique)}: {basis}, at most {revised:,} "
+            f"stage I      critiques chosen by {', '.join(one.meta_critique)}: {basis}, at most {revised:,} "
             f"and as many merges, {2 * revised * one.revised_with.max_new_tokens:,} generated tokens"
         )
     if one.reference_answers is not None:
@@ -289,7 +286,7 @@ def _verification_data(config: SparkConfig) -> list[str]:
     return lines
 
 
-def _reward_models(config: SparkConfig, parts: Parts) -> list[str]:
+def _reward_models(config: SparkConfig, runs: StageRuns) -> list[str]:
     two = config.stage2
     problems, basis = _count(config.data.stage1_problems)
     examples = problems * config.stage1.solutions_per_problem
@@ -298,16 +295,16 @@ def _reward_models(config: SparkConfig, parts: Parts) -> list[str]:
         *(
             f"stage II     {method}, {variant}: {basis}, at most {examples:,} examples x {two.epochs} epochs, "
             f"{examples * two.epochs * two.max_length:,} trained tokens"
-            for method, variant in parts.stage2
+            for method, variant in runs.stage2
         ),
     ]
 
 
-def _training(config: SparkConfig, arm: RLVariant) -> list[str]:
+def _training(config: SparkConfig, variant: RLVariant) -> list[str]:
     rl = config.rl
     rollouts = rl.steps * rl.prompts_per_step * rl.group_size
     verified = "no verifications"
-    if arm.variant:
+    if variant.variant:
         judged = rollouts * rl.reward.votes
         tokens = judged * rl.reward.sampling.max_new_tokens
         # A verification that fails may be tried again; that is not the expected case but belongs to
@@ -317,13 +314,13 @@ def _training(config: SparkConfig, arm: RLVariant) -> list[str]:
             f"{judged:,} verifications of at most {tokens:,} tokens, {tokens * (1 + retries):,} if all were "
             f"retried {retries} times"
         )
-    note = ", READS ANSWER KEYS" if arm.reads_answer_keys else ""
+    note = ", READS ANSWER KEYS" if variant.reads_answer_keys else ""
     samples, evals = config.evaluation.samples_per_problem + 1, -(-rl.steps // rl.eval_every) + 1
     held, basis = _count(config.data.eval_problems)
     return [
-        f"stage III    {arm.name}{note}: {rl.steps} steps, {rollouts:,} rollouts of at most "
+        f"stage III    {variant.name}{note}: {rl.steps} steps, {rollouts:,} rollouts of at most "
         f"{rollouts * rl.sampling.max_new_tokens:,} tokens, {verified}",
-        f"evaluation   {arm.name}: {basis}, {evals} times, {evals * held * samples:,} "
+        f"evaluation   {variant.name}: {basis}, {evals} times, {evals * held * samples:,} "
         f"completions of at most {evals * held * samples * config.evaluation.max_new_tokens:,} tokens",
     ]
 
@@ -343,19 +340,19 @@ def _selection(config: SparkConfig) -> str:
     return f"balanced by {by}, at most {labels.max_per_verdict or 3} + {labels.max_per_verdict or 3} per problem"
 
 
-def _read_fields(parts: Parts, part: str) -> list[str]:
+def _read_fields(runs: StageRuns, command: str) -> list[str]:
     """Settings that name data files; those with answer keys may be unset."""
-    read = [name for spec in parts.specs for name in spec.data]
-    for spec in parts.specs:
+    read = [name for spec in runs.specs for name in spec.data]
+    for spec in runs.specs:
         read += [name for name in spec.answer_keys if name != "data.rl_answers"]
-    if any(variant.reads_answer_keys for variant in parts.stage3):
-        read.append("pipeline.rl_answers" if part == "pipeline" else "data.rl_answers")
+    if any(variant.reads_answer_keys for variant in runs.stage3):
+        read.append("pipeline.rl_answers" if command == "pipeline" else "data.rl_answers")
     return read
 
 
-def _files(config: SparkConfig, parts: Parts, part: str) -> list[str]:
+def _files(config: SparkConfig, runs: StageRuns, command: str) -> list[str]:
     lines = []
-    for field in _read_fields(parts, part):
+    for field in _read_fields(runs, command):
         if value := setting(config, field):
             state = (
                 "made on the run"
@@ -365,21 +362,21 @@ def _files(config: SparkConfig, parts: Parts, part: str) -> list[str]:
                 else "missing"
             )
             lines.append(f"reads        {field}: {value} ({state})")
-    whole = part == "pipeline"
+    whole = command == "pipeline"
     written = [
         *(["config.yaml"] if whole else []),
-        *(["sft/model"] if parts.sft else []),
-        *(["stage1/store"] if parts.stage1 else []),
-        *(f"stage2/{stage2_folder(config.run, *model).name}/model" for model in parts.stage2),
-        *(f"stage3/{arm.name}/model" for arm in parts.stage3),
+        *(["sft/model"] if runs.sft else []),
+        *(["stage1/store"] if runs.stage1 else []),
+        *(f"stage2/{stage2_folder(config.run, *model).name}/model" for model in runs.stage2),
+        *(f"stage3/{variant.name}/model" for variant in runs.stage3),
         *(["summary.json", "report.html"] if whole else []),
     ]
     return [*lines, *(f"writes       {config.run.dir}/{name}" for name in written)]
 
 
-def _engine(config: SparkConfig, parts: Parts) -> list[str]:
+def _engine(config: SparkConfig, runs: StageRuns) -> list[str]:
     engine = config.engine
-    if parts == Parts(sft=True):
+    if runs == StageRuns(sft=True):
         return []
     if engine.kind != "local":
         return [
@@ -398,13 +395,13 @@ def _servers(pool: PoolConfig) -> str:
     if pool.urls:
         return f"{len(pool.urls)} given: {', '.join(pool.urls)}"
     if pool.servers is None:
-        return "none configured: a stage that asks it will be refused"
+        return "none configured: a stage that needs it will fail"
     router = ", behind sglang-router" if pool.router else ""
     return f"{pool.servers} to launch here, tensor parallel {pool.tensor_parallel or 1}{router}"
 
 
 def _count(value: str, unit: str = "problem") -> tuple[int, str]:
-    """Problems of a file and how to say it; per problem where the file is not here."""
+    """Return the number of rows and a phrase for it; 1 if the file is not on this machine."""
     if value.startswith("toy:"):
         count = int(value.rpartition(":")[2])
         return count, f"{count:,} {unit}s"
@@ -421,8 +418,9 @@ def _count(value: str, unit: str = "problem") -> tuple[int, str]:
 
 
 def _hf_config(config: SparkConfig, field: str) -> dict[str, Any] | None:
-    """config.json of the folder, else the published one for its name, else that of what it is made
-    from, else None.
+    """Return the config.json of a model, or None if its size is unknown.
+
+    A folder that does not exist yet has the published sizes for its name, or its base model's.
     """
     folder = Path(setting(config, field))
     if (folder / "config.json").exists():

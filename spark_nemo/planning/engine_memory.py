@@ -1,4 +1,4 @@
-"""What one GPU of an engine holds: its slice of the model, and a KV cache in what is left."""
+"""Memory of one GPU of an engine: its slice of the model, and a KV cache in the rest."""
 
 from __future__ import annotations
 
@@ -24,27 +24,26 @@ class EngineMemory:
     kv_token: int
     """Bytes of KV cache per token."""
     kv_tokens: int
-    """Tokens for which there is room, of all running texts together; negative when the weights
-    alone do not fit.
-    """
+    """Room in tokens for all running texts together; negative if the weights alone do not fit."""
     running: int
     """Texts of mean length decoded together: room for them, or engine.max_batch_size."""
 
     def fits(self, context: int) -> bool:
-        """Is there room for one text of full length?"""
+        """Return whether one text of full length fits."""
         return self.kv_tokens >= context
 
 
 def kv_bytes_per_token(spec: ModelSpec, tensor_parallel: int) -> int:
-    """Keys and values of all layers for one token on one GPU. With more GPUs than key-value heads,
-    each has one.
+    """Return the bytes of keys and values of all layers for one token on one GPU.
+
+    With more GPUs than key-value heads, each GPU has one head.
     """
     heads = max(1, spec.num_kv_heads // tensor_parallel)
     return 2 * spec.num_layers * heads * spec.head_dim * _ITEM
 
 
 def engine_weight_bytes(model: Model, tensor_parallel: int) -> int:
-    """The first rank's parameters, by the weight sync's view of SGLang."""
+    """Return the bytes of the first rank's parameters, from weight sync's view of SGLang."""
     return _ITEM * sum(
         math.prod(tensor.shape) for tensor in engine_tensors(model.spec, tensor_parallel, 0)
     )
@@ -57,7 +56,7 @@ def engine_memory(
     cluster: Cluster,
     rates: Rates,
 ) -> EngineMemory:
-    """Raises ``ConfigError`` when SGLang cannot split the model over ``tensor_parallel`` GPUs."""
+    """Return a GPU's memory. Raises ``ConfigError`` if SGLang cannot split the model this way."""
     weights = engine_weight_bytes(generation.model, tensor_parallel)
     per_token = kv_bytes_per_token(generation.model.spec, tensor_parallel)
     room = int((cluster.gpu_memory_gb * GB * rates.kv_share - weights) // per_token)
@@ -70,25 +69,28 @@ def engine_memory(
 def possible_engines(
     generation: Generation, max_batch_size: int, cluster: Cluster, rates: Rates
 ) -> list[EngineMemory]:
-    """Engines on one node, of 1, 2, 4, ... GPUs, that hold the model and one text of full length;
-    the smallest first.
+    """Return engines of 1, 2, 4, ... GPUs on one node that hold the model and one full text.
 
-    Raises ``ConfigError`` saying by how much the largest falls short.
+    The smallest comes first. Raises ``ConfigError`` with what the largest one lacks.
     """
-    found, last, refused, size = [], None, None, 1
+    found = []
+    last = None
+    split_error = None
+    size = 1
     while size <= cluster.gpus_per_node:
         try:
             last = engine_memory(generation, size, max_batch_size, cluster, rates)
         except ConfigError as error:
-            refused = error
+            split_error = error
         else:
-            found += [last] if last.fits(generation.context) else []
+            if last.fits(generation.context):
+                found.append(last)
         size *= 2
     if found:
         return found
     if last is None:
-        assert refused is not None
-        raise refused
+        assert split_error is not None
+        raise split_error
     missing = (generation.context - last.kv_tokens) * last.kv_token / GB
     raise ConfigError(
         f"{generation.model.name} does not fit an engine of {last.tensor_parallel} GPUs with {cluster.gpu_memory_gb:g} "

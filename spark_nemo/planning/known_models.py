@@ -1,9 +1,7 @@
-"""What config.json says of the models that the recipes name, so that a recipe is checked before 100
-GB are downloaded.
+"""config.json of the models that the recipes name: a recipe is checked before 100 GB are downloaded.
 
-Looked up, not remembered. Layers, widths, heads and vocabulary are those that
-``tests/weight_sync/shapes`` keeps with their sources (a test compares); a fine-tuned model shares
-its base's. The contexts:
+Layers, widths, heads and vocabulary are those in ``tests/weight_sync/shapes``, where their sources
+are (a test compares). A fine-tuned model has its base's. Sources of the contexts:
 
 * Qwen2.5-*-Instruct, 32,768: github.com/QwenLM/Qwen3 issue 1133 ("the config says 32k"), and its model card's section
   on long texts.

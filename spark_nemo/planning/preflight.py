@@ -1,6 +1,4 @@
-"""Everything that can be known to be wrong before a model is loaded: one error that names the field
-or file.
-"""
+"""Checks before a model is loaded: one error that names the setting or file."""
 
 from __future__ import annotations
 
@@ -31,13 +29,11 @@ from spark_nemo.training.policy_examples import read_policy_examples
 from spark_nemo.weight_sync.engine_view import check_server_args, check_syncable
 
 _SLACK = 16
-"""Tokens by which a template may be cut otherwise around another question."""
+"""Tokens by which the template's length may differ between questions."""
 
 
 def check_sft(config: SparkConfig) -> None:
-    """The base model, its layout and context, and that there are examples; ``run_sft`` reads them
-    before any work.
-    """
+    """Check the base model, its layout and context, and that the examples exist."""
     if not config.models.policy_base:
         raise ConfigError(
             "models.policy_base is not set: name the model that is to learn the policy's format"
@@ -57,7 +53,7 @@ def check_sft(config: SparkConfig) -> None:
 
 
 def check_stage1(config: SparkConfig) -> None:
-    """Problems, models, their engines and samplings. Raises ``ConfigError`` or ``DataFileError``."""
+    """Check problems, models, engines and samplings. Raises ``ConfigError`` or ``DataFileError``."""
     stage, engine = config.stage1, config.engine
     engine.require("policy")
     engine.require("verifier")
@@ -87,9 +83,7 @@ def check_stage1(config: SparkConfig) -> None:
 
 
 def check_stage2(config: SparkConfig) -> None:
-    """The base model, its layout and engine, the evaluation cases and, for the declared baseline,
-    the answers.
-    """
+    """Check the base model, its layout and engine, the evaluation cases, and a baseline's answers."""
     _trained_model(config, "models.reward_base")
     if config.labels.balance == "ground_truth":
         _has_answers(config, "labels.reference_answers", "data.stage1_problems")
@@ -106,7 +100,7 @@ def check_stage2(config: SparkConfig) -> None:
 
 
 def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False) -> None:
-    """The policy, its layout, the problems and whatever the chosen reward reads."""
+    """Check the policy, its layout, the problems, and everything that the chosen reward reads."""
     rl = config.rl
     if config.engine.kind == "vllm":
         raise ConfigError(
@@ -180,27 +174,26 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
 
 
 def check_pipeline(config: SparkConfig) -> None:
-    """The stages that the pipeline has, with every arm of stage III, before the first of them
-    starts.
-    """
+    """Check every stage of the pipeline and every RL variant before the first one starts."""
     check_stage1(config)
     if config.pipeline.label_methods:
         check_stage2(config)
-    for arm in pipeline_rl_variants(config):
+    for variant in pipeline_rl_variants(config):
         try:
             check_stage3(
-                rl_variant_config(config, arm),
-                reward_model_comes_later=arm.comes_from_stage2(config),
+                rl_variant_config(config, variant),
+                reward_model_comes_later=variant.comes_from_stage2(config),
             )
         except ConfigError as error:
-            raise ConfigError(f"stage III, arm {arm.name}: {error}") from error
+            raise ConfigError(f"stage III, RL variant {variant.name}: {error}") from error
     if config.pipeline.rl_answers is not None:
         read_answer_keys(config.pipeline.rl_answers)
 
 
 def check_data_here(config: SparkConfig, fields: Sequence[str]) -> None:
-    """Of these fields, every file that is on this machine, row by row, for ``--dry-run``: what a
-    job would only say after its wait in the queue. Raises ``DataFileError`` with file and line.
+    """Read every file of these settings that is on this machine, row by row.
+
+    A job would report a bad row only after its wait in the queue. Raises ``DataFileError``.
     """
     for field in fields:
         path = setting(config, field)
@@ -230,7 +223,7 @@ def reward_model_folder(config: SparkConfig) -> Path:
 
 
 def _has_answers(config: SparkConfig, answers: str, problems: str) -> None:
-    """Every problem of one file has an answer in the other."""
+    """Raise ``ConfigError`` unless every problem of one file has an answer in the other."""
     path = required_setting(config, answers)
     if (
         missing := {p.problem_id for p in read_problems(required_setting(config, problems))}
@@ -258,7 +251,7 @@ def _served_model(config: SparkConfig, field: str) -> None:
 
 
 def _served_folder(config: SparkConfig, folder: Path, field: str) -> ModelSpec:
-    """Without this check the run would say so after its first stage, or its queue."""
+    """Check a model that an engine serves."""
     spec = _model(folder, field)
     if config.engine.kind == "local":
         try:
@@ -269,7 +262,7 @@ def _served_folder(config: SparkConfig, folder: Path, field: str) -> ModelSpec:
 
 
 def _trained_model(config: SparkConfig, field: str) -> None:
-    """A model that is trained, and that the stage's engine serves afterwards."""
+    """Check a model that is trained, and that the stage's engine serves afterwards."""
     spec = _served_folder(config, Path(required_setting(config, field)), field)
     spec.check_layout(config.megatron)
 
@@ -290,8 +283,9 @@ def _prompts_fit(
     sampling: str,
     max_new_tokens: int,
 ) -> None:
-    """An engine refuses a prompt without room for the response: the run would end at the step that
-    draws it.
+    """Check that every prompt leaves room for the response.
+
+    An engine rejects a prompt without room: the run would end at the step that draws it.
     """
     tokenizer, prompts = Tokenizer.load(config.models.policy), prompt_set(config.rl.prompt_set)
     room = config.engine.max_context - max_new_tokens
@@ -305,7 +299,8 @@ def _prompts_fit(
     if over := {name: length for name, length in lengths.items() if length > room}:
         name, length = next(iter(over.items()))
         raise ConfigError(
-            f"{field}={required_setting(config, field)}: {len(over)} of {len(problems)} prompts, that of {name} with "
+            f"{field}={required_setting(config, field)}: "
+            f"{len(over)} of {len(problems)} prompts, the one of {name} with "
             f"{length} tokens first, have no room for {sampling}.max_new_tokens={max_new_tokens} in "
             f"engine.max_context={config.engine.max_context}: remove them, or change one of the two"
         )

@@ -1,5 +1,4 @@
-"""About how long a step takes, phase by phase, from the stated rates. Arithmetic, never compared
-with a cluster.
+"""Estimate the time of a step, phase by phase, from assumed rates; never compared with a cluster.
 
 Phases are added up. Where they overlap (verifications start while rollouts are still written), a
 step is shorter.
@@ -20,8 +19,10 @@ from .workload import Generation, Training
 
 
 def forward_flops_per_token(spec: ModelSpec, context: float) -> float:
-    """Two per weight that a token meets, the output layer's included and the embedding's not, and
-    the attention's products over half of ``context`` on average (Narayanan et al., 2021,
+    """Return the operations of one token's forward pass.
+
+    Two per weight that the token meets, with the output layer and without the embedding, and the
+    attention's products over half of ``context`` on average (Narayanan et al., 2021,
     arXiv:2104.04473, without their 4 B s h).
     """
     q, k, H = (
@@ -34,7 +35,7 @@ def forward_flops_per_token(spec: ModelSpec, context: float) -> float:
 
 
 def _feed_forward_flops(spec: ModelSpec) -> float:
-    """Of one layer's MLP, or of a token's experts, per token."""
+    """Return the operations per token of one layer's MLP, or of a token's experts."""
     experts = spec.experts
     width = spec.ffn_size if experts is None else experts.per_token * experts.ffn_size
     return 6 * spec.hidden_size * width
@@ -43,9 +44,7 @@ def _feed_forward_flops(spec: ModelSpec) -> float:
 def training_seconds(
     work: Training, layout: MegatronConfig, worst: RankMemory, cluster: Cluster, rates: Rates
 ) -> dict[str, float]:
-    """Seconds of the trainer's phases: forward passes, forward and backward, gradient reduction and
-    optimizer.
-    """
+    """Return the seconds of forward passes, of training, and of reduction and optimizer."""
     mean = work.longest * rates.mean_length
     tokens = work.sequences * mean
     per_token = forward_flops_per_token(work.model.spec, mean)
@@ -86,8 +85,9 @@ def _pass_seconds(
     cluster: Cluster,
     rates: Rates,
 ) -> float:
-    """One pass over ``tokens``: products, then the tensor ranks' collectives, both stretched by the
-    pipeline's bubble (micro-batches + stages - 1) / micro-batches.
+    """Return the seconds of one pass over ``tokens``: products and the tensor ranks' collectives.
+
+    The pipeline's bubble stretches both by (micro-batches + stages - 1) / micro-batches.
     """
     spec, tp, pp = work.model.spec, layout.tensor_parallel, layout.pipeline_parallel
     products = tokens * flops / (layout.world_size * rates.train_tflops * 1e12)
@@ -100,10 +100,12 @@ def _pass_seconds(
 
 
 def generation_seconds(work: Generation, engine: EngineMemory, engines: int, rates: Rates) -> float:
-    """Reading the prompts, limited by products, then decoding, limited by memory: each decoding
-    step reads the weights once and the cache of every running text, and waits for two collectives
-    per layer. Not below one text of full length decoded alone. A prompt that several texts share is
-    read once (prefix caching).
+    """Return the seconds to read the prompts and to decode the texts.
+
+    Prompts are limited by products; texts that share a prompt read it once (prefix caching).
+    Decoding is limited by memory: each step reads the weights once and the cache of every running
+    text, and waits for two collectives per layer. It takes at least the time of one text of full
+    length decoded alone.
     """
     mean_new, prompt = work.new_tokens * rates.mean_length, work.prompt_tokens * rates.mean_length
     context = prompt + mean_new / 2
@@ -131,7 +133,7 @@ def generation_seconds(work: Generation, engine: EngineMemory, engines: int, rat
 
 
 def sync_seconds(total_bytes: int, transport: str, rates: Rates) -> float:
-    """The whole model once over the network, or written to disk and read again."""
+    """Return the seconds to send the model over the network, or to write it to disk and read it."""
     if transport == "disk":
         return 2 * total_bytes / rates.disk_gbs / GB
     return total_bytes / (rates.nvlink_gbs if transport == "tensor" else rates.network_gbs) / GB

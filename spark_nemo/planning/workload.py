@@ -1,6 +1,4 @@
-"""What a stage of a configuration computes: which model is trained on how many tokens, and which
-are asked for what.
-"""
+"""The work of one step of a stage: tokens to train on, and texts to generate."""
 
 from __future__ import annotations
 
@@ -17,13 +15,13 @@ from spark_nemo.planning.dry_run import PROMPT_ROOM
 from spark_nemo.planning.known_models import PUBLISHED
 
 PROBLEMS = 1000
-"""What stage I's times are told for."""
+"""Number of problems that stage I's times are for."""
 STAGES = ("stage1", "stage2", "stage3", "sft")
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model by its numbers."""
+    """A model by its name and sizes."""
 
     name: str
     spec: ModelSpec
@@ -31,7 +29,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Generation:
-    """What one pool of engines generates in a step."""
+    """Texts that one pool of engines generates in a step."""
 
     role: str
     model: Model
@@ -52,23 +50,23 @@ class Generation:
 
 @dataclass(frozen=True)
 class Training:
-    """What the trainer does in a step."""
+    """Work of the trainer in a step."""
 
     model: Model
     sequences: int
     longest: int
-    """Tokens of the longest sequence; all of them count as so long where memory is concerned."""
+    """Tokens of the longest sequence; memory is planned as if all were this long."""
     updates: int = 1
-    """Optimizer steps that share out the sequences."""
+    """Optimizer steps that divide the sequences."""
     forward_passes: int = 0
     """Passes over all sequences before: reference and old log-probabilities."""
     snapshots: int = 0
     """Copies of the weights in host memory."""
     syncs: bool = False
-    """Do the new weights go to engines?"""
+    """True if the new weights go to engines."""
 
     def batch(self, data_parallel: int, tokens_per_micro_batch: int) -> TrainBatch:
-        """One data-parallel rank's largest share of one update."""
+        """Return one data-parallel rank's largest share of one update."""
         sequences = -(-self.sequences // (self.updates * data_parallel))
         tokens = min(max(tokens_per_micro_batch, self.longest), sequences * self.longest)
         return TrainBatch(tokens, -(-sequences * self.longest // tokens))
@@ -84,9 +82,10 @@ class Workload:
 
 
 def workload(config: SparkConfig, stage: str, model: str | None = None) -> Workload:
-    """The step of ``stage``; ``model`` (a folder or a published name) takes the place of the model
-    that it trains, in stage I of the generator. Raises ``ConfigError`` for a model that is neither
-    here nor known by name.
+    """Return the work of one step of ``stage``.
+
+    ``model`` (a folder or a published name) replaces the model that it trains, in stage I the
+    generator. Raises ``ConfigError`` for a model that is neither here nor known by name.
     """
     one_of("--stage", stage, STAGES)
     if stage == "stage1":
@@ -96,7 +95,7 @@ def workload(config: SparkConfig, stage: str, model: str | None = None) -> Workl
 
 
 def training(config: SparkConfig, stage: str, model: str | None = None) -> Training:
-    """What ``stage`` (not stage1) trains; of the other models nothing is read."""
+    """Return what ``stage`` (not stage1) trains; no other model is read."""
     if stage == "stage2":
         trained = find_model(model or config.models.reward_base, "models.reward_base")
         return Training(
@@ -174,8 +173,9 @@ def _stage3(config: SparkConfig, work: Training) -> tuple[Generation, ...]:
 
 
 def find_model(name: str, field: str, made_from: str | None = None) -> Model:
-    """By folder, by the published name that the folder has, or, where sft has yet to write it, by
-    its base model.
+    """Return a model by its folder, by the published name of the folder, or by its base model.
+
+    The base model is used for a folder that sft has yet to write.
     """
     if not name:
         raise ConfigError(
@@ -191,11 +191,11 @@ def find_model(name: str, field: str, made_from: str | None = None) -> Model:
     else:
         raise ConfigError(
             f"{field}={name}: no config.json there (hf download NAME config.json --local-dir FOLDER "
-            f"fetches it alone), and the name is none of {', '.join(PUBLISHED)}"
+            f"fetches it alone), and the name is not one of {', '.join(PUBLISHED)}"
         )
     return Model(folder.name, ModelSpec.from_hf(config, f"{name}/config.json"))
 
 
 def _prompt_room(model: Model, new_tokens: int) -> int:
-    """Tokens that the context leaves for a prompt, if they are fewer than the usual room."""
+    """Return the tokens for a prompt: the usual room, or fewer if the context is short."""
     return max(1, min(PROMPT_ROOM, model.spec.max_positions - new_tokens))

@@ -1,4 +1,4 @@
-"""Which commands the pipeline is made of, and which waits for which."""
+"""The pipeline's commands and their dependencies."""
 
 from __future__ import annotations
 
@@ -26,123 +26,119 @@ log = logging.getLogger(__name__)
 
 
 def build_job_graph(config: SparkConfig, overrides: Sequence[str]) -> list[Job]:
-    """The jobs in the order they should start; a baseline waits for nobody, and no arm for more
-    than its own reward model.
+    """Return the jobs in the order in which they should start.
+
+    A baseline does not wait for any job, an RL variant only for its own reward model.
     """
-    pipeline, own, arms = config.pipeline, config.stage2.method, pipeline_rl_variants(config)
-    if any(arm.comes_from_stage2(config) for arm in arms) and own not in pipeline.label_methods:
+    pipeline = config.pipeline
+    own_method = config.stage2.method
+    variants = pipeline_rl_variants(config)
+    needs_own_method = any(variant.comes_from_stage2(config) for variant in variants)
+    if needs_own_method and own_method not in pipeline.label_methods:
         raise ConfigError(
-            f"stage2.method={own} rewards stage III: add it to pipeline.label_methods"
+            f"stage2.method={own_method}: its reward model rewards stage III; add it to "
+            "pipeline.label_methods"
         )
-    for arm in unsupported_rl_variants(config):
+    for variant in unsupported_rl_variants(config):
         log.info(
-            "no arm %s: %s is made of step labels, which an ORM does not give", arm.name, arm.design
+            "RL variant %s is left out: %s needs step labels, and an ORM produces none",
+            variant.name,
+            variant.design,
         )
-    # The reward model's own method goes first: RL and later rounds wait for it, and only for it.
-    methods = sorted(pipeline.label_methods, key=lambda method: method != own)
-    labelling = _round_jobs(config, overrides, 1, methods[:1])
+    # stage2.method goes first: RL and later rounds wait for its reward model, and for no other.
+    other_methods = [method for method in pipeline.label_methods if method != own_method]
+    first_methods = [own_method] if own_method in pipeline.label_methods else other_methods[:1]
+    jobs = _round_jobs(config, overrides, 1, first_methods)
     for number in range(2, pipeline.rounds + 1):
-        labelling += _round_jobs(config, overrides, number, [own])
-    stage3 = [_stage3_job(config, overrides, arm) for arm in arms]
-    return [*labelling, *stage3, *_stage2_jobs(config, overrides, 1, methods[1:])]
+        jobs += _round_jobs(config, overrides, number, [own_method])
+    jobs += [_stage3_job(config, overrides, variant) for variant in variants]
+    later_methods = [method for method in other_methods if method not in first_methods]
+    return jobs + _stage2_jobs(config, overrides, 1, later_methods)
 
 
 def _round_jobs(
     config: SparkConfig, overrides: Sequence[str], number: int, methods: Sequence[str]
 ) -> list[Job]:
-    """Shards of verification data and the reward models made of them; a later round waits for its
-    verifier.
-    """
-    shards, run, prefix = (
-        parallel_jobs(config),
-        round_run(config.run, number),
-        _prefix(number),
-    )
-    verifier = (
-        frozenset({_reward_model_job(config, number - 1, config.stage2.variant)})
-        if number > 1
-        else frozenset()
-    )
-    arguments = (
-        "stage1",
-        *overrides,
-        *_round_overrides(config, number),
-        f"stage1.num_shards={shards}",
-    )
-    stage1 = [
-        Job(
-            f"{prefix}stage1-{i}",
-            (*arguments, f"stage1.shard={i}"),
-            stage1_folder(run) / shard_name(replace(config.stage1, num_shards=shards, shard=i)),
-            verifier,
+    """Return a round's shards of stage I and reward models; a later round needs its verifier."""
+    num_shards = parallel_jobs(config)
+    run = round_run(config.run, number)
+    after: frozenset[str] = frozenset()
+    if number > 1:
+        after = frozenset({_reward_model_job(config, number - 1, config.stage2.variant)})
+    jobs = []
+    for shard in range(num_shards):
+        stage1 = replace(config.stage1, num_shards=num_shards, shard=shard)
+        arguments = (
+            "stage1",
+            *overrides,
+            *_round_overrides(config, number),
+            f"stage1.num_shards={num_shards}",
+            f"stage1.shard={shard}",
         )
-        for i in range(shards)
-    ]
-    return [*stage1, *_stage2_jobs(config, overrides, number, methods)]
+        folder = stage1_folder(run) / shard_name(stage1)
+        jobs.append(Job(_stage1_job(number, shard), arguments, folder, after))
+    return jobs + _stage2_jobs(config, overrides, number, methods)
 
 
 def _stage2_jobs(
     config: SparkConfig, overrides: Sequence[str], number: int, methods: Sequence[str]
 ) -> list[Job]:
-    run, prefix = round_run(config.run, number), _prefix(number)
-    collected = frozenset(f"{prefix}stage1-{i}" for i in range(parallel_jobs(config)))
+    """Return the reward models of a round; only ``stage2.method`` has one of every kind."""
+    run = round_run(config.run, number)
+    after = frozenset(_stage1_job(number, shard) for shard in range(parallel_jobs(config)))
     jobs = []
     for method in methods:
-        for variant in (
-            config.reward_models if method == config.stage2.method else [config.stage2.variant]
-        ):
-            more = [f"stage2.method={method}"]
-            if variant != config.stage2.variant:
-                more.append(f"stage2.variant={variant}")
-            folder = stage2_folder(run, method, variant)
-            jobs.append(
-                Job(
-                    f"{prefix}stage2-{folder.name}",
-                    ("stage2", *overrides, *_round_overrides(config, number), *more),
-                    folder,
-                    collected,
-                )
-            )
+        is_own = method == config.stage2.method
+        kinds = config.reward_models if is_own else [config.stage2.variant]
+        for kind in kinds:
+            own = [f"stage2.method={method}"]
+            if kind != config.stage2.variant:
+                own.append(f"stage2.variant={kind}")
+            arguments = ("stage2", *overrides, *_round_overrides(config, number), *own)
+            folder = stage2_folder(run, method, kind)
+            jobs.append(Job(f"{_prefix(number)}stage2-{folder.name}", arguments, folder, after))
     return jobs
 
 
+def _stage3_job(config: SparkConfig, overrides: Sequence[str], variant: RLVariant) -> Job:
+    arguments = ["stage3", *overrides, *rl_variant_overrides(config, variant)]
+    after: frozenset[str] = frozenset()
+    if variant.comes_from_stage2(config):
+        last_round = config.pipeline.rounds
+        after = frozenset({_reward_model_job(config, last_round, variant.variant)})
+        if last_round > 1:
+            run = round_run(config.run, last_round)
+            folder = stage2_folder(run, config.stage2.method, variant.variant)
+            arguments.append(f"rl.reward.model={folder / 'model'}")
+    folder = stage3_folder(config.run, variant.name)
+    return Job(f"stage3-{variant.name}", tuple(arguments), folder, after)
+
+
 def _round_overrides(config: SparkConfig, number: int) -> list[str]:
-    """What makes a later round: its own folder, the reward model before it as verifier, the same
-    solutions.
+    """Return what makes a later round.
+
+    It has its own folder, the reward model before it as verifier, and the same solutions.
     """
     if number == 1:
         return []
-    before = stage2_folder(
-        round_run(config.run, number - 1), config.stage2.method, config.stage2.variant
-    )
+    before = round_run(config.run, number - 1)
+    verifier = stage2_folder(before, config.stage2.method, config.stage2.variant) / "model"
     return [
         f"run.dir={round_run(config.run, number).dir}",
-        f"models.verifier={before / 'model'}",
+        f"models.verifier={verifier}",
         "stage1.verifier_prompt=reward_model",
         f"stage1.reuse_solutions_from={stage1_folder(config.run) / 'store'}",
     ]
 
 
+def _stage1_job(number: int, shard: int) -> str:
+    return f"{_prefix(number)}stage1-{shard}"
+
+
+def _reward_model_job(config: SparkConfig, number: int, kind: str) -> str:
+    folder = stage2_folder(config.run, config.stage2.method, kind)
+    return f"{_prefix(number)}stage2-{folder.name}"
+
+
 def _prefix(number: int) -> str:
     return "" if number == 1 else f"round{number}-"
-
-
-def _reward_model_job(config: SparkConfig, number: int, variant: str) -> str:
-    return (
-        f"{_prefix(number)}stage2-{stage2_folder(config.run, config.stage2.method, variant).name}"
-    )
-
-
-def _stage3_job(config: SparkConfig, overrides: Sequence[str], arm: RLVariant) -> Job:
-    arguments, needs = (
-        ["stage3", *overrides, *rl_variant_overrides(config, arm)],
-        frozenset(),
-    )
-    if arm.comes_from_stage2(config):
-        needs = frozenset({_reward_model_job(config, config.pipeline.rounds, arm.variant)})
-        if config.pipeline.rounds > 1:
-            last = stage2_folder(
-                round_run(config.run, config.pipeline.rounds), config.stage2.method, arm.variant
-            )
-            arguments.append(f"rl.reward.model={last / 'model'}")
-    return Job(f"stage3-{arm.name}", tuple(arguments), stage3_folder(config.run, arm.name), needs)

@@ -1,11 +1,10 @@
-"""The run folder: where each stage's results lie, how a finished part is marked, and how progress
-is shown.
+"""The run folder: the place of each stage's results, the DONE marker, and the progress file.
 
 ::
 
     run.dir/
       config.yaml           the resolved configuration
-      data/                 problem files made for the small world
+      data/                 problem files made for the toy task
       sft/                  data.json, metrics.jsonl, checkpoints/, model/ of the policy's format SFT
       stage1/store/         shards of solutions and verifications     stage1/stats-*.json, token_accounting-*.json
       stage2/<method>/      labels.jsonl, metrics.jsonl, checkpoints/, model/, processbench.json: a PRM-CoT
@@ -13,8 +12,8 @@ is shown.
       stage3/<design>/      metrics.jsonl, checkpoints/, evaluations.jsonl, samples.jsonl, verifier.jsonl, timing.jsonl,
                             hacking.jsonl, top_rewards.jsonl, model/: a reward design with a PRM-CoT, or a baseline
       stage3/<design>-<variant>/   the same with another kind of reward model
-      DONE.json             in a finished part's folder: its figures, and what it was made from (see finished.py)
-      LOCK                  empty, or who works on it: here the pipeline, in every part's folder that part's main rank
+      DONE.json             in a finished stage run's folder: its figures and fingerprint (see completion.py)
+      LOCK                  the process that works on it: here the pipeline, in a stage run's folder its main rank
       round-<n>/            stage1/ and stage2/ of a later round, whose verifier is the reward model before it
       summary.json, report.html
 """
@@ -35,31 +34,31 @@ from spark_nemo.utils.progress_bar import progress_bar
 
 DONE, PROGRESS = "DONE.json", "progress.json"
 PROCESSBENCH, WHOLE_SOLUTION = "processbench.json", "whole_solution.json"
-"""What stage II's model scored: as a critic of steps, or of whole solutions."""
+"""Files with the score of stage II's model: as a critic of steps, or of whole solutions."""
 
 
 def sft_folder(run: RunConfig) -> Path:
-    """The policy's format SFT."""
+    """Folder of the policy's format SFT."""
     return Path(run.dir) / "sft"
 
 
 def stage1_folder(run: RunConfig) -> Path:
-    """Store and statistics of the verification data."""
+    """Folder of the verification data: its store and statistics."""
     return Path(run.dir) / "stage1"
 
 
 def round_run(run: RunConfig, number: int) -> RunConfig:
-    """The run folder of a round of labelling; round 1 is the run itself."""
+    """Run settings of a round of labelling; round 1 is the run itself."""
     return run if number == 1 else replace(run, dir=str(Path(run.dir) / f"round-{number}"))
 
 
 def stage2_folder(run: RunConfig, method: str, variant: str | None) -> Path:
-    """One reward model, by the labels it was trained on and its kind."""
+    """Folder of one reward model, by its label method and kind."""
     return Path(run.dir) / "stage2" / f"{method}{variant_suffix(variant)}"
 
 
 def stage3_folder(run: RunConfig, arm: str) -> Path:
-    """One RL run, by ``SparkConfig.rl_variant``: its reward design and kind of reward model."""
+    """Folder of one RL variant, by ``SparkConfig.rl_variant``."""
     return Path(run.dir) / "stage3" / arm
 
 
@@ -71,20 +70,21 @@ def reward_model_path(config: SparkConfig) -> Path:
 
 
 def read_done(folder: Path) -> dict[str, object] | None:
-    """What ``mark_done`` wrote, None while the part is unfinished. A marker, never an exit code,
-    means success.
+    """Return what ``mark_done`` wrote, None while the stage run is unfinished.
+
+    The marker means success, never an exit code.
     """
     path = folder / DONE
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def mark_done(folder: Path, result: dict[str, object]) -> None:
-    """Declare the part in ``folder`` finished."""
+    """Mark the stage run in ``folder`` as finished."""
     write_json_atomic(folder / DONE, result)
 
 
 class Clock:
-    """Seconds of work on a part, summed over its restarts."""
+    """Seconds of work on a stage run, summed over its restarts."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / "seconds.json"
@@ -93,18 +93,16 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Seconds so far, those before a restart included."""
+        """Seconds so far, with those before a restart."""
         return self._before + time.monotonic() - self._started
 
     def save(self) -> None:
-        """Remember the seconds for a later restart."""
+        """Store the seconds for a later restart."""
         write_json_atomic(self._path, {"seconds": self.seconds})
 
 
 class Progress:
-    """A progress bar on the terminal and ``progress.json`` in the folder, for whoever watches from
-    outside.
-    """
+    """A progress bar on the terminal, and ``progress.json`` in the folder for other processes."""
 
     def __init__(self, folder: Path, total: int, unit: str, clock: Clock | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +119,7 @@ class Progress:
             self._written = time.monotonic()
             write_json_atomic(self._path, {"done": done, "total": self._total, "note": note})
             if self._clock is not None:
-                self._clock.save()  # a kill takes a second of it at most
+                self._clock.save()  # a kill loses at most one second
 
     def close(self) -> None:
         """Leave the last state on the terminal."""
@@ -139,7 +137,5 @@ def progress(folder: Path, total: int, unit: str, clock: Clock | None = None) ->
 
 
 def shard_name(stage: Stage1Config) -> str:
-    """Which share of the problems; the number of shards is part of it, for another number cuts
-    differently.
-    """
+    """Return the name of a shard, with the number of shards: another number cuts differently."""
     return "shard-all" if stage.shard is None else f"shard-{stage.shard}-of-{stage.num_shards}"

@@ -1,6 +1,4 @@
-"""The three stages in one go: shards of stage I, a reward model per label method, an RL run per
-reward, the report.
-"""
+"""The whole pipeline: stage I in shards, a reward model per label method, RL variants, the report."""
 
 from __future__ import annotations
 
@@ -31,12 +29,11 @@ log = logging.getLogger(__name__)
 def run_pipeline(
     config: SparkConfig, overrides: Sequence[str], oracle: Oracle | None
 ) -> Path | None:
-    """Run what is missing and return the report's path; None when asked to stop (the same call
-    resumes).
+    """Run what is missing and return the report's path, or None if a signal stopped the run.
 
-    ``overrides`` made ``config``; every job gets them with its own on top. ``oracle`` tells true
-    step labels where a world has them, for the report only. Raises ``ConfigError`` also when
-    another pipeline is at the same folder.
+    The same call resumes. ``overrides`` made ``config``; every job gets them with its own on top.
+    ``oracle`` gives true step labels where a task has them, for the report only. Raises
+    ``ConfigError`` for invalid settings, and if another pipeline runs in the same folder.
     """
     check_pipeline(config)
     trained = [("stage2", config.pipeline.label_methods), ("stage3", config.pipeline.rewards)]
@@ -46,7 +43,7 @@ def run_pipeline(
     with run_lock(folder):
         claim_run_folder(config)
         if not run_job_graph(jobs, parallel_jobs(config), folder / "logs"):
-            log.warning("stopped; run the same command again to go on")
+            log.warning("stopped; the same command resumes")
             return None
         command = " ".join(["spark-nemo pipeline", *map(shlex.quote, overrides)])
         return write_report(folder, collect_summary(config, oracle, [command]))
