@@ -374,7 +374,10 @@ def _nearest(tree: DictConfig, key: str) -> str:
     everywhere = {*present, *(one for one, _ in _option_keys())}
     last = key.rpartition(".")[2]
     same_name = [one for one in present if one.rpartition(".")[2] == last]
-    near = difflib.get_close_matches(key, sorted(everywhere), n=1, cutoff=0.75)
+    # A setting of that name deeper in the same section beats one that is spelt like it.
+    section = key.rpartition(".")[0]
+    near = [one for one in same_name if one.startswith(f"{section}.")][:1]
+    near = near or difflib.get_close_matches(key, sorted(everywhere), n=1, cutoff=0.75)
     near = near or difflib.get_close_matches(key, same_name, n=1, cutoff=0.3)
     near = near or difflib.get_close_matches(key, sorted(everywhere), n=1)
     if not near:

@@ -128,11 +128,11 @@ def test_a_malformed_problems_file_is_named_with_its_line(
 @pytest.mark.parametrize(
     ("override", "hint"),
     [
-        ("rl.grup_size=8", "did you mean group_size?"),
-        ("rl.optimizer.learning=1", "there are lr, "),
-        ("experiment=toy", "Write +experiment=NAME"),
+        ("rl.grup_size=8", "did you mean rl.group_size?"),
+        ("rl.optimizer.learning=1", "did you mean rl.optimizer.lr?"),
+        ("experiment=toy", "write +experiment=toy"),
         ("+experiment=tiny", "there are toy, "),
-        ("+experiment=spark/bass", "there are base, "),
+        ("+experiment=spark/bass", "did you mean base?"),
     ],
 )
 def test_a_wrong_name_is_answered_with_right_ones(
