@@ -190,5 +190,6 @@ def test_the_format_sft_needs_its_base_and_its_examples(
     ]
     assert main(command) == 2
     assert (
-        f"{examples}:line 1: 'response' breaks the format rule tagged_steps" in capsys.readouterr().err
+        f"{examples}:line 1: 'response' breaks the format rule tagged_steps"
+        in capsys.readouterr().err
     )
