@@ -1,19 +1,20 @@
-"""Tokens that early stopping saves, by replay: ``python benchmarks/early_stop.py runs/full [--run
-exact=runs/a ...]``.
+"""Replay votes to measure the tokens that early stopping saves::
+
+    python benchmarks/early_stop.py runs/full [--run exact=runs/a ...]
 
 ``runs/full`` is a run folder whose stage I took every vote::
 
     spark-nemo stage1 +experiment=toy run.dir=runs/full
 
-Its votes are replayed in their order under every rule and wave size: tokens of the verifications
-that would have been sampled, against all of them, and majorities against those of all N votes (a
-tie being one of the three). Tokens are completion tokens; prompts are shared by the votes of a
-solution. The last column is not a requirement unless the rule waits for the verdict too (``+
-verdict``).
+Its votes are replayed in their order under every rule and vote batch size. The table compares the
+tokens of the votes that would have been sampled with the tokens of all votes, and their majorities
+with the majorities of all N votes (a tie is a result of its own). Tokens are completion tokens; the
+votes of a solution share its prompt. The last column may be below 100 % unless the rule waits for
+the verdict too (``+ verdict``).
 
 ``--run exact=runs/a`` compares a real run with ``stage1.early_stop=exact`` (likewise
-``sequential``, whose ``--error`` must be the run's) with the replay: the same votes, none more or
-less, must be in its store.
+``sequential``, whose ``--error`` must be the run's) with the replay: its store must contain
+exactly the same votes.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ Votes = dict[str, list[Vote]]
 
 
 def read_votes(run_dir: Path) -> Votes:
-    """Every solution's votes in a run folder."""
+    """Return every solution's votes in a run folder."""
     rows: dict[str, dict[int, Vote]] = {}
     with RecordStore(run_dir / "stage1/store") as store:
         for _, row in store.iter(VERIFICATION):
@@ -63,7 +64,7 @@ def read_votes(run_dir: Path) -> Votes:
 
 
 def report(rule: StoppingRule, label: str, votes: Votes) -> None:
-    """One line of the table."""
+    """Print one line of the table."""
     kept_tokens = equal_solutions = equal_steps = steps = equal_verdicts = solutions = 0
     for all_votes in votes.values():
         outcomes = [vote.outcome for vote in all_votes]

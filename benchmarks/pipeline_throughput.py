@@ -1,13 +1,14 @@
 """Engine utilisation and memory of stage I's sampling pipeline.
 
-The engine is a fake: ``--slots`` requests at once, each ``--latency`` seconds, the texts canned and
-in the grammar. Keys, prompts, parsing, waves, ledger and (with ``--store DIR``) the record store
-are the real ones. Printed:
+The engine is a fake that serves ``--slots`` requests at once, each in ``--latency`` seconds, with
+fixed texts in the grammar. Keys, prompts, parsing, vote batches, token accounting and (with
+``--store DIR``) the record store are the real ones. Printed:
 
-* share of capacity: what the slots served, over what they could have, from the second latency to the moment the last
-  new problem was drawn. A slot that is empty while the pipeline stores a result and asks for the next is missing
-  to 100 %, and so is the time by which a busy event loop notices a finished request late.
-* CPU seconds per request: what one process can do at most is its inverse.
+* share of capacity: the time that slots were taken, over the time that they existed, from the
+  second latency until the last new problem was drawn. Lost are the time that a slot is empty while
+  the pipeline stores a result and sends the next request, and the delay with which a busy event
+  loop notices a finished request.
+* CPU seconds per request: its inverse is the highest rate of one process.
 * resident memory when each power of ten of solutions was reached, and at the end.
 
 The two questions have different answers on a slow machine, so they are two runs::
@@ -67,16 +68,16 @@ class CannedTokenizer:
     eos_ids = (99,)
 
     def encode_chat(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
-        """As many tokens as a short chat has."""
+        """Return as many tokens as a short chat has."""
         return tuple(range(min(64, len(messages[0]["content"]))))
 
     def decode_response(self, ids: tuple[int, ...]) -> str:
-        """The text itself."""
+        """Return the text itself."""
         return TEXTS[ids[0]]
 
 
 class SlottedEngine(Engine):
-    """Engine with a fixed number of slots and one latency; it sums up the time its slots are taken."""
+    """Engine with a fixed number of slots and one latency; sums up the time its slots are taken."""
 
     def __init__(self, slots: int, latency: float) -> None:
         self.requests = self._in_flight = 0

@@ -1,10 +1,9 @@
-"""Which node is slow or broken? One task per node; nodes exchange data in pairs, three times with
-other partners.
+"""Find slow or broken nodes; one task per node.
 
-A slow node is slow with every partner, its partners are slow only with it: a node is judged by its
-best exchange. On nodes with GPUs each GPU is also timed on a matrix product. Rank 0 prints one line
-per node and, last, the --exclude list; the status is 1 when there is one. Called by preflight.sh
---collective.
+Nodes exchange data in pairs, three times with other partners. A slow node is slow with every
+partner; its partners are slow only with it. Each node is therefore judged by its best exchange. On
+nodes with GPUs each GPU is also timed on a matrix product. Rank 0 prints one line per node and,
+last, the --exclude list; the status is 1 when there is one. Called by preflight.sh --collective.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ import torch.distributed as dist
 MEGABYTES = 64
 ROUNDS = 3
 SLOW_FACTOR = 3.0
-"""How much slower than the median node a node must be to be named."""
+"""Times slower than the median node from which on a node is reported."""
 WAIT = datetime.timedelta(seconds=60)
 JOIN = datetime.timedelta(seconds=600)
-"""How much later than the first a node may come: containers are unpacked, environments read, at
+"""Longest delay of a node after the first: nodes unpack containers and read environments at
 different speeds.
 """
 NEVER = float("inf")
