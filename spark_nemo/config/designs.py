@@ -60,8 +60,8 @@ def register_advantage(
     """Register the decorated function as the advantage ``rl/advantage=name``.
 
     The function gets ``(responses, outcome_N, config)`` and returns one tensor of token advantages
-    per response. ``outcome_N`` holds the estimator's advantages; with ``own_baseline`` there is no
-    estimator and it is None. ``config`` is an ``AdvantageConfig`` with the advantage's settings.
+    per response. ``outcome_N`` holds the estimator's advantages, or is None with ``own_baseline``,
+    which uses no estimator. ``config`` is an ``AdvantageConfig`` with the advantage's settings.
     """
 
     def register(function: Design) -> Design:
@@ -142,9 +142,7 @@ def reads_answer_keys(design: str) -> bool:
 
 
 def variant_suffix(variant: str | None) -> str:
-    """Return what a reward model's kind adds to a folder's name; nothing for a PRM-CoT or a
-    baseline.
-    """
+    """Return the folder-name suffix of a reward model's kind; empty for a PRM-CoT or a baseline."""
     return "" if variant in (None, VARIANTS[0]) else f"-{variant}"
 
 
@@ -160,8 +158,8 @@ def check_design(reward: str, advantage: str, estimator: str, shaping: str) -> N
     if not has_own_baseline(advantage):
         if estimator == "none":
             raise ConfigError(
-                f"rl/estimator=none: rl/advantage={advantage} starts from an estimator's advantages; "
-                "choose rl/estimator=grpo"
+                f"rl/estimator=none: rl/advantage={advantage} starts from an estimator's "
+                "advantages; choose rl/estimator=grpo"
             )
         return
     if estimator != "none":
@@ -171,8 +169,8 @@ def check_design(reward: str, advantage: str, estimator: str, shaping: str) -> N
         )
     if shaping != "none":
         raise ConfigError(
-            f"rl/shaping={shaping}: rl/advantage={advantage} takes the reward for the verdict, which "
-            "a punishment of length would falsify; choose rl/shaping=none"
+            f"rl/shaping={shaping}: rl/advantage={advantage} takes the reward for the verdict, "
+            "which a punishment of length would falsify; choose rl/shaping=none"
         )
 
 

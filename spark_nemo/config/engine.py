@@ -1,4 +1,4 @@
-"""What serves the models, and how tokens are drawn from them."""
+"""Settings of the engines and server pools, and of sampling."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ START_TIMEOUT_S, POOL_DOWN_TIMEOUT_S = 900.0, 120.0
 
 @dataclass
 class SamplingConfig:
-    """How an engine draws tokens; ``temperature=0`` is greedy."""
+    """Sampling parameters of one kind of request."""
 
     temperature: float = 1.0
+    """Sampling temperature; 0 is greedy."""
     top_p: float = 1.0
+    """Nucleus sampling: draw from the smallest set of tokens with this total probability."""
     max_new_tokens: int = 2048
+    """Maximum tokens of a response."""
     top_k: int | None = None
-    """Draw from the k most probable tokens only; top_p is measured on what they leave. None is all.
-    """
+    """Draw from the k most probable tokens only; top_p then applies to them. None is all."""
 
     def __post_init__(self) -> None:
         at_least("sampling.temperature", self.temperature, 0)
@@ -45,9 +47,7 @@ class SamplingConfig:
                 )
 
     def fingerprint(self) -> dict[str, object]:
-        """The settings that results depend on, for their keys: top_k only where it is set, for
-        there are results from before it existed.
-        """
+        """Return the settings that results depend on, for content keys; top_k only if it is set."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -63,58 +63,56 @@ def check_cuts(section: str, top_p: float | None, top_k: int | None) -> None:
 
 @dataclass
 class PoolConfig:
-    """Servers of one role. ``urls`` names servers that run already, ``servers`` says how many to
-    launch here.
+    """Servers of one role: running servers by their ``urls``, or a number of ``servers`` to launch.
 
-    None means "not set"; a role that a run does not ask needs neither. Times are in seconds.
+    None means "not set". A role that a run does not query needs neither. Times are in seconds.
     """
 
     urls: list[str] = field(default_factory=list)
-    """``http://host:port`` of each; their key, if any, in $SPARK_NEMO_API_KEY."""
+    """``http://host:port`` of each running server; $SPARK_NEMO_API_KEY is their API key, if any."""
     servers: int | None = None
-    """Processes to launch on this machine."""
+    """Number of servers to launch on this machine."""
     tensor_parallel: int | None = None
-    """GPUs of one server; 1 when not set. With urls only weight_sync.transport=distributed and
-    tensor read it.
+    """GPUs of one server; 1 when not set. With urls, read only by weight_sync.transport=distributed
+    and tensor.
     """
     first_gpu: int | None = None
-    """Server i takes GPUs from first_gpu + i x tensor_parallel on; not set, every server begins
-    with GPU 0.
+    """Server i takes tensor_parallel GPUs from first_gpu + i x tensor_parallel on. When not set,
+    every server begins with GPU 0.
     """
     server_args: list[str] = field(default_factory=list)
-    """More of the server's own arguments, one word each."""
+    """Additional command-line arguments of the server, one word each."""
     server_env: dict[str, str] = field(default_factory=dict)
     """Environment variables of the server."""
     python: str | None = None
-    """Interpreter of the environment that has the server; this one's when not set."""
+    """Python interpreter of the server's environment; the current interpreter when not set."""
     host: str | None = None
-    """Address to bind to: 127.0.0.1 when not set, else one of a private interface. 0.0.0.0 is
-    refused.
-    """
+    """Address to bind to, on a private interface; 127.0.0.1 when not set. 0.0.0.0 is invalid."""
     router: bool | None = None
-    """Send generation through sglang-router, which must be installed there; False when not set."""
+    """Send requests through sglang-router, installed with the server; False when not set."""
     request_timeout_s: float | None = None
-    """One attempt of one request, from when it has a place among the server's; 600, and 0.25 for
-    each token that it may sample, when not set.
+    """Seconds for one attempt of a request, counted from when it gets one of the server's slots.
+    When not set: 600, plus 0.25 for each token that the request may sample.
     """
     probe_timeout_s: float | None = None
-    """A server that answers no probe for so long hangs; 30 when not set."""
+    """Seconds without an answer to a health check after which a server counts as hung; 30 when not
+    set.
+    """
     start_timeout_s: float | None = None
-    """From launch to the first answer; 900 when not set."""
+    """Maximum seconds from a server's launch to its first answer; 900 when not set."""
     pool_down_timeout_s: float | None = None
-    """How long requests and new weights wait when no server is left and none starts; then the run
-    stops. 120 when not set; start_timeout_s for servers that Slurm starts, and starts again.
+    """Seconds that requests and weight updates wait while every server of the pool is down; then
+    the run stops. When not set: 120, or start_timeout_s for servers that Slurm starts and restarts.
     """
     max_restarts: int | None = None
-    """Restarts of one server within an hour; 3 when not set."""
+    """Maximum restarts of one server within an hour; 3 when not set."""
 
     def check(self, name: str) -> None:
-        """Raise ``ConfigError`` for values that cannot work together; ``name`` is the field's, for
-        the message.
-        """
+        """Raise ``ConfigError`` for values that contradict each other; ``name`` is the pool's."""
         if bool(self.urls) == (self.servers is not None):
             raise ConfigError(
-                f"{name}: set either {name}.servers (launch so many here) or {name}.urls (they run)"
+                f"{name}: set either {name}.servers (number to launch here) "
+                f"or {name}.urls (running servers)"
             )
         if self.urls and (
             useless := [
@@ -144,19 +142,18 @@ class PoolConfig:
                 raise ConfigError(f"{name}.{each}={getattr(self, each)}: must be positive")
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
-                raise ConfigError(f"{name}.urls: {url!r} is no http://host:port")
+                raise ConfigError(f"{name}.urls: {url!r} is not http://host:port")
         if len(set(self.urls)) < len(self.urls):
             raise ConfigError(f"{name}.urls: name each server once")
         if self.host in ("0.0.0.0", "::", ""):
             raise ConfigError(
-                f"{name}.host={self.host!r} would offer the model to every network: name one address"
+                f"{name}.host={self.host!r} would offer the model to every network: "
+                "name one address"
             )
         self._check_words(name)
 
     def _check_words(self, name: str) -> None:
-        """What we say to the server ourselves must not be said twice, and no key belongs on a
-        command line.
-        """
+        """Raise ``ConfigError`` for server arguments that the launcher sets, or that show a key."""
         ours = {
             "--model-path",
             "--model",
@@ -188,9 +185,10 @@ class PoolConfig:
                 )
 
     def found_at(self, urls: list[str]) -> PoolConfig:
-        """This pool when somebody else has launched its servers (Slurm, one step each): clients'
-        settings stay. Who starts them again is not seen from here, so a pool that is down has the
-        time of a start to come back.
+        """Return this pool with the addresses of servers that Slurm launched.
+
+        The settings of clients stay. Slurm restarts its servers itself, which a client cannot
+        observe, so a pool that is down gets the time of a server start to come back.
         """
         clients = {
             each.name: getattr(self, each.name)
@@ -214,13 +212,13 @@ class EngineConfig:
     """The engines that generate and verify."""
 
     kind: str = "local"
-    """local: embedded, small models. sglang, vllm: servers, in the pools ``policy`` and
+    """local: embedded engine, for small models. sglang, vllm: servers in the pools ``policy`` and
     ``verifier``.
     """
     max_batch_size: int = 256
-    """Sequences one engine decodes together (KV-cache slots; a server's running requests)."""
+    """Maximum sequences that one engine decodes together (a server's running requests)."""
     max_context: int = 4096
-    """Prompt plus response tokens that one slot can hold."""
+    """Maximum prompt plus response tokens of a sequence."""
     policy: PoolConfig = field(default_factory=PoolConfig)
     """Stage I's generator, stage III's policy, and the evaluation of policies."""
     verifier: PoolConfig = field(default_factory=PoolConfig)
@@ -250,20 +248,20 @@ class EngineConfig:
         return bool(self.policy.servers or self.verifier.servers)
 
     def pool(self, role: str) -> PoolConfig:
-        """The pool of a role. Raises ``ConfigError`` for a role that does not exist."""
+        """Return the pool of a role. Raises ``ConfigError`` for a role that does not exist."""
         one_of("pool", role, set(POOLS))
         return self.policy if role == "policy" else self.verifier
 
     def require(self, role: str) -> None:
-        """Raise ``ConfigError`` when nothing would serve a role that is about to be asked."""
+        """Raise ``ConfigError`` if no server is configured for a role that the run needs."""
         if self.kind != "local":
             self.pool(role).check(f"engine.{role}")
 
     def num_engines(self, role: str) -> int:
-        """Engines behind a role; requests in flight are bounded by ``max_batch_size`` of each."""
+        """Number of engines of a role; each takes ``max_batch_size`` requests at once."""
         pool = self.pool(role)
         return 1 if self.kind == "local" else pool.servers or max(1, len(pool.urls))
 
     def slots(self, role: str) -> int:
-        """Sequences that a role's engines decode together."""
+        """Number of sequences that a role's engines decode together."""
         return self.max_batch_size * self.num_engines(role)

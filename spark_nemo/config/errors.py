@@ -8,7 +8,7 @@ from math import isfinite
 
 
 class ConfigError(ValueError):
-    """A configuration that must not run. The message is one line that names the field and the fix."""
+    """An invalid configuration. The message is one line that names the field and the fix."""
 
 
 def one_of(name: str, value: str, allowed: Collection[str]) -> None:
@@ -18,7 +18,7 @@ def one_of(name: str, value: str, allowed: Collection[str]) -> None:
 
 
 def at_least(name: str, value: float, bound: float) -> None:
-    """Raise ``ConfigError`` unless ``value >= bound``; NaN, which YAML can write, is not."""
+    """Raise ``ConfigError`` unless ``value >= bound``; also for NaN, which YAML can contain."""
     if not value >= bound:
         raise ConfigError(f"{name}={value}: must be at least {bound}")
 
@@ -39,9 +39,10 @@ def in_unit_interval(name: str, value: float) -> None:
 
 
 def check_finite(settings: object, prefix: str = "") -> None:
-    """Raise ``ConfigError`` naming the first NaN or infinity in a tree of dataclasses: every
-    comparison with NaN is false, so it would pass most bounds, and as a limit it would let
-    everything through.
+    """Raise ``ConfigError`` naming the first NaN or infinity in a tree of dataclasses.
+
+    Every comparison with NaN is false: it would pass most checks of bounds, and as a limit it would
+    let everything through.
     """
     for each in fields(settings):  # type: ignore[arg-type]
         value, name = getattr(settings, each.name), f"{prefix}{each.name}"
@@ -52,7 +53,7 @@ def check_finite(settings: object, prefix: str = "") -> None:
 
 
 def without_effect(name: str, value: object, because: str) -> ConfigError:
-    """The error for a knob that would be read by nobody."""
+    """Return the error for a setting that no code would read under the other settings."""
     written = str(value).lower() if isinstance(value, bool) else value
     return ConfigError(
         f"{name}={written} has no effect {because}: remove it or change the other setting"

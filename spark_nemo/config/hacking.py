@@ -1,4 +1,4 @@
-"""Reward hacking: what a response may not do, what is monitored, and when to warn."""
+"""Reward hacking: rules that reject a response, monitored symptoms, and alarms."""
 
 from __future__ import annotations
 
@@ -15,32 +15,31 @@ DETECTORS = (
     "empty_text",
     "length_drift",
 )
-"""By name, as in the metrics ``hacking/<name>``."""
+"""Names of the detectors, as in the metrics ``hacking/<name>``."""
 
 
 @dataclass
 class ConstraintsConfig:
-    """Rules for a response. One that breaks a rule is worth what a broken format is worth, and is
-    not verified.
+    """Rules for a response. A response that breaks one has reward 0 and is not verified.
 
     The published method has the format gate alone. The two further rules that are on by default
-    reject what no honest solution contains. The others can reject honest work and are off.
+    reject texts that no honest solution contains. The others can reject honest work and are off.
     """
 
     format_gate: bool = True
     r"""Require one complete ``\boxed{}``, inside the only ``<answer>``, nothing after it, and steps
-    that parse (``grammar/format_gate.py``). Without it every ``<step>`` anywhere counts as a step
-    and the last answer as the answer: it shows what the gate is for (``docs/hacking.md``) and is not
-    meant for training.
+    that parse (``grammar/format_gate.py``). Without the gate every ``<step>`` anywhere counts as a
+    step and the last answer as the answer. Set false only to show the gate's effect
+    (``docs/hacking.md``), not for training.
     """
     min_steps: int | None = None
-    """Fewest steps of a response. None is no limit."""
+    """Minimum steps of a response. None is unbounded."""
     max_steps: int | None = None
-    """Most steps of a response. None is no limit."""
+    """Maximum steps of a response. None is unbounded."""
     min_tokens: int | None = None
-    """Fewest tokens of a response, the end-of-sequence token included. None is no limit."""
+    """Minimum tokens of a response, the end-of-sequence token included. None is unbounded."""
     max_tokens: int | None = None
-    """Most tokens of a response, the end-of-sequence token included. None is no limit."""
+    """Maximum tokens of a response, the end-of-sequence token included. None is unbounded."""
     no_duplicated_steps: bool = False
     """Reject steps that are equal up to case, white space and punctuation at their ends."""
     no_judge_directed_text: bool = True
@@ -72,12 +71,10 @@ class ConstraintsConfig:
 
 @dataclass
 class DetectorsConfig:
-    """Symptoms, as the share of a training step's responses that show them. They reject nothing."""
+    """Shares of a training step's responses that show a symptom of hacking. They reject nothing."""
 
     baseline_steps: int = 5
-    """The run's own first training steps; later steps are compared with their mean step count and
-    length.
-    """
+    """Training steps at the run's beginning whose mean step count and length are the baseline."""
     inflation: float = 1.5
     """Steps are inflated above this multiple of the baseline's mean step count."""
     reduction: float = 0.6
@@ -87,7 +84,7 @@ class DetectorsConfig:
     or fewer than the mean divided by it.
     """
     alarm: float = 0.2
-    """Warn, naming the detector, when its share reaches this."""
+    """Warn when a detector's share of the responses reaches this value."""
 
     def __post_init__(self) -> None:
         at_least("rl.hacking.detectors.baseline_steps", self.baseline_steps, 1)
@@ -111,9 +108,7 @@ class HackingConfig:
 
     detectors: DetectorsConfig = field(default_factory=DetectorsConfig)
     top_rewards: int = 2
-    """Highest-rewarded responses of every training step that are kept for a person to read; 0 keeps
-    none.
-    """
+    """Number of highest-rewarded responses of every training step to save for inspection."""
 
     def __post_init__(self) -> None:
         at_least("rl.hacking.top_rewards", self.top_rewards, 0)

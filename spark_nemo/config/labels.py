@@ -1,4 +1,4 @@
-"""From verifications to labels, and which labels are trained on."""
+"""Labels from verifications: label methods and filters."""
 
 from __future__ import annotations
 
@@ -7,39 +7,38 @@ from dataclasses import dataclass
 from .errors import ConfigError, at_least, in_unit_interval, one_of, without_effect
 
 VOTE_METHODS = ("single", "outcome_consistency", "step_consistency")
-"""Reference-free methods that read votes alone; also the ways to pick the verification that is
-criticised.
-"""
+"""Reference-free methods that read votes alone; they also choose the verification to critique."""
 REVISED_METHODS = {
     "meta_critique": "single",
     "hybrid_outcome": "outcome_consistency",
     "hybrid_step": "step_consistency",
 }
-"""Methods that read the merge of a verification and its critique, by the way that verification is
-picked.
+"""Methods that read the merge of a verification and its critique, mapped to the vote method that
+chooses the verification.
 """
 REFERENCE_GUIDED = "reference_guided"
-"""The declared baseline whose verifier is told the answer."""
+"""Declared baseline whose verifier reads the answer key."""
 LABEL_METHODS = (*VOTE_METHODS, *REVISED_METHODS, REFERENCE_GUIDED)
 
 
 @dataclass
 class LabelsConfig:
-    """What the paper leaves open about labels; the arguments for the defaults are in
-    ``verification.picks`` and ``verification.selection``.
+    """Label rules and filters that the paper leaves open.
+
+    ``verification.vote_choice`` and ``verification.label_filter`` explain the defaults.
     """
 
     ties: str = "drop"
-    """A tied step or verdict: drop the solution, or count it as incorrect."""
+    """On a tied step or verdict, ``drop`` the solution or count the tie as ``incorrect``."""
     no_match: str = "drop"
-    """No vote agrees with the majority on every step: drop the solution, or take the closest vote
-    (hamming).
+    """When no vote agrees with the majority on every step, ``drop`` the solution or take the
+    closest vote (``hamming``).
     """
     require_consistent_verdict: bool = True
-    """Whether the last line of a step-consistent or merged target must agree with its steps."""
+    """Require that the verdict of a step-consistent or merged target agrees with its steps."""
     reference_pick: str | None = None
-    """How reference_guided chooses among its verifications: single, outcome_consistency or
-    step_consistency (None).
+    """Vote method by which reference_guided chooses among its verifications. None is
+    step_consistency.
     """
     balance: str = "consensus"
     """Equal numbers of Yes and No per problem, counted by the labels' own verdicts (consensus) or
@@ -47,13 +46,13 @@ class LabelsConfig:
     label.
     """
     max_per_verdict: int | None = None
-    """With balance: at most so many labels of each verdict per problem. None is 3."""
+    """Maximum labels of each verdict per problem, with balance. None is 3."""
     max_per_problem: int | None = None
-    """Without balance: at most so many labels per problem. None is no limit."""
+    """Maximum labels per problem, without balance. None is unbounded."""
     min_agreement: float | None = None
-    """Least share of the votes that must agree with the label on every step; None does not look."""
+    """Minimum share of the votes that agree with the label on every step; None keeps all."""
     max_entropy: float | None = None
-    """Largest entropy in bits that the votes on any step may have; None does not look."""
+    """Maximum entropy, in bits, of the votes on any step; None keeps all."""
     reference_answers: str | None = None
     """Answer keys of data.stage1_problems: allowed only with balance=ground_truth."""
 
@@ -75,13 +74,14 @@ class LabelsConfig:
             )
         if self.balance != "none" and self.max_per_problem is not None:
             raise ConfigError(
-                f"labels.max_per_problem={self.max_per_problem}: with labels.balance={self.balance} the "
-                "limit is labels.max_per_verdict, which keeps the balance"
+                f"labels.max_per_problem={self.max_per_problem}: with "
+                f"labels.balance={self.balance} the limit is labels.max_per_verdict, which keeps "
+                "the balance"
             )
         if self.balance == "ground_truth" and self.reference_answers is None:
             raise ConfigError(
-                "labels.balance=ground_truth needs labels.reference_answers (JSONL with problem_id and "
-                "answer): a declared baseline that reads answer keys"
+                "labels.balance=ground_truth needs labels.reference_answers (JSONL with problem_id "
+                "and answer): a declared baseline that reads answer keys"
             )
         if self.balance != "ground_truth" and self.reference_answers is not None:
             raise without_effect(

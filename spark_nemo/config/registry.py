@@ -1,4 +1,4 @@
-"""Config groups: the options of a choice such as ``rl/reward``, and the settings each option brings.
+"""Config groups: the options of a choice such as ``rl/reward``, each with its own settings.
 
 A choice is made with a slash (``rl/reward=step_average``), its settings are set with dots
 (``rl.reward.votes=3``). The settings of an option that is not chosen do not exist.

@@ -1,4 +1,4 @@
-"""Rewards of stage III (the group ``rl/reward``): how a rollout is judged, and what a failure costs."""
+"""Rewards of stage III (the group ``rl/reward``), their failure policies and held-out verifiers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VARIANTS = ("prm_cot", "prm", "orm")
 
 @dataclass
 class FailurePolicy(Choice):
-    """What a rollout costs whose verification gave no verdict (``rl/reward/failures``)."""
+    """Treatment of rollouts whose verification gave no verdict (``rl/reward/failures``)."""
 
     max_rate: float = 0.2
     """Stop the run when a larger share of a step's verifications fail after their retries. Steps
@@ -31,7 +31,7 @@ class FailurePolicy(Choice):
 
 @dataclass
 class MaskFailures(FailurePolicy):
-    """Leave the rollout out of the update."""
+    """Exclude the rollout from the update."""
 
     name: str = "mask"
 
@@ -59,15 +59,15 @@ class HeldoutConfig(Choice):
 
 @dataclass
 class HeldoutVerifier(HeldoutConfig):
-    """Compare the training reward with a second PRM-CoT's from time to time."""
+    """Compare the training reward with a second PRM-CoT's at regular intervals."""
 
     name: str = "verifier"
     model: str = MISSING
-    """Folder of the second PRM-CoT; has to be set."""
+    """Folder of the second PRM-CoT; required."""
     every: int | str = "auto"
     """Training steps between two comparisons. auto: rl.eval_every."""
     samples: int = 32
-    """Responses compared at a time."""
+    """Number of responses in one comparison."""
     alarm: float = 0.1
     """Warn when the training reward minus the held-out one has grown by this since the first
     comparison.
@@ -116,31 +116,31 @@ class ModelReward(GatedReward, FallibleReward):
     model: str = "auto"
     """Folder of the reward model. auto: the one that stage II makes in run.dir."""
     variant: str = "auto"
-    """Kind of the reward model: prm_cot, prm, or orm, which labels no steps. auto: stage2.variant."""
+    """Kind of the reward model: prm_cot, prm, or orm (no step labels). auto: stage2.variant."""
     sampling: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(temperature=0.0, max_new_tokens=4096)
     )
     """Sampling of the verifications."""
     votes: int = 1
-    """Verifications of every rollout; step labels and the verdict are the majority's. More than one
-    needs sampling.temperature > 0.
+    """Number of verifications per rollout; step labels and verdict are decided by majority. More
+    than one needs sampling.temperature > 0.
     """
     min_votes: int | str = "auto"
-    """Verdicts that a rollout needs; with fewer it counts as a failed verification. auto: more than
+    """Minimum verdicts per rollout; with fewer, its verification counts as failed. auto: more than
     half of the votes.
     """
     retries: int = 1
-    """Further attempts at a verification that gave no verdict."""
+    """Maximum further attempts at a verification that gave no verdict."""
     queue: int | str = "auto"
-    """Verifications sent to the engines at once; further ones wait. auto: twice what the engines
-    decode together.
+    """Maximum verifications sent to the engines at once; further ones wait. auto: twice the number
+    that the engines decode together.
     """
     deadline_s: float | int | str = "auto"
     """Seconds one verification may take once it is sent. auto: 1800, plus 0.25 for each token that
     it may sample.
     """
     cache: int = 65536
-    """Verifications that are remembered, least recently used first out; 0 remembers none."""
+    """Maximum cached verifications, evicted least recently used first; 0 disables the cache."""
     probes: int = 8
     """Problems that adversarial responses are made for, which the reward model scores at every
     evaluation; 0 scores none.

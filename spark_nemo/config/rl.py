@@ -1,4 +1,4 @@
-"""Stage III: advantages, loss, and the choices they are made of."""
+"""Settings of stage III: advantages, estimators, reward shaping, KL term, and loss."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class SelectiveAdvantage(AdvantageConfig):
 
     name: str = "selective"
     min_steps: int = 1
-    """A response with fewer steps has outcome reward 0. The published code has 4; the paper has no
-    bound.
+    """A response with fewer steps has outcome reward 0. The published code uses 4; the paper gives
+    no bound.
     """
     max_steps: int | None = None
-    """A response with more steps has outcome reward 0. The published code has 20. None is no limit.
-    A step that is split may cross either bound.
+    """A response with more steps has outcome reward 0. The published code uses 20. None is
+    unbounded. Splitting a step may cross either bound.
     """
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class SelectiveAdvantage(AdvantageConfig):
 
 @dataclass
 class StepPenaltyAdvantage(AdvantageConfig):
-    """Global step rewards without pay for too few or too many steps."""
+    """Global step rewards, without step rewards for responses of too few or too many steps."""
 
     name: str = "global_step_penalty"
     min_steps: int = 3
@@ -84,7 +84,7 @@ def _check_step_bounds(low: int, high: int | None) -> None:
 
 @dataclass
 class EstimatorConfig(Choice):
-    """From rewards to one advantage per response (``rl/estimator``), without settings."""
+    """Estimator of one advantage per response (``rl/estimator``), without settings."""
 
     name: str = "none"
 
@@ -100,7 +100,7 @@ class GrpoEstimator(EstimatorConfig):
 
 @dataclass
 class ShapingConfig(Choice):
-    """No reward but that of the design (``rl/shaping=none``)."""
+    """Nothing is added to the design's reward (``rl/shaping=none``)."""
 
     name: str = "none"
 
@@ -111,7 +111,7 @@ class OverlongShaping(ShapingConfig):
 
     name: str = "overlong"
     buffer: int = 512
-    """Over the last tokens before rl.sampling.max_new_tokens, this many, it falls from 0 to -1."""
+    """Number of tokens before rl.sampling.max_new_tokens over which the term falls from 0 to -1."""
 
     def __post_init__(self) -> None:
         at_least("rl.shaping.buffer", self.buffer, 1)
@@ -126,7 +126,7 @@ class KLConfig(Choice):
 
 @dataclass
 class KLPenalty(KLConfig):
-    """An estimate of KL(policy, reference) in the loss: k1, k2 or k3."""
+    """Estimate of KL(policy, reference) in the loss: k1, k2 or k3."""
 
     name: str = "k3"
     coef: float = 1e-3
@@ -150,7 +150,7 @@ class LossConfig(Choice):
     """
     tis_clip: float | None = 2.0
     """Upper bound of the truncated importance weight between engine and trainer log-probabilities.
-    None does not weigh.
+    None disables the weight.
     """
 
     num_minibatches: ClassVar[int] = 1
@@ -176,7 +176,7 @@ class ClippedLoss(LossConfig):
     num_minibatches: int = 2
     """Optimizer steps per rollout batch; the batch is split by groups."""
     importance_sampling_level: str = "token"
-    """What is clipped: the ratio of a token, or of a sequence (GSPO; its objective is the one with
+    """Level of the clipped ratio: ``token``, or ``sequence`` (GSPO, whose objective has
     rl.loss.aggregation=sequence_mean).
     """
     clip_low: float = 0.2
@@ -212,7 +212,7 @@ class RLConfig:
     group_size: int = 16
     """Rollouts of one prompt."""
     prompt_set: str = "paper"
-    """Words of the prompts: paper, or compact for the toy task's models."""
+    """Wording of the prompts: ``paper``, or ``compact`` for the toy task's models."""
     reward: RewardConfig = field(default_factory=ModelReward)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     estimator: EstimatorConfig = field(default_factory=GrpoEstimator)
@@ -248,8 +248,8 @@ class RLConfig:
 
     @property
     def named_reward_model(self) -> str | None:
-        """Folder of the reward model where the configuration names one; None where stage II makes
-        it, or for a baseline.
+        """Folder of the reward model if the configuration names one; None for stage II's own model
+        or a baseline.
         """
         if isinstance(self.reward, ModelReward) and self.reward.model != "auto":
             return self.reward.model
@@ -257,14 +257,12 @@ class RLConfig:
 
     @property
     def design(self) -> str:
-        """Name of the reward design: the advantage's where it reads step labels, else the
-        reward's.
-        """
+        """Name of the reward design: the reward's, unless the advantage reads step labels."""
         return self.reward.name if self.advantage.name == "outcome" else self.advantage.name
 
     @property
     def failures(self) -> FailurePolicy:
-        """What a missing reward costs. Rewards that cannot fail have no such setting."""
+        """Failure policy; ``mask`` for rewards that cannot fail, which do not have the setting."""
         return self.reward.failures if isinstance(self.reward, FallibleReward) else MaskFailures()
 
     @property
@@ -310,7 +308,8 @@ class RLConfig:
         longest = self.sampling.max_new_tokens
         if isinstance(self.shaping, OverlongShaping) and self.shaping.buffer > longest:
             raise ConfigError(
-                f"rl.shaping.buffer={self.shaping.buffer}: at most rl.sampling.max_new_tokens={longest}"
+                f"rl.shaping.buffer={self.shaping.buffer}: at most "
+                f"rl.sampling.max_new_tokens={longest}"
             )
         if not isinstance(self.reward, GatedReward):
             return
@@ -322,8 +321,8 @@ class RLConfig:
             )
         if rules.min_tokens is not None and rules.min_tokens > longest:
             raise ConfigError(
-                f"rl.reward.constraints.min_tokens={rules.min_tokens}: no response can have more than "
-                f"rl.sampling.max_new_tokens={longest}"
+                f"rl.reward.constraints.min_tokens={rules.min_tokens}: no response can have more "
+                f"than rl.sampling.max_new_tokens={longest}"
             )
         if not rules.format_gate and self.advantage.name != "outcome":
             raise ConfigError(

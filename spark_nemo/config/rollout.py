@@ -1,4 +1,4 @@
-"""How stage III schedules its rollouts: dynamic sampling, and one step off-policy."""
+"""Rollout schedule of stage III: dynamic sampling, and one step off-policy."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ class GroupFilter(Choice):
 
 @dataclass
 class DynamicSampling(GroupFilter):
-    """Replace groups whose rewards are all equal, which train nothing (DAPO)."""
+    """Replace groups whose rewards are all equal, which have no training signal (DAPO)."""
 
     name: str = "dynamic"
     over_sampling_ratio: float = 1.5
-    """Start this many times the missing prompts at once. Of the useful groups the first in prompt
-    order are kept, and what still decodes then is aborted. 1 starts no more than is missing.
+    """Prompts started at once, as a multiple of the missing groups. The step keeps the first useful
+    groups in prompt order and aborts the rest. 1 starts exactly the missing groups.
     """
     max_rounds: int = 4
-    """Rounds of sampling for missing groups; after them the step trains on fewer groups."""
+    """Maximum rounds of sampling for missing groups; then the step trains on fewer groups."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.over_sampling_ratio < math.inf:
             raise ConfigError(
-                f"rl.rollout.filter.over_sampling_ratio={self.over_sampling_ratio}: must be at least 1"
+                f"rl.rollout.filter.over_sampling_ratio={self.over_sampling_ratio}: "
+                "must be at least 1"
             )
         at_least("rl.rollout.filter.max_rounds", self.max_rounds, 1)
 
@@ -42,11 +43,11 @@ class DynamicSampling(GroupFilter):
 
 @dataclass
 class RolloutConfig:
-    """By default a step trains on ``rl.prompts_per_step`` groups sampled by the newest weights."""
+    """Rollout schedule; by default a step trains on groups sampled by the newest weights."""
 
     one_step_off: bool = False
-    """While step k trains, generate and verify the batch of step k + 1 with the weights that step k
-    began with. ``rl.loss.tis_clip`` corrects for it. Only the first batch is on-policy.
+    """While step k trains, generate and verify the batch of step k + 1 with the weights from before
+    step k. ``rl.loss.tis_clip`` corrects for the difference. Only the first batch is on-policy.
     """
     filter: GroupFilter = field(default_factory=GroupFilter)
 

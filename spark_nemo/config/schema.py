@@ -1,7 +1,8 @@
-"""Every setting of the system and its default. ``conf/`` only says what an experiment changes.
+"""Every setting of the package and its default; ``conf/`` only holds what an experiment changes.
 
-A value that nothing would read under the chosen options raises ``ConfigError``: such knobs default
-to None ("not set") so that a set value can be told from a default. Nothing here imports torch.
+A value that no code would read under the chosen options raises ``ConfigError``. Such settings
+default to None ("not set"), which distinguishes a set value from a default. Nothing here imports
+torch.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from .weight_sync import WeightSyncConfig
 
 @dataclass
 class RunConfig:
-    """Where results go and what makes a run reproducible."""
+    """Run folder and seed."""
 
     dir: str = "runs/default"
+    """Run folder, which all stages of an experiment share."""
     seed: int = 0
+    """Seed of all sampling and shuffling."""
 
     def __post_init__(self) -> None:
         if not self.dir:
@@ -36,39 +39,43 @@ class RunConfig:
 class ModelsConfig:
     """Hugging Face model folders (config.json, safetensors, tokenizer).
 
-    ``toy:generator``, ``toy:verifier`` and ``toy:critic`` name the small world's shipped models.
+    ``toy:generator``, ``toy:verifier`` and ``toy:critic`` are the shipped models of the toy task.
     """
 
     generator: str = ""
+    """Model that samples stage I's solutions."""
     verifier: str = ""
+    """Model that writes stage I's verifications."""
     critic: str | None = None
-    """Writes critiques and merges (stage1.meta_critique), and the verifications that see the answer
-    (stage1.reference_answers). None is the verifier itself."""
+    """Model for critiques and merges (stage1.meta_critique), and for verifications that read the
+    answer (stage1.reference_answers). None is models.verifier.
+    """
     reward_base: str = ""
-    """What stage II fine-tunes."""
+    """Model that stage II fine-tunes into the reward model."""
     policy: str = ""
-    """Where stage III starts."""
+    """Initial policy of stage III."""
     policy_base: str | None = None
-    """What ``spark-nemo sft`` teaches the policy's format; models.policy is then the folder it
-    writes, ``RUN/sft/model``.
+    """Model that ``spark-nemo sft`` fine-tunes on the policy's format. models.policy is then its
+    output folder, ``RUN/sft/model``.
     """
 
 
 @dataclass
 class DataConfig:
-    """Problem files (JSONL with ``problem_id`` and ``question``), or ``toy:SPLIT:COUNT`` for the
-    small world's.
-    """
+    """Problem files: JSONL with ``problem_id`` and ``question``, or ``toy:SPLIT:COUNT``."""
 
     stage1_problems: str = ""
+    """Problems of stage I."""
     rl_problems: str = ""
+    """Training problems of stage III."""
     eval_problems: str = ""
-    """With answers; read by evaluation only (and by the RLVR baseline through ``rl_answers``)."""
+    """Held-out problems with answers, read by evaluation only."""
     rl_answers: str | None = None
-    """Answer keys of ``rl_problems``: allowed only with a reward that declares to read them, such as
-    ``rl/reward=rlvr``.
+    """Answer keys of ``rl_problems``. Allowed only with a reward that declares to read them, such
+    as ``rl/reward=rlvr``.
     """
     processbench: str = ""
+    """ProcessBench cases for the evaluation of reward models."""
     sft_examples: str = ""
     """Responses in the policy's format (JSONL with ``problem_id``, ``question`` and ``response``);
     read by sft only.
@@ -80,13 +87,17 @@ class EvaluationConfig:
     """Held-out evaluation. Answer keys are read here and nowhere else."""
 
     samples_per_problem: int = 4
+    """Number of sampled responses per problem, in addition to the greedy response."""
     temperature: float = 1.0
+    """Temperature of the sampled responses."""
     max_new_tokens: int = 2048
+    """Maximum tokens of a response."""
     bootstrap_samples: int = 2000
+    """Number of bootstrap resamples for the confidence intervals."""
     top_p: float | None = None
-    """Of the samples, not of the greedy completion; None is 1."""
+    """top_p of the sampled responses; None is 1."""
     top_k: int | None = None
-    """Of the samples; None is all tokens."""
+    """top_k of the sampled responses; None is all tokens."""
 
     def __post_init__(self) -> None:
         check_cuts("evaluation", self.top_p, self.top_k)
@@ -94,35 +105,37 @@ class EvaluationConfig:
             at_least(f"evaluation.{name}", getattr(self, name), 1)
         if self.temperature <= 0:
             raise ConfigError(
-                f"evaluation.temperature={self.temperature}: must be positive (greedy is reported too)"
+                f"evaluation.temperature={self.temperature}: "
+                "must be positive (greedy is reported too)"
             )
 
 
 @dataclass
 class PipelineConfig:
-    """The three stages in one go on one machine."""
+    """All three stages by one command on one machine."""
 
     parallel_jobs: int | str = "auto"
-    """Jobs that run at the same time: shards of stage I, reward models, RL variants. auto is one per
-    CPU core, at most 8; it is 1 where jobs would share GPUs or launch servers.
+    """Maximum jobs at the same time: shards of stage I, reward models, RL variants. auto is one per
+    CPU core, at most 8; it is 1 if jobs would share GPUs or launch servers.
     """
     label_methods: list[str] = field(default_factory=lambda: list(VOTE_METHODS))
+    """Label methods, each with a reward model of its own."""
     rounds: int = 1
-    """From round 2 on the reward model of the round before verifies, and the labels of
-    ``stage2.method`` are made anew from its votes on the same solutions; the last round's reward
-    model is stage III's.
+    """Number of rounds of stages I and II. From round 2 on, the previous reward model verifies the
+    same solutions again, and ``stage2.method`` makes new labels from its votes. Stage III uses the
+    last round's reward model.
     """
     rewards: list[str] = field(default_factory=lambda: ["process_aware"])
-    """Reward designs, an RL run for each: an option of rl/reward, or of rl/advantage (on
+    """Reward designs, each with an RL run: options of rl/reward, or of rl/advantage (on
     process_aware).
     """
     variants: list[str] = field(default_factory=list)
-    """Kinds of reward model that stage2.method's labels train, with an arm of stage III for every
-    design that asks one and each of them; an orm gets the designs that need no step labels. Empty
-    is stage2.variant alone.
+    """Kinds of reward model to train on the labels of stage2.method. Every design that queries a
+    reward model gets an RL variant with each kind; an orm only where no step labels are needed.
+    Empty is stage2.variant alone.
     """
     rl_answers: str | None = None
-    """Answer keys, handed to the rlvr arm only."""
+    """Answer keys for the rlvr variant only."""
 
     def __post_init__(self) -> None:
         if isinstance(self.parallel_jobs, str):
@@ -153,12 +166,10 @@ class PipelineConfig:
 
 @dataclass
 class SparkConfig:
-    """The whole configuration; every subcommand reads the same tree."""
+    """Complete configuration; every subcommand reads the same tree."""
 
     plugins: list[str] = field(default_factory=list)
-    """Modules that register rewards or advantages of your own, by import path from the current
-    folder.
-    """
+    """Modules of your own that register rewards or advantages, imported from the current folder."""
 
     run: RunConfig = field(default_factory=RunConfig)
     models: ModelsConfig = field(default_factory=ModelsConfig)
@@ -179,8 +190,9 @@ class SparkConfig:
         several_jobs = self.pipeline.parallel_jobs not in ("auto", 1)
         if several_jobs and self.engine.launches_servers:
             raise ConfigError(
-                f"pipeline.parallel_jobs={self.pipeline.parallel_jobs} with launched servers: each job "
-                "would launch its own on the same devices; set 1, or name running servers by urls"
+                f"pipeline.parallel_jobs={self.pipeline.parallel_jobs} with launched servers: each "
+                "job would launch its own on the same devices; set 1, or name running servers by "
+                "urls"
             )
         if self.data.rl_answers is not None and not reads_answer_keys(self.rl.design):
             raise without_effect(
@@ -189,13 +201,13 @@ class SparkConfig:
         self._check_variants()
         if self.pipeline.rounds > 1 and self.stage2.variant != "prm_cot":
             raise ConfigError(
-                f"pipeline.rounds={self.pipeline.rounds}: a later round needs verifications as a prm_cot "
-                f"writes them, stage2.variant is {self.stage2.variant}"
+                f"pipeline.rounds={self.pipeline.rounds}: a later round needs verifications as a "
+                f"prm_cot writes them, stage2.variant is {self.stage2.variant}"
             )
         if self.pipeline.rounds > 1 and self.stage2.method not in self.pipeline.label_methods:
             raise ConfigError(
-                f"pipeline.rounds={self.pipeline.rounds} verifies with the reward model of stage2.method="
-                f"{self.stage2.method}: add it to pipeline.label_methods"
+                f"pipeline.rounds={self.pipeline.rounds} verifies with the reward model of "
+                f"stage2.method={self.stage2.method}: add it to pipeline.label_methods"
             )
         self.weight_sync.check_engine(self.engine.kind)
         self._check_label_methods()
@@ -210,12 +222,12 @@ class SparkConfig:
 
     @property
     def rl_variant(self) -> str:
-        """The name of stage III's folder: the design, and the variant where it is not a PRM-CoT."""
+        """Name of stage III's folder: the design, and the reward model's kind unless PRM-CoT."""
         return f"{self.rl.design}{variant_suffix(self.reward_variant)}"
 
     @property
     def reward_models(self) -> list[str]:
-        """``pipeline.variants``, resolved."""
+        """``pipeline.variants``, or ``stage2.variant`` if it is empty."""
         return self.pipeline.variants or [self.stage2.variant]
 
     def _check_variants(self) -> None:
@@ -225,17 +237,17 @@ class SparkConfig:
         # A stage II job of the pipeline gets stage2.variant on top of the same settings.
         if self.stage2.variant not in variants:
             raise ConfigError(
-                f"pipeline.variants={variants}: add stage2.variant={self.stage2.variant}, which every "
-                "other label method is trained in, or change that"
+                f"pipeline.variants={variants}: add stage2.variant={self.stage2.variant}, which "
+                "every other label method is trained in, or change that"
             )
         if self.pipeline.rounds > 1 and variants != ["prm_cot"]:
             raise ConfigError(
-                f"pipeline.rounds={self.pipeline.rounds}: only a prm_cot writes verifications that a "
-                f"later round can learn from, pipeline.variants is {variants}"
+                f"pipeline.rounds={self.pipeline.rounds}: only a prm_cot writes verifications that "
+                f"a later round can learn from, pipeline.variants is {variants}"
             )
 
     def _check_label_methods(self) -> None:
-        """What the label methods need of stage I, and what only they read."""
+        """Check that stage I produces what the label methods read, and nothing else."""
         for method in self.pipeline.label_methods:
             pick = REVISED_METHODS.get(method)
             if pick is not None and pick not in self.stage1.meta_critique:
@@ -257,11 +269,12 @@ class SparkConfig:
                     raise without_effect(
                         name,
                         value,
-                        f"where neither stage2.method nor pipeline.label_methods has {REFERENCE_GUIDED}",
+                        "where neither stage2.method nor pipeline.label_methods has "
+                        f"{REFERENCE_GUIDED}",
                     )
 
     def _check_label_rules(self) -> None:
-        """Rules that no label method asked for reads."""
+        """Raise ``ConfigError`` for a rule of ``labels`` that no chosen label method reads."""
         methods = {self.stage2.method, *self.pipeline.label_methods}
         picks = {REVISED_METHODS.get(method, method) for method in methods} | set(
             self.stage1.meta_critique

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: what stage II and the policy's format SFT share, and the latter."""
+"""Settings of supervised fine-tuning, shared by stage II and the policy's format SFT."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from .trainer import OptimizerConfig
 
 @dataclass
 class FineTuningConfig:
-    """Supervised fine-tuning, as stage II and the format SFT share it."""
+    """Supervised fine-tuning in stage II and in the format SFT."""
 
     epochs: int = 2
+    """Passes over the training examples."""
     batch_size: int = 64
     """Sequences per optimizer step, over all data-parallel ranks."""
     max_length: int = 4096
-    """Prompt plus response tokens; a longer example is left out and counted."""
+    """Maximum prompt plus response tokens; longer examples are skipped and counted."""
     save_every: int = 100
     """Optimizer steps between two checkpoints."""
     optimizer: OptimizerConfig = field(
@@ -33,22 +34,20 @@ class FineTuningConfig:
 
 @dataclass
 class SftConfig(FineTuningConfig):
-    """Fine-tuning of ``models.policy_base`` on responses in the policy's format. The prompt is that
-    of rl.prompt_set.
+    """Fine-tuning of ``models.policy_base`` on responses in the policy's format.
 
-    The defaults are RL-Tango's, whose result the paper starts from; warm-up and decay are ours.
+    Prompts are those of rl.prompt_set. The defaults are RL-Tango's, whose model the paper starts
+    from; warm-up and decay are ours.
     """
 
     on_invalid: str = "error"
-    """What a response does that the format gate would refuse: error (nothing is trained) or drop
-    (it is counted).
+    """On a response that fails the format gate: ``error`` stops before training, ``drop`` skips and
+    counts the response.
     """
     val_fraction: float = 0.1
-    """Share of the problems, drawn by run.seed, whose responses are not trained on; their loss is
-    logged.
-    """
+    """Share of the problems, drawn by run.seed, held out for the validation loss."""
     eval_every: int | None = None
-    """Optimizer steps between two held-out losses; None is 100. Not read with val_fraction=0."""
+    """Optimizer steps between two validation losses; None is 100. Invalid with val_fraction=0."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(lr=5e-6, warmup_fraction=0.03, decay="cosine")
     )
@@ -65,5 +64,5 @@ class SftConfig(FineTuningConfig):
 
     @property
     def measured_every(self) -> int:
-        """``eval_every``, resolved."""
+        """``eval_every``, or its default if it is not set."""
         return self.eval_every or 100

@@ -10,31 +10,35 @@ from .errors import ConfigError, at_least, in_unit_interval, one_of, without_eff
 
 @dataclass
 class MegatronConfig:
-    """Parallel layout and numerics of every Megatron model in the run. Data parallel is what the
-    ranks leave over.
-    """
+    """Parallel layout and numerics of every Megatron model in the run."""
 
     tensor_parallel: int = 1
+    """Ranks that share each layer's weights."""
     pipeline_parallel: int = 1
+    """Pipeline stages."""
     data_parallel: int = 1
+    """Replicas of the model; the number of ranks is the product of the three sizes."""
     expert_parallel: int = 1
-    """Ranks that share out the experts of a layer, out of the tensor-parallel x data-parallel ones
-    of a stage. An expert itself is never cut.
+    """Ranks among which a layer's experts are divided, out of the tensor-parallel x data-parallel
+    ranks of a pipeline stage. A single expert is never split.
     """
     sequence_parallel: bool = False
+    """Split activations outside the tensor-parallel layers along the sequence."""
     dtype: str = "bfloat16"
+    """Data type of parameters and activations: ``bfloat16`` or ``float32``."""
     grad_reduce_dtype: str = "float32"
-    """What gradients are summed in, over micro-batches and ranks. bfloat16 (only with dtype
-    bfloat16) takes 2 bytes per parameter less and sends half as much, and every addition rounds to
+    """Data type in which gradients are summed over micro-batches and ranks. bfloat16 (only with
+    dtype bfloat16) saves 2 bytes per parameter and half the traffic, but rounds every addition to
     8 bits.
     """
     recompute_granularity: str = "none"
-    """Activations computed again in the backward pass: none, selective (those of the MLP or of the
-    experts) or full (all of a layer but its input).
+    """Activations to recompute in the backward pass: ``none``, ``selective`` (MLP or experts) or
+    ``full`` (a whole layer except its input).
     """
     distributed_optimizer: bool = True
+    """Shard the optimizer's state over the data-parallel ranks."""
     tokens_per_micro_batch: int = 8192
-    """Packed tokens per micro-batch; a longer sequence gets a micro-batch of its own."""
+    """Maximum packed tokens per micro-batch; a longer sequence gets a micro-batch of its own."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -72,17 +76,20 @@ class OptimizerConfig:
     """AdamW with linear warm-up and an optional decay."""
 
     lr: float = 1e-5
+    """Peak learning rate."""
     min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
     weight_decay: float = 0.01
+    """Decoupled weight decay."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     clip_grad: float = 1.0
-    """Largest norm of the gradient; 0 clips nothing."""
+    """Maximum norm of the gradient; 0 disables clipping."""
     warmup_fraction: float = 0.0
     """Share of all optimizer steps spent on linear warm-up."""
     decay: str = "constant"
-    """constant, linear or cosine, from the end of warm-up to the last step."""
+    """Decay from the end of warm-up to the last step: ``constant``, ``linear`` or ``cosine``."""
 
     def __post_init__(self) -> None:
         one_of("optimizer.decay", self.decay, {"constant", "linear", "cosine"})
@@ -99,7 +106,8 @@ class OptimizerConfig:
                 raise ConfigError(f"optimizer.{name}={getattr(self, name)}: must lie in [0, 1)")
         if self.min_lr > self.lr:
             raise ConfigError(
-                f"optimizer.min_lr={self.min_lr}: at most optimizer.lr={self.lr}, from which it decays"
+                f"optimizer.min_lr={self.min_lr}: at most optimizer.lr={self.lr}, "
+                "from which it decays"
             )
         if self.decay == "constant" and self.min_lr:
             raise without_effect("optimizer.min_lr", self.min_lr, "with optimizer.decay=constant")

@@ -1,4 +1,4 @@
-"""Stages I and II: verification data, and the reward model trained on it."""
+"""Settings of stages I and II: verification data, and the reward model trained on it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .sft import FineTuningConfig
 
 @dataclass
 class RevisionSamplingConfig:
-    """How critiques and merges are drawn; None is not set."""
+    """Sampling parameters of critiques and merges; None is not set."""
 
     temperature: float | None = None
-    """None is 0, greedy."""
+    """Sampling temperature; None is 0, greedy."""
     top_p: float | None = None
-    """None is 1; without effect when greedy."""
+    """Nucleus sampling; None is 1. Invalid when greedy."""
     max_new_tokens: int | None = None
-    """None is 8,192, for a critique and for a merge."""
+    """Maximum tokens of a critique, and of a merge; None is 8,192."""
     top_k: int | None = None
-    """None is all tokens; without effect when greedy."""
+    """Draw from the k most probable tokens only; None is all tokens. Invalid when greedy."""
 
 
 @dataclass
@@ -29,58 +29,64 @@ class Stage1Config:
     """Verification data: M solutions per problem, N verifications per solution."""
 
     solutions_per_problem: int = 8
+    """Number of sampled solutions per problem."""
     verifications_per_solution: int = 16
+    """Number of verifications (votes) per solution."""
     prompt_set: str = "paper"
+    """Wording of the prompts: ``paper``, or ``compact`` for the toy task's models."""
     verifier_prompt: str = "verify"
-    """What the verifier is asked with: verify (a general model) or reward_model (a PRM-CoT of an
-    earlier round).
+    """Prompt of the verifier: ``verify`` for a general model, ``reward_model`` for a PRM-CoT of an
+    earlier round.
     """
     reuse_solutions_from: str | None = None
-    """Store of an earlier run whose solutions are taken over where they are the ones this run would
-    sample.
-    """
+    """Store of an earlier run. Its solutions are reused if this run would sample the same ones."""
     generator_sampling: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(temperature=0.7, top_p=0.95, max_new_tokens=8192)
     )
+    """Sampling of the solutions."""
     verifier_sampling: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(temperature=0.8, top_p=0.95, max_new_tokens=8192)
     )
+    """Sampling of the verifications."""
     num_shards: int = 1
+    """Number of shards the problems are divided into, one per job."""
     shard: int | None = None
-    """Work on problems with index % num_shards == shard only (a Slurm array task); None does all.
+    """Process only problems with index % num_shards == shard (a Slurm array task). None processes
+    all problems.
     """
     max_failure_rate: float = 0.5
-    """Stop when more than this share of solutions or verifications is unusable."""
+    """Stop when a larger share of the solutions or of the verifications is unusable."""
     meta_critique: list[str] = field(default_factory=list)
-    """Which verification of a solution gets a critique and a merge: the one picked by single (for
-    meta_critique), by outcome_consistency (hybrid_outcome) or by step_consistency (hybrid_step).
+    """Vote methods that choose a verification to critique and merge: single (for meta_critique),
+    outcome_consistency (hybrid_outcome), step_consistency (hybrid_step).
     """
     revision_sampling: RevisionSamplingConfig = field(default_factory=RevisionSamplingConfig)
-    """Of critiques and merges; only read with meta_critique."""
+    """Sampling of critiques and merges; invalid without meta_critique."""
     reference_answers: str | None = None
-    """Answer keys of data.stage1_problems, shown to the verifier for the labels of
-    reference_guided: a declared baseline. Legal only where that method is asked for.
+    """Answer keys of data.stage1_problems, shown to the verifier for reference_guided labels, a
+    declared baseline. Invalid without that method.
     """
     reference_verifications: int | None = None
-    """Verifications per solution that see the answer. None is 8, as in the authors' script."""
+    """Number of verifications per solution that read the answer. None is 8, as in the authors'
+    script.
+    """
     max_requests_in_flight: int | None = None
-    """Solutions and verifications asked for at the same time; None is twice what the engine decodes
-    together.
+    """Maximum solutions and verifications requested at the same time. None is twice the number that
+    the engine decodes together.
     """
     early_stop: str = "none"
-    """When to stop asking for votes on a solution: ``none``, ``exact`` or ``sequential``; see
-    ``verification.early_stop``."""
-    early_stop_error: float | None = None
-    """Of the sequential test: probability that a step's majority would be another one after all
-    votes.
+    """Rule that ends voting on a solution early: ``none``, ``exact`` or ``sequential``; see
+    ``verification.early_stop``.
     """
+    early_stop_error: float | None = None
+    """Sequential rule: accepted probability that all votes would have changed a step's majority."""
     early_stop_verdict: bool = False
-    """The majority of the final Yes/No must be decided too, not the steps' only; costs about five
-    points of the saving on the small world. For outcome consistency, which rests on it.
+    """Continue until the majority on the final Yes/No is decided too, as outcome_consistency needs.
+    Costs about five points of the saving on the toy task.
     """
     vote_batch_size: int | None = None
-    """Least number of votes on a solution asked for together under early_stop; None is 1, which
-    costs fewest votes.
+    """Minimum votes on a solution requested together under early_stop. None is 1, which needs the
+    fewest votes.
     """
 
     def __post_init__(self) -> None:
@@ -94,7 +100,8 @@ class Stage1Config:
             raise without_effect("stage1.num_shards", self.num_shards, "without stage1.shard")
         if self.shard is not None and not 0 <= self.shard < self.num_shards:
             raise ConfigError(
-                f"stage1.shard={self.shard}: must lie in 0..{self.num_shards - 1} (stage1.num_shards)"
+                f"stage1.shard={self.shard}: must lie in 0..{self.num_shards - 1} "
+                "(stage1.num_shards)"
             )
         if self.max_requests_in_flight is not None:
             at_least("stage1.max_requests_in_flight", self.max_requests_in_flight, 1)
@@ -103,7 +110,7 @@ class Stage1Config:
 
     @property
     def revised_with(self) -> SamplingConfig:
-        """``revision_sampling``, resolved."""
+        """``revision_sampling`` with defaults for what is not set."""
         given = {
             name: value for name, value in vars(self.revision_sampling).items() if value is not None
         }
@@ -111,7 +118,7 @@ class Stage1Config:
 
     @property
     def num_reference_verifications(self) -> int:
-        """``reference_verifications``, resolved."""
+        """``reference_verifications``, or its default if it is not set."""
         return self.reference_verifications or 8
 
     def _check_extras(self) -> None:
@@ -125,7 +132,7 @@ class Stage1Config:
                     f"stage1.revision_sampling.{name}", value, "with stage1.meta_critique=[]"
                 )
         if self.meta_critique:
-            _ = self.revised_with  # refuses illegal values
+            _ = self.revised_with  # raises ConfigError for invalid values
         if self.reference_verifications is not None:
             at_least("stage1.reference_verifications", self.reference_verifications, 1)
             if self.reference_answers is None:
@@ -175,12 +182,15 @@ class Stage2Config(FineTuningConfig):
     """Fine-tuning of the generative reward model on stage I labels."""
 
     method: str = "step_consistency"
+    """Label method that the reward model is trained on."""
     variant: str = "prm_cot"
+    """Kind of the reward model: ``prm_cot``, ``prm`` or ``orm``."""
     max_length: int = 8192
     save_every: int = 50
     eval_sampling: SamplingConfig = field(
         default_factory=lambda: SamplingConfig(temperature=0.0, max_new_tokens=4096)
     )
+    """Sampling of the verifications in the reward model's evaluation."""
 
     def __post_init__(self) -> None:
         one_of("stage2.method", self.method, set(LABEL_METHODS))

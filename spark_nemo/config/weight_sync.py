@@ -1,4 +1,4 @@
-"""How new policy weights reach the engines, and what is checked before they are trusted."""
+"""Settings of weight sync: transport, checksums, and the first-step gate."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ DEFAULT_BUCKET_MB = 512
 
 @dataclass
 class WeightSyncConfig:
-    """The way from the trainer's ranks into the engines' memory."""
+    """Transfer of policy weights from the trainer ranks to the engines."""
 
     transport: str | None = None
-    """in_process (the embedded engine), disk (a folder that all see), distributed (a process group:
-    NCCL or gloo) or tensor (handles of shared memory; servers on the main rank's machine). None is
+    """Transport: in_process (embedded engine), disk (a shared folder), distributed (a NCCL or gloo
+    process group) or tensor (shared-memory handles; servers on the main rank's machine). None is
     in_process with engine.kind=local and disk otherwise.
     """
     bucket_mb: int | None = None
-    """MiB sent at once, and the size of a file on disk; None is 512. Not read by in_process."""
+    """Size in MiB of one bucket, and of one file on disk; None is 512. Invalid with in_process."""
     folder: str | None = None
-    """Where disk puts versions; all servers must see it. None is ``weights`` in the RL run's
+    """Folder of the disk transport, visible to all servers. None is ``weights`` in the RL run's
     folder.
     """
     timeout_s: float = 600.0
-    """Longest wait for a server to take one bucket, or one version from disk."""
+    """Maximum seconds for a server to load one bucket, or one version from disk."""
     checksums: str = "auto"
-    """Compare a hash of every tensor after a sync. auto: where the engine can tell; require: fail
-    where not; off.
+    """Comparison of every tensor's hash after a sync. auto: if the engine reports hashes; require:
+    fail if it does not; off: never.
     """
     max_mean_mismatch: float | None = 0.05
-    """First-step gate: the largest mean of |engine - trainer| log-probability over the sampled
-    tokens, in nats, with which the run may train. None switches it off.
+    """First-step gate: maximum mean of |engine - trainer| log-probability over the sampled tokens,
+    in nats. None disables the check.
     """
     max_token_mismatch: float | None = None
-    """The same for the largest difference of a single token: 1e-3 is a sensible bound in float32,
-    while in bfloat16 single tokens may differ by 1 nat. None switches it off.
+    """First-step gate: maximum difference of a single token, in nats. 1e-3 is a sensible bound in
+    float32, while in bfloat16 single tokens may differ by 1 nat. None disables the check.
     """
 
     def __post_init__(self) -> None:
@@ -56,18 +56,18 @@ class WeightSyncConfig:
                 )
 
     def transport_for(self, engine_kind: str) -> str:
-        """``transport``, resolved."""
+        """Return ``transport``, or the engine's default if it is not set."""
         return self.transport or ("in_process" if engine_kind == "local" else "disk")
 
     def check_engine(self, engine_kind: str) -> None:
-        """Raise ``ConfigError`` for a transport that the engine has no end for, and for knobs it
-        would not read.
+        """Raise ``ConfigError`` for a transport that does not fit the engine, and for settings that
+        the transport would not read.
         """
         transport = self.transport_for(engine_kind)
         if (transport == "in_process") != (engine_kind == "local"):
             raise ConfigError(
-                f"weight_sync.transport={transport} does not fit engine.kind={engine_kind}: in_process "
-                "is for the embedded engine, the others are for servers"
+                f"weight_sync.transport={transport} does not fit engine.kind={engine_kind}: "
+                "in_process is for the embedded engine, the others are for servers"
             )
         if self.folder is not None and transport != "disk":
             raise without_effect(
@@ -80,5 +80,5 @@ class WeightSyncConfig:
 
     @property
     def bucket_bytes(self) -> int:
-        """``bucket_mb``, resolved, in bytes."""
+        """``bucket_mb``, or its default if it is not set, in bytes."""
         return (self.bucket_mb or DEFAULT_BUCKET_MB) << 20

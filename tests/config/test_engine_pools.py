@@ -35,7 +35,7 @@ TWO = ["engine.kind=sglang", "engine.policy.servers=2", "pipeline.parallel_jobs=
         ),
         (
             ["engine.kind=sglang", "engine.policy.urls=[a:1]"],
-            "engine.policy.urls: 'a:1' is no http",
+            "engine.policy.urls: 'a:1' is not http",
         ),
         (
             ["engine.kind=sglang", "engine.policy.urls=[http://a:1,http://a:1]"],
