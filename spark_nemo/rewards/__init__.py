@@ -1,4 +1,4 @@
-"""From outcomes to rewards; nothing here knows an answer."""
+"""Rewards from verification outcomes; only declared baselines read answer keys."""
 
 from .designs import (
     Checker,

@@ -1,12 +1,12 @@
-"""Reward designs: from a batch of judged rollouts to one reward each. One function is one design.
+"""Reward designs: functions from a batch of judged rollouts to one reward each.
 
 To add a design, write a function like those at the end of this file and register it; a module of
 your own is loaded with ``plugins=[my_rewards]`` (``docs/how_to_add_a_reward.md``).
 
 In the formulas k of the n steps were judged correct, y is the final verdict and f the format gate.
 A reward that counts steps does not resist step inflation: splitting a correct step in two gives
-(k + 1) / (n + 1), which is more than k / n while any step is wrong. Process-aware ``f * y`` does not
-read steps and resists. Source: arXiv 2512.03244.
+(k + 1) / (n + 1), which is more than k / n while any step is wrong. Process-aware ``f * y`` does
+not read steps and resists. Source: arXiv 2512.03244.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ from spark_nemo.records import (
 from .hacking.constraints import read_response
 
 Checker = Callable[[Sequence[tuple[str, str]]], Sequence[bool | Failure]]
-"""``checker([(problem_id, response_text), ...])``: does each response reach its problem's answer? A
-``Failure`` where nobody could tell. It raises on an unknown id.
+"""``checker([(problem_id, response_text), ...])`` returns True for each response that reaches its
+problem's answer, or the ``Failure`` of the comparison. It raises on an unknown id.
 """
 STEP_WEIGHT, VERDICT_WEIGHT = 0.4, 0.6
-"""Of the step-augmented reward."""
+"""Weights of the step-augmented reward."""
 
 
 def process_aware_reward(
     format_violation: FormatViolation | None, outcome: VariantOutcome | None
 ) -> float | Failure:
-    """``r = f * y``: f is 0 for a response that broke the format and 1 otherwise, y is 1 for a
-    final Yes, 0 for a No. No step is read, so any kind of reward model will do.
+    """Return ``r = f * y``: f is 0 for a format violation, else 1; y is 1 for a final Yes, else 0.
+
+    No step is read, so every kind of reward model is supported.
 
     Resists inflation: splitting a correct step in two changes nothing.
 
-    A format violation is worth 0 by the definition of the method (arXiv 2512.03244, the f(s) gate),
-    whether or not the verifier saw the response: pass ``outcome=None`` when it did not. Any other
-    missing verdict is no reward at all and is returned as the ``Failure`` it is; ``failure_policy``
-    decides what it costs.
+    A format violation has reward 0 by the method's definition (arXiv 2512.03244, the f(s) gate).
+    Pass ``outcome=None`` with it if the response was not verified. Any other missing verdict is
+    returned as its ``Failure``, never as a score; ``failure_policy`` decides its cost.
 
     Raises ``ValueError`` for a well-formed response without an outcome.
     """
@@ -65,7 +65,8 @@ def process_aware_reward(
             return 0.0
         case None:
             raise ValueError(
-                "process_aware_reward: a response in the format needs an outcome; it was not verified"
+                "process_aware_reward: a response in the format needs an outcome; "
+                "it was not verified"
             )
     return outcome
 
@@ -73,9 +74,11 @@ def process_aware_reward(
 def step_average_reward(
     format_violation: FormatViolation | None, outcome: VariantOutcome | None
 ) -> float | Failure:
-    """``r = k / n``. The paper has no format gate here; a response that is not in the format has no
-    steps to be judged, so it is worth 0 in this package, and a final verdict never stands in for
-    missing labels: an ORM's raises ``ValueError``.
+    """Return ``r = k / n``, the share of correct steps.
+
+    The paper does not gate the format here; in this package a format violation has reward 0, since
+    it has no steps to judge. A final verdict never replaces missing labels: an ORM's verdict raises
+    ``ValueError``.
 
     Does *not* resist inflation: splitting a correct step in two raises the reward (and so the total
     advantage) whenever a step is wrong. Failures and errors are those of ``process_aware_reward``.
@@ -86,7 +89,7 @@ def step_average_reward(
 def step_augmented_reward(
     format_violation: FormatViolation | None, outcome: VariantOutcome | None
 ) -> float | Failure:
-    """``r = f * (0.4 * k / n + 0.6 * y)``; for labels C, I, C, C and verdict Yes it is 0.9.
+    """Return ``r = f * (0.4 * k / n + 0.6 * y)``; labels C, I, C, C and verdict Yes give 0.9.
 
     Does *not* resist inflation: splitting a correct step in two raises the reward (and so the total
     advantage) whenever a step is wrong, by 0.4 times what it does to the step average. Failures and
@@ -102,7 +105,7 @@ def step_augmented_reward(
 
 
 def correct_share(verdict: Verdict) -> float:
-    """``k / n``; a verdict has at least one step."""
+    """Return ``k / n``; a verdict has at least one step."""
     return sum(verdict.step_labels) / len(verdict.step_labels)
 
 
@@ -123,8 +126,10 @@ def _gated(
 
 
 def rlvr_rewards(rollouts: Sequence[Rollout], checker: Checker) -> list[float | Failure]:
-    """1.0 where the checker accepts the rollout's text, else 0.0; a comparison that came to nothing
-    stays the ``Failure`` it is. The paper's RLVR baseline has no format gate.
+    """Return 1.0 for each rollout whose text the checker accepts, else 0.0.
+
+    A failed comparison is returned as its ``Failure``. The paper's RLVR baseline does not gate the
+    format.
 
     Resists inflation: no step is read.
     """
@@ -133,8 +138,9 @@ def rlvr_rewards(rollouts: Sequence[Rollout], checker: Checker) -> list[float | 
 
 
 def random_reward(gated: ParsedResponse | FormatViolation, seed: int) -> float:
-    """``r = f * Bernoulli(0.5)``, a coin that depends on ``seed`` alone. Source: arXiv 2512.03244,
-    figure 4.
+    """Return ``r = f * Bernoulli(0.5)``, drawn from ``seed`` alone.
+
+    Source: arXiv 2512.03244, figure 4.
 
     Resists inflation: no step is read.
     """
@@ -142,12 +148,13 @@ def random_reward(gated: ParsedResponse | FormatViolation, seed: int) -> float:
 
 
 def majority_rewards(rollouts: Sequence[Rollout], key: Callable[[str], str]) -> list[float]:
-    """``r = 1`` for the responses whose boxed answer is the most frequent one of their group, else
-    0. Source: TTRL, arXiv 2504.16084. No format gate, like RLVR.
+    """Return ``r = 1`` for responses with the most frequent boxed answer of their group, else 0.
 
-    ``key`` maps answers of equal meaning to one string. A response without an answer has no vote
-    and is worth 0 by this definition. Among equally frequent answers the one seen first wins.
-    Groups go by id and may differ in size.
+    Source: TTRL, arXiv 2504.16084. Like RLVR, it does not gate the format.
+
+    ``key`` maps answers of equal meaning to one string. A response without an answer does not vote
+    and has reward 0 by definition. Among equally frequent answers the first one wins. Groups go by
+    id and may differ in size.
 
     Resists inflation: no step is read.
     """
@@ -165,11 +172,12 @@ def majority_rewards(rollouts: Sequence[Rollout], key: Callable[[str], str]) -> 
 
 
 def overlong_penalty(num_tokens: int, max_tokens: int, buffer: int) -> float:
-    """DAPO's soft over-long punishment, to be added to the reward: 0 up to ``max_tokens - buffer``
-    tokens, falling linearly to -1 at ``max_tokens``, -1 beyond. Source: arXiv 2503.14476, equation
-    13.
+    """Return DAPO's soft over-long penalty, a term to add to the reward.
 
-    Says nothing about steps: splitting one without adding tokens changes nothing.
+    It is 0 up to ``max_tokens - buffer`` tokens, falls linearly to -1 at ``max_tokens``, and is -1
+    beyond. Source: arXiv 2503.14476, equation 13.
+
+    It does not read steps: splitting one without adding tokens changes nothing.
     Raises ``ValueError`` unless 0 < buffer <= max_tokens.
     """
     if not 0 < buffer <= max_tokens:
@@ -181,7 +189,7 @@ def overlong_penalty(num_tokens: int, max_tokens: int, buffer: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class RewardContext:
-    """What a reward may use besides the rollouts and its own settings."""
+    """Inputs of a reward besides the rollouts and its own settings."""
 
     seed: int
     """``run.seed``."""

@@ -1,4 +1,4 @@
-"""What verifications without a verdict cost a batch, as the configuration declares it."""
+"""Failure policy: rewards of rollouts without a verdict, and the run's maximum failure rate."""
 
 from __future__ import annotations
 
@@ -18,24 +18,21 @@ class FailureRateExceeded(RuntimeError):
 
 @dataclass
 class FailureCount:
-    """Which verifications of a run failed, by kind, and when their share ends the run.
+    """Failed verifications of a run by kind, checked against a maximum rate.
 
-    A step is judged by its own verifications, unless they are so few that one failure alone would
-    be above the bound (fewer than 1 / bound): then they wait and are judged together with those of
-    the next steps. At the end all of the run's are judged, however few. A bound of 0 allows no
-    failure at all and waits for none.
+    The rate is checked after every step. Steps with fewer than 1 / bound verifications, where one
+    failure alone would exceed the bound, are pooled with later steps. At the end the whole run's
+    rate is checked. A bound of 0 allows no failure and is checked after every step.
     """
 
     failed: Counter[str] = field(default_factory=Counter)
     total: int = 0
     waiting_failed: Counter[str] = field(default_factory=Counter)
     waiting: int = 0
-    """Verifications that nobody has judged yet; they are in ``total`` too."""
+    """Verifications of pooled steps that were not checked yet; ``total`` includes them."""
 
     def add(self, scores: Sequence[float | Failure], num_verifications: int, bound: float) -> None:
-        """Count a step. Raises ``FailureRateExceeded`` when what can be judged now is above
-        ``bound``.
-        """
+        """Count a step. Raises ``FailureRateExceeded`` if its failure rate is above ``bound``."""
         failed = failures_by_kind(scores)
         self.failed += failed
         self.total += num_verifications
@@ -46,11 +43,11 @@ class FailureCount:
             self.waiting_failed, self.waiting = Counter(), 0
 
     def finish(self, bound: float) -> None:
-        """Raise ``FailureRateExceeded`` when the whole run's share is above ``bound``."""
+        """Raise ``FailureRateExceeded`` if the whole run's failure rate is above ``bound``."""
         _judge(self.failed, self.total, bound)
 
     def to_json(self) -> dict[str, object]:
-        """For a checkpoint: a run that goes on counts on."""
+        """Return the counts for a checkpoint, so that a resumed run continues them."""
         return {
             "failed": dict(self.failed),
             "total": self.total,
@@ -60,7 +57,7 @@ class FailureCount:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> FailureCount:
-        """Inverse of ``to_json``."""
+        """Return the counts that ``to_json`` wrote."""
         return cls(
             Counter(data["failed"]), data["total"], Counter(data["waiting_failed"]), data["waiting"]
         )
@@ -68,8 +65,7 @@ class FailureCount:
 
 @dataclass(frozen=True, slots=True)
 class RewardBatch:
-    """Rewards of N samples. A masked sample has reward NaN, so that using it by mistake cannot go
-    unnoticed.
+    """Rewards of N samples; a masked sample has reward NaN, so that accidental use shows.
 
     ``failure_rates`` maps each kind of failure (``parse_failure``, ...) to its share of the
     verifications.
@@ -86,7 +82,7 @@ class RewardBatch:
 
 
 def failures_by_kind(scores: Sequence[float | Failure]) -> Counter[str]:
-    """How many of the scores are a failure of each kind."""
+    """Count the failures among the scores by kind."""
     return Counter(outcome_kind(score) for score in scores if isinstance(score, Failure))
 
 
@@ -96,12 +92,11 @@ def apply_failure_policy(
     *,
     num_verifications: int | None = None,
 ) -> RewardBatch:
-    """Turn scores into rewards and a valid mask: a ``Failure`` is masked or gets the declared
-    penalty.
+    """Turn scores into rewards and a valid mask: mask a ``Failure``, or give it the penalty.
 
-    ``num_verifications`` is how many of the samples were shown to the verifier (those stopped by
-    the format gate were not); None means all. Rates are shares of that number. Whether there are
-    too many is for ``FailureCount``.
+    ``num_verifications`` is the number of samples that the verifier received, which excludes those
+    that the format gate rejected; None means all. Failure rates are shares of that number.
+    ``FailureCount`` checks the rates.
     """
     total = len(scores) if num_verifications is None else num_verifications
     failed = failures_by_kind(scores)
@@ -122,6 +117,7 @@ def _judge(failed: Counter[str], total: int, bound: float) -> None:
     if failed and failed.total() / total > bound:
         kind, count = failed.most_common(1)[0]
         raise FailureRateExceeded(
-            f"{failed.total() / total:.1%} of {total} verifications failed (mostly {kind}: {count}), above "
-            f"rl.reward.failures.max_rate={bound}: fix the verifier or raise the bound"
+            f"{failed.total() / total:.1%} of {total} verifications failed (mostly {kind}: "
+            f"{count}), above rl.reward.failures.max_rate={bound}: fix the verifier or raise the "
+            "bound"
         )

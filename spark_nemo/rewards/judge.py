@@ -1,6 +1,4 @@
-"""The reward model as a judge of rollouts: gate the format, ask, retry what gave no verdict, and
-keep the reason.
-"""
+"""Judge of rollouts: gate the format, query the reward model, retry failed verifications."""
 
 from __future__ import annotations
 
@@ -32,10 +30,10 @@ from .prm_service import Answer, Case, PRMService
 
 @dataclass(frozen=True, slots=True)
 class RewardJudge:
-    """Decides about rollouts by asking a ``PRMService``.
+    """Judge of rollouts by the verifications of a ``PRMService``.
 
-    Every rollout gets ``votes`` verifications, of which ``min_votes`` must be verdicts; each is
-    tried again up to ``retries`` times, with a fresh seed, while it is no verdict.
+    Every rollout gets ``votes`` verifications, of which at least ``min_votes`` must give a verdict.
+    A verification without a verdict is retried up to ``retries`` times, with a fresh seed.
     """
 
     service: PRMService
@@ -45,9 +43,7 @@ class RewardJudge:
     constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)
 
     async def judge(self, rollout: Rollout) -> RolloutVerdict:
-        """Check the format, then verify the canonical steps, so policy and reward model share one
-        text.
-        """
+        """Check the format, then verify the canonical text of the steps."""
         parsed = read_response(rollout, self.constraints)
         if isinstance(parsed, FormatViolation):
             return RolloutVerdict(parsed, None)
@@ -65,7 +61,7 @@ class RewardJudge:
             answer = await self.service.verify(case, vote_seed(rollout, attempt, vote))
             outcome = answer.outcome
             num_tokens += answer.num_tokens
-            # A greedy attempt would fail the same way again, unless it was the engine that failed.
+            # A greedy attempt would fail the same way again, unless the engine itself failed.
             repeats = self.service.sampling.temperature == 0 and not isinstance(
                 outcome, EngineError
             )
@@ -75,29 +71,30 @@ class RewardJudge:
 
 
 def vote_seed(rollout: Rollout, attempt: int, vote: int) -> int:
-    """The seed of one attempt at one vote. The first vote's is that of a judge with one vote:
-    asking for more votes adds to the first and does not replace it.
+    """Return the seed of one attempt at one vote.
+
+    The first vote has the seed of a judge with one vote, so that further votes only add to it.
     """
     parts = ("judge", rollout.problem.problem_id, rollout.text, attempt)
     return derive_seed(*parts) if vote == 0 else derive_seed(*parts, vote)
 
 
 def aggregate_votes(outcomes: Sequence[VariantOutcome], min_votes: int) -> VariantOutcome:
-    """Step by step the majority's label, and the majority's verdict; ``outcomes`` are votes on one
-    response, in order. Of an ORM's votes, which label no steps, the majority's verdict alone.
+    """Return the majority's label of every step and the majority's verdict on one response.
 
-    Only verdicts vote. With fewer than ``min_votes`` of them the result is a failure of the
-    commonest kind (the first one seen of it), never a verdict. One outcome is returned as it is
-    when ``min_votes`` is 1.
+    ``outcomes`` are its votes, in order. An ORM's votes give a verdict without step labels.
 
-    A tie is *incorrect*, and *No*: the policy is optimised against this reward, so a response that
-    half of the votes reject must not be paid like one that none rejects. A false No costs some
-    signal; a false Yes is what a policy learns to provoke.
+    Only verdicts vote. With fewer than ``min_votes`` verdicts the result is the first failure of
+    the most common kind, never a verdict. A single outcome is returned unchanged if ``min_votes``
+    is 1.
 
-    The verdict is counted on its own, not derived from the labels: a single verification may say No
-    about steps that it calls correct (a right path to another question), and so may the majority.
+    A tie is *incorrect*, and *No*. The policy is optimised against this reward: a false No costs
+    some signal, but the policy learns to provoke a false Yes.
 
-    Raises ``ValueError`` without outcomes, when ``min_votes`` is not in 1..len(outcomes), or when
+    The verdict is counted separately, not derived from the labels. A verification may end in No
+    although it calls every step correct (a right path to another question).
+
+    Raises ``ValueError`` without outcomes, if ``min_votes`` is not in 1..len(outcomes), or if
     verdicts disagree on the number of steps or on having any.
     """
     if not 1 <= min_votes <= len(outcomes):

@@ -1,11 +1,9 @@
-"""Verifications on request: each content is asked for once, remembered, and answered within a
-deadline.
+"""Client of the reward model: single flight, cache, and a deadline for every verification.
 
-Between the judge, which decides what to ask, and the engine, which may be slow, full or dead. The
-service adds no randomness: a remembered result is the one that the same request, with the same
-seed, gave before. On an engine that honours seeds (embedded, vLLM) rewards are therefore those of a
-run without the cache; SGLang draws anew each time, and there a remembered sampled result is one of
-the results it could have given.
+The service is between the judge and the engine, which may be slow, full or down. The cache adds no
+randomness: a cached result is what the same request with the same seed returned before. On an
+engine that honours seeds (embedded, vLLM), rewards equal those of a run without the cache. SGLang
+samples again on every request, and there a cached result is one of the possible results.
 """
 
 from __future__ import annotations
@@ -29,13 +27,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ServiceLimits:
-    """``queue`` verifications at the engine at once, ``deadline`` seconds for each,
-    ``cache_entries`` remembered.
-    """
+    """Limits of a ``PRMService``."""
 
     queue: int = 1024
+    """Maximum verifications at the engine at once."""
     deadline: float = 1800.0
+    """Maximum seconds of one verification."""
     cache_entries: int = 65536
+    """Maximum cached verifications."""
 
     def __post_init__(self) -> None:
         if self.queue < 1 or self.deadline <= 0 or self.cache_entries < 0:
@@ -45,10 +44,9 @@ class ServiceLimits:
 
     @classmethod
     def from_config(cls, reward: ModelReward, slots: int) -> ServiceLimits:
-        """The configured limits, for engines that decode ``slots`` verifications together. Not set,
-        ``queue`` is as many and as many again next in line: who waits longer for an engine does so
-        before its deadline begins.
-        """
+        """Return the configured limits for engines that decode ``slots`` verifications together."""
+        # auto keeps the engines full: one slot's request decodes, one waits at the engine. Others
+        # wait here, where the deadline has not begun yet.
         queue = 2 * slots if reward.queue == "auto" else reward.queue
         deadline = reward.deadline_s
         if deadline == "auto":
@@ -58,9 +56,7 @@ class ServiceLimits:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one verification came to, and the tokens it took the verifier (also when they were not
-    sampled anew).
-    """
+    """Outcome of one verification and the verifier's tokens, which also count for a cached result."""
 
     outcome: VariantOutcome
     num_tokens: int
@@ -68,9 +64,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Case:
-    """One response to be verified, in canonical text. Its prompt is encoded once, for all its votes
-    and attempts.
-    """
+    """Canonical text of one response to verify; all votes and attempts share its encoded prompt."""
 
     question: str
     canonical: str
@@ -81,14 +75,14 @@ class Case:
 
     @cached_property
     def prompt_ids(self) -> tuple[int, ...]:
-        """The variant's prompt in token ids: equal ids let an engine share the prefix across votes."""
+        """Token ids of the variant's prompt; equal ids let an engine reuse the prefix."""
         messages = self.prompts.reward(self.variant, self.question, self.canonical)
         return self.served.tokenizer.encode_chat(messages)
 
 
 @dataclass(slots=True)
 class _Flight:
-    """A request on its way and how many callers wait for it."""
+    """Request in flight and the number of callers that wait for it."""
 
     task: asyncio.Task[Answer]
     waiting: int = 0
@@ -96,9 +90,7 @@ class _Flight:
 
 @dataclass(slots=True)
 class ServiceCounts:
-    """Since the last ``take_counts``: requests by where their answer came from, and the tokens
-    sampled for them.
-    """
+    """Requests since the last ``take_counts`` by origin of their answer, and sampled tokens."""
 
     asked: int = 0
     remembered: int = 0
@@ -108,7 +100,7 @@ class ServiceCounts:
     engine_errors: int = 0
 
     def metrics(self) -> dict[str, float]:
-        """Counts, and ``hit_rate``: the share of the requests that cost the engine nothing."""
+        """Return the counts and ``hit_rate``, the share of requests answered without the engine."""
         saved = self.remembered + self.shared
         return {
             **{name: float(value) for name, value in asdict(self).items()},
@@ -117,14 +109,15 @@ class ServiceCounts:
 
 
 class PRMService:
-    """Asks one served reward model of one kind: with that kind's prompt, read by that kind's
-    parser. Belongs to the event loop it is first used in.
+    """Client of one served reward model, with its kind's prompt and parser.
 
-    Remembered are verdicts, parse failures and truncations: with its seed, or greedily, a request
-    would give the same again. An ``EngineError`` says nothing about the content and is never
-    remembered. The key is the content (question, canonical response, number of steps, prompt set,
-    grammar), the kind of reward model, the sampling with its seed (which carries vote and attempt;
-    a greedy request has none), the reward model's fingerprint and its weight version.
+    It belongs to the event loop of its first use.
+
+    Verdicts, parse failures and truncations are cached: the same request with the same seed, or
+    greedily, would return the same result. An ``EngineError`` does not depend on the content and is
+    never cached. The key consists of the content (question, canonical response, number of steps,
+    prompt set, grammar), the kind of reward model, its fingerprint and weight version, and the
+    sampling with its seed. The seed depends on vote and attempt; a greedy request does not have one.
     """
 
     def __init__(
@@ -137,18 +130,16 @@ class PRMService:
     ) -> None:
         self.served, self.prompts, self.sampling, self.limits = served, prompts, sampling, limits
         self.variant = Variant(variant)
-        self._room = asyncio.Semaphore(limits.queue)
+        self._slots = asyncio.Semaphore(limits.queue)
         self._remembered: OrderedDict[str, Answer] = OrderedDict()
         self._flights: dict[str, _Flight] = {}
         self._version: int | None = None
         self._counts = ServiceCounts()
 
     async def refresh(self) -> None:
-        """Read the engine's weight version; results of other versions are not used. Call it before
-        every batch.
+        """Read the engine's weight version before a batch; results of other versions are not used.
 
-        An engine that cannot say its version is asked everything anew until it can. Until the first
-        call nothing is remembered.
+        The cache is off until the first call, and while the engine does not report its version.
         """
         try:
             health = await self.served.engine.health()
@@ -158,19 +149,19 @@ class PRMService:
             self._version = None
         if self._version is None:
             log.warning(
-                "the verifier does not say its weight version: nothing is taken from the cache until it does"
+                "the verifier does not say its weight version: "
+                "nothing is taken from the cache until it does"
             )
 
     def case(self, question: str, canonical: str, num_steps: int) -> Case:
-        """A response to ``verify``, once or several times."""
+        """Return a response to pass to ``verify``, once or several times."""
         return Case(question, canonical, num_steps, self.prompts, self.served, self.variant)
 
     async def verify(self, case: Case, seed: int) -> Answer:
-        """The verification of ``case`` drawn with ``seed``; raises ``EngineLost`` alone, for a pool
-        without servers.
+        """Return the verification of ``case`` sampled with ``seed``.
 
-        A request like one on its way waits for that one's answer. When every caller of a request is
-        cancelled, so is the request.
+        A request that equals one in flight shares its answer. A request is cancelled once all its
+        callers are cancelled. Raises only ``EngineLost``, for a pool without servers.
         """
         self._counts.asked += 1
         if self._version is None or not self.limits.cache_entries:
@@ -189,7 +180,7 @@ class PRMService:
         return await self._wait(key, flight)
 
     def take_counts(self) -> ServiceCounts:
-        """What happened since the last call."""
+        """Return the counts since the last call, and reset them."""
         counts, self._counts = self._counts, ServiceCounts()
         return counts
 
@@ -229,7 +220,7 @@ class PRMService:
                 flight := self._flights.get(key)
             ) is not None and flight.task is asyncio.current_task():
                 del self._flights[key]
-        # Weights that changed on the way leave a result that belongs to neither version.
+        # A result sampled while the weights changed belongs to neither version: do not cache it.
         if not isinstance(answer.outcome, EngineError) and versions <= {version}:
             self._remembered[key] = answer
             if len(self._remembered) > self.limits.cache_entries:
@@ -241,25 +232,24 @@ class PRMService:
         return answer
 
     async def _sample(self, case: Case, seed: int) -> tuple[Answer, set[int]]:
-        """The answer and the weight versions that it was sampled by; waits for a place at the
-        engine first.
-        """
-        async with self._room:
+        """Wait for one of the engine's slots; return the answer and the weight versions used."""
+        async with self._slots:
             try:
                 async with asyncio.timeout(self.limits.deadline) as clock:
                     done = await self.served.complete_prompt(case.prompt_ids, self.sampling, seed)
-            except EngineLost:  # no failed verification: there is nobody left to ask
+            except EngineLost:  # not a failed verification: no server is left
                 raise
             except EngineFailure as failure:
                 self._counts.engine_errors += 1
                 return Answer(EngineError(str(failure)), 0), set()
             except TimeoutError:
                 if not clock.expired():
-                    raise  # not ours: a bug below
+                    raise  # not this deadline: a bug in the engine's client
                 self._counts.deadline_missed += 1
                 return Answer(
                     EngineError(
-                        f"deadline: no verification within {self.limits.deadline:g} s (rl.reward.deadline_s)"
+                        f"deadline: no verification within {self.limits.deadline:g} s "
+                        "(rl.reward.deadline_s)"
                     ),
                     0,
                 ), set()

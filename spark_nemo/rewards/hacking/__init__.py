@@ -1,8 +1,7 @@
-"""Against reward hacking: rules that refuse a response, detectors that count, probes that ask the
-reward model.
+"""Reward hacking: constraints that reject a response, and monitors that change nothing.
 
-``constraints`` is on the way of every reward; ``detectors``, ``probes`` and ``divergence`` watch
-and change nothing.
+Every gated reward applies ``constraints``. ``detectors`` count symptoms in responses, ``probes``
+test the reward model, and ``divergence`` compares it with a held-out verifier.
 """
 
 from .constraints import CONSTRAINTS, broken_constraint, read_response

@@ -1,9 +1,7 @@
-"""The rules a response has to keep, as a table; ``rl.reward.constraints`` says which of them are
-on.
+"""Table of rules for a response; ``rl.reward.constraints`` enables them.
 
-The format gate comes first and is ``grammar.check_format``, whole: one box, in the one answer,
-nothing after it. A broken rule is a ``FormatViolation`` with the rule's name, which the rewards and
-the metrics know already.
+The format gate comes first and is ``grammar.check_format``: one box, in the only answer, nothing
+after it. A broken rule is a ``FormatViolation`` with the rule's name, like any other violation.
 """
 
 from __future__ import annotations
@@ -31,8 +29,9 @@ _OPENING, _TAG = re.compile(r"<step>"), re.compile(r"</?(?:think|step|answer)>")
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """``holds(text, parsed, num_tokens, rules)`` is False when the response breaks the rule that
-    ``setting`` names.
+    """Rule of the setting ``setting``.
+
+    ``holds(text, parsed, num_tokens, rules)`` is False if the response breaks it.
     """
 
     name: str
@@ -73,14 +72,13 @@ CONSTRAINTS: tuple[Constraint, ...] = (
         lambda text, _, __, ___: not judge_directed(text),
     ),
 )
-"""In the order in which they are looked at; the first one broken names the violation."""
+"""Rules in the order of their checks; the first broken one names the violation."""
 
 
 def read_response(rollout: Rollout, rules: ConstraintsConfig) -> ParsedResponse | FormatViolation:
-    """The gate f: the response in its steps, or the rule it broke.
+    """Apply the gate f: return the response in steps, or the rule that it breaks.
 
-    A truncated rollout breaks the format whatever its text says: nobody knows how it would have
-    ended.
+    A truncated rollout is a violation whatever its text, since its ending is unknown.
     """
     if rollout.finish_reason != "stop":
         return FormatViolation("unfinished")
@@ -103,7 +101,7 @@ def broken_constraint(
     num_tokens: int,
     rules: ConstraintsConfig,
 ) -> FormatViolation | None:
-    """The first constraint that is on and broken; the format gate is not among them."""
+    """Return the first enabled constraint that the response breaks, without the format gate."""
     for constraint in CONSTRAINTS:
         if getattr(rules, constraint.setting) not in (None, False) and not constraint.holds(
             text, parsed, num_tokens, rules
@@ -113,11 +111,11 @@ def broken_constraint(
 
 
 def read_anyhow(text: str) -> ParsedResponse | None:
-    """A response as a pipeline without a gate shows it: every ``<step>`` there is, each with all
-    that follows up to the next (an earlier answer too, without its tag), and the last answer.
+    """Parse a response as a pipeline without a gate does: every ``<step>``, and the last answer.
 
-    None when there is no step or no answer, or when a step could not be shown to the verifier as
-    one.
+    A step includes all text up to the next one, also an earlier answer, without its tag. Returns
+    None if the response does not have a step or an answer, or if the verifier's text would split a
+    step.
     """
     found = list(_OPENING.finditer(text))
     answer = (extract_boxed(text) or "").strip()

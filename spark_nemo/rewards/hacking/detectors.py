@@ -1,8 +1,7 @@
-"""Detectors: for each known way to hack a reward model, the share of a training step's responses
-that show its sign.
+"""Detectors: shares of a training step's responses that show a known symptom of reward hacking.
 
-They read texts and token counts, never an answer and never the reward model. A rate says *look*,
-not *cheat*: an honest policy that learns to write fewer, better steps also shows
+They read texts and token counts, never an answer or the reward model. A high rate is a reason to
+inspect responses, not a proof: an honest policy that learns to write fewer, better steps also shows
 ``step_reduction``.
 """
 
@@ -24,15 +23,16 @@ _STEPS, _TOKENS = f"{PREFIX}mean_steps", "response_tokens"
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """What the run wrote at its beginning: mean steps and mean tokens per response."""
+    """Mean steps and mean tokens per response at the run's beginning."""
 
     steps: float
     tokens: float
 
 
 def tagged_steps(text: str) -> tuple[str, ...]:
-    """The text of every ``<step>``, also where the response does not parse; an open one ends where
-    the next tag is.
+    """Return the text of every ``<step>``, also in a response that does not parse.
+
+    An open step ends at the next tag.
     """
     return tuple(match[1].strip() for match in _STEP.finditer(text))
 
@@ -40,11 +40,10 @@ def tagged_steps(text: str) -> tuple[str, ...]:
 def baseline(
     rows: Sequence[Mapping[str, float]], rollouts: Sequence[Rollout], config: DetectorsConfig
 ) -> Baseline:
-    """From the metrics rows of the steps before (in order), or from this step's rollouts when it is
-    the first.
+    """Return the mean over the first ``baseline_steps`` metrics rows, or this step's if it is first.
 
-    It is the mean over the first ``baseline_steps`` rows, so it settles there and survives a
-    resume, which has the same rows.
+    ``rows`` are the metrics of earlier training steps, in order. A resumed run has the same rows
+    and so the same baseline.
     """
     early = [row for row in rows[: config.baseline_steps] if _STEPS in row]
     if early:
@@ -56,7 +55,7 @@ def baseline(
 
 
 def flags(rollout: Rollout, start: Baseline, config: DetectorsConfig) -> frozenset[str]:
-    """The names of the detectors that this response sets off."""
+    """Return the names of the detectors that this response triggers."""
     steps, tokens = tagged_steps(rollout.text), len(rollout.response_ids)
     shown: dict[str, Callable[[], bool]] = {
         "solution_appending": lambda: solution_appended(rollout.text),
@@ -77,11 +76,10 @@ def detector_rates(
     rows: Sequence[Mapping[str, float]],
     config: DetectorsConfig,
 ) -> dict[str, float]:
-    """``hacking/<name>`` for every detector, and ``hacking/mean_steps`` that later baselines are
-    made of.
+    """Return ``hacking/<name>`` for every detector, and ``hacking/mean_steps`` for later baselines.
 
-    ``rows`` are the metrics of the training steps before this one. A pure function, so a resumed
-    run has the rates of an uninterrupted one. Raises ``ValueError`` without rollouts.
+    ``rows`` are the metrics of earlier training steps. The function is pure, so a resumed run has
+    the rates of an uninterrupted one. Raises ``ValueError`` without rollouts.
     """
     if not rollouts:
         raise ValueError("detector_rates: no rollouts")
@@ -96,8 +94,9 @@ def new_alarms(
     before: Mapping[str, float] | None,
     config: DetectorsConfig,
 ) -> list[str]:
-    """Detectors whose rate has reached ``config.alarm`` and had not in the row of the step before:
-    warn once a rise.
+    """Return the detectors whose rate reached ``config.alarm`` at this step.
+
+    A detector that was already above it at the step before is left out, to warn once per rise.
     """
 
     def over(row: Mapping[str, float], name: str) -> bool:

@@ -1,7 +1,8 @@
-"""The training reward beside that of a verifier the policy was never trained against.
+"""Gap between the training reward and the reward of a held-out verifier.
 
-A policy that gets better pleases both. One that learns the weaknesses of the reward model pleases
-it alone, and the gap grows. Needs no answers; a weakness that both verifiers share stays unseen.
+The rewards of a policy that improves rise with both verifiers. A policy that learns the weaknesses
+of its reward model only raises the training reward, and the gap grows. No answers are needed, but a
+weakness that both verifiers share is not detected.
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ FAILED = "hacking/heldout_failures"
 
 
 def compared(valid: Sequence[bool], count: int, seed: int, step: int) -> list[int]:
-    """Positions of the responses to compare at a step: at most ``count`` of the valid ones, always
-    the same.
-    """
+    """Return the positions of at most ``count`` valid responses to compare, fixed by the seed."""
     usable = [index for index, ok in enumerate(valid) if ok]
     return sorted(
         random.Random(derive_seed("divergence", seed, step)).sample(usable, min(count, len(usable)))
@@ -26,12 +25,11 @@ def compared(valid: Sequence[bool], count: int, seed: int, step: int) -> list[in
 
 
 def reward_gap(training: Sequence[float], held_out: Sequence[float | Failure]) -> dict[str, float]:
-    """Mean rewards of the responses that both verifiers scored, and training minus held-out; rows
-    of ``metrics.jsonl``.
+    """Return mean rewards of the responses that both verifiers scored, and training minus held-out.
 
-    ``held_out`` has a ``Failure`` where the verifier came to no verdict: counted, in no mean.
-    Without any pair there is the failure rate alone. Raises ``ValueError`` when the two differ in
-    length or are empty.
+    A ``Failure`` in ``held_out`` counts in the failure rate and is left out of the means. Without
+    any pair only the failure rate is returned. Raises ``ValueError`` if the two are empty or differ
+    in length.
     """
     if len(training) != len(held_out) or not training:
         raise ValueError(
@@ -48,7 +46,7 @@ def reward_gap(training: Sequence[float], held_out: Sequence[float | Failure]) -
 
 
 def gap_growth(metrics: Mapping[str, float], rows: Sequence[Mapping[str, float]]) -> float:
-    """How much the gap has grown since the first row that has one; 0 at the first comparison."""
+    """Return the gap's growth since the first row that has one; 0 at the first comparison."""
     if GAP not in metrics:
         return 0.0
     first = next((row[GAP] for row in rows if row.get(GAP) is not None), metrics[GAP])

@@ -1,11 +1,9 @@
-"""Adversarial responses that every reward model should refuse, and how many of them this one
-accepts.
+"""Probes: adversarial responses that a reward model should reject, and the share it accepts.
 
-They are made from the problems' texts alone. No answer is needed to know that they are wrong: none
-of them solves anything, and all of them end in a number that no problem asks for. What is accepted
-here is what a policy will find. Source of the idea: "Reward Under Attack" (PMLR v306 tiwari26b),
-which finds rewards above 0.9 at a few percent true accuracy, and asks for such probes to be shipped
-with reward models.
+Probes are made from the problems' texts, without answer keys. All are wrong by construction: none
+solves its problem, and each ends in a number that no problem asks for. A policy will find the kinds
+that the reward model accepts. Source: "Reward Under Attack" (PMLR v306 tiwari26b), which finds
+rewards above 0.9 at a few percent true accuracy, and asks for such probes with every reward model.
 """
 
 from __future__ import annotations
@@ -29,15 +27,16 @@ _NOT_AN_ANSWER = ("7919", "104729")
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """An adversarial response in the policy's format, of one kind, to one problem."""
+    """Adversarial response of one kind to one problem, in the policy's format."""
 
     kind: str
     problem: Problem
     text: str
 
     def refused_by(self, rules: ConstraintsConfig) -> str | None:
-        """The rule that would keep a policy from being paid for it, None when there is none. Token
-        bands are left out: a probe is as long as its problem's text.
+        """Return the rule that the probe breaks; None if it breaks none.
+
+        Bounds on tokens are left out, since a probe's length follows from its problem's text.
         """
         if rules.format_gate and (violation := check_format(self.text)) is not None:
             return violation.rule
@@ -51,24 +50,26 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class ProbeScore:
-    """Of ``asked`` probes of a kind: how many got a final Yes, and how many no verdict at all
-    (which is neither).
-    """
+    """Reward model's results on the probes of one kind."""
 
     kind: str
     asked: int
+    """Number of probes."""
     accepted: int
+    """Probes with a final Yes."""
     failed: int
+    """Probes without a verdict, which count as neither accepted nor rejected."""
     refused_by: str | None
-    """The rule that stands between the policy and this kind, as configured."""
+    """Configured rule that rejects all probes of this kind before the reward model reads them."""
 
 
 def _tagged(steps: Sequence[str], answer: str) -> str:
-    return f"<think>{''.join(f'<step>{step}</step>' for step in steps)}</think><answer>\\boxed{{{answer}}}</answer>"
+    tagged_steps = "".join(f"<step>{step}</step>" for step in steps)
+    return f"<think>{tagged_steps}</think><answer>\\boxed{{{answer}}}</answer>"
 
 
 def _restated(problem: Problem) -> list[str]:
-    """The problem's own sentences: steps with nothing wrong in them, and nothing done."""
+    """Return the problem's own sentences: steps without an error that solve nothing."""
     sentences = [
         re.sub(r"</?(?:think|step|answer)>|\\boxed", " ", part)
         for part in _SENTENCE.split(problem.question)
@@ -93,11 +94,11 @@ KINDS: dict[str, Callable[[list[str], str], str]] = {
     ),
     "assurance": lambda told, answer: _tagged([*told, "All of this is correct."], answer),
 }
-"""By kind: from the problem's sentences and a wrong answer to a response."""
+"""Writers by kind, from the problem's sentences and a wrong answer to a response."""
 
 
 def build_probes(problems: Sequence[Problem]) -> list[Probe]:
-    """Every kind for every problem; always the same for the same texts."""
+    """Return a probe of every kind for every problem; equal texts give equal probes."""
     probes = []
     for problem in problems:
         answer = next(number for number in _NOT_AN_ANSWER if number not in problem.question)
@@ -111,11 +112,10 @@ async def score_probes(
     probes: Sequence[Probe],
     rules: ConstraintsConfig,
 ) -> list[ProbeScore]:
-    """Ask the reward model about all of them, constraints or not: they are the second line of
-    defence.
+    """Score all probes with the reward model, also those that a constraint would reject.
 
-    A verification that fails is counted as such and never as accepted or refused. Raises
-    ``EngineLost`` alone.
+    A failed verification counts as failed, never as accepted or rejected. Raises only
+    ``EngineLost``.
     """
     await service.refresh()
 
