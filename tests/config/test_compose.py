@@ -50,7 +50,7 @@ def test_a_recipe_that_is_not_yaml_is_one_line_with_its_file(
 
 
 @pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 20}])
-def test_greedy_with_a_cut_is_refused(cut: dict) -> None:
+def test_greedy_with_top_p_or_top_k_is_an_error(cut: dict) -> None:
     """Proves a sampling knob without effect is an error, wherever it is built."""
     with pytest.raises(ConfigError, match=f"{next(iter(cut))}=.* has no effect"):
         SamplingConfig(temperature=0.0, **cut)
@@ -82,7 +82,7 @@ FLOATS = {
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 @pytest.mark.parametrize("name", FLOATS)
-def test_a_number_that_is_none_is_refused_with_its_name(name: str, value: str) -> None:
+def test_a_number_that_is_not_finite_is_an_error_with_its_name(name: str, value: str) -> None:
     """Every comparison with NaN is false: as a limit it would let everything through, as a penalty
     it would become a reward. Settings of every kind; the check walks the whole tree, so new ones
     are covered too.
@@ -95,7 +95,7 @@ def test_a_number_that_is_none_is_refused_with_its_name(name: str, value: str) -
     "settings",
     ["lr=0", "eps=0", "weight_decay=-0.1", "clip_grad=-1", "beta1=1", "beta2=-0.5", "min_lr=1"],
 )
-def test_an_optimizer_that_cannot_work_is_refused(settings: str) -> None:
+def test_an_invalid_optimizer_is_an_error(settings: str) -> None:
     """Each would train, and badly: Adam with beta1=1 never moves, a negative decay lets weights
     grow.
     """

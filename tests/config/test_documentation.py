@@ -1,4 +1,4 @@
-"""What README.md and docs/ name exists: settings, commands, files."""
+"""Settings, commands and files that README.md and docs/ name exist."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ PAGES = [
     *sorted((REPO / "docs").glob("*.md")),
 ]
 OF_THE_READER = ("conf/experiment/mine.yaml",)
-"""What a page tells its reader to make."""
+"""Files that a page tells its reader to create."""
 
 
 def commands(text: str) -> Iterator[str]:
-    """The ``spark-nemo`` lines of code blocks, with what is indented below them, without remarks."""
+    """Yield the ``spark-nemo`` commands of code blocks, with continuation lines, no comments."""
     for block in re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
         joined = re.sub(r" *\\?\n +", " ", re.sub(r" +# .*", "", block))
         for line in joined.splitlines():
@@ -49,9 +49,7 @@ def documented() -> list[tuple[str, str]]:
 def test_a_command_of_the_documentation_parses_and_its_settings_compose(
     page: str, line: str
 ) -> None:
-    """Proves subcommands, flags and overrides, value by value; starts nothing, so files and models
-    may be missing.
-    """
+    """Checks subcommands, flags and overrides; starts nothing, so models may be missing."""
     arguments = parse_arguments(build_parser(), shlex.split(line))
     overrides = [
         word
@@ -62,15 +60,15 @@ def test_a_command_of_the_documentation_parses_and_its_settings_compose(
         compose_config(overrides)
 
 
-def test_there_are_commands_to_look_at() -> None:
-    """Proves that the search finds what it is for."""
+def test_the_documentation_has_commands() -> None:
+    """Guards the test above against a search that finds nothing."""
     assert len(documented()) > 30
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_settings_and_files_of_a_page_exist(page: Path) -> None:
-    """Proves it for names in backticks that begin with a section of the configuration, and for
-    links and paths within the repository; not that what is said about them is true.
+    """Checks names in backticks that begin with a section of the configuration, and links and paths
+    within the repository; not whether the text about them is true.
     """
     text = page.read_text()
     sections = {each.name for each in fields(SparkConfig)}

@@ -1,4 +1,4 @@
-"""The pools of servers: what is refused, and what a preset gives."""
+"""Settings of server pools: invalid combinations and presets."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ TWO = ["engine.kind=sglang", "engine.policy.servers=2", "pipeline.parallel_jobs=
         (["engine.kind=slang"], "engine.kind='slang': choose one of local, sglang, vllm"),
     ],
 )
-def test_what_cannot_work_or_has_no_effect_is_refused(overrides: list[str], message: str) -> None:
+def test_an_invalid_or_unread_pool_setting_is_an_error(overrides: list[str], message: str) -> None:
     """Proves the messages name field and reason."""
     with pytest.raises(ConfigError) as raised:
         compose_config(overrides)
     assert message in str(raised.value)
 
 
-def test_a_role_without_servers_is_refused_when_it_is_asked_and_not_before() -> None:
+def test_a_role_without_servers_is_an_error_only_when_it_is_needed() -> None:
     """Evaluating a policy needs no verifier pool."""
     config = compose_config(TWO).engine
     config.require("policy")
@@ -83,15 +83,15 @@ def test_a_role_without_servers_is_refused_when_it_is_asked_and_not_before() -> 
 
 
 def test_slots_count_every_server() -> None:
-    """What bounds the requests in flight grows with the pool; the embedded engine is one."""
+    """The bound on requests in flight grows with the pool; the embedded engine counts as one."""
     assert EngineConfig(kind="local", max_batch_size=8).slots("verifier") == 8
     pool = PoolConfig(urls=["http://a:1", "http://b:1", "http://c:1"])
     assert EngineConfig(kind="sglang", max_batch_size=8, policy=pool).slots("policy") == 24
 
 
-def test_the_cpu_preset_fits_the_small_world(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two policy servers and a verifier server with the flags that a CPU needs, all of them from
-    conf/: there is no code for it. Does not prove that a server takes them; the real tests do.
+def test_the_cpu_preset_fits_the_toy_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two policy servers and a verifier server with a CPU's flags, all from conf/. The tests with
+    real servers check that a server accepts the flags.
     """
     monkeypatch.setenv("SPARK_SGLANG_PYTHON", "/env/bin/python")
     config = compose_config(["+experiment=toy", "+engine=sglang_cpu"])

@@ -34,8 +34,8 @@ from spark_nemo.run.compose import compose_config
         ("stage2.method=best", "stage2.method='best'"),
     ],
 )
-def test_a_setting_that_nothing_would_read_is_refused(override: str, message: str) -> None:
-    """Proves each on the small world's configuration, where balance is off and no critic is asked."""
+def test_a_setting_that_nothing_would_read_is_an_error(override: str, message: str) -> None:
+    """In the toy task's configuration, balance is off and no critic is used."""
     with pytest.raises(ConfigError) as raised:
         compose_config(["+experiment=toy", override])
     assert message in str(raised.value)
@@ -59,8 +59,8 @@ ONLY = "stage2.method={0} pipeline.label_methods=[{0}] ".format
         ),
     ],
 )
-def test_a_rule_that_no_method_reads_is_refused(methods: str, override: str) -> None:
-    """What decides ties, missing matches and the last line is read by some ways of picking only."""
+def test_a_rule_that_no_method_reads_is_an_error(methods: str, override: str) -> None:
+    """Only some vote methods read the rules for ties, missing matches and the verdict."""
     with pytest.raises(ConfigError, match=rf"{override} has no effect with these label methods"):
         compose_config([*methods.split(), override])
 
@@ -119,6 +119,6 @@ def test_the_defaults_are_the_arguments_of_the_docstrings() -> None:
 
 
 def test_every_method_together_is_one_experiment() -> None:
-    """Proves conf/experiment/toy_labels.yaml is legal as it stands."""
+    """Checks that conf/experiment/toy_labels.yaml is valid without overrides."""
     config = compose_config(["+experiment=toy_labels"])
     assert len(config.pipeline.label_methods) == 7 and len(config.stage1.meta_critique) == 3

@@ -5,7 +5,7 @@ import pytest
 from spark_nemo.config import ConfigError, EngineConfig, PoolConfig
 
 
-def test_a_pool_launched_by_somebody_else_keeps_what_its_clients_read() -> None:
+def test_a_pool_launched_by_slurm_keeps_its_client_settings() -> None:
     """Slurm starts the servers that the pool describes: what is left is their addresses, their size
     (a process group counts every GPU) and the clients' times, and the pool is a valid one with
     urls.
@@ -43,9 +43,9 @@ def test_a_pool_launched_by_somebody_else_keeps_what_its_clients_read() -> None:
 def test_a_pool_that_is_down_has_the_time_of_a_start_to_come_back(
     times: dict[str, float], lost: float
 ) -> None:
-    """Slurm starts a dead server again, which the pool cannot see: a large model takes minutes, and
-    two minutes, enough for servers that nobody restarts, would end every run whose only server died
-    once. Who sets a time has it.
+    """Slurm restarts a dead server, which the pool cannot observe. A large model takes minutes to
+    start, so the default of two minutes would end every run whose only server died once. A set
+    time is kept.
     """
     assert PoolConfig(servers=1, **times).found_at(["http://a:1"]).pool_down_timeout_s == lost
 

@@ -1,4 +1,4 @@
-"""Settings of rl: a setting exists only with the option that reads it, and illegal values are named."""
+"""Settings of rl: each exists only with the option that reads it; errors name invalid values."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Weight-sync settings that cannot work, or would be read by nobody, are refused with the field's
-name.
-"""
+"""Invalid or unread weight-sync settings are errors that name the field."""
 
 import pytest
 
