@@ -56,7 +56,7 @@ class ServiceLimits:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Outcome of one verification and the verifier's tokens, which also count for a cached result."""
+    """Outcome of one verification and the tokens it took, also for a cached result."""
 
     outcome: VariantOutcome
     num_tokens: int
@@ -117,7 +117,7 @@ class PRMService:
     greedily, would return the same result. An ``EngineError`` does not depend on the content and is
     never cached. The key consists of the content (question, canonical response, number of steps,
     prompt set, grammar), the kind of reward model, its fingerprint and weight version, and the
-    sampling with its seed. The seed depends on vote and attempt; a greedy request does not have one.
+    sampling with its seed. The seed depends on vote and attempt; a greedy request has none.
     """
 
     def __init__(

@@ -1,6 +1,4 @@
-"""Constraints on a response: what each refuses, that all can be switched, and that honest work
-passes the defaults.
-"""
+"""Constraints on a response: each rejects its violation, and honest work passes the defaults."""
 
 from __future__ import annotations
 
@@ -32,7 +30,8 @@ OK = ["7+5=12", "12*2=24"]
 
 
 def tagged(steps: list[str], answer: str = "24", after: str = "") -> str:
-    return f"<think>{''.join(f'<step>{s}</step>' for s in steps)}</think><answer>\\boxed{{{answer}}}</answer>{after}"
+    body = "".join(f"<step>{step}</step>" for step in steps)
+    return f"<think>{body}</think><answer>\\boxed{{{answer}}}</answer>{after}"
 
 
 def rollout(text: str, num_tokens: int = 30, finish: str = "stop") -> Rollout:
@@ -72,10 +71,10 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("name", "settings", "text", "num_tokens"), BROKEN)
-def test_a_constraint_refuses_what_it_names_and_nothing_when_it_is_off(
+def test_a_constraint_rejects_its_violation_only_when_it_is_on(
     name, settings, text, num_tokens
 ) -> None:
-    """Every rule of the table bites when on, under its own name, and is the only thing that does."""
+    """An enabled rule is reported under its own name, and no other rule rejects the text."""
     everything_off = {"no_empty_steps": False, "no_judge_directed_text": False}
     assert rule(text, num_tokens, **{**everything_off, **settings}) == name
     assert rule(text, num_tokens, **everything_off) is None
@@ -102,15 +101,15 @@ def test_the_format_gate_is_the_grammars_own(text: str) -> None:
     assert rule(text) == check_format(text).rule
 
 
-def test_a_truncated_response_is_refused_under_every_setting() -> None:
-    """Nobody knows how it would have ended."""
+def test_a_truncated_response_is_rejected_under_every_setting() -> None:
+    """Its ending is unknown."""
     read = read_response(rollout(tagged(OK), finish="length"), ConstraintsConfig(format_gate=False))
     assert read == FormatViolation("unfinished")
 
 
 def test_without_the_gate_the_verifier_sees_all_steps_and_the_last_answer() -> None:
-    """The published pipeline without its gate: an appended solution is read as part of the first,
-    its earlier answer stays visible, and the last answer stands.
+    """The published pipeline without its gate reads an appended solution as part of the first: the
+    earlier answer stays visible, and the last answer counts.
     """
     read = read_response(
         rollout(tagged(OK, "23", after=tagged(["2+3=5"], "5"))),
@@ -134,7 +133,7 @@ def test_without_the_gate_the_verifier_sees_all_steps_and_the_last_answer() -> N
         "<step>a</step>",
     ],
 )
-def test_without_the_gate_what_has_no_step_or_no_answer_is_still_refused(text: str) -> None:
+def test_without_the_gate_a_response_without_step_or_answer_is_still_rejected(text: str) -> None:
     """There is nothing to verify; never an exception."""
     assert isinstance(
         read_response(rollout(text), ConstraintsConfig(format_gate=False)), FormatViolation
@@ -179,7 +178,7 @@ def test_text_for_the_judge_is_recognised(text: str) -> None:
     ],
 )
 def test_mathematical_prose_is_not_taken_for_it(text: str) -> None:
-    """Words that solutions need. Does not prove that no honest solution is ever refused."""
+    """Words that solutions need. An honest solution could still be rejected by other words."""
     assert not judge_directed(text)
 
 
@@ -188,9 +187,8 @@ def test_mathematical_prose_is_not_taken_for_it(text: str) -> None:
 )
 @pytest.mark.parametrize("padding", [" ", "\n", " \n", "*", "* "])
 def test_a_response_padded_with_blanks_is_read_at_once(start: str, padding: str) -> None:
-    """A policy may sample nothing but white space, which makes 100,000 characters of 2048 tokens;
-    looking at it must not take the time of a training step. It took 3 s for 8,000 blanks and grew
-    with the square.
+    """A policy may sample only white space: 2048 tokens are 100,000 characters. A pattern with
+    backtracking took 3 s for 8,000 blanks, growing with the square.
     """
     started = time.process_time()
     judge_directed(start + padding * 50_000 + "x")
@@ -204,10 +202,8 @@ def test_the_words_of_the_reward_models_prompt_are_recognised() -> None:
         assert judge_directed(message["content"])
 
 
-def test_defaults_refuse_no_honest_solution_of_the_small_world() -> None:
-    """Also not one with mistakes in it: the shipped demo is not changed by the two rules that are
-    on.
-    """
+def test_defaults_accept_every_honest_solution_of_the_toy_task() -> None:
+    """The two default rules also accept honest solutions with mistakes; the demo is unchanged."""
     rng = random.Random(0)
     for _ in range(500):
         problem = sample_problem(rng)
@@ -217,7 +213,7 @@ def test_defaults_refuse_no_honest_solution_of_the_small_world() -> None:
 
 @pytest.mark.parametrize("exploit", EXPLOITS, ids=lambda exploit: exploit.name)
 def test_the_simulators_exploits_pass_the_open_rules_and_break_the_closed_ones(exploit) -> None:
-    """The two arms of the simulator differ in exactly what its table says."""
+    """The simulator's two variants differ in exactly the rules of its table."""
     rng = random.Random(1)
     for _ in range(50):
         problem = sample_problem(rng)

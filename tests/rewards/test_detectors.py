@@ -21,7 +21,8 @@ OK = ["7+5=12", "12*2=24"]
 
 
 def tagged(steps: list[str], after: str = "") -> str:
-    return f"<think>{''.join(f'<step>{s}</step>' for s in steps)}</think><answer>\\boxed{{24}}</answer>{after}"
+    body = "".join(f"<step>{step}</step>" for step in steps)
+    return f"<think>{body}</think><answer>\\boxed{{24}}</answer>{after}"
 
 
 def rollout(text: str, num_tokens: int = 30) -> Rollout:
@@ -111,12 +112,12 @@ def test_an_alarm_is_raised_when_a_rate_reaches_it_and_not_again_while_it_stays(
 
 
 def test_an_open_step_tag_ends_at_the_next_tag() -> None:
-    """Steps are counted in what does not parse, too."""
+    """Steps are also counted in a response that does not parse."""
     assert tagged_steps("<think><step>a<step>b</step></think><step>c") == ("a", "b", "c")
 
 
 def test_the_gap_is_over_responses_that_both_verifiers_scored() -> None:
-    """A held-out failure is counted and is no reward of 0."""
+    """A held-out failure counts in the failure rate and never as a reward of 0."""
     metrics = reward_gap([1.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, Truncated(5)])
     assert metrics["hacking/reward_gap"] == pytest.approx(2 / 3 - 1 / 3)
     assert metrics["hacking/heldout_failures"] == 0.25
@@ -124,7 +125,7 @@ def test_the_gap_is_over_responses_that_both_verifiers_scored() -> None:
 
 
 def test_growth_is_measured_from_the_first_comparison() -> None:
-    """A verifier that is stricter from the start is no alarm."""
+    """A verifier that is stricter from the start does not raise an alarm."""
     rows = [
         {"step": 0},
         {"step": 1, "hacking/reward_gap": 0.3},

@@ -1,8 +1,7 @@
-"""Step inflation: what splitting one correct step in two, over the same tokens, does to every
-reward design.
+"""Step inflation: effect on every reward design of splitting one correct step in two.
 
-A design that is not in ``DECLARED`` fails here: whoever adds one has to say whether it resists, and
-the docstring of the function that defines it has to say the same.
+The split keeps the tokens. A design that is not in ``DECLARED`` fails here: its author must declare
+whether it resists, with the same claim in the docstring of the function that defines it.
 """
 
 from __future__ import annotations
@@ -178,7 +177,7 @@ def totals(design: str, responses: list[Response], estimator: str = "grpo") -> l
 
 
 def test_every_design_declares_itself() -> None:
-    """And its docstring says the same, so that the table here cannot drift from what people read."""
+    """The docstring makes the same claim, so that this table and the documentation agree."""
     assert sorted(DECLARED) == designs(), "say of a new design whether it resists inflation"
     for name, (claim, function) in DECLARED.items():
         text = " ".join(function.__doc__.split())

@@ -1,4 +1,4 @@
-"""What the judge makes of an engine that cannot serve it."""
+"""Judge with an engine that fails or is down."""
 
 from __future__ import annotations
 

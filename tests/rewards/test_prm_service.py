@@ -115,9 +115,9 @@ def verify(
 
 
 def test_limits_follow_the_servers_and_the_length_of_a_verification() -> None:
-    """What is not set: as many verifications at once as the engines hold, decoding and next in
-    line, for fewer leave servers idle and more would wait there within their deadline; and a
-    deadline that grows with what may be sampled, as a server's does. What is set is kept.
+    """By default the queue is twice the engines' slots: fewer would leave servers idle, and more
+    would wait there within their deadline. The default deadline grows with the tokens that may be
+    sampled. Set values are kept.
     """
     small, large = (
         ServiceLimits.from_config(
@@ -228,9 +228,7 @@ def test_a_failure_of_the_content_is_remembered(
     [(EngineFailure("out of memory"), FinishReason.STOP), (None, FinishReason.ABORT)],
 )
 def test_an_engine_error_is_never_remembered(failure, finish: FinishReason) -> None:
-    """A refused or aborted request says nothing about the content: it is asked again, and then
-    succeeds.
-    """
+    """A failed or aborted request does not depend on the content: it is retried, and succeeds."""
 
     async def scenario():
         service = await service_of(prm := Prm(failure=failure, finish=finish), GREEDY)
@@ -242,8 +240,8 @@ def test_an_engine_error_is_never_remembered(failure, finish: FinishReason) -> N
 
 
 def test_requests_at_the_same_time_share_one() -> None:
-    """Single flight: ten callers, one request, one answer. A caller that leaves takes nobody with
-    it.
+    """Single flight: ten callers share one request and one answer. Cancelling one of them does not
+    cancel the others.
     """
 
     async def scenario():
@@ -261,8 +259,8 @@ def test_requests_at_the_same_time_share_one() -> None:
 
 
 def test_when_the_last_caller_leaves_the_request_ends() -> None:
-    """The engine sees the cancellation; the next caller starts anew instead of joining a dying
-    request.
+    """The engine gets the cancellation; the next caller starts a new request instead of joining the
+    cancelled one.
     """
 
     async def scenario():
@@ -381,7 +379,7 @@ RESPONSE = r"<think><step>one</step><step>two</step></think><answer>\boxed{7}</a
 
 @pytest.mark.parametrize("votes", [1, 5])
 def test_rewards_are_the_same_with_and_without_the_cache(votes: int) -> None:
-    """Bit for bit, tokens too, for a batch with repeats and retries; and the cached run asks less."""
+    """Rewards and tokens are equal with repeats and retries; the cache saves requests."""
     batch = [
         rollout(RESPONSE),
         rollout(RESPONSE),

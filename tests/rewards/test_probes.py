@@ -104,8 +104,6 @@ def test_a_planted_weakness_shows_in_its_probe(weakness: str, kind: str) -> None
         ("one_step", ConstraintsConfig(min_steps=2), "too_few_steps"),
     ],
 )
-def test_a_score_says_which_constraint_stands_before_the_reward_model(kind, rules, rule) -> None:
-    """An accepted probe that a rule refuses costs nothing; one that none refuses is what to look
-    at.
-    """
+def test_a_score_names_the_constraint_that_rejects_its_probes(kind, rules, rule) -> None:
+    """An accepted probe is harmless if a rule rejects it first."""
     assert scored(None, rules)[kind].refused_by == rule

@@ -1,4 +1,4 @@
-"""What a response is worth, and what a missing verdict costs."""
+"""Process-aware reward, and the policies for a missing verdict."""
 
 import json
 import math
@@ -55,7 +55,7 @@ def test_a_well_formed_response_must_have_been_verified():
 
 
 def test_mask_leaves_failures_out_and_reports_their_rates():
-    """Masked rewards are NaN and not valid; rates are per kind and relative to what was verified."""
+    """Masked rewards are NaN and not valid; rates are per kind, as shares of the verifications."""
     scores = [1.0, Truncated(9), 0.0, ParseFailure("x"), 0.0, 1.0]
     batch = apply_failure_policy(scores, MaskFailures(max_rate=0.5), num_verifications=5)
     assert batch.valid == (True, False, True, False, True, True)

@@ -46,23 +46,21 @@ def test_a_failure_is_no_score_and_a_broken_format_is_zero(reward) -> None:
 
 @pytest.mark.parametrize("answer", [True, False])
 def test_an_orms_verdict_is_worth_its_answer_and_nothing_that_counts_steps(answer: bool) -> None:
-    """Zero steps would be worth 0 of them: a design that counts steps refuses instead, also behind
-    a broken format.
+    """A design that counts steps raises instead of scoring missing labels as 0, also for a format
+    violation.
     """
-    said = AnswerVerdict(answer)
-    assert not hasattr(said, "step_labels")
-    assert (
-        process_aware_reward(None, said) == float(answer)
-        and process_aware_reward(BROKEN, said) == 0.0
-    )
+    verdict = AnswerVerdict(answer)
+    assert not hasattr(verdict, "step_labels")
+    assert process_aware_reward(None, verdict) == float(answer)
+    assert process_aware_reward(BROKEN, verdict) == 0.0
     for reward in (step_average_reward, step_augmented_reward):
         for violation in (None, BROKEN):
             with pytest.raises(ValueError, match="no step labels"):
-                reward(violation, said)
+                reward(violation, verdict)
 
 
 def test_overlong_penalty_is_zero_then_a_line_then_minus_one() -> None:
-    """DAPO's values for a limit of 20 with a buffer of 4; a buffer outside the limit is an error."""
+    """DAPO's values for a limit of 20 and a buffer of 4; a buffer above the limit is an error."""
     assert [overlong_penalty(n, 20, 4) for n in (0, 16, 17, 18, 20, 25)] == [
         0,
         0,

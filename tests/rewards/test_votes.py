@@ -77,7 +77,7 @@ def test_verdicts_with_and_without_steps_are_not_one_vote() -> None:
     ],
 )
 def test_too_few_verdicts_are_a_failure(votes, minimum: int, expected) -> None:
-    """Of the commonest kind, the first seen on a tie; a lone Yes among failures is not a Yes."""
+    """The most common kind, the first on a tie; a single Yes among failures is not a Yes."""
     assert aggregate_votes(votes, minimum) is expected
 
 

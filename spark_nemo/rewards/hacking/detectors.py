@@ -40,7 +40,7 @@ def tagged_steps(text: str) -> tuple[str, ...]:
 def baseline(
     rows: Sequence[Mapping[str, float]], rollouts: Sequence[Rollout], config: DetectorsConfig
 ) -> Baseline:
-    """Return the mean over the first ``baseline_steps`` metrics rows, or this step's if it is first.
+    """Return the means of the first ``baseline_steps`` metrics rows; at the first step, its own.
 
     ``rows`` are the metrics of earlier training steps, in order. A resumed run has the same rows
     and so the same baseline.

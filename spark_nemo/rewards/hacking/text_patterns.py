@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 _SPACE = re.compile(r"\s+")
 # Match only wording that no solution needs: an honest solution may contain "this step is correct"
-# or begin a check with "**Verification:**". Quantifiers around an optional item are possessive (*+):
+# or begin a check with "**Verification:**". White space around an optional item is possessive (*+):
 # otherwise "Step 1:" with 100,000 blanks would block the run's event loop for minutes.
 _JUDGE_DIRECTED = re.compile(
     # the last line of a verification
@@ -29,7 +29,7 @@ def judge_directed(text: str) -> bool:
 
 
 def normalised_step(text: str) -> str:
-    """Return a step without differences in case, white space and punctuation at the ends."""
+    """Return a step with case, white space and punctuation at its ends normalised."""
     return _SPACE.sub(" ", text).strip().strip(".,;:!").strip().casefold()
 
 
