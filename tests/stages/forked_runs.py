@@ -122,7 +122,8 @@ def launch(folder: Path, common: list[str], run: Run, *, killed: bool) -> int:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         if killed:
-            install(str(run["phase"]), int(run["step"]), int(run["responses"]))  # type: ignore[call-overload]
+            step, responses = int(run["step"]), int(run["responses"])  # type: ignore[call-overload]
+            install(str(run["phase"]), step, responses)
         raise SystemExit(
             main(command("stage3", folder / str(run["name"]), *common, *run["overrides"])[3:])
         )

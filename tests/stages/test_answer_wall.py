@@ -1,6 +1,6 @@
-"""Answers stay on their side: what the types, the imports and the code of stages I to III say.
+"""Separation of answer keys from stages I to III, by types, imports and code.
 
-``test_poisoned_answers`` runs them.
+``test_poisoned_answers`` tests it by running the stages.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from spark_nemo.evaluation.answers import AnswerKey, EvalProblem
 
 PACKAGE = Path(spark_nemo.__file__).parent
 FORBIDDEN = ("gold", "truth", "reference", "answer_key", "expected")
-ROOMS = (
+STAGE_PACKAGES = (
     "records",
     "grammar",
     "verification",
@@ -37,12 +37,12 @@ ROOMS = (
 ABOVE = ("stages", "rollout", "planning", "run")
 """Packages that put the work together; here only declared functions may name answers."""
 BASELINES = "spark_nemo.verification.answer_key_baselines"
-"""The one module of ``ROOMS`` that may import answers, for the declared baselines' closures."""
+"""Module of ``STAGE_PACKAGES`` that may import answers, for the declared baselines' closures."""
 
 ANSWER_FILES = {
     "data.eval_problems": "read by evaluation only",
     "data.rl_answers": "the RLVR baseline's",
-    "pipeline.rl_answers": "the same, for the pipeline's rlvr arm",
+    "pipeline.rl_answers": "the same, for the pipeline's rlvr variant",
     "stage1.reference_answers": "the reference-guided baseline's",
     "labels.reference_answers": "balancing by ground truth, a declared baseline",
 }
@@ -227,7 +227,7 @@ def test_no_type_of_the_stages_can_hold_an_answer_key() -> None:
     Does not cover a value typed ``object`` or ``Any``; what runs is compared in
     test_poisoned_answers.
     """
-    found = data_types(*ROOMS, *ABOVE)
+    found = data_types(*STAGE_PACKAGES, *ABOVE)
     assert len(found) > 60
     holders = {
         key for key, each in found.items() if {AnswerKey, EvalProblem} & set(reaches(each, []))
@@ -267,7 +267,7 @@ def test_no_package_below_the_stages_imports_or_names_an_answer_key() -> None:
     answer's type or reader: a declared baseline reaches them as a closure.
     """
     count = 0
-    for name, tree in trees(*ROOMS):
+    for name, tree in trees(*STAGE_PACKAGES):
         if name == BASELINES:
             continue
         count += 1
@@ -283,7 +283,7 @@ def test_the_functions_that_touch_answers_are_the_declared_ones() -> None:
     be declared.
     """
     found = defaultdict(set)
-    for name, tree in trees(*ROOMS, *ABOVE):
+    for name, tree in trees(*STAGE_PACKAGES, *ABOVE):
         for function, body in functions(tree):
             names = {getattr(node, "id", getattr(node, "attr", None)) for node in ast.walk(body)}
             if names & KEY_NAMES:
@@ -295,7 +295,7 @@ def test_no_training_code_looks_for_an_answer_in_a_row_of_data() -> None:
     """Proves no ``row["answer"]`` or ``row.get("ground_truth")``, by any name that the data files
     at hand use, in any package: an answer cannot come in next to the typed readers.
     """
-    for name, tree in trees(*ROOMS, *ABOVE):
+    for name, tree in trees(*STAGE_PACKAGES, *ABOVE):
         for node in ast.walk(tree):
             keys = []
             if isinstance(node, ast.Subscript):

@@ -17,8 +17,8 @@ from spark_nemo.verification.store_reader import label_store, stream_solutions
 
 
 def test_a_collected_store_verifies(collected: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Proves that the audit derives the very keys that the collector gave, from fingerprint.json alone,
-    and that every verification names its solution as parent; under another seed all keys are wrong.
+    """The audit derives the collector's keys from fingerprint.json alone, and every verification
+    names its solution as parent. Under another seed all keys are wrong.
     """
     assert main(["data", "verify", str(collected)]) == 0
     made_by = json.loads((collected / "stage1/fingerprint.json").read_text())
@@ -55,7 +55,7 @@ def test_a_finished_stage_says_so_and_more_problems_are_more_work(
 def test_every_label_can_be_explained(
     collected: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Proves for every label of a real run that its target verification is found and shown in full."""
+    """For every label of a real run, its target verification is found and shown in full."""
     run = shutil.copytree(collected, tmp_path / "run")
     with RecordStore(run / "stage1/store") as store:
         labelled, dropped = label_store("step_consistency", store, 0)

@@ -1,4 +1,4 @@
-"""Early stopping in the real stage, with the small world's engine."""
+"""Early stopping in the real stage, with the toy task's engine."""
 
 from __future__ import annotations
 

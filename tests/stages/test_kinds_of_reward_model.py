@@ -39,8 +39,8 @@ def test_an_orm_is_trained_scored_and_asked(tmp_path: Path, collected: Path) -> 
         "rl.reward.failures.penalty=0.0",
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    arm = folder / "stage3/process_aware-orm"
-    [step], [asked] = (rows(arm / name) for name in ("metrics.jsonl", "verifier.jsonl"))
+    variant = folder / "stage3/process_aware-orm"
+    [step], [asked] = (rows(variant / name) for name in ("metrics.jsonl", "verifier.jsonl"))
     assert "correct_step_fraction" not in step and step["reward"] <= 1 and asked["asked"] > 0
-    kinds = {row["outcome"]["kind"] for row in rows(arm / "samples.jsonl") if row["outcome"]}
+    kinds = {row["outcome"]["kind"] for row in rows(variant / "samples.jsonl") if row["outcome"]}
     assert kinds <= {"answer_verdict", "parse_failure", "truncated"}

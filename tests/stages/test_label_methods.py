@@ -1,6 +1,4 @@
-"""Every labelling method from one stage I run of the small world, and what answers can and cannot
-reach.
-"""
+"""Every label method from one stage I run on the toy task, and the reach of answer keys."""
 
 from __future__ import annotations
 
@@ -61,7 +59,7 @@ def with_method(config: SparkConfig, method: str) -> SparkConfig:
 
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory: pytest.TempPathFactory) -> SparkConfig:
-    """One stage I run with everything switched on."""
+    """One stage I run with all optional outputs."""
     config = configured(tmp_path_factory.mktemp("labels") / "run")
     run_stage1(config)
     return config
@@ -69,9 +67,8 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> SparkConfig:
 
 @pytest.mark.slow
 def test_every_method_labels_solutions_of_one_run(sampled: SparkConfig) -> None:
-    """Proves the whole path with the shipped critic: each method keeps most solutions, pays for
-    what it needs, and is scored against the hidden truth. Ten solutions do not show which method is
-    better.
+    """With the shipped critic each method keeps most solutions, counts the tokens it needs, and is
+    scored against the hidden truth. Ten solutions are too few to rank the methods.
     """
     oracle = oracle_for(sampled)
     assert oracle is not None
@@ -90,7 +87,7 @@ def test_every_method_labels_solutions_of_one_run(sampled: SparkConfig) -> None:
 
 @pytest.mark.slow
 def test_a_second_run_asks_for_nothing(sampled: SparkConfig) -> None:
-    """Proves critiques, merges and reference verifications are found again by their keys."""
+    """A second run finds critiques, merges and reference verifications by their keys."""
     run_stage1(sampled)
     stats = json.loads((Path(sampled.run.dir) / "stage1/stats-shard-all.json").read_text())
     assert (
@@ -106,8 +103,8 @@ def test_a_second_run_asks_for_nothing(sampled: SparkConfig) -> None:
 def test_poisoned_reference_answers_reach_the_baseline_and_nothing_else(
     sampled: SparkConfig, tmp_path: Path
 ) -> None:
-    """Proves no reference-free label depends on the answer file: with every answer wrong, six
-    methods give the same labels to the letter, and the baseline gives others.
+    """Reference-free labels do not depend on the answer file: with every answer wrong, six methods
+    give identical labels, and only the baseline's labels change.
     """
     honest = write_answers("stage1", 5, 0, tmp_path)
     rows = [{**json.loads(line), "answer": "-1"} for line in honest.read_text().splitlines()]
@@ -123,7 +120,7 @@ def test_poisoned_reference_answers_reach_the_baseline_and_nothing_else(
 
 @pytest.mark.slow
 def test_a_method_whose_texts_are_missing_says_what_to_run(tmp_path: Path) -> None:
-    """Proves a store of votes alone refuses the other methods with the setting that helps."""
+    """With a store of votes alone, the error of the other methods names the setting to change."""
     config = configured(
         tmp_path,
         "null",
@@ -145,8 +142,8 @@ def test_a_method_whose_texts_are_missing_says_what_to_run(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_what_was_removed_is_written_down(sampled: SparkConfig) -> None:
-    """Proves labels.json adds up for both ways of balancing and says when answers were read;
-    balancing by ground truth keeps equally many solutions with a right and with a wrong answer.
+    """labels.json adds up for both ways of balancing and reports when answers were read. Balancing
+    by ground truth keeps as many right as wrong solutions.
     """
     answers = sampled.stage1.reference_answers
     for changes in (
@@ -169,9 +166,7 @@ def test_what_was_removed_is_written_down(sampled: SparkConfig) -> None:
 def test_without_a_critic_the_verifier_criticises_itself_and_nothing_more_is_loaded(
     tmp_path: Path,
 ) -> None:
-    """Proves ``models.critic=null`` reuses the verifier's engine, and that votes alone need no such
-    thing.
-    """
+    """``models.critic=null`` reuses the verifier's engine; votes alone do not need a critic."""
     verifier = SimpleNamespace(fingerprint="verifier")
     with RecordStore(tmp_path / "store", "writer") as store:
         alone = configured(tmp_path, "toy:stage1:5", "models.critic=null")
@@ -181,8 +176,8 @@ def test_without_a_critic_the_verifier_criticises_itself_and_nothing_more_is_loa
         assert build_stage1_critic(votes_alone, verifier, store, tmp_path) is None
 
 
-def test_an_answer_file_with_holes_is_refused_before_any_model_is_loaded(tmp_path: Path) -> None:
-    """Proves the error names the file, the problems and how many answers are missing."""
+def test_an_incomplete_answer_file_is_an_error_before_any_model_is_loaded(tmp_path: Path) -> None:
+    """The error names the file, the problems and the number of missing answers."""
     answers = write_answers("stage1", 4, 0, tmp_path)
     with pytest.raises(
         ConfigError, match=r"stage1\.reference_answers=.*: no answer for 1 of data\.stage1_problems"

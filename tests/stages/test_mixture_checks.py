@@ -1,5 +1,6 @@
-"""A policy with experts before stage III loads anything. That its weights arrive:
-tests/real_sglang/test_experts.py.
+"""Checks of a mixture-of-experts policy before stage III loads a model.
+
+Weight sync of experts is tested in tests/real_sglang/test_experts.py.
 """
 
 import json
@@ -37,8 +38,8 @@ MIXTURE = {
     ],
 )
 def test_stage_three_takes_a_mixture_that_can_be_pushed(tmp_path, changes, words, message):
-    """With SGLang a Qwen3-MoE is a policy like any other; how its servers may not store experts,
-    and a tied head, are refused at once.
+    """SGLang supports a Qwen3-MoE policy. Unsupported storage of experts and a tied head are errors
+    before any model is loaded.
     """
     for path in (ASSETS / "generator").glob("tokenizer*"):
         shutil.copy(path, tmp_path)

@@ -1,4 +1,4 @@
-"""docs/own_data.md as a user follows it: models and data on disk, one experiment file, on the CPU."""
+"""docs/own_data.md as a user follows it: own models and data, one experiment file, on the CPU."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ SMALL = [
 
 
 def example_row(setting: str) -> dict[str, object]:
-    """The row that the page shows for a setting."""
+    """Return the row that the page shows for a setting."""
     line = next(line for line in PAGE.splitlines() if line.startswith("|") and setting in line)
     return json.loads(re.search(r"`(\{.*?\})` \|", line)[1])
 
 
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
-    """A folder with a user's models, data and experiment; problems are the small world's, for its
-    models know no other.
+    """A folder with a user's models, data and experiment. Problems are those of the toy task, which
+    its models were trained on.
     """
     for name in ("generator", "verifier"):
         shutil.copytree(ASSETS / name, tmp_path / "models" / name)
@@ -60,7 +60,7 @@ def home(tmp_path: Path) -> Path:
 
 
 def spark_nemo(home: Path, *words: str) -> str:
-    """What a command of the page prints, run where the user's folders are."""
+    """Run a command of the page in the user's folder; return its output."""
     line = [sys.executable, "-m", "spark_nemo.cli.main", *words]
     paths = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -77,9 +77,7 @@ def spark_nemo(home: Path, *words: str) -> str:
 
 
 def test_the_rows_of_the_page_are_what_the_dry_run_reads(home: Path) -> None:
-    """Proves every format shown is the one that is read, the SFT's too; not that anything can be
-    learnt from a row.
-    """
+    """Every format that the page shows can be read, the SFT's too."""
     for setting, name in (
         ("data.stage1_problems", "problems"),
         ("data.eval_problems", "eval"),

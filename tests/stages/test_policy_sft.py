@@ -1,6 +1,4 @@
-"""The policy's format SFT on the small world: it learns, its result is served, and a kill changes
-nothing.
-"""
+"""The policy's format SFT on the toy task: it learns, its result is served, and it resumes."""
 
 from __future__ import annotations
 
@@ -83,7 +81,7 @@ def test_a_finished_run_is_left_as_it_is(trained: Path) -> None:
 
 
 def passing(model: Path) -> int:
-    """How many of 16 greedy responses to unseen problems pass the format gate."""
+    """Count the greedy responses to 16 unseen problems that pass the format gate."""
     served = ServedModel.load(EngineConfig(max_batch_size=16, max_context=320), model, "policy")
     sampling, prompts = SamplingConfig(temperature=0.0, max_new_tokens=60), prompt_set("compact")
 

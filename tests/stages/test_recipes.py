@@ -1,4 +1,4 @@
-"""The paper's experiments as recipes: each one is valid, planned, and says where a value is ours."""
+"""Recipes of the paper's experiments: each is valid, has a plan, and marks values of our own."""
 
 from __future__ import annotations
 
@@ -82,10 +82,10 @@ def test_a_dry_run_writes_nothing(
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_goes_with_servers_and_leaves_room_for_the_longest_prompt(path: Path) -> None:
-    """Proves each recipe composes with +engine=sglang, and that the policy's context holds its
-    prompt and its response: 2,048 and 2,048 tokens in RL as in the paper, 1,024 and 3,072 in the
-    format SFT. Does not prove that a data file keeps to it; engines refuse what does not fit.
+def test_every_recipe_composes_with_servers_and_fits_the_longest_prompt(path: Path) -> None:
+    """Each recipe composes with +engine=sglang, and the policy's context holds prompt and response:
+    2,048 and 2,048 tokens in RL as in the paper, 1,024 and 3,072 in the format SFT. Longer prompts
+    in a data file are not tested; engines reject them.
     """
     config, servers = recipe(path.stem), recipe("base", "+engine=sglang").engine
     config = replace(config, engine=replace(servers, max_context=config.engine.max_context))
@@ -119,9 +119,9 @@ def test_every_experiment_of_the_paper_has_a_recipe() -> None:
         "stage2_70b",
         "rl_process_aware_70b",
     } <= configs.keys()
-    assert {arm.design for arm in pipeline_rl_variants(configs["designs"])} == set(designs()) - set(
-        filter(has_own_baseline, step_advantages())
-    )
+    assert {variant.design for variant in pipeline_rl_variants(configs["designs"])} == set(
+        designs()
+    ) - set(filter(has_own_baseline, step_advantages()))
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
@@ -138,8 +138,8 @@ def test_a_published_size_is_one_that_was_looked_up(name: str) -> None:
 
 STATED = {
     "sft": "epochs batch_size max_length val_fraction eval_every save_every optimizer.lr",
-    "stage1": "solutions_per_problem verifications_per_solution prompt_set generator_sampling verifier_sampling "
-    "meta_critique revision_sampling reference_verifications",
+    "stage1": "solutions_per_problem verifications_per_solution prompt_set generator_sampling "
+    "verifier_sampling meta_critique revision_sampling reference_verifications",
     "labels": "max_per_verdict",
     "stage2": "method variant",
     "rl": "prompts_per_step group_size prompt_set sampling reward.variant reward.sampling "
@@ -148,14 +148,14 @@ STATED = {
     "advantage.min_steps advantage.max_steps",
     "evaluation": "max_new_tokens",
 }
-"""What the paper, its scripts or the frameworks' defaults under them say."""
+"""Settings that the paper, its scripts or their frameworks' defaults state."""
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_value_that_nobody_published_is_marked_as_our_choice(path: Path) -> None:
-    """Proves every setting of a recipe is one that the paper or its scripts state, or has "our
-    choice" on its line, on its section's, in the comment above, or in the head for all. Does not
-    prove that a stated value is copied right.
+def test_an_unpublished_value_is_marked_as_our_choice(path: Path) -> None:
+    """Every setting of a recipe is stated by the paper or its scripts, or has "our choice" on its
+    line, on its section's line, in the comment above, or in the file's head. The stated values
+    themselves are not checked.
     """
     if "every value here is our choice" in path.read_text():
         return
@@ -239,7 +239,7 @@ def test_the_papers_numbers_are_in_the_base_recipe() -> None:
     "path", [p for p in RECIPES if "  - /experiment" in p.read_text()], ids=lambda path: path.stem
 )
 def test_a_recipe_says_only_what_differs_and_keeps_its_own_folder(path: Path) -> None:
-    """Proves two recipes never share a run folder, which would refuse the second."""
+    """Two recipes never share a run folder, where the second would fail."""
     assert re.search(rf"dir: runs/spark/{path.stem}\b", path.read_text())
     assert len(path.read_text().splitlines()) < 25
 
@@ -260,7 +260,7 @@ def test_a_recipe_says_only_what_differs_and_keeps_its_own_folder(path: Path) ->
         ("models.policy=''", "models.policy is not set"),
     ],
 )
-def test_a_plan_that_cannot_work_is_refused(override: str, message: str) -> None:
+def test_an_impossible_plan_is_an_error(override: str, message: str) -> None:
     """Proves the 4,096-token context of Qwen2.5-Math-7B binds (3,072 response tokens are the most),
     and so do layouts and the parts' needs of each other.
     """
@@ -269,13 +269,13 @@ def test_a_plan_that_cannot_work_is_refused(override: str, message: str) -> None
     assert message in str(raised.value)
 
 
-def test_the_longest_response_that_leaves_room_for_a_prompt_is_allowed() -> None:
+def test_the_longest_response_that_fits_next_to_a_prompt_is_allowed() -> None:
     """Proves the other side of the limit: 1,024 + 3,072 = 4,096."""
     plan = dry_run(compose_config(["+experiment=spark/base", "rl.sampling.max_new_tokens=3072"]))
     assert "1,024 prompt + 3,072 response" in plan
 
 
-def test_the_small_world_has_a_plan_too() -> None:
+def test_the_toy_task_has_a_plan() -> None:
     """Proves counts come from the data where they are known: 240 problems, 4 solutions, 16
     verifications of each.
     """

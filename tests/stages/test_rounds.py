@@ -62,6 +62,6 @@ def test_stage_three_waits_for_the_last_round_and_is_rewarded_by_it() -> None:
 
 
 def test_a_reward_model_that_writes_no_verifications_cannot_verify() -> None:
-    """A prm says Correct or Incorrect per step; nobody could train a prm_cot on that."""
+    """A prm only writes Correct or Incorrect per step, which a prm_cot cannot be trained on."""
     with pytest.raises(ConfigError, match=r"pipeline\.rounds=2.*stage2\.variant is prm"):
         compose_config(["+experiment=toy", "pipeline.rounds=2", "stage2.variant=prm"])

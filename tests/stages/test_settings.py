@@ -1,4 +1,4 @@
-"""Which differences in configuration make another run."""
+"""Settings that do, and do not, distinguish two RL runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spark_nemo.run.run_folder import comparable_rl
 
 
 def test_a_pipeline_with_votes_can_have_the_baseline_without_a_verifier() -> None:
-    """The settings of the reward model do not exist for a reward without one: its job leaves them out."""
+    """A reward without a reward model does not have its settings, so its job leaves them out."""
     asked = [
         "+experiment=toy",
         "rl.reward.votes=3",
@@ -29,8 +29,8 @@ def test_a_pipeline_with_votes_can_have_the_baseline_without_a_verifier() -> Non
     ]
     config = compose_config(asked)
     jobs = {
-        arm.name: _stage3_job(config, asked, arm).arguments[1:]
-        for arm in pipeline_rl_variants(config)
+        variant.name: _stage3_job(config, asked, variant).arguments[1:]
+        for variant in pipeline_rl_variants(config)
     }
     votes = {
         reward: getattr(compose_config(list(arguments)).rl.reward, "votes", None)
@@ -40,7 +40,7 @@ def test_a_pipeline_with_votes_can_have_the_baseline_without_a_verifier() -> Non
 
 
 def test_what_only_monitors_makes_no_other_run() -> None:
-    """Detectors, probes and the held-out verifier change nothing that is trained; constraints do."""
+    """Detectors, probes and the held-out verifier do not affect training; constraints do."""
     now = comparable_rl(asdict(RLConfig()))
     hacking = HackingConfig(top_rewards=0, detectors=DetectorsConfig(alarm=0.5))
     monitored = ModelReward(probes=3, heldout=HeldoutVerifier(model="other"))
