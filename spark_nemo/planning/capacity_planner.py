@@ -180,8 +180,8 @@ def _engine_sizes(
     memory = engine_memory(generation, size, config.engine.max_batch_size, cluster, rates)
     if not memory.fits(generation.context):
         raise ConfigError(
-            f"engine.{role}.tensor_parallel={size}: {memory.weights / GB:.1f} GB of weights per GPU "
-            f"leave room for {max(0, memory.kv_tokens):,} tokens, one text has up to "
+            f"engine.{role}.tensor_parallel={size}: {memory.weights / GB:.1f} GB of weights "
+            f"per GPU leave memory for {max(0, memory.kv_tokens):,} tokens, one text has up to "
             f"{generation.context:,}: raise it"
         )
     return [memory]

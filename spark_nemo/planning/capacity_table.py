@@ -20,7 +20,8 @@ def plan_text(plan: CapacityPlan) -> str:
     """
     cluster = plan.cluster
     lines = [
-        f"{plan.work.stage} on {cluster.nodes} x {cluster.gpus_per_node} GPUs of {cluster.gpu_memory_gb:g} GB, "
+        f"{plan.work.stage} on {cluster.nodes} x {cluster.gpus_per_node} GPUs of "
+        f"{cluster.gpu_memory_gb:g} GB, "
         f"{cluster.usable_bytes / GB:.1f} GB of each planned with (--reserve {cluster.reserve:g})"
     ]
     lines += [_engine_line(engine) for engine in plan.engines]
@@ -45,9 +46,10 @@ def plan_text(plan: CapacityPlan) -> str:
 def _engine_line(engine: EnginePlan) -> str:
     memory = engine.memory
     return (
-        f"{engine.work.role}: {engine.work.model.name}, {engine.engines} engine(s) of {memory.tensor_parallel} "
-        f"GPU(s); each GPU {memory.weights / GB:.1f} GB weights, KV cache {memory.kv_token / 1024:.0f} KiB per "
-        f"token, room for {memory.kv_tokens:,} tokens, {memory.running} texts at once"
+        f"{engine.work.role}: {engine.work.model.name}, {engine.engines} engine(s) of "
+        f"{memory.tensor_parallel} GPU(s); each GPU {memory.weights / GB:.1f} GB weights, "
+        f"KV cache {memory.kv_token / 1024:.0f} KiB per token, "
+        f"room for {memory.kv_tokens:,} tokens, {memory.running} texts at once"
     )
 
 
@@ -55,9 +57,11 @@ def _trainer_lines(plan: CapacityPlan) -> list[str]:
     training = plan.work.training
     assert training is not None
     lines = [
-        f"trainer: {training.model.name} on {plan.trainer_gpus} GPUs; {training.sequences:,} sequences of at most "
-        f"{training.longest:,} tokens a step. GB of the worst rank:",
-        "  TP  PP   DP  EP recompute  weights  grads  optim  activ  logits+tmp  sync   peak   free    s/step",
+        f"trainer: {training.model.name} on {plan.trainer_gpus} GPUs; "
+        f"{training.sequences:,} sequences of at most {training.longest:,} tokens a step. "
+        "GB of the worst rank:",
+        "  TP  PP   DP  EP recompute  weights  grads  optim  activ  logits+tmp  sync   peak   free"
+        "    s/step",
     ]
     lines += [_layout_line(each, plan) for each in plan.layouts[:_SHOWN]]
     more = len(plan.layouts) - _SHOWN
@@ -70,16 +74,19 @@ def _trainer_lines(plan: CapacityPlan) -> list[str]:
     if training.snapshots:
         per_node = plan.layouts[0].worst.snapshot * plan.cluster.gpus_per_node / GB
         lines.append(
-            f"host memory for the reference weights and the current ones aside: {per_node:.0f} GB per node"
+            "host memory for the reference weights and the current ones aside: "
+            f"{per_node:.0f} GB per node"
         )
     return lines
 
 
 def _layout_line(each: Candidate, plan: CapacityPlan) -> str:
-    layout, rank = each.layout, each.worst
+    layout = each.layout
+    rank = each.worst
     return (
         f"{layout.tensor_parallel:4d}{layout.pipeline_parallel:4d}{layout.data_parallel:5d}"
-        f"{layout.expert_parallel:4d} {layout.recompute_granularity:9s}{rank.states.weights / GB:9.1f}"
+        f"{layout.expert_parallel:4d} {layout.recompute_granularity:9s}"
+        f"{rank.states.weights / GB:9.1f}"
         f"{rank.states.gradients / GB:7.1f}{rank.states.optimizer / GB:7.1f}{rank.graphs / GB:7.1f}"
         f"{rank.transient / GB:12.1f}{rank.sync / GB:6.1f}{rank.peak / GB:7.1f}"
         f"{-each.shortage(plan.cluster) / GB:7.1f}{each.step_seconds:10.1f}"

@@ -49,7 +49,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Rates:
-    """Achieved rates, not those of a data sheet. The defaults are guesses for H100 SXM in bfloat16."""
+    """Achieved rates, not the data sheet's. The defaults are guesses for H100 SXM in bfloat16."""
 
     train_tflops: float = 400.0
     """Per GPU in matrix products of a training step: 40 % of 989."""

@@ -20,10 +20,13 @@ from spark_nemo.run.rl_variants import RLVariant, pipeline_rl_variants, rl_varia
 from spark_nemo.run.run_folder import stage2_folder
 from spark_nemo.run.stage_spec import STAGES, StageSpec, required_setting, setting
 
-PROMPT_ROOM = 1024
-"""Tokens that must be left for a problem: the longest prompt of the paper's policy SFT."""
-_COMPACT_PROMPT_ROOM = 16  # of the small models that use the compact prompts
+PROMPT_TOKENS = 1024
+"""Tokens reserved for a problem: the longest prompt of the paper's policy SFT."""
+_COMPACT_PROMPT_TOKENS = 16
+"""The same for the small models that use the compact prompts."""
 _GPUS_PER_NODE = 8
+_BASE_MODELS = {"models.policy": "models.policy_base", "rl.reward.model": "models.reward_base"}
+"""Setting of a model that a stage makes to the setting of the model that it is trained from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,7 @@ def dry_run(config: SparkConfig, command: str = "pipeline") -> str:
 
     Data files that are not on this machine are not checked. Token counts are upper bounds: every
     generation at its limit. Raises ``ConfigError`` for a layout that does not fit a trained model
-    or a context without room for a prompt, and ``DataFileError`` for a row that cannot be read.
+    or a context too short for a prompt, and ``DataFileError`` for a row that cannot be read.
     """
     check_without_files(config, command)
     runs = StageRuns.of(config, command)
@@ -104,8 +107,9 @@ def dry_run(config: SparkConfig, command: str = "pipeline") -> str:
 
 
 def check_without_files(config: SparkConfig, command: str = "pipeline") -> None:
-    """Check everything that needs no files: settings, layouts, contexts, and what the pipeline's
-    stages need from each other. Raises ``ConfigError``.
+    """Check settings, layouts, contexts and what stages need from each other; read no data files.
+
+    Raises ``ConfigError``.
     """
     runs = StageRuns.of(config, command)
     for field in runs.fields:
@@ -116,18 +120,19 @@ def check_without_files(config: SparkConfig, command: str = "pipeline") -> None:
             ModelSpec.from_hf(shape, field).check_layout(config.megatron)
             if field == "models.policy":
                 check_sync(shape, field)
-    room = (
-        PROMPT_ROOM
-        if "paper" in (config.stage1.prompt_set, config.rl.prompt_set)
-        else _COMPACT_PROMPT_ROOM
-    )
+    if "paper" in (config.stage1.prompt_set, config.rl.prompt_set):
+        prompt_tokens = PROMPT_TOKENS
+    else:
+        prompt_tokens = _COMPACT_PROMPT_TOKENS
     for field, model, tokens, limit in _texts(config, runs):
-        if tokens + room > limit:
+        needed = tokens + prompt_tokens
+        if needed > limit:
+            fix = "lower max_new_tokens"
+            if limit >= config.engine.max_context:
+                fix += " or raise engine.max_context"
             raise ConfigError(
-                f"{field}: {tokens + room} tokens with {room} for the problem, but "
-                f"{model}={setting(config, model)} has "
-                f"a context of {limit} here: lower max_new_tokens"
-                + ("" if limit < config.engine.max_context else " or raise engine.max_context")
+                f"{field}: {needed} tokens with {prompt_tokens} for the problem, but "
+                f"{model}={setting(config, model)} has a context of {limit} here: {fix}"
             )
     if runs.sft:
         _check_sft_length(config)
@@ -154,17 +159,17 @@ def check_without_files(config: SparkConfig, command: str = "pipeline") -> None:
 
 def _check_sft_length(config: SparkConfig) -> None:
     shape = _hf_config(config, "models.policy_base")
-    if shape is not None and config.sft.max_length > (context := _context(shape)):
+    if shape is not None and config.sft.max_length > _context(shape):
         raise ConfigError(
-            f"sft.max_length={config.sft.max_length}: models.policy_base={config.models.policy_base} has "
-            f"a context of {context}"
+            f"sft.max_length={config.sft.max_length}: "
+            f"models.policy_base={config.models.policy_base} has a context of {_context(shape)}"
         )
 
 
 def _texts(config: SparkConfig, runs: StageRuns) -> Iterator[tuple[str, str, int, int]]:
     """Yield ``(setting, model, tokens, context)`` for each kind of text.
 
-    ``tokens`` are those of the longest text without the problem.
+    ``tokens`` is the length of the longest text without the problem.
     """
     written = config.stage1.generator_sampling.max_new_tokens
     verified = written + config.stage1.verifier_sampling.max_new_tokens
@@ -212,27 +217,28 @@ def _models(config: SparkConfig, runs: StageRuns) -> list[str]:
         used.append("rl.reward.model")
     lines = []
     for field in used:
-        value, shape = setting(config, field), _hf_config(config, field)
-        size = (
-            f"{shape['model_type']}, {shape['num_hidden_layers']} layers, context {_context(shape):,}"
-            if shape
-            else "size unknown before it is loaded"
-        )
+        value = setting(config, field)
+        shape = _hf_config(config, field)
+        if shape:
+            size = (
+                f"{shape['model_type']}, {shape['num_hidden_layers']} layers, "
+                f"context {_context(shape):,}"
+            )
+        else:
+            size = "size unknown before it is loaded"
         here = value.startswith("toy:") or (Path(value) / "config.json").exists()
         missing = "" if here else "; not on this machine"
-        if (
-            not here
-            and field == "models.policy"
-            and config.models.policy_base
-            and (Path(value).parts[-2:] == ("sft", "model"))
-        ):
+        made_by_sft = config.models.policy_base and Path(value).parts[-2:] == ("sft", "model")
+        if not here and field == "models.policy" and made_by_sft:
             missing = f"; `spark-nemo sft` makes it of {config.models.policy_base}"
         lines.append(f"model        {field.removeprefix('models.')}: {value} ({size}{missing})")
-    if runs.stage3 and (shape := _hf_config(config, "models.policy")):
-        room = min(config.engine.max_context, _context(shape)) - config.rl.sampling.max_new_tokens
+    shape = _hf_config(config, "models.policy") if runs.stage3 else None
+    if shape:
+        response = config.rl.sampling.max_new_tokens
+        prompt = min(config.engine.max_context, _context(shape)) - response
         lines.append(
-            f"context      policy: {room:,} prompt + {config.rl.sampling.max_new_tokens:,} response tokens; "
-            f"no setting drops longer prompts, data.rl_problems must not have any"
+            f"context      policy: {prompt:,} prompt + {response:,} response tokens; "
+            "no setting drops longer prompts, data.rl_problems must not have any"
         )
     return lines
 
@@ -240,11 +246,13 @@ def _models(config: SparkConfig, runs: StageRuns) -> list[str]:
 def _ranks(config: SparkConfig, runs: StageRuns) -> list[str]:
     if not runs.trained:
         return ["ranks        none: this stage only generates"]
-    m, world = config.megatron, config.megatron.world_size
+    layout = config.megatron
+    nodes = -(-layout.world_size // _GPUS_PER_NODE)
     every = "; every stage the same" if len(runs.trained) > 1 else ""
     return [
-        f"ranks        {world} trainer ranks = TP {m.tensor_parallel} x PP {m.pipeline_parallel} x DP "
-        f"{m.data_parallel}, {-(-world // _GPUS_PER_NODE)} node(s) of {_GPUS_PER_NODE} GPUs{every}"
+        f"ranks        {layout.world_size} trainer ranks = TP {layout.tensor_parallel} x "
+        f"PP {layout.pipeline_parallel} x DP {layout.data_parallel}, "
+        f"{nodes} node(s) of {_GPUS_PER_NODE} GPUs{every}"
     ]
 
 
@@ -253,51 +261,52 @@ def _format_sft(config: SparkConfig) -> list[str]:
     examples, basis = _count(config.data.sft_examples, "example")
     tokens = round(examples * (1 - sft.val_fraction)) * sft.epochs * sft.max_length
     return [
-        f"format SFT   {basis}, {sft.val_fraction:.0%} of the problems held out, {sft.epochs} epochs of batches of "
-        f"{sft.batch_size}, at most {tokens:,} trained tokens"
+        f"format SFT   {basis}, {sft.val_fraction:.0%} of the problems held out, "
+        f"{sft.epochs} epochs of batches of {sft.batch_size}, at most {tokens:,} trained tokens"
     ]
 
 
 def _verification_data(config: SparkConfig) -> list[str]:
-    one = config.stage1
-    solutions = one.solutions_per_problem
-    votes = solutions * one.verifications_per_solution
+    stage = config.stage1
+    solutions = stage.solutions_per_problem
+    votes = solutions * stage.verifications_per_solution
     problems, basis = _count(config.data.stage1_problems)
     tokens = (
-        solutions * one.generator_sampling.max_new_tokens
-        + votes * one.verifier_sampling.max_new_tokens
+        solutions * stage.generator_sampling.max_new_tokens
+        + votes * stage.verifier_sampling.max_new_tokens
     )
     lines = [
-        f"stage I      {basis}: {problems * solutions:,} solutions, {problems * votes:,} verifications, at most "
-        f"{problems * tokens:,} generated tokens"
+        f"stage I      {basis}: {problems * solutions:,} solutions, "
+        f"{problems * votes:,} verifications, at most {problems * tokens:,} generated tokens"
     ]
-    if one.meta_critique:
-        revised = problems * solutions * len(one.meta_critique)
+    if stage.meta_critique:
+        critiques = problems * solutions * len(stage.meta_critique)
+        generated = 2 * critiques * stage.revised_with.max_new_tokens
         lines.append(
-            f"stage I      critiques chosen by {', '.join(one.meta_critique)}: {basis}, at most {revised:,} "
-            f"and as many merges, {2 * revised * one.revised_with.max_new_tokens:,} generated tokens"
+            f"stage I      critiques chosen by {', '.join(stage.meta_critique)}: {basis}, "
+            f"at most {critiques:,} and as many merges, {generated:,} generated tokens"
         )
-    if one.reference_answers is not None:
-        shown = problems * solutions * one.num_reference_verifications
+    if stage.reference_answers is not None:
+        guided = problems * solutions * stage.num_reference_verifications
         lines.append(
-            f"stage I      reference_guided, READS ANSWER KEYS: {basis}, {shown:,} verifications of at most "
-            f"{shown * one.verifier_sampling.max_new_tokens:,} tokens"
+            f"stage I      reference_guided, READS ANSWER KEYS: {basis}, {guided:,} verifications "
+            f"of at most {guided * stage.verifier_sampling.max_new_tokens:,} tokens"
         )
     return lines
 
 
 def _reward_models(config: SparkConfig, runs: StageRuns) -> list[str]:
-    two = config.stage2
+    stage = config.stage2
     problems, basis = _count(config.data.stage1_problems)
     examples = problems * config.stage1.solutions_per_problem
-    return [
-        f"labels       {_selection(config)}",
-        *(
-            f"stage II     {method}, {variant}: {basis}, at most {examples:,} examples x {two.epochs} epochs, "
-            f"{examples * two.epochs * two.max_length:,} trained tokens"
-            for method, variant in runs.stage2
-        ),
-    ]
+    trained = examples * stage.epochs * stage.max_length
+    lines = [f"labels       {_selection(config)}"]
+    for method, variant in runs.stage2:
+        lines.append(
+            f"stage II     {method}, {variant}: {basis}, at most {examples:,} examples x "
+            f"{stage.epochs} epochs, {trained:,} trained tokens"
+        )
+    return lines
 
 
 def _training(config: SparkConfig, variant: RLVariant) -> list[str]:
@@ -305,43 +314,43 @@ def _training(config: SparkConfig, variant: RLVariant) -> list[str]:
     rollouts = rl.steps * rl.prompts_per_step * rl.group_size
     verified = "no verifications"
     if variant.variant:
-        judged = rollouts * rl.reward.votes
-        tokens = judged * rl.reward.sampling.max_new_tokens
-        # A verification that fails may be tried again; that is not the expected case but belongs to
-        # a bound.
+        verifications = rollouts * rl.reward.votes
+        tokens = verifications * rl.reward.sampling.max_new_tokens
+        # Retries are rare, but an upper bound includes them.
         retries = rl.reward.retries
         verified = (
-            f"{judged:,} verifications of at most {tokens:,} tokens, {tokens * (1 + retries):,} if all were "
-            f"retried {retries} times"
+            f"{verifications:,} verifications of at most {tokens:,} tokens, "
+            f"{tokens * (1 + retries):,} if all were retried {retries} times"
         )
     note = ", READS ANSWER KEYS" if variant.reads_answer_keys else ""
-    samples, evals = config.evaluation.samples_per_problem + 1, -(-rl.steps // rl.eval_every) + 1
-    held, basis = _count(config.data.eval_problems)
+    problems, basis = _count(config.data.eval_problems)
+    evaluations = -(-rl.steps // rl.eval_every) + 1
+    # One more per problem: the greedy completion.
+    completions = evaluations * problems * (config.evaluation.samples_per_problem + 1)
     return [
         f"stage III    {variant.name}{note}: {rl.steps} steps, {rollouts:,} rollouts of at most "
         f"{rollouts * rl.sampling.max_new_tokens:,} tokens, {verified}",
-        f"evaluation   {variant.name}: {basis}, {evals} times, {evals * held * samples:,} "
-        f"completions of at most {evals * held * samples * config.evaluation.max_new_tokens:,} tokens",
+        f"evaluation   {variant.name}: {basis}, {evaluations} times, {completions:,} "
+        f"completions of at most {completions * config.evaluation.max_new_tokens:,} tokens",
     ]
 
 
 def _selection(config: SparkConfig) -> str:
     labels = config.labels
     if labels.balance == "none":
-        limit = (
-            "no limit" if labels.max_per_problem is None else f"at most {labels.max_per_problem}"
-        )
-        return f"not balanced, {limit} per problem"
-    by = (
-        "answer keys, READS ANSWER KEYS"
-        if labels.balance == "ground_truth"
-        else "the labels' own verdicts"
-    )
-    return f"balanced by {by}, at most {labels.max_per_verdict or 3} + {labels.max_per_verdict or 3} per problem"
+        if labels.max_per_problem is None:
+            return "not balanced, no limit per problem"
+        return f"not balanced, at most {labels.max_per_problem} per problem"
+    if labels.balance == "ground_truth":
+        by = "answer keys, READS ANSWER KEYS"
+    else:
+        by = "the labels' own verdicts"
+    limit = labels.max_per_verdict or 3
+    return f"balanced by {by}, at most {limit} + {limit} per problem"
 
 
 def _read_fields(runs: StageRuns, command: str) -> list[str]:
-    """Settings that name data files; those with answer keys may be unset."""
+    """Return the settings that name data files; files with answer keys may be unset."""
     read = [name for spec in runs.specs for name in spec.data]
     for spec in runs.specs:
         read += [name for name in spec.answer_keys if name != "data.rl_answers"]
@@ -353,24 +362,27 @@ def _read_fields(runs: StageRuns, command: str) -> list[str]:
 def _files(config: SparkConfig, runs: StageRuns, command: str) -> list[str]:
     lines = []
     for field in _read_fields(runs, command):
-        if value := setting(config, field):
-            state = (
-                "made on the run"
-                if value.startswith("toy:")
-                else "here"
-                if Path(value).exists()
-                else "missing"
-            )
-            lines.append(f"reads        {field}: {value} ({state})")
-    whole = command == "pipeline"
-    written = [
-        *(["config.yaml"] if whole else []),
-        *(["sft/model"] if runs.sft else []),
-        *(["stage1/store"] if runs.stage1 else []),
-        *(f"stage2/{stage2_folder(config.run, *model).name}/model" for model in runs.stage2),
-        *(f"stage3/{variant.name}/model" for variant in runs.stage3),
-        *(["summary.json", "report.html"] if whole else []),
-    ]
+        value = setting(config, field)
+        if not value:
+            continue
+        if value.startswith("toy:"):
+            state = "made on the run"
+        elif Path(value).exists():
+            state = "here"
+        else:
+            state = "missing"
+        lines.append(f"reads        {field}: {value} ({state})")
+    written = []
+    if command == "pipeline":
+        written.append("config.yaml")
+    if runs.sft:
+        written.append("sft/model")
+    if runs.stage1:
+        written.append("stage1/store")
+    written += [f"stage2/{stage2_folder(config.run, *model).name}/model" for model in runs.stage2]
+    written += [f"stage3/{variant.name}/model" for variant in runs.stage3]
+    if command == "pipeline":
+        written += ["summary.json", "report.html"]
     return [*lines, *(f"writes       {config.run.dir}/{name}" for name in written)]
 
 
@@ -386,8 +398,9 @@ def _engine(config: SparkConfig, runs: StageRuns) -> list[str]:
     if all(value is None or value.startswith("toy:") for value in vars(config.models).values()):
         return []
     return [
-        f"engine       engine.kind={config.engine.kind} is the embedded engine, for small Qwen2 models: add "
-        "+engine=sglang (servers on this machine), or name servers in engine.policy.urls and engine.verifier.urls"
+        f"engine       engine.kind={engine.kind} is the embedded engine, for small Qwen2 models: "
+        "add +engine=sglang (servers on this machine), or name servers in engine.policy.urls "
+        "and engine.verifier.urls"
     ]
 
 
@@ -425,13 +438,10 @@ def _hf_config(config: SparkConfig, field: str) -> dict[str, Any] | None:
     folder = Path(setting(config, field))
     if (folder / "config.json").exists():
         return read_hf_config(folder)
-    source = {"models.policy": "models.policy_base", "rl.reward.model": "models.reward_base"}.get(
-        field
-    )
-    if (
-        folder.name == "model" and source is not None and setting(config, source)
-    ):  # what sft and stage II write
-        return _hf_config(config, source)
+    base = _BASE_MODELS.get(field)
+    # The format SFT and stage II write their models to folders called ``model``.
+    if folder.name == "model" and base is not None and setting(config, base):
+        return _hf_config(config, base)
     return PUBLISHED.get(folder.name)
 
 

@@ -24,9 +24,9 @@ class EngineMemory:
     kv_token: int
     """Bytes of KV cache per token."""
     kv_tokens: int
-    """Room in tokens for all running texts together; negative if the weights alone do not fit."""
+    """KV cache of all running texts in tokens; negative if the weights alone do not fit."""
     running: int
-    """Texts of mean length decoded together: room for them, or engine.max_batch_size."""
+    """Texts of mean length decoded together: as many as fit, at most engine.max_batch_size."""
 
     def fits(self, context: int) -> bool:
         """Return whether one text of full length fits."""
@@ -93,7 +93,7 @@ def possible_engines(
         raise split_error
     missing = (generation.context - last.kv_tokens) * last.kv_token / GB
     raise ConfigError(
-        f"{generation.model.name} does not fit an engine of {last.tensor_parallel} GPUs with {cluster.gpu_memory_gb:g} "
-        f"GB: {last.weights / GB:.1f} GB of weights each, and one text of {generation.context:,} tokens lacks "
-        f"{missing:.1f} GB; use more or larger GPUs per node"
+        f"{generation.model.name} does not fit an engine of {last.tensor_parallel} GPUs with "
+        f"{cluster.gpu_memory_gb:g} GB: {last.weights / GB:.1f} GB of weights each, and one text "
+        f"of {generation.context:,} tokens lacks {missing:.1f} GB; use more or larger GPUs per node"
     )

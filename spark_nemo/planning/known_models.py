@@ -1,16 +1,18 @@
-"""config.json of the models that the recipes name: a recipe is checked before 100 GB are downloaded.
+"""config.json of the recipes' models, so that a recipe is checked before 100 GB are downloaded.
 
-Layers, widths, heads and vocabulary are those in ``tests/weight_sync/shapes``, where their sources
-are (a test compares). A fine-tuned model has its base's. Sources of the contexts:
+Layers, widths, heads and vocabulary equal the files in ``tests/weight_sync/shapes``, which name
+their sources (a test compares). A fine-tuned model has its base's. Sources of the contexts:
 
-* Qwen2.5-*-Instruct, 32,768: github.com/QwenLM/Qwen3 issue 1133 ("the config says 32k"), and its model card's section
-  on long texts.
-* Qwen2.5-Math-7B, 4,096 and the sizes of Qwen2.5-7B: the config.json quoted in github.com/huggingface/open-r1 issue 444
-  and deepseek-ai/DeepSeek-R1 issue 458 (the Instruct model's), github.com/QwenLM/Qwen2.5-Math issue 59 (the limit).
-* Qwen2.5-Math-72B: no copy of its config.json was found; Qwen2.5-72B's sizes with the family's 4,096.
+* Qwen2.5-*-Instruct, 32,768: github.com/QwenLM/Qwen3 issue 1133 ("the config says 32k"), and its
+  model card's section on long texts.
+* Qwen2.5-Math-7B, 4,096 and the sizes of Qwen2.5-7B: the config.json quoted in
+  github.com/huggingface/open-r1 issue 444 and deepseek-ai/DeepSeek-R1 issue 458 (the Instruct
+  model's), github.com/QwenLM/Qwen2.5-Math issue 59 (the limit).
+* Qwen2.5-Math-72B: no copy of its config.json was found; Qwen2.5-72B's sizes with the family's
+  4,096.
 * Qwen3-32B, 40,960: github.com/MiroMindAI/MiroTrain issue 5.
-* Llama-3.1-70B, 131,072: a family value, quoted with the 8B's config.json in huggingface/text-generation-inference
-  issue 3158.
+* Llama-3.1-70B, 131,072: a family value, quoted with the 8B's config.json in
+  huggingface/text-generation-inference issue 3158.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Trainer layouts that fit a cluster, by how much the others miss, and which settings would help."""
+"""Trainer layouts that fit a cluster; shortage of the others and the settings that would help."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """What a rank's memory depends on besides the layout."""
+    """Inputs of a rank's memory besides the layout."""
 
     work: Training
     sync_bytes: int = 0

@@ -42,8 +42,8 @@ def check_sft(config: SparkConfig) -> None:
     spec.check_layout(config.megatron)
     if config.sft.max_length > spec.max_positions:
         raise ConfigError(
-            f"sft.max_length={config.sft.max_length}: models.policy_base={config.models.policy_base} has "
-            f"a context of {spec.max_positions}"
+            f"sft.max_length={config.sft.max_length}: "
+            f"models.policy_base={config.models.policy_base} has a context of {spec.max_positions}"
         )
     if not Path(required_setting(config, "data.sft_examples")).is_file():
         raise ConfigError(
@@ -53,8 +53,9 @@ def check_sft(config: SparkConfig) -> None:
 
 
 def check_stage1(config: SparkConfig) -> None:
-    """Check problems, models, engines and samplings. Raises ``ConfigError`` or ``DataFileError``."""
-    stage, engine = config.stage1, config.engine
+    """Check problems, models, engines, samplings. Raises ``ConfigError`` or ``DataFileError``."""
+    stage = config.stage1
+    engine = config.engine
     engine.require("policy")
     engine.require("verifier")
     _served_model(config, "models.generator")
@@ -62,20 +63,20 @@ def check_stage1(config: SparkConfig) -> None:
     read_problems(required_setting(config, "data.stage1_problems"))
     if stage.reuse_solutions_from is not None and not Path(stage.reuse_solutions_from).is_dir():
         raise ConfigError(
-            f"stage1.reuse_solutions_from={stage.reuse_solutions_from}: no store there; name the stage1/store of an "
-            "earlier run"
+            f"stage1.reuse_solutions_from={stage.reuse_solutions_from}: no store there; "
+            "name the stage1/store of an earlier run"
         )
     _fits(config, "stage1.generator_sampling", stage.generator_sampling)
     _fits(config, "stage1.verifier_sampling", stage.verifier_sampling)
     if stage.meta_critique:
         _fits(config, "stage1.revision_sampling", stage.revised_with)
-    if config.models.critic is not None and (
-        stage.meta_critique or stage.reference_answers is not None
-    ):
+    critic_runs = stage.meta_critique or stage.reference_answers is not None
+    if config.models.critic is not None and critic_runs:
         if engine.pool("verifier").urls:
             raise ConfigError(
-                f"models.critic={config.models.critic}: engine.verifier.urls serve the verifier; let the "
-                "verifier criticise (models.critic=null), or launch servers with engine.verifier.servers"
+                f"models.critic={config.models.critic}: engine.verifier.urls serve the verifier; "
+                "let the verifier criticise (models.critic=null), or launch servers with "
+                "engine.verifier.servers"
             )
         _served_model(config, "models.critic")
     if stage.reference_answers is not None:
@@ -83,14 +84,14 @@ def check_stage1(config: SparkConfig) -> None:
 
 
 def check_stage2(config: SparkConfig) -> None:
-    """Check the base model, its layout and engine, the evaluation cases, and a baseline's answers."""
+    """Check the base model, its layout and engine, evaluation cases, and a baseline's answers."""
     _trained_model(config, "models.reward_base")
     if config.labels.balance == "ground_truth":
         _has_answers(config, "labels.reference_answers", "data.stage1_problems")
-    labels = [
-        case.label for case in read_processbench(required_setting(config, "data.processbench"))
-    ]
+    cases = read_processbench(required_setting(config, "data.processbench"))
+    labels = [case.label for case in cases]
     config.engine.require("verifier")
+    # -1 marks a case without an error.
     if -1 not in labels or max(labels) == -1:
         raise ConfigError(
             f"data.processbench={config.data.processbench}: a score needs cases with an error and "
@@ -104,17 +105,15 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
     rl = config.rl
     if config.engine.kind == "vllm":
         raise ConfigError(
-            "engine.kind=vllm: its weights are not updated by this package, so it serves stage I and "
-            "evaluation only; stage III needs sglang or local"
+            "engine.kind=vllm: its weights are not updated by this package, so it serves "
+            "stage I and evaluation only; stage III needs sglang or local"
         )
     config.engine.require("policy")
     if rl.asks_reward_model:
         config.engine.require("verifier")
-    if (
-        config.models.policy_base
-        and Path(required_setting(config, "models.policy")).parts[-2:] == ("sft", "model")
-        and not (Path(config.models.policy) / "config.json").exists()
-    ):
+    policy = Path(required_setting(config, "models.policy"))
+    made_by_sft = config.models.policy_base and policy.parts[-2:] == ("sft", "model")
+    if made_by_sft and not (policy / "config.json").exists():
         raise ConfigError(
             f"models.policy={config.models.policy}: no model there; `spark-nemo sft` makes it of "
             f"models.policy_base={config.models.policy_base}"
@@ -128,8 +127,9 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
     _fits(config, "evaluation", config.evaluation)
     if not isinstance(rl.rollout.filter, DynamicSampling) and rl.prompts_per_step > len(problems):
         raise ConfigError(
-            f"rl.prompts_per_step={rl.prompts_per_step}: data.rl_problems={config.data.rl_problems} has "
-            f"{len(problems)} problems, and a step draws none twice"
+            f"rl.prompts_per_step={rl.prompts_per_step}: "
+            f"data.rl_problems={config.data.rl_problems} has {len(problems)} problems, "
+            "and a step draws none twice"
         )
     _prompts_fit(config, "data.rl_problems", problems, "rl.sampling", rl.sampling.max_new_tokens)
     _prompts_fit(
@@ -157,11 +157,13 @@ def check_stage3(config: SparkConfig, *, reward_model_comes_later: bool = False)
     if not reward_model_comes_later:
         folder = reward_model_folder(config)
         _served_folder(config, folder, "rl.reward.model")
-        made = (read_done(folder.parent) or {}).get("variant", config.reward_variant)
-        if made != config.reward_variant:
+        done = read_done(folder.parent) or {}
+        trained_as = done.get("variant", config.reward_variant)
+        if trained_as != config.reward_variant:
             raise ConfigError(
-                f"rl.reward.variant={config.reward_variant} (or stage2.variant): {folder} was trained as "
-                f"{made}; set rl.reward.variant={made} or name another rl.reward.model"
+                f"rl.reward.variant={config.reward_variant} (or stage2.variant): {folder} was "
+                f"trained as {trained_as}; set rl.reward.variant={trained_as} "
+                "or name another rl.reward.model"
             )
     if isinstance(rl.reward.heldout, HeldoutVerifier):
         model = rl.reward.heldout.model
@@ -213,7 +215,7 @@ def check_data_here(config: SparkConfig, fields: Sequence[str]) -> None:
 
 
 def reward_model_folder(config: SparkConfig) -> Path:
-    """Return ``reward_model_path``. Raises ``ConfigError`` if there is no model in it."""
+    """Return ``reward_model_path``. Raises ``ConfigError`` if it does not hold a model."""
     folder = reward_model_path(config)
     if not (folder / "config.json").exists():
         raise ConfigError(
@@ -225,10 +227,9 @@ def reward_model_folder(config: SparkConfig) -> Path:
 def _has_answers(config: SparkConfig, answers: str, problems: str) -> None:
     """Raise ``ConfigError`` unless every problem of one file has an answer in the other."""
     path = required_setting(config, answers)
-    if (
-        missing := {p.problem_id for p in read_problems(required_setting(config, problems))}
-        - read_answer_keys(path).keys()
-    ):
+    ids = {problem.problem_id for problem in read_problems(required_setting(config, problems))}
+    missing = ids - read_answer_keys(path).keys()
+    if missing:
         raise ConfigError(
             f"{answers}={path}: no answer for {len(missing)} of {problems}, {min(missing)} first"
         )
@@ -239,11 +240,11 @@ def check_sync(hf_config: Mapping[str, Any], field: str) -> ModelSpec:
     try:
         spec = ModelSpec.from_hf(hf_config)
         check_syncable(spec)
-        return spec
     except ConfigError as error:
         raise ConfigError(
             f"{field}: {error}: stage III cannot train it; name another policy"
         ) from error
+    return spec
 
 
 def _served_model(config: SparkConfig, field: str) -> None:
@@ -283,32 +284,35 @@ def _prompts_fit(
     sampling: str,
     max_new_tokens: int,
 ) -> None:
-    """Check that every prompt leaves room for the response.
+    """Check that every prompt and its response fit the engine's context.
 
-    An engine rejects a prompt without room: the run would end at the step that draws it.
+    An engine rejects a longer prompt: the run would end at the step that draws it.
     """
-    tokenizer, prompts = Tokenizer.load(config.models.policy), prompt_set(config.rl.prompt_set)
-    room = config.engine.max_context - max_new_tokens
-    # A token is a byte at least: most questions need not be encoded, which would take seconds for
-    # 17,000 of them.
-    around = len(tokenizer.encode_chat(prompts.policy("?"))) + _SLACK
-    doubtful = [one for one in problems if around + len(one.question.encode()) > room]
-    lengths = {
-        one.problem_id: len(tokenizer.encode_chat(prompts.policy(one.question))) for one in doubtful
-    }
-    if over := {name: length for name, length in lengths.items() if length > room}:
-        name, length = next(iter(over.items()))
+    tokenizer = Tokenizer.load(config.models.policy)
+    prompts = prompt_set(config.rl.prompt_set)
+    limit = config.engine.max_context - max_new_tokens
+    # A token has at least one byte, so only long questions are encoded: encoding all 17,000 of a
+    # usual data set would take seconds.
+    template = len(tokenizer.encode_chat(prompts.policy("?"))) + _SLACK
+    too_long = {}
+    for problem in problems:
+        if template + len(problem.question.encode()) > limit:
+            length = len(tokenizer.encode_chat(prompts.policy(problem.question)))
+            if length > limit:
+                too_long[problem.problem_id] = length
+    if too_long:
+        name, length = next(iter(too_long.items()))
         raise ConfigError(
-            f"{field}={required_setting(config, field)}: "
-            f"{len(over)} of {len(problems)} prompts, the one of {name} with "
-            f"{length} tokens first, have no room for {sampling}.max_new_tokens={max_new_tokens} in "
-            f"engine.max_context={config.engine.max_context}: remove them, or change one of the two"
+            f"{field}={required_setting(config, field)}: {len(too_long)} of {len(problems)} "
+            f"prompts are too long for {sampling}.max_new_tokens={max_new_tokens} in "
+            f"engine.max_context={config.engine.max_context}, the first is {name} with {length} "
+            "tokens; remove them, or change one of the two"
         )
 
 
 def _fits(config: SparkConfig, field: str, sampling: SamplingConfig | EvaluationConfig) -> None:
     if sampling.max_new_tokens >= config.engine.max_context:
         raise ConfigError(
-            f"{field}.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt in "
-            f"engine.max_context={config.engine.max_context}: lower one or raise the other"
+            f"{field}.max_new_tokens={sampling.max_new_tokens}: leaves no tokens for a prompt in "
+            f"engine.max_context={config.engine.max_context}; lower one or raise the other"
         )

@@ -11,7 +11,7 @@ from spark_nemo.config.rl import KLPenalty
 from spark_nemo.megatron.sizing.rank import TrainBatch
 from spark_nemo.models.hf_config import read_hf_config
 from spark_nemo.models.spec import ModelSpec
-from spark_nemo.planning.dry_run import PROMPT_ROOM
+from spark_nemo.planning.dry_run import PROMPT_TOKENS
 from spark_nemo.planning.known_models import PUBLISHED
 
 PROBLEMS = 1000
@@ -116,7 +116,7 @@ def training(config: SparkConfig, stage: str, model: str | None = None) -> Train
     return Training(
         trained,
         rl.prompts_per_step * rl.group_size,
-        _prompt_room(trained, new) + new,
+        _prompt_tokens(trained, new) + new,
         rl.loss.num_minibatches,
         has_reference + (rl.loss.num_minibatches > 1),
         2 if has_reference else 0,
@@ -135,13 +135,13 @@ def _stage1(config: SparkConfig, model: str | None) -> tuple[Generation, ...]:
     written = one.generator_sampling.max_new_tokens
     solutions = PROBLEMS * one.solutions_per_problem
     return (
-        Generation("policy", generator, PROBLEMS, solutions, PROMPT_ROOM, written),
+        Generation("policy", generator, PROBLEMS, solutions, PROMPT_TOKENS, written),
         Generation(
             "verifier",
             verifier,
             solutions,
             solutions * one.verifications_per_solution,
-            PROMPT_ROOM + written,
+            PROMPT_TOKENS + written,
             one.verifier_sampling.max_new_tokens,
         ),
     )
@@ -151,7 +151,7 @@ def _stage3(config: SparkConfig, work: Training) -> tuple[Generation, ...]:
     rl, policy, new = config.rl, work.model, config.rl.sampling.max_new_tokens
     generations = [
         Generation(
-            "policy", policy, rl.prompts_per_step, work.sequences, _prompt_room(policy, new), new
+            "policy", policy, rl.prompts_per_step, work.sequences, _prompt_tokens(policy, new), new
         )
     ]
     if rl.asks_reward_model:
@@ -165,7 +165,7 @@ def _stage3(config: SparkConfig, work: Training) -> tuple[Generation, ...]:
                 verifier,
                 work.sequences,
                 work.sequences * rl.reward.votes,
-                PROMPT_ROOM + new,
+                PROMPT_TOKENS + new,
                 rl.reward.sampling.max_new_tokens,
             )
         )
@@ -190,12 +190,13 @@ def find_model(name: str, field: str, made_from: str | None = None) -> Model:
         return find_model(made_from, field)
     else:
         raise ConfigError(
-            f"{field}={name}: no config.json there (hf download NAME config.json --local-dir FOLDER "
-            f"fetches it alone), and the name is not one of {', '.join(PUBLISHED)}"
+            f"{field}={name}: no config.json there (hf download NAME config.json "
+            f"--local-dir FOLDER fetches it alone), "
+            f"and the name is not one of {', '.join(PUBLISHED)}"
         )
     return Model(folder.name, ModelSpec.from_hf(config, f"{name}/config.json"))
 
 
-def _prompt_room(model: Model, new_tokens: int) -> int:
-    """Return the tokens for a prompt: the usual room, or fewer if the context is short."""
-    return max(1, min(PROMPT_ROOM, model.spec.max_positions - new_tokens))
+def _prompt_tokens(model: Model, new_tokens: int) -> int:
+    """Return the tokens for a prompt: the usual number, or fewer if the context is short."""
+    return max(1, min(PROMPT_TOKENS, model.spec.max_positions - new_tokens))

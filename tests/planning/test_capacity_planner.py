@@ -294,7 +294,7 @@ def test_a_mixture_is_planned_with_its_weight_sync(capsys, tmp_path):
         ),
         (
             ["--stage", "sft", "--model", "nowhere/Unknown-1B", "--nodes", "1"],
-            r"hf download NAME config.json .* the name is none of Qwen2.5-14B-Instruct",
+            r"hf download NAME config.json .* the name is not one of Qwen2.5-14B-Instruct",
         ),
         (["--stage", "sft", "--nodes", "1"], "models.policy_base is not set: pass --model"),
         (
