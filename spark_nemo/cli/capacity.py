@@ -1,30 +1,32 @@
-"""``spark-nemo plan``: which layouts of a stage fit a cluster, what a rank holds, about how long a
-step takes.
-"""
+"""``spark-nemo plan``: layouts that fit a cluster, memory per rank, and estimated step times."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from dataclasses import fields
+from typing import TypeVar
 
 from spark_nemo.config import ConfigError
 from spark_nemo.run.compose import compose_config, config_yaml
 
+Flags = TypeVar("Flags")
 STAGES = ("stage1", "stage2", "stage3", "sft")
 EXAMPLES = """examples:
   spark-nemo plan --stage stage3 --nodes 6 +experiment=spark/base
-  spark-nemo plan --stage stage3 --nodes 24 --policy-gpus 32 --verifier-gpus 32 --check +experiment=spark/base_70b
+  spark-nemo plan --stage stage3 --nodes 24 --policy-gpus 32 --verifier-gpus 32 --check \\
+      +experiment=spark/base_70b
   spark-nemo plan --stage stage2 --model Qwen2.5-72B-Instruct --nodes 16 --json
-  spark-nemo plan --stage sft --model Qwen2.5-Math-7B --nodes 1 --gpu-memory-gb 141 megatron.recompute_granularity=full
+  spark-nemo plan --stage sft --model Qwen2.5-Math-7B --nodes 1 --gpu-memory-gb 141 \\
+      megatron.recompute_granularity=full
 
-It reads config.json files and starts nothing. Memory is counted (docs/planning.md says how well), times are arithmetic
-on the rates printed below them: set them to what your cluster achieves. Exit status 2 when nothing fits; the message
-says what is missing and which setting helps."""
+It reads config.json files and starts nothing. Memory is counted (docs/planning.md says how well),
+times are arithmetic on the rates printed below them: set them to what your cluster achieves. Exit
+status 2 when nothing fits; the message says what is missing and which setting helps."""
 
 
 def add_plan_command(commands: argparse._SubParsersAction) -> None:
-    """The subcommand ``plan``."""
+    """Add the ``plan`` command."""
     parser = commands.add_parser(
         "plan",
         help="memory per rank, layouts that fit, and estimated step times on a cluster",
@@ -36,7 +38,7 @@ def add_plan_command(commands: argparse._SubParsersAction) -> None:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Add the arguments of ``plan``."""
     from spark_nemo.planning.cluster import Cluster, Rates
 
     parser.add_argument(
@@ -71,12 +73,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         Cluster,
         {
             "gpus_per_node": "",
-            "gpu_memory_gb": "10^9 bytes of one GPU as CUDA tells them: 79.1 GiB on an H100 of 80 GB",
+            "gpu_memory_gb": "10^9 bytes of one GPU as CUDA reports them: "
+            "79.1 GiB on an H100 of 80 GB",
             "reserve": "share of it for CUDA, NCCL and fragmentation",
         },
     )
     rates = parser.add_argument_group(
-        "rates", "What is achieved. The defaults are assumptions for H100 in bfloat16."
+        "rates", "Achieved rates. The defaults are assumptions for H100 in bfloat16."
     )
     _flags(
         rates,
@@ -116,29 +119,31 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         print(config_yaml(config), end="")
         return 0
-    engine_gpus = {
-        role: value
-        for role in ("policy", "verifier")
-        if (value := getattr(arguments, f"{role}_gpus")) is not None
-    }
+    engine_gpus = {"policy": arguments.policy_gpus, "verifier": arguments.verifier_gpus}
+    engine_gpus = {role: gpus for role, gpus in engine_gpus.items() if gpus is not None}
     if engine_gpus and arguments.stage not in ("stage1", "stage3"):
         raise ConfigError(
-            f"--{min(engine_gpus)}-gpus has no effect with --stage {arguments.stage}: no engine runs"
+            f"--{min(engine_gpus)}-gpus has no effect with --stage {arguments.stage}: "
+            "no engine runs"
         )
     if arguments.check and arguments.stage == "stage1":
         raise ConfigError("--check has no effect with --stage stage1: nothing is trained")
-    given = {
-        kind: kind(**{field.name: getattr(arguments, field.name) for field in fields(kind)})
-        for kind in (Cluster, Rates)
-    }
     plan = plan_capacity(
         config,
         arguments.stage,
-        given[Cluster],
-        given[Rates],
+        _from_flags(Cluster, arguments),
+        _from_flags(Rates, arguments),
         model=arguments.model,
         engine_gpus=engine_gpus,
         check=arguments.check,
     )
-    print(json.dumps(plan_json(plan), indent=1) if arguments.json else plan_text(plan))
+    if arguments.json:
+        print(json.dumps(plan_json(plan), indent=1))
+    else:
+        print(plan_text(plan))
     return 0
+
+
+def _from_flags(kind: type[Flags], arguments: argparse.Namespace) -> Flags:
+    """Return the dataclass whose fields are flags of the command."""
+    return kind(**{field.name: getattr(arguments, field.name) for field in fields(kind)})

@@ -1,4 +1,4 @@
-"""``spark-nemo data stats|show|export|verify``: look into a store of stage I without writing to it."""
+"""``spark-nemo data stats|show|export|verify``: inspect a stage I store without writing to it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXAMPLES = """examples:
 
 
 def add_data_commands(commands: argparse._SubParsersAction) -> None:
-    """The ``data`` command and its four subcommands."""
+    """Add the ``data`` command and its four subcommands."""
     data = commands.add_parser(
         "data",
         help="look into a stage I store: stats, show, export, verify",
@@ -59,8 +59,9 @@ def add_data_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def store_folder(run: Path) -> Path:
-    """The store of a run folder, or the folder itself when it is one. Raises ``ConfigError`` when
-    there is neither.
+    """Return the store of a run folder, or the folder itself if it is a store.
+
+    Raises ``ConfigError`` if there is neither.
     """
     for folder in (run / "stage1/store", run / "store", run):
         if folder.is_dir() and shard_paths(folder):
@@ -71,26 +72,25 @@ def store_folder(run: Path) -> Path:
 
 
 def read_store_fingerprint(folder: Path) -> dict[str, object]:
-    """What stage I wrote beside the store about how its records were made; empty when it is not
-    there.
-    """
+    """Return the fingerprint that stage I wrote next to the store; empty if the file is missing."""
     path = folder.parent / "fingerprint.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def label_files(folder: Path) -> list[Path]:
-    """One labels.jsonl of every method that stage II labelled this store by: its models of all
-    kinds have the same.
-    """
-    found = (
-        sorted(folder.parent.parent.glob("stage2/*/labels.jsonl"))
-        if folder.parent.name == "stage1"
-        else []
-    )
+    """Return one labels.jsonl of every method that stage II labelled this store by."""
+    if folder.parent.name != "stage1":
+        return []
     by_method: dict[str, Path] = {}
-    for path in found:
+    for path in sorted(folder.parent.parent.glob("stage2/*/labels.jsonl")):
+        # The folder is <method> or <method>-<variant>; all variants of a method have the same
+        # labels.
         method, _, variant = path.parent.name.rpartition("-")
-        by_method.setdefault(method if variant in VARIANTS else path.parent.name, path)
+        if variant not in VARIANTS:
+            method = path.parent.name
+        by_method.setdefault(method, path)
     return list(by_method.values())
 
 
@@ -119,7 +119,10 @@ def _stats(arguments: argparse.Namespace) -> int:
         path.stem.removeprefix("stats-"): json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(folder.parent.glob("stats-*.json"))
     }
-    print(json.dumps(figures, indent=2) if arguments.json else "\n".join(_table(figures)))
+    if arguments.json:
+        print(json.dumps(figures, indent=2))
+    else:
+        print("\n".join(_table(figures)))
     return 0
 
 
@@ -139,15 +142,18 @@ def _table(figures: dict[str, dict]) -> Iterator[str]:
         yield f"  {votes:<26}{solutions:>10}"
     yield "\nshards"
     for shard, kinds in figures["shards"].items():
-        yield f"  {shard}: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}"
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        yield f"  {shard}: {counts}"
     if figures["corrupt_records"] or figures["torn_tails"]:
         yield (
-            f"\n{figures['corrupt_records']} corrupt records, {figures['torn_tails']} unfinished ones at the end of "
-            "a shard: see `spark-nemo data verify`"
+            f"\n{figures['corrupt_records']} corrupt records, "
+            f"{figures['torn_tails']} unfinished ones at the end of a shard: "
+            "see `spark-nemo data verify`"
         )
     for name, run in figures["runs"].items():
         failures = run.pop("engine_failures", {})
-        yield f"\nlast run of {name}: {', '.join(f'{key} {value}' for key, value in run.items())}"
+        counts = ", ".join(f"{key} {value}" for key, value in run.items())
+        yield f"\nlast run of {name}: {counts}"
         for reason, count in failures.items():
             yield f"  engine failed {count} times: {reason}"
 
@@ -165,9 +171,10 @@ def _show(arguments: argparse.Namespace) -> int:
         shard, offset = store.location(key, kind) or ("", 0)
         parent = store.parent(key, kind)
     text = payload.pop("text", None)
-    print(
-        f"{kind} {key}\n  in {shard} at byte {offset}" + (f"\n  parent: {parent}" if parent else "")
-    )
+    print(f"{kind} {key}")
+    print(f"  in {shard} at byte {offset}")
+    if parent:
+        print(f"  parent: {parent}")
     for name, value in payload.items():
         print(f"  {name}: {value if isinstance(value, str) else json.dumps(value)}")
     if text is not None:
@@ -185,12 +192,14 @@ def _export(arguments: argparse.Namespace) -> int:
         if arguments.kind == LABEL:
             if not files:
                 raise ConfigError(
-                    f"{arguments.run_folder}: no stage2/*/labels.jsonl there: run `spark-nemo stage2`"
+                    f"{arguments.run_folder}: no stage2/*/labels.jsonl there: "
+                    "run `spark-nemo stage2`"
                 )
             rows = label_rows(files)
         elif arguments.kind is not None and arguments.kind not in store.kinds():
             raise ConfigError(
-                f"--kind {arguments.kind}: the store has {', '.join(store.kinds())}; stage II has label"
+                f"--kind {arguments.kind}: the store has {', '.join(store.kinds())}; "
+                "stage II has label"
             )
         else:
             rows = (row for kind in kinds for row in store_rows(store, kind))
@@ -203,14 +212,20 @@ def _verify(arguments: argparse.Namespace) -> int:
     from spark_nemo.verification.fsck import audit_store
 
     folder = store_folder(arguments.run_folder)
-    # Opening the store logs what the audit says again.
+    # Opening the store logs the problems that the audit prints.
     store_log = logging.getLogger("spark_nemo.records.store")
-    level, wrong, notes = store_log.level, 0, 0
+    level = store_log.level
     store_log.setLevel(logging.ERROR)
+    wrong = 0
+    notes = 0
     try:
         for finding in audit_store(folder, read_store_fingerprint(folder) or None):
-            wrong, notes = wrong + (not finding.harmless), notes + finding.harmless
-            print(f"{'note: ' if finding.harmless else ''}{finding}", flush=True)
+            if finding.harmless:
+                notes += 1
+                print(f"note: {finding}", flush=True)
+            else:
+                wrong += 1
+                print(finding, flush=True)
     finally:
         store_log.setLevel(level)
     print(f"{folder}: {len(shard_paths(folder))} shards read, {wrong} findings, {notes} notes")

@@ -1,6 +1,4 @@
-"""``spark-nemo evaluate math|processbench|compare``: score a model, or outputs that were saved
-before.
-"""
+"""``spark-nemo evaluate math|processbench|compare``: score a model or saved outputs."""
 
 from __future__ import annotations
 
@@ -20,7 +18,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = """examples:
   spark-nemo evaluate math --model runs/first/stage3/process_aware/model +experiment=toy
-  spark-nemo evaluate processbench --model models/chat --critic --data gsm8k.json math.json +experiment=spark/base
+  spark-nemo evaluate processbench --model models/chat --critic --data gsm8k.json math.json \\
+      +experiment=spark/base
   spark-nemo evaluate processbench --predictions run1.jsonl run2.jsonl --data gsm8k.json
   spark-nemo evaluate compare a.jsonl b.jsonl --data math500.jsonl aime24.jsonl
 """
@@ -85,7 +84,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def add_evaluate_arguments(kind: str, command: argparse.ArgumentParser) -> None:
-    """``--model`` with a configuration, or ``--predictions`` with ``--data``."""
+    """Add ``--model`` (needs a configuration) and ``--predictions`` (needs ``--data``)."""
     many = "+" if kind == "processbench" else None
     source = command.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", help="Hugging Face model folder to ask; needs a configuration")
@@ -98,12 +97,16 @@ def add_evaluate_arguments(kind: str, command: argparse.ArgumentParser) -> None:
     _add_data_argument(
         command, "data.processbench" if kind == "processbench" else "data.eval_problems"
     )
-    (_add_math_arguments if kind == "math" else _add_judge_arguments)(command)
+    if kind == "math":
+        _add_math_arguments(command)
+    else:
+        _add_judge_arguments(command)
 
 
-def add_asking_arguments(command: argparse.ArgumentParser) -> None:
-    """``--model`` with the options of both benchmarks, for the plan of a job; ``refuse_the_others``
-    then looks.
+def add_job_arguments(command: argparse.ArgumentParser) -> None:
+    """Add ``--model`` and the options of both benchmarks, for the manifest of a Slurm job.
+
+    ``check_job_arguments`` rejects the options of the other benchmark.
     """
     command.add_argument("--model", help="with evaluate-*: the model folder")
     _add_data_argument(command, "the configured data")
@@ -111,9 +114,10 @@ def add_asking_arguments(command: argparse.ArgumentParser) -> None:
     _add_judge_arguments(command)
 
 
-def refuse_the_others(kind: str | None, arguments: argparse.Namespace) -> None:
-    """Raise ``ConfigError`` for an option that is not one of the benchmark ``kind``'s; None: of no
-    benchmark's.
+def check_job_arguments(kind: str | None, arguments: argparse.Namespace) -> None:
+    """Raise ``ConfigError`` for an option that benchmark ``kind`` does not have.
+
+    ``kind`` is None for a job that is not an evaluation.
     """
     given = {
         "math": {"--benchmark": arguments.benchmark, "--k": arguments.k},
@@ -126,21 +130,19 @@ def refuse_the_others(kind: str | None, arguments: argparse.Namespace) -> None:
         for name, value in options.items()
         if value
     ]
-    named += [
-        name
-        for name, value in (("--model", arguments.model), ("--data", arguments.data))
-        if value and not kind
-    ]
+    if not kind and arguments.model:
+        named.append("--model")
+    if not kind and arguments.data:
+        named.append("--data")
     if named:
-        raise ConfigError(
-            f"{named[0]}: {f'evaluate {kind}' if kind else 'this stage'} has no such option"
-        )
+        command = f"evaluate {kind}" if kind else "this stage"
+        raise ConfigError(f"{named[0]}: {command} has no such option")
     if kind and not arguments.model:
         raise ConfigError(f"evaluate {kind}: --model is missing: name the model folder")
 
 
 def add_compare_arguments(command: argparse.ArgumentParser) -> None:
-    """Two files of completions and their problems."""
+    """Add two files of completions and their problems."""
     command.add_argument(
         "first", metavar="FIRST.jsonl", help="completions that `evaluate math` saved"
     )
@@ -183,21 +185,20 @@ def _add_math_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def overrides_after_data(arguments: argparse.Namespace) -> None:
-    """Give the overrides their words that stand behind ``--data FILE...``, which argparse takes for
-    more files.
-    """
-    if arguments.data is not None:
-        words = [
-            word
-            for word in arguments.data
-            if word[:1] in "+~" or ("=" in word and not Path(word).exists())
-        ]
-        arguments.data = [word for word in arguments.data if word not in words]
-        arguments.overrides += words
+    """Move overrides after ``--data FILE...``, which argparse reads as files, to the overrides."""
+    if arguments.data is None:
+        return
+    overrides = [
+        word
+        for word in arguments.data
+        if word[:1] in "+~" or ("=" in word and not Path(word).exists())
+    ]
+    arguments.data = [word for word in arguments.data if word not in overrides]
+    arguments.overrides += overrides
 
 
 def score_saved(kind: str, arguments: argparse.Namespace) -> str:
-    """The table for ``--predictions``."""
+    """Return the table for ``--predictions``."""
     if not arguments.data:
         raise ConfigError(
             "--predictions needs --data: the file with the problems the predictions are about"
@@ -208,24 +209,29 @@ def score_saved(kind: str, arguments: argparse.Namespace) -> str:
         )
     if kind == "processbench" and (arguments.critic or arguments.votes != 1):
         raise ConfigError(
-            f"{'--critic' if arguments.critic else '--votes'} has no effect with --predictions: no model "
-            "is asked; the file says what was voted"
+            f"{'--critic' if arguments.critic else '--votes'} has no effect with --predictions: "
+            "no model is asked; the file says what was voted"
         )
     try:
-        return (_saved_processbench if kind == "processbench" else _saved_math)(arguments)
+        if kind == "processbench":
+            return _saved_processbench(arguments)
+        return _saved_math(arguments)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
 def score_model(kind: str, config: SparkConfig, arguments: argparse.Namespace) -> str:
-    """The table for ``--model``, its last line the overall figure; what the model said is saved
-    under ``run.dir/evaluate``, and the first line says how to score that again.
+    """Return the table for ``--model``; its last line is the overall figure.
+
+    The model's outputs are saved under ``run.dir/evaluate``; the first line is the command that
+    scores them again.
     """
-    name, configured = (
-        ("data.processbench", config.data.processbench)
-        if kind == "processbench"
-        else ("data.eval_problems", config.data.eval_problems)
-    )
+    if kind == "processbench":
+        name = "data.processbench"
+        configured = config.data.processbench
+    else:
+        name = "data.eval_problems"
+        configured = config.data.eval_problems
     data = arguments.data or ([configured] if configured else [])
     if not data:
         raise ConfigError(f"{name} is not set; or name files with --data")
@@ -239,7 +245,7 @@ def score_model(kind: str, config: SparkConfig, arguments: argparse.Namespace) -
 
 
 def compare_saved(arguments: argparse.Namespace) -> str:
-    """The table for ``compare``."""
+    """Return the table for ``compare``."""
     from spark_nemo.evaluation.math_compare import compare_completions
     from spark_nemo.evaluation.math_data import read_math_sets
 
@@ -253,21 +259,21 @@ def compare_saved(arguments: argparse.Namespace) -> str:
 
 
 def model_output(kind: str, config: SparkConfig, arguments: argparse.Namespace) -> Path:
-    """Where ``score_model`` saves what the model said."""
+    """Return the file in which ``score_model`` saves the model's outputs."""
     # All trained models are called `model`; the folder above tells them apart.
     name = "-".join(Path(arguments.model).resolve().parts[-2:])
-    ending = (
-        f"processbench{_judge_suffix(arguments)}.json"
-        if kind == "processbench"
-        else "completions.jsonl"
-    )
+    if kind == "processbench":
+        ending = f"processbench{_judge_suffix(arguments)}.json"
+    else:
+        ending = "completions.jsonl"
     return Path(config.run.dir) / "evaluate" / f"{name}-{ending}"
 
 
 def _judge_suffix(arguments: argparse.Namespace) -> str:
-    return ("-critic" if arguments.critic else "") + (
-        f"-{arguments.votes}votes" if arguments.votes != 1 else ""
-    )
+    suffix = "-critic" if arguments.critic else ""
+    if arguments.votes != 1:
+        suffix += f"-{arguments.votes}votes"
+    return suffix
 
 
 def _saved_processbench(arguments: argparse.Namespace) -> str:
@@ -315,19 +321,20 @@ def _model_math(
         run_async(served.engine.close())
     write_completions(output, completions)
     scores = score_sets(completions, sets, arguments.k, settings.bootstrap_samples)
-    again = _again("math", output, data) + (
-        f" --benchmark {arguments.benchmark}" if arguments.benchmark else ""
-    )
+    again = _again("math", output, data)
+    if arguments.benchmark:
+        again += f" --benchmark {arguments.benchmark}"
+    average = f"avg@{settings.samples_per_problem}"
+    sampling = f"{average}, T={settings.temperature}"
+    for name in ("top_p", "top_k"):
+        value = getattr(settings, name)
+        if value is not None:
+            sampling += f", {name}={value}"
     overall = average_estimates(scores, settings.bootstrap_samples)
-    count = settings.samples_per_problem
-    cuts = "".join(
-        f", {name}={value}"
-        for name in ("top_p", "top_k")
-        if (value := getattr(settings, name)) is not None
-    )
     return (
-        f"{again}\n{_math_table(scores)}\n{len(problems)} problems: sampled {_shown(overall[f'avg@{count}'])} "
-        f"(avg@{count}, T={settings.temperature}{cuts}), greedy {_shown(overall['greedy pass@1'])}"
+        f"{again}\n{_math_table(scores)}\n"
+        f"{len(problems)} problems: sampled {_shown(overall[average])} ({sampling}), "
+        f"greedy {_shown(overall['greedy pass@1'])}"
     )
 
 
@@ -345,13 +352,11 @@ def _model_processbench(
     from spark_nemo.evaluation.saved_predictions import read_splits
     from spark_nemo.grammar import prompt_set
 
-    if not arguments.critic:
+    if arguments.critic:
+        judge: Critic | RewardModelJudge = Critic()
+    else:
         check_names_steps(config.stage2.variant)
-    judge = (
-        Critic()
-        if arguments.critic
-        else RewardModelJudge(config.stage2.variant, prompt_set(config.stage1.prompt_set))
-    )
+        judge = RewardModelJudge(config.stage2.variant, prompt_set(config.stage1.prompt_set))
     sampling = config.stage2.eval_sampling
     check_votes(arguments.votes, sampling)
     splits = read_splits(data)
@@ -369,7 +374,10 @@ def _model_processbench(
 
 
 def _again(kind: str, output: Path, data: list[str]) -> str:
-    return f"score again with: spark-nemo evaluate {kind} --predictions {output} --data {' '.join(data)}"
+    return (
+        f"score again with: spark-nemo evaluate {kind} --predictions {output} "
+        f"--data {' '.join(data)}"
+    )
 
 
 def _processbench_table(score: SavedScore) -> str:
@@ -378,33 +386,30 @@ def _processbench_table(score: SavedScore) -> str:
     ]
     for name, split in score.splits.items():
         lines.append(
-            f"{name:<16}{100 * split.acc_error:>10.1f}{100 * split.acc_correct:>12.1f}{100 * split.f1:>8.1f}"
-            f"{split.num_error + split.num_correct:>8}{split.num_unparsed:>10}"
+            f"{name:<16}{100 * split.acc_error:>10.1f}{100 * split.acc_correct:>12.1f}"
+            f"{100 * split.f1:>8.1f}{split.num_error + split.num_correct:>8}"
+            f"{split.num_unparsed:>10}"
         )
     how = f"majority of {score.votes}" if score.votes > 1 else "one prediction per case"
-    return "\n".join(
-        [
-            *lines,
-            f"average F1 {100 * score.average:.1f} [{100 * score.interval.low:.1f}, "
-            f"{100 * score.interval.high:.1f}], {how}",
-        ]
+    lines.append(
+        f"average F1 {100 * score.average:.1f} [{100 * score.interval.low:.1f}, "
+        f"{100 * score.interval.high:.1f}], {how}"
     )
+    return "\n".join(lines)
 
 
 def _math_table(scores: Mapping[str, MathScore]) -> str:
     from spark_nemo.evaluation.saved_completions import average_estimates
 
-    parts = []
+    lines = []
     for name, score in scores.items():
-        late = (
-            f", {score.ungraded} answers not graded within the limits: wrong"
-            if score.ungraded
-            else ""
-        )
-        parts += [f"{name}: {score.problems} problems{late}", *_rows(score.estimates)]
+        title = f"{name}: {score.problems} problems"
+        if score.ungraded:
+            title += f", {score.ungraded} answers not graded within the limits: wrong"
+        lines += [title, *_rows(score.estimates)]
     if len(scores) > 1:
-        parts += [f"average of {len(scores)} benchmarks", *_rows(average_estimates(scores))]
-    return "\n".join(parts)
+        lines += [f"average of {len(scores)} benchmarks", *_rows(average_estimates(scores))]
+    return "\n".join(lines)
 
 
 def _rows(estimates: Mapping[str, Estimate]) -> list[str]:
@@ -415,9 +420,11 @@ def _comparison_table(comparison: MathComparison) -> str:
     lines = [f"{'benchmark':<16}{'':<18}{'first':>8}{'second':>8}{'first - second, 95%':>26}"]
     for row in comparison.differences:
         value, low, high = row.difference
+        difference = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+        mark = "  *" if row.differs else ""
         lines.append(
             f"{row.benchmark:<16}{row.name:<18}{row.first:>8.3f}{row.second:>8.3f}"
-            f"{f'{value:+.3f} [{low:+.3f}, {high:+.3f}]':>26}{'  *' if row.differs else ''}"
+            f"{difference:>26}{mark}"
         )
     lines.append(
         "* the interval excludes 0 (paired bootstrap over problems); unmarked: no difference shown"

@@ -1,6 +1,4 @@
-"""``spark-nemo explain RUN ID``: what a training example was made of, from the label back to the
-models.
-"""
+"""``spark-nemo explain RUN ID``: trace a training example from its label back to the models."""
 
 from __future__ import annotations
 
@@ -24,12 +22,13 @@ EXAMPLES = """examples:
 
 
 def add_explain_command(commands: argparse._SubParsersAction) -> None:
-    """The ``explain`` command."""
+    """Add the ``explain`` command."""
     command = commands.add_parser(
         "explain",
-        help="walk from a training example back to its votes, solution, problem, prompts and models",
-        description="Walk from a training example back to its votes, verifications, solution, problem, prompts and "
-        "models. RUN is a run folder, or a store folder.",
+        help="walk from a training example back to its votes, solution, problem, prompts and "
+        "models",
+        description="Walk from a training example back to its votes, verifications, solution, "
+        "problem, prompts and models. RUN is a run folder, or a store folder.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -57,7 +56,7 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def explain(lineage: Lineage, all_texts: bool, models: Mapping[str, str] = {}) -> Iterator[str]:
-    """The lines to print. ``models`` are the folders of the models by role, where they are known."""
+    """Yield the lines to print; ``models`` has the known model folders by role."""
     solution = lineage.solution
     yield f"{lineage.requested[0]} {lineage.requested[1]}"
     yield from (f"note: {note}" for note in lineage.notes)
@@ -67,7 +66,8 @@ def explain(lineage: Lineage, all_texts: bool, models: Mapping[str, str] = {}) -
     chosen = set()
     for label in lineage.labels:
         yield from _label(label, lineage)
-        if source := chosen_verification(label, lineage.descendants):
+        source = chosen_verification(label, lineage.descendants)
+        if source is not None:
             chosen.add(source.key)
     yield from _made(lineage.descendants, {*chosen, lineage.requested[1]}, all_texts)
     yield from _section(
@@ -88,12 +88,14 @@ def _label(label: Mapping[str, object], lineage: Lineage) -> Iterator[str]:
     yield from _section(
         f"label by {label['method']}", f"answer correct: {_yes(label['answer_correct'])}"
     )
-    correct, votes = evidence.pop("correct_votes", ()), evidence.pop("num_votes", 0)
+    correct = evidence.pop("correct_votes", ())
+    votes = evidence.pop("num_votes", 0)
     for step, (labelled, count) in enumerate(zip(label["step_labels"], correct), start=1):
+        verdict = "correct" if labelled else "incorrect"
         share = f", agreement {max(count, votes - count) / votes:.2f}" if votes else ""
-        yield f"  step {step}: {'correct' if labelled else 'incorrect'} ({count} of {votes} votes for correct{share})"
+        yield f"  step {step}: {verdict} ({count} of {votes} votes for correct{share})"
     for name, value in evidence.items():
-        yield f"  {name}: {value if isinstance(value, str) else json.dumps(value)}"
+        yield f"  {name}: {_as_text(value)}"
     source = chosen_verification(label, lineage.descendants)
     why = label.get("reason") or f"drawn from {evidence.get('matching_votes')} that match"
     if source is None:
@@ -101,8 +103,9 @@ def _label(label: Mapping[str, object], lineage: Lineage) -> Iterator[str]:
     elif source.payload.get("text") == label["target_text"]:
         yield f"  target: {source.kind} {source.key}, vote {evidence['chosen_vote']}: {why}"
     else:
-        yield f"  target, made from {source.kind} {source.key}, vote {evidence['chosen_vote']} ({why}):"
-        yield from ("    | " + line for line in label["target_text"].split("\n"))
+        vote = evidence["chosen_vote"]
+        yield f"  target, made from {source.kind} {source.key}, vote {vote} ({why}):"
+        yield from _quoted(label["target_text"])
     shown = {
         "method",
         "solution",
@@ -114,13 +117,15 @@ def _label(label: Mapping[str, object], lineage: Lineage) -> Iterator[str]:
     }
     for name, value in label.items():
         if name not in shown:
-            yield f"  {name}: {value if isinstance(value, str) else json.dumps(value)}"
+            yield f"  {name}: {_as_text(value)}"
 
 
 def _votes(descendants: Sequence[Descendant]) -> Iterator[str]:
-    """The votes per step of a solution without a label."""
+    """Yield the votes per step of a solution without a label."""
     verdicts = [
-        outcome_from_json(d.payload["outcome"]) for d in descendants if d.kind == VERIFICATION
+        outcome_from_json(record.payload["outcome"])
+        for record in descendants
+        if record.kind == VERIFICATION
     ]
     count = count_votes(verdicts)
     for step, votes in enumerate(count.correct_votes, start=1):
@@ -128,16 +133,15 @@ def _votes(descendants: Sequence[Descendant]) -> Iterator[str]:
 
 
 def _made(descendants: Sequence[Descendant], in_full: set[str], all_texts: bool) -> Iterator[str]:
-    yield from _section(
-        "made of the solution", "nothing" if not descendants else f"{len(descendants)} records"
-    )
+    records = f"{len(descendants)} records" if descendants else "nothing"
+    yield from _section("made of the solution", records)
     for record in descendants:
         vote = f" vote {record.payload['vote']}" if "vote" in record.payload else ""
         about = "" if record.kind == VERIFICATION else f" of {record.parent}"
         yield f"  {record.kind} {record.key}{vote}{about}: {_outcome(record.payload)}"
-        # Other kinds are few, and they are what a merged label came from.
+        # A merged label comes from records of other kinds: always print these, they are few.
         if all_texts or record.key in in_full or record.kind != VERIFICATION:
-            yield from ("    | " + line for line in str(record.payload.get("text", "")).split("\n"))
+            yield from _quoted(str(record.payload.get("text", "")))
 
 
 def _outcome(payload: Mapping[str, object]) -> str:
@@ -154,29 +158,32 @@ def _outcome(payload: Mapping[str, object]) -> str:
 
 def _fingerprint(fingerprint: Mapping[str, object], models: Mapping[str, str]) -> Iterator[str]:
     for name, value in fingerprint.items():
-        where = (
-            f" ({models[name.removeprefix('models.')]})"
-            if name.removeprefix("models.") in models
-            else ""
-        )
-        yield f"{name}: {value if isinstance(value, str) else json.dumps(value)}{where}"
+        role = name.removeprefix("models.")
+        where = f" ({models[role]})" if role in models else ""
+        yield f"{name}: {_as_text(value)}{where}"
 
 
 def _model_folders(folder: Path) -> dict[str, str]:
-    """By role, from the configuration that the pipeline left in the run folder, where it did."""
+    """Return the model folders by role from the pipeline's config.yaml; empty without the file."""
     path = folder.parent.parent / "config.yaml"
     if folder.parent.name != "stage1" or not path.is_file():
         return {}
-    return {
-        role: name
-        for role, name in yaml.safe_load(path.read_text(encoding="utf-8"))["models"].items()
-        if name
-    }
+    models = yaml.safe_load(path.read_text(encoding="utf-8"))["models"]
+    return {role: name for role, name in models.items() if name}
 
 
 def _section(title: str, text: str) -> Iterator[str]:
     yield f"\n== {title}"
     yield text
+
+
+def _quoted(text: str) -> Iterator[str]:
+    for line in text.split("\n"):
+        yield f"    | {line}"
+
+
+def _as_text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _yes(value: object) -> str:

@@ -1,4 +1,4 @@
-"""The ``spark-nemo`` command: one subcommand per stage, the whole pipeline, and tools around them."""
+"""The ``spark-nemo`` command: subcommands for each stage, the whole pipeline, and tools."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ EXAMPLES = """examples:
   spark-nemo plan --stage stage3 --nodes 6 +experiment=spark/base
   spark-nemo COMMAND --help
 
-exit status: 0 finished, 2 invalid input (one line on stderr), 3 stopped on request (the same command
-resumes), 130 interrupted
+exit status: 0 finished, 2 invalid input (one line on stderr), 3 stopped on request (the same
+command resumes), 130 interrupted
 """
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from spark_nemo.cli.arguments import add_command, add_config_arguments, configured
-from spark_nemo.cli.evaluate import add_asking_arguments, model_output, refuse_the_others
+from spark_nemo.cli.evaluate import add_job_arguments, check_job_arguments, model_output
 from spark_nemo.config import ConfigError, SparkConfig
 from spark_nemo.run.compose import compose_config
 from spark_nemo.run.run_folder import DONE, reward_model_path
@@ -31,7 +31,7 @@ def add_slurm_manifest_command(commands: argparse._SubParsersAction) -> None:
     )
     add_config_arguments(command)
     command.add_argument("--stage", choices=JOBS, required=True)
-    add_asking_arguments(command)
+    add_job_arguments(command)
 
 
 def _slurm_manifest(arguments: argparse.Namespace) -> int:
@@ -51,7 +51,7 @@ def slurm_manifest(config: SparkConfig, arguments: argparse.Namespace) -> str:
     cannot run.
     """
     stage = arguments.stage
-    refuse_the_others(
+    check_job_arguments(
         stage.removeprefix("evaluate-") if stage.startswith("evaluate-") else None, arguments
     )
     lines = {"RUN_DIR": str(Path(config.run.dir).resolve()), "ENGINE": config.engine.kind}
@@ -75,8 +75,8 @@ def _chain(config: SparkConfig) -> dict[str, str]:
 
     if config.pipeline.rounds > 1:
         raise ConfigError(
-            f"pipeline.rounds={config.pipeline.rounds}: slurm/pipeline.sh submits one round; later ones "
-            "run with spark-nemo pipeline, or stage by stage"
+            f"pipeline.rounds={config.pipeline.rounds}: slurm/pipeline.sh submits one round; "
+            "later ones run with spark-nemo pipeline, or stage by stage"
         )
     check_pipeline(config)
     claim_run_folder(config)
@@ -84,8 +84,10 @@ def _chain(config: SparkConfig) -> dict[str, str]:
 
 
 def _jobs(config: SparkConfig) -> Iterator[tuple[str, str]]:
-    """The chain's reward models and arms: its folder's name, for an arm its reward model's (``-``
-    for none of this chain), and the overrides that make it, parted by tabs.
+    """Yield the reward models and RL variants of the pipeline, one tab-separated line each.
+
+    A line has the folder's name and the overrides of the job; an RL variant has its reward model's
+    name in between, or ``-`` if the pipeline does not train that model.
     """
     from spark_nemo.run.job_graph import build_job_graph
 
@@ -117,7 +119,7 @@ def _part(stage: str, config: SparkConfig, arguments: argparse.Namespace) -> dic
     _check_stage(stage, config)
     folder = STAGES[stage].folder(config)
     ranks = config.megatron.world_size if STAGES[stage].trained_model is not None else 1
-    # Only stage III's number of steps is known before the job runs; 0 stands for unknown.
+    # Only stage III's number of steps is known before the job runs; 0 means unknown.
     total = config.rl.steps if stage == "stage3" else 0
     return {
         "STAGE_RUN": str(folder.relative_to(config.run.dir)),
@@ -142,9 +144,7 @@ def _check_stage(stage: str, config: SparkConfig) -> None:
 
 
 def _servers(config: SparkConfig) -> Iterator[tuple[str, str]]:
-    """How each role's servers are started on a node of their own, from the pool that would launch
-    them here.
-    """
+    """Yield the launch settings of each role's servers on a node of their own, from its pool."""
     from spark_nemo.engines.sglang.launch import CONTEXT_RESERVE
     from spark_nemo.models.hf_config import read_hf_config
     from spark_nemo.planning.preflight import reward_model_folder

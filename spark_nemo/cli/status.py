@@ -7,7 +7,7 @@ is working on them. A stage run has the name of its folder, such as ``stage1/sha
 ::
 
     run.dir/logs/
-      chain.tsv                               stage run and job id of what slurm/pipeline.sh submitted
+      chain.tsv                               stage run and id of each job of slurm/pipeline.sh
       slurm/                                  output of the chain's batch scripts
       <stage run>/latest -> <job>.<restart>   one folder per job and restart
       <stage run>/<job>.<restart>/            state, job.log, one log per role and rank, error.txt
