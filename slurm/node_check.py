@@ -45,16 +45,19 @@ def trouble(arguments: argparse.Namespace) -> str:
     """Return what is wrong on this node, or an empty string."""
     for path in [arguments.canary, *arguments.needs]:
         if not Path(path).exists():
-            return f"does not see {path}: is it on a file system that all nodes share, and mounted in the image?"
+            return (
+                f"does not see {path}: is it on a file system that all nodes share, "
+                "and mounted in the image?"
+            )
     try:
         socket.getaddrinfo(arguments.head, None)
     except OSError as error:
         return f"cannot resolve the head node {arguments.head}: {error}"
     if int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1 and (name := unreachable_name()):
         return (
-            f"resolves its own name {name} to itself alone (127...), where servers and gloo would listen "
-            "unreachable for the other nodes: correct /etc/hosts, or for gloo alone set GLOO_SOCKET_IFNAME in "
-            "slurm/site.env"
+            f"resolves its own name {name} to itself alone (127...), where servers and gloo would "
+            "listen unreachable for the other nodes: correct /etc/hosts, or for gloo alone set "
+            "GLOO_SOCKET_IFNAME in slurm/site.env"
         )
     if arguments.gpus:
         counted = subprocess.run(
@@ -63,8 +66,9 @@ def trouble(arguments: argparse.Namespace) -> str:
         found = counted.stdout.strip()
         if found != str(arguments.gpus):
             return (
-                f"has {found or 'no'} GPUs of GPUS_PER_NODE={arguments.gpus} ({arguments.gpu_count}; a step sees "
-                "those that the job asked for, as with sbatch --gpus-per-node: --exclusive alone asks for none) "
+                f"has {found or 'no'} GPUs of GPUS_PER_NODE={arguments.gpus} "
+                f"({arguments.gpu_count}; a step sees those that the job asked for, as with sbatch "
+                "--gpus-per-node: --exclusive alone asks for none) "
                 f"{counted.stderr.strip()}"
             )
     return ""
@@ -90,7 +94,7 @@ def unreachable_name() -> str:
 
 
 def first_free(first: int, count: int) -> int:
-    """Return the first of ``count`` free neighbouring ports, or 0 if there are none near ``first``."""
+    """Return the first of ``count`` free neighbouring ports near ``first``; 0 if there are none."""
     for start in range(first, first + TRIED_PORTS):
         if all(is_free(port) for port in range(start, start + count)):
             return start

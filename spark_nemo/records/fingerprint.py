@@ -34,7 +34,7 @@ _UNSET = "<not set>"
 def settings_fingerprint(config: object, names: Sequence[str]) -> dict[str, object]:
     """Return the fingerprint of the settings ``names`` of ``config``.
 
-    A name is a dotted path; the name of a section stands for every setting in it. Settings that
+    A name is a dotted path; the name of a section means every setting in it. Settings that
     name a file, a model folder or a record store count by their content.
     """
     fingerprint: dict[str, object] = {}
@@ -99,7 +99,7 @@ def model_fingerprint(folder: str | Path) -> str:
 
 
 def content_fingerprint(path: str | Path) -> str | None:
-    """Return a digest of the file, model folder or record store at ``path``; None for anything else.
+    """Return a digest of the file, model folder or record store at ``path``; None otherwise.
 
     A record store counts by the names and sizes of its files: they are only appended to.
     """

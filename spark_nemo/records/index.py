@@ -28,10 +28,11 @@ _FORMAT = 1
 _CACHE_KIB = 2048
 _PAGE = 512
 _SCHEMA = """
-CREATE TABLE shard (id INTEGER PRIMARY KEY, name TEXT UNIQUE, scanned INTEGER, last INTEGER, checksum TEXT);
+CREATE TABLE shard (id INTEGER PRIMARY KEY, name TEXT UNIQUE, scanned INTEGER, last INTEGER,
+                    checksum TEXT);
 CREATE TABLE kind (id INTEGER PRIMARY KEY, name TEXT UNIQUE);
-CREATE TABLE record (id INTEGER PRIMARY KEY, kind INTEGER, key TEXT, parent TEXT, shard INTEGER, start INTEGER,
-                     length INTEGER);
+CREATE TABLE record (id INTEGER PRIMARY KEY, kind INTEGER, key TEXT, parent TEXT, shard INTEGER,
+                     start INTEGER, length INTEGER);
 CREATE UNIQUE INDEX by_key ON record (kind, key);
 """
 _COLUMNS = "record.id, record.key, record.parent, record.shard, record.start, record.length"
@@ -123,7 +124,8 @@ class StoreIndex:
         """Add ``(kind, key, parent, shard, start, length)``; the first record of a key counts."""
         rows = [(self._kind(kind), *rest) for kind, *rest in records]
         self._database.executemany(
-            "INSERT OR IGNORE INTO record (kind, key, parent, shard, start, length) VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT OR IGNORE INTO record (kind, key, parent, shard, start, length) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
             rows,
         )
         self.pending += len(rows)
@@ -191,7 +193,8 @@ class StoreIndex:
     def counts(self) -> dict[tuple[str, str], int]:
         """Number of records by shard name and kind."""
         rows = self._database.execute(
-            "SELECT shard.name, kind.name, count(*) FROM record JOIN shard ON shard.id=record.shard "
+            "SELECT shard.name, kind.name, count(*) FROM record "
+            "JOIN shard ON shard.id=record.shard "
             "JOIN kind ON kind.id=record.kind GROUP BY record.shard, record.kind"
         )
         return {(shard, kind): number for shard, kind, number in rows}
@@ -199,7 +202,8 @@ class StoreIndex:
     def children_per_parent(self, kind: str) -> dict[int, int]:
         """Number of parents by their number of children of this kind."""
         rows = self._database.execute(
-            "SELECT children, count(*) FROM (SELECT count(*) AS children FROM record WHERE kind=? AND parent NOTNULL "
+            "SELECT children, count(*) FROM "
+            "(SELECT count(*) AS children FROM record WHERE kind=? AND parent NOTNULL "
             "GROUP BY parent) GROUP BY children",
             (self._kinds.get(kind),),
         )
@@ -252,7 +256,10 @@ class IndexFile:
     """A writer's own index file, under a lock that the kernel releases when the process ends."""
 
     def __init__(self, store: Path, writer_name: str) -> None:
-        """Lock the file. Raises ``OSError`` if another process has it or the folder is read-only."""
+        """Lock the file.
+
+        Raises ``OSError`` if another process has it or the folder is read-only.
+        """
         folder = store / INDEX_FOLDER
         folder.mkdir(exist_ok=True)
         # By host: on a network file system a lock may hold on its own node only.

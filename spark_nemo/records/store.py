@@ -82,7 +82,8 @@ class RecordStore:
             fsync_path(self.folder.parent)
         elif not self.folder.is_dir():
             raise FileNotFoundError(
-                f"{self.folder}: no record store here; check the path or run the earlier stage first"
+                f"{self.folder}: no record store here; "
+                "check the path or run the earlier stage first"
             )
         self._open_index()
 
@@ -97,7 +98,7 @@ class RecordStore:
         self._ask(self._scan_all)
 
     def append(self, key: str, kind: str, payload: Payload, *, parent: str | None = None) -> bool:
-        """Write one record; return False without writing if the key of this kind is in the store."""
+        """Write one record; return False if the store already has the key of this kind."""
         if self._writer_name is None:
             raise ValueError(f"{self.folder}: opened without a writer_name, so for reading only")
         if not key or not kind or parent == "" or not isinstance(payload, dict):
@@ -222,7 +223,7 @@ class RecordStore:
                 yield entry.key, payload
 
     def _read(self, kind: str, entry: Entry) -> Payload | None:
-        """Payload at an entry; None if the line is damaged, which is then dropped from the index."""
+        """Return the payload at an entry; None, and drop the entry, if the line is damaged."""
         body = checked_body(os.pread(self._file(entry.shard).fileno(), entry.length, entry.start))
         if body is not None:
             data = json.loads(body)

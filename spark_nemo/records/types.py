@@ -233,11 +233,13 @@ class LabelledSolution:
     def reason(self) -> str:
         """Explanation of the choice, for people."""
         evidence = self.evidence
+        matching = f"one of {evidence.matching_votes} votes with the majority's"
         chosen = {
             "first_vote": "the first vote",
-            "verdict_majority": f"one of {evidence.matching_votes} votes with the majority's verdict",
-            "step_majority": f"one of {evidence.matching_votes} votes with the majority's label on every step",
-            "closest_to_step_majority": "no vote has the majority's label on every step; this one is closest",
+            "verdict_majority": f"{matching} verdict",
+            "step_majority": f"{matching} label on every step",
+            "closest_to_step_majority": "no vote has the majority's label on every step; "
+            "this one is closest",
         }.get(evidence.chosen_by, evidence.chosen_by)
         if evidence.merge_key is not None:
             return f"{chosen}, merged with a critique of it"

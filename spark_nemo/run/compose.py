@@ -1,14 +1,14 @@
-"""Compose the configuration: dataclasses hold every default, ``conf/`` and the command line say what
-differs.
+"""Compose the configuration from dataclass defaults, recipes in ``conf/``, and the command line.
 
 Hydra reads the command line and decides which options and recipes are chosen, and in which order
 they count. Merging them is done here, because Hydra knows neither of two rules:
 
 * A key that the chosen options do not have is an error that names the nearest valid key.
-* A recipe's setting goes with the option it was written for. When the command line or another recipe
-  chooses a different option (``+experiment=toy rl/kl=none``), the recipe's settings that the new
-  option does not share are left out. ``++rl/reward=rlvr`` does the same to the command line: it
-  leaves out what the words before it set for another option. Jobs of the pipeline are made so.
+* A recipe's setting goes with the option it was written for. When the command line or another
+  recipe chooses a different option (``+experiment=toy rl/kl=none``), the recipe's settings that
+  the new option does not share are left out. ``++rl/reward=rlvr`` does the same to the command
+  line: it leaves out what the words before it set for another option. Jobs of the pipeline are
+  made so.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _RECIPES = ("experiment", "engine")
 
 
 def config_folder() -> Path:
-    """Return ``conf/``: of $SPARK_NEMO_CONF, the installed package, or the checkout, in that order."""
+    """Return ``conf/``: $SPARK_NEMO_CONF, else the installed package's, else the checkout's."""
     package = Path(__file__).resolve().parents[1]
     named = os.environ.get("SPARK_NEMO_CONF")
     candidates = [Path(named)] if named else [package / "conf", package.parent / "conf"]
@@ -432,7 +432,10 @@ def _one_line(error: BaseException) -> str:
     for cause in causes:
         if isinstance(cause, OverrideParseException):
             reason = " ".join(str(cause.message).split("\n")[0].split())
-            return f"override {cause.override!r} cannot be read ({reason}): quote a value with special signs"
+            return (
+                f"override {cause.override!r} cannot be read ({reason}): "
+                "quote a value with special signs"
+            )
         if isinstance(cause, MissingMandatoryValue):
             return f"{cause.full_key}: has to be set"
     # Hydra wraps OmegaConf's error; the outer one names the override, the inner one the reason.

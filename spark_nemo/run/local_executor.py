@@ -173,7 +173,7 @@ def _progress(folder: Path) -> str:
 
 
 def _last_error(log_file: Path) -> str:
-    """Return the last attempt's one-line error, or else its last line that is not a progress bar."""
+    """Return the last attempt's one-line error, or its last line that is not a progress bar."""
     text = log_file.read_text(errors="replace").rpartition(_LOG_START)[2]
     _, found, error = text.rpartition(_ERROR)
     if found:

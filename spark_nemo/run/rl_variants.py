@@ -75,8 +75,8 @@ def pipeline_rl_variants(config: SparkConfig) -> list[RLVariant]:
             found.append(RLVariant(design, None))
         elif not supported:
             raise ConfigError(
-                f"pipeline.rewards has {design}, which needs step labels, and an ORM produces none: "
-                "add prm or prm_cot to pipeline.variants, or remove it"
+                f"pipeline.rewards has {design}, which needs step labels, and an ORM produces "
+                "none: add prm or prm_cot to pipeline.variants, or remove it"
             )
         else:
             found += [RLVariant(design, kind) for kind in supported]

@@ -5,16 +5,21 @@
     run.dir/
       config.yaml           the resolved configuration
       data/                 problem files made for the toy task
-      sft/                  data.json, metrics.jsonl, checkpoints/, model/ of the policy's format SFT
-      stage1/store/         shards of solutions and verifications     stage1/stats-*.json, token_accounting-*.json
-      stage2/<method>/      labels.jsonl, metrics.jsonl, checkpoints/, model/, processbench.json: a PRM-CoT
-      stage2/<method>-<variant>/   the same of a PRM; an ORM (method-orm) has whole_solution.json instead
-      stage3/<design>/      metrics.jsonl, checkpoints/, evaluations.jsonl, samples.jsonl, verifier.jsonl, timing.jsonl,
-                            hacking.jsonl, top_rewards.jsonl, model/: a reward design with a PRM-CoT, or a baseline
+      sft/                  data.json, metrics.jsonl, checkpoints/, model/ of the format SFT
+      stage1/store/         shards of solutions and verifications
+      stage1/               stats-*.json, token_accounting-*.json
+      stage2/<method>/      labels.jsonl, metrics.jsonl, checkpoints/, model/, processbench.json of
+                            a PRM-CoT
+      stage2/<method>-<variant>/   the same of a PRM; an ORM has whole_solution.json instead
+      stage3/<design>/      metrics.jsonl, checkpoints/, evaluations.jsonl, samples.jsonl,
+                            verifier.jsonl, timing.jsonl, hacking.jsonl, top_rewards.jsonl, model/
+                            of a reward design with a PRM-CoT, or of a baseline
       stage3/<design>-<variant>/   the same with another kind of reward model
-      DONE.json             in a finished stage run's folder: its figures and fingerprint (see completion.py)
-      LOCK                  the process that works on it: here the pipeline, in a stage run's folder its main rank
-      round-<n>/            stage1/ and stage2/ of a later round, whose verifier is the reward model before it
+      DONE.json             in a finished stage run's folder: its figures and fingerprint
+      LOCK                  process that holds the folder: here the pipeline, in a stage run's
+                            folder its main rank
+      round-<n>/            stage1/ and stage2/ of a later round, whose verifier is the reward model
+                            of the round before
       summary.json, report.html
 """
 

@@ -151,7 +151,7 @@ def _write_owner(file: int) -> None:
     }
     os.ftruncate(file, 0)
     os.pwrite(file, json.dumps(owner).encode(), 0)
-    # The file stays open while the lock is held: without a sync NFS shows other nodes an empty file.
+    # The file stays open while locked: without a sync NFS shows other nodes an empty file.
     os.fsync(file)
 
 

@@ -1,8 +1,8 @@
-"""What each stage reads, makes, and may change on resume: one table for every check.
+"""Inputs, outputs and resume rules of each stage: one table for every check.
 
 Preflight, ``--dry-run``, the Slurm manifest, the completion check, the resume checks and
-``spark-nemo status`` read it. Names are dotted setting paths; the name of a section stands for
-every setting in it.
+``spark-nemo status`` read it. Names are dotted setting paths; the name of a section means every
+setting in it.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class StageSpec:
     trained_model: str | None = None
     """Setting of the model that the trainer ranks hold."""
     same_on_resume: tuple[str, ...] = ()
-    """What an unfinished run of stage III must not change.
+    """Settings that an unfinished run of stage III must not change.
 
-    The other stages compare fingerprints of their own: stage I the one of its store, fine-tuning
-    the one of the tokens it trains on.
+    The other stages compare fingerprints of their own: stage I its store's, fine-tuning the
+    fingerprint of the tokens it trains on.
     """
     free_on_resume: tuple[str, ...] = ()
     """Exceptions below ``same_on_resume``; of two names that match, the longer one decides."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary file that replaces ``path`` when the block succeeds; remove it otherwise."""
+    """Yield a temporary file that replaces ``path`` if the block succeeds; remove it otherwise."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")

@@ -49,4 +49,4 @@ class _LineWriter:
             self._target.flush()
 
     def flush(self) -> None:
-        """Do nothing: ``write`` flushes every line."""
+        """Return at once: ``write`` flushes every line."""
