@@ -44,16 +44,14 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_a_bad_setting_is_named(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, override: str, named: str
 ) -> None:
-    """Proves unknown keys, wrong types, and values without effect are refused; not every knob is
-    listed.
-    """
+    """Unknown keys, wrong types and values without effect are rejected; a sample of settings."""
     assert named in error_of(capsys, "stage3", *TOY, f"run.dir={tmp_path}", override)
 
 
 def test_a_missing_model_folder_is_named(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Proves each stage refuses a folder without a model before it writes results."""
+    """Each stage rejects a folder without a model before it writes results."""
     for stage, field in (("stage1", "models.generator"), ("stage3", "models.policy")):
         message = error_of(
             capsys,
@@ -67,11 +65,12 @@ def test_a_missing_model_folder_is_named(
     assert not (tmp_path / "stage1/store").exists()
 
 
-def test_a_model_that_the_embedded_engine_does_not_serve_is_refused_before_any_work(
+def test_a_model_that_the_embedded_engine_does_not_serve_is_rejected_before_any_work(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Proves it for a verifier and a reward model of another family, which the default engine would
-    only refuse when it loads them. That servers take them is not looked at.
+    """A verifier and a reward model of another family fail the check, not the engine's loading.
+
+    Whether servers support them is not tested here.
     """
     other = shutil.copytree(ASSETS / "verifier", tmp_path / "llama")
     config = json.loads((other / "config.json").read_text())
@@ -185,11 +184,12 @@ def test_a_dry_run_reads_the_data_that_are_here(
 
 
 @pytest.mark.parametrize("layout", ["megatron.tensor_parallel=3", "megatron.pipeline_parallel=3"])
-def test_a_layout_that_does_not_fit_the_model_is_refused_before_ranks_start(
+def test_a_layout_that_does_not_fit_the_model_is_rejected_before_ranks_start(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, layout: str
 ) -> None:
-    """Proves TP must divide the heads and PP the layers, said by the launching process and not by
-    three tracebacks.
+    """TP must divide the heads and PP the layers.
+
+    The launching process reports it in one line; no rank prints a traceback.
     """
     message = error_of(
         capsys, "stage3", *TOY, f"run.dir={tmp_path}", layout, f"rl.reward.model={ASSETS}/verifier"

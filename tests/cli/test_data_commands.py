@@ -37,7 +37,8 @@ MADE_BY = {
 BY = [GRAMMAR_VERSION, MADE_BY["stage1.prompt_set"]]
 TEXT = "Step 1: 1+1=2\nStep 2: 2+1=3\nAnswer: 3"
 RIGHT = (
-    "## Step 1: add\nIt is 2.\n**This step is correct.**\n## Step 2: add\nIt is 3.\n**This step is correct.**\n"
+    "## Step 1: add\nIt is 2.\n**This step is correct.**\n"
+    "## Step 2: add\nIt is 3.\n**This step is correct.**\n"
     "**Verification: Is the answer correct (Yes/No)? Yes**"
 )
 OUTCOMES = [
@@ -240,7 +241,7 @@ def test_verify_names_every_fault(run: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_verify_finds_changed_settings(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Proves that a store beside another run's fingerprint.json does not pass for that run's."""
+    """A store next to another run's fingerprint.json is reported."""
     (run / "stage1/fingerprint.json").write_text(json.dumps({**MADE_BY, "models.verifier": "cccc"}))
     assert f"{len(VOTES)} findings" in output(capsys, "data", "verify", run, status=1)
 

@@ -102,9 +102,7 @@ def test_the_command_prints_every_split_and_the_average(
 def test_a_bad_prediction_row_is_named(
     tmp_path: Path, bench: list[Path], row: dict, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Proves exit 2 with file, line and field, and that a case without a prediction is no silent
-    miss.
-    """
+    """Exit status 2 with file, line and field; a case without a prediction is an error."""
     path = said(tmp_path, "a", [0] * 6)
     path.write_text(path.read_text() + json.dumps(row) + "\n")
     command = ["evaluate", "processbench", "--data", *map(str, bench), "--predictions", str(path)]
@@ -158,10 +156,8 @@ def test_saved_completions_are_scored_again(
     assert "pass@9" in capsys.readouterr().err
 
 
-def test_a_problem_without_completions_is_no_silent_zero(tmp_path: Path) -> None:
-    """Proves a score over half of the problems is refused, and a completion of a foreign problem
-    too.
-    """
+def test_a_problem_without_completions_is_an_error(tmp_path: Path) -> None:
+    """A problem without a completion is an error, and so is a completion of a foreign problem."""
     problems = read_math(
         lines(
             tmp_path / "amc23.jsonl", [{"id": i, "problem": "?", "answer": 1.0} for i in range(2)]
@@ -174,7 +170,7 @@ def test_a_problem_without_completions_is_no_silent_zero(tmp_path: Path) -> None
 
 
 def test_overrides_and_predictions_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
-    """Proves a configuration that nothing would read is refused."""
+    """A configuration that the command would not read is an error."""
     assert main(["evaluate", "math", "+experiment=toy", "--predictions", "a", "--data", "b"]) == 2
     assert "+experiment=toy has no effect" in capsys.readouterr().err
     assert main(["evaluate", "math", "--predictions", "a"]) == 2

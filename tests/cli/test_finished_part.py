@@ -1,5 +1,6 @@
-"""A command whose part is finished: it says so and ends, before anything is loaded. The work itself
-is stood in for.
+"""A command whose stage run is complete reports it and ends before it loads anything.
+
+A fake replaces the stage's work.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ DATA = {
 
 
 class Work:
-    """Stands in for the part's work, and leaves what it would leave."""
+    """Fake work of a stage that writes the files the stage would write."""
 
     def __init__(
         self, part: str, run_dir: Path, data: dict[str, str], monkeypatch: pytest.MonkeyPatch
@@ -68,7 +69,7 @@ class Work:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Files of the small world, made once."""
+    """Files of the toy task, made once."""
     names = [f"data.{name}=toy:{split}" for name, split in DATA.items()]
     made = resolve_toy(
         compose_config([*SETTINGS, *names, f"run.dir={tmp_path_factory.mktemp('data')}"])
@@ -87,12 +88,12 @@ def work(
 
 
 @pytest.mark.parametrize("work", FOLDERS, indirect=True)
-def test_a_finished_part_says_so_and_is_not_done_again(
+def test_a_complete_stage_run_is_not_repeated(
     work: Work, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One line with the folder and the way to a new run, status 0, no work; also with another
-    engine or layout, which are how a part is worked on. What the marker said stays. Another seed is
-    another run.
+    """One line with the folder and the fix, status 0, no work; the marker keeps its figures.
+
+    Another engine or layout does not make it another run; another seed does.
     """
     assert (
         work.command() == 0
@@ -122,9 +123,10 @@ def test_a_finished_part_says_so_and_is_not_done_again(
     ],
     indirect=["work"],
 )
-def test_other_settings_are_the_stages_affair(work: Work, override: str) -> None:
-    """More solutions, another reward model: the stage itself goes on with them, or refuses them;
-    nobody is told that what he asked for is there.
+def test_other_settings_reach_the_stage(work: Work, override: str) -> None:
+    """With more solutions or another reward model the stage decides: it continues or fails.
+
+    The command does not report that the run is already complete.
     """
     assert work.command() == 0 and work.command(override) == 0 and work.times == 2
 

@@ -68,7 +68,7 @@ def test_stage_one_stops_when_its_last_server_dies(
 def test_the_evaluation_of_a_policy_stops_without_a_server(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Nobody listens at the URL from the start."""
+    """No server listens at the URL from the start."""
     message, seconds = error_of(
         capsys,
         "evaluate",

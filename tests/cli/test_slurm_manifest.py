@@ -1,5 +1,6 @@
-"""``spark-nemo slurm-manifest``, which the scripts in ``slurm/`` read; they themselves are tested in
-``tests/slurm``.
+"""``spark-nemo slurm-manifest``, which the scripts in ``slurm/`` read.
+
+``tests/slurm`` tests the scripts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ TOY = [
 def plan(
     capsys: pytest.CaptureFixture[str], stage: str, *overrides: str, options: tuple[str, ...] = ()
 ) -> dict:
-    """Values by name, each a list in the order they were said."""
+    """Values by name, each a list in the order of the output."""
     assert main(["slurm-manifest", "--stage", stage, *options, "--", *TOY, *overrides]) == 0
     values: dict[str, list[str]] = {}
     for line in capsys.readouterr().out.splitlines():
@@ -34,8 +35,9 @@ def plan(
 
 
 def test_the_chain_and_its_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Parts to submit, ranks to place, and config.yaml written: other settings for the same folder
-    are refused.
+    """The jobs to submit and the ranks to place; config.yaml is written.
+
+    Other settings for the same folder are an error.
     """
     run = tmp_path / "a run"
     said = plan(capsys, "pipeline", f"run.dir='{run}'", "megatron.data_parallel=2")
@@ -142,9 +144,10 @@ def test_what_cannot_run_is_one_line(
 def test_an_evaluation_is_planned_with_its_own_options(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """The file that the job must have written at its end is the one the command writes with these
-    options, and the nodes must see the named files instead of the configured ones; a dataset by
-    name is no file.
+    """The manifest names the file that the command writes with these options.
+
+    The nodes must see the files of the options, not the configured ones. A dataset by name needs no
+    file.
     """
     for name in ("a.json", "model"):
         (tmp_path / name).touch()

@@ -1,4 +1,4 @@
-"""``spark-nemo status`` reads a run folder that Slurm jobs write; here the files are made by hand."""
+"""``spark-nemo status`` of a run folder that Slurm jobs write; the tests write the files."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def test_the_newest_attempt_s_error_is_shown_until_the_part_is_done(tmp_path: Pa
     assert "OSError" not in run_status(tmp_path) and " done " in run_status(tmp_path)
 
 
-def test_submitted_parts_wait_in_the_order_of_the_stages(tmp_path: Path) -> None:
-    """What pipeline.sh submitted and nobody has started is listed too, with its job id."""
+def test_submitted_stage_runs_wait_in_the_order_of_the_stages(tmp_path: Path) -> None:
+    """Jobs that pipeline.sh submitted and that have not started are listed with their ids."""
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/chain.tsv").write_text(
         "report\t9\nstage3/rlvr\t8\nstage1/shard-0-of-1\t5_0\n"
@@ -128,8 +128,8 @@ def test_nothing_to_tell_is_an_error(tmp_path: Path) -> None:
         run_status(tmp_path / "absent")
 
 
-def test_the_format_sft_is_a_part_of_its_own(tmp_path: Path) -> None:
-    """Its total comes from its own epochs, and it stands before the stages."""
+def test_the_format_sft_is_a_stage_run_of_its_own(tmp_path: Path) -> None:
+    """Its total comes from its own epochs, and it is listed before the stages."""
     (tmp_path / "config.yaml").write_text("sft: {epochs: 3}\nstage2: {epochs: 2}\n")
     write_rows(tmp_path, "stage3/random", [{"step": 0}])
     write_rows(tmp_path, "sft", [{"step": i, "epoch": i * 4 / 51} for i in range(8)])
