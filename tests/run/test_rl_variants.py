@@ -1,4 +1,4 @@
-"""The arms of the pipeline: which there are, what each is configured as, what it waits for."""
+"""RL variants of the pipeline: their list, their configurations, and the jobs they wait for."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_demo_has_the_jobs_folders_and_arguments_it_always_had() -> None:
             f"stage2-{m}": f"runs/x/stage2/{m}"
             for m in ("step_consistency", "single", "outcome_consistency")
         },
-        **{f"stage3-{arm}": f"runs/x/stage3/{arm}" for arm in ("process_aware", "rlvr")},
+        **{f"stage3-{name}": f"runs/x/stage3/{name}" for name in ("process_aware", "rlvr")},
     }
     assert jobs["stage2-single"].arguments == ("stage2", *overrides, "stage2.method=single")
     assert jobs["stage3-process_aware"].arguments == (
@@ -69,26 +69,27 @@ def test_the_demo_has_the_jobs_folders_and_arguments_it_always_had() -> None:
 def test_designs_times_kinds_of_reward_model_without_what_an_orm_cannot_reward(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Each baseline once; process-aware with all three kinds; everything made of step labels with
-    two, and a log line for each arm that is left out.
+    """Each baseline once, process-aware with all three kinds, designs of step labels with two.
+
+    A log line names each RL variant that is left out.
     """
     with caplog.at_level(logging.INFO):
         jobs = jobs_of(EVERYTHING)
-    arms = pipeline_rl_variants(compose_config(EVERYTHING))
+    rl_variants = pipeline_rl_variants(compose_config(EVERYTHING))
     by_design = {
-        design: [arm.variant for arm in arms if arm.design == design] for design in designs()
+        design: [each.variant for each in rl_variants if each.design == design]
+        for design in designs()
     }
     assert all(by_design[design] == [None] for design in designs() if not asks_reward_model(design))
     assert by_design["process_aware"] == list(VARIANTS)
     assert all(
         by_design[design] == ["prm_cot", "prm"] for design in designs() if needs_step_labels(design)
     )
-    assert [f"no arm {d}-orm" in caplog.text for d in designs()] == [
+    assert [f"{d}-orm" in caplog.text for d in designs()] == [
         needs_step_labels(d) for d in designs()
     ]
-    assert len(jobs) == 2 + 3 + 2 + len(
-        arms
-    )  # shards, kinds of the own method, the other methods, arms
+    # Shards, kinds of the own method, the other methods, RL variants.
+    assert len(jobs) == 2 + 3 + 2 + len(rl_variants)
 
 
 def test_what_failures_cost_goes_to_the_designs_that_can_fail() -> None:
@@ -134,21 +135,21 @@ def test_an_arm_waits_for_its_own_reward_model_and_a_baseline_for_nobody() -> No
         ["rl/advantage=global_step_penalty", "rl.advantage.max_steps=6"],
     ],
 )
-def test_every_job_is_configured_as_its_arm_was_checked(more: list[str]) -> None:
-    """The command line of every arm composes to the configuration that is checked before anything
-    starts, and that configuration's own name is the arm's. Settings that a design does not read are
-    taken back for its job alone: no job of a pipeline with them can be refused later.
+def test_every_job_is_configured_as_its_rl_variant_was_checked(more: list[str]) -> None:
+    """The command line of every RL variant composes to the configuration that was checked before.
+
+    A job resets the settings that its own design does not read, so the job cannot fail on them.
     """
     overrides = [*EVERYTHING, *more]
     config, jobs = compose_config(overrides), jobs_of(overrides)
-    for arm in pipeline_rl_variants(config):
-        checked = rl_variant_config(config, arm)
-        composed = compose_config(list(jobs[f"stage3-{arm.name}"].arguments[1:]))
+    for variant in pipeline_rl_variants(config):
+        checked = rl_variant_config(config, variant)
+        composed = compose_config(list(jobs[f"stage3-{variant.name}"].arguments[1:]))
         assert composed.rl == checked.rl and composed.data == checked.data
         assert (checked.rl_variant, checked.rl.design, checked.reward_variant) == (
-            arm.name,
-            arm.design,
-            arm.variant,
+            variant.name,
+            variant.design,
+            variant.variant,
         )
 
 
@@ -214,10 +215,8 @@ def small(tmp_path: Path, *overrides: str) -> SparkConfig:
     )
 
 
-def test_the_pipeline_checks_every_arm(tmp_path: Path) -> None:
-    """What only one arm reads is looked at before any arm starts: here the answers, which only rlvr
-    is given.
-    """
+def test_the_pipeline_checks_every_rl_variant(tmp_path: Path) -> None:
+    """Inputs of a single RL variant are checked before any starts: here the answers of rlvr."""
     check_pipeline(
         small(
             tmp_path,
@@ -226,7 +225,7 @@ def test_the_pipeline_checks_every_arm(tmp_path: Path) -> None:
         )
     )
     config = small(tmp_path, "pipeline.rewards=[random,rlvr]", "pipeline.rl_answers=toy:rl:3")
-    with pytest.raises(ConfigError, match=r"arm rlvr: .*no answer for"):
+    with pytest.raises(ConfigError, match=r"RL variant rlvr: .*no answer for"):
         check_pipeline(config)
 
 
@@ -261,8 +260,8 @@ def test_an_orm_cannot_reward_steps_whichever_way_it_is_named(tmp_path: Path) ->
     check_stage3(small(tmp_path, "stage2.variant=orm"), reward_model_comes_later=True)
 
 
-def test_the_plan_names_every_arm_and_marks_the_one_that_reads_answers() -> None:
-    """One line per arm; majority vote and the coin read no answers."""
+def test_the_plan_names_every_rl_variant_and_marks_the_one_that_reads_answers() -> None:
+    """One line per RL variant; majority vote and the coin read no answers."""
     plan = dry_run(compose_config(EVERYTHING)).splitlines()
     marked = [line for line in plan if line.startswith("stage III") and "READS ANSWER KEYS" in line]
     assert len(marked) == 1 and "rlvr" in marked[0]

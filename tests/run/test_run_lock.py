@@ -1,5 +1,6 @@
-"""Two runs that were started on the same part of a run folder: the second is told who has it. One
-machine, local disk; nothing is said about locks over a network.
+"""The lock of a stage run's folder: a second process fails with an error that names the first.
+
+Covers one machine with a local disk, not locks over a network.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ with run_lock(Path(sys.argv[1])):
 def holder(
     folder: Path, *, forks: bool = False, **variables: str
 ) -> Iterator[subprocess.Popen[str]]:
-    """Another process that has ``folder``; killed at the end, and with it the child that it forked."""
+    """Yield a process that holds the lock; at the end it and its forked child are killed."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(folder), *(["fork"] if forks else [])],
         text=True,
@@ -57,9 +58,10 @@ def holder(
         process.wait()
 
 
-def test_a_second_process_is_told_who_has_the_part(tmp_path: Path) -> None:
-    """Process, host and time are named in one line; other shards, arms and the run folder are free,
-    and the status is read as ever.
+def test_the_error_of_a_second_process_names_the_first(tmp_path: Path) -> None:
+    """One line names process, host and time.
+
+    Other shards, RL variants and the run folder stay free, and the status can still be read.
     """
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/chain.tsv").write_text("stage1/shard-0-of-2\t5_0\n")
@@ -92,10 +94,11 @@ def test_nothing_is_left_of_a_killed_holder(tmp_path: Path, forks: bool) -> None
     assert (tmp_path / LOCK).read_text() == ""
 
 
-def test_the_status_tells_who_is_at_a_part_and_what_was_interrupted(tmp_path: Path) -> None:
-    """A part by hand, without any Slurm job: held it is running, with the process; killed or
-    stopped it is interrupted, and the way on is said; a finished one is done. Asking changes
-    nothing and is in nobody's way.
+def test_the_status_shows_the_process_of_a_stage_run_and_interruptions(tmp_path: Path) -> None:
+    """A stage run without a Slurm job is running while a process holds its lock.
+
+    After that process is killed or stopped it is interrupted, with the way to resume; a finished
+    one is done. Reading the status does not change the lock file.
     """
     part = tmp_path / "stage3/rlvr"
 
@@ -121,9 +124,7 @@ def test_the_status_tells_who_is_at_a_part_and_what_was_interrupted(tmp_path: Pa
 def test_a_status_that_looks_at_the_lock_stops_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever asks has the lock for a moment: a run that starts then waits for it, and is not
-    refused.
-    """
+    """The status command holds the lock for a moment; a run that starts then waits and succeeds."""
     (tmp_path / LOCK).touch()
     with (tmp_path / LOCK).open() as glance:
         fcntl.flock(glance, fcntl.LOCK_SH)
@@ -149,9 +150,7 @@ def test_a_status_that_looks_at_the_lock_stops_no_run(
 def test_only_the_main_rank_takes_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict
 ) -> None:
-    """Ranks of torchrun and tasks of srun: any other rank goes on whoever has the part, and makes
-    no file.
-    """
+    """Other ranks of torchrun and tasks of srun neither wait for the lock nor create its file."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with run_lock(tmp_path / "part"):
@@ -164,8 +163,9 @@ def test_only_the_main_rank_takes_the_lock(
 def test_a_requeued_job_does_not_wait_for_its_own_lost_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file server may keep a dead node's lock: the next start of the same Slurm job goes on. A
-    second start by hand within that job is still refused, and so is another job.
+    """A file server may keep a dead node's lock: the next start of the same Slurm job continues.
+
+    A second start by hand within that job still fails, and so does another job.
     """
     with holder(tmp_path, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1"):
         for job, start, goes_on in (("7", "2", True), ("7", "1", False), ("8", "2", False)):
@@ -182,8 +182,9 @@ def test_a_requeued_job_does_not_wait_for_its_own_lost_node(
 def test_a_file_system_without_locks_is_named_and_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Some parallel file systems have none: the run goes on with a warning. Any other error of the
-    system is one.
+    """Some parallel file systems have no locks: the run continues with a warning.
+
+    Any other error of the system is raised.
     """
 
     def fails(number: int):
@@ -194,7 +195,7 @@ def test_a_file_system_without_locks_is_named_and_used(
 
     monkeypatch.setattr(fcntl, "flock", fails(errno.ENOLCK))
     with run_lock(tmp_path / "sft"):
-        assert " unknown " in run_status(tmp_path), "nobody can tell whether it is at work"
+        assert " unknown " in run_status(tmp_path), "no lock tells whether it is running"
     assert "cannot be locked" in caplog.text
     monkeypatch.setattr(fcntl, "flock", fails(errno.EIO))
     with pytest.raises(OSError, match="Input/output"), run_lock(tmp_path):
@@ -203,12 +204,13 @@ def test_a_file_system_without_locks_is_named_and_used(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_command_is_refused_while_another_runs_and_starts_after_its_death(
+def test_the_command_fails_while_another_runs_and_starts_after_its_death(
     tmp_path: Path, ranks: int
 ) -> None:
-    """The format SFT, started twice by hand: status 2 and one line, nothing of the first disturbed;
-    after SIGKILL of the first the same command runs to its end. With two ranks the launcher
-    refuses, before any rank is started.
+    """The second start of the format SFT exits with 2 and one line, and the first continues.
+
+    After SIGKILL of the first the same command runs to its end. With two ranks the launcher fails
+    before it starts any rank.
     """
     overrides = ("data.sft_examples=toy:sft:40", f"megatron.data_parallel={ranks}")
     lock = tmp_path / "sft" / LOCK

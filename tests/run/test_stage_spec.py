@@ -32,7 +32,7 @@ def differing(first: dict[str, object], second: dict[str, object]) -> set[str]:
 
 
 def test_every_name_in_the_table_is_a_setting() -> None:
-    """Proves that no row names a setting that was renamed: its rule would silently apply to none."""
+    """Every row names an existing setting: a renamed one would silently lose its rule."""
     config = SparkConfig()
     for spec in STAGES.values():
         for name in (*spec.inputs, *spec.same_on_resume, *spec.free_on_resume):
@@ -97,7 +97,7 @@ def test_stage3_resumes_with_the_data_and_models_that_it_began_with(tmp_path: Pa
 
 
 def test_a_pipeline_may_change_how_it_works_and_not_what_it_makes() -> None:
-    """Proves which settings a run folder keeps: of the pipeline's the rounds, of the engine's none."""
+    """A run folder keeps the pipeline's rounds and no setting of the engine."""
     names = [name for name, _ in flatten_settings(asdict(SparkConfig()))]
     kept = {name for name in names if is_same_in_pipeline(name)}
     assert {
