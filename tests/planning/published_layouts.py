@@ -25,18 +25,16 @@ class Published:
     tensor_parallel: int
     pipeline_parallel: int
     tokens: int
-    """Of a micro-batch on one rank."""
+    """Tokens of a micro-batch on one rank."""
     batch: int
     """Sequences of one optimizer step."""
     recompute: str = "none"
     sequence_parallel: bool = True
     gradients: str = "bfloat16"
     pair: bool = False
-    """A micro-batch is two sequences of equal room."""
+    """True if a micro-batch is two sequences of the same maximum length."""
     quarter_fits: bool = False
-    """The trainer fits a quarter of the GPUs, too: the published number is for speed, not for
-    memory.
-    """
+    """True if the trainer also fits a quarter of the GPUs: the published number is for speed."""
 
     @property
     def longest(self) -> int:
@@ -46,12 +44,13 @@ class Published:
 
 SFT_70B = "NeMo-RL sft-llama3.1-70b-8n8g-tp4pp2-long-megatron"
 LIMIT_70B = 4096
-"""What the recipe allows a sequence to have."""
+"""Maximum sequence length of the recipe, in tokens."""
 LONGEST_70B = 1024 + 1024 + 128
-"""What its data have, as their makers prepare them for SFT: OpenMathInstruct-2 without problems and
-solutions above 1,024 Llama tokens (github.com/NVIDIA/NeMo-Skills,
-docs/openmathinstruct2/dataset.md), and our room for the prompt. As released, 564 of some 600,000
-problems are longer (huggingface.co/datasets/nvidia/OpenMathInstruct-2, its note).
+"""Longest sequence of the recipe's data, with 128 tokens for the prompt's own text.
+
+The authors prepare OpenMathInstruct-2 for SFT without problems and solutions above 1,024 Llama
+tokens (github.com/NVIDIA/NeMo-Skills, docs/openmathinstruct2/dataset.md). As released, 564 of some
+600,000 problems are longer (huggingface.co/datasets/nvidia/OpenMathInstruct-2, its note).
 """
 
 ACCEPTED = [

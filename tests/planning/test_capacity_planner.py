@@ -1,4 +1,4 @@
-"""``spark-nemo plan``: published layouts, refusals, and its figures against transformers and torch.
+"""``spark-nemo plan``: published layouts, errors, and its figures against transformers and torch.
 
 No figure here was compared with a GPU. The memory of a trainer's rank is measured in
 tests/megatron/test_sizing.py.
@@ -64,9 +64,10 @@ def check(published, cluster, tmp_path, **changed):
 
 @pytest.mark.parametrize("published", ACCEPTED, ids=lambda p: p.source)
 def test_published_layouts_fit_and_not_on_a_quarter(published, tmp_path):
-    """The trainer of every recipe is accepted as published on H100s of 80 GB, and on a quarter of
-    its GPUs refused, but for two 8B recipes that really fit there. Activations as our kernels keep
-    them; nothing was run on a GPU.
+    """The trainer of every recipe fits H100s of 80 GB as published, and not a quarter of its GPUs.
+
+    Two 8B recipes really fit a quarter. Activations are counted as our kernels keep them; nothing
+    was run on a GPU.
     """
     cluster = Cluster(published.nodes)
     assert check(published, cluster, tmp_path).layouts
@@ -84,8 +85,9 @@ def test_published_layouts_fit_and_not_on_a_quarter(published, tmp_path):
     "published", [p for p in ACCEPTED if "grpo" in p.source], ids=lambda p: p.source
 )
 def test_rl_on_a_quarter_lacks_gpus_for_its_servers(published, tmp_path):
-    """Here the policy's servers have GPUs of their own (NeMo-RL's share the trainer's): a quarter
-    is refused for every GRPO recipe, also the one whose trainer alone would fit.
+    """A quarter is too small for every GRPO recipe, also where the trainer alone would fit.
+
+    Here the policy's servers have GPUs of their own; NeMo-RL's share the trainer's.
     """
     (tmp_path / "config.json").write_text((SHAPES / f"{published.model}.json").read_text())
     quarter = Cluster(1, published.nodes * 8 // 4)
@@ -109,9 +111,9 @@ def test_rl_on_a_quarter_lacks_gpus_for_its_servers(published, tmp_path):
 
 @pytest.mark.parametrize("source", ["LLAMA3_8B_SFT", "LLAMA3_70B_SFT", SFT_70B])
 def test_gradients_in_bfloat16_are_why_they_fit(source, tmp_path):
-    """Three recipes fit because they keep their gradients in bfloat16. With float32, our default,
-    they are refused, and the refusal says that this setting (or full recomputation) would make them
-    fit.
+    """Three recipes fit because they keep their gradients in bfloat16.
+
+    With float32, our default, they do not fit, and the error names the setting that would help.
     """
     (published,) = [each for each in ACCEPTED if source in each.source]
     with pytest.raises(
@@ -121,9 +123,9 @@ def test_gradients_in_bfloat16_are_why_they_fit(source, tmp_path):
 
 
 def test_longest_sequence_decides(tmp_path):
-    """NeMo-RL's 70B SFT does not fit with sequences of its limit of 4,096 tokens; its data are
-    shorter. The refusal says how long they may be, and that length is accepted while 16 tokens more
-    are not.
+    """NeMo-RL's 70B SFT does not fit at its limit of 4,096 tokens; its data are shorter.
+
+    The error names the longest sequence that fits: that length passes, 16 tokens more do not.
     """
     (published,) = [each for each in ACCEPTED if each.source == SFT_70B]
     with pytest.raises(ConfigError, match=r"17\.4 GB too much") as raised:
@@ -323,7 +325,7 @@ def test_a_mixture_is_planned_with_its_weight_sync(capsys, tmp_path):
         ),
     ],
 )
-def test_refusals_say_what_is_missing(capsys, words, message):
+def test_errors_name_the_shortage_and_the_fix(capsys, words, message):
     """One line on stderr and status 2: by how much, and what helps."""
     assert main(["plan", *words]) == 2
     captured = capsys.readouterr()
@@ -332,8 +334,10 @@ def test_refusals_say_what_is_missing(capsys, words, message):
 
 
 def test_stages_check_the_machine_before_they_start(monkeypatch, tmp_path):
-    """On a machine without CUDA a rank's budget is its share of the host's memory: the small world
-    passes, a 14B model does not, and ranks that torchrun or Slurm puts elsewhere take no share.
+    """On a machine without CUDA a rank's budget is its share of the host's memory.
+
+    The toy task passes, a 14B model does not. Ranks that torchrun or Slurm puts on other machines
+    take no share.
     """
     assert not torch.cuda.is_available()
     memory_check.check_memory(resolve_toy(compose_config(["+experiment=toy"])), "stage2", "stage3")

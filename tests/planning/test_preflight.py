@@ -1,5 +1,6 @@
-"""What is refused before any work, because no engine here serves it or no plan syncs it. No engine
-is started.
+"""Models that preflight rejects because no engine serves them or weight sync does not support them.
+
+The tests start no engine.
 """
 
 from __future__ import annotations
