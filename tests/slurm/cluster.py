@@ -59,9 +59,7 @@ GresTypes=gpu
 
 
 def best_proctrack() -> str:
-    """What production clusters use where this machine allows it: root and a writable freezer
-    hierarchy.
-    """
+    """Return production's plugin if this machine allows it (root and a writable freezer)."""
     return "cgroup" if os.geteuid() == 0 and os.access(FREEZER, os.W_OK) else "linuxproc"
 
 
@@ -88,7 +86,7 @@ class Cluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a user's shell on the login node has."""
+        """Environment of a user's shell on the login node."""
         kept = {
             k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "SRUN_"))
         }
@@ -349,10 +347,13 @@ wait"""
         )
         for i, name in enumerate(self.names):
             text += (
-                f"NodeName={name} NodeHostname={name} NodeAddr={SUBNET}.{11 + i} CPUs={self.cpus} RealMemory=8000 "
-                f"Gres=gpu:{self.gpus}\n"
+                f"NodeName={name} NodeHostname={name} NodeAddr={SUBNET}.{11 + i} "
+                f"CPUs={self.cpus} RealMemory=8000 Gres=gpu:{self.gpus}\n"
             )
-        text += f"PartitionName=main Nodes={','.join(self.names)} Default=YES MaxTime=INFINITE State=UP\n"
+        text += (
+            f"PartitionName=main Nodes={','.join(self.names)} Default=YES MaxTime=INFINITE "
+            "State=UP\n"
+        )
         (folder / "slurm.conf").write_text(text)
 
     def _gpu_files(self) -> str:

@@ -1,4 +1,4 @@
-"""The small world on the test cluster: what a user would type, in sizes that take seconds."""
+"""The toy task on the test cluster: a user's commands, in sizes that take seconds."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def submit(
     options: tuple[object, ...] = (),
     **settings: object,
 ) -> int:
-    """``sbatch`` one of the scripts from ``folder``; its output goes to ``folder/out-<job>.txt``."""
+    """Submit one of the scripts from ``folder``; its output goes to ``folder/out-<job>.txt``."""
     return slurm.sbatch(
         *BATCH,
         "--output=out-%A.txt",
@@ -73,7 +73,7 @@ def submit(
 
 
 def output(folder: Path, job: int) -> str:
-    """What the batch script of a job has said."""
+    """Return the output of a job's batch script so far."""
     path = folder / f"out-{job}.txt"
     return path.read_text() if path.exists() else ""
 

@@ -1,4 +1,4 @@
-"""What goes wrong before the first step must say so within seconds and never count as COMPLETED."""
+"""Errors before the first step are reported within seconds and never count as COMPLETED."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TWO = ("--nodes=2",)
 def cases(
     folder: Path,
 ) -> dict[str, tuple[str, tuple[object, ...], list[str], tuple[object, ...], dict, str]]:
-    """By name: script, its options, overrides, sbatch options, site settings, what must be said."""
+    """By name: script, options, overrides, sbatch options, site settings, expected message."""
     run = f"run.dir={folder}/run"
     image = folder / "none.sqsh"
     return {
@@ -142,8 +142,9 @@ def test_what_cannot_work_fails_within_seconds(slurm: Cluster, tmp_path: Path) -
 
 
 def test_a_folder_that_only_one_node_sees_is_named(slurm: Cluster, tmp_path: Path) -> None:
-    """run.dir on a node's own disk: refused before any rank starts, naming the nodes that do not
-    see it.
+    """With run.dir on a node's own disk the job fails before any rank starts.
+
+    The error names the nodes that do not see the folder.
     """
     job = submit(
         slurm,
@@ -185,8 +186,9 @@ def test_image_and_mounts_reach_every_rank(slurm: Cluster, tmp_path: Path) -> No
 def test_the_collective_test_names_the_slow_node(
     slurm: Cluster, tmp_path: Path, slow: str | None
 ) -> None:
-    """Data exchanged in pairs over gloo: the node whose network is throttled is named with the
-    --exclude list, and nobody is when all are alike. Says nothing about NCCL.
+    """Pairs exchange data over gloo: the node whose network is throttled is in the --exclude list.
+
+    With equal nodes there is no such list. NCCL is not tested.
     """
     if slow:
         throttle = (
@@ -259,7 +261,8 @@ load_site
 trap on_limit USR1; trap on_cancel TERM
 RUN_DIR={folder}/run STAGE_RUN=stage3/servers STAGE_RUN_DIR=$RUN_DIR/stage3/servers
 LOG_DIR=$RUN_DIR/logs/$STAGE_RUN/$JOB.0
-DONE_FILE=$STAGE_RUN_DIR/DONE.json POLICY_SERVERS=1 VERIFIER_SERVERS=1 POLICY_WORD=(--model-path "my model")
+DONE_FILE=$STAGE_RUN_DIR/DONE.json POLICY_SERVERS=1 VERIFIER_SERVERS=1
+POLICY_WORD=(--model-path "my model")
 VERIFIER_WORD=(${{DIE:-}}) VERIFIER_ENV=(A="b c")
 mkdir -p "$LOG_DIR" "$STAGE_RUN_DIR"; touch "$LOG_DIR/visible"
 ln -sfn "$JOB.0" "$RUN_DIR/logs/$STAGE_RUN/latest"

@@ -42,10 +42,11 @@ def without_clock(tree: object) -> object:
 
 
 def test_the_chain_ends_with_the_report_of_one_machine(slurm: Cluster, tmp_path: Path) -> None:
-    """Array of shards, stage II and both arms of stage III on two nodes over gloo, report: every
-    figure is that of the same pipeline on one machine. On the way: a checkout and a run folder
-    whose names have spaces and quotes, submitted from a third folder; afterwards evaluate.sh scores
-    the policy. Embedded engines only; nothing is said about rollout servers or speed.
+    """The pipeline's jobs on two nodes over gloo give every figure of one machine.
+
+    Jobs: an array of shards, stage II, both RL variants of stage III, the report, and evaluate.sh
+    for the policy. The names of checkout and run folder have spaces and quotes, and the jobs are
+    submitted from a third folder. Embedded engines only; rollout servers and speed are not tested.
     """
     checkout = tmp_path / "my check out"
     for name in ("slurm", "spark_nemo", "conf"):

@@ -29,7 +29,10 @@ def test_a_requeued_task_leaves_the_rest_of_its_array_alone(slurm: Cluster, tmp_
         slurm,
         tmp_path,
         """echo "restart $RESTART"
-        if [[ $JOB == "$SLURM_ARRAY_JOB_ID" && $RESTART == 0 ]]; then sleep 2; requeue "time limit"; fi
+        if [[ $JOB == "$SLURM_ARRAY_JOB_ID" && $RESTART == 0 ]]; then
+            sleep 2
+            requeue "time limit"
+        fi
         sleep 5""",
         "--array=0-2",
         f"--output={tmp_path}/out-%a.txt",
@@ -47,9 +50,7 @@ def test_a_requeued_task_leaves_the_rest_of_its_array_alone(slurm: Cluster, tmp_
 
 
 def test_a_job_without_cpus_for_its_ranks_says_so(slurm: Cluster, tmp_path: Path) -> None:
-    """Nodes and GPUs and nothing said of CPUs: Slurm gives one a node, and the reason names what to
-    ask for.
-    """
+    """Without a CPU option Slurm gives one CPU per node; the error names the option to add."""
     job = submit(
         slurm,
         tmp_path,

@@ -1,4 +1,4 @@
-"""The collective test's judgement when a node ends in the middle; exchanges themselves need nodes."""
+"""Result of the collective test when a node ends in the middle; real exchanges need nodes."""
 
 from __future__ import annotations
 

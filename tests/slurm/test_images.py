@@ -1,7 +1,6 @@
-"""What can be known of the images without building one: that the locks hold what the project and
-its presets ask for.
+"""Locks of the images: they have the packages that the project and its presets need.
 
-It says nothing about whether the images build, or whether what is in them works together.
+Building the images, and whether their packages work together, is not tested.
 """
 
 from __future__ import annotations
@@ -36,10 +35,8 @@ def locked(image: str) -> set[str]:
 
 
 @pytest.mark.parametrize("image", ["trainer", "rollout"])
-def test_a_lock_has_all_that_is_asked_for(image: str) -> None:
-    """What was added to the .in file is in the lock: images are built from the lock without its
-    dependencies.
-    """
+def test_a_lock_has_every_package_of_its_input(image: str) -> None:
+    """Every package of the .in file is in the lock: images install only the lock's lines."""
     assert names((REPO / f"containers/{image}.in").read_text().splitlines()) <= locked(image)
 
 

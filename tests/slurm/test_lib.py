@@ -1,6 +1,7 @@
-"""Functions of ``slurm/lib.sh`` and the two checks it starts, without a Slurm: its commands are
-stand-ins that note what they were given. What a real Slurm does with it is for the tests beside
-this one.
+"""Functions of ``slurm/lib.sh`` and the two checks it starts, without a Slurm.
+
+Stand-ins for Slurm's commands record their arguments. The ``test_cluster_*`` files use a real
+Slurm.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ FOLDER = Path(__file__).resolve().parents[2] / "slurm"
 
 
 def in_lib(folder: Path, commands: str, **environment: object) -> tuple[str, str]:
-    """What ``commands`` print after sourcing lib.sh, and what srun and scontrol were called with, a
-    line each.
+    """Return the output of ``commands`` after sourcing lib.sh, and srun's and scontrol's arguments.
+
+    The arguments are one line per call.
     """
     for name, says in {
         "srun": "",
@@ -30,7 +32,10 @@ def in_lib(folder: Path, commands: str, **environment: object) -> tuple[str, str
         program.chmod(0o755)
     site = folder / "site.env"
     site.touch()
-    script = f'SLURM_DIR={FOLDER}\nsource "$SLURM_DIR/lib.sh"\nLOG_DIR={folder} NODES=(node1 node2)\n{commands}'
+    script = (
+        f'SLURM_DIR={FOLDER}\nsource "$SLURM_DIR/lib.sh"\n'
+        f"LOG_DIR={folder} NODES=(node1 node2)\n{commands}"
+    )
     done = subprocess.run(
         ["bash", "-c", script],
         capture_output=True,
@@ -75,7 +80,8 @@ def test_a_task_of_an_array_requeues_itself_alone(
     ("shown", "requeued"),
     [
         (
-            "JobState=RUNNING\n PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=2026-01-02T00:00:00",
+            "JobState=RUNNING\n PreemptEligibleTime=2026-01-01T00:00:00 "
+            "PreemptTime=2026-01-02T00:00:00",
             True,
         ),
         ("JobState=RUNNING\n PreemptEligibleTime=2026-01-01T00:00:00 PreemptTime=None", False),
@@ -91,7 +97,8 @@ def test_a_preempted_job_goes_on_later(tmp_path: Path, shown: str, requeued: boo
         f"""scontrol() {{ printf '%s\n' '{shown}'; }}
         requeue() {{ echo "requeue: $1"; exit; }}
         nodes_lost() {{ :; }}
-        STEP_PIDS=(99999999) DONE_FILE=$LOG_DIR/none STAGE_RUN_DIR=$LOG_DIR STAGE_RUN=stage3/x; finish 5""",
+        STEP_PIDS=(99999999) DONE_FILE=$LOG_DIR/none STAGE_RUN_DIR=$LOG_DIR STAGE_RUN=stage3/x
+        finish 5""",
     )
     assert ("requeue: preempted" in said) == requeued, said
     assert ("ended without its marker" in said) != requeued, said
@@ -108,10 +115,12 @@ def test_binding_of_the_submitting_shell_does_not_reach_the_steps(tmp_path: Path
 
 
 def test_nodes_talk_past_the_proxy(tmp_path: Path) -> None:
-    """Every node of the job, and the node itself, is an exception; the site's own exceptions stay."""
+    """Every node of the job is an exception of the proxy; the site's own exceptions stay."""
     said, _ = in_lib(
         tmp_path,
-        "read_manifest() { RUN_DIR=$LOG_DIR/run STAGE_RUN=stage2 STAGE_RUN_DIR=$RUN_DIR DONE_FILE=none; }\n"
+        "read_manifest() {\n"
+        "  RUN_DIR=$LOG_DIR/run STAGE_RUN=stage2 STAGE_RUN_DIR=$RUN_DIR DONE_FILE=none\n"
+        "}\n"
         'load_site; begin_job stage2 > /dev/null; echo "$no_proxy"; echo "$NO_PROXY"',
         SLURM_JOB_NODELIST="node[1-2]",
         http_proxy="http://proxy:3128",
@@ -168,10 +177,10 @@ def test_stages_that_launch_servers_use_the_named_python(tmp_path: Path) -> None
     ("cpus", "gpus", "refused"),
     [("96(x3),8", 8, False), ("96,1(x2)", 8, True), ("1(x4)", 0, False), ("8", 8, False)],
 )
-def test_one_cpu_for_eight_ranks_is_refused(
+def test_one_cpu_for_eight_ranks_is_an_error(
     tmp_path: Path, cpus: str, gpus: int, refused: bool
 ) -> None:
-    """What a job gets that asks for nodes and GPUs and for neither CPUs nor whole nodes."""
+    """A job that requests nodes and GPUs, but neither CPUs nor whole nodes, gets one CPU."""
     said, _ = in_lib(
         tmp_path, "load_site; check_cpus", SLURM_JOB_CPUS_PER_NODE=cpus, GPUS_PER_NODE=gpus
     )
@@ -203,9 +212,7 @@ class _Healthy(BaseHTTPRequestHandler):
 
 
 def test_servers_are_asked_past_the_proxy() -> None:
-    """A proxy that leads out of the cluster cannot reach a server inside; here it is a port where
-    nobody listens.
-    """
+    """A proxy out of the cluster cannot reach a server inside; here it is a closed port."""
     server = HTTPServer(("127.0.0.1", 0), _Healthy)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

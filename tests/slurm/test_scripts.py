@@ -1,4 +1,4 @@
-"""What can be known of the scripts without a Slurm: part of ``make test``."""
+"""Checks of the scripts that need no Slurm: they run in ``make test``."""
 
 from __future__ import annotations
 
@@ -75,9 +75,7 @@ def test_shellcheck_has_nothing_to_say() -> None:
 
 
 def test_servers_are_asked_past_the_clusters_proxy(tmp_path: Path) -> None:
-    """With a proxy in the environment that nobody answers at, as a compute node has one for the
-    world outside.
-    """
+    """The environment names a proxy that does not answer, as on a compute node without internet."""
 
     class Healthy(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
