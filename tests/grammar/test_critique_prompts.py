@@ -66,9 +66,7 @@ def test_a_version_covers_every_text():
 
 
 def test_the_merge_asks_for_the_format_that_the_parser_reads():
-    """What the paper set prescribes, filled in, is in the grammar, for both judgements and both
-    verdicts.
-    """
+    """The paper set's format parses, for both judgements and both verdicts."""
     (message,) = critique_prompts("paper").merge("q", "s", "v", "c", 2)
     labels = re.findall(r'"(\*\*This step is \w+\.\*\*)"', message["content"])
     verdicts = re.findall(r'"(\*\*Verification: [^"]*)"', message["content"])
@@ -81,7 +79,7 @@ def test_the_merge_asks_for_the_format_that_the_parser_reads():
 
 
 def test_the_critique_names_the_four_kinds_of_fault_and_its_heading():
-    """What the paper's critic is asked for."""
+    """The critic's prompt of the paper set names them."""
     (message,) = critique_prompts("paper").critique("q", "s", "v")
     for words in (
         "Missed error",

@@ -63,7 +63,7 @@ def test_every_prompt_is_one_user_message_with_its_inputs(name):
 
 
 def test_compact_prompts_are_bare():
-    """The small world's prompts are these characters and no more."""
+    """The toy task's prompts are exactly these characters."""
     prompts = prompt_set("compact")
     stepwise = "Problem: Q\n\nStudent Solution: S\n\nLet's verify step by step."
     assert prompts.solve("Q")[0]["content"] == "Q"

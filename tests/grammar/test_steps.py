@@ -88,9 +88,7 @@ def tokenised(draw):
 @quick
 @given(tokenised())
 def test_token_spans_tile_and_hold_the_first_bytes(case):
-    """For any cutting of the bytes: spans touch, and hold exactly the tokens whose first byte lies
-    in the step.
-    """
+    """Whatever the tokens, spans touch and hold the tokens whose first byte is in the step."""
     tokens, parsed = case
     spans = token_spans(tokens, parsed)
     assert all(before.end == after.start for before, after in itertools.pairwise(spans))
@@ -141,8 +139,8 @@ def test_offsets_agree_with_pythons_decoder(data):
     )
 
 
-def test_token_spans_refuse_tokens_of_another_text():
-    """Spans of tokens that did not make the text would be wrong silently; they are refused."""
+def test_token_spans_reject_tokens_of_another_text():
+    """Spans of another text's tokens would be wrong silently, so they are an error."""
     parsed = split_response("Step 1: a\nAnswer: 4", StepFormat.PLAIN)
     with pytest.raises(ValueError, match="from character 8 on"):
         token_spans([b"Step 1: b\nAnswer: 4"], parsed)
@@ -208,7 +206,7 @@ def test_plain_failures_name_their_rule(text, rule):
     ],
 )
 def test_tagged_failures_name_their_rule(text, rule):
-    """Each broken rule of the tagged format is told apart; a step cannot smuggle in a plain header."""
+    """Each broken rule of the tagged format has its own error, a plain header in a step too."""
     assert split_response(text, StepFormat.TAGGED).reason.startswith(rule)
 
 
@@ -252,7 +250,7 @@ def test_foreign_steps_can_be_made_legal(paragraphs):
         (["x"], "\\boxed{4}", "answer"),
     ],
 )
-def test_render_refuses_what_would_not_read_back(steps, answer, match):
-    """Texts that would change meaning on the way are refused, with the place named."""
+def test_render_rejects_texts_that_would_not_parse_back(steps, answer, match):
+    """A text that would change its meaning is an error that names the place."""
     with pytest.raises(ValueError, match=match):
         render_solution(steps, answer)

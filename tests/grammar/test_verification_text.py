@@ -22,7 +22,11 @@ from spark_nemo.records import EngineError, ParseFailure, Truncated, Verdict
 
 quick = settings(max_examples=150, deadline=None)
 YES, NO = verdict_line(True), verdict_line(False)
-STEPS = "## Step 1: a\nfine\n**This step is correct.**\n\n## Step 2: b\nbad\n**This step is incorrect.**"
+STEPS = (
+    "## Step 1: a\nfine\n**This step is correct.**\n\n"
+    "## Step 2: b\nbad\n**This step is incorrect.**"
+)
+BOLD_STEPS = STEPS.replace("## Step 1: a", "**Step 1: a**").replace("## Step 2: b", "**Step 2:** b")
 
 
 def test_rendered_text_is_the_interchange_format():
@@ -50,7 +54,7 @@ def test_parse_inverts_render(verification):
 @settings(max_examples=300, deadline=None)
 @given(anything, st.sampled_from(Variant), st.none() | st.integers(1, 3))
 def test_any_text_is_a_verdict_or_a_failure(text, variant, num_steps):
-    """No text crashes a parser, and a step-wise verdict always has the number of labels asked for."""
+    """No text crashes a parser, and a step-wise verdict has one label for every step."""
     outcome = parse_variant(variant, text, num_steps)
     assert isinstance(outcome, Verdict | AnswerVerdict | ParseFailure)
     if isinstance(outcome, Verdict) and num_steps is not None:
@@ -125,7 +129,7 @@ def test_another_number_of_steps_is_a_failure(num_steps):
         f"no opening tag, the chat template wrote it</think>{STEPS}\n\n{NO}",
         f"Here is my check.\n\n{STEPS}\n\n---\n\nSo the answer is wrong.\n\n{NO}\n",
         f"{STEPS.replace('## ', '### ')}\n\n{NO}",
-        f"{STEPS.replace('## Step 1: a', '**Step 1: a**').replace('## Step 2: b', '**Step 2:** b')}\n\n{NO}",
+        f"{BOLD_STEPS}\n\n{NO}",
         f"{STEPS.replace('ct.**', 'ct**')}\n\nIs the answer correct? no.",
         f"{STEPS}\n\nVerification: Is the answer correct (Yes/No)? **No**",
         f"{STEPS}\n\n{NO}\n{NO}",
@@ -175,7 +179,7 @@ def test_finish_reason_decides_before_the_text():
 @quick
 @given(verifications(), st.sampled_from(Variant))
 def test_every_variant_reads_its_own_target(verification, variant):
-    """What a reward model is trained to write is what its parser reads."""
+    """The parser reads back the text that the reward model is trained to write."""
     judgements, answer_correct = verification
     outcome = parse_variant(
         variant, render_target(variant, judgements, answer_correct), len(judgements)
