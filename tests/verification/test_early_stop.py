@@ -95,8 +95,7 @@ def test_a_wave_holds_no_vote_that_asking_one_by_one_would_spare(
 def test_longer_waves_cost_less_than_a_wave_more(
     outcomes: list[Outcome], error: float | None, size: int
 ) -> None:
-    """Proves that ``vote_batch_size`` is a matter of cost: the decision stands, taken at most ``size -
-    1`` votes later.
+    """``vote_batch_size`` changes the cost: the same decision, at most ``size - 1`` votes later.
 
     For the exact rule only: under the sequential test later votes may open again what was decided.
     """

@@ -1,4 +1,4 @@
-"""Filter of labels before training: balance per problem, limits, and how sure the votes have to be."""
+"""Filter of labels before training: balance per problem, limits, and agreement of the votes."""
 
 from __future__ import annotations
 
@@ -52,8 +52,9 @@ def test_selection_depends_on_the_labels_and_the_seed_alone(labels, balance, see
 
 
 def test_another_seed_keeps_others_and_every_label_has_its_chance():
-    """Which of nine Yes stand against three No changes with the seed; over 60 seeds each of them is
-    kept sometimes.
+    """The choice among nine Yes to balance three No changes with the seed.
+
+    Over 60 seeds each of them is kept at least once.
     """
     labels = [labelled(f"y{i}", "p", True) for i in range(9)] + [
         labelled(f"n{i}", "p", False) for i in range(3)
@@ -101,7 +102,7 @@ def test_ground_truth_balances_what_the_closure_says_and_not_the_labels():
 
 
 def test_answers_and_balancing_go_together():
-    """Nobody can hand a checker to balancing by consensus, nor ask for ground truth without one."""
+    """Balancing by consensus takes no checker; balancing by ground truth needs one."""
     with pytest.raises(ValueError, match="only ground_truth"):
         LabelFilter.from_config(LabelsConfig(), lambda label: True)
     with pytest.raises(ValueError, match="only ground_truth"):

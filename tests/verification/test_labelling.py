@@ -84,7 +84,7 @@ def test_failures_are_counted_and_never_vote():
 
 
 def test_verdicts_with_different_step_counts_are_refused():
-    """They cannot be votes on one solution; the parser should have made one of them a ParseFailure."""
+    """They cannot be votes on one solution: the parser should have returned a ParseFailure."""
     with pytest.raises(ValueError, match=r"\[1, 2\] steps"):
         count_votes([verdict("CC"), verdict("C")])
 
@@ -100,7 +100,7 @@ def test_majority_needs_more_than_half():
 
 
 def test_single_takes_vote_0_and_nothing_else():
-    """The other votes do not matter; a failed vote 0 drops the solution even when vote 1 is usable."""
+    """Only vote 0 counts: a failed one drops the solution even when vote 1 is usable."""
     taken = label("single", verdict("CI"), verdict("CC"), verdict("CC"))
     assert (taken.step_labels, taken.answer_correct, taken.target_text) == ((Y, N), N, "text 0")
     assert (taken.evidence.num_votes, taken.evidence.correct_votes) == (1, (1, 0))

@@ -1,6 +1,4 @@
-"""Labels from merges and from verifications that saw the answer: what they read, and when there is
-no label.
-"""
+"""Labels from merges and from verifications that saw the answer, and solutions without a label."""
 
 from __future__ import annotations
 
@@ -92,7 +90,7 @@ def test_a_solution_without_a_pick_keeps_the_reason_of_the_pick():
 
 
 def test_an_incoherent_merge_is_kept_when_the_last_line_is_not_looked_at():
-    """``require_consistent_verdict=false`` is the way to train on what the critic wrote, contradiction included."""
+    """``require_consistent_verdict=false`` keeps the critic's text, contradictions included."""
     taken = merged(
         "meta_critique",
         votes("CC"),
@@ -179,7 +177,7 @@ def test_a_merged_label_renders_as_orm_prm_and_prm_cot(method, variant):
 
 
 def test_a_method_pays_for_what_it_reads():
-    """Votes cost 10 tokens each, a critique 7 and a merge 12; a method needs no more than it says."""
+    """Votes cost 10 tokens each, a critique 7, a merge 12; a method needs at most its report."""
     given_votes = votes("CC", "CC", "CI")
     meta_critiques = {v.key: meta_critique(v.key, "CC") for v in given_votes}
     inputs = LabelInputs(solution(), given_votes, 0, meta_critiques=meta_critiques)

@@ -142,7 +142,7 @@ def test_what_an_engine_failed_to_write_is_not_stored_and_asked_for_again(
 
 
 def test_a_critique_that_was_cut_off_is_kept_and_not_merged(tmp_path: Path) -> None:
-    """Asking again would be cut off again; the record says why there is no merge."""
+    """A second request would be cut off too; the record has the reason for the missing merge."""
     critic = Critic(lambda p: ("and then", FinishReason.LENGTH))
     counts, meta_critiques = sample(tmp_path, critic, votes("CC"))
     assert (len(critic.asked), counts.failed_critiques, counts.merges) == (1, 1, 0)

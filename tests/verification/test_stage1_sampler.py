@@ -283,9 +283,7 @@ def test_token_accounting_adds_up_to_what_the_engine_served(tmp_path: Path, rule
 
 
 def test_saved_tokens_are_estimated_close_to_the_truth(tmp_path: Path) -> None:
-    """Proves the estimate on votes of similar length; it is an estimate, because the true number was
-    not sampled.
-    """
+    """On votes of similar length the estimate of the tokens not sampled is close."""
     full = collect(tmp_path / "full", stage()).accounting
     stopped = collect(tmp_path / "stopped", stage(early_stop="exact")).accounting
     saved = full.costs["verify"].completion_tokens - stopped.costs["verify"].completion_tokens
