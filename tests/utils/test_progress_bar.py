@@ -7,7 +7,7 @@ from spark_nemo.utils import progress_bar as module
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that a test winds. What pytest captures is no terminal."""
+    """Seconds that a test advances. Pytest captures to a file, not to a terminal."""
     seconds = [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: seconds[0])
     return seconds
@@ -40,8 +40,6 @@ def test_a_silent_bar_says_nothing(capsys):
 
 
 def test_a_line_of_progress_is_told_from_the_words_of_a_job(capsys):
-    """The pipeline quotes the last line of a failed job's log that is no progress bar; it looks for
-    this mark.
-    """
+    """The pipeline quotes a failed job's last line without this mark of a progress bar."""
     module.progress_bar(total=2, desc="sft").close()
     assert "%|" in capsys.readouterr().err

@@ -26,7 +26,7 @@ STEP = {
     ],
 )
 def test_first_host_of_a_node_list(nodes: str, first: str) -> None:
-    """Slurm's short form of host names, without asking scontrol, which a container does not have."""
+    """Slurm's short form of host names, without scontrol, which a container does not have."""
     assert first_host(nodes) == first
 
 
