@@ -66,7 +66,8 @@ GOOD = b'{"problem_id": "a", "question": "q"}'
         (GOOD + b"\n" + GOOD, "p.jsonl:line 2: problem_id 'a' is already on line 1"),
         (
             b'{"problem_id": 1, "question": "q"}\n{"problem_id": "1", "question": "r"}',
-            "p.jsonl:line 2: problem_id '1' is already on line 1 (an integer and a string of its digits are one id)",
+            "p.jsonl:line 2: problem_id '1' is already on line 1 "
+            "(an integer and a string of its digits are one id)",
         ),
         (
             b'{"question": "q"}',

@@ -82,7 +82,7 @@ def test_appended_records_come_back_after_reopening(tmp_path):
 
 
 def test_the_first_record_of_a_key_wins(tmp_path):
-    """Appending a key again writes nothing; of two writers' records, one counts and is given once."""
+    """Appending a key again writes nothing; of two writers' records, one is read, once."""
     with RecordStore(tmp_path, "b") as second, RecordStore(tmp_path, "a") as first:
         assert first.append("k", "vote", {"from": "a"}) and not first.append(
             "k", "vote", {"from": "a again"}
@@ -223,9 +223,7 @@ def test_refresh_sees_what_others_added(tmp_path):
 
 
 def test_a_file_size_limit_is_store_full(tmp_path):
-    """The kernel takes part of a record and then refuses: the part is cut off again and the writer
-    says so.
-    """
+    """The kernel writes a piece of a record and fails: the writer truncates it and reports it."""
     child = start_writer(tmp_path, "w", 10_000, limit=300_000)
     lines = child.communicate()[0].splitlines()
     assert child.returncode == 3 and lines[-1].startswith("full ") and str(tmp_path) in lines[-1]
@@ -234,9 +232,7 @@ def test_a_file_size_limit_is_store_full(tmp_path):
 
 
 def test_a_full_disk_is_store_full(tmp_path):
-    """On a really full file system everything acknowledged is intact, and writing goes on once
-    there is room.
-    """
+    """On a full file system acknowledged records are intact; writing continues with free space."""
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], capture_output=True
     )
