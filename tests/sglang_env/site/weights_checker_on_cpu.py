@@ -1,9 +1,9 @@
-"""Lets SGLang 0.5.21 answer ``/weights_checker`` on a CPU. The .pth file beside it imports this at
-interpreter start.
+"""Make ``/weights_checker`` of SGLang 0.5.21 work on a CPU.
 
-Its checksum of the weights waits for the GPU first, on every device (srt/utils/weight_checker.py),
-and a CPU build of torch refuses that call. There is nothing to wait for: the call becomes a no-op.
-What is hashed, and how, is SGLang's.
+The .pth file in this folder imports this module at interpreter start. SGLang's checksum of the
+weights waits for the GPU first, on every device (srt/utils/weight_checker.py), and that call fails
+in a CPU build of torch. On a CPU there is nothing to wait for: the call becomes a no-op. The hash
+stays SGLang's.
 """
 
 import importlib.abc

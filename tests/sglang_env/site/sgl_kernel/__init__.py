@@ -67,7 +67,7 @@ def copy_all_layer_kv_cache_cpu(
 
 
 def __getattr__(name: str) -> object:
-    """Names that SGLang imports for speculative decoding exist, and refuse to work."""
+    """Return a function that raises for the names that SGLang imports for speculative decoding."""
     if name not in _SPECULATIVE:
         raise AttributeError(f"sgl_kernel stand-in has no {name}")
 
