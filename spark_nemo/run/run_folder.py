@@ -62,9 +62,9 @@ def stage2_folder(run: RunConfig, method: str, variant: str | None) -> Path:
     return Path(run.dir) / "stage2" / f"{method}{variant_suffix(variant)}"
 
 
-def stage3_folder(run: RunConfig, arm: str) -> Path:
-    """Folder of one RL variant, by ``SparkConfig.rl_variant``."""
-    return Path(run.dir) / "stage3" / arm
+def stage3_folder(run: RunConfig, rl_variant: str) -> Path:
+    """Folder of one RL rl_variant, by ``SparkConfig.rl_variant``."""
+    return Path(run.dir) / "stage3" / rl_variant
 
 
 def reward_model_path(config: SparkConfig) -> Path:

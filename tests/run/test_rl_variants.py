@@ -85,7 +85,7 @@ def test_designs_times_kinds_of_reward_model_without_what_an_orm_cannot_reward(
     assert all(
         by_design[design] == ["prm_cot", "prm"] for design in designs() if needs_step_labels(design)
     )
-    assert [f"{d}-orm" in caplog.text for d in designs()] == [
+    assert [f"RL variant {d}-orm" in caplog.text for d in designs()] == [
         needs_step_labels(d) for d in designs()
     ]
     # Shards, kinds of the own method, the other methods, RL variants.
