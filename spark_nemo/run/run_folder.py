@@ -63,7 +63,7 @@ def stage2_folder(run: RunConfig, method: str, variant: str | None) -> Path:
 
 
 def stage3_folder(run: RunConfig, rl_variant: str) -> Path:
-    """Folder of one RL rl_variant, by ``SparkConfig.rl_variant``."""
+    """Folder of one RL variant, by ``SparkConfig.rl_variant``."""
     return Path(run.dir) / "stage3" / rl_variant
 
 
