@@ -1,4 +1,4 @@
-"""Composition: defaults in dataclasses, differences in conf/, and every experiment valid."""
+"""Composition of settings: defaults in dataclasses, differences in conf/, valid experiments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spark_nemo.run.compose import compose_config, config_folder, config_yaml
 
 
 def test_no_override_gives_the_dataclass_defaults() -> None:
-    """Proves there is one place for defaults."""
+    """Defaults are written in one place."""
     assert compose_config([]) == SparkConfig()
 
 
@@ -19,19 +19,19 @@ def test_no_override_gives_the_dataclass_defaults() -> None:
     "path", sorted((config_folder() / "experiment").rglob("*.yaml")), ids=lambda p: p.stem
 )
 def test_every_experiment_composes(path: Path) -> None:
-    """Proves each file in conf/experiment is valid; not that its models exist."""
+    """Each file in conf/experiment is valid; whether its models exist is not checked."""
     name = path.relative_to(config_folder() / "experiment").with_suffix("")
     assert compose_config([f"+experiment={name}"]) != SparkConfig()
 
 
 def test_the_last_override_of_a_key_wins() -> None:
-    """Proves what the pipeline relies on when it adds a job's own overrides after the user's."""
+    """The pipeline relies on it when it adds a job's own overrides after the user's."""
     assert compose_config(["run.seed=1", "run.seed=2"]).run.seed == 2
 
 
 @pytest.mark.parametrize("override", ["run.dir=a=b", "run.dir", "rl.steps=[1,"])
 def test_an_override_that_does_not_parse_is_repeated(override: str) -> None:
-    """Proves the message names the word the user typed; Hydra's own names a grammar token."""
+    """The message names the word that the user typed; Hydra's own names a grammar token."""
     with pytest.raises(ConfigError) as error:
         compose_config([override])
     assert override in str(error.value) and "\n" not in str(error.value)
@@ -40,7 +40,7 @@ def test_an_override_that_does_not_parse_is_repeated(override: str) -> None:
 def test_a_recipe_that_is_not_yaml_is_one_line_with_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Proves a typing error in a user's own recipe shows the file and the line, not a traceback."""
+    """A YAML error in a user's recipe shows the file and the line, not a traceback."""
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("rl: {steps: 3\nrun: [\n")
     monkeypatch.setenv("SPARK_NEMO_CONF", str(tmp_path))
@@ -51,13 +51,13 @@ def test_a_recipe_that_is_not_yaml_is_one_line_with_its_file(
 
 @pytest.mark.parametrize("cut", [{"top_p": 0.9}, {"top_k": 20}])
 def test_greedy_with_top_p_or_top_k_is_an_error(cut: dict) -> None:
-    """Proves a sampling knob without effect is an error, wherever it is built."""
+    """A sampling setting without effect is an error in every section."""
     with pytest.raises(ConfigError, match=f"{next(iter(cut))}=.* has no effect"):
         SamplingConfig(temperature=0.0, **cut)
 
 
 def test_the_printed_configuration_names_every_section() -> None:
-    """Proves config.yaml of a run can be read by a person."""
+    """config.yaml of a run is readable YAML."""
     text = config_yaml(compose_config(["+experiment=toy"]))
     assert all(f"{section}:" in text for section in vars(SparkConfig()))
 

@@ -64,7 +64,7 @@ TWO = ["engine.kind=sglang", "engine.policy.servers=2", "pipeline.parallel_jobs=
     ],
 )
 def test_an_invalid_or_unread_pool_setting_is_an_error(overrides: list[str], message: str) -> None:
-    """Proves the messages name field and reason."""
+    """The messages name field and reason."""
     with pytest.raises(ConfigError) as raised:
         compose_config(overrides)
     assert message in str(raised.value)
@@ -111,7 +111,7 @@ def test_the_cpu_preset_fits_the_toy_task(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_presets_that_were_never_run_are_valid() -> None:
-    """Only that they compose."""
+    """They compose; their servers are not started."""
     assert compose_config(["+experiment=toy", "+engine=sglang"]).engine.verifier.first_gpu == 4
     assert compose_config(["+experiment=toy", "+engine=vllm_cpu"]).engine.kind == "vllm"
 
@@ -123,8 +123,8 @@ def test_a_plan_says_what_will_serve() -> None:
 
 
 def test_a_router_before_given_servers_is_launched_and_may_say_where() -> None:
-    """Its interpreter is needed, though the servers run already; their own arguments still have no
-    effect.
+    """sglang-router needs the interpreter although the servers run already; arguments of the
+    servers still have no effect.
     """
     PoolConfig(urls=["http://a:1"], router=True, python="/env/bin/python").check("engine.policy")
     with pytest.raises(ConfigError, match="server_args"):

@@ -1,4 +1,6 @@
-"""Settings of labelling: legal values, knobs without effect, and what a method needs of stage I."""
+"""Settings of labels: valid values, settings without effect, and outputs of stage I that a method
+needs.
+"""
 
 from __future__ import annotations
 
@@ -81,24 +83,22 @@ def test_a_rule_that_no_method_reads_is_an_error(methods: str, override: str) ->
     ],
 )
 def test_a_rule_that_some_method_reads_is_accepted(methods: str, override: str) -> None:
-    """Through a pick for a critique, through the reference-guided pick, or by one method of
-    several.
-    """
+    """By the choice for a critique, by the reference-guided choice, or by one method of several."""
     name, _, value = override.removeprefix("labels.").partition("=")
     accepted = getattr(compose_config([*methods.split(), override]).labels, name)
     assert str(accepted).lower() == value
 
 
 def test_a_limit_per_problem_would_break_the_balance() -> None:
-    """Proves the error names the limit to use instead."""
+    """The error names the limit to use instead."""
     with pytest.raises(ConfigError, match=r"labels\.max_per_verdict, which keeps the balance"):
         LabelsConfig(max_per_problem=4)
 
 
 def test_the_defaults_are_the_arguments_of_the_docstrings() -> None:
-    """Proves balance by consensus is the default, three and three, without an answer anywhere; that
-    the pipeline's methods are the three by votes; and that unset means greedy critiques and 8
-    reference verifications.
+    """Balance by consensus is the default, with three labels of each verdict and no answer keys;
+    the pipeline's methods are the three by votes; not set means greedy critiques and 8 reference
+    verifications.
     """
     config = compose_config([])
     assert (

@@ -6,9 +6,8 @@ from spark_nemo.config import ConfigError, EngineConfig, PoolConfig
 
 
 def test_a_pool_launched_by_slurm_keeps_its_client_settings() -> None:
-    """Slurm starts the servers that the pool describes: what is left is their addresses, their size
-    (a process group counts every GPU) and the clients' times, and the pool is a valid one with
-    urls.
+    """The result is a valid pool with urls. It keeps the servers' size (a process group counts
+    every GPU) and the clients' timeouts.
     """
     pool = PoolConfig(
         servers=2,
@@ -51,6 +50,6 @@ def test_a_pool_that_is_down_has_the_time_of_a_start_to_come_back(
 
 
 def test_addresses_are_checked() -> None:
-    """A torn list of addresses is a configuration error, not a server that never answers."""
+    """A truncated list of addresses is a configuration error, not a server that never answers."""
     with pytest.raises(ConfigError, match="http://host:port"):
         EngineConfig(kind="sglang", policy=PoolConfig(servers=1).found_at(["http://a:1", ""]))

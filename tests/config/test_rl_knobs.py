@@ -101,25 +101,25 @@ def test_a_setting_without_effect_does_not_exist(named: str, overrides: list[str
     ],
 )
 def test_what_has_an_effect_is_accepted(overrides: list[str]) -> None:
-    """The other side of the same rule."""
+    """Valid combinations of the same settings."""
     compose_config(overrides)
 
 
 def test_dr_grpo_has_its_own_aggregation() -> None:
-    """Where the aggregation is automatic."""
+    """The options for which the aggregation is automatic."""
     resolved = [compose_config([f"rl/estimator={name}"]).rl for name in ("grpo", "dr_grpo")]
     assert [rl.aggregation for rl in resolved] == ["token_mean", "length_constant"]
 
 
 @pytest.mark.parametrize("reward", ["majority", "random", "step_augmented"])
 def test_no_reward_but_rlvr_may_be_given_answer_keys(reward: str) -> None:
-    """Majority vote is a baseline without answers, not a way around the wall."""
+    """Majority vote is a baseline without answers and does not accept answer keys."""
     with pytest.raises(ConfigError, match="rl_answers"):
         compose_config(["data.rl_answers=keys.jsonl", f"rl/reward={reward}"])
 
 
 def test_more_than_half_of_the_votes_must_parse_unless_another_number_is_set() -> None:
-    """One vote is what it always was."""
+    """The default is one vote."""
     sampled = SamplingConfig(temperature=0.8)
     needed = [ModelReward(votes=n, sampling=sampled).votes_needed for n in (1, 2, 3, 4)]
     assert needed == [1, 2, 2, 3]
@@ -139,8 +139,8 @@ def test_more_than_half_of_the_votes_must_parse_unless_another_number_is_set() -
     ],
 )
 def test_a_number_that_is_none_is_rejected_at_the_start(overrides: list[str]) -> None:
-    """YAML has .nan, and NaN passes every comparison that is written as "too small": it would end
-    in the weights.
+    """YAML has .nan, and NaN passes every comparison of the form "too small": it would reach the
+    weights.
     """
     name = overrides[-1].partition("=")[0].rpartition(".")[2]
     with pytest.raises(ConfigError, match=name):

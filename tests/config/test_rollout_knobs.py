@@ -1,4 +1,4 @@
-"""Settings of rl.rollout that cannot do what they say are rejected."""
+"""Settings of rl.rollout: contradictions are errors."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from spark_nemo.run.compose import compose_config
     ],
 )
 def test_illegal_values(settings, message):
-    """Each names the field and what is allowed."""
+    """Each error names the field and the valid values."""
     with pytest.raises(ConfigError, match=message):
         WeightSyncConfig(**settings)
 
@@ -40,14 +40,14 @@ def test_illegal_values(settings, message):
     ],
 )
 def test_transports_and_knobs_that_do_not_fit_the_engine(kind, settings, message):
-    """The embedded engine takes no files and no buckets; servers take nothing in process."""
+    """The embedded engine does not use files or buckets; servers do not support in_process."""
     with pytest.raises(ConfigError, match=message):
         WeightSyncConfig(**settings).check_engine(kind)
 
 
 def test_defaults_follow_the_engine():
-    """In process for the embedded engine, disk for servers; the section is part of the tree that
-    Hydra composes.
+    """in_process for the embedded engine, disk for servers; Hydra composes the section like any
+    other.
     """
     assert WeightSyncConfig().transport_for("local") == "in_process"
     assert WeightSyncConfig().transport_for("sglang") == "disk"
