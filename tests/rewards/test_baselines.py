@@ -20,7 +20,7 @@ def majority(*answers: tuple[int, str | None]) -> list[float]:
 
 
 def test_the_groups_own_majority_is_the_label() -> None:
-    """Unequal, interleaved groups: each votes for itself, by the key's meaning of equal. No answer
+    """Unequal, interleaved groups vote separately, with the key's equality of answers. No answer
     key is involved.
     """
     assert majority((0, "7"), (1, "3"), (0, "$7$"), (0, "8"), (1, "4"), (1, "4")) == [
@@ -34,19 +34,19 @@ def test_the_groups_own_majority_is_the_label() -> None:
 
 
 def test_no_answer_has_no_vote() -> None:
-    """Two responses without an answer do not outvote one that has it, and are worth 0; a group of
-    none is all 0.
+    """Two responses without an answer do not outvote one with an answer, and have reward 0; a group
+    without any answer has only zeros.
     """
     assert majority((0, None), (0, None), (0, "7"), (1, None), (1, None)) == [0, 0, 1, 0, 0]
 
 
 def test_a_tie_goes_to_the_answer_seen_first() -> None:
-    """So that the label does not depend on hashing."""
+    """The label does not depend on the order of hashes."""
     assert majority((0, "8"), (0, "7"), (0, "7"), (0, "8")) == [1, 0, 0, 1]
 
 
 def test_random_is_a_fair_coin_behind_the_gate() -> None:
-    """Half of 2000 seeds, the same for the same seed, and never for a broken format."""
+    """About half of 2000 seeds give 1, equal seeds agree, and a format violation always gives 0."""
     fine = ParsedResponse("", (), "1", 0, 0)
     draws = [random_reward(fine, derive_seed("coin", k)) for k in range(2000)]
     assert 900 < sum(draws) < 1100 and set(draws) == {0.0, 1.0}

@@ -134,7 +134,7 @@ def test_without_the_gate_the_verifier_sees_all_steps_and_the_last_answer() -> N
     ],
 )
 def test_without_the_gate_a_response_without_step_or_answer_is_still_rejected(text: str) -> None:
-    """There is nothing to verify; never an exception."""
+    """There is nothing to verify, and no exception."""
     assert isinstance(
         read_response(rollout(text), ConstraintsConfig(format_gate=False)), FormatViolation
     )
@@ -157,7 +157,7 @@ def test_without_the_gate_a_response_without_step_or_answer_is_still_rejected(te
     ],
 )
 def test_text_for_the_judge_is_recognised(text: str) -> None:
-    """Our own grammar, other verifiers' and chat templates' words."""
+    """Wording of this package's grammar, of other verifiers and of chat templates."""
     assert judge_directed(f"7+5=12. {text}" if not text.startswith("assistant") else text)
 
 
@@ -196,7 +196,7 @@ def test_a_response_padded_with_blanks_is_read_at_once(start: str, padding: str)
 
 
 def test_the_words_of_the_reward_models_prompt_are_recognised() -> None:
-    """The list is written by hand; this ties it to the prompt sets."""
+    """The pattern is written by hand; this test compares it with the prompt sets."""
     for name in ("paper", "compact"):
         (message,) = prompt_set(name).reward("prm_cot", "q", "s")
         assert judge_directed(message["content"])
@@ -267,14 +267,14 @@ def test_settings_that_cannot_be_meant_are_rejected(settings: dict, field: str) 
 def test_a_setting_without_effect_under_the_reward_does_not_exist(
     overrides: list[str], field: str
 ) -> None:
-    """A baseline without a gate has no constraints, one without a reward model no probes and no
-    second verifier.
+    """A baseline without a gate does not have constraints; one without a reward model has neither
+    probes nor a held-out verifier.
     """
     with pytest.raises(ConfigError, match=field):
         compose_config(overrides)
 
 
 def test_the_random_baseline_has_the_constraints_too() -> None:
-    """Its reward is gated, so a band has an effect there."""
+    """Its reward is gated, so a bound has an effect."""
     config = compose_config(["rl/reward=random", "rl.reward.constraints.max_steps=9"])
     assert config.rl.reward.constraints.max_steps == 9

@@ -54,7 +54,7 @@ def row(step: int, steps: float = 2.0, tokens: float = 30.0) -> dict[str, float]
 def test_a_detector_counts_the_share_of_responses_with_its_sign(
     name: str, text: str, num_tokens: int
 ) -> None:
-    """One response of four shows it; the other three set nothing off."""
+    """One response of four shows the symptom; the other three trigger no detector."""
     batch = [rollout(text, num_tokens), *[rollout(tagged(OK))] * 3]
     rates = detector_rates(batch, [row(0), row(1)], CONFIG)
     assert rates[f"hacking/{name}"] == 0.25
@@ -64,7 +64,7 @@ def test_a_detector_counts_the_share_of_responses_with_its_sign(
 
 @pytest.mark.parametrize("exploit", EXPLOITS, ids=lambda exploit: exploit.name)
 def test_every_exploit_of_the_simulator_sets_its_own_detector_off(exploit) -> None:
-    """The simulator's rates are those of the detectors that a real run has."""
+    """The simulator reports the rates of the detectors that a real run has."""
     rng = random.Random(0)
     problems = [sample_problem(rng) for _ in range(40)]
     solutions = [write_solution(problem, FAULTLESS, rng) for problem in problems]
@@ -78,7 +78,7 @@ def test_every_exploit_of_the_simulator_sets_its_own_detector_off(exploit) -> No
 
 
 def test_the_baseline_settles_after_its_steps_and_the_first_step_is_its_own() -> None:
-    """Later rows do not move it: a slow drift is measured from where the run began."""
+    """Later rows do not change it: a slow drift is measured from the run's beginning."""
     rows = [row(0, 2, 20), row(1, 4, 40), row(2, 9, 900)]
     assert baseline(rows, [rollout("x")], CONFIG) == baseline(rows[:2], [rollout("x")], CONFIG)
     assert (baseline(rows, [], CONFIG).steps, baseline(rows, [], CONFIG).tokens) == (3.0, 30.0)
@@ -86,9 +86,7 @@ def test_the_baseline_settles_after_its_steps_and_the_first_step_is_its_own() ->
 
 
 def test_rates_after_a_resume_are_those_of_an_uninterrupted_run() -> None:
-    """The only memory is metrics.jsonl: rows that went through JSON give bit for bit the same
-    rates.
-    """
+    """The only state is metrics.jsonl: rows read back from JSON give bit-identical rates."""
     rng = random.Random(3)
     batches = [
         [rollout(tagged(["s"] * rng.randint(1, 4)), rng.randint(10, 60)) for _ in range(7)]
@@ -136,7 +134,7 @@ def test_growth_is_measured_from_the_first_comparison() -> None:
 
 
 def test_the_compared_responses_are_valid_and_always_the_same() -> None:
-    """A function of seed and step alone."""
+    """They are a function of seed and step alone."""
     valid = [index % 3 > 0 for index in range(30)]
     chosen = compared(valid, 8, seed=1, step=4)
     assert chosen == compared(valid, 8, seed=1, step=4) != compared(valid, 8, seed=1, step=5)

@@ -192,10 +192,11 @@ def test_every_design_declares_itself() -> None:
 def test_a_design_that_resists_pays_nothing_for_a_split_step(
     design: str, pair, estimator: str
 ) -> None:
-    """No response's total advantage moves, not only that of the one that is split, whatever labels,
-    verdicts, failures, group sizes and estimator. Does not prove anything about the tokens that a
-    policy adds when it really inflates, nor about bounds on the number of steps
-    (rl.advantage.min_steps and the like), which a split may cross.
+    """No response's total advantage changes, for any labels, verdicts, failures, group sizes and
+    estimator.
+
+    Tokens that a policy adds when it really inflates are not tested, nor are bounds on the number
+    of steps (such as rl.advantage.min_steps), which a split may cross.
     """
     batch, split = pair
     assert totals(design, split, estimator) == pytest.approx(
@@ -215,8 +216,8 @@ WITNESS = [
     "design", sorted(d for d, (claim, _) in DECLARED.items() if claim == DOES_NOT)
 )
 def test_a_design_that_does_not_resist_has_a_batch_that_shows_it(design: str) -> None:
-    """So that none is called weak that is not: splitting the first step of one of two responses
-    moves its total.
+    """Checks the designs declared as weak: splitting the first step of one of two responses changes
+    its total advantage.
     """
     changes = []
     for index in (0, 1):

@@ -41,8 +41,8 @@ def judge_over(error: Exception) -> RewardJudge:
 
 
 def test_a_request_that_failed_is_a_failed_verification_and_a_lost_pool_is_the_end() -> None:
-    """The first is counted under the failure policy. The second would be every verification of
-    every batch: it stops the run under its own name, not as a failure rate.
+    """A failed request counts under the failure policy. A lost pool would fail every verification
+    of every batch, so it stops the run with its own error.
     """
     assert asyncio.run(judge_over(EngineFailure("too long")).judge(ROLLOUT)).outcome == EngineError(
         "too long"

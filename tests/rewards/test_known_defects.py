@@ -1,7 +1,7 @@
-"""Defects seen in the published scripts and in slime: one test each that would catch it here.
+"""Regression tests for defects of the published scripts and of slime.
 
-They go through what stage III really builds (``RolloutWorker``, the judge, the batch, the
-advantages) with scripted models, since the defects were between functions, not inside one.
+They use the objects that stage III builds (``RolloutWorker``, the judge, the batch, the advantages)
+with scripted models, because the defects were between functions, not inside one.
 """
 
 from __future__ import annotations
@@ -61,9 +61,7 @@ def analyses(*labels: bool) -> str:
 
 
 class Scripted:
-    """A served model whose tokens are bytes. It answers with its replies in turn and keeps what it
-    was sent.
-    """
+    """Served model whose tokens are bytes; returns its replies in turn and records the prompts."""
 
     fingerprint = "scripted"
     tokenizer = SimpleNamespace(
@@ -139,9 +137,8 @@ def batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_no_design_sends_another_prompt_than_its_reward_model_was_trained_with(
     batch, design, variant
 ) -> None:
-    """Defect 1: a list of reward types that get the step-wise prompt forgot three of them, which
-    sent the ORM's to a PRM-CoT. Here: of every design and kind, what is sent is the message of the
-    kind's training examples.
+    """Defect 1: a list of reward types with the step-wise prompt omitted three, so the ORM's prompt
+    went to a PRM-CoT. Here every design and kind sends the prompt of the kind's training examples.
     """
     config = config_of(design, f"rl.reward.variant={variant}")
     label = LabelledSolution(
@@ -162,9 +159,8 @@ def test_no_design_sends_another_prompt_than_its_reward_model_was_trained_with(
 def test_labels_of_another_number_of_steps_touch_no_token(
     batch, design: str, labels: tuple[bool, ...]
 ) -> None:
-    """Defect 2: one label too few or too many was laid over the steps all the same. Here the
-    response is, bit for bit, one whose verification could not be read, also where that has a
-    declared price instead of being masked.
+    """Defect 2: labels were used although one was missing or surplus. Here the response is treated
+    exactly like one whose verification did not parse, also with a penalty instead of a mask.
     """
     config = config_of(design, "rl/reward/failures=penalize", "rl.reward.failures.penalty=0.0")
     good = f"{analyses(True, False)}\n\n{YES}"
@@ -185,8 +181,8 @@ EARLY = {
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_yes_before_the_final_no_does_not_win(batch, variant: str) -> None:
-    """Defect 3: the first match anywhere was the verdict. Here the last word counts (an ORM has one
-    word or none).
+    """Defect 3: the first match anywhere was the verdict. Here the last word counts, and an ORM
+    writes one word or none.
     """
     scored, _ = batch(
         config_of("process_aware", f"rl.reward.variant={variant}"), (RESPONSE,), (EARLY[variant],)
@@ -197,8 +193,8 @@ def test_a_yes_before_the_final_no_does_not_win(batch, variant: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_what_cannot_be_read_is_counted_and_is_no_zero(batch, variant: str) -> None:
-    """Defect 4: an unreadable verification silently was a reward of 0. Here it is masked with a NaN
-    that nothing can average, has a rate of its own, and too many stop the run.
+    """Defect 4: an unparsable verification silently had reward 0. Here it is masked with NaN, has
+    its own failure rate, and too many stop the run.
     """
     asked = [f"rl.reward.variant={variant}"]
     scored, _ = batch(config_of("process_aware", *asked), (RESPONSE,), ("The answer seems fine.",))
@@ -222,8 +218,8 @@ def test_what_cannot_be_read_is_counted_and_is_no_zero(batch, variant: str) -> N
     ],
 )
 def test_a_box_outside_the_answer_tag_is_out_of_format(batch, loophole: str) -> None:
-    """Defect 5: the published gate counts boxes and tags and does not ask where the box is. Here
-    such a response is never shown to the reward model, and is worth 0 by the gate's own name.
+    """Defect 5: the published gate counts boxes and tags without their position. Here such a
+    response is not verified, and has reward 0 under the gate's rule.
     """
     scored, model = batch(config_of("process_aware"), (loophole,), (f"{analyses(True)}\n\n{YES}",))
     assert [rollout.reward for rollout in scored.rollouts] == [0.0, 0.0] and model.messages == []
@@ -231,7 +227,7 @@ def test_a_box_outside_the_answer_tag_is_out_of_format(batch, loophole: str) -> 
 
 
 def test_the_global_step_shares_are_those_that_run_and_not_those_of_a_docstring() -> None:
-    """Defect 6: the published docstring says 60/40, what runs is 80/20. A response of one lone step
+    """Defect 6: the published docstring has weights 60/40, the code 80/20. A response of one step
     has no contrast among steps, so exactly its outcome's share is left.
     """
     alone = ScoredResponse(0, 3, 1.0, True, (TokenSpan(0, 2),), (True,))
@@ -270,10 +266,11 @@ def group(number: int, *verdicts: bool) -> list[Rollout]:
 def test_groups_of_different_sizes_are_normalised_each_by_itself(
     design: str, estimator: str
 ) -> None:
-    """Slime's ``_post_process_rewards``: when samples are not prompts times group size (a group
-    lost members, or all of them) it reshapes the rewards into one row and normalises over the whole
-    batch, without a word. Here groups of 4, 2 and 3, also interleaved, have the advantages that
-    each has alone. REINFORCE++ is over the batch by definition.
+    """If samples are not prompts times group size (a group lost members), slime's
+    ``_post_process_rewards`` silently normalises over the whole batch.
+
+    Here groups of 4, 2 and 3, also interleaved, have the advantages that each has alone.
+    REINFORCE++ is over the batch by definition.
     """
     own_baseline = design != "process_aware" and has_own_baseline(design)
     if own_baseline and estimator != "grpo":

@@ -1,4 +1,4 @@
-"""The PRM service: what is asked once, what is forgotten, what happens when no answer comes."""
+"""PRM service: single flight, cache, deadlines, and failures."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def said(*labels: bool) -> str:
 
 
 class Prm:
-    """A served PRM whose verdict depends on the seed alone, so a wrong seed or a wrong cache entry
+    """Served PRM whose verdict depends on the seed alone, so that a wrong seed or cache entry
     shows.
 
-    ``reply`` replaces the text, ``failure`` raises, ``hold`` blocks until set. ``asked`` are the
-    seeds it saw.
+    ``reply`` replaces the text, ``failure`` raises, ``held`` blocks until ``go`` is set. ``asked``
+    are the received seeds.
     """
 
     fingerprint = "prm"
@@ -132,8 +132,8 @@ def test_limits_follow_the_servers_and_the_length_of_a_verification() -> None:
 
 
 def test_the_same_request_is_asked_once() -> None:
-    """Later and with the same answer, tokens included. Says nothing about requests at the same
-    time.
+    """The later request gets the same answer, tokens included. Concurrent requests are tested
+    below.
     """
 
     async def scenario():
@@ -163,8 +163,8 @@ def test_the_same_request_is_asked_once() -> None:
     ids=lambda change: next(iter(change)),
 )
 def test_every_part_of_the_key_counts(change: dict[str, object]) -> None:
-    """Content, seed (vote and attempt), model and its kind, weights, sampling and prompts: another
-    one is another request.
+    """Content, seed (vote and attempt), model and its kind, weights, sampling and prompts
+    distinguish requests.
     """
 
     async def scenario():
@@ -190,7 +190,7 @@ def test_every_part_of_the_key_counts(change: dict[str, object]) -> None:
 
 
 def test_a_greedy_request_has_no_seed() -> None:
-    """Equal canonical text in another rollout costs nothing when nothing is drawn."""
+    """With greedy sampling, equal canonical text of another rollout is answered from the cache."""
 
     async def scenario():
         service = await service_of(prm := Prm(), GREEDY)
@@ -209,7 +209,7 @@ def test_a_greedy_request_has_no_seed() -> None:
 def test_a_failure_of_the_content_is_remembered(
     reply: str, finish: FinishReason, kind: type
 ) -> None:
-    """The same draw would fail the same way again."""
+    """The same seed would fail the same way again."""
 
     async def scenario():
         service = await service_of(prm := Prm(reply, finish=finish), GREEDY)
@@ -280,7 +280,7 @@ def test_when_the_last_caller_leaves_the_request_ends() -> None:
 
 
 def test_a_missed_deadline_is_an_engine_error_and_ends_the_request() -> None:
-    """Never a score, never remembered, and the engine does not go on with it."""
+    """A missed deadline is never a score, is not cached, and cancels the engine's request."""
 
     async def scenario():
         service = await service_of(prm := Prm(held=True), deadline=0.01)
@@ -298,8 +298,8 @@ def test_a_missed_deadline_is_an_engine_error_and_ends_the_request() -> None:
 
 
 def test_more_than_the_queue_wait_and_their_clock_does_not_run() -> None:
-    """Never more than ``queue`` at the engine. What waited longer than the deadline for its place
-    is still served.
+    """At most ``queue`` verifications are at the engine. One that waits longer than the deadline
+    for a slot is still served.
     """
 
     async def scenario():
@@ -318,7 +318,7 @@ def test_more_than_the_queue_wait_and_their_clock_does_not_run() -> None:
 
 
 def test_the_cache_is_bounded_and_forgets_the_least_recently_used() -> None:
-    """Two entries: the third drops the one that was not looked at."""
+    """With two entries, the third evicts the least recently used one."""
 
     async def scenario():
         service = await service_of(prm := Prm(), cache_entries=2)
@@ -330,8 +330,8 @@ def test_the_cache_is_bounded_and_forgets_the_least_recently_used() -> None:
 
 
 def test_weights_that_change_on_the_way_leave_nothing_behind() -> None:
-    """A text sampled by two versions belongs to neither; nor is anything kept while the version is
-    not known.
+    """A text sampled by two versions belongs to neither; nothing is cached while the version is
+    unknown.
     """
 
     async def scenario():
@@ -351,9 +351,7 @@ def test_weights_that_change_on_the_way_leave_nothing_behind() -> None:
 def test_nothing_is_remembered_while_the_version_is_not_known(
     alive: bool, version: int | None
 ) -> None:
-    """A server that does not answer reports the version it last told, or nothing: neither may be
-    trusted.
-    """
+    """A server that does not answer reports its last known version or none; neither is used."""
 
     async def scenario():
         service = await service_of(prm := Prm())
@@ -397,8 +395,8 @@ def test_rewards_are_the_same_with_and_without_the_cache(votes: int) -> None:
 
 
 def test_one_vote_uses_the_seeds_it_always_used() -> None:
-    """Pins the seed, so that old runs can be repeated; more votes keep the first and differ among
-    themselves.
+    """Pins the seeds, so that earlier runs can be repeated. More votes keep the first vote's seed
+    and differ among themselves.
     """
     row = rollout(RESPONSE)
     assert vote_seed(row, 1, 0) == derive_seed("judge", "p", RESPONSE, 1)
@@ -406,8 +404,8 @@ def test_one_vote_uses_the_seeds_it_always_used() -> None:
 
 
 def test_votes_share_one_encoded_prompt_and_are_retried_alone() -> None:
-    """Five votes and a failure: the prompt is encoded once, every request has equal ids, and the
-    vote that parsed is not asked again.
+    """Five votes and a failure: the prompt is encoded once, every request has equal ids, and only
+    the failed vote is retried.
     """
 
     async def scenario():

@@ -1,4 +1,4 @@
-"""Adversarial probes: built without answers, scored by whatever the reward model says."""
+"""Adversarial probes: built without answers, scored by the reward model's verdicts."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def scored(weakness: Exploit | None, rules: ConstraintsConfig | None = None) -> 
     "problem", [*ODD, *(p.record() for p in TOY)], ids=lambda p: p.problem_id[:8]
 )
 def test_every_probe_can_be_shown_to_a_verifier_whatever_the_problem_says(problem: Problem) -> None:
-    """Also for problems that contain our own tags, boxes and headers."""
+    """Problems may contain tags, boxes and headers of the grammar."""
     for probe in build_probes([problem]):
         parsed = read_anyhow(probe.text)
         assert isinstance(parsed, ParsedResponse), probe
@@ -60,23 +60,21 @@ def test_every_probe_can_be_shown_to_a_verifier_whatever_the_problem_says(proble
 
 
 def test_no_probe_has_the_right_answer() -> None:
-    """They are made from texts alone, so this could only be luck; an accepted probe is a mistake of
-    the verifier.
-    """
+    """Probes are made from texts alone, so an accepted probe is the verifier's mistake."""
     for problem in TOY:
         for probe in build_probes([problem.record()]):
             assert not answer_matches(extract_boxed(probe.text), str(problem.values[-1]))
 
 
 def test_probes_are_the_same_every_time() -> None:
-    """Evaluations of one run, and of two, are compared on the same probes."""
+    """Evaluations of one run, and of two runs, use the same probes."""
     records = [problem.record() for problem in TOY]
     assert build_probes(records) == build_probes(records)
     assert len({probe.text for probe in build_probes(records[:1])}) == len(KINDS)
 
 
 def test_an_honest_judge_accepts_none() -> None:
-    """And no verification fails, so nothing is left unsaid."""
+    """No verification fails either, so every probe has a verdict."""
     scores = scored(None)
     assert scores.keys() == KINDS.keys()
     assert all(score.accepted == 0 == score.failed for score in scores.values()), scores
@@ -86,8 +84,8 @@ def test_an_honest_judge_accepts_none() -> None:
     ("weakness", "kind"), [("judge_directed", "verdict_in_step"), ("empty_text", "empty_steps")]
 )
 def test_a_planted_weakness_shows_in_its_probe(weakness: str, kind: str) -> None:
-    """The report names the hole before a policy has found it. Weaknesses that need arithmetic of
-    the right kind (overlong, too_short) are not covered by probes that know no problem's language.
+    """The report names the weakness before a policy finds it. Weaknesses that need arithmetic
+    (overlong, too_short) are not covered.
     """
     scores = scored(BY_NAME[weakness])
     assert scores[kind].accepted == scores[kind].asked == len(TOY)

@@ -28,7 +28,7 @@ NO = Verdict((True, False), False)
 
 
 def test_process_aware_is_the_gate_times_the_verdict():
-    """All cases of r = f * y. Says nothing about how a verdict is parsed."""
+    """All cases of r = f * y; parsing of verdicts is not tested here."""
     broken = FormatViolation("two boxes")
     assert process_aware_reward(None, YES) == 1.0
     assert process_aware_reward(None, NO) == 0.0
@@ -38,18 +38,18 @@ def test_process_aware_is_the_gate_times_the_verdict():
 
 
 def test_the_gate_decides_even_if_the_verifier_failed():
-    """A response that broke the format is worth 0 by definition: no verdict is needed for that."""
+    """A format violation has reward 0 by definition, without a verdict."""
     assert process_aware_reward(FormatViolation("no answer"), Truncated(5)) == 0.0
 
 
 @pytest.mark.parametrize("failure", [ParseFailure("no line"), Truncated(9), EngineError("gone")])
 def test_a_missing_verdict_stays_a_failure(failure):
-    """No failure becomes a number here."""
+    """A failure never becomes a number here."""
     assert process_aware_reward(None, failure) is failure
 
 
 def test_a_well_formed_response_must_have_been_verified():
-    """Forgetting the verifier is a bug of the caller, not a reward of 0."""
+    """A missing verification is a bug of the caller, not a reward of 0."""
     with pytest.raises(ValueError, match="not verified"):
         process_aware_reward(None, None)
 
@@ -95,9 +95,8 @@ LOST = EngineError("gone")
 
 
 def test_one_failure_among_few_verifications_does_not_stop_a_run():
-    """At a fifth, five verifications are the fewest of which one failure is not too much: fewer
-    wait for those of the next steps, and are judged with them. Judged verifications do not count in
-    the next judgement.
+    """With a maximum rate of 0.2, steps with fewer than five verifications are pooled with later
+    steps. Checked verifications do not count in the next check.
     """
     count = FailureCount()
     count.add([LOST, 1.0], 2, 0.2)
@@ -115,9 +114,7 @@ def test_one_failure_among_few_verifications_does_not_stop_a_run():
 
 
 def test_at_the_end_the_whole_run_is_judged_however_short_it_was():
-    """Two verifications, one of them failed: nothing stopped the run, and its end does. With a
-    bound of 0 no failure waits.
-    """
+    """A pooled failure is checked at the run's end. With a bound of 0 every step is checked."""
     count = FailureCount()
     count.add([LOST, 1.0], 2, 0.2)
     with pytest.raises(FailureRateExceeded, match=r"50\.0% of 2"):
@@ -128,7 +125,7 @@ def test_at_the_end_the_whole_run_is_judged_however_short_it_was():
 
 
 def test_a_resumed_run_counts_on():
-    """Through a checkpoint's JSON the next judgement is the one of an uninterrupted run."""
+    """Counts restored from a checkpoint's JSON lead to the same check as an uninterrupted run."""
     count = FailureCount()
     count.add([LOST, 1.0], 2, 0.2)
     resumed = FailureCount.from_json(json.loads(json.dumps(count.to_json())))
@@ -138,7 +135,7 @@ def test_a_resumed_run_counts_on():
 
 
 def test_the_format_gate_does_not_dilute_the_failure_rate():
-    """Four gated responses and two failed verifications of four: the rate is 1/2, not 1/4."""
+    """Four gated responses, and two failures among four verifications: the rate is 1/2, not 1/4."""
     scores = [0.0] * 4 + [LOST, LOST, 1.0, 1.0]
     assert apply_failure_policy(scores, MaskFailures(), num_verifications=4).failure_rate == 0.5
     with pytest.raises(FailureRateExceeded, match=r"50\.0% of 4"):
@@ -146,14 +143,14 @@ def test_the_format_gate_does_not_dilute_the_failure_rate():
 
 
 def test_no_verification_at_all_is_no_failure():
-    """A step whose every response broke the format must not divide by zero."""
+    """A step with only format violations does not divide by zero."""
     batch = apply_failure_policy([0.0, 0.0], MaskFailures(), num_verifications=0)
     assert batch.failure_rate == 0.0
     assert batch.valid == (True, True)
 
 
 def test_rlvr_asks_the_checker_by_problem():
-    """The reward holds no answers: it passes the id and the text on."""
+    """The reward does not hold answers: it passes id and text to the checker."""
     rollout = Rollout(Problem("p1", "1+1?"), 0, (1,), (2,), (-0.1,), (0,), "two", "stop")
     late = EngineError("answer checker: late")
     asked = []

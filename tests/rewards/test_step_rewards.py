@@ -1,4 +1,4 @@
-"""Rewards that count steps: golden values of the spec, and what splitting a step does to each."""
+"""Rewards that count steps: golden values, and the effect of splitting a step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spark_nemo.rewards.designs import overlong_penalty
 
 CICC = Verdict((True, False, True, True), True)
 SPLIT = Verdict((True, True, False, True, True), True)
-"""The same response with its first step cut in two."""
+"""The same response with its first step split in two."""
 BROKEN = FormatViolation("two boxes")
 ALL = (process_aware_reward, step_average_reward, step_augmented_reward)
 
@@ -23,8 +23,8 @@ def test_golden_values_of_the_spec() -> None:
 
 
 def test_splitting_a_correct_step_pays_where_the_docstring_says_so() -> None:
-    """Process-aware does not move; the two that count steps do. With every step correct none of
-    them moves.
+    """Process-aware does not change; the two that count steps do. With every step correct none
+    changes.
     """
     change = [reward(None, SPLIT) - reward(None, CICC) for reward in ALL]
     assert change == pytest.approx([0.0, 4 / 5 - 3 / 4, 0.4 * (4 / 5 - 3 / 4)])
@@ -34,8 +34,8 @@ def test_splitting_a_correct_step_pays_where_the_docstring_says_so() -> None:
 
 @pytest.mark.parametrize("reward", ALL)
 def test_a_failure_is_no_score_and_a_broken_format_is_zero(reward) -> None:
-    """No silent zero: what did not parse stays the failure it is; only the gate gives 0; unverified
-    is an error.
+    """A parse failure is returned as it is, only the gate gives 0, and an unverified response is an
+    error.
     """
     failure = ParseFailure("verdict_missing")
     assert reward(None, failure) is failure

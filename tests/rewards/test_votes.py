@@ -1,4 +1,4 @@
-"""Several votes on one response: golden cases, and what must hold for any votes."""
+"""Several votes on one response: golden cases and properties."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ outcomes = st.one_of(verdicts, st.sampled_from([LOST, CUT, GONE]))
     ],
 )
 def test_golden_votes(votes, expected) -> None:
-    """One vote, a plain majority, a vote lost on the way, a tie (against the response), and a
-    verdict that outvotes its own labels.
+    """One vote, a plain majority, a failed vote, a tie (against the response), and a verdict that
+    contradicts its own labels.
     """
     assert aggregate_votes(votes, 1) == expected
 
@@ -58,8 +58,8 @@ def test_an_orms_votes_are_counted_on_the_answer(votes, minimum: int, expected) 
 
 
 def test_verdicts_with_and_without_steps_are_not_one_vote() -> None:
-    """Two kinds of reward model were mixed up. Nor does an ORM's verdict ever make a label of stage
-    I.
+    """Verdicts of two kinds of reward model must not be mixed; an ORM's verdict never makes a label
+    of stage I.
     """
     with pytest.raises(ValueError, match="no step labels"):
         aggregate_votes([YES, Verdict((T,), T)], 1)
@@ -85,8 +85,8 @@ def test_too_few_verdicts_are_a_failure(votes, minimum: int, expected) -> None:
     st.lists(outcomes, min_size=1, max_size=7), st.integers(1, 7), st.randoms(use_true_random=False)
 )
 def test_order_and_failures_do_not_vote(votes, minimum: int, random) -> None:
-    """Any votes: shuffled, the verdict is the same; more failures change nothing as long as enough
-    verdicts are there; a verdict comes out exactly when enough went in.
+    """The verdict does not depend on the order of votes, nor on failures while enough verdicts are
+    left. A verdict is returned exactly if there are enough.
     """
     minimum = min(minimum, len(votes))
     result = aggregate_votes(votes, minimum)
@@ -102,7 +102,7 @@ def test_order_and_failures_do_not_vote(votes, minimum: int, random) -> None:
 
 @given(st.lists(verdicts, min_size=1, max_size=6), st.data())
 def test_a_vote_in_favour_never_hurts(votes, data) -> None:
-    """Turning one label or verdict of one vote to True turns nothing to False."""
+    """Changing one label or verdict of one vote to True changes nothing to False."""
     before, k = aggregate_votes(votes, 1), data.draw(st.integers(0, len(votes) - 1))
     place = data.draw(st.integers(0, 3))
     labels = tuple(label or i == place for i, label in enumerate(votes[k].step_labels))
@@ -119,6 +119,6 @@ def test_a_vote_in_favour_never_hurts(votes, data) -> None:
 
 @pytest.mark.parametrize("minimum", [0, 3])
 def test_a_minimum_that_cannot_be_met_is_a_bug(minimum: int) -> None:
-    """Not a response that always fails."""
+    """It raises instead of failing every response."""
     with pytest.raises(ValueError, match="min_votes"):
         aggregate_votes([LOST, CUT], minimum)
