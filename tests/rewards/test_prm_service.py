@@ -209,7 +209,7 @@ def test_a_greedy_request_has_no_seed() -> None:
 def test_a_failure_of_the_content_is_remembered(
     reply: str, finish: FinishReason, kind: type
 ) -> None:
-    """The same seed would fail the same way again."""
+    """The same request would fail the same way again."""
 
     async def scenario():
         service = await service_of(prm := Prm(reply, finish=finish), GREEDY)
