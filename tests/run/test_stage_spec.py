@@ -54,7 +54,9 @@ def test_what_resume_must_keep_is_an_input(stage: str) -> None:
     [
         ("rl.group_size=3", {"rl.group_size"}),
         ("rl.reward.constraints.max_steps=9", {"rl.reward.constraints.max_steps"}),
+        ("rl/estimator=rloo", {"rl.estimator.name", "rl.estimator.std_normalize"}),
         ("rl.reward.probes=3", set()),
+        ("rl.hacking.top_rewards=0", set()),
         ("rl.save_every=7", set()),
         ("rl.reward.variant=prm_cot", set()),
         ("evaluation.samples_per_problem=9", set()),
