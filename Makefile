@@ -28,7 +28,7 @@ test: venv lint  ## every test
 	$(BIN)/python -m pytest
 
 test-fast: venv  ## the tests without subprocesses and training, under two minutes
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto
 
 test-slurm: venv  ## the scripts of slurm/ on a real Slurm of five virtual nodes, installed with apt when missing
 	PYTHON=$(BIN)/python $(if $(wildcard .venv-sglang),SPARK_SGLANG_PYTHON=$(CURDIR)/.venv-sglang/bin/python) \
@@ -38,10 +38,11 @@ test-sglang: venv  ## tests against real SGLang servers on the CPU, in an enviro
 	PYTHON=$(PYTHON) tests/sglang_env/build.sh
 	SPARK_TEST_SGLANG=1 $(BIN)/python -m pytest tests/real_sglang $(PYTEST_ARGS)
 
-lint: venv       ## style and import directions
+lint: venv       ## format, style, import directions, language
 	$(BIN)/ruff format --check spark_nemo tests benchmarks tools slurm
 	$(BIN)/ruff check spark_nemo tests benchmarks tools slurm
 	$(BIN)/lint-imports
+	$(BIN)/python tools/lint_language.py
 
 docs: venv       ## the documentation as a site in build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

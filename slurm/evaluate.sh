@@ -17,7 +17,7 @@
 #: before --    what `spark-nemo evaluate` takes: math (default) or processbench, then its options: --model FOLDER, --data
 #:              FILE..., for math --k and --benchmark, for processbench --critic and --votes. Saved predictions need no
 #:              job: score them with `spark-nemo evaluate BENCHMARK --predictions` where you are.
-#: after --     Hydra's overrides. What the model said is saved below run.dir/evaluate.
+#: after --     Hydra's overrides. The model's texts are saved below run.dir/evaluate.
 SLURM_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 if [[ ! -f $SLURM_DIR/lib.sh ]]; then  # sbatch runs a copy in its spool folder; the job knows where it comes from
     SLURM_DIR=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(.*/slurm\)/evaluate\.sh.*|\1|p' | head -n 1)

@@ -348,7 +348,7 @@ finish() {
 }
 
 # own_name: print this job's name for scontrol. The first task of an array has the array's number as its job id, which
-# stands for all tasks.
+# means all of its tasks.
 own_name() { echo "${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$JOB}"; }
 
 # preempted: succeed in the grace time of a preemption. Slurm then sent TERM to the steps and not to this script, and it

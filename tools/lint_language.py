@@ -1,7 +1,7 @@
 """Check the language rules of CONTRIBUTING.md that a program can check; part of ``make lint``.
 
-Reads docstrings, comments, log and error messages and command-line help of Python files, and the
-prose of Markdown pages. Prints one line per finding and exits with 1 if there is any.
+Reads docstrings, comments, log and error messages and command-line help of Python files, comments of
+YAML and shell files, and the prose of Markdown pages. Prints one line per finding and exits with 1 if there is any.
 
     python tools/lint_language.py                 # the whole repository
     python tools/lint_language.py spark_nemo/run  # some folders or files
@@ -28,6 +28,7 @@ DEFAULT_PATHS = (
     "tools",
     "benchmarks",
     "slurm",
+    "conf",
     "docs",
     "README.md",
     "CONTRIBUTING.md",
@@ -105,7 +106,7 @@ def files(paths: list[str] | tuple[str, ...]) -> Iterator[Path]:
         path = REPO / name
         found = sorted(path.rglob("*")) if path.is_dir() else [path]
         for each in found:
-            if each.suffix in (".py", ".md") and each != Path(__file__).resolve():
+            if each.suffix in _READERS and each != Path(__file__).resolve():
                 yield each.relative_to(REPO)
 
 
@@ -113,8 +114,7 @@ def check(path: Path) -> Iterator[Finding]:
     """Yield the findings of one file."""
     text = (REPO / path).read_text()
     exempt = {n for n, line in enumerate(text.splitlines(), 1) if _ALLOW in line}
-    texts = python_texts(text) if path.suffix == ".py" else markdown_texts(text)
-    for first_line, prose, is_docstring in texts:
+    for first_line, prose, is_docstring in _READERS[path.suffix](text):
         if is_docstring and (words := prose.split()) and words[0] in BAD_BEGINNINGS:
             yield Finding(path, first_line, f"docstring begins with '{words[0]}'")
         for pattern, use in _BANNED:
@@ -153,6 +153,13 @@ def markdown_texts(source: str) -> Iterator[tuple[int, str, bool]]:
             yield number, re.sub(r"\]\([^)]*\)", "]", _without_code(line)), False
 
 
+def comment_texts(source: str) -> Iterator[tuple[int, str, bool]]:
+    """Yield (line, text, False) of the comments of a YAML or shell file."""
+    for number, line in enumerate(source.splitlines(), 1):
+        if found := re.search(r"(?:^|\s)#(.*)", line):
+            yield number, _without_code(found[1]), False
+
+
 def _is_message(call: ast.Call) -> bool:
     name = getattr(call.func, "attr", getattr(call.func, "id", ""))
     return bool(_MESSAGE_CALLS.search(name))
@@ -172,6 +179,14 @@ def _without_code(text: str) -> str:
     """Blank out what is in backticks: names in code are not prose."""
     return re.sub(r"``[^`]*``|`[^`\n]*`", "``", text)
 
+
+_READERS = {
+    ".py": python_texts,
+    ".md": markdown_texts,
+    ".yaml": comment_texts,
+    ".sh": comment_texts,
+}
+"""Reader of a file's prose by its suffix."""
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,14 +6,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 PATH=$PATH:/usr/sbin:/sbin
 not_here() {
     echo "tests/slurm: NOT RUN: $1" >&2
-    # A machine that cannot have a cluster says nothing about the scripts; whoever asks for these tests by name is told.
+    # A machine without a cluster proves nothing about the scripts; a caller that wants these tests gets an error.
     [[ ${SPARK_NEMO_SLURM_OPTIONAL:-} == 1 ]] && exit 0
     exit 1
 }
 for program in slurmctld slurmd munged shellcheck ip gcc; do
     command -v "$program" >/dev/null && continue
     sudo=(); [[ $EUID -eq 0 ]] || sudo=(sudo)
-    # Debian refuses to start the services in a container: wanted here, the tests start their own.
+    # Debian does not start services in a container. The tests start their own.
     "${sudo[@]}" apt-get update -qq || true
     "${sudo[@]}" apt-get install -y -qq --no-install-recommends slurm-wlm munge shellcheck iproute2 gcc libc6-dev libslurm-dev ||
         not_here "Slurm is not installed and cannot be"
@@ -26,7 +26,7 @@ flock "$lock"
 user=(); [[ $EUID -eq 0 ]] || user=(--user --map-current-user --keep-caps)
 unshare "${user[@]}" --net --mount --pid --fork --kill-child --mount-proc true ||
     not_here "this machine gives no namespaces of their own to processes"
-# munged refuses to work below a folder that others may not enter, as pytest's own are.
+# munged rejects a folder that others may not enter, as pytest's own are.
 SPARK_NEMO_SLURM=$(mktemp -d /tmp/spark-slurm-XXXXXX)
 export SPARK_NEMO_SLURM
 chmod 755 "$SPARK_NEMO_SLURM"
