@@ -18,6 +18,8 @@ from spark_nemo.run.run_folder import mark_done
 from spark_nemo.toy.resolve import ASSETS, resolve_toy
 from spark_nemo.verification.sampler import SamplingCounts
 
+pytestmark = pytest.mark.slow
+
 FOLDERS = {
     "sft": "sft",
     "stage1": "stage1/shard-all",

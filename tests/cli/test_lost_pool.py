@@ -29,6 +29,7 @@ def error_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, 
     return lines[0], time.monotonic() - begin
 
 
+@pytest.mark.slow
 def test_stage_one_stops_when_its_last_server_dies(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

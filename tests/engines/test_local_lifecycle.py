@@ -370,6 +370,7 @@ def test_an_identity_changes_with_every_file_that_is_read(tmp_path, file):
     assert found[0] != found[1]
 
 
+@pytest.mark.slow
 def test_engines_do_not_import_transformers():
     """Start-up is paid by every process: the package must come up without the slow import."""
     code = "import sys, spark_nemo.engines; assert 'transformers' not in sys.modules"

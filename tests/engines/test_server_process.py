@@ -209,8 +209,9 @@ def test_killed_and_stopped_servers_are_unavailable(monkeypatch):
 
 
 def test_a_process_may_open_a_connection_for_every_request() -> None:
-    """150 requests at once where 100 files may be open: the pool raises the process's own limit,
-    and nothing is sent twice. The kernel's own bounds are not proven.
+    """Prove that the pool raises the process's limit of open files, and that nothing is sent twice.
+
+    150 requests are sent at once where 60 more files may be open. The kernel's bounds are not proven.
     """
 
     async def scenario(url):
@@ -225,10 +226,13 @@ def test_a_process_may_open_a_connection_for_every_request() -> None:
         finally:
             await fleet.close()
 
-    port, before = free_port(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    port = free_port()
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Earlier tests of the same process may hold files open.
+    limit = len(os.listdir("/proc/self/fd")) + 60
     with fake_process(port, "--vocab-size", "691", "--context", "512", "--token-s", "0.1"):
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (100, before[1]))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
             answers, metrics = asyncio.run(scenario(f"http://127.0.0.1:{port}"))
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -85,6 +85,7 @@ def test_wrong_and_tricky_answers_are_rejected_without_the_checker(predicted, go
     assert shared_checker().stats.questions == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "predicted, gold, equal",
     [
@@ -152,6 +153,7 @@ def test_a_hostile_answer_costs_at_most_its_time_limit(hostile, started_checker)
     assert equal(checker, "x^2+1", "1+x^2")
 
 
+@pytest.mark.slow
 def test_a_timeout_is_counted():
     """A stopped worker is a timeout and "not equal", and a new worker replaces it."""
     checker = MathChecker(limit_s=20.0)
@@ -165,6 +167,7 @@ def test_a_timeout_is_counted():
     checker.close()
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_counted_and_replaced():
     """The worker is killed during a question, as by the kernel when memory runs out."""
     checker = MathChecker()
@@ -238,6 +241,7 @@ def test_a_malformed_line_is_named(tmp_path, row, message):
     assert message in str(caught.value) and str(path) in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, field, count",
     [("math500", "answer", 500), ("aime24", "answer", 30), ("amc23", "answer", 40)],

@@ -240,6 +240,7 @@ The test process would not do: after other tests its address space is beyond the
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "harm",
     [
@@ -257,6 +258,7 @@ def test_a_child_that_ends_is_a_crash_and_is_replaced(harm: str) -> None:
     assert done.stdout.split() == ["crashed", "equal"], done.stderr
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_comparing_process_is_limited() -> None:
     """The kernel has the memory limit of the process that parses answers."""
     checker = MathChecker(60.0)
@@ -275,6 +277,7 @@ def test_the_memory_of_a_comparing_process_is_limited() -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_an_interrupted_question_leaves_no_answer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     """After Ctrl-C, the pending reply is not read as the reply to the next question."""
     checker = MathChecker()

@@ -24,6 +24,8 @@ from spark_nemo.evaluation.saved_completions import (
 )
 from spark_nemo.toy.resolve import ASSETS
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"amc23": 40, "aime25": 30}
 
 

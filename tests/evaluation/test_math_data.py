@@ -59,6 +59,7 @@ def test_a_completion_that_boxes_the_gold_answer_is_right() -> None:
     assert grade_answers(pairs) == [AnswerGrade.EQUAL] * 1517
 
 
+@pytest.mark.slow
 @needs_data
 @pytest.mark.timeout(300)
 def test_math_verify_itself_finds_gold_answers_equal_to_themselves() -> None:
@@ -244,6 +245,7 @@ def test_two_files_of_one_benchmark_are_joined_and_a_shared_problem_is_rejected(
         read_math_sets([sources[0], sources[0]])
 
 
+@pytest.mark.slow
 def test_the_tool_writes_prompts_that_stage_one_reads_and_no_answer(tmp_path: Path) -> None:
     """Skywork's Parquet file becomes data.stage1_problems without its marked answer."""
     pyarrow = pytest.importorskip("pyarrow")

@@ -18,6 +18,8 @@ from spark_nemo.evaluation import ProcessBenchCase, read_processbench
 from spark_nemo.evaluation.processbench import boxed_vote, majority_vote
 from spark_nemo.evaluation.saved_predictions import score_saved_predictions, score_votes
 
+pytestmark = pytest.mark.slow
+
 DATA = (
     Path(os.environ.get("SPARK_NEMO_DATA") or Path(__file__).parents[2].parent / "shared" / "data")
     / "processbench"

@@ -485,6 +485,7 @@ def test_values_that_a_type_cannot_hold_are_an_error(model, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_early_and_warnings_of_megatron_are_not_shown(model):
     """Neither a tool's output into head nor megatron-core's remarks on what is not installed leave
     a line on stderr. In real processes: the end of one is part of it.

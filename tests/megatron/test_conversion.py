@@ -35,6 +35,8 @@ from spark_nemo.megatron.checkpoint.torch_dist_reader import StoredCheckpoint
 from spark_nemo.megatron.hf_files import SafetensorsFolder, write_tensors
 from spark_nemo.models.spec import ModelSpec
 
+pytestmark = pytest.mark.slow
+
 GENERATION = '{"temperature":   0.7}'
 
 

@@ -24,6 +24,8 @@ from spark_nemo.megatron.optimizer import NonFiniteGradient
 from spark_nemo.megatron.packed_batch import PackedBatch
 from spark_nemo.megatron.worker import MegatronWorker
 
+pytestmark = pytest.mark.slow
+
 ONE = MegatronConfig(dtype="float32", distributed_optimizer=False)
 ONE_DISTRIBUTED = MegatronConfig(dtype="float32", distributed_optimizer=True)
 

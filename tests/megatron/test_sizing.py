@@ -49,6 +49,7 @@ def test_one_rank_holds_what_is_planned(model):
         compare(model, layout, [cases.measure(model, layout)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("recompute", "vocabulary", "width"),

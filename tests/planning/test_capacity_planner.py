@@ -229,6 +229,7 @@ def test_recommended_overrides_pass_the_check(capsys):
     compose_config(["+experiment=spark/base", "+engine=sglang", *pasted])
 
 
+@pytest.mark.slow
 def test_a_mixture_is_planned_with_its_weight_sync(capsys, tmp_path):
     """Qwen3-30B-A3B as the policy of stage III: an engine of one GPU holds the published bytes, a
     sync holds a bucket and the gathered vocabulary and moves the whole model, and the layouts

@@ -91,6 +91,7 @@ def test_the_first_record_of_a_key_wins(tmp_path):
     assert list(RecordStore(tmp_path).iter("vote")) == [("k", {"from": "a"})]
 
 
+@pytest.mark.slow
 def test_killed_writers_lose_nothing_acknowledged(tmp_path):
     """300 writers killed by SIGKILL, 200 of them after an exact, random number of bytes of the
     write path, 50 inside a statement of the index and 50 at a random moment: every acknowledged
@@ -185,6 +186,7 @@ def test_damage_after_opening_is_noticed_on_reading(tmp_path):
     assert dict(RecordStore(tmp_path).iter("vote")) == {"by get": {"n": 3}, "by iter": {"n": 3}}
 
 
+@pytest.mark.slow
 def test_concurrent_writers_produce_the_union(tmp_path):
     """Four processes, two of them under one name, write at once without locks and without losing a
     record.
@@ -222,6 +224,7 @@ def test_refresh_sees_what_others_added(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_file_size_limit_is_store_full(tmp_path):
     """The kernel writes a piece of a record and fails: the writer truncates it and reports it."""
     child = start_writer(tmp_path, "w", 10_000, limit=300_000)
@@ -231,6 +234,7 @@ def test_a_file_size_limit_is_store_full(tmp_path):
     assert store.keys("vote") == set(lines[:-1]) and store.torn_tails == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_store_full(tmp_path):
     """On a full file system acknowledged records are intact; writing continues with free space."""
     mounted = subprocess.run(

@@ -237,6 +237,7 @@ def test_a_stream_of_a_closed_store_says_so(tmp_path):
         next(stream)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_records(tmp_path):
     """Peak memory of a writer of 80,000 records is within a fifth of that for 10,000, in a process
     with nothing else.

@@ -126,6 +126,7 @@ def test_an_arm_waits_for_its_own_reward_model_and_a_baseline_for_nobody() -> No
     assert "stage2-single" in jobs and "stage2-single-prm" not in jobs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [

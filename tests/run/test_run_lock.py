@@ -58,6 +58,7 @@ def holder(
         process.wait()
 
 
+@pytest.mark.slow
 def test_the_error_of_a_second_process_names_the_first(tmp_path: Path) -> None:
     """One line names process, host and time.
 
@@ -82,6 +83,7 @@ def test_the_error_of_a_second_process_names_the_first(tmp_path: Path) -> None:
         assert "stage1/shard-0-of-2" in run_status(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forks", [False, True])
 def test_nothing_is_left_of_a_killed_holder(tmp_path: Path, forks: bool) -> None:
     """After SIGKILL the part is free at once, also when a child that it had forked lives on."""
@@ -94,6 +96,7 @@ def test_nothing_is_left_of_a_killed_holder(tmp_path: Path, forks: bool) -> None
     assert (tmp_path / LOCK).read_text() == ""
 
 
+@pytest.mark.slow
 def test_the_status_shows_the_process_of_a_stage_run_and_interruptions(tmp_path: Path) -> None:
     """A stage run without a Slurm job is running while a process holds its lock.
 
@@ -160,6 +163,7 @@ def test_only_the_main_rank_takes_the_lock(
         assert (tmp_path / "part" / LOCK).exists()
 
 
+@pytest.mark.slow
 def test_a_requeued_job_does_not_wait_for_its_own_lost_node(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

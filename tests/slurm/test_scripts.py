@@ -18,6 +18,7 @@ SCRIPTS = sorted(path for path in FOLDER.glob("*.sh") if path.name not in ("lib.
 named = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 
 
+@pytest.mark.slow
 @named
 def test_help_prints_the_usage(script: Path, tmp_path: Path) -> None:
     """``--help`` works anywhere, without Slurm, and shows a command line that can be typed."""
@@ -52,6 +53,7 @@ def test_a_batch_script_finds_its_folder_by_its_own_name(script: Path) -> None:
     assert asked == ([script.stem] if "#SBATCH" in script.read_text() else [])
 
 
+@pytest.mark.slow
 def test_shellcheck_has_nothing_to_say() -> None:
     """All scripts and the site file, every severity."""
     if shutil.which("shellcheck") is None:
@@ -74,6 +76,7 @@ def test_shellcheck_has_nothing_to_say() -> None:
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_servers_are_asked_past_the_clusters_proxy(tmp_path: Path) -> None:
     """The environment names a proxy that does not answer, as on a compute node without internet."""
 

@@ -35,6 +35,7 @@ def test_a_collected_store_verifies(collected: Path, capsys: pytest.CaptureFixtu
     assert f"{sum(map(len, keys.values()))} findings" in found
 
 
+@pytest.mark.slow
 def test_a_finished_stage_says_so_and_more_problems_are_more_work(
     collected: Path, tmp_path: Path
 ) -> None:

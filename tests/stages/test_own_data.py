@@ -76,6 +76,7 @@ def spark_nemo(home: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_rows_of_the_page_are_what_the_dry_run_reads(home: Path) -> None:
     """Every format that the page shows can be read, the SFT's too."""
     for setting, name in (

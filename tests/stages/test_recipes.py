@@ -95,6 +95,7 @@ def test_every_recipe_composes_with_servers_and_fits_the_longest_prompt(path: Pa
     assert "sglang, policy pool: 2 to launch here" in dry_run(config, "stage1")
 
 
+@pytest.mark.slow
 def test_every_experiment_of_the_paper_has_a_recipe() -> None:
     """Proves none is missing: each label method, kind of reward model, reward design and baseline
     by name in a recipe of its own, the format SFT, and a 70B variant of each stage.

@@ -23,6 +23,7 @@ ROUNDS = (
 )
 
 
+@pytest.mark.slow
 def test_the_second_round_verifies_the_same_solutions_with_the_first_reward_model(tmp_path) -> None:
     """Same solutions, other votes, from another model. Does not show that the labels get better."""
     run_dir = tmp_path / "run"

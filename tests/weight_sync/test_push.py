@@ -110,6 +110,7 @@ def test_missing_checksums_are_logged_once(perturbed, server, tmp_path, caplog):
     assert sum("cannot report checksums" in record.message for record in caplog.records) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trick", "message"),
     [({"reject": True}, "rejected by trick"), ({"never_join": True}, r"over 2 s|within 2 s")],
@@ -128,6 +129,7 @@ def test_a_server_that_does_not_join_cannot_hang_the_trainer(perturbed, tmp_path
         assert time.monotonic() - started < 12
 
 
+@pytest.mark.slow
 def test_the_others_receive_again_when_a_server_dies(perturbed, tmp_path):
     """One of two servers dies at the third bucket: the group is built again without it, the other
     receives everything, and the fleet goes on with the other.
@@ -162,6 +164,7 @@ def test_the_servers_of_a_killed_run_take_the_weights_of_the_next(
         assert run_async(server.engine.weight_version()) == version
 
 
+@pytest.mark.slow
 def test_a_server_restarted_at_its_address_joins_a_new_group(perturbed, tmp_path):
     """The only server, given by URL, dies at the third bucket: the push waits, and the next process
     receives everything through a new group. Then it is restarted between two pushes, unnoticed by
@@ -198,6 +201,7 @@ def test_a_server_restarted_at_its_address_joins_a_new_group(perturbed, tmp_path
             run_async(fleet.close())
 
 
+@pytest.mark.slow
 def test_a_replica_with_wrong_weights_is_evicted(perturbed, tmp_path):
     """One of two servers corrupts a tensor: it is evicted, the other serves the new version."""
     with start_receivers(2) as (first, second):
@@ -210,6 +214,7 @@ def test_a_replica_with_wrong_weights_is_evicted(perturbed, tmp_path):
             run_async(fleet.close())
 
 
+@pytest.mark.slow
 def test_shared_memory_lasts_for_every_server(perturbed, tmp_path):
     """Two servers map the same buffer, bucket after bucket, and both receive everything.
 
