@@ -23,7 +23,7 @@ MAX_SLEEP_S = 0.05
 @pytest.fixture(autouse=True)
 def fast_unless_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail a test of ``make test-fast`` that starts a process or sleeps."""
-    if request.node.get_closest_marker("slow"):
+    if any(request.node.get_closest_marker(marker) for marker in ("slow", "sglang")):
         return
 
     def no_process(self: subprocess.Popen, *_: object, **__: object) -> None:

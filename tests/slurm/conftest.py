@@ -16,6 +16,13 @@ HERE = Path(__file__).parent
 collect_ignore_glob = [] if "SPARK_NEMO_SLURM" in os.environ else ["test_cluster_*.py"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs the cluster as slow."""
+    for item in items:
+        if item.path.name.startswith("test_cluster_"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """Five nodes with two pretended GPUs each, and the stand-in for a container plugin."""
