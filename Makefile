@@ -27,7 +27,7 @@ demo: venv       ## the main job: all three stages on this machine, report in ru
 test: venv lint  ## every test
 	$(BIN)/python -m pytest
 
-test-fast: venv  ## the tests without subprocesses and training, under two minutes
+test-fast: venv  ## the tests without subprocesses and training
 	$(BIN)/python -m pytest -m "not slow" -n auto
 
 test-slurm: venv  ## the scripts of slurm/ on a real Slurm of five virtual nodes, installed with apt when missing
